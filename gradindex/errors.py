@@ -1,0 +1,40 @@
+"""What can go wrong, as one tree; each leaf has the exit code the command line ends with.
+
+GradindexError            1   anything below, and failures with no better place
+├── InputError            2   a flag, a file, a record or a query that can't be used
+├── IndexMismatchError    3   index and model (or tokenizer, or format) don't belong together
+├── DamagedIndexError     3   a file of the index is missing or not what the manifest says
+└── ResourceError         4   not enough memory or disk; says what is needed
+
+Every message says what was found, what was expected and what to do.
+"""
+
+
+class GradindexError(Exception):
+    """Base of every error that gradindex raises on purpose."""
+
+    exit_code = 1
+
+
+class InputError(GradindexError):
+    """A flag, a file, a record or a query can't be used as it is."""
+
+    exit_code = 2
+
+
+class IndexMismatchError(GradindexError):
+    """The index was built with something else than what it is now used with."""
+
+    exit_code = 3
+
+
+class DamagedIndexError(GradindexError):
+    """A file of the index is missing, cut short or changed."""
+
+    exit_code = 3
+
+
+class ResourceError(GradindexError):
+    """Memory or disk ran out; what was committed before is intact."""
+
+    exit_code = 4

@@ -1,0 +1,112 @@
+"""Progress on standard error: bars on a terminal, elsewhere one line every 30 seconds.
+
+A stage with a total says how long it will take once two batches have been measured. Durations are
+shown, never stored.
+"""
+
+import sys
+import time
+from typing import Any, TextIO
+
+EVERY = 30.0  # seconds between lines where there is no terminal
+
+
+class Progress:
+    """Says what is going on; `Progress(None)` is silent, as a library should be."""
+
+    def __init__(self, stream: TextIO | None = None):
+        self._stream = stream
+        self._terminal = bool(stream and stream.isatty())
+        self._bar: Any = None
+        self._stage = ""
+        self._unit = ""
+        self._total = self._done = self._updates = 0
+        self._begun = self._printed = 0.0
+        self._first = (0.0, 0)
+
+    def say(self, line: str) -> None:
+        """One line of plain fact."""
+        if self._stream is None:
+            return
+        if self._bar is not None:
+            self._bar.clear()
+        print(line, file=self._stream, flush=True)
+
+    def start(self, stage: str, total: int, unit: str, done: int = 0) -> None:
+        """Begin a stage of `total` units, `done` of which need not be done again."""
+        self._stage, self._unit, self._total = stage, unit, total
+        self._done, self._updates = done, 0
+        self._begun = self._printed = time.monotonic()
+        if self._terminal:
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, initial=done, desc=stage, unit=f" {unit}", leave=False,
+                             file=self._stream, dynamic_ncols=True, mininterval=0.2)
+
+    def update(self, n: int) -> None:
+        """`n` more units are done. After two batches the time left is known."""
+        self._done += n
+        self._updates += 1
+        now = time.monotonic()
+        if self._bar is not None:
+            self._bar.update(n)
+        elif self._stream is not None and self._updates > 1 and now - self._printed >= EVERY:
+            self._printed = now
+            self.say(f"  {self._stage}: {self._done:,}/{self._total:,} {self._unit}"
+                     f"{self._left(now)}")
+        if self._updates == 1:
+            self._first = (now, self._done)
+
+    def _left(self, now: float) -> str:
+        if self._done <= self._first[1]:
+            return ""
+        return f", about {duration((self._total - self._done) * self.seconds_each(now))} left"
+
+    def seconds_each(self, now: float | None = None) -> float:
+        """Seconds a unit, measured since the end of the stage's first batch (which warms up)."""
+        when, done = self._first
+        elapsed = (time.monotonic() if now is None else now) - when
+        return elapsed / max(1, self._done - done)
+
+    def say_expected(self, seconds: float) -> None:
+        """What two measured batches promise for everything still to come."""
+        self.say(f"expected: about {duration(seconds)} more (measured on two batches)")
+
+    @property
+    def measured(self) -> bool:
+        """True at the moment two batches of a stage have been measured."""
+        return self._updates == 3
+
+    def finish(self, summary: str = "") -> None:
+        """End the stage with one line."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        seconds = time.monotonic() - self._begun
+        done = f"{self._done:,} {self._unit}" if self._unit else ""
+        self.say(f"{self._stage}: {summary or done} ({duration(seconds)})")
+
+
+def stderr_progress() -> Progress:
+    return Progress(sys.stderr)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 0.4 s, 12 s, 3 min 20 s, 5 h 12 min."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def size(count: float) -> str:
+    """Bytes as people say them, in powers of 1,000."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
