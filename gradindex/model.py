@@ -1,0 +1,417 @@
+"""The door to transformers: load a causal language model, choose its modules, logits → log p.
+
+A model is a hub id (`id@revision`), a folder, or a loaded object. Its identity is a digest of its
+weights, never its path. Parameters never require a gradient: `gradients.py` differentiates with
+respect to module outputs only.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from gradindex.errors import IndexMismatchError, InputError
+from gradindex.files import atomic_write, sha256
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64,
+          "bfloat16": torch.bfloat16, "float16": torch.float16}
+UNSCORED = -100  # a position whose next token is not scored, as in transformers
+
+
+@dataclass(frozen=True)
+class Module:
+    """One tracked linear map s = W a; with a bias, a 1 is appended to a as its last entry."""
+
+    name: str
+    layer: int
+    attention: bool
+    d_out: int
+    d_in: int
+    bias: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[o, i] of its gradient, the bias folded in."""
+        return self.d_out, self.d_in + self.bias
+
+
+@dataclass
+class ModelSource:
+    """Where a model and its tokenizer come from, before anything heavy is read.
+
+    Arguments: `model` is a hub id, `id@revision`, a folder, or a transformers model object;
+    `tokenizer` (an object, id or folder) defaults to the one beside the model.
+    """
+
+    model: Any
+    tokenizer: Any = None
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+
+    @property
+    def name(self) -> str:
+        if isinstance(self.model, (str, Path)):
+            return self._split(self.model)[0]
+        return str(getattr(self.model.config, "_name_or_path", "") or "an unnamed model object")
+
+    @property
+    def revision(self) -> str | None:
+        return self._split(self.model)[1] if isinstance(self.model, (str, Path)) else None
+
+    @staticmethod
+    def _split(model: str | Path) -> tuple[str, str | None]:
+        text = str(model)
+        if "@" in text and not Path(text).exists():
+            name, _, revision = text.partition("@")
+            return name, revision
+        return text, None
+
+    def _arguments(self) -> dict[str, Any]:
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+
+    def load_config(self) -> Any:
+        """The model's configuration. Raises InputError when the model can't be found."""
+        if not isinstance(self.model, (str, Path)):
+            return self.model.config
+        with _readable_errors(self.name):
+            return transformers.AutoConfig.from_pretrained(self.name, **self._arguments())
+
+    def load_tokenizer(self) -> Any | None:
+        """The tokenizer, or None where a model has none (enough for token files)."""
+        given = self.tokenizer
+        if given is None and not isinstance(self.model, (str, Path)):
+            return None
+        if given is not None and not isinstance(given, (str, Path)):
+            return given
+        arguments = self._arguments() if given is None else {}
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(given or self.name, **arguments)
+        except (OSError, ValueError, KeyError):
+            if given is None:
+                return None
+            raise InputError(
+                f"no tokenizer could be loaded from {given}. Give a folder or hub id that has a "
+                "tokenizer.json."
+            ) from None
+        # A model type whose default tokenizer class needs no file loads an empty one.
+        return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
+
+    def load(self, device: str = "auto", dtype: str = "auto") -> "LanguageModel":
+        """Load the weights (safetensors, unless `allow_pickle`) in evaluation mode.
+
+        `dtype` "auto" is float32 on a CPU and the checkpoint's own on a GPU.
+        Raises InputError for a model, device or dtype that can't be had.
+        """
+        place = resolve_device(device)
+        wanted = resolve_dtype(dtype, place, self.load_config())
+        network = self.model
+        if isinstance(network, (str, Path)):
+            with _readable_errors(self.name):
+                network = transformers.AutoModelForCausalLM.from_pretrained(
+                    self.name, dtype=wanted, **self._arguments(),
+                    use_safetensors=None if self.allow_pickle else True,
+                )
+        if isinstance(self.model, (str, Path)) or device != "auto" or dtype != "auto":
+            network = network.to(place, wanted)
+        network.eval().requires_grad_(False)
+        return LanguageModel(network, self.load_tokenizer(), self)
+
+
+@dataclass
+class LanguageModel:
+    """A loaded causal language model, its tokenizer (or None), and where both came from."""
+
+    network: Any
+    tokenizer: Any | None
+    source: ModelSource
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.network.parameters()).dtype
+
+    @property
+    def accumulate(self) -> torch.dtype:
+        """The dtype of sums, curvature and scores: float32, or float64 for a float64 model."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Logits [b, t, v] of right-padded tokens [b, t].
+
+        No attention mask is needed: attention is causal, so no real position sees the padding.
+        """
+        return self.network(input_ids=tokens, use_cache=False).logits
+
+    def continuation(self, tokens: list[int], length: int) -> list[int]:
+        """The model's own greedy continuation of `tokens`, at most `length` tokens."""
+        prompt = torch.tensor([tokens], device=self.device)
+        end = self.network.generation_config.eos_token_id
+        pad = end[0] if isinstance(end, list) else end
+        settings = transformers.GenerationConfig(
+            do_sample=False, max_new_tokens=length, eos_token_id=end, pad_token_id=pad or 0
+        )
+        with torch.no_grad():
+            output = self.network.generate(
+                prompt, attention_mask=torch.ones_like(prompt), generation_config=settings
+            )
+        return [int(token) for token in output[0, len(tokens):]]
+
+
+def context_length(config: Any) -> int | None:
+    """The longest sequence the model takes, in tokens, where its configuration says so."""
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return int(length) if length else None
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` is the first GPU if there is one, else the CPU. Raises InputError if absent."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise InputError(f"--device {device}: expected auto, cpu, cuda or cuda:N.") from None
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            f"--device {device}: this PyTorch ({torch.__version__}) sees no CUDA GPU. "
+            "Use --device cpu, or install a CUDA build of torch."
+        )
+    return place
+
+
+def resolve_dtype(dtype: str, device: torch.device, config: Any) -> torch.dtype:
+    if dtype == "auto":
+        own = getattr(config, "dtype", None)
+        own = DTYPES.get(own, torch.float32) if isinstance(own, str) else own
+        return torch.float32 if device.type == "cpu" or own is None else own
+    if dtype not in DTYPES:
+        raise InputError(f"--dtype {dtype}: expected auto or one of {', '.join(DTYPES)}.")
+    return DTYPES[dtype]
+
+
+@contextlib.contextmanager
+def _readable_errors(name: str) -> Iterator[None]:
+    """transformers' page-long loading errors as one line with the fix."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        text = " ".join(str(error).split())
+        if "trust_remote_code" in text or "custom code" in text:
+            fix = "It needs its own code: pass --trust-remote-code if you trust it."
+        elif "gated" in text or "401" in text or "403" in text:
+            fix = "It is gated or private: accept its licence and set HF_TOKEN."
+        elif "safetensors" in text and not Path(name, "model.safetensors").exists():
+            fix = "It has no safetensors weights: convert them, or pass --allow-pickle if you " \
+                  "trust the file (unpickling can run code)."
+        elif Path(name).is_dir():
+            fix = "Expected a folder with config.json and model.safetensors, as save_pretrained " \
+                  "writes it."
+        else:
+            fix = "Expected an existing folder or a hub id that can be reached from here (with " \
+                  "HF_HUB_OFFLINE=1 only cached models are found)."
+        raise InputError(f"the model {name} can't be loaded: {text[:200]} {fix}") from None
+
+
+def quiet_transformers() -> None:
+    """Silence transformers' own log lines and bars; the command line shows its own."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+# ---- modules ------------------------------------------------------------------------------------
+
+_ATTENTION = re.compile(r"(^|[._])(self_?)?att(ention|n)?([._]|$)", re.IGNORECASE)
+
+
+def tracked_modules(network: nn.Module, choice: str = "mlp") -> list[Module]:
+    """The linear maps of the transformer blocks to take gradients of, in model order.
+
+    `choice`: "mlp" (every block's linear maps outside attention, as in Grosse et al. 2023, §5),
+    "all" (attention too), or a regular expression searched in module names.
+    Embeddings and the LM head lie outside the blocks and are never tracked.
+    Raises InputError when nothing matches.
+    """
+    prefix, blocks = _blocks(network)
+    found = []
+    for layer, block in enumerate(blocks):
+        for name, linear in block.named_modules():
+            if not isinstance(linear, (nn.Linear, Conv1D)):
+                continue
+            if isinstance(linear, Conv1D):
+                d_in, d_out = linear.weight.shape
+            else:
+                d_in, d_out = linear.in_features, linear.out_features
+            attention = bool(_ATTENTION.search(name))
+            found.append(Module(f"{prefix}.{layer}.{name}", layer, attention, int(d_out), int(d_in),
+                                linear.bias is not None))
+    if choice == "mlp":
+        chosen = [module for module in found if not module.attention]
+    elif choice == "all":
+        chosen = found
+    else:
+        try:
+            pattern = re.compile(choice)
+        except re.error as error:
+            raise InputError(
+                f"--modules {choice!r}: neither mlp, nor all, nor a regular expression: {error}."
+            ) from None
+        chosen = [module for module in found if pattern.search(module.name)]
+    if not chosen:
+        examples = ", ".join(module.name for module in found[:3]) or "none at all"
+        raise InputError(
+            f"--modules {choice!r} matches no linear module of the {len(blocks)} blocks. Its "
+            f"linear modules are named like: {examples}. Give mlp, all, or a regular expression."
+        )
+    return chosen
+
+
+def _blocks(network: Any) -> tuple[str, nn.ModuleList]:
+    layers = getattr(network.config.get_text_config(), "num_hidden_layers", None)
+    for name, module in network.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == layers:
+            return name, module
+    raise InputError(
+        f"{type(network).__name__}: found no list of {layers} transformer blocks "
+        "(config.num_hidden_layers); expected a causal language model made of blocks."
+    )
+
+
+def parameter_share(network: nn.Module, modules: list[Module]) -> float:
+    """Tracked weights and biases as a share of all parameters of the model."""
+    tracked = sum(module.shape[0] * module.shape[1] for module in modules)
+    return tracked / sum(parameter.numel() for parameter in network.parameters())
+
+
+# ---- logits → log p ----------------------------------------------------------------------------
+
+
+def log_probability(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """log p of the targets and its gradient with respect to the logits.
+
+    logits [b, t, v]; targets [b, t], the token to predict at each position or UNSCORED.
+    Returns log p per position [b, t] in nats (0 where unscored; float32 or better) and
+    ∂(Σ log p)/∂logits = onehot(target) − softmax(logits), zero where unscored, [b, t, v].
+    """
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    log_p = torch.log_softmax(logits.detach().to(wide), dim=-1)
+    scored = targets != UNSCORED
+    index = targets.clamp(min=0).unsqueeze(-1)
+    token_log_p = log_p.gather(-1, index).squeeze(-1).masked_fill(~scored, 0)
+    gradient = log_p.exp_().neg_()
+    gradient.scatter_add_(-1, index, torch.ones_like(index, dtype=wide))
+    gradient.masked_fill_(~scored.unsqueeze(-1), 0)
+    return token_log_p, gradient.to(logits.dtype)
+
+
+def sample_targets(logits: Tensor, uniforms: Tensor, scored: Tensor) -> Tensor:
+    """One label per position drawn from the model, by inverting its cumulative distribution.
+
+    logits [b, t, v]; uniforms [b, t] in [0, 1); scored [b, t] bool. Returns [b, t] int64, UNSCORED
+    where not scored. Depends on nothing but each position's logits and its uniform number.
+    """
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    cumulative = torch.softmax(logits.detach().to(wide), dim=-1).cumsum(-1)
+    threshold = uniforms.to(wide).unsqueeze(-1) * cumulative[..., -1:]
+    drawn = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
+    return drawn.clamp_(max=logits.shape[-1] - 1).masked_fill_(~scored, UNSCORED)
+
+
+# ---- identity -----------------------------------------------------------------------------------
+
+
+def identify(model: LanguageModel) -> dict[str, str | None]:
+    """What the index remembers the weights by: digests of their files and of their tensors."""
+    return {"files": files_digest(model), "tensors": tensors_digest(model.network)}
+
+
+def check_identity(model: LanguageModel, expected: dict[str, str | None]) -> None:
+    """Raise IndexMismatchError unless these are the weights the index was built with.
+
+    Equal files are enough; files that differ (saved again, sharded otherwise) are forgiven when
+    every tensor is the same.
+    """
+    files = files_digest(model)
+    if files is not None and files == expected["files"]:
+        return
+    tensors = tensors_digest(model.network)
+    if tensors == expected["tensors"]:
+        return
+    raise IndexMismatchError(
+        f"the model {model.source.name} is not the one the index was built with: its weights have "
+        f"digest {tensors[:12]}, the index expects {str(expected['tensors'])[:12]}. Pass --model "
+        "with the right folder or id@revision, or build a new index for this model."
+    )
+
+
+def files_digest(model: LanguageModel) -> str | None:
+    """SHA-256 over the weight files' own SHA-256s, or None for a model given as an object."""
+    if not isinstance(model.source.model, (str, Path)):
+        return None
+    folder = Path(model.source.name)
+    if not folder.is_dir():
+        with _readable_errors(model.source.name):
+            config = transformers.utils.cached_file(
+                model.source.name, "config.json", revision=model.source.revision
+            )
+        folder = Path(str(config)).parent
+    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    digest = hashlib.sha256()
+    for file in weights:
+        digest.update(f"{file.name} {_cached_sha256(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def tensors_digest(network: nn.Module) -> str:
+    """SHA-256 over every tensor's name, dtype, shape and bytes, in order of name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        flat = tensor.detach().cpu().contiguous().view(-1)
+        digest.update(memoryview(flat.view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def tokenizer_digest(tokenizer: Any | None) -> str | None:
+    """SHA-256 of what decides text → tokens: vocabulary, merges, special tokens, chat template."""
+    if tokenizer is None:
+        return None
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    # Leftovers of whoever last called the tokenizer; every call of ours sets its own.
+    content.pop("truncation", None)
+    content.pop("padding", None)
+    content["chat_template"] = tokenizer.chat_template
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _cached_sha256(file: Path) -> str:
+    """A file's SHA-256, remembered by path, size, time and inode (a 14 GB model takes 10 s)."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gradindex" / \
+        "digests.json"
+    facts = file.stat()
+    key = f"{file.resolve()} {facts.st_size} {facts.st_mtime_ns} {facts.st_ino}"
+    known: dict[str, str] = {}
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads(cache.read_text())
+    if key not in known:
+        known[key] = sha256(file)
+        with contextlib.suppress(OSError):  # a read-only home only costs time
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(cache, json.dumps(known, indent=0).encode())
+    return known[key]
+
+
+def describe_modules(modules: list[Module]) -> list[dict[str, Any]]:
+    return [asdict(module) for module in modules]
