@@ -1,0 +1,99 @@
+"""EK-FAC curvature: eigenvectors, corrected eigenvalues, damping, and the preconditioner.
+
+For a module with inputs a and output gradients d (George et al. 2018; Grosse et al. 2023, §2.3):
+A = E_t[a aᵀ] = Q_A · Q_Aᵀ,  S = E_t[d dᵀ] = Q_S · Q_Sᵀ,  Λ = E_m[(Q_Sᵀ G_m Q_A)²], per sequence.
+(G+λI)⁻¹ V = Q_S [(Q_Sᵀ V Q_A) / (Λ+λ)] Q_Aᵀ  (eq. 21), λ = factor · mean(Λ) for each module.
+`indexer/fit.py` estimates them; here they are kept and applied.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from gradindex.errors import DamagedIndexError
+from gradindex.files import atomic_write
+from gradindex.model import Module
+
+DAMPING = 0.1  # of mean(Λ), as in Grosse et al. 2023, §5
+
+
+@dataclass
+class Curvature:
+    """One module's eigenvectors Q_A [i, i] and Q_S [o, o] (columns) and eigenvalues Λ [o, i]."""
+
+    eigenvectors_a: Tensor
+    eigenvectors_s: Tensor
+    eigenvalues: Tensor
+
+    def damped(self, factor: float) -> Tensor:
+        """Λ + factor · mean(Λ)  [o, i]."""
+        return self.eigenvalues + factor * self.eigenvalues.mean()
+
+    def coordinates(self, gradient: Tensor, factor: float) -> Tensor:
+        """C = (Q_Sᵀ G Q_A) / (Λ+λ)  [o, i]: the preconditioned gradient in the eigenbasis."""
+        rotated = self.eigenvectors_s.T @ gradient @ self.eigenvectors_a
+        return rotated / self.damped(factor)
+
+    def leave_eigenbasis(self, coordinates: Tensor) -> Tensor:
+        """Q_S C Q_Aᵀ  [o, i]."""
+        return self.eigenvectors_s @ coordinates @ self.eigenvectors_a.T
+
+    def precondition(self, gradient: Tensor, factor: float = DAMPING) -> Tensor:
+        """(G+λI)⁻¹ applied to a gradient [o, i]."""
+        return self.leave_eigenbasis(self.coordinates(gradient, factor))
+
+    def effective_dimension(self, factor: float = DAMPING) -> float:
+        """Σ Λ/(Λ+λ): how many directions the damping leaves."""
+        return float((self.eigenvalues.double() / self.damped(factor).double()).sum())
+
+
+Ekfac = dict[str, Curvature]  # by module name
+
+
+def path_of(folder: Path, module: Module) -> Path:
+    return folder / f"{module.name}.safetensors"
+
+
+def save(folder: Path, module: Module, curvature: Curvature) -> None:
+    write_tensors(path_of(folder, module), {
+        "eigenvectors_a": curvature.eigenvectors_a, "eigenvectors_s": curvature.eigenvectors_s,
+        "eigenvalues": curvature.eigenvalues,
+    })
+
+
+def load(folder: Path, modules: list[Module], device: torch.device, dtype: torch.dtype) -> Ekfac:
+    """Every module's curvature. Raises DamagedIndexError for a missing or unreadable file."""
+    ekfac = {}
+    for module in modules:
+        tensors, _ = read_tensors(path_of(folder, module))
+        o, i = module.shape
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        expected = {"eigenvectors_a": (i, i), "eigenvectors_s": (o, o), "eigenvalues": (o, i)}
+        if shapes != expected:
+            raise DamagedIndexError(
+                f"{path_of(folder, module)} holds {shapes}, expected {expected}. Build again."
+            )
+        ekfac[module.name] = Curvature(
+            **{name: tensor.to(device, dtype) for name, tensor in tensors.items()}
+        )
+    return ekfac
+
+
+def write_tensors(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    plain = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    atomic_write(path, safetensors.torch.save(plain, metadata))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file. Raises DamagedIndexError."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (OSError, safetensors.SafetensorError) as error:
+        raise DamagedIndexError(f"{path} can't be read: {error}. Build again.") from error

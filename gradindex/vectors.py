@@ -1,0 +1,95 @@
+"""FAISS, through its only door: one-bit codes on disk, and the code score of every row.
+
+`IndexRaBitQ` with inner product keeps the sign of each of the K coordinates and one scale: K/8 + 8
+bytes. It is trained on zeros, so that its centre is 0 in every segment: a learned centre differs
+between segments and silently breaks joining them. A score is the whole scan's, never a top-k
+alone, because the recall statement needs the best sequence left out.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+try:
+    import faiss
+except ImportError as error:
+    raise ImportError(
+        f"FAISS can't be imported ({error}). gradindex needs one of its two builds, never both: "
+        'pip install "gradindex[cpu]" (faiss-cpu), or, on Linux with an NVIDIA GPU, '
+        'pip install "gradindex[gpu]" (faiss-gpu). If both are installed, remove both first: '
+        "pip uninstall faiss-cpu faiss-gpu"
+    ) from error
+
+from gradindex.errors import DamagedIndexError
+from gradindex.files import atomic_write
+
+QUERY_BITS = 8  # how finely FAISS quantises the query; 0 would mean unquantised, 500 times slower
+
+
+def code_bytes(length: int) -> int:
+    """Bytes of one code of K = `length` bits."""
+    return length // 8 + 8
+
+
+class CodeIndex:
+    """The codes of one segment: row i belongs to record i."""
+
+    def __init__(self, length: int):
+        self._index: Any = faiss.IndexRaBitQ(length, faiss.METRIC_INNER_PRODUCT)
+        self._index.train(np.zeros((1, length), dtype=np.float32))
+        self._index.qb = QUERY_BITS
+
+    def __len__(self) -> int:
+        return int(self._index.ntotal)
+
+    def encode(self, vectors: np.ndarray) -> np.ndarray:
+        """Vectors float32 [n, K] → codes uint8 [n, code_bytes(K)]."""
+        return self._index.sa_encode(np.ascontiguousarray(vectors, dtype=np.float32))
+
+    def add(self, codes: np.ndarray) -> None:
+        self._index.add_sa_codes(np.ascontiguousarray(codes))
+
+    def scores(self, query: np.ndarray) -> np.ndarray:
+        """The code score of every row for a query vector float32 [K]: float32 [rows]."""
+        everything = float(np.finfo(np.float32).min)
+        _, found, rows = self._index.range_search(query.reshape(1, -1), everything)
+        scores = np.full(len(self), np.nan, dtype=np.float32)
+        scores[rows] = found
+        return scores
+
+    def codes(self, rows: list[int]) -> np.ndarray:
+        """The stored codes of some rows: uint8 [len(rows), code_bytes(K)]."""
+        stored = faiss.vector_to_array(self._index.codes).reshape(len(self), -1)
+        return stored[rows]
+
+    def write(self, path: Path) -> None:
+        atomic_write(path, faiss.serialize_index(self._index).tobytes())
+
+    @classmethod
+    def read(cls, path: Path, length: int, rows: int) -> "CodeIndex":
+        """Open a segment's codes. Raises DamagedIndexError where they aren't `rows` × K."""
+        try:
+            index = faiss.read_index(str(path))
+        except RuntimeError as error:
+            raise DamagedIndexError(
+                f"{path} can't be read: {error}. Copy the index again."
+            ) from None
+        if not isinstance(index, faiss.IndexRaBitQ) or index.d != length or index.ntotal != rows:
+            raise DamagedIndexError(
+                f"{path} holds {index.ntotal} codes of {index.d} bits, expected {rows} of {length}."
+                " Copy the index again."
+            )
+        self = cls.__new__(cls)
+        self._index = index
+        self._index.qb = QUERY_BITS
+        return self
+
+
+def library_version() -> str:
+    return str(faiss.__version__)
+
+
+def set_threads(count: int) -> None:
+    """Threads of one FAISS call; scans run one segment per Python thread instead."""
+    faiss.omp_set_num_threads(count)
