@@ -1,0 +1,71 @@
+"""gradindex: which training sequences made this language model say that?
+
+    import gradindex
+    index = gradindex.build("EleutherAI/pythia-160m", "pile.jsonl", out="pile.index")
+    result = index.search(prompt="Water is composed of", completion=" hydrogen and oxygen.")
+    result.recall, result[0].influence, result[0].text
+
+Names are imported on first use, so that `import gradindex` loads neither torch nor FAISS.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gradindex.errors import (
+        DamagedIndexError,
+        GradindexError,
+        IndexMismatchError,
+        InputError,
+        ResourceError,
+    )
+    from gradindex.results import Hit, Query, Recall, Result
+    from indexer.build import build
+    from search.engine import Searcher, open
+    from search.render import render_html
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "build": "indexer.build", "open": "search.engine", "Searcher": "search.engine",
+    "render_html": "search.render",
+    "Query": "gradindex.results", "Hit": "gradindex.results", "Recall": "gradindex.results",
+    "Result": "gradindex.results",
+    "GradindexError": "gradindex.errors", "InputError": "gradindex.errors",
+    "IndexMismatchError": "gradindex.errors", "DamagedIndexError": "gradindex.errors",
+    "ResourceError": "gradindex.errors",
+}
+
+__all__ = [
+    "DamagedIndexError", "GradindexError", "Hit", "IndexMismatchError", "InputError", "Query",
+    "Recall", "ResourceError", "Result", "Searcher", "build", "open", "render_html",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gradindex' has no attribute {name!r}")
+    home = _HOMES[name]
+    if home.split(".")[0] != "gradindex":
+        _check_siblings()
+    return getattr(importlib.import_module(home), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
+
+
+def _check_siblings() -> None:
+    """Raise GradindexError where another `indexer` or `search` shadows the ones installed here."""
+    from pathlib import Path
+
+    from gradindex.errors import GradindexError
+
+    for name in ("indexer", "search"):
+        found = importlib.import_module(name).__file__
+        expected = Path(__file__).parent.parent / name / "__init__.py"
+        if found is None or Path(found).resolve() != expected.resolve():
+            raise GradindexError(
+                f"`import {name}` finds {found or 'a folder without __init__.py'}, which hides "
+                f"gradindex's own {expected}. Rename it, or run from another folder."
+            )

@@ -1,0 +1,5 @@
+"""`python -m gradindex` is `gradindex`."""
+
+from gradindex.cli import main
+
+main()

@@ -1,0 +1,101 @@
+"""The command line: a group whose commands are imported when they are used.
+
+The one place where errors become exit codes: 0 done, 1 failure, 2 usage or input, 3 index and
+model don't match or the index is damaged, 4 not enough memory or disk, 130 interrupted.
+"""
+
+import importlib
+import os
+import signal
+import sys
+from typing import Any
+
+import click
+
+from gradindex.errors import GradindexError
+
+COMMANDS = {
+    "build": "indexer.cli:build",
+    "search": "search.cli:search",
+    "rescore": "search.cli:rescore",
+    "info": "search.cli:info",
+}
+
+
+class LazyGroup(click.Group):
+    """Imports a command's module when the command is looked up (click's own recipe)."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[name].partition(":")
+        _check_siblings()
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="gradindex")
+def main_group() -> None:
+    """Which training sequences made this language model say that?
+
+    \b
+    gradindex build  MODEL DATA... -o INDEX        once
+    gradindex search INDEX -p PROMPT -c COMPLETION  as often as you like
+    """
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    if not (sys.platform.startswith("linux") or sys.platform == "darwin"):
+        click.echo(f"gradindex runs on Linux and macOS (on Windows through WSL); this is "
+                   f"{sys.platform}.", err=True)
+        sys.exit(1)
+    signal.signal(signal.SIGTERM, _interrupt)
+    sys.exit(_run())
+
+
+def _run() -> int:
+    try:
+        return int(main_group(standalone_mode=False) or 0)
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted; the same command goes on from what is committed.", err=True)
+        return 130
+    except GradindexError as error:
+        click.echo(f"gradindex: {error}", err=True)
+        return error.exit_code
+    except ImportError as error:
+        if error.name is not None and error.name != "faiss":
+            raise
+        click.echo(f"gradindex: {error}", err=True)
+        return 1
+    except MemoryError:
+        click.echo("gradindex: out of memory. Use smaller --batch-tokens, fewer --modules, or a "
+                   "machine with more.", err=True)
+        return 4
+    except BrokenPipeError:
+        # The reader of a pipe (head, say) has left: nothing more to say, and no traceback at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _check_siblings() -> None:
+    import gradindex
+
+    gradindex._check_siblings()
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    main()

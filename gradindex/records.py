@@ -1,0 +1,123 @@
+"""LMDB, through its only door: what each sequence was and where it came from.
+
+One file per segment, written once in key order in one transaction (the same records give the same
+bytes), then only read. Key: row in the segment, 4 bytes big-endian. Value: CRC-32 of the rest,
+length of the JSON, number of tokens (three little-endian uint32), JSON (id and parts), token ids
+(little-endian int32), loss mask (one bit a token).
+"""
+
+import json
+import struct
+import threading
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import numpy as np
+
+from gradindex.errors import DamagedIndexError
+from gradindex.files import disk_error, sync_folder
+
+_HEADER = struct.Struct("<III")
+_KEY = struct.Struct(">I")
+# py-lmdb refuses a second environment on the same file in one process, so readers take turns.
+_ONE_AT_A_TIME = threading.Lock()
+
+
+@dataclass
+class Part:
+    """The stretch of one document inside a sequence (packed sequences have several).
+
+    `document` counts documents from 0; `row` is the line or row in `source`, from 1; `start` and
+    `end` are characters of the document's text, −1 where it came as tokens; `token` is the
+    position in the sequence where it starts.
+    """
+
+    document: int
+    source: str
+    row: int
+    start: int
+    end: int
+    token: int
+    user_id: Any = None
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Record:
+    """A sequence: its id, tokens int32 [n], which of them were scored bool [n], and its parts."""
+
+    id: int
+    ids: np.ndarray
+    scored: np.ndarray
+    parts: list[Part]
+
+
+def write(path: Path, records: Iterable[Record]) -> None:
+    """Write a segment's records as one sealed file. Raises ResourceError on a full disk."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    values = [_pack(record) for record in records]
+    # Each value takes whole pages above about 2 KB: twice the bytes and a margin always suffices.
+    map_size = 2 * sum(len(value) + 4096 for value in values) + (1 << 20)
+    try:
+        with _open(temporary, map_size=map_size, lock=False) as environment, \
+                environment.begin(write=True) as transaction:
+            for row, value in enumerate(values):
+                if not transaction.put(_KEY.pack(row), value, append=True):
+                    raise AssertionError(f"LMDB refused row {row} out of order")
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except lmdb.Error as error:
+        temporary.unlink(missing_ok=True)
+        code = error.args[0] if error.args and isinstance(error.args[0], int) else 0
+        raise disk_error(OSError(code, str(error)), path) from error
+    except OSError as error:
+        raise disk_error(error, path) from error
+
+
+def read(path: Path, rows: Sequence[int]) -> list[Record]:
+    """The records of the given rows, in that order. Raises DamagedIndexError."""
+    try:
+        with _ONE_AT_A_TIME, _open(path, readonly=True, lock=False) as environment, \
+                environment.begin() as transaction:
+            return [_unpack(transaction.get(_KEY.pack(row)), path, row) for row in rows]
+    except lmdb.Error as error:
+        raise DamagedIndexError(f"{path} can't be read: {error}. Copy the index again.") from error
+
+
+def count(path: Path) -> int:
+    """How many records a file holds."""
+    with _ONE_AT_A_TIME, _open(path, readonly=True, lock=False) as environment:
+        return int(environment.stat()["entries"])
+
+
+def _open(path: Path, **arguments: Any) -> lmdb.Environment:
+    return lmdb.open(str(path), subdir=False, **arguments)
+
+
+def _pack(record: Record) -> bytes:
+    about = json.dumps(
+        {"id": record.id, "parts": [asdict(part) for part in record.parts]},
+        ensure_ascii=False, separators=(",", ":"),
+    ).encode("utf-8", errors="surrogatepass")
+    body = about + record.ids.astype("<i4").tobytes() + np.packbits(record.scored).tobytes()
+    lengths = _HEADER.pack(0, len(about), len(record.ids))[4:]
+    return struct.pack("<I", zlib.crc32(lengths + body)) + lengths + body
+
+
+def _unpack(value: bytes | None, path: Path, row: int) -> Record:
+    if value is None or len(value) < _HEADER.size:
+        raise DamagedIndexError(f"{path} has no record {row}. Copy the index again.")
+    checksum, about_length, n = _HEADER.unpack_from(value)
+    if zlib.crc32(value[4:]) != checksum:
+        raise DamagedIndexError(f"{path}: record {row} is damaged. Copy the index again.")
+    tokens = _HEADER.size + about_length
+    about = json.loads(value[_HEADER.size : tokens].decode("utf-8", errors="surrogatepass"))
+    ids = np.frombuffer(value, dtype="<i4", count=n, offset=tokens).astype(np.int32)
+    mask = np.frombuffer(value, dtype=np.uint8, offset=tokens + 4 * n)
+    scored = np.unpackbits(mask, count=n).astype(bool)
+    return Record(about["id"], ids, scored, [Part(**part) for part in about["parts"]])

@@ -1,0 +1,142 @@
+"""What a search is asked and what it answers."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+UNITS = (
+    "Influence is I = ∇log p(completion | prompt)ᵀ (G+λI)⁻¹ ∇log p(sequence), exact for this "
+    "index's EK-FAC curvature: positive means that one more copy of the sequence would make the "
+    "completion more likely, by I / N_train nats."
+)
+
+
+@dataclass
+class Query:
+    """A scored text: tokens and labels [t], −100 where a token isn't scored."""
+
+    tokens: list[int]
+    labels: list[int]
+    prompt: str | None = None
+    completion: str | None = None
+    generated: bool = False  # the completion is the model's own greedy continuation
+    token_texts: list[str] = field(default_factory=list)
+    token_log_p: list[float] = field(default_factory=list)  # nats, 0 where not scored
+
+    @property
+    def scored(self) -> int:
+        """How many tokens log p sums over (a first token is never predicted)."""
+        return sum(label != -100 for label in self.labels[1:])
+
+    @property
+    def log_p(self) -> float:
+        """log p(completion | prompt) in nats."""
+        return float(sum(self.token_log_p))
+
+
+@dataclass
+class Hit:
+    """A training sequence and its influence on the query.
+
+    `influence` is exact where `exact` is true, else the code's estimate. `nats` is influence /
+    N_train: what one more copy would add to log p(completion | prompt), to first order.
+    `token_influence` [t] and `layer_influence` [layers] each sum to `influence`, and so does
+    `token_layer_influence` [t, layers]; token t's entry counts the gradient that enters at t, so
+    it belongs to predicting what follows t (Grosse et al. 2023, eq. 31).
+    `start` and `end` are characters of the document's text (−1 where it came as tokens).
+    """
+
+    id: int
+    influence: float
+    nats: float
+    exact: bool
+    code_score: float
+    code_rank: int
+    text: str
+    source: str
+    row: int
+    document: int
+    start: int
+    end: int
+    user_id: Any = None
+    fields: dict[str, Any] = field(default_factory=dict)
+    parts: list[dict[str, Any]] = field(default_factory=list)
+    duplicates: list[int] = field(default_factory=list)
+    percentile: float | None = None
+    tokens: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    token_influence: list[float] = field(default_factory=list)
+    layer_influence: list[float] = field(default_factory=list)
+    module_influence: dict[str, float] = field(default_factory=dict)
+    token_layer_influence: list[list[float]] = field(default_factory=list)
+
+
+@dataclass
+class Recall:
+    """How complete the answer is: the estimated share of the true top k that it holds.
+
+    `estimate` is None where completeness is unknown (named ids, approximate scores). `cutoff` is
+    the code score of the best sequence left out (None: none was), `c` the calibration of the
+    code's error for this index, `c_here` the same measured on this query's background sample.
+    """
+
+    k: int
+    estimate: float | None
+    cutoff: float | None
+    c: float
+    c_here: float | None = None
+
+
+@dataclass
+class Result:
+    """Hits in order of influence, and everything needed to judge them."""
+
+    query: Query
+    hits: list[Hit]
+    recall: Recall
+    sequences: int  # N, indexed
+    shortlist: int
+    rescored: int
+    train_sequences: int
+    train_sequences_given: bool
+    opponents: bool
+    layers: list[int]
+    seconds: dict[str, float]
+    interrupted: bool = False
+    warnings: list[str] = field(default_factory=list)
+    model: str = ""
+
+    def __len__(self) -> int:
+        return len(self.hits)
+
+    def __iter__(self) -> Iterator[Hit]:
+        return iter(self.hits)
+
+    def __getitem__(self, rank: int) -> Hit:
+        return self.hits[rank]
+
+    def to_list(self) -> list[dict[str, Any]]:
+        """One plain dictionary a hit."""
+        return [asdict(hit) for hit in self.hits]
+
+    def to_pandas(self) -> Any:
+        """A DataFrame with a row a hit (needs pandas)."""
+        import pandas
+
+        return pandas.DataFrame(self.to_list())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as plain JSON types."""
+        content = asdict(self)
+        content["query"] |= {"scored": self.query.scored, "log_p": self.query.log_p}
+        return {"schema": 1, "units": UNITS, **content}
+
+    def to_json(self) -> str:
+        """One JSON object with everything, token and layer arrays included."""
+        return json.dumps(self.to_dict(), ensure_ascii=False, allow_nan=False)
+
+    def _repr_html_(self) -> str:
+        import gradindex
+
+        return gradindex.render_html(self)
