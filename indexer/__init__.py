@@ -1,0 +1,1 @@
+"""Offline: fit the curvature, encode every training sequence, write an index."""

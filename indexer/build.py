@@ -1,0 +1,448 @@
+"""The journey of a build, in numbered steps; every step resumes.
+
+    build.json                     the plan: what was asked for, resolved
+    segments/NNNNNN.partial/       records only: read, not yet encoded
+    curvature.partial/             the fit's running sums
+    curvature/, segments/NNNNNN/   done
+    manifest.json                  the index exists; build.json goes
+
+The same command run again goes on where the last one stopped; a different one is refused.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+import gradindex
+from gradindex import curvature, manifest, records, vectors
+from gradindex.codes import Codes, CodeSettings, default_length, default_width
+from gradindex.errors import GradindexError, InputError, ResourceError
+from gradindex.files import atomic_write
+from gradindex.manifest import Manifest, Segment, segment_folder
+from gradindex.model import (
+    LanguageModel,
+    ModelSource,
+    Module,
+    check_identity,
+    context_length,
+    describe_modules,
+    identify,
+    parameter_share,
+    resolve_device,
+    resolve_dtype,
+    tokenizer_digest,
+    tracked_modules,
+)
+from gradindex.progress import Progress, size
+from gradindex.records import Record
+from indexer.calibrate import calibrate
+from indexer.corpus import Corpus, CorpusSettings, token_file_width
+from indexer.encode import encode_segment
+from indexer.fit import LARGEST_BLOCK, FitSettings, choose_sequences, fit
+
+if TYPE_CHECKING:
+    from gradindex import Searcher
+
+LONGEST_DEFAULT = 512  # tokens, where the model's context is longer
+
+
+def build(
+    model: Any,
+    data: Any,
+    out: str | Path,
+    *,
+    tokenizer: Any = None,
+    text_field: str | None = None,
+    prompt_field: str | None = None,
+    completion_field: str | None = None,
+    messages_field: str | None = None,
+    id_field: str | None = None,
+    keep_fields: Iterable[str] = (),
+    seq_len: int | None = None,
+    pack: bool = False,
+    limit: int | None = None,
+    strict: bool = False,
+    modules: str = "mlp",
+    fit_sequences: int = 4096,
+    fit_labels: str = "model",
+    damping: float = curvature.DAMPING,
+    bits: int | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    batch_tokens: int = 4096,
+    segment_size: int = 4096,
+    train_sequences: int | None = None,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    progress: Progress | None = None,
+) -> "Searcher":
+    """Fit curvature, encode every training sequence, write the index folder `out`; resumable.
+
+    `model` is a hub id (`id@revision`), a folder or a loaded model; `data` a path, a list of paths,
+    or rows (dictionaries; a `datasets.Dataset`). Lengths are in tokens, `bits` is K, the bits of a
+    code; the other arguments are the flags of `gradindex build`. Returns the index, open.
+    Raises InputError for unusable input before anything expensive, ResourceError when the disk is
+    too small, IndexMismatchError when the model changed since the build began.
+    """
+    say = progress or Progress()
+    index = Path(out)
+    source = ModelSource(model, tokenizer, trust_remote_code, allow_pickle)
+
+    # 1) what is asked for, resolved, before anything expensive
+    sources = _as_list(data)
+    config = source.load_config()
+    settings = CorpusSettings(
+        sequence_length=_sequence_length(seq_len, config, sources), pack=pack,
+        text_field=text_field, prompt_field=prompt_field, completion_field=completion_field,
+        messages_field=messages_field, id_field=id_field, keep_fields=tuple(keep_fields),
+        limit=limit, strict=strict,
+    )
+    _check_numbers(fit_sequences=fit_sequences, batch_tokens=batch_tokens, damping=damping,
+                   segment_size=segment_size, limit=limit, train_sequences=train_sequences)
+    if fit_labels not in ("model", "data"):
+        raise InputError(f"--fit-labels {fit_labels}: expected model or data.")
+    own_tokenizer = source.load_tokenizer()
+    corpus = Corpus(
+        sources, own_tokenizer, settings, vocabulary=config.get_text_config().vocab_size,
+        end_token=getattr(own_tokenizer, "eos_token_id", None),
+    )
+    place = resolve_device(device)
+    plan = {
+        "model": source.name, "revision": source.revision, "data": corpus.data_facts(),
+        **{name: value for name, value in asdict(settings).items() if name != "strict"},
+        "keep_fields": list(settings.keep_fields), "modules": modules,
+        "fit_sequences": fit_sequences, "fit_labels": fit_labels, "damping": damping,
+        "bits": _code_length(bits, settings.sequence_length),
+        "dtype": str(resolve_dtype(dtype, place, config)).removeprefix("torch."),
+        "device": place.type, "batch_tokens": batch_tokens, "segment_size": segment_size,
+        "seed": seed, "tokenizer": tokenizer_digest(own_tokenizer),
+    }
+    index.mkdir(parents=True, exist_ok=True)
+    with _only_writer(index):
+        state = _State.open(index, plan)
+        if manifest.exists(index):
+            _adopt_train_sequences(index, train_sequences)
+            say.say(f"{index} is complete; nothing to do.")
+            return gradindex.open(index, model=_loaded(model), tokenizer=tokenizer)
+        torch.set_num_threads(state.threads)
+
+        # 2) text → sequences, on disk as records
+        if state.corpus is None:
+            state.corpus = _write_records(index, corpus, segment_size, say)
+            state.save()
+        facts = state.corpus
+        _report(facts, settings, say)
+        _check_disk(index, facts["sequences"], plan["bits"])
+
+        # 3) the model and its tracked modules
+        say.say(f"model: loading {source.name} on {place} as {plan['dtype']}")
+        language_model = source.load(device, dtype)
+        state.check_model(language_model)
+        tracked = tracked_modules(language_model.network, modules)
+        share = parameter_share(language_model.network, tracked)
+        say.say(f"modules: {len(tracked)} linear maps tracked, {_names(tracked)}: {share:.1%} of "
+                "the model's parameters")
+
+        # 4) EK-FAC curvature
+        chosen = choose_sequences(facts["sequences"], fit_sequences, seed)
+        read = _reader(index, segment_size)
+        fit_settings = FitSettings(chosen, fit_labels, min(segment_size, LARGEST_BLOCK),
+                                   batch_tokens, seed)
+        ekfac = fit(language_model, tracked, read, fit_settings, index, say, facts["sequences"])
+
+        # 5) every sequence → a code
+        length = plan["bits"]
+        code_settings = CodeSettings(length, default_width(length, len(tracked)), seed, damping)
+        codes = Codes(tracked, ekfac, code_settings)
+        segments = _segments(facts, segment_size)
+        sealed = [s for s in segments if segment_folder(index, s.name).is_dir()]
+        say.start("encode", facts["sequences"], "sequences", done=sum(s.rows for s in sealed))
+        for segment in segments[len(sealed):]:
+            folder = segment_folder(index, f"{segment.name}.partial")
+            batch = records.read(folder / "records.lmdb", range(segment.rows))
+            segment.tokens = sum(len(record.ids) for record in batch)
+            encode_segment(language_model, codes, batch, folder, batch_tokens, say)
+        say.finish()
+
+        # 6) how far a code's score is from the exact one
+        calibration = calibrate(
+            language_model, codes, ekfac, read,
+            lambda ids: _stored_codes(index, segments, segment_size, length, ids),
+            facts["sequences"], batch_tokens, say,
+        )
+
+        # 7) the commit
+        names = [curvature.path_of(Path("curvature"), module).as_posix() for module in tracked]
+        names += [f"segments/{segment.name}/{file}" for segment in segments
+                  for file in ("records.lmdb", "vectors.faiss", "norms.npy")]
+        assert state.model is not None
+        manifest.commit(index, Manifest(
+            format=manifest.FORMAT, versions=_versions(),
+            model={"name": source.name, "revision": source.revision, **state.model,
+                   "tokenizer": plan["tokenizer"],
+                   "tokenizer_name": None if _loaded(tokenizer) else tokenizer and str(tokenizer)},
+            dtype=plan["dtype"], device=place.type, threads=state.threads, task=corpus.task,
+            sequence_length=settings.sequence_length, documents=facts["documents"],
+            sequences=facts["sequences"], tokens=facts["tokens"],
+            scored_tokens=facts["scored_tokens"], skipped=facts["skipped"],
+            train_sequences=train_sequences, modules=describe_modules(tracked),
+            parameter_share=share,
+            effective_dimension={name: round(c.effective_dimension(damping), 1)
+                                 for name, c in ekfac.items()},
+            fit={"sequences": len(chosen), "labels": fit_labels}, damping=damping,
+            code={**asdict(code_settings), "digest": codes.digest},
+            calibration=calibration, batch_tokens=batch_tokens, plan=plan, segments=segments,
+            files=manifest.file_facts(index, sorted(names)),
+        ))
+        (index / "build.json").unlink()
+        total = sum(file.stat().st_size for file in index.rglob("*") if file.is_file())
+        say.say(f"index: {index}, {facts['sequences']:,} sequences, {size(total)} (it holds the "
+                "training text)")
+    return gradindex.open(index, model=language_model if _loaded(model) is not None else None,
+                          tokenizer=tokenizer)
+
+
+@dataclass
+class _State:
+    """`build.json`: the plan and how far the build has come."""
+
+    index: Path
+    plan: dict[str, Any]
+    threads: int
+    corpus: dict[str, Any] | None = None
+    model: dict[str, str | None] | None = None
+
+    @classmethod
+    def open(cls, index: Path, plan: dict[str, Any]) -> "_State":
+        """The state of the build in `index`, or a new one. Raises InputError if it differs."""
+        path = index / "build.json"
+        if manifest.exists(index):
+            _refuse_difference(index, manifest.load(index).plan, plan)
+            return cls(index, plan, torch.get_num_threads())
+        if path.is_file():
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            _refuse_difference(index, stored["plan"], plan)
+            return cls(index, plan, stored["threads"], stored["corpus"], stored["model"])
+        if any(index.iterdir()):
+            raise InputError(
+                f"{index} is not empty and holds no index. Give a new folder with -o, or empty it."
+            )
+        state = cls(index, plan, torch.get_num_threads())
+        state.save()
+        return state
+
+    def save(self) -> None:
+        content = {"plan": self.plan, "threads": self.threads, "corpus": self.corpus,
+                   "model": self.model}
+        atomic_write(self.index / "build.json", json.dumps(content, indent=1).encode())
+
+    def check_model(self, model: LanguageModel) -> None:
+        """Remember the weights' digest, or raise IndexMismatchError if they changed."""
+        if self.model is None:
+            self.model = identify(model)
+            self.save()
+        else:
+            check_identity(model, self.model)
+
+
+def _refuse_difference(index: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    changes = [
+        f"{name}: {before.get(name)!r} before, {now.get(name)!r} now"
+        for name in sorted({*before, *now}) if before.get(name) != now.get(name)
+    ]
+    if changes:
+        raise InputError(
+            f"{index} was begun with another command ({'; '.join(changes)}). Run the first command "
+            "again to go on, or give another folder with -o."
+        )
+
+
+@contextlib.contextmanager
+def _only_writer(index: Path) -> Iterator[None]:
+    descriptor = os.open(index, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise GradindexError(
+            f"another process is building {index}. Wait for it, or stop it first."
+        ) from None
+    finally:
+        os.close(descriptor)
+
+
+def _as_list(data: Any) -> list[Any]:
+    if isinstance(data, (str, Path)):
+        return [data]
+    if isinstance(data, (list, tuple)) and data and all(isinstance(d, (str, Path)) for d in data):
+        return list(data)
+    return [data]
+
+
+def _loaded(model: Any) -> Any:
+    """The model if it was given as an object: the index can't find it again by name."""
+    return None if isinstance(model, (str, Path)) else model
+
+
+def _sequence_length(seq_len: int | None, config: Any, data: list[Any]) -> int:
+    context = context_length(config)
+    if seq_len is None:
+        width = token_file_width(data)
+        if width is None:
+            return min(context or LONGEST_DEFAULT, LONGEST_DEFAULT)
+        seq_len = width
+    if seq_len < 2 or (context and seq_len > context):
+        raise InputError(
+            f"sequences of {seq_len} tokens: expected 2 to {context or 'any number of'} (the "
+            "model's context). Set --seq-len."
+        )
+    return seq_len
+
+
+def _code_length(bits: int | None, sequence_length: int) -> int:
+    if bits is None:
+        return default_length(sequence_length)
+    if bits < 64 or bits % 64:
+        raise InputError(f"--bits {bits}: expected a multiple of 64, such as 16384 or 32768.")
+    return bits
+
+
+def _check_numbers(**numbers: float | None) -> None:
+    for name, value in numbers.items():
+        if value is not None and not value > 0:
+            raise InputError(f"--{name.replace('_', '-')} {value}: expected a number above 0.")
+
+
+def _adopt_train_sequences(index: Path, train_sequences: int | None) -> None:
+    """N_train only scales what is shown, so a finished index takes a new one."""
+    facts = manifest.load(index)
+    if train_sequences is not None and facts.train_sequences != train_sequences:
+        facts.train_sequences = train_sequences
+        manifest.commit(index, facts)
+
+
+def _write_records(
+    index: Path, corpus: Corpus, segment_size: int, say: Progress
+) -> dict[str, Any]:
+    """Tokenise everything into segments of records; what an earlier attempt left is replaced."""
+    shutil.rmtree(index / "segments", ignore_errors=True)
+    (index / "segments").mkdir()
+    facts: dict[str, Any] = {"sequences": 0, "tokens": 0, "scored_tokens": 0}
+    pending: list[Record] = []
+
+    def flush() -> None:
+        number = (facts["sequences"] - 1) // segment_size
+        folder = segment_folder(index, f"{number:06d}.partial")
+        folder.mkdir()
+        records.write(folder / "records.lmdb", pending)
+        pending.clear()
+
+    say.start("read", 0, "sequences")
+    for record in corpus.sequences():
+        pending.append(record)
+        facts["sequences"] += 1
+        facts["tokens"] += len(record.ids)
+        facts["scored_tokens"] += int(record.scored[1:].sum())
+        say.update(1)
+        if len(pending) == segment_size:
+            flush()
+    if pending:
+        flush()
+    say.finish()
+    if not facts["sequences"]:
+        raise InputError(
+            "the data holds no sequence to learn from. "
+            + (f"Skipped: {_counts(corpus.skipped.counts)}; " if corpus.skipped.counts else "")
+            + "; ".join(corpus.skipped.examples[:3])
+        )
+    return {**facts, "documents": corpus.documents, "skipped": dict(corpus.skipped.counts),
+            "examples": corpus.skipped.examples}
+
+
+def _report(facts: dict[str, Any], settings: CorpusSettings, say: Progress) -> None:
+    say.say(
+        f"data: {facts['documents']:,} documents → {facts['sequences']:,} sequences of at most "
+        f"{settings.sequence_length} tokens, {facts['tokens']:,} tokens, "
+        f"{facts['scored_tokens']:,} scored"
+    )
+    if facts["skipped"]:
+        say.say(f"skipped: {_counts(facts['skipped'])}")
+        for example in facts["examples"]:
+            say.say(f"  {example}")
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} × {reason}" for reason, count in sorted(counts.items()))
+
+
+def _check_disk(index: Path, sequences: int, length: int) -> None:
+    needed = sequences * (vectors.code_bytes(length) + 4)
+    free = shutil.disk_usage(index).free
+    if needed > free:
+        raise ResourceError(
+            f"the codes need {size(needed)} and {index} has {size(free)} free. Free some space, "
+            f"use fewer --bits (now {length}), or another folder; the same command goes on."
+        )
+
+
+def _segments(facts: dict[str, Any], segment_size: int) -> list[Segment]:
+    count = facts["sequences"]
+    return [
+        Segment(f"{number:06d}", first, min(segment_size, count - first), 0)
+        for number, first in enumerate(range(0, count, segment_size))
+    ]
+
+
+def _reader(index: Path, segment_size: int) -> Any:
+    """Records by id, from sealed and unsealed segments alike."""
+    def read(ids: list[int]) -> list[Record]:
+        found: dict[int, Record] = {}
+        for number in sorted({one // segment_size for one in ids}):
+            folder = segment_folder(index, f"{number:06d}")
+            if not folder.is_dir():
+                folder = segment_folder(index, f"{number:06d}.partial")
+            here = [one for one in ids if one // segment_size == number]
+            rows = [one % segment_size for one in here]
+            found.update(zip(here, records.read(folder / "records.lmdb", rows), strict=True))
+        return [found[one] for one in ids]
+    return read
+
+
+def _stored_codes(
+    index: Path, segments: list[Segment], segment_size: int, length: int, ids: list[int]
+) -> tuple[vectors.CodeIndex, Any]:
+    """The codes and norms of some sequences, joined in the order of `ids`."""
+    joined = vectors.CodeIndex(length)
+    norms = []
+    for segment in segments:
+        rows = [one - segment.first for one in ids
+                if segment.first <= one < segment.first + segment.rows]
+        if rows:
+            folder = segment_folder(index, segment.name)
+            stored = vectors.CodeIndex.read(folder / "vectors.faiss", length, segment.rows)
+            joined.add(stored.codes(rows))
+            norms.append(np.load(folder / "norms.npy", allow_pickle=False)[rows])
+    return joined, np.concatenate(norms)
+
+
+def _names(tracked: list[Module]) -> str:
+    kinds = dict.fromkeys(module.name.split(f".{module.layer}.", 1)[1] for module in tracked)
+    return ", ".join(kinds)
+
+
+def _versions() -> dict[str, str]:
+    libraries = {name: version(name) for name in ("torch", "transformers", "lmdb", "numpy")}
+    return {"gradindex": gradindex.__version__, "python": platform.python_version(),
+            "faiss": vectors.library_version(), **libraries}
