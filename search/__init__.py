@@ -1,0 +1,1 @@
+"""Online: shortlist by code, rescore exactly, say how complete the answer is."""

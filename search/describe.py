@@ -1,0 +1,65 @@
+"""What an index is, as facts and in people's words."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from gradindex import manifest
+from gradindex.progress import size
+from gradindex.vectors import code_bytes
+
+
+def describe(index: Path) -> dict[str, Any]:
+    """Everything `gradindex info` says, as plain JSON types; sizes in bytes."""
+    facts = manifest.load(index)
+    sizes: Counter[str] = Counter()
+    for name, about in facts.files.items():
+        kind = {"records.lmdb": "text", "vectors.faiss": "codes", "norms.npy": "codes"}.get(
+            Path(name).name, "curvature")
+        sizes[kind] += about["size"]
+    return {
+        "index": str(index), "format": facts.format, "model": facts.model, "dtype": facts.dtype,
+        "task": facts.task, "documents": facts.documents, "sequences": facts.sequences,
+        "sequence_length": facts.sequence_length, "tokens": facts.tokens,
+        "scored_tokens": facts.scored_tokens, "skipped": facts.skipped,
+        "train_sequences": facts.train_sequences, "modules": [m["name"] for m in facts.modules],
+        "layers": facts.layers, "parameter_share": facts.parameter_share, "fit": facts.fit,
+        "effective_dimension": sum(facts.effective_dimension.values()),
+        "damping": facts.damping,
+        "code": {**facts.code, "bytes": code_bytes(facts.code["length"])},
+        "calibration": facts.calibration, "segments": len(facts.segments), "bytes": dict(sizes),
+        "data": facts.plan["data"], "versions": facts.versions,
+    }
+
+
+def summary(facts: dict[str, Any]) -> str:
+    """The same in a dozen lines for people."""
+    model, code, bytes_ = facts["model"], facts["code"], facts["bytes"]
+    revision = f" @ {model['revision']}" if model["revision"] else ""
+    skipped = ", ".join(f"{count:,} × {why}" for why, count in sorted(facts["skipped"].items()))
+    sources = ", ".join(source["name"] for source in facts["data"][:3])
+    more = f" and {len(facts['data']) - 3} more" if len(facts["data"]) > 3 else ""
+    n_train = f"{facts['train_sequences']:,}" if facts["train_sequences"] else \
+        f"{facts['sequences']:,} (taken as the number indexed)"
+    rows = [
+        ("index", f"{facts['index']}, format {facts['format']}, complete"),
+        ("model", f"{model['name']}{revision}, weights {str(model['tensors'])[:12]}, "
+                  f"{facts['dtype']}"),
+        ("data", f"{facts['documents']:,} documents from {sources}{more}"),
+        ("sequences", f"{facts['sequences']:,} of at most {facts['sequence_length']} tokens in "
+                      f"{facts['segments']} segments, {facts['tokens']:,} tokens, "
+                      f"{facts['scored_tokens']:,} scored"),
+        *([("skipped", skipped)] if skipped else []),
+        ("N_train", n_train),
+        ("modules", f"{len(facts['modules'])} linear maps in {len(facts['layers'])} layers, "
+                    f"{facts['parameter_share']:.1%} of the parameters"),
+        ("curvature", f"EK-FAC on {facts['fit']['sequences']:,} sequences, labels of the "
+                      f"{facts['fit']['labels']}, damping {facts['damping']} × mean eigenvalue, "
+                      f"effective dimension {facts['effective_dimension']:,.0f}"),
+        ("codes", f"{code['length']:,} bits, {code['bytes']:,} bytes a sequence, "
+                  f"error constant c = {facts['calibration']['c']}, "
+                  f"slope {facts['calibration']['slope']}"),
+        ("size", f"{size(bytes_['codes'])} of codes, {size(bytes_['curvature'])} of curvature, "
+                 f"{size(bytes_['text'])} of training text (the index holds the text itself)"),
+    ]
+    return "\n".join(f"{name:<10} {text}" for name, text in rows)

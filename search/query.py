@@ -1,0 +1,104 @@
+"""A prompt and a completion, a chat, or tokens → a Query, checked before anything is computed."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from gradindex import text
+from gradindex.errors import InputError
+from gradindex.model import UNSCORED, LanguageModel, context_length
+from gradindex.results import Query
+
+CONTINUATION = 32  # tokens, where no completion is given
+
+
+def make_query(
+    model: LanguageModel, prompt: str | None = None, completion: str | None = None,
+    token_ids: Sequence[int] | None = None, labels: Sequence[int] | None = None,
+    messages: list[dict[str, Any]] | None = None,
+) -> Query:
+    """The query, tokenised. Without a completion, the model's own greedy continuation.
+
+    Raises InputError where it can't be scored: nothing predicted, too long (it is never cut),
+    token ids outside the vocabulary.
+    """
+    given = [prompt is not None or completion is not None, token_ids is not None,
+             messages is not None]
+    if sum(given) != 1:
+        raise InputError(
+            "give one query: a prompt and a completion, or token_ids and labels, or messages."
+        )
+    if token_ids is not None:
+        query = Query([int(token) for token in token_ids],
+                      [int(label) for label in (token_ids if labels is None else labels)])
+    elif model.tokenizer is None:
+        raise InputError(
+            "the model has no tokenizer; give --tokenizer, or the query as token_ids and labels."
+        )
+    elif messages is not None:
+        query = _chat_query(model, messages)
+    elif completion is not None:
+        if not completion:
+            raise InputError("the completion is empty; give the text to explain, or leave -c out "
+                             "to explain the model's own continuation.")
+        tokens = text.encode_pair(model.tokenizer, prompt or "", completion)
+        query = _scored_query(tokens, prompt, completion)
+    else:
+        ids = text.encode_pair(model.tokenizer, prompt or "", "").ids.tolist()
+        query = _continued_query(model, ids, prompt)
+    _check(query, model)
+    query.token_texts = text.pieces(model.tokenizer, query.tokens)
+    return query
+
+
+def _chat_query(model: LanguageModel, messages: list[dict[str, Any]]) -> Query:
+    text.check_chat_template(model.tokenizer, "messages")
+    if not messages or not all(
+        isinstance(message, dict) and {"role", "content"} <= set(message) for message in messages
+    ):
+        raise InputError("messages must be a list of objects with a role and a content.")
+    if messages[-1]["role"] == "assistant":
+        tokens = text.encode_messages(model.tokenizer, messages, last=True)
+        return _scored_query(tokens, None, str(messages[-1]["content"]))
+    prompt = text.render_messages(model.tokenizer, messages, answer=True)
+    ids = text.encode_rendered(model.tokenizer, prompt)
+    return _continued_query(model, ids, prompt)
+
+
+def _scored_query(tokens: text.Tokens, prompt: str | None, completion: str) -> Query:
+    labels = np.where(tokens.scored, tokens.ids, UNSCORED)
+    return Query(tokens.ids.tolist(), labels.tolist(), prompt, completion)
+
+
+def _continued_query(model: LanguageModel, ids: list[int], prompt: str | None) -> Query:
+    if not ids:
+        raise InputError("the prompt is empty and there is no completion: nothing to explain.")
+    longest = context_length(model.network.config) or len(ids) + CONTINUATION
+    own = model.continuation(ids, min(CONTINUATION, max(1, longest - len(ids))))
+    if not own:
+        raise InputError("the model ends right after the prompt; give a completion with -c.")
+    continuation = "".join(text.pieces(model.tokenizer, own))
+    return Query(ids + own, [UNSCORED] * len(ids) + own, prompt, continuation, generated=True)
+
+
+def _check(query: Query, model: LanguageModel) -> None:
+    n, vocabulary = len(query.tokens), model.network.config.get_text_config().vocab_size
+    if len(query.labels) != n or any(
+        label not in (UNSCORED, token)
+        for label, token in zip(query.labels, query.tokens, strict=False)
+    ):
+        raise InputError("labels must be as many as token_ids, each the token itself or −100.")
+    if any(not 0 <= token < vocabulary for token in query.tokens):
+        raise InputError(f"a token id lies outside the vocabulary, 0 to {vocabulary - 1}.")
+    longest = context_length(model.network.config)
+    if longest and n > longest:
+        raise InputError(
+            f"the query has {n} tokens, more than the model's context of {longest}. Shorten the "
+            "prompt; it is never cut silently."
+        )
+    if not query.scored:
+        raise InputError(
+            f"no token of the query can be scored ({n} tokens; a first token is never predicted). "
+            "Give a longer completion, or a prompt before it."
+        )

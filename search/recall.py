@@ -1,0 +1,43 @@
+"""How complete is the answer: the estimated share of the true top k that was found.
+
+A code's score is the exact influence plus Gaussian noise of sd σ_m. A sequence with influence s
+entered a shortlist with cut-off τ with probability π = 1 − Φ((τ − s)/σ_m), so each rescored hit
+stands for 1/π sequences (Horvitz & Thompson 1952): itself and those like it that were left out.
+"""
+
+from collections.abc import Sequence
+from statistics import NormalDist
+
+import numpy as np
+
+SMALLEST_PROBABILITY = 1e-4
+_STANDARD_NORMAL = NormalDist()
+
+
+def inclusion_probability(
+    influence: np.ndarray, error: np.ndarray, cutoff: float | None
+) -> np.ndarray:
+    """π [n] of sequences with exact `influence` [n] and code error sd `error` [n].
+
+    `cutoff` is the code score of the best sequence left out; with None nothing was and π = 1.
+    """
+    if cutoff is None:
+        return np.ones(len(influence))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        z = np.where(error > 0, (influence - cutoff) / error,
+                     np.where(influence > cutoff, np.inf, -np.inf))
+    return np.maximum([_STANDARD_NORMAL.cdf(float(value)) for value in z], SMALLEST_PROBABILITY)
+
+
+def estimated_recall(probabilities: Sequence[float] | np.ndarray, k: int) -> float:
+    """Share of the true top k held by the top k found, from π in order of exact influence.
+
+    The hits before the running sum of 1/π passes k, plus the fraction of the next that fits.
+    """
+    represented = 0.0
+    for hits, probability in enumerate(probabilities):
+        weight = 1 / probability
+        if represented + weight > k:
+            return (hits + (k - represented) / weight) / k
+        represented += weight
+    return len(probabilities) / k

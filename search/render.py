@@ -1,0 +1,232 @@
+"""One result, several renderings: terminal, JSON, JSON lines, CSV, HTML.
+
+Sign and units are said on each. Text of training data is never trusted: control characters are
+made visible in the terminal, everything is escaped in HTML.
+"""
+
+import csv
+import html
+import io
+import json
+import re
+import shutil
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+from gradindex.progress import duration
+from gradindex.results import UNITS, Hit, Result
+
+WINDOW = 48  # tokens of text shown around the strongest of them
+MARKED = 0.25  # a token is marked from this share of the strongest token's influence on
+BARS = "▁▂▃▄▅▆▇█"
+
+
+# ---- terminal
+
+
+def terminal(result: Result, width: int | None = None, color: bool = False) -> str:
+    """The result for people: `color` uses ANSI, else strong tokens stand in [brackets]."""
+    width = max(60, min(width or shutil.get_terminal_size((100, 24)).columns, 160))
+    lines = [*_heading(result, width), ""]
+    for rank, hit in enumerate(result.hits, 1):
+        lines += _hit_lines(rank, hit, result, width, color)
+    lines += ["", *_wrap(recall_statement(result), width)]
+    lines += _wrap(_sentence(result, color), width)
+    lines += [line for warning in result.warnings for line in _wrap(f"warning: {warning}", width)]
+    times = ", ".join(f"{name} {duration(value)}" for name, value in result.seconds.items()
+                      if value >= 0.05)
+    lines.append(f"seconds: {times}")
+    return "\n".join(lines)
+
+
+def _heading(result: Result, width: int) -> list[str]:
+    query = result.query
+    unscored = sum(1 for label in query.labels if label == -100)
+    prompt = "".join(query.token_texts[:unscored])
+    completion = "".join(query.token_texts[unscored:])
+    own = " (the model's own continuation)" if query.generated else ""
+    lines = _wrap(f"query: {visible(prompt)}⟦{visible(completion)}⟧{own}", width)
+    lines.append(f"       ⟦{query.scored} tokens scored⟧, log p = {query.log_p:.2f} nats")
+    kind = "opponents (most negative influence)" if result.opponents else "proponents"
+    lines.append(f"{kind}: {len(result)} of {result.sequences:,} sequences, "
+                 f"{result.rescored:,} rescored exactly")
+    return lines
+
+
+def _hit_lines(rank: int, hit: Hit, result: Result, width: int, color: bool) -> list[str]:
+    place = f"{visible(str(hit.source))}:{hit.row}"
+    label = "" if hit.user_id is None else f"{visible(str(hit.user_id))}  "
+    copies = f"  ×{len(hit.duplicates) + 1} equal" if hit.duplicates else ""
+    was = f"  code rank {hit.code_rank}" if hit.code_rank > 0 else ""
+    head = f"{rank:>3}  {_number(hit.influence)}  {_number(hit.nats)} nats  {label}"
+    head += f"sequence {hit.id}{copies}{was}"
+    strip = layer_strip(hit.layer_influence)
+    body = _wrap(_window(hit, color), width - 5)
+    lines = [head, f"     {place}  layers {strip}"]
+    lines += [f"     {line}" for line in body]
+    if hit.fields:
+        fields = ", ".join(f"{name}={value}" for name, value in hit.fields.items())
+        lines.append(f"     {visible(fields)[: width - 5]}")
+    return lines
+
+
+def _window(hit: Hit, color: bool) -> str:
+    """The strongest stretch of the text, its strong tokens marked with their sign."""
+    strength = [abs(value) for value in hit.token_influence] or [0.0] * len(hit.tokens)
+    best = max(range(len(strength)), key=lambda start: sum(strength[start : start + WINDOW]),
+               default=0)
+    best = max(0, min(best, len(strength) - WINDOW))
+    strongest = max(strength, default=0.0) or 1.0
+    shown = []
+    for place in range(best, min(best + WINDOW, len(hit.tokens))):
+        piece = visible(hit.tokens[place])
+        if strength[place] >= MARKED * strongest:
+            piece = _mark(piece, hit.token_influence[place] > 0, color)
+        shown.append(piece)
+    before = "…" if best > 0 else ""
+    after = "…" if best + WINDOW < len(hit.tokens) else ""
+    return before + "".join(shown) + after
+
+
+def _mark(piece: str, positive: bool, color: bool) -> str:
+    if color:
+        return f"\x1b[{'44;97' if positive else '43;30'};1m{piece}\x1b[0m"
+    return f"[+{piece}]" if positive else f"[-{piece}]"
+
+
+def layer_strip(values: list[float]) -> str:
+    """A bar per layer for the size of its influence; a layer below zero stands in parentheses."""
+    top = max((abs(value) for value in values), default=0.0) or 1.0
+    bars = (BARS[min(7, int(8 * abs(value) / top))] for value in values)
+    return "".join(bar if value >= 0 else f"({bar})"
+                   for bar, value in zip(bars, values, strict=True))
+
+
+def recall_statement(result: Result) -> str:
+    """What the answer holds of the true top k, in one sentence."""
+    recall = result.recall
+    if recall.cutoff is None and recall.estimate is not None and not result.interrupted:
+        return f"recall: complete, all {result.sequences:,} sequences were rescored exactly."
+    if recall.estimate is None:
+        return "recall: unknown."
+    return (
+        f"recall: an estimated {recall.estimate:.1%} of the true top {recall.k} are in this list "
+        f"(shortlist {result.rescored:,} of {result.sequences:,})."
+    )
+
+
+def _sentence(result: Result, color: bool) -> str:
+    n = f"N_train = {result.train_sequences:,}" + (
+        "" if result.train_sequences_given
+        else ", taken as the number indexed; set --train-sequences if it was trained on more"
+    )
+    marks = "blue tokens add to it, yellow ones take from it" if color else \
+        "[+tokens] add to it, [-tokens] take from it"
+    return f"{UNITS} {n}. In the text, {marks}; a token's share belongs to predicting what follows."
+
+
+# ---- machine formats
+
+
+def json_lines(hits: Iterable[Hit]) -> str:
+    """One JSON object a hit and line."""
+    return "".join(
+        json.dumps(asdict(hit), ensure_ascii=False, allow_nan=False) + "\n" for hit in hits
+    )
+
+
+CSV_COLUMNS = (
+    "rank", "id", "influence", "nats", "exact", "percentile", "code_score", "code_rank", "source",
+    "row", "document", "start", "end", "user_id", "duplicates", "text",
+)
+
+
+def csv_table(result: Result) -> str:
+    """A table with a row a hit; text that a spreadsheet would run as a formula is defused."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(CSV_COLUMNS)
+    for rank, hit in enumerate(result.hits, 1):
+        content = {**asdict(hit), "rank": rank, "duplicates": " ".join(map(str, hit.duplicates))}
+        writer.writerow([_defuse(content[name]) for name in CSV_COLUMNS])
+    return out.getvalue()
+
+
+def _defuse(value: Any) -> Any:
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@")) \
+        else value
+
+
+# ---- HTML
+
+
+def render_html(result: Result) -> str:
+    """Token-highlighted cards as a self-contained fragment, for notebooks."""
+    cards = "".join(_card(rank, hit) for rank, hit in enumerate(result.hits, 1))
+    return (
+        '<div style="font-family:system-ui,sans-serif;max-width:60em">'
+        f"<p><b>{html.escape(recall_statement(result))}</b></p>"
+        f'<p style="font-size:85%">{html.escape(UNITS)} Blue underlined tokens add to it, orange '
+        f"dotted ones take from it.</p>{cards}</div>"
+    )
+
+
+def _card(rank: int, hit: Hit) -> str:
+    strongest = max((abs(value) for value in hit.token_influence), default=0.0) or 1.0
+    spans = []
+    for piece, value in zip(hit.tokens, hit.token_influence or [0.0] * len(hit.tokens),
+                            strict=True):
+        share = abs(value) / strongest
+        color = f"rgba(30,100,230,{share:.2f})" if value >= 0 else f"rgba(240,140,0,{share:.2f})"
+        line = "underline solid" if value >= 0 else "underline dotted"
+        style = f"background:{color};" + (f"text-decoration:{line};" if share >= MARKED else "")
+        spans.append(f'<span style="{style}" title="{value:+.4g}">{html.escape(piece)}</span>')
+    who = html.escape(f"{hit.user_id or ''} {hit.source}:{hit.row}")
+    kind = "" if hit.exact else " (estimated)"
+    return (
+        f'<div style="border-top:1px solid #8888;padding:.5em 0"><b>{rank}</b> '
+        f"<b>{hit.influence:+.4g}</b>{kind} ({hit.nats:+.3g} nats a copy) {who} "
+        f"<span>layers {html.escape(layer_strip(hit.layer_influence))}</span>"
+        f'<div style="white-space:pre-wrap;font-family:monospace">{"".join(spans)}</div></div>'
+    )
+
+
+# ---- helpers
+
+
+def visible(text: str) -> str:
+    """Text safe for a terminal: newlines as ⏎, tabs as →, other control characters as \\xNN."""
+    return "".join(
+        {"\n": "⏎", "\t": "→"}.get(letter)
+        or (f"\\x{ord(letter):02x}" if unicodedata.category(letter) in ("Cc", "Cf", "Co", "Cs")
+            else letter)
+        for letter in text
+    )
+
+
+def _number(value: float) -> str:
+    return f"{value:+.3g}" if abs(value) < 1e4 else f"{value:+,.0f}"
+
+
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    """Break into lines of at most `width` letters, colour codes not counted or cut."""
+    lines, line, length, active = [], "", 0, ""
+    for piece in re.findall(r"\x1b\[[0-9;]*m|\S+|\s+", text):
+        if _ANSI.fullmatch(piece):
+            active = "" if piece == "\x1b[0m" else piece
+            line += piece
+            continue
+        while length + len(piece) > width:
+            whole = length and not piece.isspace() and len(piece) <= width
+            room = 0 if whole else width - length
+            lines.append((line + piece[:room]).rstrip(" ") + ("\x1b[0m" if active else ""))
+            piece = piece[room:].lstrip(" ")
+            line, length = active, 0
+        line += piece
+        length += len(piece)
+    return [*lines, line] if line else lines
