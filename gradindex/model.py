@@ -106,14 +106,28 @@ class ModelSource:
         # A model type whose default tokenizer class needs no file loads an empty one.
         return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
 
+    def resolve(self, device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+        """What "auto" means: a GPU if there is one; float32 on a CPU, the checkpoint's own on a GPU.
+
+        A loaded model stays where and what it is. Raises InputError for what can't be had.
+        """
+        if not isinstance(self.model, (str, Path)):
+            own = next(self.model.parameters())
+            return (own.device if device == "auto" else _device(device),
+                    own.dtype if dtype == "auto" else _dtype(dtype))
+        place = _device(device)
+        if dtype != "auto":
+            return place, _dtype(dtype)
+        own = getattr(self.load_config(), "dtype", None)
+        own = DTYPES.get(own) if isinstance(own, str) else own
+        return place, torch.float32 if place.type == "cpu" or own is None else own
+
     def load(self, device: str = "auto", dtype: str = "auto") -> "LanguageModel":
         """Load the weights (safetensors, unless `allow_pickle`) in evaluation mode.
 
-        `dtype` "auto" is float32 on a CPU and the checkpoint's own on a GPU.
         Raises InputError for a model, device or dtype that can't be had.
         """
-        place = resolve_device(device)
-        wanted = resolve_dtype(dtype, place, self.load_config())
+        place, wanted = self.resolve(device, dtype)
         network = self.model
         if isinstance(network, (str, Path)):
             with _readable_errors(self.name):
@@ -121,9 +135,7 @@ class ModelSource:
                     self.name, dtype=wanted, **self._arguments(),
                     use_safetensors=None if self.allow_pickle else True,
                 )
-        if isinstance(self.model, (str, Path)) or device != "auto" or dtype != "auto":
-            network = network.to(place, wanted)
-        network.eval().requires_grad_(False)
+        network = network.to(place, wanted).eval().requires_grad_(False)
         return LanguageModel(network, self.load_tokenizer(), self)
 
 
@@ -176,8 +188,7 @@ def context_length(config: Any) -> int | None:
     return int(length) if length else None
 
 
-def resolve_device(device: str) -> torch.device:
-    """`auto` is the first GPU if there is one, else the CPU. Raises InputError if absent."""
+def _device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -192,11 +203,7 @@ def resolve_device(device: str) -> torch.device:
     return place
 
 
-def resolve_dtype(dtype: str, device: torch.device, config: Any) -> torch.dtype:
-    if dtype == "auto":
-        own = getattr(config, "dtype", None)
-        own = DTYPES.get(own, torch.float32) if isinstance(own, str) else own
-        return torch.float32 if device.type == "cpu" or own is None else own
+def _dtype(dtype: str) -> torch.dtype:
     if dtype not in DTYPES:
         raise InputError(f"--dtype {dtype}: expected auto or one of {', '.join(DTYPES)}.")
     return DTYPES[dtype]

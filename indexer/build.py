@@ -39,8 +39,6 @@ from gradindex.model import (
     describe_modules,
     identify,
     parameter_share,
-    resolve_device,
-    resolve_dtype,
     tokenizer_digest,
     tracked_modules,
 )
@@ -118,14 +116,14 @@ def build(
         sources, own_tokenizer, settings, vocabulary=config.get_text_config().vocab_size,
         end_token=getattr(own_tokenizer, "eos_token_id", None),
     )
-    place = resolve_device(device)
+    place, resolved = source.resolve(device, dtype)
     plan = {
         "model": source.name, "revision": source.revision, "data": corpus.data_facts(),
         **{name: value for name, value in asdict(settings).items() if name != "strict"},
         "keep_fields": list(settings.keep_fields), "modules": modules,
         "fit_sequences": fit_sequences, "fit_labels": fit_labels, "damping": damping,
         "bits": _code_length(bits, settings.sequence_length),
-        "dtype": str(resolve_dtype(dtype, place, config)).removeprefix("torch."),
+        "dtype": str(resolved).removeprefix("torch."),
         "device": place.type, "batch_tokens": batch_tokens, "segment_size": segment_size,
         "seed": seed, "tokenizer": tokenizer_digest(own_tokenizer),
     }
@@ -210,8 +208,7 @@ def build(
         total = sum(file.stat().st_size for file in index.rglob("*") if file.is_file())
         say.say(f"index: {index}, {facts['sequences']:,} sequences, {size(total)} (it holds the "
                 "training text)")
-    return gradindex.open(index, model=language_model if _loaded(model) is not None else None,
-                          tokenizer=tokenizer)
+    return gradindex.open(index, model=_loaded(model), tokenizer=tokenizer)
 
 
 @dataclass

@@ -33,6 +33,8 @@ def estimated_recall(probabilities: Sequence[float] | np.ndarray, k: int) -> flo
     """Share of the true top k held by the top k found, from π in order of exact influence.
 
     The hits before the running sum of 1/π passes k, plus the fraction of the next that fits.
+    True on average where π changes slowly with rank; for k = 1 and a low recall it is cautious
+    (claims .61 where .68 is true, in simulation).
     """
     represented = 0.0
     for hits, probability in enumerate(probabilities):

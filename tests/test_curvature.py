@@ -1,0 +1,198 @@
+"""Λ, the preconditioner and the exact score against dense algebra in float64."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import labels_of
+from reference import covariances, ekfac_matrix, sequence_gradient
+
+from gradindex import curvature
+from gradindex.curvature import Curvature
+from gradindex.errors import DamagedIndexError, GradindexError
+from gradindex.gradients import backward, make_batch
+from gradindex.influence import exact_scores, precondition, query_gradient, score
+from gradindex.model import Module, tracked_modules
+from gradindex.progress import Progress
+from gradindex.records import Part, Record
+from indexer.fit import FitSettings, choose_sequences, eigenvectors, fit, uniforms
+
+
+def records_of(sequences):
+    return [Record(n, ids, scored, [Part(n, "x", n + 1, 0, 1, 0)])
+            for n, (ids, scored) in enumerate(sequences)]
+
+
+def fitted(model, modules, sequences, folder, labels="data", block=2, **changes):
+    records = records_of(sequences)
+    settings = FitSettings(list(range(len(records))), labels, block, 24, 5)
+    return fit(model, modules, lambda ids: [records[n] for n in ids], settings, folder,
+               Progress(), 0)
+
+
+def test_fit_equals_dense_averages(make_model, sequences, tmp_path):
+    model = make_model("gpt2")
+    modules = tracked_modules(model.network, "all")
+    ekfac = fitted(model, modules, sequences, tmp_path)
+    inputs = {module.name: [] for module in modules}
+    outputs = {module.name: [] for module in modules}
+
+    def each(module, a, d):
+        ones = torch.ones(*a.shape[:2], 1, dtype=a.dtype)
+        inputs[module.name].append(torch.cat([a, ones], -1)[0])
+        outputs[module.name].append(d[0])
+
+    for sequence in sequences:
+        backward(model, modules, make_batch([sequence], model.device), each)
+    gradients = [
+        sequence_gradient(model.network, [m.name for m in modules],
+                          torch.from_numpy(ids).long(), labels_of(ids, scored))
+        for ids, scored in sequences
+    ]
+    for module in modules:
+        found = ekfac[module.name]
+        a, s = covariances(inputs[module.name], outputs[module.name])
+        for matrix, q in ((a, found.eigenvectors_a), (s, found.eigenvectors_s)):
+            diagonal = q.T @ matrix @ q
+            scale = matrix.abs().max()
+            torch.testing.assert_close(diagonal, torch.diag(diagonal.diag()), rtol=0,
+                                       atol=float(1e-9 * scale))
+            torch.testing.assert_close(q.T @ q, torch.eye(len(q), dtype=q.dtype), rtol=0,
+                                       atol=1e-10)
+        truth = torch.stack([
+            (found.eigenvectors_s.T @ g[module.name] @ found.eigenvectors_a) ** 2
+            for g in gradients
+        ]).mean(0)
+        torch.testing.assert_close(found.eigenvalues, truth, rtol=1e-8,
+                                   atol=float(1e-12 * truth.max()))
+
+
+@pytest.mark.parametrize("damping", [0.1, 0.001, 10.0])
+def test_preconditioner_equals_the_dense_inverse(damping):
+    torch.manual_seed(0)
+    o, i = 5, 7
+    q_s = torch.linalg.qr(torch.randn(o, o, dtype=torch.float64))[0]
+    q_a = torch.linalg.qr(torch.randn(i, i, dtype=torch.float64))[0]
+    eigenvalues = torch.rand(o, i, dtype=torch.float64) ** 4
+    g = torch.randn(o, i, dtype=torch.float64)
+    dense = ekfac_matrix(q_s, q_a, eigenvalues, float(damping * eigenvalues.mean()))
+    expected = torch.linalg.solve(dense, g.flatten()).view(o, i)
+    found = Curvature(q_a, q_s, eigenvalues).precondition(g, damping)
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
+    again = Curvature(q_a, q_s, eigenvalues).precondition(g, damping)  # damping isn't added twice
+    assert torch.equal(found, again)
+    effective = Curvature(q_a, q_s, eigenvalues).effective_dimension(damping)
+    bare = ekfac_matrix(q_s, q_a, eigenvalues, 0.0)
+    assert effective == pytest.approx(float(torch.trace(torch.linalg.solve(dense, bare))))
+
+
+def test_exact_influence_and_its_terms(family, make_model, sequences, tmp_path):
+    model = make_model(family)
+    modules = tracked_modules(model.network, "all")
+    ekfac = fitted(model, modules, sequences, tmp_path)
+    names = [module.name for module in modules]
+    query_ids, query_scored = sequences[4]
+    batch = make_batch([sequences[4]], model.device)
+    gradients, log_p = query_gradient(model, modules, batch)
+    p = precondition(ekfac, {n: ekfac[n].coordinates(g, 0.1) for n, g in gradients.items()})
+    terms = score(model, modules, p, make_batch(sequences, model.device))
+
+    q = sequence_gradient(model.network, names, torch.from_numpy(query_ids).long(),
+                          labels_of(query_ids, query_scored))
+    totals = []
+    for row, (ids, scored) in enumerate(sequences):
+        m = sequence_gradient(model.network, names, torch.from_numpy(ids).long(),
+                              labels_of(ids, scored))
+        for place, name in enumerate(names):
+            c = ekfac[name]
+            dense = ekfac_matrix(c.eigenvectors_s, c.eigenvectors_a, c.eigenvalues,
+                                 float(0.1 * c.eigenvalues.mean()))
+            expected = q[name].flatten() @ torch.linalg.solve(dense, m[name].flatten())
+            torch.testing.assert_close(terms[row, :, place].sum(), expected, rtol=1e-4,
+                                       atol=1e-9)
+        totals.append(terms[row].sum())
+        assert (terms[row, len(ids):] == 0).all()
+    many = exact_scores(model, modules, [p, p], records_of(sequences), 24)
+    np.testing.assert_allclose(many[0], torch.stack(totals).numpy(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(many[0], many[1])
+    assert (log_p[:5] == 0).all() and (log_p[5:-1] < 0).all()
+
+
+def test_sampled_labels_depend_on_the_sequence_alone(make_model, sequences, tmp_path):
+    """The same curvature to rounding, however sequences are batched."""
+    model = make_model("gpt2")
+    modules = tracked_modules(model.network)
+    found = []
+    for name, batch_tokens in (("one", 1), ("many", 1000)):
+        (tmp_path / name).mkdir()
+        records = records_of(sequences)
+        settings = FitSettings(list(range(6)), "model", 4, batch_tokens, 5)
+        ekfac = fit(model, modules, lambda ids: [records[n] for n in ids], settings,  # noqa: B023
+                    tmp_path / name, Progress(), 0)
+        found.append(ekfac[modules[0].name])
+    torch.testing.assert_close(found[0].eigenvalues, found[1].eigenvalues, rtol=1e-6, atol=1e-12)
+    assert np.array_equal(uniforms(5, 2, 3, 4), uniforms(5, 2, 3, 4))
+    assert not np.array_equal(uniforms(5, 2, 3, 4), uniforms(5, 3, 3, 4))
+    assert not np.array_equal(uniforms(5, 2, 3, 4), uniforms(5, 2, 4, 4))
+    assert np.array_equal(uniforms(5, 2, 3, 9)[:4], uniforms(5, 2, 3, 4))
+
+
+def test_model_labels_differ_from_data_labels(make_model, sequences, tmp_path):
+    model = make_model("gpt2")
+    modules = tracked_modules(model.network)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "model").mkdir()
+    data = fitted(model, modules, sequences, tmp_path / "data", "data")
+    sampled = fitted(model, modules, sequences, tmp_path / "model", "model")
+    name = modules[0].name
+    assert not torch.allclose(data[name].eigenvalues, sampled[name].eigenvalues, rtol=0.01)
+
+
+def test_eigenvectors_have_a_fixed_sign():
+    torch.manual_seed(2)
+    x = torch.randn(20, 6, dtype=torch.float64)
+    q = eigenvectors(x.T @ x, "x")
+    assert (q.gather(0, q.abs().argmax(0, keepdim=True)) > 0).all()
+    rotated = q.T @ (x.T @ x) @ q
+    torch.testing.assert_close(rotated, torch.diag(rotated.diag()), rtol=0, atol=1e-10)
+    assert (rotated.diag().diff() >= 0).all()
+
+
+def test_a_module_without_gradient_is_named(make_model, sequences, tmp_path):
+    model = make_model("gpt2")
+    modules = tracked_modules(model.network)
+    with torch.no_grad():
+        model.network.transformer.h[1].mlp.c_proj.weight.zero_()
+    with pytest.raises(GradindexError, match=r"h\.1\.mlp\.c_fc has no gradient .* --modules"):
+        fitted(model, modules, sequences, tmp_path)
+
+
+def test_a_gradient_that_is_not_finite_is_named(make_model, sequences, tmp_path):
+    model = make_model("gpt2")
+    with torch.no_grad():
+        model.network.transformer.h[1].mlp.c_fc.bias[0] = float("nan")
+    with pytest.raises(GradindexError, match=r"covariance of .* is not finite within sequences 0"):
+        fitted(model, tracked_modules(model.network), sequences, tmp_path)
+
+
+def test_choose_sequences_is_a_sample_without_replacement():
+    assert choose_sequences(5, 9, 0) == [0, 1, 2, 3, 4]
+    chosen = choose_sequences(1000, 100, 1)
+    assert chosen == sorted(set(chosen)) and len(chosen) == 100 and max(chosen) < 1000
+    assert chosen == choose_sequences(1000, 100, 1) != choose_sequences(1000, 100, 2)
+    assert 350 < np.mean(chosen) < 650
+
+
+def test_curvature_files_are_checked(tmp_path):
+    module = Module("block.0.mlp", 0, False, 2, 3, True)
+    whole = Curvature(torch.eye(4), torch.eye(2), torch.ones(2, 4))
+    curvature.save(tmp_path, module, whole)
+    place = torch.device("cpu")
+    found = curvature.load(tmp_path, [module], place, torch.float32)["block.0.mlp"]
+    assert torch.equal(found.eigenvalues, whole.eigenvalues)
+    other = Module("block.0.mlp", 0, False, 2, 4, True)
+    with pytest.raises(DamagedIndexError, match=r"expected .*\(5, 5\)"):
+        curvature.load(tmp_path, [other], place, torch.float32)
+    path = curvature.path_of(tmp_path, module)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(DamagedIndexError, match="can't be read"):
+        curvature.load(tmp_path, [module], place, torch.float32)
