@@ -27,7 +27,6 @@ class Segment:
     name: str
     first: int
     rows: int
-    tokens: int
 
 
 @dataclass

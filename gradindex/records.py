@@ -89,12 +89,6 @@ def read(path: Path, rows: Sequence[int]) -> list[Record]:
         raise DamagedIndexError(f"{path} can't be read: {error}. Copy the index again.") from error
 
 
-def count(path: Path) -> int:
-    """How many records a file holds."""
-    with _ONE_AT_A_TIME, _open(path, readonly=True, lock=False) as environment:
-        return int(environment.stat()["entries"])
-
-
 def _open(path: Path, **arguments: Any) -> lmdb.Environment:
     return lmdb.open(str(path), subdir=False, **arguments)
 

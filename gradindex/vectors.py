@@ -88,8 +88,3 @@ class CodeIndex:
 
 def library_version() -> str:
     return str(faiss.__version__)
-
-
-def set_threads(count: int) -> None:
-    """Threads of one FAISS call; scans run one segment per Python thread instead."""
-    faiss.omp_set_num_threads(count)

@@ -10,9 +10,11 @@ import gzip
 import io
 import json
 import math
+import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,9 +27,13 @@ from gradindex import text
 from gradindex.errors import InputError
 from gradindex.records import Part, Record
 
-LONGEST_LINE = 64 << 20  # bytes; a longer JSONL line is taken for damage
+LONGEST_LINE = 64 << 20  # bytes; a longer JSONL line is taken for damage and left out
 KEPT_EXAMPLES = 20  # bad rows remembered with file and line; all are counted
 
+# task: the fields it needs, by their default names
+NEEDED_FIELDS = {
+    "text": {"text"}, "completion": {"prompt", "completion"}, "messages": {"messages"},
+}
 FORMS = (
     "a .jsonl (.gz, .zst), .parquet, .npy or text file, a folder of such files, or a folder "
     "written by datasets' save_to_disk"
@@ -62,6 +68,10 @@ class _BadRowError(Exception):
     """A row that can't be used, with the reason."""
 
 
+_Row = dict[str, Any] | _BadRowError
+_Columns = Callable[[list[str]], list[str]]
+
+
 @dataclass
 class _Source:
     kind: str  # jsonl, parquet, arrow, npy, text or rows
@@ -72,7 +82,7 @@ class _Source:
 class Corpus:
     """The sequences of some data files, in order.
 
-    `data` holds paths (see FORMS) or iterables of dictionaries (a `datasets.Dataset`, a list).
+    `data` holds paths (see FORMS) or dictionaries in a list, a `datasets.Dataset` or the like.
     Raises InputError for a path that can't be read, unsuitable fields, or a missing chat template.
     """
 
@@ -84,11 +94,13 @@ class Corpus:
         self.tokenizer = tokenizer
         self.vocabulary = vocabulary
         self.end_token = end_token
-        self.sources = [source for item in data for source in _discover(item)]
+        items = list(data)
+        self.sources = [source for item in items for source in _discover(item)]
         self.skipped = Skipped()
         self.documents = 0
         if not self.sources:
-            raise InputError(f"no data files were found; expected {FORMS}.")
+            found = ", ".join(str(item) for item in items) or "nothing"
+            raise InputError(f"no data files were found in {found}; expected {FORMS}.")
         self.task = self._find_task()
         if self.task != "tokens" and tokenizer is None:
             raise InputError(
@@ -104,15 +116,12 @@ class Corpus:
             )
 
     def data_facts(self) -> list[dict[str, Any]]:
-        """Name and size of every file, to notice that the data changed."""
-        return [
-            {"name": source.name, "size": source.content.stat().st_size}
-            if isinstance(source.content, Path) else {"name": source.name, "size": None}
-            for source in self.sources
-        ]
+        """Name and size (bytes, or rows) of every source, to notice that the data changed."""
+        return [{"name": source.name, "size": _size(source.content)} for source in self.sources]
 
     def sequences(self) -> Iterator[Record]:
         """Every sequence in order, with ids from 0."""
+        self.skipped, self.documents = Skipped(), 0
         made = self._packed() if self.settings.pack and self.task != "tokens" else self._windows()
         for number, record in enumerate(made):
             record.id = number
@@ -125,9 +134,7 @@ class Corpus:
         for part, tokens in self._documents():
             for start in range(0, len(tokens.ids), length):
                 cut = slice(start, start + length)
-                first, last = _characters(tokens.spans[cut])
-                here = Part(part.document, part.source, part.row, first, last, 0, part.user_id,
-                            part.fields)
+                here = _stretch(part, tokens.spans[cut], token=0)
                 yield from self._record(tokens.ids[cut], tokens.scored[cut], [here])
 
     def _packed(self) -> Iterator[Record]:
@@ -135,20 +142,21 @@ class Corpus:
         ids: list[int] = []
         scored: list[bool] = []
         parts: list[Part] = []
+        assert self.end_token is not None  # as checked above
         for part, tokens in self._documents():
-            end = np.array([self.end_token], dtype=np.int32)
-            stream = np.concatenate([tokens.ids, end])
-            mask = np.append(tokens.scored, tokens.scored[-1])
-            spans = np.vstack([tokens.spans, [[0, 0]]])
+            if tokens.ids[-1] != self.end_token:  # some tokenizers add it by themselves
+                tokens = text.Tokens(
+                    np.append(tokens.ids, np.int32(self.end_token)),
+                    np.append(tokens.scored, tokens.scored[-1]),
+                    np.vstack([tokens.spans, tokens.spans[-1:, [1, 1]]]),
+                )
             done = 0
-            while done < len(stream):
+            while done < len(tokens.ids):
                 cut = slice(done, done + length - len(ids))
-                first, last = _characters(spans[cut])
-                parts.append(Part(part.document, part.source, part.row, first, last, len(ids),
-                                  part.user_id, part.fields))
-                ids.extend(stream[cut].tolist())
-                scored.extend(mask[cut].tolist())
-                done += length - (parts[-1].token)
+                parts.append(_stretch(part, tokens.spans[cut], token=len(ids)))
+                ids.extend(tokens.ids[cut].tolist())
+                scored.extend(tokens.scored[cut].tolist())
+                done = cut.stop
                 if len(ids) == length:
                     yield from self._record(np.array(ids, np.int32), np.array(scored), parts)
                     ids, scored, parts = [], [], []
@@ -163,18 +171,21 @@ class Corpus:
 
     def _documents(self) -> Iterator[tuple[Part, text.Tokens]]:
         for source, row, content in self._rows():
-            if self.settings.limit is not None and self.documents >= self.settings.limit:
-                return
             try:
                 if isinstance(content, _BadRowError):
                     raise content
                 tokens = self._tokens(content)
+                self._check(tokens)
                 user_id, fields = self._metadata(content)
             except _BadRowError as bad:
                 self._skip(source, row, str(bad))
                 continue
-            yield Part(self.documents, source.name, row, -1, -1, 0, user_id, fields), tokens
+            except InputError as error:
+                raise InputError(f"{source.name}:{row}: {error}") from None
             self.documents += 1
+            yield Part(self.documents - 1, source.name, row, -1, -1, 0, user_id, fields), tokens
+            if self.documents == self.settings.limit:
+                return
 
     def _skip(self, source: _Source, row: int, reason: str) -> None:
         where = f"{source.name}:{row}: {reason}"
@@ -187,23 +198,19 @@ class Corpus:
     # ---- rows → tokens
 
     def _fields(self) -> dict[str, str]:
-        s = self.settings
-        return {"text": s.text_field or "text", "prompt": s.prompt_field or "prompt",
-                "completion": s.completion_field or "completion",
-                "messages": s.messages_field or "messages"}
+        return {name: getattr(self.settings, f"{name}_field") or name
+                for name in ("text", "prompt", "completion", "messages")}
 
     def _find_task(self) -> str:
-        s = self.settings
-        tokens = [source.kind == "npy" for source in self.sources]
-        if any(tokens):
-            if not all(tokens):
-                raise InputError("token files (.npy) and text can't be mixed in one index.")
+        kinds = {source.kind for source in self.sources}
+        if kinds == {"npy"}:
             return "tokens"
-        wanted = {
-            "text": s.text_field, "completion": s.prompt_field or s.completion_field,
-            "messages": s.messages_field,
-        }
-        named = [task for task, given in wanted.items() if given]
+        if "npy" in kinds:
+            raise InputError(
+                "the data holds token files (.npy) and text; an index takes one kind. Give one."
+            )
+        named = [task for task, needed in NEEDED_FIELDS.items()
+                 if any(getattr(self.settings, f"{name}_field") for name in needed)]
         if len(named) > 1:
             raise InputError(
                 "--text-field, --prompt-field/--completion-field and --messages-field exclude each "
@@ -211,30 +218,25 @@ class Corpus:
             )
         if named:
             return named[0]
-        fields = self._fields()
-        seen: list[str] = []
-        for _, _, content in self._rows():
-            if isinstance(content, dict):
-                seen = [str(name) for name in content]
-                if fields["text"] in content:
-                    return "text"
-                if fields["prompt"] in content and fields["completion"] in content:
-                    return "completion"
-                if fields["messages"] in content:
-                    return "messages"
-                break
-        else:
-            return "text"
-        raise InputError(
-            f"the first record of {self.sources[0].name} has the fields {', '.join(seen) or 'none'}"
-            "; expected text, prompt and completion, or messages. Name yours with --text-field, "
-            "--prompt-field and --completion-field, or --messages-field."
-        )
+        for source, _, content in self._rows():
+            if isinstance(content, _BadRowError):
+                continue
+            for task, needed in NEEDED_FIELDS.items():
+                if needed <= set(content):
+                    return task
+            found = ", ".join(str(name) for name in content) or "none"
+            raise InputError(
+                f"the first record of {source.name} has the fields {found}; expected text, prompt "
+                "and completion, or messages. Name yours with --text-field, --prompt-field and "
+                "--completion-field, or --messages-field."
+            )
+        return "text"
 
     def _tokens(self, content: dict[str, Any]) -> text.Tokens:
         fields = self._fields()
         if self.task == "tokens":
-            return self._check_tokens(content["tokens"])
+            ids = content["tokens"].astype(np.int64)
+            return text.Tokens(ids, np.ones(len(ids), bool), np.full((len(ids), 2), -1))
         if self.task == "text":
             document = _string(content, fields["text"])
             if not document.strip():
@@ -245,7 +247,7 @@ class Corpus:
             if not completion.strip():
                 raise _BadRowError("empty completion")
             return text.encode_pair(self.tokenizer, _string(content, fields["prompt"]), completion)
-        messages = content.get(fields["messages"])
+        messages = _value(content, fields["messages"])
         if not isinstance(messages, list) or not all(
             isinstance(message, dict) and isinstance(message.get("content"), str)
             and isinstance(message.get("role"), str) for message in messages
@@ -253,74 +255,73 @@ class Corpus:
             raise _BadRowError(f"field {fields['messages']!r} is not a list of role and content")
         if not any(message["role"] == "assistant" for message in messages):
             raise _BadRowError("no assistant message")
-        return text.encode_messages(self.tokenizer, messages)
+        _check_characters(fields["messages"], json.dumps(messages, ensure_ascii=False, default=str))
+        try:
+            return text.encode_messages(self.tokenizer, messages)
+        except text.ChatTemplateError as error:
+            reason = f"the chat template refuses the messages ({error.__cause__})"
+            raise _BadRowError(reason) from None
 
-    def _check_tokens(self, ids: np.ndarray) -> text.Tokens:
-        if ids.min() < 0 or ids.max() >= self.vocabulary:
+    def _check(self, tokens: text.Tokens) -> None:
+        if not len(tokens.ids):
+            raise _BadRowError("no token")
+        least, most = tokens.ids.min(), tokens.ids.max()
+        if least < 0 or most >= self.vocabulary:
             raise _BadRowError(
-                f"token id outside the vocabulary (found {ids.min()} to {ids.max()}, expected 0 to "
+                f"token id outside the vocabulary (found {least} to {most}, expected 0 to "
                 f"{self.vocabulary - 1})"
             )
-        spans = np.full((len(ids), 2), -1, dtype=np.int64)
-        return text.Tokens(ids.astype(np.int32), np.ones(len(ids), dtype=bool), spans)
+        tokens.ids = tokens.ids.astype(np.int32)
 
     def _metadata(self, content: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         id_field = self.settings.id_field
-        if id_field is not None and id_field not in content:
-            raise _BadRowError(f"missing field {id_field!r}")
-        user_id = _plain(content[id_field]) if id_field is not None else None
+        user_id = None if id_field is None else _plain(_value(content, id_field))
         return user_id, {name: _plain(content.get(name)) for name in self.settings.keep_fields}
 
     # ---- files → rows
 
-    def _rows(self) -> Iterator[tuple[_Source, int, dict[str, Any] | _BadRowError]]:
-        wanted = {*self._fields().values(), self.settings.id_field, *self.settings.keep_fields}
+    def _rows(self) -> Iterator[tuple[_Source, int, _Row]]:
+        readers: dict[str, Callable[[Any], Iterable[_Row | None]]] = {
+            "jsonl": _jsonl_rows, "npy": self._token_rows, "rows": partial(map, _as_object),
+            "parquet": partial(_parquet_rows, columns=self._columns),
+            "arrow": partial(_arrow_rows, columns=self._columns),
+            "text": partial(_text_rows, name=self._fields()["text"]),
+        }
         for source in self.sources:
-            if source.kind == "jsonl":
-                rows = _jsonl_rows(source.content)
-            elif source.kind == "parquet":
-                rows = _parquet_rows(source.content, wanted)
-            elif source.kind == "arrow":
-                rows = _arrow_rows(source.content)
-            elif source.kind == "npy":
-                rows = self._token_rows(source.content)
-            elif source.kind == "text":
-                rows = _text_rows(source.content, self._fields()["text"])
-            else:
-                rows = iter(source.content)
-            for number, content in enumerate(rows, 1):
+            for number, content in enumerate(readers[source.kind](source.content), 1):
                 if content is not None:  # a blank line
                     yield source, number, content
+
+    def _columns(self, names: list[str]) -> list[str]:
+        """The columns to read: what is used, or all, to be shown, where no content is known."""
+        content = set(self._fields().values())
+        used = {*content, self.settings.id_field, *self.settings.keep_fields}
+        return [name for name in names if name in used] if content & set(names) else names
 
     def _token_rows(self, path: Path) -> Iterator[dict[str, Any]]:
         array = _load_tokens(path)
         length = self.settings.sequence_length
-        if array.ndim == 2:
-            if array.shape[1] > length:
-                raise InputError(
-                    f"{path} has rows of {array.shape[1]} tokens, more than the sequence length "
-                    f"of {length}. Give --seq-len {array.shape[1]} if the model's context allows "
-                    "it, or cut the rows."
-                )
-            yield from ({"tokens": np.asarray(row)} for row in array)
-        else:
-            for start in range(0, len(array), length):
-                yield {"tokens": np.asarray(array[start : start + length])}
+        if array.ndim == 2 and array.shape[1] > length:
+            raise InputError(
+                f"{path} has rows of {array.shape[1]} tokens, more than the sequence length of "
+                f"{length}. Give --seq-len {array.shape[1]} if the model's context allows it, or "
+                "cut the rows."
+            )
+        rows = array if array.ndim == 2 else (
+            array[start : start + length] for start in range(0, len(array), length))
+        yield from ({"tokens": np.asarray(row)} for row in rows)
 
 
 def token_file_width(data: Iterable[Any]) -> int | None:
     """The widest row of 2-D token files, or None where there is none."""
-    widths = [
-        _load_tokens(source.content).shape[1]
-        for item in data for source in _discover(item)
-        if source.kind == "npy" and _load_tokens(source.content).ndim == 2
-    ]
-    return max(widths, default=None)
+    files = [source.content for item in data for source in _discover(item) if source.kind == "npy"]
+    shapes = [_load_tokens(file).shape for file in files]
+    return max((shape[1] for shape in shapes if len(shape) == 2), default=None)
 
 
 def _load_tokens(path: Path) -> np.ndarray:
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = np.lib.format.open_memmap(path, mode="r")
     except (OSError, ValueError) as error:
         raise InputError(f"{path} can't be read as a .npy file: {error}.") from None
     if not np.issubdtype(array.dtype, np.integer) or array.ndim not in (1, 2) or not array.size:
@@ -333,6 +334,11 @@ def _load_tokens(path: Path) -> np.ndarray:
 
 def _discover(item: Any) -> list[_Source]:
     if not isinstance(item, (str, Path)):
+        if isinstance(item, (Mapping, Iterator)) or not isinstance(item, Iterable):
+            raise InputError(
+                f"the data given is a {type(item).__name__}; expected paths, or records that can "
+                "be read more than once: a list of dictionaries, or one split of a dataset."
+            )
         return [_Source("rows", "the data given", item)]
     path = Path(item)
     if path.is_dir():
@@ -342,30 +348,35 @@ def _discover(item: Any) -> list[_Source]:
             raise InputError(f"{path} holds several splits; give one of them: {splits}.")
         if (path / "state.json").is_file():
             return [_Source("arrow", str(path), path)]
-        files = sorted(file for file in path.rglob("*") if file.is_file() and not any(
-            part.startswith(".") for part in file.relative_to(path).parts))
-        return [source for file in files for source in _discover(file)]
+        entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
+        return [source for entry in entries for source in _discover(entry)]
     if not path.is_file():
         raise InputError(f"{path} does not exist; expected {FORMS}.")
     name = path.name.removesuffix(".gz").removesuffix(".zst")
     if name.endswith((".jsonl", ".ndjson")):
         return [_Source("jsonl", str(path), path)]
-    for suffix in ("parquet", "npy"):
-        if path.name.endswith(f".{suffix}"):
-            return [_Source(suffix, str(path), path)]
-    return [_Source("text", str(path), path)]
+    kind = {".parquet": "parquet", ".npy": "npy"}.get(path.suffix, "text")
+    return [_Source(kind, str(path), path)]
 
 
-def _jsonl_rows(path: Path) -> Iterator[dict[str, Any] | _BadRowError | None]:
-    with _decompressed(path) as file:
-        while True:
-            try:
-                line = file.readline(LONGEST_LINE)
-            except (OSError, EOFError) as error:
-                raise InputError(f"{path} is damaged or cut short: {error}.") from None
-            if not line:
-                return
-            yield _parse_line(line)
+def _size(content: Any) -> int | None:
+    if not isinstance(content, Path):
+        return len(content) if hasattr(content, "__len__") else None
+    files = content.iterdir() if content.is_dir() else [content]
+    return sum(file.stat().st_size for file in files)
+
+
+def _jsonl_rows(path: Path) -> Iterator[_Row | None]:
+    try:
+        with _decompressed(path) as file:
+            while line := file.readline(LONGEST_LINE):
+                whole = True
+                while len(line) == LONGEST_LINE and not line.endswith(b"\n"):
+                    line, whole = file.readline(LONGEST_LINE), False
+                yield _parse_line(line) if whole else _BadRowError(
+                    f"line longer than {LONGEST_LINE:,} bytes")
+    except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
+        raise InputError(f"{path} is damaged, cut short or can't be read: {error}.") from None
 
 
 def _decompressed(path: Path) -> BinaryIO:
@@ -377,71 +388,94 @@ def _decompressed(path: Path) -> BinaryIO:
     return path.open("rb")
 
 
-def _parse_line(line: bytes) -> dict[str, Any] | _BadRowError | None:
-    if not line.strip():
-        return None
+def _parse_line(line: bytes) -> _Row | None:
     try:
-        content = json.loads(line.decode("utf-8-sig"))
+        content = line.decode("utf-8-sig").strip()
+        return _as_object(json.loads(content)) if content else None
     except UnicodeDecodeError as error:
         return _BadRowError(f"invalid UTF-8 (byte {error.start})")
     except (ValueError, RecursionError) as error:
         return _BadRowError(f"invalid JSON ({error})")
-    if not isinstance(content, dict):
-        return _BadRowError(f"not a JSON object (a {type(content).__name__})")
-    return content
 
 
-def _parquet_rows(path: Path, wanted: set[str | None]) -> Iterator[dict[str, Any]]:
+def _as_object(content: Any) -> _Row:
+    if isinstance(content, dict):
+        return content
+    return _BadRowError(f"not an object (a {type(content).__name__})")
+
+
+def _parquet_rows(path: Path, columns: _Columns) -> Iterator[_Row]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            columns = [name for name in file.schema_arrow.names if name in wanted]
-            # Without a known column, show what is there: the first record names the fields.
-            for batch in file.iter_batches(batch_size=1024, columns=columns or None):
-                yield from batch.to_pylist()
+            names = columns(file.schema_arrow.names)
+            for batch in file.iter_batches(batch_size=1024, columns=names):
+                yield from _batch_rows(batch)
     except (OSError, pyarrow.ArrowException) as error:
         raise InputError(f"{path} can't be read as Parquet: {error}.") from None
 
 
-def _arrow_rows(folder: Path) -> Iterator[dict[str, Any]]:
+def _arrow_rows(folder: Path, columns: _Columns) -> Iterator[_Row]:
     """Rows of a folder that `datasets.Dataset.save_to_disk` wrote, without importing datasets."""
     try:
         state = json.loads((folder / "state.json").read_text())
         for entry in state["_data_files"]:
             with pyarrow.memory_map(str(folder / entry["filename"])) as file:
                 for batch in pyarrow.ipc.open_stream(file):
-                    yield from batch.to_pylist()
+                    yield from _batch_rows(batch.select(columns(batch.schema.names)))
     except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:
         raise InputError(f"{folder} can't be read as a datasets folder: {error}.") from None
 
 
-def _text_rows(path: Path, name: str) -> Iterator[dict[str, Any] | _BadRowError]:
+def _batch_rows(batch: pyarrow.RecordBatch) -> Iterator[_Row]:
+    for row in range(len(batch)):
+        try:
+            content = batch.slice(row, 1).to_pylist()[0]
+        except UnicodeDecodeError as error:
+            content = _BadRowError(f"invalid UTF-8 (byte {error.start})")
+        yield content
+
+
+def _text_rows(path: Path, name: str) -> Iterator[_Row]:
     try:
         yield {name: path.read_bytes().decode("utf-8-sig")}
     except UnicodeDecodeError as error:
         yield _BadRowError(f"invalid UTF-8 (byte {error.start})")
+    except OSError as error:
+        raise InputError(f"{path} can't be read: {error}.") from None
+
+
+def _value(content: dict[str, Any], name: str) -> Any:
+    if name not in content:
+        raise _BadRowError(f"missing field {name!r}")
+    return content[name]
 
 
 def _string(content: dict[str, Any], name: str) -> str:
-    if name not in content:
-        raise _BadRowError(f"missing field {name!r}")
-    value = content[name]
+    value = _value(content, name)
     if not isinstance(value, str):
         raise _BadRowError(f"field {name!r} is not text (a {type(value).__name__})")
+    _check_characters(name, value)
+    return value
+
+
+def _check_characters(name: str, value: str) -> None:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
         raise _BadRowError(f"invalid UTF-8 (a lone surrogate in {name!r})") from None
-    return value
 
 
-def _characters(spans: np.ndarray) -> tuple[int, int]:
-    """First and last character of a run of tokens; special tokens don't count."""
-    real = spans[spans[:, 1] > spans[:, 0]]
-    return (int(real[:, 0].min()), int(real[:, 1].max())) if len(real) else (-1, -1)
+def _stretch(part: Part, spans: np.ndarray, token: int) -> Part:
+    """The part of a document that some of its tokens cover; special tokens cover nothing."""
+    covering = spans[spans[:, 1] > spans[:, 0]]
+    spans = covering if len(covering) else spans
+    return replace(part, start=int(spans[:, 0].min()), end=int(spans[:, 1].max()), token=token)
 
 
 def _plain(value: Any) -> Any:
     """A metadata value as JSON can hold it."""
+    if isinstance(value, np.generic):
+        value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):

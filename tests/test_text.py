@@ -1,0 +1,289 @@
+"""Spans, loss masks and the text of tokens, with tokenizers of the usual kinds."""
+
+import functools
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from gradindex import text
+from gradindex.errors import InputError
+
+SENTENCES = ["hello world, the water is cold", "the world is composed of water and fire",
+             "yes and no <|user|> <|assistant|> <|end|>", "naïve 😀 中文"]
+LOOP = "{% for m in messages %}<|{{ m.role }}|>BODY\n{% endfor %}"
+ANSWER = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+PLAIN_TEMPLATE = LOOP.replace("BODY", "{{ m.content }}<|end|>") + ANSWER
+MARKED_TEMPLATE = LOOP.replace(
+    "BODY", "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|end|>"
+    "{% endgeneration %}{% else %}{{ m.content }}<|end|>{% endif %}") + ANSWER
+CHAT = [
+    {"role": "user", "content": "is water cold"}, {"role": "assistant", "content": " yes "},
+    {"role": "user", "content": "and fire"}, {"role": "assistant", "content": "no"},
+]
+
+
+@functools.cache
+def byte_tokenizer(frame="$A", trim=False, template=None):
+    """Byte-level BPE, as of GPT-2; `frame` places the special tokens <b> and <e>."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.train_from_iterator(SENTENCES, trainers.BpeTrainer(
+        vocab_size=340, special_tokens=["<e>", "<b>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    made.post_processor = processors.Sequence([
+        processors.ByteLevel(trim_offsets=trim),
+        processors.TemplateProcessing(single=frame, special_tokens=[("<e>", 0), ("<b>", 1)]),
+    ])
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<b>", eos_token="<e>")
+    wrapped.chat_template = template
+    return wrapped
+
+
+@functools.cache
+def unigram_tokenizer():
+    """SentencePiece-style: a space is put before the text, and taken away when decoding."""
+    words = ["▁the", "▁world", "▁is", "▁co", "ld"]
+    made = Tokenizer(models.Unigram(
+        [("<unk>", 0.0), ("<e>", 0.0), *((word, -2.0) for word in words),
+         *((letter, -9.0) for letter in "▁acdehlnorstw中�")], unk_id=0))
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    made.decoder = decoders.Metaspace(prepend_scheme="always")
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<e>", unk_token="<unk>")
+
+
+@functools.cache
+def fallback_tokenizer():
+    """As of Llama 2: characters without a token become bytes."""
+    tokens = ["<unk>", "<e>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁helowrd", "�"]
+    made = Tokenizer(models.BPE(vocab={token: place for place, token in enumerate(tokens)},
+                                merges=[], unk_token="<unk>", byte_fallback=True))
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(),
+                                      decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<e>", unk_token="<unk>")
+
+
+KINDS = [byte_tokenizer, unigram_tokenizer, fallback_tokenizer]
+
+
+def plain_ids(tokenizer, string):
+    return tokenizer(string, add_special_tokens=False)["input_ids"]
+
+
+def scored_text(tokenizer, tokens):
+    return tokenizer.decode(tokens.ids[tokens.scored].tolist())
+
+
+# ---- plain text and spans
+
+
+def test_a_plain_document_scores_every_token_with_the_tokenizers_own_special_tokens():
+    tokenizer = byte_tokenizer("<b> $A <e>")
+    tokens = text.encode(tokenizer, "hello world")
+    assert tokens.ids.tolist() == [1, *plain_ids(tokenizer, "hello world"), 0]
+    assert tokens.ids.dtype == np.int32
+    assert tokens.scored.tolist() == [True] * 4
+    assert tokens.spans.tolist() == [[0, 0], [0, 5], [5, 11], [11, 11]]
+
+
+@pytest.mark.parametrize("trim", [False, True])
+@pytest.mark.parametrize("string", [
+    "hello world", "  the   water \n\n is  cold \n ", "<e> is not special here", " a",
+])
+def test_spans_point_to_the_text_of_each_token(string, trim):
+    tokenizer = byte_tokenizer("<b> $A <e>", trim)
+    tokens = text.encode(tokenizer, string)
+    found = [string[start:end] for start, end in tokens.spans[1:-1]]
+    assert found == [tokenizer.decode([token]) for token in tokens.ids[1:-1]]
+    assert "".join(found) == string
+
+
+@pytest.mark.parametrize("trim", [False, True])
+def test_tokens_that_share_a_character_share_its_span(trim):
+    tokens = text.encode(byte_tokenizer(trim=trim), "hello\t𝄞é")
+    assert tokens.spans.tolist() == [[0, 5], [5, 6], *[[6, 7]] * 4, *[[7, 8]] * 2]
+
+
+def test_spans_of_a_tokenizer_that_prepends_a_space():
+    tokens = text.encode(unigram_tokenizer(), "the world is cold")
+    found = ["the world is cold"[start:end] for start, end in tokens.spans]
+    assert found == ["the", " world", " is", " co", "ld"]
+
+
+def test_an_empty_text_has_no_tokens():
+    tokens = text.encode(byte_tokenizer(), "")
+    assert (tokens.ids.tolist(), tokens.scored.tolist(), tokens.spans.tolist()) == ([], [], [])
+
+
+def test_a_tokenizer_without_offsets_is_refused():
+    with pytest.raises(InputError, match="gives no character offsets; expected a fast tokenizer"):
+        text.encode(object(), "hello")
+
+
+# ---- prompt and completion
+
+
+@pytest.mark.parametrize("trim", [False, True])
+@pytest.mark.parametrize(("prompt", "completion", "scored"), [
+    ("hello", " world", " world"),
+    ("hello ", "world", " world"),  # one token for the space and the word
+    ("hel", "lo world", "hello world"),
+    ("hello", "  \n world \n ", "  \n world \n "),
+    ("hello  ", " world", " world"),
+    ("", "  world", "  world"),
+    ("hello \n", "world", "world"),
+    ("", "hello world", "hello world"),
+    ("hello", " yes<e>", " yes<e>"),
+    ("the naïve 😀", "中文", "中文"),
+    ("hello", "", ""),
+])
+def test_only_the_completions_tokens_are_scored(prompt, completion, scored, trim):
+    tokenizer = byte_tokenizer("<b> $A <e>", trim)
+    tokens = text.encode_pair(tokenizer, prompt, completion)
+    assert tokens.ids.tolist() == [1, *plain_ids(tokenizer, prompt + completion)]
+    assert not tokens.scored[0]
+    assert scored_text(tokenizer, tokens) == scored
+    assert tokens.spans[-1, 1] == len(prompt + completion)
+
+
+@pytest.mark.parametrize(("frame", "ids"), [("$A", []), ("$A <e>", []), ("<b> $A <e>", [1])])
+def test_an_empty_pair_is_what_stands_before_a_text(frame, ids):
+    tokens = text.encode_pair(byte_tokenizer(frame), "", "")
+    assert tokens.ids.tolist() == ids
+    assert tokens.scored.tolist() == [False] * len(ids)
+
+
+# ---- messages
+
+
+@pytest.mark.parametrize("trim", [False, True])
+@pytest.mark.parametrize(("template", "last", "scored"), [
+    (PLAIN_TEMPLATE, False, " yes <|end|>\nno<|end|>\n"),
+    (PLAIN_TEMPLATE, True, "no<|end|>\n"),
+    (MARKED_TEMPLATE, False, " yes <|end|>no<|end|>"),
+    (MARKED_TEMPLATE, True, "no<|end|>"),
+    (MARKED_TEMPLATE.replace("<|end|>{% endgen", "{% endgen"), False, " yes <|no"),  # token " <|"
+    (MARKED_TEMPLATE.replace("{% generation %}", "  {%- generation -%} \n").replace(
+        "{% endgeneration %}", " {%- endgeneration -%} "), False, " yes <|end|>no<|end|>"),
+])
+def test_only_the_assistants_tokens_are_scored(template, last, scored, trim):
+    tokenizer = byte_tokenizer("<b> $A <e>", trim, template)
+    rendered = tokenizer.apply_chat_template(CHAT, tokenize=False)
+    tokens = text.encode_messages(tokenizer, CHAT, last=last)
+    assert tokens.ids.tolist() == plain_ids(tokenizer, rendered)
+    assert scored_text(tokenizer, tokens) == scored
+    pieces = [rendered[start:end] for start, end in tokens.spans]
+    assert pieces == [tokenizer.decode([token]) for token in tokens.ids]
+
+
+@pytest.mark.parametrize("template", [
+    MARKED_TEMPLATE,
+    MARKED_TEMPLATE.replace("<|end|>{% endgen", "{% endgen"),
+    MARKED_TEMPLATE.replace("{% generation %}", "{%- generation -%}\n"),
+])
+def test_marks_mean_what_they_mean_to_transformers(template):
+    tokenizer = byte_tokenizer(template=template)
+    marked = tokenizer.apply_chat_template(
+        CHAT, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    tokens = text.encode_messages(tokenizer, CHAT)
+    assert tokens.scored.astype(int).tolist() == marked["assistant_masks"]
+    assert tokens.ids.tolist() == marked["input_ids"]
+
+
+@pytest.mark.parametrize("template", [PLAIN_TEMPLATE, "cold " + PLAIN_TEMPLATE])
+def test_an_assistant_that_speaks_first(template):
+    tokenizer = byte_tokenizer(template=template)
+    tokens = text.encode_messages(tokenizer, [{"role": "assistant", "content": "yes"}, CHAT[0]])
+    assert scored_text(tokenizer, tokens) == "yes<|end|>\n"
+
+
+REWRITING = LOOP.replace("BODY", "{{ m.content if loop.last else 'no' }}") + ANSWER
+
+
+def test_a_template_that_rewrites_earlier_messages_is_refused():
+    tokenizer = byte_tokenizer(template=REWRITING)
+    with pytest.raises(InputError, match=r"rewrites earlier messages.*generation.*--prompt-field"):
+        text.encode_messages(tokenizer, CHAT)
+
+
+def test_marks_make_a_rewriting_template_usable():
+    marked = REWRITING.replace("{{ m.content", "{% generation %}{{ m.content").replace(
+        "'no' }}", "'no' }}{% endgeneration %}")
+    tokenizer = byte_tokenizer(template=marked)
+    chat = [CHAT[1], {"role": "assistant", "content": "cold"}]
+    assert scored_text(tokenizer, text.encode_messages(tokenizer, chat)) == "nocold"
+    assert scored_text(tokenizer, text.encode_messages(tokenizer, chat, last=True)) == "cold"
+
+
+def test_messages_that_the_template_refuses():
+    tokenizer = byte_tokenizer(template="{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(text.ChatTemplateError, match=r"refuses the messages \(roles must alter"):
+        text.encode_messages(tokenizer, CHAT)
+
+
+def test_rendering():
+    tokenizer = byte_tokenizer("<b> $A <e>", template=PLAIN_TEMPLATE)
+    rendered = text.render_messages(tokenizer, CHAT[:1], answer=True)
+    assert rendered == "<|user|>is water cold<|end|>\n<|assistant|>"
+    assert text.encode_rendered(tokenizer, rendered) == plain_ids(tokenizer, rendered)
+    assert text.render_messages(tokenizer, []) == ""
+
+
+def test_a_missing_chat_template_names_the_flags():
+    text.check_chat_template(byte_tokenizer(template=PLAIN_TEMPLATE), "chat")
+    with pytest.raises(InputError, match=r"--messages-field chat.*no chat template.*--text-field"):
+        text.check_chat_template(byte_tokenizer(), "chat")
+
+
+# ---- the text of tokens
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", range(20))
+def test_joined_pieces_are_the_decoded_text_whatever_the_ids(kind, seed):
+    tokenizer = kind()
+    ids = np.random.default_rng(seed).integers(0, len(tokenizer), 40).tolist()
+    found = text.pieces(tokenizer, ids)
+    assert "".join(found) == tokenizer.decode(ids)
+    assert len(found) == len(ids)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("string", [
+    "hello world", " hello  world ", "a\N{REPLACEMENT CHARACTER}b\N{REPLACEMENT CHARACTER}", "",
+    "naïve 中文 😀😀", "\U0001f469\u200d\U0001f467 𝄞", "<e>hello<e><e>",
+])
+def test_joined_pieces_are_the_decoded_text(kind, string):
+    tokenizer = kind()
+    ids = tokenizer(string)["input_ids"]
+    assert "".join(text.pieces(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+def test_a_split_character_belongs_to_its_last_token():
+    tokenizer = byte_tokenizer()
+    assert text.pieces(tokenizer, plain_ids(tokenizer, "hello\t𝄞")) == [
+        "hello", "\t", "", "", "", "𝄞"]
+    ids = plain_ids(fallback_tokenizer(), "hé")
+    assert text.pieces(fallback_tokenizer(), ids) == ["", "h", "", "é"]
+
+
+def test_bytes_that_are_no_text_are_replaced_one_by_one():
+    tokenizer = byte_tokenizer()
+    lead, rest = plain_ids(tokenizer, "é")
+    letter = plain_ids(tokenizer, "q")
+    assert text.pieces(tokenizer, [lead, *letter, rest, lead, lead, rest]) == [
+        "�", "q", "�", "�", "", "é"]
+    assert text.pieces(tokenizer, [rest] * 20) == ["�"] * 20
+
+
+def test_the_first_space_goes_as_when_decoding():
+    tokenizer = unigram_tokenizer()
+    ids = tokenizer.convert_tokens_to_ids(["▁the", "▁world", "▁", "▁the", "ld"])
+    assert text.pieces(tokenizer, ids) == ["the", " world", " ", " the", "ld"]
+
+
+def test_pieces_without_a_tokenizer_are_the_ids():
+    assert text.pieces(None, [5, 0]) == ["⟨5⟩", "⟨0⟩"]
