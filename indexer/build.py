@@ -131,6 +131,7 @@ def build(
     with _only_writer(index):
         state = _State.open(index, plan)
         if manifest.exists(index):
+            (index / "build.json").unlink(missing_ok=True)  # killed right after the commit
             _adopt_train_sequences(index, train_sequences)
             say.say(f"{index} is complete; nothing to do.")
             return gradindex.open(index, model=_loaded(model), tokenizer=tokenizer)
@@ -170,7 +171,6 @@ def build(
         for segment in segments[len(sealed):]:
             folder = segment_folder(index, f"{segment.name}.partial")
             batch = records.read(folder / "records.lmdb", range(segment.rows))
-            segment.tokens = sum(len(record.ids) for record in batch)
             encode_segment(language_model, codes, batch, folder, batch_tokens, say)
         say.finish()
 
@@ -232,7 +232,7 @@ class _State:
             stored = json.loads(path.read_text(encoding="utf-8"))
             _refuse_difference(index, stored["plan"], plan)
             return cls(index, plan, stored["threads"], stored["corpus"], stored["model"])
-        if any(index.iterdir()):
+        if any(entry.name != "build.json.tmp" for entry in index.iterdir()):
             raise InputError(
                 f"{index} is not empty and holds no index. Give a new folder with -o, or empty it."
             )
@@ -397,7 +397,7 @@ def _check_disk(index: Path, sequences: int, length: int) -> None:
 def _segments(facts: dict[str, Any], segment_size: int) -> list[Segment]:
     count = facts["sequences"]
     return [
-        Segment(f"{number:06d}", first, min(segment_size, count - first), 0)
+        Segment(f"{number:06d}", first, min(segment_size, count - first))
         for number, first in enumerate(range(0, count, segment_size))
     ]
 

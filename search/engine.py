@@ -92,6 +92,7 @@ class Searcher:
         self.path = path
         self.manifest = manifest.load(path)
         self._device = device
+        self._model_given = model is not None
         facts = self.manifest.model
         at_build = facts["name"] if facts["revision"] is None \
             else f"{facts['name']}@{facts['revision']}"
@@ -281,7 +282,7 @@ class Searcher:
         if self._model is None:
             facts = self.manifest
             source = self._source
-            if isinstance(source.model, str) and facts.model["files"] is None:
+            if not self._model_given and facts.model["files"] is None:
                 raise InputError(
                     "this index was built from a model object; pass the model (--model PATH, or "
                     "gradindex.open(index, model=…))."
@@ -352,7 +353,6 @@ class Searcher:
 
     def _open_segments(self) -> list[tuple[Segment, vectors.CodeIndex, np.ndarray]]:
         if self._segments is None:
-            vectors.set_threads(1)  # the scan runs a segment a thread
             self._segments = []
             for segment in self.manifest.segments:
                 folder = segment_folder(self.path, segment.name)

@@ -216,7 +216,7 @@ _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 def _wrap(text: str, width: int) -> list[str]:
     """Break into lines of at most `width` letters, colour codes not counted or cut."""
     lines, line, length, active = [], "", 0, ""
-    for piece in re.findall(r"\x1b\[[0-9;]*m|\S+|\s+", text):
+    for piece in re.findall(r"\x1b\[[0-9;]*m|[^\s\x1b]+|\s+", text):
         if _ANSI.fullmatch(piece):
             active = "" if piece == "\x1b[0m" else piece
             line += piece

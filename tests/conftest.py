@@ -1,7 +1,9 @@
 """Small models of four families, in float64, and a helper to compare with."""
 
+import json
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -13,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import gradindex
 from gradindex.model import LanguageModel, ModelSource
 
 SIZES = {
@@ -70,3 +73,63 @@ def sequences() -> list[tuple[np.ndarray, np.ndarray]]:
 
 def labels_of(ids: np.ndarray, scored: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.where(scored, ids, -100).astype(np.int64))
+
+
+FRUIT = ("apple", "pear", "plum", "fig", "lime", "cherry", "mango", "quince")
+PLACES = ("hill", "river", "market", "garden", "harbour")
+
+
+def small_documents() -> list[dict[str, Any]]:
+    """Forty short documents, one of them twice, some longer than a sequence of 24 tokens."""
+    documents = []
+    for n in range(40):
+        fruit, place = FRUIT[n % 8], PLACES[n % 5]
+        body = f"The {fruit} number {n} grows by the {place}. " * (1 + n % 3)
+        documents.append({"text": body.strip(), "url": f"doc/{n}", "place": place})
+    documents[17]["text"] = documents[9]["text"]
+    return documents
+
+
+def train_tokenizer(texts: list[str]) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<|end|>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    ))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random GPT-NeoX with a tokenizer, as save_pretrained writes it."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = train_tokenizer([document["text"] for document in small_documents()])
+    tokenizer.save_pretrained(folder)
+    random_network("gpt_neox", torch.float32, vocab_size=len(tokenizer)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    path.write_text("".join(json.dumps(document) + "\n" for document in small_documents()))
+    return path
+
+
+SMALL = {"seq_len": 24, "bits": 512, "segment_size": 16, "batch_tokens": 96,
+         "id_field": "url", "keep_fields": ["place"]}
+
+
+@pytest.fixture(scope="session")
+def index_folder(
+    model_folder: Path, data_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """An index of the forty documents; tests that change it copy it first."""
+    out = tmp_path_factory.mktemp("index") / "small.index"
+    gradindex.build(str(model_folder), data_file, out, **SMALL)
+    return out

@@ -1,0 +1,104 @@
+"""The rules of the house, held by reading imports."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import gradindex
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("gradindex", "indexer", "search")
+LAZY = {"gradindex/__init__.py", "gradindex/cli.py"}  # name the other rooms, import them late
+DOORS = {
+    "transformers": {"gradindex/model.py"}, "lmdb": {"gradindex/records.py"},
+    "faiss": {"gradindex/vectors.py"}, "safetensors": {"gradindex/curvature.py"},
+    "pyarrow": {"indexer/corpus.py"}, "tqdm": {"gradindex/progress.py"},
+}
+
+
+def sources() -> list[Path]:
+    return sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+
+
+def imports(path: Path, top_level_only: bool = False) -> set[str]:
+    """Dotted names of the modules a file imports."""
+    tree = ast.parse(path.read_text())
+    found = set()
+    for node in tree.body if top_level_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add(str(node.module))
+    return found
+
+
+def roots(names: set[str]) -> set[str]:
+    return {name.partition(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports(path):
+    name = str(path.relative_to(ROOT))
+    room = path.relative_to(ROOT).parts[0]
+    used = roots(imports(path))
+    if room == "gradindex" and name not in LAZY:
+        assert not used & {"indexer", "search"}
+    if room == "indexer":
+        assert "search" not in used
+    if room == "search":
+        assert "indexer" not in used
+    for library, doors in DOORS.items():
+        assert library not in used or name in doors, f"{library} enters through {doors}"
+    assert not used & {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
+    if path.name == "cli.py":
+        heavy = roots(imports(path, top_level_only=True)) - set(sys.stdlib_module_names)
+        assert heavy <= {"click", "gradindex"}
+
+
+def test_no_unsafe_readers():
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                call = ast.unparse(node.func)
+                assert call not in ("torch.load", "torch.save", "faiss.write_index"), path
+                if call in ("np.load", "numpy.load"):
+                    assert "allow_pickle=False" in ast.unparse(node), path
+
+
+@pytest.mark.parametrize("statement, absent", [
+    ("import gradindex", ("torch", "faiss", "transformers", "numpy", "click")),
+    ("import gradindex.cli, sys; sys.argv = ['gradindex', '--help']; gradindex.cli._run()",
+     ("torch", "faiss", "transformers", "numpy", "pyarrow")),
+])
+def test_what_is_not_imported(statement, absent):
+    code = f"{statement}\nimport sys\nprint([m for m in {absent!r} if m in sys.modules])"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.splitlines()[-1] == "[]"
+
+
+def test_public_names():
+    assert sorted(gradindex.__all__) == gradindex.__all__
+    for name in gradindex.__all__:
+        assert getattr(gradindex, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = gradindex.nonsense
+
+
+def test_a_shadowed_package_is_named(tmp_path):
+    (tmp_path / "search.py").write_text("")
+    shown = subprocess.run([sys.executable, "-c", "import gradindex; gradindex.open"],
+                           capture_output=True, text=True, cwd=tmp_path)
+    assert shown.returncode == 1
+    assert "which hides gradindex's own" in shown.stderr and "search.py" in shown.stderr
+
+
+def test_every_command_has_an_example():
+    from gradindex.cli import COMMANDS, main_group
+
+    for name in COMMANDS:
+        command = main_group.get_command(None, name)
+        assert "Example:" in command.help and f"gradindex {name} " in command.help

@@ -1,0 +1,302 @@
+"""A build: its defaults, resuming after a kill anywhere, refusals before anything expensive."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, random_network, small_documents, train_tokenizer
+
+import gradindex
+from gradindex import records
+from gradindex.errors import GradindexError, IndexMismatchError, InputError, ResourceError
+from gradindex.gradients import make_batch
+from gradindex.model import ModelSource, context_length
+from indexer import build as build_module
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes()
+            for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+class KilledError(BaseException):
+    """Stands for SIGKILL: nothing catches it, no handler cleans up."""
+
+
+def test_killed_anywhere_it_ends_with_the_same_bytes(
+    model_folder, data_file, index_folder, tmp_path, monkeypatch
+):
+    """Killed at every sync of a file or folder in turn, before and after each rename."""
+    import os
+
+    whole = files_of(index_folder)
+    real = os.fsync
+    killed = 0
+    while True:
+        out = tmp_path / f"killed-{killed}"
+        left = [killed]
+
+        def fsync(descriptor, left=left):
+            if left[0] == 0:
+                raise KilledError
+            left[0] -= 1
+            real(descriptor)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        try:
+            gradindex.build(str(model_folder), data_file, out, **SMALL)
+            break
+        except KilledError:
+            killed += 1
+        monkeypatch.setattr(os, "fsync", real)
+        gradindex.build(str(model_folder), data_file, out, **SMALL)
+        assert files_of(out) == whole, f"killed at sync {killed - 1}"
+        shutil.rmtree(out)
+    assert killed > 40  # 4 segments, 4 blocks in each of two passes, and what is around them
+
+
+def test_resuming_repeats_no_finished_work(model_folder, data_file, tmp_path, monkeypatch):
+    """After a kill in the third segment only what wasn't sealed is encoded again."""
+    encoded = []
+    real = build_module.encode_segment
+
+    def encode(model, codes, batch, folder, batch_tokens, progress):
+        encoded.append(folder.name)
+        if len(encoded) == 3:
+            raise KilledError
+        real(model, codes, batch, folder, batch_tokens, progress)
+
+    monkeypatch.setattr(build_module, "encode_segment", encode)
+    monkeypatch.setattr(build_module, "fit", fits := _Counting(build_module.fit))
+    with pytest.raises(KilledError):
+        gradindex.build(str(model_folder), data_file, tmp_path / "index", **SMALL)
+    data = Path(tmp_path / "index" / "curvature")
+    before = {path.name: path.stat().st_mtime_ns for path in data.iterdir()}
+    gradindex.build(str(model_folder), data_file, tmp_path / "index", **SMALL)
+    assert encoded[:4] == ["000000.partial", "000001.partial", "000002.partial", "000002.partial"]
+    assert encoded.count("000000.partial") == 1
+    assert {path.name: path.stat().st_mtime_ns for path in data.iterdir()} == before
+    assert fits.calls == 2
+
+
+class _Counting:
+    def __init__(self, function):
+        self.function, self.calls = function, 0
+
+    def __call__(self, *arguments):
+        self.calls += 1
+        return self.function(*arguments)
+
+
+def test_the_same_command_again_does_nothing_and_another_is_refused(
+    model_folder, data_file, index_folder, tmp_path
+):
+    index = shutil.copytree(index_folder, tmp_path / "index")
+    before = files_of(index)
+    gradindex.build(str(model_folder), data_file, index, **SMALL)
+    assert files_of(index) == before
+    with pytest.raises(InputError, match=r"damping: 0\.1 before, 0\.2 now"):
+        gradindex.build(str(model_folder), data_file, index, **SMALL, damping=0.2)
+    assert files_of(index) == before
+    gradindex.build(str(model_folder), data_file, index, **SMALL, train_sequences=10**6)
+    assert gradindex.open(index).manifest.train_sequences == 10**6
+
+
+def test_a_changed_model_is_refused_on_resuming(model_folder, data_file, tmp_path, monkeypatch):
+    copied = shutil.copytree(model_folder, tmp_path / "model")
+    monkeypatch.setattr(build_module, "fit", lambda *_: (_ for _ in ()).throw(KilledError()))
+    with pytest.raises(KilledError):
+        gradindex.build(str(copied), data_file, tmp_path / "index", **SMALL)
+    vocabulary = json.loads((copied / "config.json").read_text())["vocab_size"]
+    random_network("gpt2", torch.float32).save_pretrained(tmp_path / "other")
+    network = random_network("gpt_neox", torch.float32, vocab_size=vocabulary)
+    with torch.no_grad():
+        network.lm_head.weight[0, 0] += 1e-3
+    network.save_pretrained(copied)
+    with pytest.raises(IndexMismatchError, match="not the one the index was built with"):
+        gradindex.build(str(copied), data_file, tmp_path / "index", **SMALL)
+
+
+def test_two_builds_of_one_index(model_folder, data_file, tmp_path):
+    with build_module._only_writer(tmp_path), \
+            pytest.raises(GradindexError, match="another process is building"):
+        gradindex.build(str(model_folder), data_file, tmp_path, **SMALL)
+
+
+def test_every_sequence_knows_its_place(index_folder):
+    documents = small_documents()
+    stored = [
+        record for segment in gradindex.open(index_folder).manifest.segments
+        for record in records.read(
+            index_folder / "segments" / segment.name / "records.lmdb", range(segment.rows))
+    ]
+    assert [record.id for record in stored] == list(range(len(stored)))
+    seen = {}
+    for record in stored:
+        part, = record.parts
+        document = documents[part.document]
+        assert (part.row, part.user_id) == (part.document + 1, document["url"])
+        assert part.fields == {"place": document["place"]}
+        seen.setdefault(part.document, []).append(document["text"][part.start:part.end])
+    assert sorted(seen) == list(range(40))
+    for number, cuts in seen.items():
+        joined = "".join(cuts).replace(" ", "")
+        assert documents[number]["text"].replace(" ", "").startswith(joined)
+
+
+def test_refusals_come_before_anything_expensive(model_folder, data_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(ModelSource, "load", lambda *_: pytest.fail("the model was loaded"))
+    model = str(model_folder)
+    chat = tmp_path / "chat.jsonl"
+    chat.write_text(json.dumps({"messages": [{"role": "assistant", "content": "yes"}]}) + "\n")
+    for arguments, message in [
+        (dict(model=model, data=tmp_path / "none.jsonl"), "does not exist; expected a .jsonl"),
+        (dict(model=model, data=chat), "--messages-field messages.*no chat template"),
+        (dict(model=model, data=data_file, seq_len=65), "expected 2 to 64"),
+        (dict(model=model, data=data_file, bits=100), "multiple of 64"),
+        (dict(model=model, data=data_file, damping=0), "--damping 0: expected a number above 0"),
+        (dict(model=model, data=data_file, fit_sequences=-3), "--fit-sequences -3"),
+        (dict(model=model, data=data_file, text_field="body"), "missing field 'body'"),
+        (dict(model=model, data=data_file, device="gpu"), "--device gpu: expected auto, cpu"),
+        (dict(model=model, data=data_file, dtype="float8"), "--dtype float8: expected auto or"),
+        (dict(model=model, data=data_file, fit_labels="true"), "expected model or data"),
+        (dict(model=str(tmp_path), data=data_file), "folder with config.json and model.safeten"),
+        (dict(model="nobody/nothing", data=data_file), "nobody/nothing can't be loaded"),
+    ]:
+        with pytest.raises(InputError, match=f"(?s){message}"):
+            gradindex.build(**arguments, out=tmp_path / "index")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="not empty and holds no index"):
+        gradindex.build(model, data_file, tmp_path / "full")
+    assert (tmp_path / "full" / "thesis.txt").read_text() == "mine"
+
+
+def test_a_disk_too_small_is_found_before_the_fit(model_folder, data_file, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(ResourceError, match=r"the codes need .* kB and .* has 1e\+03 bytes|1 kB"):
+        gradindex.build(str(model_folder), data_file, tmp_path / "index", **SMALL)
+    monkeypatch.undo()
+    gradindex.build(str(model_folder), data_file, tmp_path / "index", **SMALL)
+
+
+# ---- the defaults, one by one
+
+
+@pytest.mark.parametrize("context, expected", [(64, 64), (512, 512), (2048, 512)])
+def test_default_sequence_length_is_the_context_at_most_512(context, expected):
+    config = random_network("gpt_neox", max_position_embeddings=context).config
+    assert context_length(config) == context
+    assert build_module._sequence_length(None, config, []) == expected
+
+
+def test_default_plan(model_folder, data_file, index_folder):
+    index = gradindex.open(index_folder)
+    plan = index.manifest.plan
+    assert {name: plan[name] for name in (
+        "pack", "modules", "fit_sequences", "fit_labels", "damping", "seed", "limit", "dtype",
+        "device")} == {
+        "pack": False, "modules": "mlp", "fit_sequences": 4096, "fit_labels": "model",
+        "damping": 0.1, "seed": 0, "limit": None, "dtype": "float32", "device": "cpu"}
+    assert build_module._code_length(None, 512) == 131072
+    assert build_module._code_length(None, 16) == 16384
+    assert index.manifest.fit["sequences"] == len(index)  # all, where there are fewer than 4,096
+    assert index.manifest.train_sequences is None and index.manifest.task == "text"
+
+
+def test_default_dtype_is_float32_on_a_cpu_and_the_checkpoints_own_on_a_gpu(
+    tmp_path, monkeypatch
+):
+    random_network("gpt_neox", torch.bfloat16).save_pretrained(tmp_path)
+    source = ModelSource(str(tmp_path))
+    assert source.load("cpu").dtype == torch.float32
+    assert source.load("cpu", "bfloat16").dtype == torch.bfloat16
+    assert source.load("cpu", "bfloat16").accumulate == torch.float32
+    with pytest.raises(InputError, match=r"sees no CUDA GPU. Use --device cpu"):
+        source.resolve("cuda", "auto")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert source.resolve("auto", "auto") == (torch.device("cuda"), torch.bfloat16)
+    assert source.resolve("cuda:1", "float32") == (torch.device("cuda:1"), torch.float32)
+
+
+def test_the_model_folder_needs_no_pad_token(model_folder):
+    tokenizer = ModelSource(str(model_folder)).load_tokenizer()
+    assert tokenizer.pad_token is None
+    batch = make_batch([(np.array([3, 4]), np.ones(2, bool)), (np.array([5, 6, 7]),
+                       np.ones(3, bool))], torch.device("cpu"))
+    assert batch.targets.tolist() == [[4, -100, -100], [6, 7, -100]]
+
+
+def test_weights_that_need_unpickling_need_a_flag(tmp_path):
+    network = random_network("gpt_neox", torch.float32)
+    network.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(network.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(InputError, match="--allow-pickle"):
+        ModelSource(str(tmp_path)).load("cpu")
+    loaded = ModelSource(str(tmp_path), allow_pickle=True).load("cpu")
+    assert torch.equal(loaded.network.lm_head.weight, network.lm_head.weight)
+
+
+def test_remote_code_needs_a_flag(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({
+        "model_type": "unheard_of", "auto_map": {"AutoConfig": "evil.Config"}}))
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(InputError, match="--trust-remote-code"):
+        ModelSource(str(tmp_path)).load_config()
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_model_without_a_tokenizer_works_for_token_files(tmp_path):
+    network = random_network("gpt2", torch.float32)
+    network.save_pretrained(tmp_path / "model")
+    tokens = np.random.default_rng(0).integers(0, 37, (9, 12)).astype(np.uint16)
+    np.save(tmp_path / "tokens.npy", tokens)
+    index = gradindex.build(str(tmp_path / "model"), tmp_path / "tokens.npy",
+                            tmp_path / "index", bits=512)
+    assert index.manifest.sequence_length == 12
+    result = index.search(token_ids=tokens[4], labels=[-100] * 6 + tokens[4, 6:].tolist(), k=9)
+    assert result[0].id == 4
+    assert [hit.token_ids for hit in result] == [tokens[hit.id].tolist() for hit in result]
+
+
+def test_objects_are_accepted_where_paths_are(tmp_path):
+    """A loaded model, a tokenizer and a datasets.Dataset; the index then needs the model again."""
+    from datasets import Dataset
+
+    documents = small_documents()
+    tokenizer = train_tokenizer([document["text"] for document in documents])
+    network = random_network("llama", torch.float32, vocab_size=len(tokenizer))
+    index = gradindex.build(network, Dataset.from_list(documents), tmp_path / "index",
+                            tokenizer=tokenizer, **SMALL)
+    query = dict(prompt="The apple number", completion=" 8 grows")
+    expected = [(hit.id, hit.influence) for hit in index.search(**query, k=3)]
+    with pytest.raises(InputError, match="built from a model object; pass the model"):
+        gradindex.open(tmp_path / "index").search(**query)
+    network.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    moved = gradindex.open(tmp_path / "index", model=str(tmp_path / "model"))
+    assert [(hit.id, hit.influence) for hit in moved.search(**query, k=3)] == expected
+
+
+def test_bad_rows_are_counted_and_reported(model_folder, tmp_path, capfd):
+    from gradindex.progress import stderr_progress
+
+    path = tmp_path / "train.jsonl"
+    good = [json.dumps(document) for document in small_documents()]
+    path.write_bytes("\n".join([*good[:5], "{broken", '{"url": 3}', *good[5:]]).encode()
+                     + b'\n{"text": "\xff"}\n')
+    options = {**SMALL, "id_field": None, "keep_fields": []}
+    index = gradindex.build(str(model_folder), path, tmp_path / "index", **options,
+                            progress=stderr_progress())
+    assert index.manifest.documents == 40
+    assert index.manifest.skipped == {
+        "invalid JSON": 1, "missing field 'text'": 1, "invalid UTF-8": 1}
+    shown = capfd.readouterr().err
+    assert f"{path}:6: invalid JSON" in shown and f"{path}:43: invalid UTF-8" in shown
+    with pytest.raises(InputError, match=r"train\.jsonl:6: invalid JSON"):
+        gradindex.build(str(model_folder), path, tmp_path / "strict", **options, strict=True)
