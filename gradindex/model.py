@@ -107,7 +107,7 @@ class ModelSource:
         return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
 
     def resolve(self, device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
-        """What "auto" means: a GPU if there is one; float32 on a CPU, the checkpoint's own on a GPU.
+        """What "auto" means: a GPU if there is one; float32 on a CPU, the checkpoint's own there.
 
         A loaded model stays where and what it is. Raises InputError for what can't be had.
         """

@@ -45,9 +45,10 @@ from gradindex.model import (
 from gradindex.progress import Progress, size
 from gradindex.records import Record
 from indexer.calibrate import calibrate
-from indexer.corpus import Corpus, CorpusSettings, token_file_width
+from indexer.corpus import Corpus, CorpusSettings
 from indexer.encode import encode_segment
 from indexer.fit import LARGEST_BLOCK, FitSettings, choose_sequences, fit
+from indexer.sources import token_file_width
 
 if TYPE_CHECKING:
     from gradindex import Searcher

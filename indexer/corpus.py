@@ -6,38 +6,41 @@ stays alone. With packing, documents are joined by the end token and cut into fu
 The order of sequences is a function of the files and the settings alone.
 """
 
-import gzip
-import io
 import json
 import math
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
-import pyarrow
-import pyarrow.ipc
-import pyarrow.parquet
 
 from gradindex import text
 from gradindex.errors import InputError
 from gradindex.records import Part, Record
+from indexer.sources import (
+    FORMS,
+    BadRowError,
+    Row,
+    Source,
+    arrow_rows,
+    as_object,
+    discover,
+    jsonl_rows,
+    load_tokens,
+    parquet_rows,
+    size_of,
+    text_rows,
+)
 
-LONGEST_LINE = 64 << 20  # bytes; a longer JSONL line is taken for damage and left out
 KEPT_EXAMPLES = 20  # bad rows remembered with file and line; all are counted
 
 # task: the fields it needs, by their default names
 NEEDED_FIELDS = {
     "text": {"text"}, "completion": {"prompt", "completion"}, "messages": {"messages"},
 }
-FORMS = (
-    "a .jsonl (.gz, .zst), .parquet, .npy or text file, a folder of such files, or a folder "
-    "written by datasets' save_to_disk"
-)
 
 
 @dataclass(frozen=True)
@@ -64,21 +67,6 @@ class Skipped:
     examples: list[str] = field(default_factory=list)
 
 
-class _BadRowError(Exception):
-    """A row that can't be used, with the reason."""
-
-
-_Row = dict[str, Any] | _BadRowError
-_Columns = Callable[[list[str]], list[str]]
-
-
-@dataclass
-class _Source:
-    kind: str  # jsonl, parquet, arrow, npy, text or rows
-    name: str
-    content: Any
-
-
 class Corpus:
     """The sequences of some data files, in order.
 
@@ -95,7 +83,7 @@ class Corpus:
         self.vocabulary = vocabulary
         self.end_token = end_token
         items = list(data)
-        self.sources = [source for item in items for source in _discover(item)]
+        self.sources = [source for item in items for source in discover(item)]
         self.skipped = Skipped()
         self.documents = 0
         if not self.sources:
@@ -117,7 +105,7 @@ class Corpus:
 
     def data_facts(self) -> list[dict[str, Any]]:
         """Name and size (bytes, or rows) of every source, to notice that the data changed."""
-        return [{"name": source.name, "size": _size(source.content)} for source in self.sources]
+        return [{"name": source.name, "size": size_of(source.content)} for source in self.sources]
 
     def sequences(self) -> Iterator[Record]:
         """Every sequence in order, with ids from 0."""
@@ -172,12 +160,12 @@ class Corpus:
     def _documents(self) -> Iterator[tuple[Part, text.Tokens]]:
         for source, row, content in self._rows():
             try:
-                if isinstance(content, _BadRowError):
+                if isinstance(content, BadRowError):
                     raise content
                 tokens = self._tokens(content)
                 self._check(tokens)
                 user_id, fields = self._metadata(content)
-            except _BadRowError as bad:
+            except BadRowError as bad:
                 self._skip(source, row, str(bad))
                 continue
             except InputError as error:
@@ -187,7 +175,7 @@ class Corpus:
             if self.documents == self.settings.limit:
                 return
 
-    def _skip(self, source: _Source, row: int, reason: str) -> None:
+    def _skip(self, source: Source, row: int, reason: str) -> None:
         where = f"{source.name}:{row}: {reason}"
         if self.settings.strict:
             raise InputError(f"{where}. Correct it, or leave out --strict to skip such rows.")
@@ -219,7 +207,7 @@ class Corpus:
         if named:
             return named[0]
         for source, _, content in self._rows():
-            if isinstance(content, _BadRowError):
+            if isinstance(content, BadRowError):
                 continue
             for task, needed in NEEDED_FIELDS.items():
                 if needed <= set(content):
@@ -240,34 +228,34 @@ class Corpus:
         if self.task == "text":
             document = _string(content, fields["text"])
             if not document.strip():
-                raise _BadRowError("empty text")
+                raise BadRowError("empty text")
             return text.encode(self.tokenizer, document)
         if self.task == "completion":
             completion = _string(content, fields["completion"])
             if not completion.strip():
-                raise _BadRowError("empty completion")
+                raise BadRowError("empty completion")
             return text.encode_pair(self.tokenizer, _string(content, fields["prompt"]), completion)
         messages = _value(content, fields["messages"])
         if not isinstance(messages, list) or not all(
             isinstance(message, dict) and isinstance(message.get("content"), str)
             and isinstance(message.get("role"), str) for message in messages
         ):
-            raise _BadRowError(f"field {fields['messages']!r} is not a list of role and content")
+            raise BadRowError(f"field {fields['messages']!r} is not a list of role and content")
         if not any(message["role"] == "assistant" for message in messages):
-            raise _BadRowError("no assistant message")
+            raise BadRowError("no assistant message")
         _check_characters(fields["messages"], json.dumps(messages, ensure_ascii=False, default=str))
         try:
             return text.encode_messages(self.tokenizer, messages)
         except text.ChatTemplateError as error:
             reason = f"the chat template refuses the messages ({error.__cause__})"
-            raise _BadRowError(reason) from None
+            raise BadRowError(reason) from None
 
     def _check(self, tokens: text.Tokens) -> None:
         if not len(tokens.ids):
-            raise _BadRowError("no token")
+            raise BadRowError("no token")
         least, most = tokens.ids.min(), tokens.ids.max()
         if least < 0 or most >= self.vocabulary:
-            raise _BadRowError(
+            raise BadRowError(
                 f"token id outside the vocabulary (found {least} to {most}, expected 0 to "
                 f"{self.vocabulary - 1})"
             )
@@ -280,12 +268,12 @@ class Corpus:
 
     # ---- files → rows
 
-    def _rows(self) -> Iterator[tuple[_Source, int, _Row]]:
-        readers: dict[str, Callable[[Any], Iterable[_Row | None]]] = {
-            "jsonl": _jsonl_rows, "npy": self._token_rows, "rows": partial(map, _as_object),
-            "parquet": partial(_parquet_rows, columns=self._columns),
-            "arrow": partial(_arrow_rows, columns=self._columns),
-            "text": partial(_text_rows, name=self._fields()["text"]),
+    def _rows(self) -> Iterator[tuple[Source, int, Row]]:
+        readers: dict[str, Callable[[Any], Iterable[Row | None]]] = {
+            "jsonl": jsonl_rows, "npy": self._token_rows, "rows": partial(map, as_object),
+            "parquet": partial(parquet_rows, columns=self._columns),
+            "arrow": partial(arrow_rows, columns=self._columns),
+            "text": partial(text_rows, name=self._fields()["text"]),
         }
         for source in self.sources:
             for number, content in enumerate(readers[source.kind](source.content), 1):
@@ -299,7 +287,7 @@ class Corpus:
         return [name for name in names if name in used] if content & set(names) else names
 
     def _token_rows(self, path: Path) -> Iterator[dict[str, Any]]:
-        array = _load_tokens(path)
+        array = load_tokens(path)
         length = self.settings.sequence_length
         if array.ndim == 2 and array.shape[1] > length:
             raise InputError(
@@ -312,148 +300,16 @@ class Corpus:
         yield from ({"tokens": np.asarray(row)} for row in rows)
 
 
-def token_file_width(data: Iterable[Any]) -> int | None:
-    """The widest row of 2-D token files, or None where there is none."""
-    files = [source.content for item in data for source in _discover(item) if source.kind == "npy"]
-    shapes = [_load_tokens(file).shape for file in files]
-    return max((shape[1] for shape in shapes if len(shape) == 2), default=None)
-
-
-def _load_tokens(path: Path) -> np.ndarray:
-    try:
-        array = np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} can't be read as a .npy file: {error}.") from None
-    if not np.issubdtype(array.dtype, np.integer) or array.ndim not in (1, 2) or not array.size:
-        raise InputError(
-            f"{path} holds {array.dtype} of shape {array.shape}; expected integer token ids, 2-D "
-            "(one sequence a row) or 1-D (one stream)."
-        )
-    return array
-
-
-def _discover(item: Any) -> list[_Source]:
-    if not isinstance(item, (str, Path)):
-        if isinstance(item, (Mapping, Iterator)) or not isinstance(item, Iterable):
-            raise InputError(
-                f"the data given is a {type(item).__name__}; expected paths, or records that can "
-                "be read more than once: a list of dictionaries, or one split of a dataset."
-            )
-        return [_Source("rows", "the data given", item)]
-    path = Path(item)
-    if path.is_dir():
-        if (path / "dataset_dict.json").is_file():
-            splits = ", ".join(str(path / name) for name in
-                               json.loads((path / "dataset_dict.json").read_text())["splits"])
-            raise InputError(f"{path} holds several splits; give one of them: {splits}.")
-        if (path / "state.json").is_file():
-            return [_Source("arrow", str(path), path)]
-        entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
-        return [source for entry in entries for source in _discover(entry)]
-    if not path.is_file():
-        raise InputError(f"{path} does not exist; expected {FORMS}.")
-    name = path.name.removesuffix(".gz").removesuffix(".zst")
-    if name.endswith((".jsonl", ".ndjson")):
-        return [_Source("jsonl", str(path), path)]
-    kind = {".parquet": "parquet", ".npy": "npy"}.get(path.suffix, "text")
-    return [_Source(kind, str(path), path)]
-
-
-def _size(content: Any) -> int | None:
-    if not isinstance(content, Path):
-        return len(content) if hasattr(content, "__len__") else None
-    files = content.iterdir() if content.is_dir() else [content]
-    return sum(file.stat().st_size for file in files)
-
-
-def _jsonl_rows(path: Path) -> Iterator[_Row | None]:
-    try:
-        with _decompressed(path) as file:
-            while line := file.readline(LONGEST_LINE):
-                whole = True
-                while len(line) == LONGEST_LINE and not line.endswith(b"\n"):
-                    line, whole = file.readline(LONGEST_LINE), False
-                yield _parse_line(line) if whole else _BadRowError(
-                    f"line longer than {LONGEST_LINE:,} bytes")
-    except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
-        raise InputError(f"{path} is damaged, cut short or can't be read: {error}.") from None
-
-
-def _decompressed(path: Path) -> BinaryIO:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rb")  # type: ignore[return-value]
-    if path.suffix == ".zst":
-        # Buffered, since an Arrow stream has no readline with a limit.
-        return io.BufferedReader(pyarrow.CompressedInputStream(str(path), "zstd"))
-    return path.open("rb")
-
-
-def _parse_line(line: bytes) -> _Row | None:
-    try:
-        content = line.decode("utf-8-sig").strip()
-        return _as_object(json.loads(content)) if content else None
-    except UnicodeDecodeError as error:
-        return _BadRowError(f"invalid UTF-8 (byte {error.start})")
-    except (ValueError, RecursionError) as error:
-        return _BadRowError(f"invalid JSON ({error})")
-
-
-def _as_object(content: Any) -> _Row:
-    if isinstance(content, dict):
-        return content
-    return _BadRowError(f"not an object (a {type(content).__name__})")
-
-
-def _parquet_rows(path: Path, columns: _Columns) -> Iterator[_Row]:
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            names = columns(file.schema_arrow.names)
-            for batch in file.iter_batches(batch_size=1024, columns=names):
-                yield from _batch_rows(batch)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise InputError(f"{path} can't be read as Parquet: {error}.") from None
-
-
-def _arrow_rows(folder: Path, columns: _Columns) -> Iterator[_Row]:
-    """Rows of a folder that `datasets.Dataset.save_to_disk` wrote, without importing datasets."""
-    try:
-        state = json.loads((folder / "state.json").read_text())
-        for entry in state["_data_files"]:
-            with pyarrow.memory_map(str(folder / entry["filename"])) as file:
-                for batch in pyarrow.ipc.open_stream(file):
-                    yield from _batch_rows(batch.select(columns(batch.schema.names)))
-    except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:
-        raise InputError(f"{folder} can't be read as a datasets folder: {error}.") from None
-
-
-def _batch_rows(batch: pyarrow.RecordBatch) -> Iterator[_Row]:
-    for row in range(len(batch)):
-        try:
-            content = batch.slice(row, 1).to_pylist()[0]
-        except UnicodeDecodeError as error:
-            content = _BadRowError(f"invalid UTF-8 (byte {error.start})")
-        yield content
-
-
-def _text_rows(path: Path, name: str) -> Iterator[_Row]:
-    try:
-        yield {name: path.read_bytes().decode("utf-8-sig")}
-    except UnicodeDecodeError as error:
-        yield _BadRowError(f"invalid UTF-8 (byte {error.start})")
-    except OSError as error:
-        raise InputError(f"{path} can't be read: {error}.") from None
-
-
 def _value(content: dict[str, Any], name: str) -> Any:
     if name not in content:
-        raise _BadRowError(f"missing field {name!r}")
+        raise BadRowError(f"missing field {name!r}")
     return content[name]
 
 
 def _string(content: dict[str, Any], name: str) -> str:
     value = _value(content, name)
     if not isinstance(value, str):
-        raise _BadRowError(f"field {name!r} is not text (a {type(value).__name__})")
+        raise BadRowError(f"field {name!r} is not text (a {type(value).__name__})")
     _check_characters(name, value)
     return value
 
@@ -462,7 +318,7 @@ def _check_characters(name: str, value: str) -> None:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise _BadRowError(f"invalid UTF-8 (a lone surrogate in {name!r})") from None
+        raise BadRowError(f"invalid UTF-8 (a lone surrogate in {name!r})") from None
 
 
 def _stretch(part: Part, spans: np.ndarray, token: int) -> Part:

@@ -15,7 +15,7 @@ LAZY = {"gradindex/__init__.py", "gradindex/cli.py"}  # name the other rooms, im
 DOORS = {
     "transformers": {"gradindex/model.py"}, "lmdb": {"gradindex/records.py"},
     "faiss": {"gradindex/vectors.py"}, "safetensors": {"gradindex/curvature.py"},
-    "pyarrow": {"indexer/corpus.py"}, "tqdm": {"gradindex/progress.py"},
+    "pyarrow": {"indexer/sources.py"}, "tqdm": {"gradindex/progress.py"},
 }
 
 

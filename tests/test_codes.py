@@ -64,7 +64,7 @@ def test_mean_over_seeds_is_the_exact_influence(fitted_model, sequences, damping
 
 def test_a_subset_of_modules_leaves_the_others_out(fitted_model, sequences):
     """A query without a module is the query whose coordinates are zero there."""
-    model, modules, ekfac = fitted_model
+    _, modules, ekfac = fitted_model
     codes = Codes(modules, ekfac, CodeSettings(512, 32, 1, 0.1))
     coordinates = {m.name: torch.randn(m.shape, dtype=torch.float64) for m in modules}
     some = dict(list(coordinates.items())[:2])
@@ -89,7 +89,7 @@ def test_vectors_do_not_depend_on_batch_or_padding(fitted_model, sequences):
 
 def test_the_sketch_keeps_every_entry_once(fitted_model):
     """Signed, summed into K buckets, all modules spread evenly: norms add up when K is large."""
-    model, modules, ekfac = fitted_model
+    _, modules, ekfac = fitted_model
     wide = Codes(modules, ekfac, CodeSettings(1 << 14, 32, 3, 0.1))
     coordinates = {m.name: torch.randn(m.shape, dtype=torch.float64) for m in modules}
     one_by_one = [wide.query_vector({name: c}) for name, c in coordinates.items()]

@@ -12,8 +12,9 @@ import pytest
 from test_text import CHAT, MARKED_TEMPLATE, PLAIN_TEMPLATE, REWRITING, byte_tokenizer, plain_ids
 
 from gradindex.errors import InputError
-from indexer import corpus as corpus_module
-from indexer.corpus import Corpus, CorpusSettings, token_file_width
+from indexer import sources
+from indexer.corpus import Corpus, CorpusSettings
+from indexer.sources import token_file_width
 
 END = 0
 VOCABULARY = 340
@@ -434,7 +435,7 @@ def test_invalid_utf8_in_a_text_file_and_a_table(tmp_path):
 
 
 def test_a_line_too_long_is_one_bad_row(monkeypatch, tmp_path):
-    monkeypatch.setattr(corpus_module, "LONGEST_LINE", 30)
+    monkeypatch.setattr(sources, "LONGEST_LINE", 30)
     path = write_lines(tmp_path, ROWS[0] | {"year": "x" * 100}, {"text": "hello world"})
     made = make_corpus(path)
     [record] = made.sequences()

@@ -156,7 +156,8 @@ def test_build_says_what_it_does(trained_index):
     assert done.stdout == ""
     for needed in ("documents →", "linear maps tracked", "% of the model's parameters",
                    "covariance:", "eigenvectors:", "eigenvalues:", "encode:", "calibrate:",
-                   "expected: about", "it holds the training text", f"next: gradindex search {index}"):
+                   "expected: about", "it holds the training text",
+                   f"next: gradindex search {index}"):
         assert needed in done.stderr, needed
     assert "\r" not in done.stderr and "\x1b" not in done.stderr
 

@@ -1,0 +1,175 @@
+"""Files → rows: every form of data that `gradindex build` reads, one row at a time.
+
+A row is a dictionary; one that can't be used is a BadRowError with the reason, so that the
+reader goes on with the next.
+"""
+
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow
+import pyarrow.ipc
+import pyarrow.parquet
+
+from gradindex.errors import InputError
+
+LONGEST_LINE = 64 << 20  # bytes; a longer JSONL line is taken for damage and left out
+
+FORMS = (
+    "a .jsonl (.gz, .zst), .parquet, .npy or text file, a folder of such files, or a folder "
+    "written by datasets' save_to_disk"
+)
+
+
+class BadRowError(Exception):
+    """A row that can't be used, with the reason."""
+
+
+Row = dict[str, Any] | BadRowError
+Columns = Callable[[list[str]], list[str]]
+
+
+@dataclass
+class Source:
+    kind: str  # jsonl, parquet, arrow, npy, text or rows
+    name: str
+    content: Any
+
+
+def token_file_width(data: Iterable[Any]) -> int | None:
+    """The widest row of 2-D token files, or None where there is none."""
+    files = [source.content for item in data for source in discover(item) if source.kind == "npy"]
+    shapes = [load_tokens(file).shape for file in files]
+    return max((shape[1] for shape in shapes if len(shape) == 2), default=None)
+
+
+def load_tokens(path: Path) -> np.ndarray:
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} can't be read as a .npy file: {error}.") from None
+    if not np.issubdtype(array.dtype, np.integer) or array.ndim not in (1, 2) or not array.size:
+        raise InputError(
+            f"{path} holds {array.dtype} of shape {array.shape}; expected integer token ids, 2-D "
+            "(one sequence a row) or 1-D (one stream)."
+        )
+    return array
+
+
+def discover(item: Any) -> list[Source]:
+    if not isinstance(item, (str, Path)):
+        if isinstance(item, (Mapping, Iterator)) or not isinstance(item, Iterable):
+            raise InputError(
+                f"the data given is a {type(item).__name__}; expected paths, or records that can "
+                "be read more than once: a list of dictionaries, or one split of a dataset."
+            )
+        return [Source("rows", "the data given", item)]
+    path = Path(item)
+    if path.is_dir():
+        if (path / "dataset_dict.json").is_file():
+            splits = ", ".join(str(path / name) for name in
+                               json.loads((path / "dataset_dict.json").read_text())["splits"])
+            raise InputError(f"{path} holds several splits; give one of them: {splits}.")
+        if (path / "state.json").is_file():
+            return [Source("arrow", str(path), path)]
+        entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
+        return [source for entry in entries for source in discover(entry)]
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; expected {FORMS}.")
+    name = path.name.removesuffix(".gz").removesuffix(".zst")
+    if name.endswith((".jsonl", ".ndjson")):
+        return [Source("jsonl", str(path), path)]
+    kind = {".parquet": "parquet", ".npy": "npy"}.get(path.suffix, "text")
+    return [Source(kind, str(path), path)]
+
+
+def size_of(content: Any) -> int | None:
+    if not isinstance(content, Path):
+        return len(content) if hasattr(content, "__len__") else None
+    files = content.iterdir() if content.is_dir() else [content]
+    return sum(file.stat().st_size for file in files)
+
+
+def jsonl_rows(path: Path) -> Iterator[Row | None]:
+    try:
+        with _decompressed(path) as file:
+            while line := file.readline(LONGEST_LINE):
+                whole = True
+                while len(line) == LONGEST_LINE and not line.endswith(b"\n"):
+                    line, whole = file.readline(LONGEST_LINE), False
+                yield _parse_line(line) if whole else BadRowError(
+                    f"line longer than {LONGEST_LINE:,} bytes")
+    except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
+        raise InputError(f"{path} is damaged, cut short or can't be read: {error}.") from None
+
+
+def _decompressed(path: Path) -> BinaryIO:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rb")  # type: ignore[return-value]
+    if path.suffix == ".zst":
+        # Buffered, since an Arrow stream has no readline with a limit.
+        return io.BufferedReader(pyarrow.CompressedInputStream(str(path), "zstd"))
+    return path.open("rb")
+
+
+def _parse_line(line: bytes) -> Row | None:
+    try:
+        content = line.decode("utf-8-sig").strip()
+        return as_object(json.loads(content)) if content else None
+    except UnicodeDecodeError as error:
+        return BadRowError(f"invalid UTF-8 (byte {error.start})")
+    except (ValueError, RecursionError) as error:
+        return BadRowError(f"invalid JSON ({error})")
+
+
+def as_object(content: Any) -> Row:
+    if isinstance(content, dict):
+        return content
+    return BadRowError(f"not an object (a {type(content).__name__})")
+
+
+def parquet_rows(path: Path, columns: Columns) -> Iterator[Row]:
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = columns(file.schema_arrow.names)
+            for batch in file.iter_batches(batch_size=1024, columns=names):
+                yield from _batch_rows(batch)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise InputError(f"{path} can't be read as Parquet: {error}.") from None
+
+
+def arrow_rows(folder: Path, columns: Columns) -> Iterator[Row]:
+    """Rows of a folder that `datasets.Dataset.save_to_disk` wrote, without importing datasets."""
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        for entry in state["_data_files"]:
+            with pyarrow.memory_map(str(folder / entry["filename"])) as file:
+                for batch in pyarrow.ipc.open_stream(file):
+                    yield from _batch_rows(batch.select(columns(batch.schema.names)))
+    except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:
+        raise InputError(f"{folder} can't be read as a datasets folder: {error}.") from None
+
+
+def _batch_rows(batch: pyarrow.RecordBatch) -> Iterator[Row]:
+    for row in range(len(batch)):
+        try:
+            content = batch.slice(row, 1).to_pylist()[0]
+        except UnicodeDecodeError as error:
+            content = BadRowError(f"invalid UTF-8 (byte {error.start})")
+        yield content
+
+
+def text_rows(path: Path, name: str) -> Iterator[Row]:
+    try:
+        yield {name: path.read_bytes().decode("utf-8-sig")}
+    except UnicodeDecodeError as error:
+        yield BadRowError(f"invalid UTF-8 (byte {error.start})")
+    except OSError as error:
+        raise InputError(f"{path} can't be read: {error}.") from None
