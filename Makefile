@@ -1,0 +1,41 @@
+# make demo   train a small model, index its training text, ask it three questions
+# make test   lint, types, tests
+# Both make .venv themselves. PYTHON, VENV, EXTRA (cpu or gpu) and pip's own variables are honoured.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+EXTRA ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+DEMO := .demo
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+export OMP_WAIT_POLICY ?= passive
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test lint clean
+
+# torch first: a range would let pip choose a newer build with several GB of CUDA libraries.
+$(BIN)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "gradindex needs Python 3.11 or later; set PYTHON=/path/to/python3.11"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+		{ echo "no venv module: on Debian, apt-get install python3-venv"; exit 1; }
+	@echo "installing into $(VENV): torch, then the rest (faiss-$(EXTRA)); this takes some minutes"
+	$(PIP) torch
+	$(PIP) --editable '.[$(EXTRA),test]'
+	@touch $@
+
+demo: $(BIN)/.installed
+	@$(BIN)/python demo/prepare.py $(DEMO)
+	@$(BIN)/gradindex build $(DEMO)/model $(DEMO)/documents.jsonl -o $(DEMO)/index \
+		--id-field id --keep-fields module,kind
+	@$(BIN)/python demo/ask.py $(DEMO)
+
+test: $(BIN)/.installed lint
+	$(BIN)/python -m pytest
+
+lint: $(BIN)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) $(DEMO)
