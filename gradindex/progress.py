@@ -33,14 +33,14 @@ class Progress:
         print(line, file=self._stream, flush=True)
 
     def start(self, stage: str, total: int, unit: str, done: int = 0) -> None:
-        """Begin a stage of `total` units, `done` of which need not be done again."""
+        """Begin a stage of `total` units (0: unknown), `done` of which need not be done again."""
         self._stage, self._unit, self._total = stage, unit, total
         self._done, self._updates = done, 0
         self._begun = self._printed = time.monotonic()
         if self._terminal:
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, initial=done, desc=stage, unit=f" {unit}", leave=False,
+            self._bar = tqdm(total=total or None, initial=done, desc=stage, unit=f" {unit}", leave=False,
                              file=self._stream, dynamic_ncols=True, mininterval=0.2)
 
     def update(self, n: int) -> None:
@@ -52,13 +52,13 @@ class Progress:
             self._bar.update(n)
         elif self._stream is not None and self._updates > 1 and now - self._printed >= EVERY:
             self._printed = now
-            self.say(f"  {self._stage}: {self._done:,}/{self._total:,} {self._unit}"
-                     f"{self._left(now)}")
+            of = f"/{self._total:,}" if self._total else ""
+            self.say(f"  {self._stage}: {self._done:,}{of} {self._unit}{self._left(now)}")
         if self._updates == 1:
             self._first = (now, self._done)
 
     def _left(self, now: float) -> str:
-        if self._done <= self._first[1]:
+        if not self._total or self._done <= self._first[1]:
             return ""
         return f", about {duration((self._total - self._done) * self.seconds_each(now))} left"
 
