@@ -40,8 +40,8 @@ class Progress:
         if self._terminal:
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total or None, initial=done, desc=stage, unit=f" {unit}", leave=False,
-                             file=self._stream, dynamic_ncols=True, mininterval=0.2)
+            self._bar = tqdm(total=total or None, initial=done, desc=stage, unit=f" {unit}",
+                             leave=False, file=self._stream, dynamic_ncols=True, mininterval=0.2)
 
     def update(self, n: int) -> None:
         """`n` more units are done. After two batches the time left is known."""
