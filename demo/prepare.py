@@ -244,7 +244,7 @@ def save(
     partial.write_text("".join(lines), encoding="utf-8")
     partial.replace(out / "documents.jsonl")
     partial = out / "model.partial"
-    for folder in (partial, out / "model"):
+    for folder in (partial, out / "model", out / "index"):  # an index of another model is no use
         shutil.rmtree(folder, ignore_errors=True)
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)

@@ -341,7 +341,7 @@ def sample_targets(logits: Tensor, uniforms: Tensor, scored: Tensor) -> Tensor:
 
 def identify(model: LanguageModel) -> dict[str, str | None]:
     """What the index remembers the weights by: digests of their files and of their tensors."""
-    return {"files": files_digest(model), "tensors": tensors_digest(model.network)}
+    return {"files": files_digest(model.source), "tensors": tensors_digest(model.network)}
 
 
 def check_identity(model: LanguageModel, expected: dict[str, str | None]) -> None:
@@ -350,7 +350,7 @@ def check_identity(model: LanguageModel, expected: dict[str, str | None]) -> Non
     Equal files are enough; files that differ (saved again, sharded otherwise) are forgiven when
     every tensor is the same.
     """
-    files = files_digest(model)
+    files = files_digest(model.source)
     if files is not None and files == expected["files"]:
         return
     tensors = tensors_digest(model.network)
@@ -363,15 +363,15 @@ def check_identity(model: LanguageModel, expected: dict[str, str | None]) -> Non
     )
 
 
-def files_digest(model: LanguageModel) -> str | None:
+def files_digest(source: ModelSource) -> str | None:
     """SHA-256 over the weight files' own SHA-256s, or None for a model given as an object."""
-    if not isinstance(model.source.model, (str, Path)):
+    if not isinstance(source.model, (str, Path)):
         return None
-    folder = Path(model.source.name)
+    folder = Path(source.name)
     if not folder.is_dir():
-        with _readable_errors(model.source.name):
+        with _readable_errors(source.name):
             config = transformers.utils.cached_file(
-                model.source.name, "config.json", revision=model.source.revision
+                source.name, "config.json", revision=source.revision
             )
         folder = Path(str(config)).parent
     weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))

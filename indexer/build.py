@@ -37,6 +37,7 @@ from gradindex.model import (
     check_identity,
     context_length,
     describe_modules,
+    files_digest,
     identify,
     parameter_share,
     tokenizer_digest,
@@ -133,7 +134,10 @@ def build(
         state = _State.open(index, plan)
         if manifest.exists(index):
             (index / "build.json").unlink(missing_ok=True)  # killed right after the commit
-            _adopt_train_sequences(index, train_sequences)
+            built = manifest.load(index)
+            if files_digest(source) != built.model["files"]:
+                check_identity(source.load(device, dtype), built.model)
+            _adopt_train_sequences(index, built, train_sequences)
             say.say(f"{index} is complete; nothing to do.")
             return gradindex.open(index, model=_loaded(model), tokenizer=tokenizer)
         torch.set_num_threads(state.threads)
@@ -323,9 +327,8 @@ def _check_numbers(**numbers: float | None) -> None:
             raise InputError(f"--{name.replace('_', '-')} {value}: expected a number above 0.")
 
 
-def _adopt_train_sequences(index: Path, train_sequences: int | None) -> None:
+def _adopt_train_sequences(index: Path, facts: Manifest, train_sequences: int | None) -> None:
     """N_train only scales what is shown, so a finished index takes a new one."""
-    facts = manifest.load(index)
     if train_sequences is not None and facts.train_sequences != train_sequences:
         facts.train_sequences = train_sequences
         manifest.commit(index, facts)

@@ -105,6 +105,21 @@ def test_the_same_command_again_does_nothing_and_another_is_refused(
     assert gradindex.open(index).manifest.train_sequences == 10**6
 
 
+def test_a_finished_index_of_other_weights_is_refused(model_folder, data_file, tmp_path):
+    model = shutil.copytree(model_folder, tmp_path / "model")
+    gradindex.build(str(model), data_file, tmp_path / "index", **SMALL)
+    vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
+    network = random_network("gpt_neox", torch.float32, vocab_size=vocabulary)
+    (model / "model.safetensors").unlink()
+    network.save_pretrained(model, max_shard_size="8KB")  # the same weights in other files
+    gradindex.build(str(model), data_file, tmp_path / "index", **SMALL)
+    with torch.no_grad():
+        network.lm_head.weight[0, 0] += 1e-3
+    network.save_pretrained(model, max_shard_size="8KB")
+    with pytest.raises(IndexMismatchError, match="not the one the index was built with"):
+        gradindex.build(str(model), data_file, tmp_path / "index", **SMALL)
+
+
 def test_a_changed_model_is_refused_on_resuming(model_folder, data_file, tmp_path, monkeypatch):
     copied = shutil.copytree(model_folder, tmp_path / "model")
     monkeypatch.setattr(build_module, "fit", lambda *_: (_ for _ in ()).throw(KilledError()))
