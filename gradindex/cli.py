@@ -67,7 +67,7 @@ def _run() -> int:
         error.show()
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted; the same command goes on from what is committed.", err=True)
+        click.echo("interrupted; a build goes on when the same command runs again.", err=True)
         return 130
     except GradindexError as error:
         click.echo(f"gradindex: {error}", err=True)
@@ -85,6 +85,9 @@ def _run() -> int:
         # The reader of a pipe (head, say) has left: nothing more to say, and no traceback at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        click.echo(f"gradindex: {error}", err=True)
+        return 1
 
 
 def _check_siblings() -> None:

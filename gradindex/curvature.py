@@ -42,10 +42,6 @@ class Curvature:
         """Q_S C Q_Aᵀ  [o, i]."""
         return self.eigenvectors_s @ coordinates @ self.eigenvectors_a.T
 
-    def precondition(self, gradient: Tensor, factor: float = DAMPING) -> Tensor:
-        """(G+λI)⁻¹ applied to a gradient [o, i]."""
-        return self.leave_eigenbasis(self.coordinates(gradient, factor))
-
     def effective_dimension(self, factor: float = DAMPING) -> float:
         """Σ Λ/(Λ+λ): how many directions the damping leaves."""
         return float((self.eigenvalues.double() / self.damped(factor).double()).sum())

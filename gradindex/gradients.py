@@ -7,7 +7,9 @@ as soon as they exist, and forgets them. Parameters require no gradient, so the 
 computes no weight gradients and ends at the first tracked module.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,10 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gradindex.errors import InputError
+from gradindex.errors import InputError, ResourceError
 from gradindex.model import UNSCORED, LanguageModel, Module, log_probability, sample_targets
 
 Each = Callable[[Module, Tensor, Tensor], None]
+
+# Hooks sit on the network itself: a second thread's pass would be heard by the first one's.
+_ONE_AT_A_TIME = threading.Lock()
 
 
 @dataclass
@@ -73,8 +78,34 @@ def backward(
     a comes without the bias's 1; d is the gradient of Σ log p of each sequence's targets. With
     `uniforms` [b, t], labels are sampled from the model in place of the targets (same positions).
     Returns log p per position [b, t], in nats. Modules arrive from the last to the first.
-    Raises InputError for a module that isn't run exactly once per pass on [b, t, i].
+    Raises InputError for a module that isn't run exactly once per pass on [b, t, i], ResourceError
+    where memory runs out. Threads take turns.
     """
+    with _ONE_AT_A_TIME, _out_of_memory(batch):
+        return _backward(model, modules, batch, each, uniforms)
+
+
+@contextlib.contextmanager
+def _out_of_memory(batch: Batch) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        text = str(error)
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and \
+                "allocate memory" not in text:
+            raise
+        rows, length = batch.tokens.shape
+        raise ResourceError(
+            f"memory ran out on a batch of {rows} × {length} tokens "
+            f"({text.partition(chr(10))[0][:120]}). Use smaller --batch-tokens "
+            "(one sequence is the least), fewer --modules, or --dtype bfloat16."
+        ) from error
+
+
+def _backward(
+    model: LanguageModel, modules: Sequence[Module], batch: Batch, each: Each,
+    uniforms: Tensor | None,
+) -> Tensor:
     inputs: dict[str, Tensor] = {}
     handles = []
 

@@ -38,6 +38,14 @@ def query_gradient(
     return {module.name: gradients[module.name] for module in modules}, log_p[0]
 
 
+def query_coordinates(
+    model: LanguageModel, modules: list[Module], ekfac: Ekfac, batch: Batch, damping: float
+) -> tuple[Gradients, Tensor]:
+    """C_u of a query (a batch of one) by module name, and log p per position [t] in nats."""
+    gradients, log_p = query_gradient(model, modules, batch)
+    return {name: ekfac[name].coordinates(g, damping) for name, g in gradients.items()}, log_p
+
+
 def precondition(ekfac: Ekfac, coordinates: Gradients) -> Gradients:
     """P_u = Q_S C_u Q_Aᵀ from coordinates C_u, both [o, i] by module name."""
     return {name: ekfac[name].leave_eigenbasis(c) for name, c in coordinates.items()}

@@ -79,7 +79,8 @@ def exists(index: Path) -> bool:
 
 def commit(index: Path, manifest: Manifest) -> None:
     """Write the manifest: from this moment on the index is what it says."""
-    content = json.dumps(asdict(manifest), indent=1, sort_keys=True, ensure_ascii=False)
+    content = json.dumps(asdict(manifest), indent=1, sort_keys=True, ensure_ascii=False,
+                         allow_nan=False)
     atomic_write(index / NAME, content.encode() + b"\n")
 
 
@@ -120,7 +121,10 @@ def _parse(index: Path) -> Manifest:
         raise DamagedIndexError(
             f"{index / NAME} lacks or adds entries: {odd}. Copy the index again."
         )
-    content["segments"] = [Segment(**segment) for segment in content["segments"]]
+    try:
+        content["segments"] = [Segment(**segment) for segment in content["segments"]]
+    except TypeError as error:
+        raise DamagedIndexError(f"{index / NAME}: {error}. Copy the index again.") from error
     return Manifest(**content)
 
 

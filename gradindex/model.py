@@ -96,12 +96,14 @@ class ModelSource:
         arguments = self._arguments() if given is None else {}
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(given or self.name, **arguments)
-        except (OSError, ValueError, KeyError):
-            if given is None:
+        except (OSError, ValueError, KeyError) as error:
+            broken = Path(self.name, "tokenizer.json").exists()
+            if given is None and not broken:
                 return None
             raise InputError(
-                f"no tokenizer could be loaded from {given}. Give a folder or hub id that has a "
-                "tokenizer.json."
+                f"no tokenizer could be loaded from {given or self.name} "
+                f"({' '.join(str(error).split())[:120]}). Give --tokenizer a folder or hub id that "
+                "has a sound tokenizer.json."
             ) from None
         # A model type whose default tokenizer class needs no file loads an empty one.
         return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
@@ -109,7 +111,7 @@ class ModelSource:
     def resolve(self, device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
         """What "auto" means: a GPU if there is one; float32 on a CPU, the checkpoint's own there.
 
-        A loaded model stays where and what it is. Raises InputError for what can't be had.
+        A loaded model is used where and as what it is. Raises InputError for what can't be had.
         """
         if not isinstance(self.model, (str, Path)):
             own = next(self.model.parameters())
@@ -123,17 +125,25 @@ class ModelSource:
         return place, torch.float32 if place.type == "cpu" or own is None else own
 
     def load(self, device: str = "auto", dtype: str = "auto") -> "LanguageModel":
-        """Load the weights (safetensors, unless `allow_pickle`) in evaluation mode.
+        """Load the weights (safetensors, unless `allow_pickle`) in evaluation mode, frozen.
 
+        A model object is put in that state itself, and moved if device or dtype say so.
         Raises InputError for a model, device or dtype that can't be had.
         """
         place, wanted = self.resolve(device, dtype)
         network = self.model
         if isinstance(network, (str, Path)):
             with _readable_errors(self.name):
-                network = transformers.AutoModelForCausalLM.from_pretrained(
-                    self.name, dtype=wanted, **self._arguments(),
+                network, loading = transformers.AutoModelForCausalLM.from_pretrained(
+                    self.name, dtype=wanted, **self._arguments(), output_loading_info=True,
                     use_safetensors=None if self.allow_pickle else True,
+                )
+            if loading["missing_keys"]:  # transformers would fill them with random numbers
+                missing = ", ".join(sorted(loading["missing_keys"])[:5])
+                raise InputError(
+                    f"the weights of {self.name} lack {len(loading['missing_keys'])} tensors: "
+                    f"{missing}. Expected a complete causal language model, as save_pretrained "
+                    "writes it."
                 )
         network = network.to(place, wanted).eval().requires_grad_(False)
         return LanguageModel(network, self.load_tokenizer(), self)
@@ -200,6 +210,11 @@ def _device(device: str) -> torch.device:
             f"--device {device}: this PyTorch ({torch.__version__}) sees no CUDA GPU. "
             "Use --device cpu, or install a CUDA build of torch."
         )
+    if place.type not in ("cpu", "cuda") or (place.index or 0) >= max(1, torch.cuda.device_count()):
+        raise InputError(
+            f"--device {device}: expected auto, cpu, cuda or cuda:N; this machine has "
+            f"{torch.cuda.device_count()} GPUs."
+        )
     return place
 
 
@@ -214,7 +229,9 @@ def _readable_errors(name: str) -> Iterator[None]:
     """transformers' page-long loading errors as one line with the fix."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a damaged file fails in any library below
         text = " ".join(str(error).split())
         if "trust_remote_code" in text or "custom code" in text:
             fix = "It needs its own code: pass --trust-remote-code if you trust it."
@@ -331,7 +348,8 @@ def sample_targets(logits: Tensor, uniforms: Tensor, scored: Tensor) -> Tensor:
     """
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     cumulative = torch.softmax(logits.detach().to(wide), dim=-1).cumsum(-1)
-    threshold = uniforms.to(wide).unsqueeze(-1) * cumulative[..., -1:]
+    below_one = 1 - torch.finfo(wide).eps / 2  # or rounding could draw a token of probability 0
+    threshold = uniforms.to(wide).clamp(max=below_one).unsqueeze(-1) * cumulative[..., -1:]
     drawn = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
     return drawn.clamp_(max=logits.shape[-1] - 1).masked_fill_(~scored, UNSCORED)
 
@@ -395,18 +413,21 @@ def tokenizer_digest(tokenizer: Any | None) -> str | None:
     """SHA-256 of what decides text → tokens: vocabulary, merges, special tokens, chat template."""
     if tokenizer is None:
         return None
-    content = json.loads(tokenizer.backend_tokenizer.to_str())
-    # Leftovers of whoever last called the tokenizer; every call of ours sets its own.
-    content.pop("truncation", None)
-    content.pop("padding", None)
-    content["chat_template"] = tokenizer.chat_template
+    if getattr(tokenizer, "is_fast", False):
+        content = json.loads(tokenizer.backend_tokenizer.to_str())
+        # Leftovers of whoever last called the tokenizer; every call of ours sets its own.
+        content.pop("truncation", None)
+        content.pop("padding", None)
+    else:  # can't read text for us, but may stand beside a model that is used with token files
+        content = {"vocabulary": tokenizer.get_vocab()}
+    content["chat_template"] = getattr(tokenizer, "chat_template", None)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _cached_sha256(file: Path) -> str:
     """A file's SHA-256, remembered by path, size, time and inode (a 14 GB model takes 10 s)."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gradindex" / \
-        "digests.json"
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cache = home / "gradindex" / "digests.json"
     facts = file.stat()
     key = f"{file.resolve()} {facts.st_size} {facts.st_mtime_ns} {facts.st_ino}"
     known: dict[str, str] = {}

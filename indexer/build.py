@@ -12,6 +12,7 @@ The same command run again goes on where the last one stopped; a different one i
 import contextlib
 import fcntl
 import json
+import math
 import os
 import platform
 import shutil
@@ -100,6 +101,12 @@ def build(
     index = Path(out)
     source = ModelSource(model, tokenizer, trust_remote_code, allow_pickle)
 
+    def reopen() -> "Searcher":
+        return gradindex.open(
+            index, model=_loaded(model), tokenizer=tokenizer, device=device,
+            trust_remote_code=trust_remote_code, allow_pickle=allow_pickle,
+        )
+
     # 1) what is asked for, resolved, before anything expensive
     sources = _as_list(data)
     config = source.load_config()
@@ -111,6 +118,10 @@ def build(
     )
     _check_numbers(fit_sequences=fit_sequences, batch_tokens=batch_tokens, damping=damping,
                    segment_size=segment_size, limit=limit, train_sequences=train_sequences)
+    if not 0 <= seed < 1 << 63:
+        raise InputError(f"--seed {seed}: expected a number from 0 on.")
+    if isinstance(keep_fields, str):
+        raise InputError(f"keep_fields={keep_fields!r}: expected a list of field names.")
     if fit_labels not in ("model", "data"):
         raise InputError(f"--fit-labels {fit_labels}: expected model or data.")
     own_tokenizer = source.load_tokenizer()
@@ -129,9 +140,11 @@ def build(
         "device": place.type, "batch_tokens": batch_tokens, "segment_size": segment_size,
         "seed": seed, "tokenizer": tokenizer_digest(own_tokenizer),
     }
+    if index.exists() and not index.is_dir():
+        raise InputError(f"-o {index} is a file; expected a folder to make or to go on with.")
     index.mkdir(parents=True, exist_ok=True)
     with _only_writer(index):
-        state = _State.open(index, plan)
+        state = _State.open(index, plan, say)
         if manifest.exists(index):
             (index / "build.json").unlink(missing_ok=True)  # killed right after the commit
             built = manifest.load(index)
@@ -139,7 +152,7 @@ def build(
                 check_identity(source.load(device, dtype), built.model)
             _adopt_train_sequences(index, built, train_sequences)
             say.say(f"{index} is complete; nothing to do.")
-            return gradindex.open(index, model=_loaded(model), tokenizer=tokenizer)
+            return reopen()
         torch.set_num_threads(state.threads)
 
         # 2) text → sequences, on disk as records
@@ -148,7 +161,6 @@ def build(
             state.save()
         facts = state.corpus
         _report(facts, settings, say)
-        _check_disk(index, facts["sequences"], plan["bits"])
 
         # 3) the model and its tracked modules
         say.say(f"model: loading {source.name} on {place} as {plan['dtype']}")
@@ -158,6 +170,7 @@ def build(
         share = parameter_share(language_model.network, tracked)
         say.say(f"modules: {len(tracked)} linear maps tracked, {_names(tracked)}: {share:.1%} of "
                 "the model's parameters")
+        _check_disk(index, facts["sequences"], plan["bits"], tracked)
 
         # 4) EK-FAC curvature
         chosen = choose_sequences(facts["sequences"], fit_sequences, seed)
@@ -193,7 +206,7 @@ def build(
         assert state.model is not None
         manifest.commit(index, Manifest(
             format=manifest.FORMAT, versions=_versions(),
-            model={"name": source.name, "revision": source.revision, **state.model,
+            model={"name": _where(source.name), "revision": source.revision, **state.model,
                    "tokenizer": plan["tokenizer"],
                    "tokenizer_name": None if _loaded(tokenizer) else tokenizer and str(tokenizer)},
             dtype=plan["dtype"], device=place.type, threads=state.threads, task=corpus.task,
@@ -213,7 +226,7 @@ def build(
         total = sum(file.stat().st_size for file in index.rglob("*") if file.is_file())
         say.say(f"index: {index}, {facts['sequences']:,} sequences, {size(total)} (it holds the "
                 "training text)")
-    return gradindex.open(index, model=_loaded(model), tokenizer=tokenizer)
+    return reopen()
 
 
 @dataclass
@@ -227,17 +240,26 @@ class _State:
     model: dict[str, str | None] | None = None
 
     @classmethod
-    def open(cls, index: Path, plan: dict[str, Any]) -> "_State":
-        """The state of the build in `index`, or a new one. Raises InputError if it differs."""
+    def open(cls, index: Path, plan: dict[str, Any], say: Progress) -> "_State":
+        """The state of the build in `index`, or a new one.
+
+        Another plan is adopted as long as nothing was fitted, so that a command that failed early
+        can be corrected; afterwards it is refused. Raises InputError.
+        """
         path = index / "build.json"
         if manifest.exists(index):
             _refuse_difference(index, manifest.load(index).plan, plan)
             return cls(index, plan, torch.get_num_threads())
         if path.is_file():
             stored = json.loads(path.read_text(encoding="utf-8"))
-            _refuse_difference(index, stored["plan"], plan)
-            return cls(index, plan, stored["threads"], stored["corpus"], stored["model"])
-        if any(entry.name != "build.json.tmp" for entry in index.iterdir()):
+            fitted = (index / "curvature").is_dir() or any(
+                (index / "curvature.partial").glob("*.safetensors"))
+            if fitted or not _differences(stored["plan"], plan):
+                _refuse_difference(index, stored["plan"], plan)
+                return cls(index, plan, stored["threads"], stored["corpus"], stored["model"])
+            say.say(f"starting over in {index}, where nothing was fitted yet: "
+                    + "; ".join(_differences(stored["plan"], plan)))
+        elif any(entry.name != "build.json.tmp" for entry in index.iterdir()):
             raise InputError(
                 f"{index} is not empty and holds no index. Give a new folder with -o, or empty it."
             )
@@ -259,11 +281,15 @@ class _State:
             check_identity(model, self.model)
 
 
-def _refuse_difference(index: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    changes = [
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    return [
         f"{name}: {before.get(name)!r} before, {now.get(name)!r} now"
         for name in sorted({*before, *now}) if before.get(name) != now.get(name)
     ]
+
+
+def _refuse_difference(index: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    changes = _differences(before, now)
     if changes:
         raise InputError(
             f"{index} was begun with another command ({'; '.join(changes)}). Run the first command "
@@ -275,12 +301,13 @@ def _refuse_difference(index: Path, before: dict[str, Any], now: dict[str, Any])
 def _only_writer(index: Path) -> Iterator[None]:
     descriptor = os.open(index, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise GradindexError(
+                f"another process is building {index}. Wait for it, or stop it first."
+            ) from None
         yield
-    except BlockingIOError:
-        raise GradindexError(
-            f"another process is building {index}. Wait for it, or stop it first."
-        ) from None
     finally:
         os.close(descriptor)
 
@@ -291,6 +318,11 @@ def _as_list(data: Any) -> list[Any]:
     if isinstance(data, (list, tuple)) and data and all(isinstance(d, (str, Path)) for d in data):
         return list(data)
     return [data]
+
+
+def _where(name: str) -> str:
+    """A folder as a path that is valid from anywhere, a hub id as it is."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 def _loaded(model: Any) -> Any:
@@ -323,7 +355,7 @@ def _code_length(bits: int | None, sequence_length: int) -> int:
 
 def _check_numbers(**numbers: float | None) -> None:
     for name, value in numbers.items():
-        if value is not None and not value > 0:
+        if value is not None and not 0 < value < math.inf:
             raise InputError(f"--{name.replace('_', '-')} {value}: expected a number above 0.")
 
 
@@ -363,10 +395,15 @@ def _write_records(
         flush()
     say.finish()
     if not facts["sequences"]:
+        skipped = [f"Skipped: {_counts(corpus.skipped.counts)}."] if corpus.skipped.counts else []
+        raise InputError(" ".join([
+            "the data holds no sequence with a token to predict; expected at least one text of two "
+            "tokens.", *skipped, *corpus.skipped.examples[:3]]))
+    absent = set(corpus.settings.keep_fields) - corpus.fields_seen
+    if absent and corpus.task != "tokens":
         raise InputError(
-            "the data holds no sequence to learn from. "
-            + (f"Skipped: {_counts(corpus.skipped.counts)}; " if corpus.skipped.counts else "")
-            + "; ".join(corpus.skipped.examples[:3])
+            f"--keep-fields: no record has a field {sorted(absent)[0]!r}; found "
+            f"{', '.join(sorted(corpus.fields_seen)) or 'none'}."
         )
     return {**facts, "documents": corpus.documents, "skipped": dict(corpus.skipped.counts),
             "examples": corpus.skipped.examples}
@@ -388,13 +425,16 @@ def _counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{count:,} × {reason}" for reason, count in sorted(counts.items()))
 
 
-def _check_disk(index: Path, sequences: int, length: int) -> None:
-    needed = sequences * (vectors.code_bytes(length) + 4)
+def _check_disk(index: Path, sequences: int, length: int, tracked: list[Module]) -> None:
+    codes = sequences * (vectors.code_bytes(length) + 4)
+    # The fit's running sums are float64 and replaced as a whole: twice their size for a moment.
+    fit_ = sum(16 * (o * o + i * i) for o, i in (module.shape for module in tracked))
     free = shutil.disk_usage(index).free
-    if needed > free:
+    if codes + fit_ > free:
         raise ResourceError(
-            f"the codes need {size(needed)} and {index} has {size(free)} free. Free some space, "
-            f"use fewer --bits (now {length}), or another folder; the same command goes on."
+            f"the codes need {size(codes)} and the fit {size(fit_)}; {index} has {size(free)} "
+            f"free. Free some space, use fewer --bits (now {length}) or --modules, or another "
+            "folder; the same command goes on."
         )
 
 

@@ -9,10 +9,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from gradindex.codes import Codes
+from gradindex.codes import Codes, score_error
 from gradindex.curvature import Ekfac
+from gradindex.errors import GradindexError
 from gradindex.gradients import Batch, make_batch
-from gradindex.influence import exact_scores, precondition, query_gradient
+from gradindex.influence import exact_scores, precondition, query_coordinates
 from gradindex.model import LanguageModel
 from gradindex.progress import Progress
 from gradindex.records import Record
@@ -31,7 +32,8 @@ def calibrate(
 ) -> dict[str, float]:
     """c, the slope, and the number of (query, sequence) pairs they were measured on.
 
-    `stored(ids)` gives the codes on disk and their norms ‖v_m‖.
+    `stored(ids)` gives the codes on disk and their norms ‖v_m‖. Raises GradindexError where no
+    sampled sequence has a gradient.
     """
     seed = codes.settings.seed
     queries = read(choose_sequences(count, QUERIES, seed + 1))
@@ -45,21 +47,25 @@ def calibrate(
         chunk = queries[first : first + stack]
         vectors, preconditioned = [], []
         for record in chunk:
-            gradients, _ = query_gradient(model, codes.modules, _second_half(record, model))
-            coordinates = {
-                name: ekfac[name].coordinates(g, codes.settings.damping)
-                for name, g in gradients.items()
-            }
+            coordinates, _ = query_coordinates(
+                model, codes.modules, ekfac, _second_half(record, model), codes.settings.damping
+            )
             vectors.append(codes.query_vector(coordinates).float().cpu().numpy())
             preconditioned.append(precondition(ekfac, coordinates))
         exact = exact_scores(model, codes.modules, preconditioned, sample, batch_tokens)
         for vector, truth in zip(vectors, exact, strict=True):
-            scale = np.linalg.norm(vector) * norms.astype(np.float64) / len(vector) ** 0.5
-            errors.append((index.scores(vector).astype(np.float64) - truth) / scale)
-            weights.append(truth / scale)
+            scale = score_error(1.0, float(np.linalg.norm(vector)), norms, len(vector))
+            real = scale > 0  # a gradient that rounds to zero has a code without error
+            errors.append(((index.scores(vector) - truth) / np.where(real, scale, 1))[real])
+            weights.append((truth / np.where(real, scale, 1))[real])
             progress.update(1)
     progress.finish()
     error, weight = np.concatenate(errors), np.concatenate(weights)
+    if not np.any(weight):
+        raise GradindexError(
+            f"none of the {len(ids)} sampled sequences has a gradient, so influence is zero "
+            "throughout. Is the model the one that was trained on this data?"
+        )
     return {
         "c": round(float(np.sqrt(np.mean(error**2))), 4),
         "slope": round(float(1 + np.sum(error * weight) / np.sum(weight**2)), 4),

@@ -86,6 +86,7 @@ class Corpus:
         self.sources = [source for item in items for source in discover(item)]
         self.skipped = Skipped()
         self.documents = 0
+        self.fields_seen: set[str] = set()
         if not self.sources:
             found = ", ".join(str(item) for item in items) or "nothing"
             raise InputError(f"no data files were found in {found}; expected {FORMS}.")
@@ -262,6 +263,7 @@ class Corpus:
         tokens.ids = tokens.ids.astype(np.int32)
 
     def _metadata(self, content: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        self.fields_seen.update(map(str, content))
         id_field = self.settings.id_field
         user_id = None if id_field is None else _plain(_value(content, id_field))
         return user_id, {name: _plain(content.get(name)) for name in self.settings.keep_fields}

@@ -75,15 +75,16 @@ def fit(
     if not folder.is_dir():
         partial = index / "curvature.partial"
         partial.mkdir(exist_ok=True)
-        fitting = _Fit(model, modules, read, settings, partial, progress, after)
-        vectors = fitting.eigenvectors()
-        eigenvalues = fitting.eigenvalues(vectors)
-        stored = torch.float64 if model.dtype == torch.float64 else torch.float32
-        for module in modules:
-            q_a, q_s = vectors[f"{module.name}/A"], vectors[f"{module.name}/S"]
-            curvature.save(partial, module, Curvature(
-                q_a.to(stored), q_s.to(stored), eigenvalues[module.name].to(stored)
-            ))
+        if not all(curvature.path_of(partial, module).is_file() for module in modules):
+            fitting = _Fit(model, modules, read, settings, partial, progress, after)
+            vectors = fitting.eigenvectors()
+            eigenvalues = fitting.eigenvalues(vectors)
+            stored = torch.float64 if model.dtype == torch.float64 else torch.float32
+            for module in modules:
+                q_a, q_s = vectors[f"{module.name}/A"], vectors[f"{module.name}/S"]
+                curvature.save(partial, module, Curvature(
+                    q_a.to(stored), q_s.to(stored), eigenvalues[module.name].to(stored)
+                ))
         for name in ("covariance", "eigenvectors", "eigenvalues"):
             (partial / f"{name}.safetensors").unlink(missing_ok=True)
         rename_folder(partial, folder)

@@ -63,7 +63,11 @@ def load_tokens(path: Path) -> np.ndarray:
     return array
 
 
-def discover(item: Any) -> list[Source]:
+def discover(item: Any, named: bool = True) -> list[Source]:
+    """The files behind a path (or the rows given); `named` unless met while walking a folder.
+
+    Raises InputError for what isn't there or isn't read.
+    """
     if not isinstance(item, (str, Path)):
         if isinstance(item, (Mapping, Iterator)) or not isinstance(item, Iterable):
             raise InputError(
@@ -79,13 +83,20 @@ def discover(item: Any) -> list[Source]:
             raise InputError(f"{path} holds several splits; give one of them: {splits}.")
         if (path / "state.json").is_file():
             return [Source("arrow", str(path), path)]
+        if (path / "segments").is_dir() and not named:  # an index, perhaps the one being built
+            return []
         entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
-        return [source for entry in entries for source in discover(entry)]
+        return [source for entry in entries for source in discover(entry, named=False)]
     if not path.is_file():
         raise InputError(f"{path} does not exist; expected {FORMS}.")
     name = path.name.removesuffix(".gz").removesuffix(".zst")
     if name.endswith((".jsonl", ".ndjson")):
         return [Source("jsonl", str(path), path)]
+    if named and path.suffix in (".json", ".csv", ".tsv"):
+        raise InputError(
+            f"{path}: {path.suffix} isn't read as records; expected {FORMS}. Write one JSON object "
+            "a line into a .jsonl file."
+        )
     kind = {".parquet": "parquet", ".npy": "npy"}.get(path.suffix, "text")
     return [Source(kind, str(path), path)]
 
