@@ -19,6 +19,7 @@ _INDEX = [
     click.option("--model", metavar="PATH", help="Where the model is now, if it was moved."),
     click.option("--tokenizer", metavar="PATH", help="Folder or hub id [the model's]."),
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
+    click.option("--batch-tokens", type=int, help="Padded tokens a batch [the build's]."),
     click.option("--train-sequences", type=int, help="N_train [the build's, or the indexed]."),
     click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model."),
     click.option("--allow-pickle", is_flag=True, help="Load weights that aren't safetensors."),
@@ -66,9 +67,10 @@ def search(
     Example:
       gradindex search train.index -p "Water is composed of" -c " hydrogen and oxygen."
     """
-    from gradindex.files import atomic_write
     from search.engine import drain
 
+    if output is not None and not output.parent.is_dir():
+        raise click.UsageError(f"-o {output}: there is no folder {output.parent}.")
     searcher, progress = _open(index, where)
     question = _question(prompt, completion, messages)
     query = searcher.make_query(**question)
@@ -80,7 +82,7 @@ def search(
     if output is None:
         click.echo(content)
     else:
-        atomic_write(output, (content + "\n").encode())
+        _write(output, content + "\n")
     return 130 if result.interrupted else 0
 
 
@@ -132,6 +134,17 @@ def info(index: Path, form: str) -> int:
     return 0
 
 
+def _write(output: Path, content: str) -> None:
+    """A file is replaced as a whole; anything else (a device, a pipe) is written to."""
+    from gradindex.files import atomic_write
+
+    output = output.resolve()
+    if output.exists() and not output.is_file():
+        output.write_text(content, encoding="utf-8")
+    else:
+        atomic_write(output, content.encode())
+
+
 def _open(index: Path, where: dict[str, Any]) -> tuple["Searcher", "Progress"]:
     from gradindex.model import quiet_transformers
     from gradindex.progress import stderr_progress
@@ -146,11 +159,13 @@ def _question(prompt: str | None, completion: str | None, messages: Path | None)
         if prompt is not None or completion is not None:
             raise click.UsageError("--messages and -p/-c exclude each other; give one query.")
         try:
-            return {"messages": json.loads(messages.read_text(encoding="utf-8"))}
+            return {"messages": json.loads(_read(messages, f"--messages {messages}"))}
         except ValueError as error:
             raise click.UsageError(f"--messages {messages} is not valid JSON: {error}.") from None
     if prompt is None and completion is None:
         raise click.UsageError('give the query: -p "PROMPT" -c " COMPLETION", or --messages FILE.')
+    if prompt == completion == "-":
+        raise click.UsageError("-p - and -c - can't both be standard input.")
     return {"prompt": _text(prompt), "completion": _text(completion)}
 
 
@@ -158,19 +173,23 @@ def _text(value: str | None) -> str | None:
     if value == "-":
         return sys.stdin.read()
     if value is not None and value.startswith("@"):
-        try:
-            return Path(value[1:]).read_text(encoding="utf-8")
-        except OSError as error:
-            raise click.UsageError(f"{value}: {error.strerror}. @FILE reads a file.") from None
+        return _read(Path(value[1:]), value)
     return value
 
 
-def _read_ids(ids: str) -> Iterator[int]:
+def _read(path: Path, asked: str) -> str:
     try:
-        lines = sys.stdin.read() if ids == "-" \
-            else Path(ids).read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise click.UsageError(f"--ids {ids}: {error.strerror}.") from None
+        raise click.UsageError(f"{asked}: {error.strerror}. A file is read there.") from None
+    except UnicodeDecodeError as error:
+        raise click.UsageError(
+            f"{asked}: not UTF-8 (byte {error.start}). Convert it, with iconv say."
+        ) from None
+
+
+def _read_ids(ids: str) -> Iterator[int]:
+    lines = sys.stdin.read() if ids == "-" else _read(Path(ids), f"--ids {ids}")
     for number, line in enumerate(lines.splitlines(), 1):
         if not line.strip():
             continue

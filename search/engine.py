@@ -4,12 +4,12 @@
 page can show it; `Searcher.search` drains them.
 """
 
-import hashlib
 import io
+import operator
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,12 @@ import numpy as np
 import torch
 
 from gradindex import curvature as ekfac_files
-from gradindex import manifest, text, vectors
+from gradindex import manifest, vectors
 from gradindex.codes import Codes, CodeSettings, score_error
 from gradindex.curvature import Ekfac
 from gradindex.errors import DamagedIndexError, IndexMismatchError, InputError
 from gradindex.gradients import make_batch
-from gradindex.influence import Gradients, precondition, query_gradient
+from gradindex.influence import Gradients, precondition, query_coordinates
 from gradindex.manifest import Segment, segment_folder
 from gradindex.model import (
     UNSCORED,
@@ -34,13 +34,15 @@ from gradindex.model import (
 from gradindex.records import Record
 from gradindex.records import read as read_records
 from gradindex.results import Hit, Query, Recall, Result
+from search.hits import fold_duplicates, forget_terms, make_hit
 from search.query import make_query
 from search.recall import estimated_recall, inclusion_probability
-from search.rescore import CHUNK, Scored, rescore
+from search.rescore import LARGEST_CHUNK, Scored, chunk_ends, rescore
 
 DEFAULT_HITS = 20
 DEFAULT_SHORTLIST = 1000
 BACKGROUND = 64  # random sequences rescored with every query
+SMALLEST_SAMPLE = 32  # of these, before anything is said of the error on this query
 ODD_CALIBRATION = 1.5  # c on this query's background, as a factor of the index's: warn beyond it
 
 
@@ -71,15 +73,17 @@ class _Target:
 
 def open(
     index: str | Path, model: Any = None, tokenizer: Any = None, device: str = "auto",
-    trust_remote_code: bool = False, allow_pickle: bool = False,
+    trust_remote_code: bool = False, allow_pickle: bool = False, batch_tokens: int | None = None,
 ) -> "Searcher":
     """Open an index for searching. Nothing heavy is loaded before the first search.
 
     `model` (a folder, hub id or loaded model) is where the weights are now, if not where they were
-    at the build; other weights are refused. Raises InputError where there is no index,
+    at the build; other weights are refused. `batch_tokens` bounds the memory of a batch [the
+    build's]. Raises InputError where there is no index,
     DamagedIndexError for missing or changed files.
     """
-    return Searcher(Path(index), model, tokenizer, device, trust_remote_code, allow_pickle)
+    return Searcher(Path(index), model, tokenizer, device, trust_remote_code, allow_pickle,
+                    batch_tokens)
 
 
 class Searcher:
@@ -87,10 +91,13 @@ class Searcher:
 
     def __init__(
         self, path: Path, model: Any, tokenizer: Any, device: str, trust_remote_code: bool,
-        allow_pickle: bool,
+        allow_pickle: bool, batch_tokens: int | None,
     ):
         self.path = path
         self.manifest = manifest.load(path)
+        if batch_tokens is not None and batch_tokens < 1:
+            raise InputError(f"--batch-tokens {batch_tokens}: expected a number above 0.")
+        self._batch_tokens = batch_tokens
         self._device = device
         self._model_given = model is not None
         facts = self.manifest.model
@@ -144,23 +151,17 @@ class Searcher:
         self, query: Query, ids: Iterable[int], train_sequences: int | None = None
     ) -> Iterator[list[Hit]]:
         """Like `rescore`, a chunk at a time."""
-        wanted = list(ids)
-        strange = [one for one in wanted
-                   if not isinstance(one, int) or not 0 <= one < self.manifest.sequences]
-        if strange:
-            raise InputError(
-                f"no sequence has the id {strange[0]!r}; expected 0 to "
-                f"{self.manifest.sequences - 1}."
-            )
+        n_train = self._n_train(train_sequences)
+        wanted = [self._known(one) for one in ids]
         target = self._prepare(query)
-        for first in range(0, len(wanted), CHUNK):
-            chunk = wanted[first : first + CHUNK]
+        all_codes = self._code_scores(target.vector)
+        for first in range(0, len(wanted), LARGEST_CHUNK):
+            chunk = wanted[first : first + LARGEST_CHUNK]
             sequences = self._records(chunk)
             by_position: dict[int, Scored] = {}
             for found in self._rescore(target, sequences):
                 by_position.update(found)
-            codes = self._code_scores(target.vector, chunk)
-            n_train = train_sequences or self._n_train
+            codes = all_codes[chunk]
             yield [
                 self._hit(sequences[place], by_position[place], float(codes[place]), -1, n_train)
                 for place in range(len(chunk))
@@ -183,7 +184,7 @@ class Searcher:
         """Search, yielding a Stage as each step ends; the last one holds the result."""
         total = self.manifest.sequences
         k, length = _sizes(k, shortlist, total)
-        n_train = train_sequences or self._n_train
+        n_train = self._n_train(train_sequences)
         seconds: dict[str, float] = {}
         clock = _Clock(seconds)
 
@@ -206,16 +207,18 @@ class Searcher:
 
         # 3) exact influence of the shortlist, best first, and of the background
         scored: dict[int, Scored] = {}
-        background = self._background(target)
+        background: list[tuple[int, float]] = []
         complete = 0
         interrupted = False
+        ends = set(chunk_ends(length))
         sequences = self._records([int(one) for one in chosen])
         try:
             for found in self._rescore(target, sequences):
                 scored.update(found)
-                if len(scored) == length or len(scored) % CHUNK == 0:
-                    complete = len(scored)
+                forget_terms(scored, sign, max(256, 4 * k))
+                complete = len(scored) if len(scored) in ends else complete
                 yield Stage("exact", len(scored), length, query)
+            background = self._background(target)
         except KeyboardInterrupt:
             interrupted = True
         clock.lap("rescore")
@@ -240,20 +243,25 @@ class Searcher:
     ) -> Result:
         ranked = sorted(range(len(sequences)),
                         key=lambda place: (-sign * scored[place].influence, sequences[place].id))
-        groups = _fold_duplicates(ranked, sequences)
+        groups = fold_duplicates(ranked, sequences)
         influence = np.array([sign * scored[group[0]].influence for group in groups])
         ids = [sequences[group[0]].id for group in groups]
         norms = self._norms()
         c, size = self.manifest.calibration["c"], len(target.vector)
         query_norm = float(np.linalg.norm(target.vector))
         error = score_error(c, query_norm, norms[ids], size) if ids else np.zeros(0)
-        estimate = estimated_recall(inclusion_probability(influence, error, cutoff), k)
-        there = [one for one, _ in background]
+        estimate = 1.0 if cutoff is None else estimated_recall(
+            inclusion_probability(influence, error, cutoff), k)
         truth = np.array([value for _, value in background])
-        unit = score_error(1.0, query_norm, norms[there], size)
-        c_here = float(np.sqrt(np.mean(((codes[there] - truth) / np.maximum(unit, 1e-300)) ** 2)))
+        c_here = self._error_here(background, codes, query_norm, size)
         warnings = []
-        if not c / ODD_CALIBRATION < c_here < c * ODD_CALIBRATION and len(there) >= 32:
+        wrong = sum(value <= 0 for value in influence[:k])
+        if wrong:
+            warnings.append(
+                f"{wrong} of these hits have influence of the other sign: fewer than {k} "
+                f"sequences of the shortlist are {'opponents' if sign < 0 else 'proponents'}"
+            )
+        if c_here is not None and not c / ODD_CALIBRATION < c_here < c * ODD_CALIBRATION:
             warnings.append(
                 f"on this query the code's error is {c_here / c:.1f} times what the index was "
                 "calibrated to, so the recall statement is "
@@ -261,11 +269,14 @@ class Searcher:
             )
         hits = []
         for group in groups[:k]:
-            record = sequences[group[0]]
+            record, own = sequences[group[0]], scored[group[0]]
+            if own.terms is None:
+                [[(_, own)]] = self._rescore(target, [record])
             rank = group[0] + 1
-            hit = self._hit(record, scored[group[0]], float(codes[record.id]), rank, n_train)
+            hit = self._hit(record, own, float(codes[record.id]), rank, n_train)
             hit.duplicates = [sequences[place].id for place in group[1:]]
-            hit.percentile = float(np.mean(truth <= hit.influence) * 100)
+            if len(truth):
+                hit.percentile = float(np.mean(truth <= hit.influence) * 100)
             hits.append(hit)
         return Result(
             query=query, hits=hits, recall=Recall(k, estimate, cutoff, c, c_here),
@@ -281,14 +292,12 @@ class Searcher:
         """The model, loaded and checked at first use. Raises IndexMismatchError for another."""
         if self._model is None:
             facts = self.manifest
-            source = self._source
             if not self._model_given and facts.model["files"] is None:
                 raise InputError(
                     "this index was built from a model object; pass the model (--model PATH, or "
                     "gradindex.open(index, model=…))."
                 )
-            model = source.load(self._device, facts.dtype) \
-                if isinstance(source.model, (str, Path)) else source.load()
+            model = self._load_model()
             dtype = str(model.dtype).removeprefix("torch.")
             if dtype != facts.dtype:
                 raise IndexMismatchError(
@@ -304,6 +313,19 @@ class Searcher:
                 )
             self._model = model
         return self._model
+
+    def _load_model(self) -> LanguageModel:
+        if not isinstance(self._source.model, (str, Path)):
+            return self._source.load()
+        try:
+            return self._source.load(self._device, self.manifest.dtype)
+        except InputError as error:
+            if self._model_given or "--device" in str(error):
+                raise
+            raise InputError(
+                f"{error} At the build it was {self._source.name}; if it was moved, say where it "
+                "is with --model PATH (gradindex.open(index, model=…))."
+            ) from None
 
     @property
     def ekfac(self) -> Ekfac:
@@ -331,20 +353,43 @@ class Searcher:
                 )
         return self._codes
 
-    @property
-    def _n_train(self) -> int:
-        return self.manifest.train_sequences or self.manifest.sequences
+    def _n_train(self, given: int | None) -> int:
+        if given is not None and given < 1:
+            raise InputError(f"--train-sequences {given}: expected a number above 0.")
+        return given or self.manifest.train_sequences or self.manifest.sequences
+
+    def _known(self, one: Any) -> int:
+        """A sequence's id as a plain int. Raises InputError where there is no such sequence."""
+        try:
+            number = -1 if isinstance(one, bool) else operator.index(one)
+        except TypeError:
+            number = -1
+        if not 0 <= number < self.manifest.sequences:
+            raise InputError(
+                f"no sequence has the id {one!r}; expected 0 to {self.manifest.sequences - 1}."
+            )
+        return number
+
+    def _error_here(
+        self, background: list[tuple[int, float]], codes: np.ndarray, query_norm: float, size: int
+    ) -> float | None:
+        """c measured on this query's background sample, or None where that says too little."""
+        there = [one for one, _ in background]
+        unit = score_error(1.0, query_norm, self._norms()[there], size)
+        error = codes[there] - np.array([value for _, value in background])
+        real = unit > 0
+        if real.sum() < SMALLEST_SAMPLE:
+            return None
+        return float(np.sqrt(np.mean((error[real] / unit[real]) ** 2)))
 
     def _prepare(self, query: Query) -> _Target:
         scored = np.array(query.labels) != UNSCORED
         batch = make_batch([(np.array(query.tokens, np.int32), scored)], self.model.device)
-        gradients, log_p = query_gradient(self.model, self.manifest.tracked, batch)
+        coordinates, log_p = query_coordinates(
+            self.model, self.manifest.tracked, self.ekfac, batch, self.manifest.damping
+        )
         # log p of token t stands at position t − 1, where it is predicted
         query.token_log_p = [0.0, *(float(value) for value in log_p[:-1])]
-        coordinates = {
-            name: self.ekfac[name].coordinates(g, self.manifest.damping)
-            for name, g in gradients.items()
-        }
         vector = self.codes.query_vector(coordinates).float().cpu().numpy()
         if not np.isfinite(vector).all():
             raise InputError("the query's gradient is not finite. Try an index with "
@@ -363,13 +408,12 @@ class Searcher:
                 self._segments.append((segment, index, norms))
         return self._segments
 
-    def _code_scores(self, vector: np.ndarray, ids: list[int] | None = None) -> np.ndarray:
-        """The code score of every sequence (or of `ids`), float64, by id."""
+    def _code_scores(self, vector: np.ndarray) -> np.ndarray:
+        """The code score of every sequence, float64, by id."""
         segments = self._open_segments()
         with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
             parts = list(pool.map(lambda opened: opened[1].scores(vector), segments))
-        scores = np.concatenate(parts).astype(np.float64)
-        return scores if ids is None else scores[ids]
+        return np.concatenate(parts).astype(np.float64)
 
     def _norms(self) -> np.ndarray:
         return np.concatenate([norms for _, _, norms in self._open_segments()])
@@ -388,7 +432,7 @@ class Searcher:
         self, target: _Target, sequences: list[Record]
     ) -> Iterator[list[tuple[int, Scored]]]:
         return rescore(self.model, self.manifest.tracked, target.preconditioned, sequences,
-                       self.manifest.batch_tokens)
+                       self._batch_tokens or self.manifest.batch_tokens)
 
     def _background(self, target: _Target) -> list[tuple[int, float]]:
         """(id, exact influence) of a fixed random sample of the index."""
@@ -407,33 +451,8 @@ class Searcher:
     def _hit(
         self, record: Record, scored: Scored | None, code_score: float, rank: int, n_train: int
     ) -> Hit:
-        first = record.parts[0]
-        tokens = text.pieces(self.model.tokenizer, record.ids.tolist())
-        influence = code_score if scored is None else scored.influence
-        hit = Hit(
-            id=record.id, influence=influence, nats=influence / n_train, exact=scored is not None,
-            code_score=code_score, code_rank=rank, text="".join(tokens), source=first.source,
-            row=first.row, document=first.document, start=first.start, end=first.end,
-            user_id=first.user_id, fields=first.fields,
-            parts=[asdict(part) for part in record.parts], tokens=tokens,
-            token_ids=record.ids.tolist(),
-        )
-        if scored is None:
-            return hit
-        modules = self.manifest.tracked
-        layers = self.manifest.layers
-        terms = scored.terms.astype(np.float64)
-        by_layer = np.zeros((len(terms), len(layers)))
-        for place, module in enumerate(modules):
-            by_layer[:, layers.index(module.layer)] += terms[:, place]
-        return replace(
-            hit, token_influence=terms.sum(1).tolist(), layer_influence=by_layer.sum(0).tolist(),
-            module_influence={
-                module.name: float(value)
-                for module, value in zip(modules, terms.sum(0), strict=True)
-            },
-            token_layer_influence=by_layer.tolist(),
-        )
+        return make_hit(self.manifest, self.model.tokenizer, record, scored, code_score, rank,
+                        n_train)
 
 
 def drain(stages: Iterator[Stage], follow: Callable[[Stage], None] | None = None) -> Result:
@@ -481,15 +500,3 @@ def _sizes(k: int | None, shortlist: int | str | None, total: int) -> tuple[int,
     if length < k:
         raise InputError(f"--shortlist {length}: expected at least -k, {k}.")
     return k, min(length, total)
-
-
-def _fold_duplicates(ranked: list[int], sequences: list[Record]) -> list[list[int]]:
-    """Places in `sequences` grouped by equal tokens and mask, groups in order of their first."""
-    groups: dict[bytes, list[int]] = {}
-    for place in ranked:
-        record = sequences[place]
-        key = hashlib.sha256(record.ids.tobytes() + record.scored.tobytes()).digest()
-        groups.setdefault(key, []).append(place)
-    return list(groups.values())
-
-

@@ -29,6 +29,15 @@ def make_query(
         raise InputError(
             "give one query: a prompt and a completion, or token_ids and labels, or messages."
         )
+    for part in (prompt, completion):
+        try:
+            (part or "").encode("utf-8")
+        except UnicodeEncodeError as error:
+            letter = error.object[error.start]
+            raise InputError(
+                f"the query is not valid UTF-8 (character {error.start}: {letter!r}). Put it in a "
+                "UTF-8 file and give @FILE."
+            ) from None
     if token_ids is not None:
         query = Query([int(token) for token in token_ids],
                       [int(label) for label in (token_ids if labels is None else labels)])
@@ -75,7 +84,12 @@ def _continued_query(model: LanguageModel, ids: list[int], prompt: str | None) -
     if not ids:
         raise InputError("the prompt is empty and there is no completion: nothing to explain.")
     longest = context_length(model.network.config) or len(ids) + CONTINUATION
-    own = model.continuation(ids, min(CONTINUATION, max(1, longest - len(ids))))
+    if len(ids) >= longest:
+        raise InputError(
+            f"the prompt has {len(ids)} tokens and the model's context is {longest}, so there is "
+            "no room for a continuation. Shorten the prompt; it is never cut silently."
+        )
+    own = model.continuation(ids, min(CONTINUATION, longest - len(ids)))
     if not own:
         raise InputError("the model ends right after the prompt; give a completion with -c.")
     continuation = "".join(text.pieces(model.tokenizer, own))

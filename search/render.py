@@ -21,6 +21,7 @@ from gradindex.results import UNITS, Hit, Result
 WINDOW = 48  # tokens of text shown around the strongest of them
 MARKED = 0.25  # a token is marked from this share of the strongest token's influence on
 BARS = "▁▂▃▄▅▆▇█"
+HIDDEN = {"Cc", "Cf", "Co", "Cs", "Zl", "Zp"}  # Unicode categories that a terminal may obey
 
 
 # ---- terminal
@@ -37,7 +38,7 @@ def terminal(result: Result, width: int | None = None, color: bool = False) -> s
     lines += [line for warning in result.warnings for line in _wrap(f"warning: {warning}", width)]
     times = ", ".join(f"{name} {duration(value)}" for name, value in result.seconds.items()
                       if value >= 0.05)
-    lines.append(f"seconds: {times}")
+    lines += [f"seconds: {times}"] if times else []
     return "\n".join(lines)
 
 
@@ -48,7 +49,8 @@ def _heading(result: Result, width: int) -> list[str]:
     completion = "".join(query.token_texts[unscored:])
     own = " (the model's own continuation)" if query.generated else ""
     lines = _wrap(f"query: {visible(prompt)}⟦{visible(completion)}⟧{own}", width)
-    lines.append(f"       ⟦{query.scored} tokens scored⟧, log p = {query.log_p:.2f} nats")
+    tokens = "token" if query.scored == 1 else "tokens"
+    lines.append(f"       ⟦{query.scored} {tokens} scored⟧, log p = {query.log_p:.2f} nats")
     kind = "opponents (most negative influence)" if result.opponents else "proponents"
     lines.append(f"{kind}: {len(result)} of {result.sequences:,} sequences, "
                  f"{result.rescored:,} rescored exactly")
@@ -183,7 +185,8 @@ def _card(rank: int, hit: Hit) -> str:
         line = "underline solid" if value >= 0 else "underline dotted"
         style = f"background:{color};" + (f"text-decoration:{line};" if share >= MARKED else "")
         spans.append(f'<span style="{style}" title="{value:+.4g}">{html.escape(piece)}</span>')
-    who = html.escape(f"{hit.user_id or ''} {hit.source}:{hit.row}")
+    label = "" if hit.user_id is None else hit.user_id
+    who = html.escape(f"{label} {hit.source}:{hit.row}")
     kind = "" if hit.exact else " (estimated)"
     return (
         f'<div style="border-top:1px solid #8888;padding:.5em 0"><b>{rank}</b> '
@@ -200,8 +203,7 @@ def visible(text: str) -> str:
     """Text safe for a terminal: newlines as ⏎, tabs as →, other control characters as \\xNN."""
     return "".join(
         {"\n": "⏎", "\t": "→"}.get(letter)
-        or (f"\\x{ord(letter):02x}" if unicodedata.category(letter) in ("Cc", "Cf", "Co", "Cs")
-            else letter)
+        or (f"\\x{ord(letter):02x}" if unicodedata.category(letter) in HIDDEN else letter)
         for letter in text
     )
 

@@ -13,15 +13,30 @@ from gradindex.influence import Gradients, score
 from gradindex.model import LanguageModel, Module
 from gradindex.records import Record
 
-CHUNK = 128  # sequences: batches are made of like lengths within a chunk
+SMALLEST_CHUNK, LARGEST_CHUNK = 16, 128  # sequences; batches are of like lengths within a chunk
 
 
 @dataclass
 class Scored:
-    """A sequence's exact influence, and its terms [t, u] by token and tracked module."""
+    """A sequence's exact influence, and its terms [t, u] by token and tracked module.
+
+    The terms are None where they were let go, for memory.
+    """
 
     influence: float
-    terms: np.ndarray
+    terms: np.ndarray | None
+
+
+def chunk_ends(count: int) -> list[int]:
+    """Where the chunks of `count` sequences end: small ones first, so that something is exact soon.
+
+    Whenever a chunk is finished, a prefix of the sequences is exact.
+    """
+    ends, size = [0], SMALLEST_CHUNK
+    while ends[-1] < count:
+        ends.append(min(count, ends[-1] + size))
+        size = min(LARGEST_CHUNK, 2 * size)
+    return ends[1:]
 
 
 def rescore(
@@ -29,8 +44,9 @@ def rescore(
     sequences: Sequence[Record], batch_tokens: int,
 ) -> Iterator[list[tuple[int, Scored]]]:
     """Yield, batch by batch, (position in `sequences`, score); chunks in order."""
-    for first in range(0, len(sequences), CHUNK):
-        chunk = sequences[first : first + CHUNK]
+    first = 0
+    for end in chunk_ends(len(sequences)):
+        chunk = sequences[first:end]
         for rows in plan_batches([len(record.ids) for record in chunk], batch_tokens):
             members = [chunk[row] for row in rows]
             batch = make_batch([(m.ids, m.scored) for m in members], model.device)
@@ -40,3 +56,4 @@ def rescore(
                 own = own[: len(member.ids)].copy()
                 found.append((first + row, Scored(float(own.sum(dtype=np.float64)), own)))
             yield found
+        first = end
