@@ -22,7 +22,7 @@ from benchmarks.workload import Workload, make_workload
 from gradindex.codes import Codes, CodeSettings, default_width, score_error
 from gradindex.curvature import Ekfac
 from gradindex.gradients import apply_inputs, backward, make_batch, plan_batches
-from gradindex.influence import precondition, query_gradient
+from gradindex.influence import precondition, query_coordinates
 from gradindex.model import Module
 from gradindex.progress import duration, stderr_progress
 from gradindex.vectors import CodeIndex, code_bytes
@@ -161,9 +161,9 @@ def main(sequences: int, queries: int, steps: int, cache: Path) -> None:
     coordinates, preconditioned = [], []
     for record in work.queries:
         batch = make_batch([(record.ids, record.scored)], work.model.device)
-        gradients, _ = query_gradient(work.model, work.modules, batch)
-        coordinates.append({n: work.ekfac[n].coordinates(g, 0.1) for n, g in gradients.items()})
-        preconditioned.append(precondition(work.ekfac, coordinates[-1]))
+        c, _ = query_coordinates(work.model, work.modules, work.ekfac, batch, 0.1)
+        coordinates.append(c)
+        preconditioned.append(precondition(work.ekfac, c))
     stacked = {
         m.name: torch.stack([p[m.name].flatten() for p in preconditioned]) for m in work.modules
     }

@@ -1,5 +1,6 @@
 """A build: its defaults, resuming after a kill anywhere, refusals before anything expensive."""
 
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -135,6 +136,71 @@ def test_a_changed_model_is_refused_on_resuming(model_folder, data_file, tmp_pat
         gradindex.build(str(copied), data_file, tmp_path / "index", **SMALL)
 
 
+def test_a_command_that_failed_early_can_be_corrected(model_folder, data_file, tmp_path):
+    out = tmp_path / "index"
+    for wrong in ({"keep_fields": ["ulr"]}, {"modules": "no such module"}, {"id_field": "ulr"}):
+        with pytest.raises(InputError):
+            gradindex.build(str(model_folder), data_file, out, **{**SMALL, **wrong})
+    index = gradindex.build(str(model_folder), data_file, out, **SMALL)
+    assert index.manifest.plan["keep_fields"] == ["place"]
+
+
+def test_the_index_returned_keeps_the_options(tmp_path):
+    network = random_network("gpt_neox", torch.float32)
+    network.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    torch.save(network.state_dict(), tmp_path / "model" / "pytorch_model.bin")
+    np.save(tmp_path / "tokens.npy", np.random.default_rng(0).integers(0, 37, (5, 9)))
+    index = gradindex.build(str(tmp_path / "model"), tmp_path / "tokens.npy", tmp_path / "index",
+                            bits=512, allow_pickle=True)
+    assert len(index.search(token_ids=[1, 2, 3])) == 5
+
+
+def test_weights_with_missing_tensors_are_refused(tmp_path):
+    random_network("gpt_neox", torch.float32).gpt_neox.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"lack 1 tensors: lm_head\.weight"):
+        ModelSource(str(tmp_path)).load("cpu")
+    damaged = (tmp_path / "model.safetensors").read_bytes()[:-100]
+    (tmp_path / "model.safetensors").write_bytes(damaged)
+    with pytest.raises(InputError, match="can't be loaded"):
+        ModelSource(str(tmp_path)).load("cpu")
+
+
+def test_a_sequence_without_a_gradient_leaves_the_calibration_finite(tmp_path):
+    """Token 0 after token 0 is made certain: such a sequence has log p = 0 and gradient 0."""
+    network = random_network("gpt_neox", torch.float32)
+    with torch.no_grad():
+        network.gpt_neox.embed_in.weight[0] = 50.0
+        network.gpt_neox.final_layer_norm.weight.fill_(1.0)
+        states = network.gpt_neox(input_ids=torch.zeros(1, 6, dtype=torch.long)).last_hidden_state
+        network.lm_head.weight[0] += 500 * states[0].mean(0)
+    tokens = np.random.default_rng(1).integers(1, 37, (20, 6))
+    tokens[3] = 0
+    np.save(tmp_path / "tokens.npy", tokens)
+    network.save_pretrained(tmp_path / "model")
+    index = gradindex.build(str(tmp_path / "model"), tmp_path / "tokens.npy", tmp_path / "index",
+                            bits=512)
+    assert index._norms()[3] == 0 and (np.delete(index._norms(), 3) > 0).all()
+    assert 0 < index.manifest.calibration["c"] < 10
+    result = index.search(token_ids=tokens[5], k=20)
+    assert json.loads(result.to_json())["hits"]
+    assert next(hit for hit in result if hit.id == 3).influence == 0
+
+
+def test_memory_that_runs_out_is_said_with_the_remedy(make_model, sequences, monkeypatch):
+    from gradindex.gradients import backward
+    from gradindex.model import tracked_modules
+
+    model = make_model("gpt_neox")
+    batch = make_batch(sequences, model.device)
+
+    def fail(*_):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")
+
+    with pytest.raises(ResourceError, match=r"batch of 6 × 11 tokens .*--batch-tokens"):
+        backward(model, tracked_modules(model.network), batch, fail)
+
+
 def test_two_builds_of_one_index(model_folder, data_file, tmp_path):
     with build_module._only_writer(tmp_path), \
             pytest.raises(GradindexError, match="another process is building"):
@@ -166,6 +232,7 @@ def test_refusals_come_before_anything_expensive(model_folder, data_file, tmp_pa
     monkeypatch.setattr(ModelSource, "load", lambda *_: pytest.fail("the model was loaded"))
     model = str(model_folder)
     chat = tmp_path / "chat.jsonl"
+    chat.with_suffix(".json").write_text("[]")
     chat.write_text(json.dumps({"messages": [{"role": "assistant", "content": "yes"}]}) + "\n")
     for arguments, message in [
         (dict(model=model, data=tmp_path / "none.jsonl"), "does not exist; expected a .jsonl"),
@@ -178,6 +245,12 @@ def test_refusals_come_before_anything_expensive(model_folder, data_file, tmp_pa
         (dict(model=model, data=data_file, device="gpu"), "--device gpu: expected auto, cpu"),
         (dict(model=model, data=data_file, dtype="float8"), "--dtype float8: expected auto or"),
         (dict(model=model, data=data_file, fit_labels="true"), "expected model or data"),
+        (dict(model=model, data=data_file, damping=float("inf")), "--damping inf: expected a num"),
+        (dict(model=model, data=data_file, seed=-1), "--seed -1: expected a number from 0"),
+        (dict(model=model, data=data_file, keep_fields="url"), "expected a list of field names"),
+        (dict(model=model, data=data_file, keep_fields=["ulr"]), "no record has a field 'ulr'"),
+        (dict(model=model, data=data_file, device="mps"), "--device mps: expected auto, cpu"),
+        (dict(model=model, data=chat.with_suffix(".json")), "isn't read as records"),
         (dict(model=str(tmp_path), data=data_file), "folder with config.json and model.safeten"),
         (dict(model="nobody/nothing", data=data_file), "nobody/nothing can't be loaded"),
     ]:
@@ -193,7 +266,7 @@ def test_refusals_come_before_anything_expensive(model_folder, data_file, tmp_pa
 def test_a_disk_too_small_is_found_before_the_fit(model_folder, data_file, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(ResourceError, match=r"the codes need .* kB and .* has 1e\+03 bytes|1 kB"):
+    with pytest.raises(ResourceError, match=r"the codes need .* and the fit .* has 1 kB free"):
         gradindex.build(str(model_folder), data_file, tmp_path / "index", **SMALL)
     monkeypatch.undo()
     gradindex.build(str(model_folder), data_file, tmp_path / "index", **SMALL)
@@ -207,6 +280,18 @@ def test_default_sequence_length_is_the_context_at_most_512(context, expected):
     config = random_network("gpt_neox", max_position_embeddings=context).config
     assert context_length(config) == context
     assert build_module._sequence_length(None, config, []) == expected
+
+
+def test_default_arguments():
+    given = inspect.signature(gradindex.build).parameters
+    assert {name: given[name].default for name in (
+        "seq_len", "pack", "modules", "fit_sequences", "fit_labels", "damping", "bits", "dtype",
+        "device", "batch_tokens", "segment_size", "train_sequences", "strict", "limit",
+        "trust_remote_code", "allow_pickle")} == {
+        "seq_len": None, "pack": False, "modules": "mlp", "fit_sequences": 4096,
+        "fit_labels": "model", "damping": 0.1, "bits": None, "dtype": "auto", "device": "auto",
+        "batch_tokens": 4096, "segment_size": 4096, "train_sequences": None, "strict": False,
+        "limit": None, "trust_remote_code": False, "allow_pickle": False}
 
 
 def test_default_plan(model_folder, data_file, index_folder):
@@ -234,6 +319,7 @@ def test_default_dtype_is_float32_on_a_cpu_and_the_checkpoints_own_on_a_gpu(
     with pytest.raises(InputError, match=r"sees no CUDA GPU. Use --device cpu"):
         source.resolve("cuda", "auto")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert source.resolve("auto", "auto") == (torch.device("cuda"), torch.bfloat16)
     assert source.resolve("cuda:1", "float32") == (torch.device("cuda:1"), torch.float32)
 

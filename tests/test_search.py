@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -15,9 +16,11 @@ import gradindex
 from gradindex import records
 from gradindex.errors import DamagedIndexError, IndexMismatchError, InputError
 from gradindex.gradients import make_batch
-from gradindex.influence import exact_scores, precondition, query_gradient
+from gradindex.influence import exact_scores, precondition, query_coordinates
 from search import render
 from search.engine import drain
+from search.hits import forget_terms
+from search.rescore import Scored, chunk_ends
 
 QUESTION = {"prompt": "The plum number 26 grows", "completion": " by the river."}
 
@@ -32,11 +35,9 @@ def truth(index, index_folder):
     """Exact influence of every sequence on QUESTION, by the many-query routine."""
     query = index.make_query(**QUESTION)
     scored = np.array(query.labels) != -100
-    gradients, _ = query_gradient(
-        index.model, index.manifest.tracked,
-        make_batch([(np.array(query.tokens, np.int32), scored)], index.model.device))
-    p = precondition(index.ekfac,
-                     {n: index.ekfac[n].coordinates(g, 0.1) for n, g in gradients.items()})
+    batch = make_batch([(np.array(query.tokens, np.int32), scored)], index.model.device)
+    c, _ = query_coordinates(index.model, index.manifest.tracked, index.ekfac, batch, 0.1)
+    p = precondition(index.ekfac, c)
     stored = [r for s in index.manifest.segments for r in records.read(
         index_folder / "segments" / s.name / "records.lmdb", range(s.rows))]
     return exact_scores(index.model, index.manifest.tracked, [p], stored, 96)[0]
@@ -87,6 +88,7 @@ def test_a_short_shortlist_says_what_it_holds(index, truth):
 
 def test_equal_sequences_are_one_hit(index):
     result = index.search(**QUESTION, k=len(index), shortlist="all")
+    assert result.recall.estimate == 1
     texts = [hit.text for hit in result]
     assert len(texts) == len(set(texts)) < len(index)
     assert sum(1 + len(hit.duplicates) for hit in result) == len(index)
@@ -111,20 +113,17 @@ def test_stages_stream(index):
     assert all(hit.exact for hit in stages[-1].hits)
 
 
-def test_interrupted_it_returns_what_is_exact(index, truth, monkeypatch):
-    monkeypatch.setattr("search.rescore.CHUNK", 16)
-    monkeypatch.setattr("search.engine.CHUNK", 16)
-
+def test_interrupted_it_returns_what_is_exact(index, truth):
     def follow(stage):
-        if stage.name == "exact" and stage.done >= 37:
+        if stage.name == "exact" and stage.done >= 20:
             raise KeyboardInterrupt
 
     result = drain(index.stages(index.make_query(**QUESTION), k=5, shortlist="all"), follow)
-    assert result.interrupted and result.rescored == 32
-    assert "interrupted: 32 of" in result.warnings[-1]
+    assert result.interrupted and result.rescored == 16
+    assert "interrupted: 16 of" in result.warnings[-1]
     assert result.recall.cutoff is not None and result.recall.estimate < 1
     for hit in result:
-        assert hit.code_rank <= 32 and hit.influence == pytest.approx(truth[hit.id], rel=1e-3)
+        assert hit.code_rank <= 16 and hit.influence == pytest.approx(truth[hit.id], rel=1e-3)
 
 
 def test_interrupted_before_rescoring_it_stops(index):
@@ -141,7 +140,9 @@ def test_rescore_scores_what_is_named(index, truth):
     assert [hit.id for hit in hits] == [7, 3, 7]
     np.testing.assert_allclose([hit.influence for hit in hits], truth[[7, 3, 7]], rtol=1e-3)
     assert index.rescore(**QUESTION, ids=[]) == []
-    for wrong in (-1, len(index), "3"):
+    by_array = index.rescore(**QUESTION, ids=np.array([3, 7]))
+    assert [hit.id for hit in by_array] == [3, 7]
+    for wrong in (-1, len(index), "3", 1.0, True):
         with pytest.raises(InputError, match=f"no sequence has the id {wrong!r}; expected 0 to"):
             index.rescore(**QUESTION, ids=[wrong])
 
@@ -155,6 +156,52 @@ def test_batches_do_not_matter(model_folder, data_file, index, tmp_path):
                                [hit.influence for hit in expected], rtol=2e-3)
 
 
+def test_searches_in_threads_take_turns(index):
+    expected = [hit.influence for hit in index.search(**QUESTION, k=3)]
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: index.search(**QUESTION, k=3), range(8)))
+    for result in results:
+        assert [hit.influence for hit in result] == expected
+
+
+def test_a_long_shortlist_keeps_few_terms(index, monkeypatch):
+    from search import engine
+
+    expected = index.search(**QUESTION, k=9, shortlist="all")
+    monkeypatch.setattr(engine, "forget_terms", lambda scored, sign, most: [
+        setattr(one, "terms", None) for one in scored.values()])  # as if there were none to keep
+    found = index.search(**QUESTION, k=9, shortlist="all")
+    assert [hit.id for hit in found] == [hit.id for hit in expected]
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one.token_influence, other.token_influence, rtol=1e-3, atol=1e-4)
+    monkeypatch.undo()
+    scored = {n: Scored(float(n % 7), np.zeros((2, 1))) for n in range(50)}
+    forget_terms(scored, -1.0, 10)
+    kept = [one.influence for one in scored.values() if one.terms is not None]
+    assert sorted(kept) == [0.0] * 8 + [1.0] * 2
+
+
+def test_chunks_grow():
+    assert chunk_ends(0) == [] and chunk_ends(9) == [9]
+    assert chunk_ends(400) == [16, 48, 112, 240, 368, 400]
+
+
+def test_default_sizes():
+    from search.engine import BACKGROUND, _sizes
+
+    assert _sizes(None, None, 10**6) == (20, 1000)
+    assert _sizes(200, None, 10**6) == (200, 2000)
+    assert _sizes(None, None, 7) == (7, 7)
+    assert _sizes(5, "all", 10**6) == (5, 10**6)
+    assert BACKGROUND == 64
+
+
+def test_hits_of_the_other_sign_are_pointed_out(index, truth):
+    result = index.search(**QUESTION, k=len(index), shortlist="all")
+    wrong = sum(hit.influence <= 0 for hit in result)
+    assert wrong and result.warnings[0].startswith(f"{wrong} of these hits have influence of the")
+
+
 def test_defaults_shrink_with_the_index(index):
     result = index.search(**QUESTION)
     assert len(result) == 20 and result.shortlist == len(index)
@@ -162,6 +209,7 @@ def test_defaults_shrink_with_the_index(index):
         (dict(k=0), "-k 0: expected 1 to"), (dict(k=10**6), "expected 1 to"),
         (dict(k=9, shortlist=8), "expected at least -k, 9"),
         (dict(shortlist="most"), "expected a number or all"),
+        (dict(train_sequences=-3), "--train-sequences -3: expected a number above 0"),
     ]:
         with pytest.raises(InputError, match=message):
             index.search(**QUESTION, **arguments)
@@ -182,6 +230,8 @@ def test_queries_that_can_not_be_scored(index):
         (dict(prompt="a", completion=""), "completion is empty"),
         (dict(prompt="", completion="The"), "no token of the query can be scored"),
         (dict(prompt="word " * 90, completion=" x"), "more than the model's context of 64"),
+        (dict(prompt="word " * 90), "no room for a continuation"),
+        (dict(prompt="caf\udcff", completion="x"), "not valid UTF-8"),
         (dict(token_ids=[1, 2], labels=[1]), "as many as token_ids"),
         (dict(token_ids=[1, 2], labels=[1, 3]), "each the token itself or −100"),
         (dict(token_ids=[1, 10**6]), "outside the vocabulary"),
