@@ -145,7 +145,7 @@ def one_pass(
 @click.command()
 @click.option("--sequences", type=int, default=8192, show_default=True)
 @click.option("--queries", type=int, default=64, show_default=True)
-@click.option("--steps", type=int, default=600, show_default=True)
+@click.option("--steps", type=int, default=1000, show_default=True)
 @click.option("--cache", type=click.Path(path_type=Path), default=Path(".demo/benchmark"),
               show_default=True)
 def main(sequences: int, queries: int, steps: int, cache: Path) -> None:

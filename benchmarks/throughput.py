@@ -52,8 +52,8 @@ def alternate(repeats: int, *functions: Callable[[], object]) -> list[float]:
 def main(threads: int, batch: int, repeats: int, rows: int) -> None:
     """Print sequences a second and ratios, then nanoseconds a code."""
     torch.set_num_threads(threads)
-    network = new_model(Settings(length=LENGTH, layers=4, hidden=256))
-    trained = new_model(Settings(length=LENGTH, layers=4, hidden=256)).train()
+    network = new_model(Settings(length=LENGTH, layers=4, hidden=192))
+    trained = new_model(Settings(length=LENGTH, layers=4, hidden=192)).train()
     model = ModelSource(network).load()
     modules = tracked_modules(model.network)
     random = np.random.default_rng(0)

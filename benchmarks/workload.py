@@ -56,7 +56,7 @@ def make_workload(
         raise SystemExit(f"the standard library gives {len(windows)} sequences; {needed} needed")
     order = np.random.default_rng(0).permutation(len(windows))[:needed]
     chosen = windows[order]
-    settings = Settings(sequences=sequences, length=LENGTH, layers=4, hidden=256, steps=steps)
+    settings = Settings(sequences=sequences, length=LENGTH, layers=4, hidden=192, steps=steps)
     folder = cache / f"{sequences}-{steps}"
     if not (folder / "model").is_dir():
         shutil.rmtree(folder, ignore_errors=True)

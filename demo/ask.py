@@ -3,6 +3,7 @@
 Runs `gradindex search` for each, as a user would, and says what to try next.
 """
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -24,23 +25,23 @@ def main(folder: Path) -> None:
         shown = " ".join(_quoted(argument) for argument in arguments)
         click.echo(f"\n{'─' * 78}\n$ gradindex {shown}\n")
         subprocess.run([str(command), *arguments], check=True)
-    click.echo(
-        f"\n{'─' * 78}\nTry next:\n"
-        f"  gradindex search {folder}/index -p 'def __enter__(self):'      "
-        "# what the model goes on to say, and why\n"
-        f"  gradindex search {folder}/index -p '…' -c ' …' --opponents      "
-        "# what spoke against it\n"
-        f"  gradindex info {folder}/index                                   "
-        "# what is in the index\n"
-        "  gradindex build YOUR_MODEL YOUR.jsonl -o your.index                "
-        "# your own\n"
-        f"(gradindex is in {command.parent}: activate it, or put it in front)"
-    )
+    click.echo(f"\n{'─' * 78}\nTry next:")
+    index = folder / "index"
+    for line, what in (
+        (f"search {index} -p 'def __enter__(self):'", "what the model goes on to say, and why"),
+        (f"search {index} -p 'weekdays =' -c \" ['Mon'\" --opponents", "what spoke against it"),
+        (f"info {index}", "what is in the index"),
+        ("build YOUR_MODEL YOUR.jsonl -o your.index", "your own"),
+    ):
+        click.echo(f"  gradindex {line:<64} # {what}")
+    click.echo(f"(gradindex is in {command.parent}: activate it, or put it in front)")
 
 
 def _quoted(argument: str) -> str:
-    plain = all(letter.isalnum() or letter in "-_./" for letter in argument)
-    return argument if plain else "'" + argument.replace("'", "'\\''") + "'"
+    """For a shell, in double quotes where that is enough: they read better around 'Mon'."""
+    if "'" in argument and not set(argument) & set('"$`\\!'):
+        return f'"{argument}"'
+    return shlex.quote(argument)
 
 
 if __name__ == "__main__":

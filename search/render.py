@@ -209,7 +209,7 @@ def visible(text: str) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:+.3g}" if abs(value) < 1e4 else f"{value:+,.0f}"
+    return f"{value:+.3g}" if abs(value) < 999.5 else f"{value:+,.0f}"
 
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")

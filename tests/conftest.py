@@ -16,6 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import gradindex
+from demo.prepare import train_tokenizer
 from gradindex.model import LanguageModel, ModelSource
 
 SIZES = {
@@ -90,25 +91,11 @@ def small_documents() -> list[dict[str, Any]]:
     return documents
 
 
-def train_tokenizer(texts: list[str]) -> Any:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<|end|>"], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    ))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
-
-
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random GPT-NeoX with a tokenizer, as save_pretrained writes it."""
     folder = tmp_path_factory.mktemp("model")
-    tokenizer = train_tokenizer([document["text"] for document in small_documents()])
+    tokenizer = train_tokenizer([document["text"] for document in small_documents()], 400)
     tokenizer.save_pretrained(folder)
     random_network("gpt_neox", torch.float32, vocab_size=len(tokenizer)).save_pretrained(folder)
     return folder

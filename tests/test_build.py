@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, random_network, small_documents, train_tokenizer
+from conftest import SMALL, random_network, small_documents
 
 import gradindex
+from demo.prepare import train_tokenizer
 from gradindex import records
 from gradindex.errors import GradindexError, IndexMismatchError, InputError, ResourceError
 from gradindex.gradients import make_batch
@@ -370,7 +371,7 @@ def test_objects_are_accepted_where_paths_are(tmp_path):
     from datasets import Dataset
 
     documents = small_documents()
-    tokenizer = train_tokenizer([document["text"] for document in documents])
+    tokenizer = train_tokenizer([document["text"] for document in documents], 400)
     network = random_network("llama", torch.float32, vocab_size=len(tokenizer))
     index = gradindex.build(network, Dataset.from_list(documents), tmp_path / "index",
                             tokenizer=tokenizer, **SMALL)
