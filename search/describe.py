@@ -47,7 +47,8 @@ def summary(facts: dict[str, Any]) -> str:
                   f"{facts['dtype']}"),
         ("data", f"{facts['documents']:,} documents from {sources}{more}"),
         ("sequences", f"{facts['sequences']:,} of at most {facts['sequence_length']} tokens in "
-                      f"{facts['segments']} segments, {facts['tokens']:,} tokens, "
+                      f"{facts['segments']} segment{'s' * (facts['segments'] != 1)}, "
+                      f"{facts['tokens']:,} tokens, "
                       f"{facts['scored_tokens']:,} scored"),
         *([("skipped", skipped)] if skipped else []),
         ("N_train", n_train),
