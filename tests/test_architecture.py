@@ -80,6 +80,15 @@ def test_what_is_not_imported(statement, absent):
     assert shown.stdout.splitlines()[-1] == "[]"
 
 
+def test_without_faiss_there_is_one_clear_message():
+    code = ("import sys; sys.modules['faiss'] = None; sys.argv = ['gradindex', 'info', 'x']\n"
+            "from gradindex.cli import _run; sys.exit(_run())")
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert shown.returncode == 1 and shown.stdout == ""
+    assert "needs one of its two builds, never both" in shown.stderr
+    assert 'pip install "gradindex[cpu]"' in shown.stderr and "Traceback" not in shown.stderr
+
+
 def test_public_names():
     assert sorted(gradindex.__all__) == gradindex.__all__
     for name in gradindex.__all__:
