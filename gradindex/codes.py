@@ -17,9 +17,9 @@ far too many to store. It is estimated without bias in two steps that both sides
 FAISS then keeps the K signs and one scale (`vectors.py`). The error of the resulting score is
 Gaussian with sd σ = c ‖v_q‖ ‖v_m‖ / √K.
 
-The bucket of entry j of a module is (offset + j) mod K, its sign random. Signs alone make the sketch
-unbiased and the entries are mixed already, so buckets need not be random: contiguous pieces are
-added where a hash would scatter, and sums come out in the same order on every device.
+The bucket of entry j of a module is (offset + j) mod K, its sign random. Signs alone make the
+sketch unbiased and the entries are mixed already, so buckets need not be random: contiguous pieces
+are added where a hash would scatter, and sums come out in the same order on every device.
 """
 
 import hashlib
