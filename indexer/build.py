@@ -9,15 +9,11 @@
 The same command run again goes on where the last one stopped; a different one is refused.
 """
 
-import contextlib
-import fcntl
-import json
 import math
-import os
 import platform
 import shutil
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,18 +24,15 @@ import torch
 import gradindex
 from gradindex import curvature, manifest, records, vectors
 from gradindex.codes import Codes, CodeSettings, default_length, default_width
-from gradindex.errors import GradindexError, InputError, ResourceError
-from gradindex.files import atomic_write
+from gradindex.errors import InputError, ResourceError
 from gradindex.manifest import Manifest, Segment, segment_folder
 from gradindex.model import (
-    LanguageModel,
     ModelSource,
     Module,
     check_identity,
     context_length,
     describe_modules,
     files_digest,
-    identify,
     parameter_share,
     tokenizer_digest,
     tracked_modules,
@@ -51,6 +44,7 @@ from indexer.corpus import Corpus, CorpusSettings
 from indexer.encode import encode_segment
 from indexer.fit import LARGEST_BLOCK, FitSettings, choose_sequences, fit
 from indexer.sources import token_file_width
+from indexer.state import State, only_writer
 
 if TYPE_CHECKING:
     from gradindex import Searcher
@@ -143,8 +137,8 @@ def build(
     if index.exists() and not index.is_dir():
         raise InputError(f"-o {index} is a file; expected a folder to make or to go on with.")
     index.mkdir(parents=True, exist_ok=True)
-    with _only_writer(index):
-        state = _State.open(index, plan, say)
+    with only_writer(index):
+        state = State.open(index, plan, say)
         if manifest.exists(index):
             (index / "build.json").unlink(missing_ok=True)  # killed right after the commit
             built = manifest.load(index)
@@ -227,89 +221,6 @@ def build(
         say.say(f"index: {index}, {facts['sequences']:,} sequences, {size(total)} (it holds the "
                 "training text)")
     return reopen()
-
-
-@dataclass
-class _State:
-    """`build.json`: the plan and how far the build has come."""
-
-    index: Path
-    plan: dict[str, Any]
-    threads: int
-    corpus: dict[str, Any] | None = None
-    model: dict[str, str | None] | None = None
-
-    @classmethod
-    def open(cls, index: Path, plan: dict[str, Any], say: Progress) -> "_State":
-        """The state of the build in `index`, or a new one.
-
-        Another plan is adopted as long as nothing was fitted, so that a command that failed early
-        can be corrected; afterwards it is refused. Raises InputError.
-        """
-        path = index / "build.json"
-        if manifest.exists(index):
-            _refuse_difference(index, manifest.load(index).plan, plan)
-            return cls(index, plan, torch.get_num_threads())
-        if path.is_file():
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            fitted = (index / "curvature").is_dir() or any(
-                (index / "curvature.partial").glob("*.safetensors"))
-            if fitted or not _differences(stored["plan"], plan):
-                _refuse_difference(index, stored["plan"], plan)
-                return cls(index, plan, stored["threads"], stored["corpus"], stored["model"])
-            say.say(f"starting over in {index}, where nothing was fitted yet: "
-                    + "; ".join(_differences(stored["plan"], plan)))
-        elif any(entry.name != "build.json.tmp" for entry in index.iterdir()):
-            raise InputError(
-                f"{index} is not empty and holds no index. Give a new folder with -o, or empty it."
-            )
-        state = cls(index, plan, torch.get_num_threads())
-        state.save()
-        return state
-
-    def save(self) -> None:
-        content = {"plan": self.plan, "threads": self.threads, "corpus": self.corpus,
-                   "model": self.model}
-        atomic_write(self.index / "build.json", json.dumps(content, indent=1).encode())
-
-    def check_model(self, model: LanguageModel) -> None:
-        """Remember the weights' digest, or raise IndexMismatchError if they changed."""
-        if self.model is None:
-            self.model = identify(model)
-            self.save()
-        else:
-            check_identity(model, self.model)
-
-
-def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    return [
-        f"{name}: {before.get(name)!r} before, {now.get(name)!r} now"
-        for name in sorted({*before, *now}) if before.get(name) != now.get(name)
-    ]
-
-
-def _refuse_difference(index: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    changes = _differences(before, now)
-    if changes:
-        raise InputError(
-            f"{index} was begun with another command ({'; '.join(changes)}). Run the first command "
-            "again to go on, or give another folder with -o."
-        )
-
-
-@contextlib.contextmanager
-def _only_writer(index: Path) -> Iterator[None]:
-    descriptor = os.open(index, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise GradindexError(
-                f"another process is building {index}. Wait for it, or stop it first."
-            ) from None
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _as_list(data: Any) -> list[Any]:

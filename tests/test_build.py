@@ -17,6 +17,7 @@ from gradindex.errors import GradindexError, IndexMismatchError, InputError, Res
 from gradindex.gradients import make_batch
 from gradindex.model import ModelSource, context_length
 from indexer import build as build_module
+from indexer.state import only_writer
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -203,7 +204,7 @@ def test_memory_that_runs_out_is_said_with_the_remedy(make_model, sequences, mon
 
 
 def test_two_builds_of_one_index(model_folder, data_file, tmp_path):
-    with build_module._only_writer(tmp_path), \
+    with only_writer(tmp_path), \
             pytest.raises(GradindexError, match="another process is building"):
         gradindex.build(str(model_folder), data_file, tmp_path, **SMALL)
 
