@@ -142,7 +142,8 @@ def build(
         if manifest.exists(index):
             (index / "build.json").unlink(missing_ok=True)  # killed right after the commit
             built = manifest.load(index)
-            if files_digest(source) != built.model["files"]:
+            digest = files_digest(source)
+            if digest is None or digest != built.model["files"]:
                 check_identity(source.load(device, dtype), built.model)
             _adopt_train_sequences(index, built, train_sequences)
             say.say(f"{index} is complete; nothing to do.")
