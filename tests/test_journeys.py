@@ -284,7 +284,7 @@ def test_killed_and_run_again(trained, tmp_path):
         child.send_signal(sign)
         shown = child.communicate()[1]
         assert child.returncode == code, shown
-    assert "the same command goes on" in shown
+    assert "a build goes on when the same command runs again" in shown
     assert run(*arguments, out).returncode == 0
     for path in sorted((tmp_path / "whole").rglob("*")):
         if path.is_file():
