@@ -197,12 +197,11 @@ class Searcher:
         sign = -1.0 if opponents else 1.0
         codes = self._code_scores(target.vector)
         order = np.lexsort((np.arange(total), -sign * codes))
-        chosen = order[:length]
+        sequences = self._records([int(one) for one in order[:length]])
         clock.lap("scan")
-        ahead = self._records([int(one) for one in chosen[:k]])
         yield Stage("approximate", 0, length, query, [
             self._hit(record, None, float(codes[record.id]), rank, n_train)
-            for rank, record in enumerate(ahead, 1)
+            for rank, record in enumerate(sequences[:k], 1)
         ])
 
         # 3) exact influence of the shortlist, best first, and of the background
@@ -211,11 +210,12 @@ class Searcher:
         complete = 0
         interrupted = False
         ends = set(chunk_ends(length))
-        sequences = self._records([int(one) for one in chosen])
+        held: dict[int, Scored] = {}  # those whose terms are still there
         try:
             for found in self._rescore(target, sequences):
                 scored.update(found)
-                forget_terms(scored, sign, max(256, 4 * k))
+                held.update(found)
+                forget_terms(held, sign, max(256, 4 * k))
                 complete = len(scored) if len(scored) in ends else complete
                 yield Stage("exact", len(scored), length, query)
             background = self._background(target)

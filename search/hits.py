@@ -44,13 +44,14 @@ def make_hit(
     )
 
 
-def forget_terms(scored: dict[int, Scored], sign: float, most: int) -> None:
-    """Keep the terms of at most `most` sequences, the best: a long shortlist must fit in memory."""
-    held = [place for place, one in scored.items() if one.terms is not None]
+def forget_terms(held: dict[int, Scored], sign: float, most: int) -> None:
+    """Let the terms of all but the best `most` go: a long shortlist must fit in memory.
+
+    `held` are the sequences that still have theirs, by place; it shrinks now and then.
+    """
     if len(held) > 2 * most:
-        held.sort(key=lambda place: -sign * scored[place].influence)
-        for place in held[most:]:
-            scored[place].terms = None
+        for place in sorted(held, key=lambda place: -sign * held[place].influence)[most:]:
+            held.pop(place).terms = None
 
 
 def fold_duplicates(ranked: list[int], sequences: list[Record]) -> list[list[int]]:
