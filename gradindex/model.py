@@ -1,17 +1,16 @@
 """The door to transformers: load a causal language model, choose its modules, logits → log p.
 
-A model is a hub id (`id@revision`), a folder, or a loaded object. Its identity is a digest of its
-weights, never its path. Parameters never require a gradient: `gradients.py` differentiates with
-respect to module outputs only.
+A model is a hub id (`id@revision`), a folder, or a loaded object; the id or folder may be an
+adapter's, which names its base. Its identity is a digest of its weights, never its path.
+Parameters never require a gradient: `gradients.py` differentiates with respect to module outputs
+only.
 """
 
-import contextlib
 import hashlib
 import json
-import os
 import re
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,18 @@ import transformers
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from gradindex.adapters import (
+    WEIGHTS,
+    Adapter,
+    adapter_parts,
+    no_adapter,
+    read_adapter,
+    unwrapped,
+)
 from gradindex.errors import IndexMismatchError, InputError
-from gradindex.files import atomic_write, sha256
+from gradindex.identity import tensors_digest, weights_digest
+from gradindex.loading import DTYPES, device_called, dtype_called, readable_errors
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64,
-          "bfloat16": torch.bfloat16, "float16": torch.float16}
 UNSCORED = -100  # a position whose next token is not scored, as in transformers
 
 
@@ -49,8 +55,9 @@ class Module:
 class ModelSource:
     """Where a model and its tokenizer come from, before anything heavy is read.
 
-    Arguments: `model` is a hub id, `id@revision`, a folder, or a transformers model object;
-    `tokenizer` (an object, id or folder) defaults to the one beside the model.
+    Arguments: `model` is a hub id, `id@revision`, a folder (each a model or an adapter), or a
+    transformers model or PeftModel object; `tokenizer` (an object, id or folder) defaults to the
+    one beside the model, or beside an adapter's base.
     """
 
     model: Any
@@ -79,11 +86,35 @@ class ModelSource:
     def _arguments(self) -> dict[str, Any]:
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
+    @cached_property
+    def adapter(self) -> Adapter | None:
+        """The saved adapter this names, or None. Raises InputError for an unusable one."""
+        if not isinstance(self.model, (str, Path)):
+            return None
+        with readable_errors(self.name):
+            file = transformers.utils.find_adapter_config_file(self.name, revision=self.revision)
+        return read_adapter(Path(file)) if file else None
+
+    @cached_property
+    def base(self) -> "ModelSource":
+        """The model under the adapter. Raises InputError where that is an adapter itself."""
+        assert self.adapter is not None
+        base = ModelSource(self.adapter.base, None, self.trust_remote_code, self.allow_pickle)
+        if base.adapter is not None:
+            raise InputError(
+                f"the base of the adapter {self.name}, {base.name}, is itself an adapter; expected "
+                "a whole model. Merge it into its own base (merge_and_unload) and save that."
+            )
+        return base
+
     def load_config(self) -> Any:
-        """The model's configuration. Raises InputError when the model can't be found."""
+        """The model's configuration (an adapter's base's). Raises InputError when not found."""
         if not isinstance(self.model, (str, Path)):
             return self.model.config
-        with _readable_errors(self.name):
+        if self.adapter is not None:
+            with self.adapter.explain_base():
+                return self.base.load_config()
+        with readable_errors(self.name):
             return transformers.AutoConfig.from_pretrained(self.name, **self._arguments())
 
     def load_tokenizer(self) -> Any | None:
@@ -99,7 +130,7 @@ class ModelSource:
         except (OSError, ValueError, KeyError) as error:
             broken = Path(self.name, "tokenizer.json").exists()
             if given is None and not broken:
-                return None
+                return self.base.load_tokenizer() if self.adapter else None
             raise InputError(
                 f"no tokenizer could be loaded from {given or self.name} "
                 f"({' '.join(str(error).split())[:120]}). Give --tokenizer a folder or hub id that "
@@ -115,11 +146,11 @@ class ModelSource:
         """
         if not isinstance(self.model, (str, Path)):
             own = next(self.model.parameters())
-            return (own.device if device == "auto" else _device(device),
-                    own.dtype if dtype == "auto" else _dtype(dtype))
-        place = _device(device)
+            return (own.device if device == "auto" else device_called(device),
+                    own.dtype if dtype == "auto" else dtype_called(dtype))
+        place = device_called(device)
         if dtype != "auto":
-            return place, _dtype(dtype)
+            return place, dtype_called(dtype)
         own = getattr(self.load_config(), "dtype", None)
         own = DTYPES.get(own) if isinstance(own, str) else own
         return place, torch.float32 if place.type == "cpu" or own is None else own
@@ -131,22 +162,41 @@ class ModelSource:
         Raises InputError for a model, device or dtype that can't be had.
         """
         place, wanted = self.resolve(device, dtype)
-        network = self.model
-        if isinstance(network, (str, Path)):
-            with _readable_errors(self.name):
-                network, loading = transformers.AutoModelForCausalLM.from_pretrained(
-                    self.name, dtype=wanted, **self._arguments(), output_loading_info=True,
-                    use_safetensors=None if self.allow_pickle else True,
-                )
-            if loading["missing_keys"]:  # transformers would fill them with random numbers
-                missing = ", ".join(sorted(loading["missing_keys"])[:5])
-                raise InputError(
-                    f"the weights of {self.name} lack {len(loading['missing_keys'])} tensors: "
-                    f"{missing}. Expected a complete causal language model, as save_pretrained "
-                    "writes it."
-                )
+        network = self._read(wanted) if isinstance(self.model, (str, Path)) else self.model
+        network = unwrapped(network)
         network = network.to(place, wanted).eval().requires_grad_(False)
         return LanguageModel(network, self.load_tokenizer(), self)
+
+    def _read(self, dtype: torch.dtype) -> Any:
+        if self.adapter is not None:
+            with self.adapter.explain_base():
+                network = self.base._read(dtype)
+            place = {"revision": self.revision}
+            with readable_errors(self.name, self.adapter):
+                # by itself transformers may go on to a pickled file
+                found = transformers.utils.cached_file(
+                    self.name, WEIGHTS, **place,
+                    _raise_exceptions_for_missing_entries=not self.allow_pickle,
+                )
+                loading = network.load_adapter(
+                    self.name, adapter_kwargs=place, use_safetensors=found is not None
+                )
+            missing = loading.missing_keys
+        else:
+            with readable_errors(self.name):
+                network, loading = transformers.AutoModelForCausalLM.from_pretrained(
+                    self.name, dtype=dtype, **self._arguments(), output_loading_info=True,
+                    use_safetensors=None if self.allow_pickle else True,
+                )
+            missing = loading["missing_keys"]
+        if missing:  # transformers would fill them with random numbers
+            raise InputError(
+                f"the weights of {self.name} lack {len(missing)} tensors: "
+                f"{', '.join(sorted(missing)[:5])}. Expected a complete "
+                f"{'adapter' if self.adapter else 'causal language model'}, as save_pretrained "
+                "writes it."
+            )
+        return network
 
 
 @dataclass
@@ -198,57 +248,6 @@ def context_length(config: Any) -> int | None:
     return int(length) if length else None
 
 
-def _device(device: str) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        place = torch.device(device)
-    except RuntimeError:
-        raise InputError(f"--device {device}: expected auto, cpu, cuda or cuda:N.") from None
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(
-            f"--device {device}: this PyTorch ({torch.__version__}) sees no CUDA GPU. "
-            "Use --device cpu, or install a CUDA build of torch."
-        )
-    if place.type not in ("cpu", "cuda") or (place.index or 0) >= max(1, torch.cuda.device_count()):
-        raise InputError(
-            f"--device {device}: expected auto, cpu, cuda or cuda:N; this machine has "
-            f"{torch.cuda.device_count()} GPUs."
-        )
-    return place
-
-
-def _dtype(dtype: str) -> torch.dtype:
-    if dtype not in DTYPES:
-        raise InputError(f"--dtype {dtype}: expected auto or one of {', '.join(DTYPES)}.")
-    return DTYPES[dtype]
-
-
-@contextlib.contextmanager
-def _readable_errors(name: str) -> Iterator[None]:
-    """transformers' page-long loading errors as one line with the fix."""
-    try:
-        yield
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # a damaged file fails in any library below
-        text = " ".join(str(error).split())
-        if "trust_remote_code" in text or "custom code" in text:
-            fix = "It needs its own code: pass --trust-remote-code if you trust it."
-        elif "gated" in text or "401" in text or "403" in text:
-            fix = "It is gated or private: accept its licence and set HF_TOKEN."
-        elif "safetensors" in text and not Path(name, "model.safetensors").exists():
-            fix = "It has no safetensors weights: convert them, or pass --allow-pickle if you " \
-                  "trust the file (unpickling can run code)."
-        elif Path(name).is_dir():
-            fix = "Expected a folder with config.json and model.safetensors, as save_pretrained " \
-                  "writes it."
-        else:
-            fix = "Expected an existing folder or a hub id that can be reached from here (with " \
-                  "HF_HUB_OFFLINE=1 only cached models are found)."
-        raise InputError(f"the model {name} can't be loaded: {text[:200]} {fix}") from None
-
-
 def quiet_transformers() -> None:
     """Silence transformers' own log lines and bars; the command line shows its own."""
     transformers.utils.logging.set_verbosity_error()
@@ -264,41 +263,57 @@ def tracked_modules(network: nn.Module, choice: str = "mlp") -> list[Module]:
     """The linear maps of the transformer blocks to take gradients of, in model order.
 
     `choice`: "mlp" (every block's linear maps outside attention, as in Grosse et al. 2023, §5),
-    "all" (attention too), or a regular expression searched in module names.
+    "attention", "all" (both), "adapter" (the lora_A and lora_B of running LoRA adapters), several
+    of these with commas, or a regular expression searched in module names. The first three are the
+    base's own maps, the adapter's left out.
     Embeddings and the LM head lie outside the blocks and are never tracked.
-    Raises InputError when nothing matches.
+    Raises InputError when nothing matches, no adapter runs, or one that isn't plain LoRA matches.
     """
     prefix, blocks = _blocks(network)
-    found = []
+    parts = adapter_parts(network)
+    found: list[tuple[Module, str]] = []
     for layer, block in enumerate(blocks):
         for name, linear in block.named_modules():
-            if not isinstance(linear, (nn.Linear, Conv1D)):
+            if not isinstance(linear, (nn.Linear, Conv1D)) or linear in parts.idle:
                 continue
             if isinstance(linear, Conv1D):
                 d_in, d_out = linear.weight.shape
             else:
                 d_in, d_out = linear.in_features, linear.out_features
-            attention = bool(_ATTENTION.search(name))
-            found.append(Module(f"{prefix}.{layer}.{name}", layer, attention, int(d_out), int(d_in),
-                                linear.bias is not None))
-    if choice == "mlp":
-        chosen = [module for module in found if not module.attention]
-    elif choice == "all":
-        chosen = found
+            own = linear in parts.own
+            # an adapter's map is where the layer it adapts is, whatever the adapter's name
+            attention = bool(_ATTENTION.search(name.rsplit(".", 2)[0] if own else name))
+            module = Module(f"{prefix}.{layer}.{name}", layer, attention, int(d_out), int(d_in),
+                            linear.bias is not None)
+            found.append((module, "adapter" if own else "attention" if attention else "mlp"))
+    kinds = {part.strip() for part in choice.split(",")}
+    if kinds <= {"mlp", "attention", "all", "adapter"}:
+        if "adapter" in kinds and not parts.own:
+            raise InputError(f"--modules {choice}: {no_adapter(network)}.")
+        kinds |= {"mlp", "attention"} if "all" in kinds else set()
+        chosen = [module for module, kind in found if kind in kinds]
     else:
         try:
             pattern = re.compile(choice)
         except re.error as error:
             raise InputError(
-                f"--modules {choice!r}: neither mlp, nor all, nor a regular expression: {error}."
+                f"--modules {choice!r}: neither of mlp, attention, all and adapter, nor a regular "
+                f"expression: {error}."
             ) from None
-        chosen = [module for module in found if pattern.search(module.name)]
+        chosen = [module for module, _ in found if pattern.search(module.name)]
     if not chosen:
-        examples = ", ".join(module.name for module in found[:3]) or "none at all"
+        examples = ", ".join(module.name for module, _ in found[:3]) or "none at all"
         raise InputError(
             f"--modules {choice!r} matches no linear module of the {len(blocks)} blocks. Its "
             f"linear modules are named like: {examples}. Give mlp, all, or a regular expression."
         )
+    for module in chosen:
+        if network.get_submodule(module.name) in parts.odd:
+            raise InputError(
+                f"--modules {choice!r}: {module.name} is part of an adapter that isn't plain LoRA "
+                "(DoRA, AdaLoRA, another kind, or LoRA on a bare parameter), so its gradient can't "
+                "be read from its inputs and outputs. Leave it out with --modules REGEX."
+            )
     return chosen
 
 
@@ -382,31 +397,27 @@ def check_identity(model: LanguageModel, expected: dict[str, str | None]) -> Non
 
 
 def files_digest(source: ModelSource) -> str | None:
-    """SHA-256 over the weight files' own SHA-256s, or None for a model given as an object."""
+    """SHA-256 over the weight files' own SHA-256s, or None for a model given as an object.
+
+    An adapter's covers its own weights and settings and its base's weights.
+    """
     if not isinstance(source.model, (str, Path)):
         return None
+    if source.adapter is not None:
+        folder = source.adapter.folder
+        weights = sorted(folder.glob(WEIGHTS)) or sorted(folder.glob("adapter_model.bin"))
+        settings = json.dumps(source.adapter.settings, sort_keys=True)
+        return weights_digest(weights, (settings, f"base {files_digest(source.base)}"))
     folder = Path(source.name)
     if not folder.is_dir():
-        with _readable_errors(source.name):
+        with readable_errors(source.name):
             config = transformers.utils.cached_file(
                 source.name, "config.json", revision=source.revision
             )
         folder = Path(str(config)).parent
-    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    digest = hashlib.sha256()
-    for file in weights:
-        digest.update(f"{file.name} {_cached_sha256(file)}\n".encode())
-    return digest.hexdigest()
-
-
-def tensors_digest(network: nn.Module) -> str:
-    """SHA-256 over every tensor's name, dtype, shape and bytes, in order of name."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        flat = tensor.detach().cpu().contiguous().view(-1)
-        digest.update(memoryview(flat.view(torch.uint8).numpy()))
-    return digest.hexdigest()
+    return weights_digest(
+        sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    )
 
 
 def tokenizer_digest(tokenizer: Any | None) -> str | None:
@@ -422,23 +433,6 @@ def tokenizer_digest(tokenizer: Any | None) -> str | None:
         content = {"vocabulary": tokenizer.get_vocab()}
     content["chat_template"] = getattr(tokenizer, "chat_template", None)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _cached_sha256(file: Path) -> str:
-    """A file's SHA-256, remembered by path, size, time and inode (a 14 GB model takes 10 s)."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    cache = home / "gradindex" / "digests.json"
-    facts = file.stat()
-    key = f"{file.resolve()} {facts.st_size} {facts.st_mtime_ns} {facts.st_ino}"
-    known: dict[str, str] = {}
-    with contextlib.suppress(OSError, ValueError):
-        known = json.loads(cache.read_text())
-    if key not in known:
-        known[key] = sha256(file)
-        with contextlib.suppress(OSError):  # a read-only home only costs time
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(cache, json.dumps(known, indent=0).encode())
-    return known[key]
 
 
 def describe_modules(modules: list[Module]) -> list[dict[str, Any]]:

@@ -1,0 +1,67 @@
+"""What a model is loaded as, and transformers' loading errors in one line."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from gradindex.adapters import CONFIG, WEIGHTS, Adapter
+from gradindex.errors import InputError
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64,
+          "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def device_called(device: str) -> torch.device:
+    """The device of a name; "auto" is a GPU if there is one. Raises InputError."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise InputError(f"--device {device}: expected auto, cpu, cuda or cuda:N.") from None
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            f"--device {device}: this PyTorch ({torch.__version__}) sees no CUDA GPU. "
+            "Use --device cpu, or install a CUDA build of torch."
+        )
+    if place.type not in ("cpu", "cuda") or (place.index or 0) >= max(1, torch.cuda.device_count()):
+        raise InputError(
+            f"--device {device}: expected auto, cpu, cuda or cuda:N; this machine has "
+            f"{torch.cuda.device_count()} GPUs."
+        )
+    return place
+
+
+def dtype_called(dtype: str) -> torch.dtype:
+    """The dtype of a name of DTYPES. Raises InputError."""
+    if dtype not in DTYPES:
+        raise InputError(f"--dtype {dtype}: expected auto or one of {', '.join(DTYPES)}.")
+    return DTYPES[dtype]
+
+
+@contextlib.contextmanager
+def readable_errors(name: str, adapter: Adapter | None = None) -> Iterator[None]:
+    """transformers' page-long errors on loading `name`, a model or `adapter`, as one line."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a damaged file fails in any library below
+        text = " ".join(str(error).split())
+        if "trust_remote_code" in text or "custom code" in text:
+            fix = "It needs its own code: pass --trust-remote-code if you trust it."
+        elif "gated" in text or "401" in text or "403" in text:
+            fix = "It is gated or private: accept its licence and set HF_TOKEN."
+        elif "safetensors" in text and \
+                not Path(name, WEIGHTS if adapter else "model.safetensors").exists():
+            fix = "It has no safetensors weights: convert them, or pass --allow-pickle if you " \
+                  "trust the file (unpickling can run code)."
+        elif Path(name).is_dir():
+            files = f"{CONFIG} and {WEIGHTS}" if adapter else "config.json and model.safetensors"
+            fix = f"Expected a folder with {files}, as save_pretrained writes it."
+        else:
+            fix = "Expected an existing folder or a hub id that can be reached from here (with " \
+                  "HF_HUB_OFFLINE=1 only cached models are found)."
+        raise InputError(f"the model {name} can't be loaded: {text[:200]} {fix}") from None
