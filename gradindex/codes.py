@@ -144,14 +144,14 @@ class Codes:
         x = torch.bmm(mixed_d.transpose(1, 2), mixed_a)
         _sketch(vectors, x.flatten(1), side.signs, side.offset)
 
-    def query_vector(self, coordinates: dict[str, Tensor]) -> Tensor:
-        """v_q [K] from C_q [o, i] per module; modules left out are left out of the score."""
-        vector = self.empty(1)
+    def query_vectors(self, coordinates: dict[str, Tensor]) -> Tensor:
+        """v_q [q, K] from C_q [q, o, i] per module; modules left out are left out of the score."""
+        vectors = self.empty(len(next(iter(coordinates.values()))))
         for name, c in coordinates.items():
             side = self._sides[name]
             x = side.mix_s @ (c / torch.outer(side.w_s, side.w_a)) @ side.mix_a.T
-            _sketch(vector, x.reshape(1, -1), side.signs, side.offset)
-        return vector[0]
+            _sketch(vectors, x.flatten(1), side.signs, side.offset)
+        return vectors
 
 
 def _sketch(vectors: Tensor, x: Tensor, signs: Tensor, offset: int) -> None:

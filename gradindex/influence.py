@@ -3,7 +3,12 @@
 I(q, m) = ⟨∇ log p(completion | prompt), (G+λI)⁻¹ ∇ log p(sequence m)⟩ = Σ_u Σ_t d_tᵀ P_u a_t,
 P_u = (G_u+λ_u I)⁻¹ G_q,u  (Grosse et al. 2023, eqs. 25, 30, 31). Positive: one more copy of m
 makes the completion more likely, by I / N_train nats to first order.
+
+Everything needed of a sequence comes from one forward and backward pass: `Influences`, `Terms` and
+`Sizes` each take what a module hands over and add up their part.
 """
+
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -21,34 +26,103 @@ from gradindex.gradients import (
 from gradindex.model import LanguageModel, Module
 from gradindex.records import Record
 
-Gradients = dict[str, Tensor]  # [o, i] by module name
+Gradients = dict[str, Tensor]  # [q, o, i] by module name, a row a query
 
-
-def query_gradient(
-    model: LanguageModel, modules: list[Module], batch: Batch
-) -> tuple[Gradients, Tensor]:
-    """∇ log p(completion | prompt) of a batch of one, and log p per position [t] in nats."""
-    gradients: Gradients = {}
-
-    def each(module: Module, a: Tensor, d: Tensor) -> None:
-        wide = model.accumulate
-        gradients[module.name] = gradient(module, a.to(wide), d.to(wide))[0]
-
-    log_p = backward(model, modules, batch, each)
-    return {module.name: gradients[module.name] for module in modules}, log_p[0]
+LARGEST_BLOCK = 1 << 28  # entries of low-rank gradients multiplied out at once
 
 
 def query_coordinates(
     model: LanguageModel, modules: list[Module], ekfac: Ekfac, batch: Batch, damping: float
 ) -> tuple[Gradients, Tensor]:
-    """C_u of a query (a batch of one) by module name, and log p per position [t] in nats."""
-    gradients, log_p = query_gradient(model, modules, batch)
-    return {name: ekfac[name].coordinates(g, damping) for name, g in gradients.items()}, log_p
+    """C_u [q, o, i] of each query of a batch by module name, and log p [q, t] in nats."""
+    coordinates: Gradients = {}
+
+    def each(module: Module, a: Tensor, d: Tensor) -> None:
+        c = ekfac[module.name]
+        coordinates[module.name] = _rotated(ekfac, module, a, d) / c.damped(damping)
+
+    log_p = backward(model, modules, batch, each)
+    return {module.name: coordinates[module.name] for module in modules}, log_p
 
 
 def precondition(ekfac: Ekfac, coordinates: Gradients) -> Gradients:
-    """P_u = Q_S C_u Q_Aᵀ from coordinates C_u, both [o, i] by module name."""
+    """P_u = Q_S C_u Q_Aᵀ from coordinates C_u, both [q, o, i] by module name."""
     return {name: ekfac[name].leave_eigenbasis(c) for name, c in coordinates.items()}
+
+
+def query_norms(ekfac: Ekfac, coordinates: Gradients, damping: float) -> Tensor:
+    """‖q̃‖ [q], q̃ = (G+λ)^−½ ∇q: the square root of each query's influence on itself."""
+    total = sum((c.square() * ekfac[name].damped(damping)).sum((1, 2))
+                for name, c in coordinates.items())
+    assert isinstance(total, Tensor)
+    return total.sqrt()
+
+
+def _rotated(ekfac: Ekfac, module: Module, a: Tensor, d: Tensor) -> Tensor:
+    """Q_Sᵀ G Q_A of each sequence [b, o, i], rotating tokens before they are multiplied."""
+    c = ekfac[module.name]
+    wide = c.eigenvalues.dtype
+    rotated_a = apply_inputs(a.to(wide), c.eigenvectors_a.T, module.bias)
+    return (d.to(wide) @ c.eigenvectors_s).transpose(1, 2) @ rotated_a
+
+
+class Preconditioned:
+    """P_u of several queries, whole [q, o, i], or of rank r as L [q, o, r] times R [q, r, i].
+
+    A low rank bounds the memory of many queries (Grosse et al. 2023, §3.2.2). The factors are the
+    truncated singular value decomposition's, found by subspace iteration from fixed numbers.
+    """
+
+    def __init__(self, gradients: Gradients, rank: int | None = None):
+        self.rank = rank
+        self._parts: dict[str, tuple[Tensor, Tensor] | Tensor] = {}
+        for name, p in gradients.items():
+            self._parts[name] = p if rank is None or rank >= min(p.shape[1:]) else _factors(p, rank)
+
+    def __len__(self) -> int:
+        part = next(iter(self._parts.values()))
+        return len(part if isinstance(part, Tensor) else part[0])
+
+    @classmethod
+    def join(cls, parts: list["Preconditioned"]) -> "Preconditioned":
+        """The queries of several, in order; all of one rank."""
+        joined = cls({}, parts[0].rank)
+        for name, first in parts[0]._parts.items():
+            own = [part._parts[name] for part in parts]
+            joined._parts[name] = torch.cat(own) if isinstance(first, Tensor) else (  # type: ignore[arg-type]
+                torch.cat([one[0] for one in own]), torch.cat([one[1] for one in own]))
+        return joined
+
+    def one(self, query: int) -> "Preconditioned":
+        """One query's, whole gradients only."""
+        assert self.rank is None
+        return Preconditioned({name: part[query : query + 1]  # type: ignore[misc]
+                               for name, part in self._parts.items()})
+
+    def dtype(self, module: Module) -> torch.dtype:
+        part = self._parts[module.name]
+        return (part if isinstance(part, Tensor) else part[0]).dtype
+
+    def blocks(self, module: Module) -> Iterator[tuple[slice, Tensor]]:
+        """P_u [n, o, i] of some queries at a time, with their places."""
+        part = self._parts[module.name]
+        if isinstance(part, Tensor):
+            yield slice(0, len(part)), part
+            return
+        left, right = part
+        size = max(1, LARGEST_BLOCK // (module.shape[0] * module.shape[1]))
+        for first in range(0, len(left), size):
+            here = slice(first, min(first + size, len(left)))
+            yield here, left[here] @ right[here]
+
+
+def _factors(p: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """L [q, o, r] and R [q, r, i] of the best rank-r matrices near p [q, o, i]."""
+    devices = [p.device] if p.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):  # the library draws from the global generator
+        torch.manual_seed(0)
+        u, s, v = torch.svd_lowrank(p, q=rank, niter=4)
+    return u * s.unsqueeze(1), v.transpose(1, 2)
 
 
 def terms(module: Module, a: Tensor, d: Tensor, p: Tensor) -> Tensor:
@@ -56,43 +130,91 @@ def terms(module: Module, a: Tensor, d: Tensor, p: Tensor) -> Tensor:
     return (apply_inputs(a, p, module.bias) * d).sum(-1)
 
 
-def score(
-    model: LanguageModel, modules: list[Module], preconditioned: Gradients, batch: Batch
-) -> Tensor:
-    """The terms of the influence of each sequence of a batch: [b, t, u], summing to I over t, u."""
-    parts: dict[str, Tensor] = {}
+class Influences:
+    """Adds up I [q, b] of a batch on every query; a sequence's gradient is formed once."""
 
+    def __init__(self, preconditioned: Preconditioned, rows: int):
+        self._preconditioned = preconditioned
+        self.total = torch.zeros(len(preconditioned), rows, dtype=torch.float64)
+
+    def __call__(self, module: Module, a: Tensor, d: Tensor) -> None:
+        wide = self._preconditioned.dtype(module)
+        a, d = a.to(wide), d.to(wide)
+        g = gradient(module, a, d) if len(self._preconditioned) > 1 else None
+        for here, p in self._preconditioned.blocks(module):
+            part = terms(module, a, d, p[0]).sum(-1, keepdim=True).T if g is None else \
+                p.flatten(1) @ g.flatten(1).T
+            self.total[here] += part.cpu()
+
+
+class Terms:
+    """Keeps the terms of I on one query: [b, t] by module name."""
+
+    def __init__(self, preconditioned: Preconditioned):
+        self._preconditioned = preconditioned
+        self._parts: dict[str, Tensor] = {}
+
+    def __call__(self, module: Module, a: Tensor, d: Tensor) -> None:
+        [(_, p)] = self._preconditioned.blocks(module)
+        self._parts[module.name] = terms(module, a.to(p.dtype), d.to(p.dtype), p[0])
+
+    def stacked(self, modules: list[Module]) -> Tensor:
+        """[b, t, u], summing to I over t and u."""
+        return torch.stack([self._parts[module.name] for module in modules], dim=-1)
+
+
+class Sizes:
+    """Adds up two sizes of each sequence's gradient, float64 [b].
+
+    `self_influence` = ‖m̃‖² = ∇mᵀ (G+λ)⁻¹ ∇m, with m̃ = (G+λ)^−½ ∇m; `squared_step` =
+    ‖(G+λ)⁻¹ ∇m‖², the change of parameters that adding m causes: I over its square root is
+    θ-RelatIF (Barshan et al. 2020, eq. 7).
+    """
+
+    def __init__(self, ekfac: Ekfac, damping: float, rows: int):
+        self._ekfac, self._damping = ekfac, damping
+        self.self_influence = torch.zeros(rows, dtype=torch.float64)
+        self.squared_step = torch.zeros(rows, dtype=torch.float64)
+
+    def __call__(self, module: Module, a: Tensor, d: Tensor) -> None:
+        damped = self._ekfac[module.name].damped(self._damping)
+        part = _rotated(self._ekfac, module, a, d).square_().div_(damped)
+        self.self_influence += part.sum((1, 2)).cpu()
+        self.squared_step += part.div_(damped).sum((1, 2)).cpu()
+
+
+def collect(
+    model: LanguageModel, modules: list[Module], batch: Batch,
+    *collectors: Callable[[Module, Tensor, Tensor], None],
+) -> None:
+    """One forward and backward pass of a batch, handed to every collector."""
     def each(module: Module, a: Tensor, d: Tensor) -> None:
-        p = preconditioned[module.name]
-        parts[module.name] = terms(module, a.to(p.dtype), d.to(p.dtype), p)
+        for collector in collectors:
+            collector(module, a, d)
 
-    backward(model, modules, batch, each)
-    return torch.stack([parts[module.name] for module in modules], dim=-1)
+    with torch.no_grad():
+        backward(model, modules, batch, each)
+
+
+def score(
+    model: LanguageModel, modules: list[Module], preconditioned: Preconditioned, batch: Batch
+) -> Tensor:
+    """The terms of each sequence's influence on one query: [b, t, u], summing to I over t, u."""
+    collector = Terms(preconditioned)
+    collect(model, modules, batch, collector)
+    return collector.stacked(modules)
 
 
 def exact_scores(
-    model: LanguageModel, modules: list[Module], preconditioned: list[Gradients],
+    model: LanguageModel, modules: list[Module], preconditioned: Preconditioned,
     sequences: list[Record], batch_tokens: int,
 ) -> np.ndarray:
-    """Exact influence of every sequence on every query: float64 [queries, sequences].
-
-    `preconditioned` holds P_u [o, i] by module name for each query. Each sequence's gradient is
-    formed once, whatever the number of queries.
-    """
-    stacked = {
-        module.name: torch.stack([p[module.name] for p in preconditioned]) for module in modules
-    }
+    """Exact influence of every sequence on every query: float64 [q, sequences]."""
     scores = np.zeros((len(preconditioned), len(sequences)))
     for rows in plan_batches([len(record.ids) for record in sequences], batch_tokens):
         members = [sequences[row] for row in rows]
         batch = make_batch([(member.ids, member.scored) for member in members], model.device)
-        total = torch.zeros(len(preconditioned), len(rows), dtype=torch.float64)
-
-        def each(module: Module, a: Tensor, d: Tensor) -> None:
-            p = stacked[module.name]
-            g = gradient(module, a.to(p.dtype), d.to(p.dtype))
-            total.add_((p.flatten(1) @ g.flatten(1).T).cpu())  # noqa: B023
-
-        backward(model, modules, batch, each)
-        scores[:, rows] = total.numpy()
+        collector = Influences(preconditioned, len(rows))
+        collect(model, modules, batch, collector)
+        scores[:, rows] = collector.total.numpy()
     return scores

@@ -43,8 +43,15 @@ class Progress:
             self._bar = tqdm(total=total or None, initial=done, desc=stage, unit=f" {unit}",
                              leave=False, file=self._stream, dynamic_ncols=True, mininterval=0.2)
 
-    def update(self, n: int) -> None:
-        """`n` more units are done. After two batches the time left is known."""
+    def update(self, n: int, total: int | None = None) -> None:
+        """`n` more units are done, of a `total` that may have changed meanwhile.
+
+        After two batches the time left is known.
+        """
+        if total is not None and total != self._total:
+            self._total = total
+            if self._bar is not None:
+                self._bar.total = total
         self._done += n
         self._updates += 1
         now = time.monotonic()

@@ -14,15 +14,28 @@ UNITS = (
 
 @dataclass
 class Query:
-    """A scored text: tokens and labels [t], −100 where a token isn't scored."""
+    """A scored text: tokens and labels [t], −100 where a token isn't scored.
+
+    `others` are further texts whose log p is added, each times its own `weight`: −1 for the
+    completion that this one is compared with (`versus`), 1 for the members of an aggregate.
+    """
 
     tokens: list[int]
     labels: list[int]
     prompt: str | None = None
     completion: str | None = None
     generated: bool = False  # the completion is the model's own greedy continuation
+    id: Any = None
+    weight: float = 1.0
+    others: list["Query"] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what the user should know of how it was read
     token_texts: list[str] = field(default_factory=list)
     token_log_p: list[float] = field(default_factory=list)  # nats, 0 where not scored
+
+    @property
+    def texts(self) -> list["Query"]:
+        """This text and the others."""
+        return [self, *self.others]
 
     @property
     def scored(self) -> int:
@@ -31,8 +44,8 @@ class Query:
 
     @property
     def log_p(self) -> float:
-        """log p(completion | prompt) in nats."""
-        return float(sum(self.token_log_p))
+        """Σ of log p(completion | prompt) in nats, each text times its weight."""
+        return float(sum(text.weight * sum(text.token_log_p) for text in self.texts))
 
 
 @dataclass
@@ -41,9 +54,13 @@ class Hit:
 
     `influence` is exact where `exact` is true, else the code's estimate. `nats` is influence /
     N_train: what one more copy would add to log p(completion | prompt), to first order.
+    `self_influence` is ‖m̃‖², m̃ = (G+λ)^−½ ∇m; `cosine` influence / (‖q̃‖ ‖m̃‖), the same for every
+    scale of the sequence's gradient; `relatif` influence / ‖(G+λ)⁻¹ ∇m‖ (θ-RelatIF).
     `token_influence` [t] and `layer_influence` [layers] each sum to `influence`, and so does
     `token_layer_influence` [t, layers]; token t's entry counts the gradient that enters at t, so
-    it belongs to predicting what follows t (Grosse et al. 2023, eq. 31).
+    it belongs to predicting what follows t (Grosse et al. 2023, eq. 31). `layer_influence` goes
+    with `Result.layers`; layers that were left out are not among them.
+    `percentile` says which share of a random sample of the index ranks no higher.
     `start` and `end` are characters of the document's text (−1 where it came as tokens).
     """
 
@@ -59,6 +76,10 @@ class Hit:
     document: int
     start: int
     end: int
+    self_influence: float | None = None
+    cosine: float | None = None
+    relatif: float | None = None
+    tfidf_rank: int | None = None
     user_id: Any = None
     fields: dict[str, Any] = field(default_factory=dict)
     parts: list[dict[str, Any]] = field(default_factory=list)
@@ -76,9 +97,11 @@ class Hit:
 class Recall:
     """How complete the answer is: the estimated share of the true top k that it holds.
 
-    `estimate` is None where completeness is unknown (named ids, approximate scores). `cutoff` is
-    the code score of the best sequence left out (None: none was), `c` the calibration of the
-    code's error for this index, `c_here` the same measured on this query's background sample.
+    `estimate` is None where completeness is unknown (approximate scores, TF-IDF candidates alone).
+    `cutoff` is the statistic of the best sequence left out of the shortlist by code (None: none
+    was). `c` is the calibration of the code's error for this index, `c_here` the same measured on
+    this query's background sample. `asked` is the recall that was asked for, if any.
+    `shortlist_for_95` is the length at which the statement would reach .95, where it doesn't.
     """
 
     k: int
@@ -86,11 +109,16 @@ class Recall:
     cutoff: float | None
     c: float
     c_here: float | None = None
+    asked: float | None = None
+    shortlist_for_95: int | None = None
 
 
 @dataclass
 class Result:
-    """Hits in order of influence, and everything needed to judge them."""
+    """Hits in order of influence (or what `controls` says), and everything needed to judge them.
+
+    `rescored` counts the sequences scored exactly for this query's shortlist.
+    """
 
     query: Query
     hits: list[Hit]
@@ -100,12 +128,17 @@ class Result:
     rescored: int
     train_sequences: int
     train_sequences_given: bool
-    opponents: bool
     layers: list[int]
+    controls: dict[str, Any]
     seconds: dict[str, float]
     interrupted: bool = False
     warnings: list[str] = field(default_factory=list)
     model: str = ""
+    index: str = ""  # of its manifest's SHA-256, the first 16 digits
+
+    @property
+    def opponents(self) -> bool:
+        return bool(self.controls["opponents"])
 
     def __len__(self) -> int:
         return len(self.hits)
@@ -129,7 +162,10 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain JSON types."""
         content = asdict(self)
-        content["query"] |= {"scored": self.query.scored, "log_p": self.query.log_p}
+        for text, about in zip(self.query.texts, [content["query"], *content["query"]["others"]],
+                               strict=True):
+            about["scored"] = text.scored
+        content["query"]["log_p"] = self.query.log_p
         return {"schema": 1, "units": UNITS, **content}
 
     def to_json(self) -> str:

@@ -197,7 +197,7 @@ def build(
         # 7) the commit
         names = [curvature.path_of(Path("curvature"), module).as_posix() for module in tracked]
         names += [f"segments/{segment.name}/{file}" for segment in segments
-                  for file in ("records.lmdb", "vectors.faiss", "norms.npy")]
+                  for file in ("records.lmdb", "vectors.faiss", "norms.npy", "tokens.npz")]
         assert state.model is not None
         manifest.commit(index, Manifest(
             format=manifest.FORMAT, versions=_versions(),

@@ -13,7 +13,7 @@ from gradindex.codes import Codes, score_error
 from gradindex.curvature import Ekfac
 from gradindex.errors import GradindexError
 from gradindex.gradients import Batch, make_batch
-from gradindex.influence import exact_scores, precondition, query_coordinates
+from gradindex.influence import Preconditioned, exact_scores, precondition, query_coordinates
 from gradindex.model import LanguageModel
 from gradindex.progress import Progress
 from gradindex.records import Record
@@ -50,9 +50,10 @@ def calibrate(
             coordinates, _ = query_coordinates(
                 model, codes.modules, ekfac, _second_half(record, model), codes.settings.damping
             )
-            vectors.append(codes.query_vector(coordinates).float().cpu().numpy())
-            preconditioned.append(precondition(ekfac, coordinates))
-        exact = exact_scores(model, codes.modules, preconditioned, sample, batch_tokens)
+            vectors.append(codes.query_vectors(coordinates)[0].float().cpu().numpy())
+            preconditioned.append(Preconditioned(precondition(ekfac, coordinates)))
+        together = Preconditioned.join(preconditioned)
+        exact = exact_scores(model, codes.modules, together, sample, batch_tokens)
         for vector, truth in zip(vectors, exact, strict=True):
             scale = score_error(1.0, float(np.linalg.norm(vector)), norms, len(vector))
             real = scale > 0  # a gradient that rounds to zero has a code without error

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradindex import tfidf
 from gradindex.codes import Codes
 from gradindex.errors import GradindexError
 from gradindex.files import atomic_write, rename_folder
@@ -51,6 +52,8 @@ def encode_segment(
     buffer = io.BytesIO()
     np.save(buffer, norms, allow_pickle=False)
     atomic_write(folder / "norms.npy", buffer.getvalue())
+    vocabulary = model.network.config.get_text_config().vocab_size
+    tfidf.write(folder / "tokens.npz", [record.ids for record in records], vocabulary)
     rename_folder(folder, folder.with_suffix(""))
 
 

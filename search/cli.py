@@ -12,6 +12,9 @@ import click
 if TYPE_CHECKING:
     from gradindex import Searcher
     from gradindex.progress import Progress
+    from gradindex.results import Result
+    from search.batch import QueryFile
+    from search.controls import Controls
     from search.engine import Stage
 
 _INDEX = [
@@ -31,6 +34,16 @@ _QUERY = [
                       "own continuation]."),
     click.option("--messages", type=click.Path(exists=True, dir_okay=False, path_type=Path),
                  help="JSON file of chat messages; the last one is explained."),
+    click.option("--versus", metavar="TEXT",
+                 help="Another completion: explain log p of -c minus log p of this."),
+    click.option("--score-on", metavar="RANGE",
+                 help="Score these tokens of the completion only: 0-2, or 5."),
+    click.option("--damping", type=float,
+                 help="λ as a factor of each module's mean eigenvalue [the build's]."),
+    click.option("--modules", metavar="RANGE|KIND|REGEX",
+                 help="Layers (8-15), mlp, attention, or names that match [all indexed]."),
+    click.option("--normalize", default="none", show_default=True, metavar="none|cosine|relatif",
+                 help="Rank by influence, by influence / (‖q̃‖ ‖m̃‖), or by θ-RelatIF."),
 ]
 
 
@@ -48,15 +61,28 @@ def _options(options: list[Callable[..., Any]]) -> Callable[..., Any]:
 @click.option("-k", type=int, help="Hits [20].")
 @click.option("--shortlist", metavar="N|all",
               help="Sequences to rescore exactly [1000, or 10 k if more].")
+@click.option("--recall", type=float, metavar="R",
+              help="Rescore until the estimated recall is R, at most --shortlist [10000].")
+@click.option("--no-rescore", is_flag=True, help="Rank by code alone: fast, approximate.")
 @click.option("--opponents", is_flag=True, help="The most negative influence instead.")
+@click.option("--candidates", default="code", show_default=True, metavar="code|tfidf|both",
+              help="Who is rescored: the best by code, by shared rare words, or both.")
+@click.option("--time-limit", type=float, metavar="SECONDS", help="Stop rescoring after this long.")
+@click.option("--queries", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+              help="JSON lines with prompt, completion, id: search for all of them together.")
+@click.option("--aggregate", type=click.Choice(["sum"]),
+              help="With --queries: one search, for the sum of their log p.")
+@click.option("--rank", type=int,
+              help="With --queries: rank of the preconditioned gradients [all if 2 GiB, else 32].")
 @click.option("--format", "form", type=click.Choice(["auto", "json", "jsonl", "csv"]),
-              default="auto", show_default=True, help="auto is text for people.")
+              default="auto", show_default=True,
+              help="auto is text for people; with --queries -o, a JSON result a line.")
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path),
-              help="Write the result to a file instead of standard output.")
+              help="Write to a file instead of standard output; with --queries, resumes.")
 def search(
-    index: Path, prompt: str | None, completion: str | None, messages: Path | None, k: int | None,
-    shortlist: str | None, opponents: bool, form: str, output: Path | None,
-    train_sequences: int | None, **where: Any,
+    index: Path, prompt: str | None, completion: str | None, messages: Path | None,
+    versus: str | None, score_on: str | None, queries: Path | None, aggregate: str | None,
+    no_rescore: bool, form: str, output: Path | None, **others: Any,
 ) -> int:
     """Which training sequences made the model say COMPLETION after PROMPT?
 
@@ -66,17 +92,30 @@ def search(
     \b
     Example:
       gradindex search train.index -p "Water is composed of" -c " hydrogen and oxygen."
+      gradindex search train.index --queries questions.jsonl -o results.jsonl --recall 0.95
     """
+    from search.controls import settle
     from search.engine import drain
 
     if output is not None and not output.parent.is_dir():
         raise click.UsageError(f"-o {output}: there is no folder {output.parent}.")
+    where, controls = _split(others, rescore=not no_rescore)
+    if queries is not None:
+        if any(given is not None for given in (prompt, completion, messages, versus, score_on)):
+            raise click.UsageError("--queries and -p, -c, --messages, --versus, --score-on exclude "
+                                   "each other; those are fields of the file's lines.")
+        return _search_many(index, where, queries, aggregate is not None, controls, form, output)
+    if aggregate is not None or controls.rank is not None:
+        raise click.UsageError("--aggregate and --rank go with --queries FILE.")
+    question = _question(prompt, completion, messages, versus, score_on)
     searcher, progress = _open(index, where)
-    question = _question(prompt, completion, messages)
+    settle(controls, searcher.manifest)  # before the model is loaded
     query = searcher.make_query(**question)
-    stages = searcher.stages(query, k=k, shortlist=shortlist, opponents=opponents,
-                             train_sequences=train_sequences)
-    result = drain(stages, _follower(progress))
+    return _finish(drain(searcher.stages([query], controls), _Follower(progress).follow), form,
+                   output)
+
+
+def _finish(result: "Result", form: str, output: Path | None) -> int:
     to_terminal = output is None and sys.stdout.isatty()
     content = _render(result, form, color=to_terminal and _color())
     if output is None:
@@ -86,29 +125,93 @@ def search(
     return 130 if result.interrupted else 0
 
 
+def _search_many(
+    index: Path, where: dict[str, Any], path: Path, aggregated: bool, controls: "Controls",
+    form: str, output: Path | None,
+) -> int:
+    """Answer a file of queries; 2 if some could not be."""
+    from search import batch
+    from search.controls import settle
+    from search.engine import drain
+    from search.query import aggregate
+
+    if form == "csv" and not aggregated:
+        raise click.UsageError("--format csv holds one query's hits; with --queries take json.")
+    read = batch.read_queries(path)
+    searcher, progress = _open(index, where)
+    settle(controls, searcher.manifest)
+    if aggregated:
+        made = batch.make_queries(searcher, read, set())
+        _complain(read, progress)
+        stages = searcher.stages([aggregate(made)], controls)
+        return _finish(drain(stages, _Follower(progress).follow), form, output) or \
+            2 * bool(read.problems)
+    results = None
+    if output is not None:
+        results = batch.ResultsFile(output, searcher, controls, read.queries)
+        if results.done:
+            progress.say(f"{len(results.done)} queries are answered in {output} already")
+    made = batch.make_queries(searcher, read, results.done if results else set())
+    _complain(read, progress)
+    follower = _Follower(progress, len(made))
+    color = sys.stdout.isatty() and _color()
+    for stage in batch.answer(searcher, made, controls):
+        follower.follow(stage)
+        if stage.result is not None and results is not None:
+            results.write(stage.result)
+        elif stage.result is not None:
+            click.echo(_render(stage.result, "json" if form == "jsonl" else form, color))
+    if results is not None:
+        results.close()
+    return 2 if read.problems else 0
+
+
+def _complain(read: "QueryFile", progress: "Progress") -> None:
+    for problem in read.problems:
+        progress.say(f"left out: {problem}")
+
+
+def _split(others: dict[str, Any], **more: Any) -> tuple[dict[str, Any], "Controls"]:
+    """Where the index and its model are, and how to search."""
+    from dataclasses import fields
+
+    from search.controls import Controls
+
+    names = {field.name for field in fields(Controls)}
+    controls = {name: value for name, value in others.items() if name in names}
+    where = {name: value for name, value in others.items() if name not in names}
+    return where, Controls(**controls, **more)
+
+
 @click.command()
 @_options(_INDEX)
 @_options(_QUERY)
 @click.option("--ids", required=True, metavar="FILE|-",
               help="Ids to score: a line each, as a number or as JSON with an id.")
 def rescore(
-    index: Path, prompt: str | None, completion: str | None, messages: Path | None, ids: str,
-    train_sequences: int | None, **where: Any,
+    index: Path, prompt: str | None, completion: str | None, messages: Path | None,
+    versus: str | None, score_on: str | None, ids: str, **others: Any,
 ) -> int:
     """Exact influence of the sequences you name, as JSON lines in the same order.
+
+    The sizes of their gradients (cosine, relatif) come with a --normalize other than none.
 
     \b
     Example:
       gradindex search train.index -p "2 +" -c " 2" --format jsonl |
         gradindex rescore train.index -p "2 +" -c " 3" --ids -
     """
+    from search.controls import settle
     from search.render import json_lines
 
-    wanted = list(_read_ids(ids))
+    question = _question(prompt, completion, messages, versus, score_on)
+    where, controls = _split(others)
     searcher, progress = _open(index, where)
-    query = searcher.make_query(**_question(prompt, completion, messages))
+    settle(controls, searcher.manifest)
+    wanted = searcher.known(_read_ids(ids))
+    query = searcher.make_query(**question)
     progress.start("exact", len(wanted), "sequences")
-    for hits in searcher.rescore_stream(query, wanted, train_sequences):
+    for hits in searcher.rescore_stream(query, wanted, controls):
         click.echo(json_lines(hits), nl=False)
         progress.update(len(hits))
     progress.finish()
@@ -154,19 +257,26 @@ def _open(index: Path, where: dict[str, Any]) -> tuple["Searcher", "Progress"]:
     return open_index(index, **where), stderr_progress()
 
 
-def _question(prompt: str | None, completion: str | None, messages: Path | None) -> dict[str, Any]:
+def _question(
+    prompt: str | None, completion: str | None, messages: Path | None, versus: str | None,
+    score_on: str | None,
+) -> dict[str, Any]:
     if messages is not None:
-        if prompt is not None or completion is not None:
-            raise click.UsageError("--messages and -p/-c exclude each other; give one query.")
+        if prompt is not None or completion is not None or versus is not None:
+            raise click.UsageError("--messages and -p, -c, --versus exclude each other; give one "
+                                   "query.")
         try:
-            return {"messages": json.loads(_read(messages, f"--messages {messages}"))}
+            return {"messages": json.loads(_read(messages, f"--messages {messages}")),
+                    "score_on": score_on}
         except ValueError as error:
             raise click.UsageError(f"--messages {messages} is not valid JSON: {error}.") from None
     if prompt is None and completion is None:
-        raise click.UsageError('give the query: -p "PROMPT" -c " COMPLETION", or --messages FILE.')
+        raise click.UsageError('give the query: -p "PROMPT" -c " COMPLETION", or --messages FILE, '
+                               "or --queries FILE.")
     if prompt == completion == "-":
         raise click.UsageError("-p - and -c - can't both be standard input.")
-    return {"prompt": _text(prompt), "completion": _text(completion)}
+    return {"prompt": _text(prompt), "completion": _text(completion), "versus": _text(versus),
+            "score_on": score_on}
 
 
 def _text(value: str | None) -> str | None:
@@ -206,26 +316,38 @@ def _read_ids(ids: str) -> Iterator[int]:
         yield found
 
 
-def _follower(progress: "Progress") -> Callable[["Stage"], None]:
-    done = 0
+class _Follower:
+    """Shows where a search stands; with `queries`, of how many."""
 
-    def follow(stage: "Stage") -> None:
-        nonlocal done
-        if stage.name == "gradient" and stage.query is not None:
-            if stage.query.generated:
-                progress.say(f"the model continues: {stage.query.completion!r}")
-            progress.say(f"gradient of {stage.query.scored} scored tokens, "
-                         f"log p = {stage.query.log_p:.2f} nats")
+    def __init__(self, progress: "Progress", queries: int = 0):
+        self._progress, self._queries = progress, queries
+        self._answered = self._done = 0
+        self._running = False
+
+    def follow(self, stage: "Stage") -> None:
+        progress = self._progress
+        if stage.name == "gradient" and stage.query is not None and not self._queries:
+            query = stage.query
+            if query.generated:
+                progress.say(f"the model continues: {query.completion!r}")
+            difference = ", a difference" if any(text.weight < 0 for text in query.others) else ""
+            progress.say(f"gradient of {sum(text.scored for text in query.texts)} scored tokens, "
+                         f"log p = {query.log_p:.2f} nats{difference}")
         elif stage.name == "approximate":
             progress.start("exact", stage.total, "sequences")
+            self._done, self._running = 0, True
         elif stage.name == "exact":
-            progress.update(stage.done - done)
-            done = stage.done
+            progress.update(stage.done - self._done, total=stage.total)
+            self._done = stage.done
             if progress.measured:
                 progress.say_expected(progress.seconds_each() * (stage.total - stage.done))
-        else:
-            progress.finish()
-    return follow
+        elif stage.name == "result":
+            if self._running:
+                progress.finish()
+            self._running = False
+            self._answered += 1
+            if self._answered == self._queries or self._answered % 64 == 0:
+                progress.say(f"{self._answered} of {self._queries} queries answered")
 
 
 def _render(result: Any, form: str, color: bool) -> str:

@@ -8,14 +8,16 @@ from gradindex import manifest
 from gradindex.progress import size
 from gradindex.vectors import code_bytes
 
+KINDS = {"records.lmdb": "text", "vectors.faiss": "codes", "norms.npy": "codes",
+         "tokens.npz": "words"}
+
 
 def describe(index: Path) -> dict[str, Any]:
     """Everything `gradindex info` says, as plain JSON types; sizes in bytes."""
     facts = manifest.load(index)
     sizes: Counter[str] = Counter()
     for name, about in facts.files.items():
-        kind = {"records.lmdb": "text", "vectors.faiss": "codes", "norms.npy": "codes"}.get(
-            Path(name).name, "curvature")
+        kind = KINDS.get(Path(name).name, "curvature")
         sizes[kind] += about["size"]
     return {
         "index": str(index), "format": facts.format, "model": facts.model, "dtype": facts.dtype,
@@ -61,6 +63,7 @@ def summary(facts: dict[str, Any]) -> str:
                   f"error constant c = {facts['calibration']['c']}, "
                   f"slope {facts['calibration']['slope']}"),
         ("size", f"{size(bytes_['codes'])} of codes, {size(bytes_['curvature'])} of curvature, "
-                 f"{size(bytes_['text'])} of training text (the index holds the text itself)"),
+                 f"{size(bytes_['words'])} of TF-IDF, {size(bytes_['text'])} of training text (the "
+                 "index holds the text itself)"),
     ]
     return "\n".join(f"{name:<10} {text}" for name, text in rows)

@@ -7,60 +7,73 @@ from typing import Any
 import numpy as np
 
 from gradindex import text
-from gradindex.manifest import Manifest
+from gradindex.model import Module
 from gradindex.records import Record
 from gradindex.results import Hit
-from search.rescore import Scored
+from search.rescore import Exact
 
 
 def make_hit(
-    manifest: Manifest, tokenizer: Any | None, record: Record, scored: Scored | None,
-    code_score: float, rank: int, n_train: int,
+    tokenizer: Any | None, record: Record, exact: Exact | None, code_score: float, code_rank: int,
+    train_sequences: int, modules: list[Module], query_norm: float,
 ) -> Hit:
-    """A hit; approximate where `scored` is None. `rank` is by code, −1 where it was named."""
+    """A hit of one query; approximate where `exact` is None.
+
+    `code_rank` is −1 where it was named; `query_norm` is ‖q̃‖, `modules` those that count.
+    """
     first = record.parts[0]
     tokens = text.pieces(tokenizer, record.ids.tolist())
-    influence = code_score if scored is None else scored.influence
+    influence = code_score if exact is None else float(exact.influence[0])
     hit = Hit(
-        id=record.id, influence=influence, nats=influence / n_train, exact=scored is not None,
-        code_score=code_score, code_rank=rank, text="".join(tokens), source=first.source,
-        row=first.row, document=first.document, start=first.start, end=first.end,
-        user_id=first.user_id, fields=first.fields, parts=[asdict(part) for part in record.parts],
-        tokens=tokens, token_ids=record.ids.tolist(),
+        id=record.id, influence=influence, nats=influence / train_sequences,
+        exact=exact is not None, code_score=code_score, code_rank=code_rank, text="".join(tokens),
+        source=first.source, row=first.row, document=first.document, start=first.start,
+        end=first.end, user_id=first.user_id, fields=first.fields,
+        parts=[asdict(part) for part in record.parts], tokens=tokens,
+        token_ids=record.ids.tolist(),
     )
-    if scored is None or scored.terms is None:
+    if exact is None:
         return hit
-    modules, layers = manifest.tracked, manifest.layers
-    terms = scored.terms.astype(np.float64)
-    by_layer = np.zeros((len(terms), len(layers)))
+    if exact.self_influence is not None:
+        hit = replace(
+            hit, self_influence=exact.self_influence,
+            cosine=normalized(influence, exact, "cosine") / query_norm if query_norm else 0.0,
+            relatif=normalized(influence, exact, "relatif"),
+        )
+    return hit if exact.terms is None else _with_terms(hit, exact.terms, modules)
+
+
+def _with_terms(hit: Hit, terms: np.ndarray, modules: list[Module]) -> Hit:
+    layers = sorted({module.layer for module in modules})
+    wide = terms.astype(np.float64)
+    by_layer = np.zeros((len(wide), len(layers)))
     for place, module in enumerate(modules):
-        by_layer[:, layers.index(module.layer)] += terms[:, place]
+        by_layer[:, layers.index(module.layer)] += wide[:, place]
     return replace(
-        hit, token_influence=terms.sum(1).tolist(), layer_influence=by_layer.sum(0).tolist(),
+        hit, token_influence=wide.sum(1).tolist(), layer_influence=by_layer.sum(0).tolist(),
         module_influence={
-            module.name: float(value) for module, value in zip(modules, terms.sum(0), strict=True)
+            module.name: float(value) for module, value in zip(modules, wide.sum(0), strict=True)
         },
         token_layer_influence=by_layer.tolist(),
     )
 
 
-def forget_terms(held: dict[int, Scored], sign: float, most: int) -> None:
-    """Let the terms of all but the best `most` go: a long shortlist must fit in memory.
+def normalized(influence: float, exact: Exact, normalize: str) -> float:
+    """What is ranked by: influence, influence / ‖m̃‖ or influence / ‖(G+λ)⁻¹ ∇m‖.
 
-    `held` are the sequences that still have theirs, by place; it shrinks now and then.
+    The second is the cosine but for ‖q̃‖, which is the same for all. 0 for a gradient of zero.
     """
-    if len(held) > 2 * most:
-        for place in sorted(held, key=lambda place: -sign * held[place].influence)[most:]:
-            held.pop(place).terms = None
+    if normalize == "none":
+        return influence
+    squared = exact.self_influence if normalize == "cosine" else exact.squared_step
+    assert squared is not None
+    return influence / squared**0.5 if squared > 0 else 0.0
 
 
-def fold_duplicates(ranked: list[int], sequences: list[Record]) -> list[list[int]]:
-    """Places in `sequences` grouped by equal tokens and mask, groups in order of their first."""
+def fold_duplicates(ranked: list[Record]) -> list[list[int]]:
+    """Places in `ranked` grouped by equal tokens and mask, groups in order of their first."""
     groups: dict[bytes, list[int]] = {}
-    for place in ranked:
-        record = sequences[place]
+    for place, record in enumerate(ranked):
         key = hashlib.sha256(record.ids.tobytes() + record.scored.tobytes()).digest()
         groups.setdefault(key, []).append(place)
     return list(groups.values())
-
-

@@ -1,6 +1,7 @@
 """A prompt and a completion, a chat, or tokens → a Query, checked before anything is computed."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from gradindex import text
 from gradindex.errors import InputError
 from gradindex.model import UNSCORED, LanguageModel, context_length
 from gradindex.results import Query
+from search.controls import numbers_in
 
 CONTINUATION = 32  # tokens, where no completion is given
 
@@ -16,13 +18,63 @@ CONTINUATION = 32  # tokens, where no completion is given
 def make_query(
     model: LanguageModel, prompt: str | None = None, completion: str | None = None,
     token_ids: Sequence[int] | None = None, labels: Sequence[int] | None = None,
-    messages: list[dict[str, Any]] | None = None,
+    messages: list[dict[str, Any]] | None = None, versus: str | None = None,
+    score_on: str | None = None,
 ) -> Query:
     """The query, tokenised. Without a completion, the model's own greedy continuation.
 
+    `versus` is another completion of the prompt, whose log p is taken off; `score_on` says which
+    of the completion's tokens are scored ("0-2", "5"; from 0, both ends included).
     Raises InputError where it can't be scored: nothing predicted, too long (it is never cut),
     token ids outside the vocabulary.
     """
+    query = _one_text(model, prompt, completion, token_ids, labels, messages)
+    if score_on is not None:
+        query.labels = _kept_labels(query, score_on)
+    if versus is not None:
+        if prompt is None or completion is None:
+            raise InputError("--versus compares two completions of one prompt: give -p and -c.")
+        if versus == completion:
+            raise InputError("--versus is the completion itself: there is nothing to compare.")
+        try:
+            query.others = [replace(_one_text(model, prompt, versus), weight=-1.0)]
+        except InputError as error:
+            raise InputError(f"--versus: {error}") from None
+        if score_on is not None:
+            query.others[0].labels = _kept_labels(query.others[0], score_on)
+    return query
+
+
+def aggregate(queries: list[Query]) -> Query:
+    """One query for the sum of log p of several. Raises InputError where there is none."""
+    if not queries:
+        raise InputError("there is no query to add up.")
+    texts = [replace(text, others=[]) for query in queries for text in query.texts]
+    notes = [note for query in queries for note in query.notes]
+    return replace(texts[0], others=texts[1:], notes=notes, id=None)
+
+
+def _kept_labels(query: Query, score_on: str) -> list[int]:
+    """The labels with only the chosen of the scored tokens left."""
+    places = [place for place, label in enumerate(query.labels) if place and label != UNSCORED]
+    wanted = numbers_in(score_on)
+    if wanted is None:
+        raise InputError(f"--score-on {score_on!r}: expected tokens of the completion by number, "
+                         "such as 0-2 or 5.")
+    if not wanted or max(wanted) >= len(places):
+        tokens = " ".join(f"{number}:{query.token_texts[place]!r}"
+                          for number, place in enumerate(places))
+        raise InputError(f"--score-on {score_on}: the completion has {len(places)} tokens to "
+                         f"score: {tokens}.")
+    kept = {places[number] for number in wanted}
+    return [label if place in kept else UNSCORED for place, label in enumerate(query.labels)]
+
+
+def _one_text(
+    model: LanguageModel, prompt: str | None = None, completion: str | None = None,
+    token_ids: Sequence[int] | None = None, labels: Sequence[int] | None = None,
+    messages: list[dict[str, Any]] | None = None,
+) -> Query:
     given = [prompt is not None or completion is not None, token_ids is not None,
              messages is not None]
     if sum(given) != 1:
@@ -77,7 +129,17 @@ def _chat_query(model: LanguageModel, messages: list[dict[str, Any]]) -> Query:
 
 def _scored_query(tokens: text.Tokens, prompt: str | None, completion: str) -> Query:
     labels = np.where(tokens.scored, tokens.ids, UNSCORED)
-    return Query(tokens.ids.tolist(), labels.tolist(), prompt, completion)
+    query = Query(tokens.ids.tolist(), labels.tolist(), prompt, completion)
+    border = len(prompt or "")
+    across = np.flatnonzero(tokens.scored & (tokens.spans[:, 0] < border))
+    if prompt is not None and len(across):
+        start, end = tokens.spans[across[0]]
+        both = (prompt + completion)[start:end]
+        query.notes.append(
+            f"the tokenizer joins the end of the prompt and the start of the completion in one "
+            f"token, {both!r}; it is scored as part of the completion"
+        )
+    return query
 
 
 def _continued_query(model: LanguageModel, ids: list[int], prompt: str | None) -> Query:

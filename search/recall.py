@@ -26,7 +26,8 @@ def inclusion_probability(
     with np.errstate(divide="ignore", invalid="ignore"):
         z = np.where(error > 0, (influence - cutoff) / error,
                      np.where(influence > cutoff, np.inf, -np.inf))
-    return np.maximum([_STANDARD_NORMAL.cdf(float(value)) for value in z], SMALLEST_PROBABILITY)
+    probability = np.array([_STANDARD_NORMAL.cdf(float(value)) for value in z])
+    return np.maximum(probability, SMALLEST_PROBABILITY)
 
 
 def estimated_recall(probabilities: Sequence[float] | np.ndarray, k: int) -> float:
@@ -43,3 +44,20 @@ def estimated_recall(probabilities: Sequence[float] | np.ndarray, k: int) -> flo
             return (hits + (k - represented) / weight) / k
         represented += weight
     return len(probabilities) / k
+
+
+def expected_recall(
+    probabilities: Sequence[float] | np.ndarray, others: Sequence[float] | np.ndarray, k: int
+) -> float:
+    """The recall to expect at another cut-off, where the same sequences' π would be `others`.
+
+    Each hit stands for 1/π sequences, of which the other cut-off would let in a share of its own π.
+    """
+    represented = found = 0.0
+    for probability, other in zip(probabilities, others, strict=True):
+        weight = min(1 / probability, k - represented)
+        represented += weight
+        found += weight * other
+        if represented >= k:
+            break
+    return found / k

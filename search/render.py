@@ -16,9 +16,10 @@ from dataclasses import asdict
 from typing import Any
 
 from gradindex.progress import duration
-from gradindex.results import UNITS, Hit, Result
+from gradindex.results import UNITS, Hit, Query, Result
 
 WINDOW = 48  # tokens of text shown around the strongest of them
+MOST_TEXTS = 3  # of a query's further texts, shown
 MARKED = 0.25  # a token is marked from this share of the strongest token's influence on
 BARS = "▁▂▃▄▅▆▇█"
 HIDDEN = {"Cc", "Cf", "Co", "Cs", "Zl", "Zp"}  # Unicode categories that a terminal may obey
@@ -44,17 +45,32 @@ def terminal(result: Result, width: int | None = None, color: bool = False) -> s
 
 def _heading(result: Result, width: int) -> list[str]:
     query = result.query
-    unscored = sum(1 for label in query.labels if label == -100)
-    prompt = "".join(query.token_texts[:unscored])
-    completion = "".join(query.token_texts[unscored:])
-    own = " (the model's own continuation)" if query.generated else ""
-    lines = _wrap(f"query: {visible(prompt)}⟦{visible(completion)}⟧{own}", width)
-    tokens = "token" if query.scored == 1 else "tokens"
-    lines.append(f"       ⟦{query.scored} {tokens} scored⟧, log p = {query.log_p:.2f} nats")
+    lines = _query_lines(query, "query: ", width)
+    for text in query.others[:MOST_TEXTS]:
+        lines += _query_lines(text, "versus " if text.weight < 0 else "plus   ", width)
+    if len(query.others) > MOST_TEXTS:
+        lines.append(f"       and {len(query.others) - MOST_TEXTS} more texts")
+    scored = sum(text.scored for text in query.texts)
+    tokens = "token" if scored == 1 else "tokens"
+    what = "log p" if not query.others else "log p − log p(versus)" \
+        if query.others[0].weight < 0 else "sum of log p"
+    lines.append(f"       ⟦{scored} {tokens} scored⟧, {what} = {query.log_p:.2f} nats")
     kind = "opponents (most negative influence)" if result.opponents else "proponents"
-    lines.append(f"{kind}: {len(result)} of {result.sequences:,} sequences, "
-                 f"{result.rescored:,} rescored exactly")
+    how = f"{result.rescored:,} rescored exactly" if result.controls["rescore"] else \
+        "approximate, by code alone"
+    lines.append(f"{kind}: {len(result)} of {result.sequences:,} sequences, {how}")
     return lines
+
+
+def _query_lines(query: Query, label: str, width: int) -> list[str]:
+    """The text with what is scored in ⟦brackets⟧."""
+    shown, inside = "", False
+    for place, (piece, target) in enumerate(zip(query.token_texts, query.labels, strict=True)):
+        scored = place > 0 and target != -100
+        shown += ("⟦" if scored else "⟧") * (scored != inside) + visible(piece)
+        inside = scored
+    own = " (the model's own continuation)" if query.generated else ""
+    return _wrap(label + shown + "⟧" * inside + own, width)
 
 
 def _hit_lines(rank: int, hit: Hit, result: Result, width: int, color: bool) -> list[str]:
@@ -62,11 +78,17 @@ def _hit_lines(rank: int, hit: Hit, result: Result, width: int, color: bool) -> 
     label = "" if hit.user_id is None else f"{visible(str(hit.user_id))}  "
     copies = f"  ×{len(hit.duplicates) + 1} equal" if hit.duplicates else ""
     was = f"  code rank {hit.code_rank}" if hit.code_rank > 0 else ""
-    head = f"{rank:>3}  {_number(hit.influence)}  {_number(hit.nats)} nats  {label}"
+    ranked_by = result.controls["normalize"]
+    value = {"cosine": hit.cosine, "relatif": hit.relatif}.get(ranked_by)
+    by = "" if value is None else f"{ranked_by} {_number(value)}  "
+    about = "" if hit.exact else "≈ "
+    head = f"{rank:>3}  {by}{about}{_number(hit.influence)}  {_number(hit.nats)} nats  {label}"
     head += f"sequence {hit.id}{copies}{was}"
-    strip = layer_strip(hit.layer_influence)
+    if hit.tfidf_rank is not None:
+        head += f"  TF-IDF rank {hit.tfidf_rank}"
+    strip = f"  layers {layer_strip(hit.layer_influence)}" if hit.layer_influence else ""
     body = _wrap(_window(hit, color), width - 5)
-    lines = [head, f"     {place}  layers {strip}"]
+    lines = [head, f"     {place}{strip}"]
     lines += [f"     {line}" for line in body]
     if hit.fields:
         fields = ", ".join(f"{name}={value}" for name, value in hit.fields.items())
@@ -107,16 +129,25 @@ def layer_strip(values: list[float]) -> str:
 
 
 def recall_statement(result: Result) -> str:
-    """What the answer holds of the true top k, in one sentence."""
-    recall = result.recall
-    if recall.cutoff is None and recall.estimate is not None and not result.interrupted:
-        return f"recall: complete, all {result.sequences:,} sequences were rescored exactly."
+    """What the answer holds of the true top k, in a sentence or two."""
+    recall, controls = result.recall, result.controls
+    if not controls["rescore"]:
+        return "recall: unknown, nothing was rescored; influence is the code's estimate."
     if recall.estimate is None:
-        return "recall: unknown."
-    return (
+        return ("recall: unknown; who else there is can't be told from a TF-IDF list "
+                f"({result.rescored:,} of {result.sequences:,} rescored).")
+    if recall.cutoff is None and not result.interrupted:
+        return f"recall: complete, all {result.sequences:,} sequences were rescored exactly."
+    said = (
         f"recall: an estimated {recall.estimate:.1%} of the true top {recall.k} are in this list "
-        f"(shortlist {result.rescored:,} of {result.sequences:,})."
+        f"({result.rescored:,} of {result.sequences:,} rescored)."
     )
+    if recall.asked is not None and recall.estimate < recall.asked:
+        said += (f" {recall.asked:.1%} was asked for; rescoring ended at its limit, --shortlist "
+                 f"{controls['shortlist']}." if not result.interrupted else "")
+    if recall.shortlist_for_95 is not None and recall.estimate < 0.9:
+        said += f" For 95%, about {recall.shortlist_for_95:,} must be rescored."
+    return said
 
 
 def _sentence(result: Result, color: bool) -> str:
@@ -140,8 +171,9 @@ def json_lines(hits: Iterable[Hit]) -> str:
 
 
 CSV_COLUMNS = (
-    "rank", "id", "influence", "nats", "exact", "percentile", "code_score", "code_rank", "source",
-    "row", "document", "start", "end", "user_id", "duplicates", "text",
+    "rank", "id", "influence", "nats", "exact", "percentile", "cosine", "relatif",
+    "self_influence", "code_score", "code_rank", "tfidf_rank", "source", "row", "document",
+    "start", "end", "user_id", "duplicates", "text",
 )
 
 

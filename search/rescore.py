@@ -1,15 +1,13 @@
-"""Exact influence of named sequences: their gradients are computed again and scored in full.
-
-Batches come best first, so that what is finished at any moment is a prefix of the shortlist.
-"""
+"""Exact influence of named sequences: their gradients are computed again and scored in full."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from gradindex.curvature import Ekfac
 from gradindex.gradients import make_batch, plan_batches
-from gradindex.influence import Gradients, score
+from gradindex.influence import Influences, Preconditioned, Sizes, Terms, collect
 from gradindex.model import LanguageModel, Module
 from gradindex.records import Record
 
@@ -17,14 +15,27 @@ SMALLEST_CHUNK, LARGEST_CHUNK = 16, 128  # sequences; batches are of like length
 
 
 @dataclass
-class Scored:
-    """A sequence's exact influence, and its terms [t, u] by token and tracked module.
+class Rescorer:
+    """How gradients are formed: the model, the modules that count, λ's factor, tokens a batch."""
 
-    The terms are None where they were let go, for memory.
+    model: LanguageModel
+    modules: list[Module]
+    ekfac: Ekfac
+    damping: float
+    batch_tokens: int
+
+
+@dataclass
+class Exact:
+    """One sequence, scored: influence [q] on each query, and the sizes of its gradient if asked.
+
+    `terms` [t, u] by token and module, for a single query and if asked.
     """
 
-    influence: float
-    terms: np.ndarray | None
+    influence: np.ndarray
+    self_influence: float | None = None
+    squared_step: float | None = None
+    terms: np.ndarray | None = None
 
 
 def chunk_ends(count: int) -> list[int]:
@@ -40,20 +51,40 @@ def chunk_ends(count: int) -> list[int]:
 
 
 def rescore(
-    model: LanguageModel, modules: list[Module], preconditioned: Gradients,
-    sequences: Sequence[Record], batch_tokens: int,
-) -> Iterator[list[tuple[int, Scored]]]:
-    """Yield, batch by batch, (position in `sequences`, score); chunks in order."""
+    by: Rescorer, preconditioned: Preconditioned, sequences: Sequence[Record],
+    sizes: bool = False, terms: bool = False,
+) -> Iterator[list[tuple[int, Exact]]]:
+    """Yield, batch by batch, (place in `sequences`, score); chunks in order."""
     first = 0
     for end in chunk_ends(len(sequences)):
         chunk = sequences[first:end]
-        for rows in plan_batches([len(record.ids) for record in chunk], batch_tokens):
-            members = [chunk[row] for row in rows]
-            batch = make_batch([(m.ids, m.scored) for m in members], model.device)
-            terms = score(model, modules, preconditioned, batch).cpu().numpy()
-            found = []
-            for row, member, own in zip(rows, members, terms, strict=True):
-                own = own[: len(member.ids)].copy()
-                found.append((first + row, Scored(float(own.sum(dtype=np.float64)), own)))
-            yield found
+        for rows in plan_batches([len(record.ids) for record in chunk], by.batch_tokens):
+            found = _score_batch(by, preconditioned, [chunk[row] for row in rows], sizes, terms)
+            yield [(first + row, one) for row, one in zip(rows, found, strict=True)]
         first = end
+
+
+def _score_batch(
+    by: Rescorer, preconditioned: Preconditioned, members: list[Record], sizes: bool, terms: bool
+) -> list[Exact]:
+    batch = make_batch([(m.ids, m.scored) for m in members], by.model.device)
+    own = Sizes(by.ekfac, by.damping, len(members))
+    extra = [own] if sizes else []
+    if terms:
+        parts = Terms(preconditioned)
+        collect(by.model, by.modules, batch, parts, *extra)
+        stacked = parts.stacked(by.modules).cpu().numpy()
+        found = [
+            Exact(each[: len(m.ids)].sum(keepdims=True, dtype=np.float64)[0],
+                  terms=each[: len(m.ids)].copy())
+            for m, each in zip(members, stacked, strict=True)
+        ]
+    else:
+        influences = Influences(preconditioned, len(members))
+        collect(by.model, by.modules, batch, influences, *extra)
+        found = [Exact(column) for column in influences.total.numpy().T]
+    if sizes:
+        for one, size, step in zip(found, own.self_influence.tolist(), own.squared_step.tolist(),
+                                   strict=True):
+            one.self_influence, one.squared_step = size, step
+    return found

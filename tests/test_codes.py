@@ -45,7 +45,7 @@ def test_mean_over_seeds_is_the_exact_influence(fitted_model, sequences, damping
     coordinates, exact = {}, 0.0
     for name, (module, a, d) in found.items():
         if only in name:
-            g = gradient(module, a, d)[0]
+            g = gradient(module, a, d)
             coordinates[name] = ekfac[name].coordinates(g, damping)
             exact += float((ekfac[name].leave_eigenbasis(coordinates[name]) * g).sum())
     estimates = []
@@ -54,7 +54,7 @@ def test_mean_over_seeds_is_the_exact_influence(fitted_model, sequences, damping
         v = codes.empty(1)
         for module, a, d in found.values():
             codes.add(v, module, a, d)
-        estimates.append(float(v[0] @ codes.query_vector(coordinates)))
+        estimates.append(float(v[0] @ codes.query_vectors(coordinates)[0]))
         if len(estimates) >= 400 and len(estimates) % 100 == 0:
             error = np.std(estimates) / len(estimates) ** 0.5
             if error <= 0.01 * exact:
@@ -66,10 +66,10 @@ def test_a_subset_of_modules_leaves_the_others_out(fitted_model, sequences):
     """A query without a module is the query whose coordinates are zero there."""
     _, modules, ekfac = fitted_model
     codes = Codes(modules, ekfac, CodeSettings(512, 32, 1, 0.1))
-    coordinates = {m.name: torch.randn(m.shape, dtype=torch.float64) for m in modules}
+    coordinates = {m.name: torch.randn(1, *m.shape, dtype=torch.float64) for m in modules}
     some = dict(list(coordinates.items())[:2])
     zeroed = {name: c if name in some else torch.zeros_like(c) for name, c in coordinates.items()}
-    torch.testing.assert_close(codes.query_vector(some), codes.query_vector(zeroed))
+    torch.testing.assert_close(codes.query_vectors(some), codes.query_vectors(zeroed))
 
 
 def test_vectors_do_not_depend_on_batch_or_padding(fitted_model, sequences):
@@ -91,9 +91,9 @@ def test_the_sketch_keeps_every_entry_once(fitted_model):
     """Signed, summed into K buckets, all modules spread evenly: norms add up when K is large."""
     _, modules, ekfac = fitted_model
     wide = Codes(modules, ekfac, CodeSettings(1 << 14, 32, 3, 0.1))
-    coordinates = {m.name: torch.randn(m.shape, dtype=torch.float64) for m in modules}
-    one_by_one = [wide.query_vector({name: c}) for name, c in coordinates.items()]
-    together = wide.query_vector(coordinates)
+    coordinates = {m.name: torch.randn(1, *m.shape, dtype=torch.float64) for m in modules}
+    one_by_one = [wide.query_vectors({name: c}) for name, c in coordinates.items()]
+    together = wide.query_vectors(coordinates)
     torch.testing.assert_close(sum(one_by_one), together)
     touched = sum((v != 0).long() for v in one_by_one)
     assert touched.max() == 1  # far fewer entries than buckets: none shared
@@ -180,5 +180,6 @@ def test_digest_names_the_random_numbers(fitted_model):
 def test_width_is_at_most_the_module():
     module = Module("m", 0, False, 3, 50, False)
     ekfac = {"m": Curvature(torch.eye(50), torch.eye(3), torch.ones(3, 50))}
-    v = Codes([module], ekfac, CodeSettings(512, 32, 0, 0.1)).query_vector({"m": torch.ones(3, 50)})
+    codes = Codes([module], ekfac, CodeSettings(512, 32, 0, 0.1))
+    v = codes.query_vectors({"m": torch.ones(1, 3, 50)})[0]
     assert (v != 0).sum() == 9

@@ -10,7 +10,13 @@ from gradindex import curvature
 from gradindex.curvature import Curvature
 from gradindex.errors import DamagedIndexError, GradindexError
 from gradindex.gradients import backward, make_batch
-from gradindex.influence import exact_scores, precondition, query_gradient, score
+from gradindex.influence import (
+    Preconditioned,
+    exact_scores,
+    precondition,
+    query_coordinates,
+    score,
+)
 from gradindex.model import Module, tracked_modules
 from gradindex.progress import Progress
 from gradindex.records import Part, Record
@@ -93,9 +99,9 @@ def test_exact_influence_and_its_terms(family, make_model, sequences, tmp_path):
     names = [module.name for module in modules]
     query_ids, query_scored = sequences[4]
     batch = make_batch([sequences[4]], model.device)
-    gradients, log_p = query_gradient(model, modules, batch)
-    p = precondition(ekfac, {n: ekfac[n].coordinates(g, 0.1) for n, g in gradients.items()})
-    terms = score(model, modules, p, make_batch(sequences, model.device))
+    coordinates, log_p = query_coordinates(model, modules, ekfac, batch, 0.1)
+    p = precondition(ekfac, coordinates)
+    terms = score(model, modules, Preconditioned(p), make_batch(sequences, model.device))
 
     q = sequence_gradient(model.network, names, torch.from_numpy(query_ids).long(),
                           labels_of(query_ids, query_scored))
@@ -112,10 +118,11 @@ def test_exact_influence_and_its_terms(family, make_model, sequences, tmp_path):
                                        atol=1e-9)
         totals.append(terms[row].sum())
         assert (terms[row, len(ids):] == 0).all()
-    many = exact_scores(model, modules, [p, p], records_of(sequences), 24)
+    twice = Preconditioned.join([Preconditioned(p), Preconditioned(p)])
+    many = exact_scores(model, modules, twice, records_of(sequences), 24)
     np.testing.assert_allclose(many[0], torch.stack(totals).numpy(), rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(many[0], many[1])
-    assert (log_p[:5] == 0).all() and (log_p[5:-1] < 0).all()
+    assert (log_p[0, :5] == 0).all() and (log_p[0, 5:-1] < 0).all()
 
 
 def test_sampled_labels_depend_on_the_sequence_alone(make_model, sequences, tmp_path):

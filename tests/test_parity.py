@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import gradindex
 from gradindex.gradients import make_batch
-from gradindex.influence import precondition, query_gradient, score
+from gradindex.influence import Preconditioned, precondition, query_coordinates, score
 from gradindex.model import LanguageModel, ModelSource, tracked_modules
 from gradindex.progress import Progress
 from indexer.fit import FitSettings, fit
@@ -78,8 +78,9 @@ def test_scores_equal_kronfluence(case, tmp_path):
     for row in range(3):
         query = (golden["query_tokens"][row].astype(np.int32),
                  golden["query_labels"][row] != -100)
-        gradients, _ = query_gradient(model, modules, make_batch([query], model.device))
-        p = precondition(ekfac, {n: ekfac[n].coordinates(g, 0.1) for n, g in gradients.items()})
+        coordinates, _ = query_coordinates(model, modules, ekfac,
+                                           make_batch([query], model.device), 0.1)
+        p = Preconditioned(precondition(ekfac, coordinates))
         terms = score(model, modules, p, batch).numpy()
         tolerance = CASES[case]
         close(terms.sum((1, 2)), golden["pairwise"][row], tolerance)

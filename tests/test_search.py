@@ -16,11 +16,12 @@ import gradindex
 from gradindex import records
 from gradindex.errors import DamagedIndexError, IndexMismatchError, InputError
 from gradindex.gradients import make_batch
-from gradindex.influence import exact_scores, precondition, query_coordinates
+from gradindex.influence import Preconditioned, exact_scores, precondition, query_coordinates
 from search import render
+from search.controls import Controls, _sizes, settle
 from search.engine import drain
-from search.hits import forget_terms
-from search.rescore import Scored, chunk_ends
+from search.rescore import chunk_ends
+from search.target import make_targets
 
 QUESTION = {"prompt": "The plum number 26 grows", "completion": " by the river."}
 
@@ -36,11 +37,19 @@ def truth(index, index_folder):
     query = index.make_query(**QUESTION)
     scored = np.array(query.labels) != -100
     batch = make_batch([(np.array(query.tokens, np.int32), scored)], index.model.device)
-    c, _ = query_coordinates(index.model, index.manifest.tracked, index.ekfac, batch, 0.1)
-    p = precondition(index.ekfac, c)
+    ekfac = index.index.ekfac
+    c, _ = query_coordinates(index.model, index.manifest.tracked, ekfac, batch, 0.1)
+    p = Preconditioned(precondition(ekfac, c))
     stored = [r for s in index.manifest.segments for r in records.read(
         index_folder / "segments" / s.name / "records.lmdb", range(s.rows))]
-    return exact_scores(index.model, index.manifest.tracked, [p], stored, 96)[0]
+    return exact_scores(index.model, index.manifest.tracked, p, stored, 96)[0]
+
+
+def codes_of(index, question, **controls):
+    """Every sequence's code score."""
+    settings = settle(Controls(**controls), index.manifest)
+    [target], _ = make_targets(index.index, [index.make_query(**question)], settings, 96)
+    return index.index.code_scores(target.vector[None])[0]
 
 
 def ranking(truth, stored_duplicates, sign=1):
@@ -74,7 +83,7 @@ def test_terms_sum_to_the_influence(index):
 
 def test_a_short_shortlist_says_what_it_holds(index, truth):
     result = index.search(**QUESTION, k=5, shortlist=8)
-    codes = index._code_scores(index._prepare(index.make_query(**QUESTION)).vector)
+    codes = codes_of(index, QUESTION)
     order = np.argsort(-codes, kind="stable")
     assert {hit.id for hit in result} <= set(order[:8].tolist())
     assert result.recall.cutoff == pytest.approx(codes[order[8]])
@@ -101,7 +110,7 @@ def test_equal_sequences_are_one_hit(index):
 
 def test_stages_stream(index):
     query = index.make_query(**QUESTION)
-    stages = list(index.stages(query, k=3, shortlist=20))
+    stages = list(index.stages([query], Controls(k=3, shortlist=20)))
     assert [stage.name for stage in stages[:2]] == ["gradient", "approximate"]
     assert {stage.name for stage in stages[2:-1]} == {"exact"}
     assert [stage.done for stage in stages[2:]] == sorted(stage.done for stage in stages[2:])
@@ -118,12 +127,14 @@ def test_interrupted_it_returns_what_is_exact(index, truth):
         if stage.name == "exact" and stage.done >= 20:
             raise KeyboardInterrupt
 
-    result = drain(index.stages(index.make_query(**QUESTION), k=5, shortlist="all"), follow)
-    assert result.interrupted and result.rescored == 16
-    assert "interrupted: 16 of" in result.warnings[-1]
+    stages = index.stages([index.make_query(**QUESTION)], Controls(k=5, shortlist="all"))
+    result = drain(stages, follow)
+    assert result.interrupted and 16 <= result.rescored < len(index)
+    assert f"interrupted: {result.rescored} of" in result.warnings[-1]
     assert result.recall.cutoff is not None and result.recall.estimate < 1
     for hit in result:
-        assert hit.code_rank <= 16 and hit.influence == pytest.approx(truth[hit.id], rel=1e-3)
+        assert hit.code_rank <= result.rescored
+        assert hit.influence == pytest.approx(truth[hit.id], rel=1e-3)
 
 
 def test_interrupted_before_rescoring_it_stops(index):
@@ -132,7 +143,7 @@ def test_interrupted_before_rescoring_it_stops(index):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        drain(index.stages(index.make_query(**QUESTION)), follow)
+        drain(index.stages([index.make_query(**QUESTION)], Controls()), follow)
 
 
 def test_rescore_scores_what_is_named(index, truth):
@@ -164,36 +175,20 @@ def test_searches_in_threads_take_turns(index):
         assert [hit.influence for hit in result] == expected
 
 
-def test_a_long_shortlist_keeps_few_terms(index, monkeypatch):
-    from search import engine
-
-    expected = index.search(**QUESTION, k=9, shortlist="all")
-    monkeypatch.setattr(engine, "forget_terms", lambda scored, sign, most: [
-        setattr(one, "terms", None) for one in scored.values()])  # as if there were none to keep
-    found = index.search(**QUESTION, k=9, shortlist="all")
-    assert [hit.id for hit in found] == [hit.id for hit in expected]
-    for one, other in zip(found, expected, strict=True):
-        np.testing.assert_allclose(one.token_influence, other.token_influence, rtol=1e-3, atol=1e-4)
-    monkeypatch.undo()
-    scored = {n: Scored(float(n % 7), np.zeros((2, 1))) for n in range(50)}
-    forget_terms(scored, -1.0, 10)
-    kept = [one.influence for one in scored.values() if one.terms is not None]
-    assert sorted(kept) == [0.0] * 8 + [1.0] * 2
-
-
 def test_chunks_grow():
     assert chunk_ends(0) == [] and chunk_ends(9) == [9]
     assert chunk_ends(400) == [16, 48, 112, 240, 368, 400]
 
 
-def test_default_sizes():
-    from search.engine import BACKGROUND, _sizes
-
-    assert _sizes(None, None, 10**6) == (20, 1000)
-    assert _sizes(200, None, 10**6) == (200, 2000)
-    assert _sizes(None, None, 7) == (7, 7)
-    assert _sizes(5, "all", 10**6) == (5, 10**6)
-    assert BACKGROUND == 64
+@pytest.mark.parametrize("asked, total, expected", [
+    ({}, 10**6, (20, 1000, 1000)), (dict(k=200), 10**6, (200, 2000, 2000)),
+    ({}, 7, (7, 7, 7)), (dict(k=5, shortlist="all"), 10**6, (5, 10**6, 10**6)),
+    (dict(recall=0.9), 10**6, (20, 100, 10_000)), (dict(recall=0.9, k=1000), 10**6,
+                                                   (1000, 2000, 100_000)),
+    (dict(recall=0.9, shortlist=500), 10**6, (20, 100, 500)), (dict(recall=0.9), 50, (20, 50, 50)),
+])
+def test_default_sizes(asked, total, expected):
+    assert _sizes(Controls(**asked), total) == expected
 
 
 def test_hits_of_the_other_sign_are_pointed_out(index, truth):

@@ -1,0 +1,180 @@
+"""What a search may be asked besides its query, checked before any model is loaded."""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from gradindex.errors import InputError
+from gradindex.manifest import Manifest
+from gradindex.model import Module
+
+DEFAULT_HITS = 20
+DEFAULT_SHORTLIST = 1000
+SMALLEST_SHORTLIST = 100  # where `recall` begins
+GROWTH = 10  # with `recall`, the shortlist may grow to this many times its default
+NORMALIZATIONS = ("none", "cosine", "relatif")
+CANDIDATES = ("code", "tfidf", "both")
+
+
+@dataclass(frozen=True)
+class Controls:
+    """How to search. Everything here is chosen at query time; the index stays as it is.
+
+    k: hits [min(20, N)]. shortlist: sequences to rescore exactly, or "all" [min(N, max(1000,
+    10 k))]. recall: grow the shortlist from 100 until the statement says this much, at most to
+    `shortlist` [then ten times its default]. opponents: the most negative influence.
+    damping: λ as a factor of mean(Λ) [the build's]. modules: a layer range such as "8-15", mlp,
+    attention, or a regular expression [all that are indexed].
+    normalize: rank by influence ("none"), by influence / (‖q̃‖ ‖m̃‖) ("cosine") or by θ-RelatIF
+    ("relatif"). candidates: who is rescored: the best by "code", by "tfidf", or "both".
+    rescore: False ranks by code alone. time_limit: stop rescoring after so many seconds.
+    rank: of the preconditioned gradients of many queries [exact while they fit in 2 GiB, else
+    32]. train_sequences: N_train, which only scales `nats`.
+    """
+
+    k: int | None = None
+    shortlist: int | str | None = None
+    recall: float | None = None
+    opponents: bool = False
+    damping: float | None = None
+    modules: str | None = None
+    normalize: str = "none"
+    candidates: str = "code"
+    rescore: bool = True
+    time_limit: float | None = None
+    rank: int | None = None
+    train_sequences: int | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What Controls mean for one index; `first` and `most` bound the shortlist's length."""
+
+    k: int
+    first: int
+    most: int
+    recall: float | None
+    sign: float
+    damping: float
+    modules: list[Module]
+    normalize: str
+    candidates: str
+    rescore: bool
+    time_limit: float
+    rank: int | None
+    train_sequences: int
+    train_sequences_given: bool
+
+    def facts(self) -> dict[str, Any]:
+        """What a result says of how it was found."""
+        return {
+            "k": self.k, "shortlist": self.most, "recall": self.recall,
+            "opponents": self.sign < 0, "damping": self.damping,
+            "modules": [module.name for module in self.modules], "normalize": self.normalize,
+            "candidates": self.candidates, "rescore": self.rescore, "rank": self.rank,
+            "time_limit": None if math.isinf(self.time_limit) else self.time_limit,
+        }
+
+
+def settle(controls: Controls, index: Manifest) -> Settings:
+    """Controls with the index's defaults put in. Raises InputError for what can't be."""
+    _above_zero(damping=controls.damping, time_limit=controls.time_limit, rank=controls.rank,
+                train_sequences=controls.train_sequences)
+    _one_of("normalize", controls.normalize, NORMALIZATIONS)
+    _one_of("candidates", controls.candidates, CANDIDATES)
+    if controls.recall is not None and not 0 < controls.recall <= 1:
+        raise InputError(f"--recall {controls.recall}: expected a share above 0, at most 1.")
+    if controls.recall is not None and controls.candidates == "tfidf":
+        raise InputError("--recall needs --candidates code or both: what a TF-IDF list misses is "
+                         "unknown.")
+    if not controls.rescore and (controls.recall is not None or controls.candidates != "code"
+                                 or controls.normalize == "relatif"):
+        raise InputError("--no-rescore ranks by code alone: it can't go with --recall, "
+                         "--candidates tfidf or both, or --normalize relatif.")
+    k, first, most = _sizes(controls, index.sequences)
+    return Settings(
+        k=k, first=first, most=most, recall=controls.recall,
+        sign=-1.0 if controls.opponents else 1.0, damping=controls.damping or index.damping,
+        modules=choose_modules(index.tracked, controls.modules), normalize=controls.normalize,
+        candidates=controls.candidates, rescore=controls.rescore,
+        time_limit=controls.time_limit or math.inf, rank=controls.rank,
+        train_sequences=controls.train_sequences or index.train_sequences or index.sequences,
+        train_sequences_given=bool(controls.train_sequences or index.train_sequences),
+    )
+
+
+def _sizes(controls: Controls, total: int) -> tuple[int, int, int]:
+    """k, and the lengths that a shortlist begins with and at most grows to."""
+    k, shortlist = controls.k, controls.shortlist
+    if k is not None and not 1 <= k <= total:
+        raise InputError(f"-k {k}: expected 1 to {total}, the sequences in the index.")
+    k = min(DEFAULT_HITS, total) if k is None else k
+    length = max(DEFAULT_SHORTLIST, 10 * k)
+    if shortlist == "all":
+        length = total
+    elif shortlist is not None:
+        try:
+            length = int(shortlist)
+        except ValueError:
+            raise InputError(f"--shortlist {shortlist}: expected a number or all.") from None
+        if length < k:
+            raise InputError(f"--shortlist {length}: expected at least -k, {k}.")
+    if controls.recall is None:
+        return k, min(length, total), min(length, total)
+    most = min(total, length if shortlist is not None else GROWTH * length)
+    return k, min(most, max(SMALLEST_SHORTLIST, 2 * k)), most
+
+
+def choose_modules(tracked: list[Module], choice: str | None) -> list[Module]:
+    """The indexed modules of a layer range, of a kind, or whose name matches.
+
+    Raises InputError where none does.
+    """
+    if choice is None or choice == "all":
+        return tracked
+    layers = numbers_in(choice)
+    if layers is not None:
+        chosen = [module for module in tracked if module.layer in layers]
+    elif choice in ("mlp", "attention"):
+        chosen = [module for module in tracked if module.attention == (choice == "attention")]
+    else:
+        try:
+            pattern = re.compile(choice)
+        except re.error as error:
+            raise InputError(
+                f"--modules {choice!r}: neither layers (8-15), mlp, attention or all, nor a "
+                f"regular expression: {error}."
+            ) from None
+        chosen = [module for module in tracked if pattern.search(module.name)]
+    if not chosen:
+        present = sorted({module.layer for module in tracked})
+        raise InputError(
+            f"--modules {choice!r} matches none of the {len(tracked)} indexed modules, which are "
+            f"in layers {present[0]} to {present[-1]} and named like {tracked[0].name}. Other "
+            "modules need an index built with them (build --modules)."
+        )
+    return chosen
+
+
+def numbers_in(text: str) -> set[int] | None:
+    """The numbers of "3", "8-15" or "0,2-4", both ends included; None where it isn't that."""
+    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
+        return None
+    numbers = set()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        numbers |= set(range(int(first), int(last or first) + 1))
+    return numbers
+
+
+def _above_zero(**numbers: float | None) -> None:
+    for name, value in numbers.items():
+        if value is not None and not 0 < value < math.inf:
+            raise InputError(f"--{name.replace('_', '-')} {value}: expected a number above 0.")
+
+
+def _one_of(name: str, value: str, expected: tuple[str, ...]) -> None:
+    if value not in expected:
+        raise InputError(f"--{name} {value}: expected {', '.join(expected[:-1])} or "
+                         f"{expected[-1]}.")

@@ -1,0 +1,112 @@
+"""Who is rescored for a query, in which order, and with what chance each was to be among them.
+
+Sequences are ordered by a statistic of their code: its score, or, when ranking per unit of the
+sequence's own gradient, its score / ‖v_m‖. The statistic is the exact influence (divided likewise)
+plus Gaussian noise of known size. A TF-IDF list may join: its members are rescored whatever their
+code, so each of them was certain to be there.
+"""
+
+from collections.abc import Container
+
+import numpy as np
+
+from search.recall import expected_recall, inclusion_probability
+
+
+class Shortlist:
+    """One query's order of sequences, and how far along it they are rescored.
+
+    scores [N] are code scores times the sign asked for (−1 for opponents), error [N] their sd,
+    scale [N] what the statistic divides both by (‖v_m‖, or None for 1). `most` is the longest the
+    shortlist may grow. With `listed`, ids of a TF-IDF list; with `by_list` they alone are taken.
+    """
+
+    def __init__(
+        self, scores: np.ndarray, error: np.ndarray, scale: np.ndarray | None, most: int,
+        listed: np.ndarray | None = None, by_list: bool = False,
+    ):
+        self._scale = None if scale is None else np.where(scale > 0, scale, np.inf)
+        self.statistic = scores if self._scale is None else scores / self._scale
+        self._error = error if self._scale is None else error / self._scale
+        self._order = best(self.statistic, min(len(scores), most + 1))
+        self.listed = np.zeros(0, dtype=np.int64) if listed is None else listed
+        self._by_list = by_list
+        self.length = 0  # along the order, all of them rescored
+
+    def ids(self, length: int) -> list[int]:
+        """Who is to be rescored for a shortlist of `length` by code, best first."""
+        if self._by_list:
+            return [int(one) for one in self.listed]
+        head = [int(one) for one in self._order[:length]]
+        return list(dict.fromkeys([*head, *(int(one) for one in self.listed)]))
+
+    def advance(self, rescored: Container[int], length: int) -> list[int]:
+        """Note how far the order is rescored, and return who counts: that far, and the list."""
+        here = self.ids(length)
+        if self._by_list:
+            return [one for one in here if one in rescored]
+        self.length = 0
+        while self.length < length and int(self._order[self.length]) in rescored:
+            self.length += 1
+        counted = here[: self.length]
+        if all(one in rescored for one in here[length:]):
+            counted = list(dict.fromkeys([*counted, *(int(one) for one in self.listed)]))
+        return counted
+
+    @property
+    def cutoff(self) -> float | None:
+        """τ: the statistic of the first in order that is not rescored, None where all are."""
+        if self.length >= len(self.statistic):
+            return None
+        return float(self.statistic[self._order[self.length]])
+
+    def probability(
+        self, ids: list[int], influence: np.ndarray, cutoff: float | None
+    ) -> np.ndarray:
+        """π of sequences with exact `influence` (times the sign): their chance to be rescored."""
+        places = np.asarray(ids, dtype=np.int64)
+        own = influence if self._scale is None else influence / self._scale[places]
+        pi = inclusion_probability(own, self._error[places], cutoff)
+        pi[np.isin(places, self.listed)] = 1.0
+        return pi
+
+    def length_for(
+        self, goal: float, ids: list[int], influence: np.ndarray, k: int
+    ) -> int:
+        """The shortest length whose expected statement reaches `goal`, judged by what is exact.
+
+        `ids` and `influence` are the rescored, best first. Sequences like those found but missed
+        so far are counted through their π (see recall.py).
+        """
+        falling = -np.sort(-self.statistic)
+        now = self.probability(ids, influence, self.cutoff)
+        low, high = self.length, len(falling)
+        while low + 1 < high:
+            middle = (low + high) // 2
+            then = self.probability(ids, influence, float(falling[middle]))
+            if expected_recall(now, then, k) >= goal:
+                high = middle
+            else:
+                low = middle
+        return high
+
+    def place_in_list(self, one: int) -> int | None:
+        """Rank in the TF-IDF list, from 1, or None."""
+        found = np.flatnonzero(self.listed == one)
+        return int(found[0]) + 1 if len(found) else None
+
+    def rank(self, one: int) -> int:
+        """Place in the order by code, from 1."""
+        value = self.statistic[one]
+        return int((self.statistic > value).sum() + (self.statistic[:one] == value).sum()) + 1
+
+
+def best(values: np.ndarray, count: int) -> np.ndarray:
+    """Places of the `count` largest values [n], largest first, equal ones by place."""
+    if count >= len(values):
+        return np.lexsort((np.arange(len(values)), -values))
+    border = np.partition(values, len(values) - count)[len(values) - count]
+    above = np.flatnonzero(values > border)
+    equal = np.flatnonzero(values == border)[: count - len(above)]
+    chosen = np.concatenate([above, equal])
+    return chosen[np.lexsort((chosen, -values[chosen]))]
