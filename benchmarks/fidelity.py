@@ -1,15 +1,21 @@
 """Does a shortlist by code hold the sequences with the most exact influence?
 
     python benchmarks/fidelity.py
+    python benchmarks/fidelity.py --controls
 
-Trains a small GPT-NeoX on standard-library text, scores held-out queries exactly (EK-FAC) against
-every training sequence, and compares shortlists: codes of several lengths K, the eigen-coordinates
-with the largest Λ, and the TF-IDF filter of Grosse et al. 2023 (§3.2). r10@100 is the share of the
-true top 10 in a shortlist of 100. Then: the recall statement, claimed against actual.
+Trains a small GPT-NeoX on Python sources, scores held-out queries exactly (EK-FAC) against every
+training sequence, and compares shortlists: codes of several lengths K, the eigen-coordinates with
+the largest Λ, and the TF-IDF filter of Grosse et al. 2023 (§3.2). r10@100 is the share of the true
+top 10 in a shortlist of 100. Then: the recall statement, claimed against actual. With --controls,
+the same for every control of a search: damping, layers, normalisation, two completions, opponents,
+short completions, at one K.
 """
 
+import json
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import click
@@ -18,20 +24,42 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.workload import Workload, make_workload
+from benchmarks.workload import PROMPT, Size, Workload, make_workload
 from gradindex.codes import Codes, CodeSettings, default_width, score_error
 from gradindex.curvature import Ekfac
 from gradindex.gradients import apply_inputs, backward, make_batch, plan_batches
-from gradindex.influence import precondition, query_coordinates
+from gradindex.influence import Gradients, Sizes, query_coordinates
 from gradindex.model import Module
-from gradindex.progress import duration, stderr_progress
+from gradindex.progress import Progress, duration, stderr_progress
+from gradindex.records import Record
 from gradindex.vectors import CodeIndex, code_bytes
 from indexer.calibrate import calibrate
-from search.recall import estimated_recall, inclusion_probability
+from search.recall import estimated_recall
+from search.shortlist import Shortlist, longer
 
 LENGTHS = (4096, 8192, 16384, 32768, 65536)
 COORDINATES = (4096, 16384, 65536)
 SHORTLISTS = ((10, 100), (10, 1000), (100, 1000))  # k, shortlist
+BINNED = [(k, length) for k in (10, 100) for length in (20, 50, 100, 200, 500, 1000, 2000)
+          if length > k]  # whose claims are put in bins
+DAMPINGS = (0.001, 0.01, 1.0, 10.0)
+GOAL = 0.95
+
+
+@dataclass
+class Control:
+    """One way to search: C of every query, the modules left, the sign, what is ranked by."""
+
+    name: str
+    coordinates: Gradients
+    layers: set[int] | None = None
+    sign: float = 1.0
+    normalize: str = "none"
+    truth: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))  # [q, n]
+
+    def part(self, modules: list[Module]) -> Gradients:
+        return {m.name: self.coordinates[m.name] for m in modules
+                if self.layers is None or m.layer in self.layers}
 
 
 class Baseline:
@@ -52,28 +80,30 @@ class Baseline:
         self.ekfac = ekfac
         self.stored = torch.zeros(rows, len(chosen), dtype=torch.float16)
 
-    def add(self, rows: list[int], module: Module, a: torch.Tensor, d: torch.Tensor) -> None:
-        c = self.ekfac[module.name]
-        there, here = self.order[module.name]
-        root = c.damped(0.1).flatten()[here].sqrt()
-        rotated_a = apply_inputs(a, c.eigenvectors_a.T, module.bias)
-        for row, one_d, one_a in zip(rows, d @ c.eigenvectors_s, rotated_a, strict=True):
-            self.stored[row, there] = ((one_d.T @ one_a).flatten()[here] / root).half()
+    def _root(self, name: str, here: torch.Tensor) -> torch.Tensor:
+        return self.ekfac[name].damped(0.1).flatten()[here].sqrt()
 
-    def query(self, coordinates: dict[str, torch.Tensor]) -> torch.Tensor:
-        vector = torch.zeros(self.stored.shape[1])
+    def add(self, rows: list[int], module: Module, rotated: torch.Tensor) -> None:
+        there, here = self.order[module.name]
+        values = rotated.flatten(1)[:, here] / self._root(module.name, here)
+        self.stored[torch.tensor(rows)[:, None], there] = values.half()
+
+    def scores(self, coordinates: Gradients, count: int) -> np.ndarray:
+        """[q, n] from the `count` heaviest coordinates."""
+        queries = len(next(iter(coordinates.values())))
+        vectors = torch.zeros(queries, self.stored.shape[1])
         for name, (there, here) in self.order.items():
-            root = self.ekfac[name].damped(0.1).flatten()[here].sqrt()
-            vector[there] = coordinates[name].flatten()[here] * root
-        return vector
+            vectors[:, there] = coordinates[name].flatten(1)[:, here] * self._root(name, here)
+        parts = [vectors[:, :count] @ part[:, :count].float().T for part in self.stored.split(512)]
+        return torch.cat(parts, dim=1).numpy()
 
 
 def tfidf_scores(work: Workload) -> np.ndarray:
-    """Σ of the IDF of the completion's tokens that a sequence holds (notes of App. B): [q, n]."""
+    """Σ of the IDF of the completion's tokens that a sequence holds (§3.2), plainly: [q, n]."""
     vocabulary = work.model.network.config.vocab_size
-    holds = np.zeros((len(work.train), vocabulary), dtype=np.float32)
+    holds = np.zeros((len(work.train), vocabulary), dtype=bool)
     for row, record in enumerate(work.train):
-        holds[row, record.ids] = 1
+        holds[row, record.ids] = True
     count = holds.sum(0)
     idf = np.log((len(work.train) - count + 0.5) / (count + 0.5) + 1)
     scores = np.zeros((len(work.queries), len(work.train)))
@@ -83,6 +113,119 @@ def tfidf_scores(work: Workload) -> np.ndarray:
     return scores
 
 
+# ---- queries
+
+
+def coordinates_of(work: Workload, records: list[Record], damping: float) -> Gradients:
+    """C [q, o, i] of queries."""
+    parts = []
+    for first in range(0, len(records), 8):
+        some = [(r.ids, r.scored) for r in records[first : first + 8]]
+        with torch.no_grad():
+            c, _ = query_coordinates(work.model, work.modules, work.ekfac,
+                                     make_batch(some, work.model.device), damping)
+        parts.append(c)
+    return {m.name: torch.cat([part[m.name] for part in parts]) for m in work.modules}
+
+
+def controls_of(work: Workload, every: bool) -> list[Control]:
+    """The plain search, and with `every` all other ways to ask."""
+    plain = coordinates_of(work, work.queries, 0.1)
+    top = max(m.layer for m in work.modules) + 1
+    found = [Control("plain", plain), Control("cosine", plain, normalize="cosine"),
+             Control("relatif", plain, normalize="relatif"),
+             Control("opponents", plain, sign=-1.0)]
+    if not every:
+        return found
+    found += [Control(f"damping {damping:g}", coordinates_of(work, work.queries, damping))
+              for damping in DAMPINGS]
+    third = [set(range(round(n * top / 3), round((n + 1) * top / 3))) for n in range(3)]
+    for name, layers in (("lower third", third[0]), ("middle third", third[1]),
+                         ("upper third", third[2]), ("one layer", {top // 2})):
+        shown = ",".join(map(str, sorted(layers)))
+        found.append(Control(f"{name} (layer {shown} of {top})", plain, layers))
+    others = [replace(one, ids=np.concatenate([one.ids[:PROMPT], other.ids[PROMPT:]]))
+              for one, other in zip(work.queries, work.queries[1:] + work.queries[:1], strict=True)]
+    against = coordinates_of(work, others, 0.1)
+    found.append(Control("versus", {name: plain[name] - c for name, c in against.items()}))
+    for count in (1, 5):
+        short = [replace(one, ids=one.ids[: PROMPT + count], scored=one.scored[: PROMPT + count])
+                 for one in work.queries]
+        found.append(Control(f"completion of {count}", coordinates_of(work, short, 0.1)))
+    return found
+
+
+# ---- one pass
+
+
+@dataclass
+class Pass:
+    """What one forward and backward pass of every sequence gave."""
+
+    indexes: dict[int, CodeIndex]
+    norms: dict[int, np.ndarray]
+    self_influence: np.ndarray
+    squared_step: np.ndarray
+    baseline: Baseline | None
+
+
+def one_pass(
+    work: Workload, codes: dict[int, Codes], controls: list[Control], baseline: Baseline | None,
+    progress: Progress,
+) -> Pass:
+    """Codes, norms, sizes, and exact scores for every control (into its `truth`)."""
+    n = len(work.train)
+    stored = {k: np.zeros((n, code_bytes(k)), np.uint8) for k in codes}
+    result = Pass({k: CodeIndex(k) for k in codes}, {k: np.zeros(n) for k in codes}, np.zeros(n),
+                  np.zeros(n), baseline)
+    distinct = {id(one.coordinates): one.coordinates for one in controls}
+    flat = {key: {name: c.flatten(1) for name, c in own.items()} for key, own in distinct.items()}
+    layers = sorted({m.layer for m in work.modules})
+    queries = len(work.queries)
+    truth = {key: np.zeros((len(layers), queries, n), np.float32) for key in distinct}
+    progress.start("encode and score", n, "sequences")
+    for rows in plan_batches([len(record.ids) for record in work.train],
+                             2048 if work.size.length <= 128 else 4096):
+        vectors = {k: one.empty(len(rows)) for k, one in codes.items()}
+        sizes = Sizes(work.ekfac, 0.1, len(rows))
+
+        def each(module: Module, a: torch.Tensor, d: torch.Tensor) -> None:
+            for k, one in codes.items():
+                one.add(vectors[k], module, a, d)  # noqa: B023
+            c = work.ekfac[module.name]
+            wide = c.eigenvalues.dtype
+            rotated_a = apply_inputs(a.to(wide), c.eigenvectors_a.T, module.bias)
+            rotated = (d.to(wide) @ c.eigenvectors_s).transpose(1, 2) @ rotated_a
+            if baseline is not None:
+                baseline.add(rows, module, rotated)  # noqa: B023
+            place = layers.index(module.layer)
+            for key, own in flat.items():
+                truth[key][place][:, rows] += (own[module.name] @ rotated.flatten(1).T).numpy()  # noqa: B023
+            sizes(module, a, d)  # noqa: B023
+
+        members = [(work.train[row].ids, work.train[row].scored) for row in rows]
+        with torch.no_grad():
+            backward(work.model, work.modules, make_batch(members, work.model.device), each)
+        for k in codes:
+            array = vectors[k].float().numpy()
+            stored[k][rows] = result.indexes[k].encode(array)
+            result.norms[k][rows] = np.linalg.norm(array.astype(np.float64), axis=1)
+        result.self_influence[rows] = sizes.self_influence.numpy()
+        result.squared_step[rows] = sizes.squared_step.numpy()
+        progress.update(len(rows))
+    progress.finish()
+    for k, index in result.indexes.items():
+        index.add(stored[k])
+    for one in controls:
+        kept = [place for place, layer in enumerate(layers)
+                if one.layers is None or layer in one.layers]
+        one.truth = truth[id(one.coordinates)][kept].sum(0, dtype=np.float64)
+    return result
+
+
+# ---- what a shortlist holds, and what is claimed of it
+
+
 def shortlist_recall(truth: np.ndarray, scores: np.ndarray, k: int, length: int) -> np.ndarray:
     """Share of each query's true top k among its `length` best by score: [q]."""
     best = np.argsort(-truth, axis=1, kind="stable")[:, :k]
@@ -90,128 +233,199 @@ def shortlist_recall(truth: np.ndarray, scores: np.ndarray, k: int, length: int)
     return np.array([len(set(b) & set(f)) / k for b, f in zip(best, found, strict=True)])
 
 
-def claimed_recall(
-    truth: np.ndarray, scores: np.ndarray, error: np.ndarray, k: int, length: int
-) -> np.ndarray:
-    """What the recall statement says of each query: [q]."""
-    claims = []
-    for own, code, sd in zip(truth, scores, error, strict=True):
-        order = np.argsort(-code, kind="stable")
-        found = order[:length]
-        found = found[np.argsort(-own[found], kind="stable")]
-        pi = inclusion_probability(own[found], sd[found], float(code[order[length]]))
-        claims.append(estimated_recall(pi, k))
-    return np.array(claims)
+class Asked:
+    """One query under one control: the truth, and the shortlist as a search would make it."""
+
+    def __init__(
+        self, control: Control, query: int, scores: np.ndarray, error: np.ndarray,
+        norms: np.ndarray, sizes: Pass,
+    ):
+        n = len(scores)
+        self.influence = control.sign * control.truth[query]
+        squared = {"none": np.ones(n), "cosine": sizes.self_influence,
+                   "relatif": sizes.squared_step}[control.normalize]
+        self.value = self.influence / np.sqrt(squared)
+        self.order = np.argsort(-self.value, kind="stable")
+        self.shortlist = Shortlist(
+            control.sign * scores, error, None if control.normalize == "none" else norms, n)
+        places = np.empty(n, dtype=np.int64)
+        places[self.shortlist.ids(n)] = np.arange(n)
+        self.code_place = places  # of every sequence in the order by code
+
+    def actual(self, k: int, length: int) -> float:
+        return float((self.code_place[self.order[:k]] < length).mean())
+
+    def claimed(self, k: int, length: int) -> tuple[float, list[int]]:
+        """The statement, and the rescored, best first."""
+        found = self.shortlist.advance(range(len(self.value)), min(length, len(self.value)))
+        ranked = sorted(found, key=lambda one: (-self.value[one], one))
+        if self.shortlist.cutoff is None:
+            return 1.0, ranked
+        pi = self.shortlist.probability(ranked, self.influence[ranked], self.shortlist.cutoff)
+        return estimated_recall(pi, k), ranked
+
+    def until(self, goal: float, k: int, most: int) -> tuple[float, float, int]:
+        """`--recall goal`: claimed, actual and the length it ended with."""
+        length = min(most, max(100, 2 * k))
+        while True:
+            claim, ranked = self.claimed(k, length)
+            if claim >= goal or length >= most:
+                return claim, self.actual(k, length), length
+            expected = self.shortlist.length_for(goal, ranked, self.influence[ranked], k)
+            length = min(most, longer(length, expected))
 
 
-def one_pass(
-    work: Workload, codes: dict[int, Codes], baseline: Baseline, stacked: dict[str, torch.Tensor]
-) -> tuple[dict[int, CodeIndex], dict[int, np.ndarray], np.ndarray]:
-    """Codes, norms and exact scores from one forward and backward pass of every sequence."""
-    n, queries = len(work.train), len(work.queries)
-    stored = {k: np.zeros((n, code_bytes(k)), np.uint8) for k in codes}
-    norms = {k: np.zeros(n) for k in codes}
-    indexes = {k: CodeIndex(k) for k in codes}
-    truth = np.zeros((queries, n))
-    progress = stderr_progress()
-    progress.start("encode and score", n, "sequences")
-    for rows in plan_batches([len(record.ids) for record in work.train], 2048):
-        vectors = {k: one.empty(len(rows)) for k, one in codes.items()}
-        total = torch.zeros(queries, len(rows), dtype=torch.float64)
+def asked_of(
+    control: Control, work: Workload, codes: Codes, found: Pass, c: float
+) -> list[Asked]:
+    """Every query under one control, from the stored codes."""
+    length = codes.settings.length
+    vectors = codes.query_vectors(control.part(work.modules)).numpy()
+    scores = found.indexes[length].many_scores(vectors).astype(np.float64)
+    norms = found.norms[length]
+    return [
+        Asked(control, query, scores[query],
+              score_error(c, float(np.linalg.norm(vectors[query])), norms, length), norms, found)
+        for query in range(len(vectors))
+    ]
 
-        def each(module: Module, a: torch.Tensor, d: torch.Tensor) -> None:
-            for k, one in codes.items():
-                one.add(vectors[k], module, a, d)  # noqa: B023
-            baseline.add(rows, module, a, d)  # noqa: B023
-            padded = torch.nn.functional.pad(a, (0, int(module.bias)), value=1.0)
-            g = torch.bmm(d.transpose(1, 2), padded)
-            total.add_(stacked[module.name] @ g.flatten(1).T)  # noqa: B023
 
-        members = [(work.train[row].ids, work.train[row].scored) for row in rows]
-        with torch.no_grad():
-            backward(work.model, work.modules, make_batch(members, work.model.device), each)
-        for k in codes:
-            array = vectors[k].numpy()
-            stored[k][rows] = indexes[k].encode(array)
-            norms[k][rows] = np.linalg.norm(array.astype(np.float64), axis=1)
-        truth[:, rows] = total.numpy()
-        progress.update(len(rows))
-    progress.finish()
-    for k, index in indexes.items():
-        index.add(stored[k])
-    return indexes, norms, truth
+def needed_shortlist(asked: list[Asked], k: int = 10) -> int:
+    """The shortest length whose mean recall of the top k reaches the goal."""
+    places = np.sort(np.concatenate([one.code_place[one.order[:k]] for one in asked]))
+    return int(places[int(np.ceil(GOAL * len(places))) - 1]) + 1
+
+
+def control_row(name: str, asked: list[Asked], most: int) -> tuple[str, str, dict[str, float]]:
+    """A row of the first table and of the table of bins, and the numbers."""
+    recalls = {f"r{k}@{length}": float(np.mean([one.actual(k, length) for one in asked]))
+               for k, length in ((10, 100), (100, 1000))}
+    needed = needed_shortlist(asked)
+    pairs = np.array([(one.claimed(k, length)[0], one.actual(k, length))
+                      for one in asked for k, length in BINNED])
+    gap = float(np.mean(pairs[:, 0] - pairs[:, 1]))
+    each = float(np.mean(np.abs(pairs[:, 0] - pairs[:, 1])))
+    grown = np.array([one.until(GOAL, 10, most) for one in asked])
+    row = (f"| {name} | {recalls['r10@100']:.3f} | {recalls['r100@1000']:.3f} | {needed:,} | "
+           f"{gap:+.3f} | {each:.3f} | {grown[:, 0].mean():.3f} | {grown[:, 1].mean():.3f} | "
+           f"{int(np.median(grown[:, 2])):,} |")
+    bins = []
+    for low in np.arange(10) / 10:
+        here = pairs[(pairs[:, 0] >= low) & (pairs[:, 0] < low + 0.1 + (low > 0.85))]
+        bins.append(f"{here[:, 0].mean():.2f}→{here[:, 1].mean():.2f} ({len(here)})"
+                    if len(here) else "–")
+    numbers = {**recalls, "needed": needed, "gap": gap, "each": each,
+               "grown_claimed": float(grown[:, 0].mean()),
+               "grown_actual": float(grown[:, 1].mean()), "grown": float(np.median(grown[:, 2]))}
+    return row, f"| {name} | " + " | ".join(bins) + " |", numbers
+
+
+def print_controls(
+    work: Workload, controls: list[Control], codes: Codes, found: Pass, c: float
+) -> dict[str, dict[str, float]]:
+    length = codes.settings.length
+    print(f"\nK = {length:,}, c = {c}. Shortlist for .95: that mean r10 needs. Claimed − actual "
+          "and its size per query: over k = 10, 100 and shortlists of 20 to 2,000. Then --recall "
+          f"{GOAL} -k 10: claimed, actual, median length.\n")
+    print("| search | r10@100 | r100@1000 | shortlist for .95 | claimed − actual | per query | "
+          "--recall claimed | actual | rescored |\n" + "|---" * 9 + "|")
+    most = min(len(work.train), 10_000)
+    numbers, lines = {}, []
+    for control in controls:
+        row, bins, numbers[control.name] = control_row(
+            control.name, asked_of(control, work, codes, found, c), most)
+        print(row, flush=True)
+        lines.append(bins)
+    print("\nMean claim → mean truth (how many) by the claim:\n\n| search | "
+          + " | ".join(f".{n}" for n in range(10)) + " |\n" + "|---" * 11 + "|")
+    print("\n".join(lines))
+    return numbers
+
+
+# ---- the whole
+
+
+def print_statement(
+    work: Workload, plain: Control, codes: Codes, found: Pass, c: float
+) -> dict[str, float]:
+    """The code's error on these queries, and claims against truth."""
+    asked = asked_of(plain, work, codes, found, c)
+    error = np.stack([one.shortlist._error for one in asked]) / c
+    scores = np.stack([one.shortlist.statistic for one in asked])
+    z, unit = (scores - plain.truth) / error, plain.truth / error
+    slope = 1 + float((z * unit).sum() / (unit**2).sum())
+    print(f"\nK = {codes.settings.length:,}: c = {c} calibrated, {z.std():.3f} on these queries; "
+          f"slope {slope:.3f}; kurtosis of the error "
+          f"{float((z**4).mean() / (z**2).mean() ** 2):.2f}")
+    for k, length in SHORTLISTS:
+        claim = np.array([one.claimed(k, length)[0] for one in asked])
+        actual = np.array([one.actual(k, length) for one in asked])
+        print(f"  r{k}@{length}: claimed {claim.mean():.3f}, actual {actual.mean():.3f}, "
+              f"difference {claim.mean() - actual.mean():+.3f}, per query "
+              f"{np.abs(claim - actual).mean():.3f}")
+    return {"c": c, "c_here": float(z.std()), "slope": slope}
+
+
+def options(function: Callable[..., None]) -> Callable[..., None]:
+    """The flags of Size."""
+    for name, value in reversed(asdict(Size()).items()):
+        function = click.option("--" + name.replace("_", "-"), default=value,
+                                show_default=True)(function)
+    return function
 
 
 @click.command()
-@click.option("--sequences", type=int, default=8192, show_default=True)
+@options
 @click.option("--queries", type=int, default=64, show_default=True)
-@click.option("--steps", type=int, default=1000, show_default=True)
+@click.option("--bits", multiple=True, type=int, default=LENGTHS, show_default=True)
+@click.option("--controls/--no-controls", default=False, help="Every control, at the last of bits.")
+@click.option("--baselines/--no-baselines", default=True)
 @click.option("--cache", type=click.Path(path_type=Path), default=Path(".demo/benchmark"),
               show_default=True)
-def main(sequences: int, queries: int, steps: int, cache: Path) -> None:
-    """Train, score exactly, compare shortlists, print two tables."""
+@click.option("--save", type=click.Path(dir_okay=False, path_type=Path), help="Numbers as JSON.")
+def main(queries: int, bits: tuple[int, ...], controls: bool, baselines: bool, cache: Path,
+         save: Path | None, **size: object) -> None:
+    """Train, score exactly, compare shortlists, print tables."""
     begun = time.monotonic()
     progress = stderr_progress()
-    work = make_workload(cache, sequences, queries, steps, progress)
-    codes = {
-        k: Codes(work.modules, work.ekfac,
-                 CodeSettings(k, default_width(k, len(work.modules)), 0, 0.1)) for k in LENGTHS
-    }
-    baseline = Baseline(work.modules, work.ekfac, max(COORDINATES), len(work.train))
-    coordinates, preconditioned = [], []
-    for record in work.queries:
-        batch = make_batch([(record.ids, record.scored)], work.model.device)
-        c, _ = query_coordinates(work.model, work.modules, work.ekfac, batch, 0.1)
-        coordinates.append(c)
-        preconditioned.append(precondition(work.ekfac, c))
-    stacked = {
-        m.name: torch.stack([p[m.name].flatten() for p in preconditioned]) for m in work.modules
-    }
-    indexes, norms, truth = one_pass(work, codes, baseline, stacked)
+    work = make_workload(cache, Size(**size), queries, progress)  # type: ignore[arg-type]
+    codes = {k: Codes(work.modules, work.ekfac,
+                      CodeSettings(k, default_width(k, len(work.modules)), 0, 0.1)) for k in bits}
+    asked = controls_of(work, controls)
+    baseline = Baseline(work.modules, work.ekfac, max(COORDINATES), len(work.train)) \
+        if baselines else None
+    found = one_pass(work, codes, asked, baseline, progress)
+    plain = asked[0]
 
-    print(f"{work.summary()}; {queries} queries of 64 + 32 tokens\n")
+    print(f"{work.summary()}\n")
     print("| stored per sequence | bytes | r10@100 | r10@1000 | r100@1000 |\n|---|---|---|---|---|")
 
-    def row(name: str, size: str, scores: np.ndarray) -> None:
-        shares = [shortlist_recall(truth, scores, k, n).mean() for k, n in SHORTLISTS]
-        print(f"| {name} | {size} | " + " | ".join(f"{share:.3f}" for share in shares) + " |")
+    def row(name: str, size: str, scores: np.ndarray) -> list[float]:
+        shares = [float(shortlist_recall(plain.truth, scores, k, n).mean()) for k, n in SHORTLISTS]
+        print(f"| {name} | {size} | " + " | ".join(f"{share:.3f}" for share in shares) + " |",
+              flush=True)
+        return shares
 
     row("TF-IDF filter (completion tokens)", "–", tfidf_scores(work))
-    vectors = torch.stack([baseline.query(c) for c in coordinates])
-    for count in COORDINATES:  # chosen in order of weight: a prefix is the smaller choice
-        found = torch.cat([vectors[:, :count] @ part[:, :count].float().T
-                           for part in baseline.stored.split(512)], dim=1)
-        row(f"top-Λ eigen-coordinates, fp16, {count:,}", f"{2 * count:,}", found.numpy())
-    statements = []
+    for count in COORDINATES if found.baseline else ():
+        assert found.baseline is not None
+        row(f"top-Λ eigen-coordinates, fp16, {count:,}", f"{2 * count:,}",
+            found.baseline.scores(plain.coordinates, count))
+    numbers: dict[str, object] = {"size": asdict(work.size), "summary": work.summary()}
     for k, one in codes.items():
-        query_vectors = [one.query_vector(c).numpy() for c in coordinates]
-        scores = np.stack([indexes[k].scores(v) for v in query_vectors]).astype(np.float64)
-        row(f"code, 1 bit, K = {k:,}", f"{code_bytes(k):,}", scores)
-        calibration = calibrate(
-            work.model, one, work.ekfac, lambda ids: [work.train[n] for n in ids],
-            lambda ids, k=k: (_subset(indexes[k], k, ids), norms[k][ids]),  # type: ignore[misc]
-            len(work.train), 2048, progress,
-        )
-        query_norms = np.array([np.linalg.norm(v) for v in query_vectors])
-        error = np.stack([score_error(calibration["c"], float(q), norms[k], k)
-                          for q in query_norms])
-        unit = error / calibration["c"]
-        z = (scores - truth) / unit
-        slope = 1 + float(((scores - truth) / unit * (truth / unit)).sum() /
-                          ((truth / unit) ** 2).sum())
-        statements.append(f"\nK = {k:,}: c = {calibration['c']} calibrated, {z.std():.3f} on these "
-                          f"queries; slope {slope:.3f}; kurtosis of the error "
-                          f"{float((z**4).mean() / (z**2).mean() ** 2):.2f}")
-        for top, length in SHORTLISTS:
-            claim = claimed_recall(truth, scores, error, top, length)
-            actual = shortlist_recall(truth, scores, top, length)
-            statements.append(
-                f"  r{top}@{length}: claimed {claim.mean():.3f}, actual {actual.mean():.3f}, "
-                f"difference {claim.mean() - actual.mean():+.3f}, "
-                f"per query {np.abs(claim - actual).mean():.3f}"
-            )
+        scores = found.indexes[k].many_scores(one.query_vectors(plain.coordinates).numpy())
+        numbers[f"recall {k}"] = row(f"code, 1 bit, K = {k:,}", f"{code_bytes(k):,}", scores)
     print("\nRecall statement, claimed against actual (mean over queries; mean absolute per query)")
-    print("\n".join(statements))
+    for k, one in codes.items():
+        c = calibrate(
+            work.model, one, work.ekfac, lambda ids: [work.train[n] for n in ids],
+            lambda ids, k=k: (_subset(found.indexes[k], k, ids), found.norms[k][ids]),  # type: ignore[misc]
+            len(work.train), 2048, progress,
+        )["c"]
+        numbers[f"statement {k}"] = print_statement(work, plain, one, found, c)
+    numbers["controls"] = print_controls(work, asked, codes[bits[-1]], found, c)
+    if save is not None:
+        save.write_text(json.dumps(numbers, indent=1))
     print(f"\ntotal {duration(time.monotonic() - begun)}")
 
 

@@ -36,11 +36,14 @@ UNSCORED = -100  # a position whose next token is not scored, as in transformers
 
 @dataclass(frozen=True)
 class Module:
-    """One tracked linear map s = W a; with a bias, a 1 is appended to a as its last entry."""
+    """One tracked linear map s = W a; with a bias, a 1 is appended to a as its last entry.
+
+    `kind` is "mlp" (whatever isn't attention), "attention", or "adapter" for LoRA's own maps.
+    """
 
     name: str
     layer: int
-    attention: bool
+    kind: str
     d_out: int
     d_in: int
     bias: bool
@@ -271,7 +274,7 @@ def tracked_modules(network: nn.Module, choice: str = "mlp") -> list[Module]:
     """
     prefix, blocks = _blocks(network)
     parts = adapter_parts(network)
-    found: list[tuple[Module, str]] = []
+    found: list[Module] = []
     for layer, block in enumerate(blocks):
         for name, linear in block.named_modules():
             if not isinstance(linear, (nn.Linear, Conv1D)) or linear in parts.idle:
@@ -280,18 +283,16 @@ def tracked_modules(network: nn.Module, choice: str = "mlp") -> list[Module]:
                 d_in, d_out = linear.weight.shape
             else:
                 d_in, d_out = linear.in_features, linear.out_features
-            own = linear in parts.own
-            # an adapter's map is where the layer it adapts is, whatever the adapter's name
-            attention = bool(_ATTENTION.search(name.rsplit(".", 2)[0] if own else name))
-            module = Module(f"{prefix}.{layer}.{name}", layer, attention, int(d_out), int(d_in),
-                            linear.bias is not None)
-            found.append((module, "adapter" if own else "attention" if attention else "mlp"))
+            kind = "adapter" if linear in parts.own else \
+                "attention" if _ATTENTION.search(name) else "mlp"
+            found.append(Module(f"{prefix}.{layer}.{name}", layer, kind, int(d_out), int(d_in),
+                                linear.bias is not None))
     kinds = {part.strip() for part in choice.split(",")}
     if kinds <= {"mlp", "attention", "all", "adapter"}:
         if "adapter" in kinds and not parts.own:
             raise InputError(f"--modules {choice}: {no_adapter(network)}.")
         kinds |= {"mlp", "attention"} if "all" in kinds else set()
-        chosen = [module for module, kind in found if kind in kinds]
+        chosen = [module for module in found if module.kind in kinds]
     else:
         try:
             pattern = re.compile(choice)
@@ -300,9 +301,9 @@ def tracked_modules(network: nn.Module, choice: str = "mlp") -> list[Module]:
                 f"--modules {choice!r}: neither of mlp, attention, all and adapter, nor a regular "
                 f"expression: {error}."
             ) from None
-        chosen = [module for module, _ in found if pattern.search(module.name)]
+        chosen = [module for module in found if pattern.search(module.name)]
     if not chosen:
-        examples = ", ".join(module.name for module, _ in found[:3]) or "none at all"
+        examples = ", ".join(module.name for module in found[:3]) or "none at all"
         raise InputError(
             f"--modules {choice!r} matches no linear module of the {len(blocks)} blocks. Its "
             f"linear modules are named like: {examples}. Give mlp, all, or a regular expression."

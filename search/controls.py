@@ -25,7 +25,7 @@ class Controls:
     10 k))]. recall: grow the shortlist from 100 until the statement says this much, at most to
     `shortlist` [then ten times its default]. opponents: the most negative influence.
     damping: λ as a factor of mean(Λ) [the build's]. modules: a layer range such as "8-15", mlp,
-    attention, or a regular expression [all that are indexed].
+    attention, adapter, or a regular expression [all that are indexed].
     normalize: rank by influence ("none"), by influence / (‖q̃‖ ‖m̃‖) ("cosine") or by θ-RelatIF
     ("relatif"). candidates: who is rescored: the best by "code", by "tfidf", or "both".
     rescore: False ranks by code alone. time_limit: stop rescoring after so many seconds.
@@ -136,15 +136,15 @@ def choose_modules(tracked: list[Module], choice: str | None) -> list[Module]:
     layers = numbers_in(choice)
     if layers is not None:
         chosen = [module for module in tracked if module.layer in layers]
-    elif choice in ("mlp", "attention"):
-        chosen = [module for module in tracked if module.attention == (choice == "attention")]
+    elif choice in ("mlp", "attention", "adapter"):
+        chosen = [module for module in tracked if module.kind == choice]
     else:
         try:
             pattern = re.compile(choice)
         except re.error as error:
             raise InputError(
-                f"--modules {choice!r}: neither layers (8-15), mlp, attention or all, nor a "
-                f"regular expression: {error}."
+                f"--modules {choice!r}: neither layers (8-15), mlp, attention, adapter or "
+                f"all, nor a regular expression: {error}."
             ) from None
         chosen = [module for module in tracked if pattern.search(module.name)]
     if not chosen:

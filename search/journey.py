@@ -14,14 +14,13 @@ from search.hits import fold_duplicates, make_hit, normalized
 from search.opened import OpenIndex
 from search.recall import estimated_recall
 from search.rescore import Exact, Rescorer, rescore
-from search.shortlist import Shortlist, best
+from search.shortlist import Shortlist, best, longer
 from search.target import Target, coordinates_of
 
 SMALLEST_SAMPLE = 32  # of the background, before anything is said of the error on a query
 ODD_CALIBRATION = 1.5  # c on this query's background, as a factor of the index's: warn beyond it
 HOPELESS = 0.5  # a statement below this comes with what would help
 GOOD = 0.95  # what a longer shortlist is suggested for
-SLOWEST, FASTEST = 1.25, 4.0  # how a shortlist may grow at once
 
 
 class Journey:
@@ -101,13 +100,12 @@ class Journey:
 
     def _grow(self, number: int, goal: float) -> None:
         """Lengthen a query's shortlist if its statement is short of the goal and it may grow."""
-        length, most = self._lengths[number], self.settings.most
-        groups, estimate = self._statement(number)
-        if length == most or estimate >= goal:
-            return
-        expected = self._length_for(number, goal, groups)
-        self._lengths[number] = min(most, max(int(SLOWEST * length) + 1,
-                                              min(expected, int(FASTEST * length))))
+        if self._lengths[number] < self.settings.most:
+            groups, estimate = self._statement(number)
+            if estimate < goal:
+                expected = self._length_for(number, goal, groups)
+                self._lengths[number] = min(
+                    self.settings.most, longer(self._lengths[number], expected))
 
     def score_background(self) -> None:
         """A fixed random sample, for percentiles and for the code's error on each query."""

@@ -101,6 +101,15 @@ class Shortlist:
         return int((self.statistic > value).sum() + (self.statistic[:one] == value).sum()) + 1
 
 
+def longer(length: int, expected: int) -> int:
+    """The next length of a shortlist that is to be longer, judged to need `expected`.
+
+    It grows by at least a quarter, so that statements are few and each is of another list, and at
+    most fourfold, since a short list says little of a long one.
+    """
+    return max(length + length // 4 + 1, min(expected, 4 * length))
+
+
 def best(values: np.ndarray, count: int) -> np.ndarray:
     """Places of the `count` largest values [n], largest first, equal ones by place."""
     if count >= len(values):

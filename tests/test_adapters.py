@@ -114,7 +114,9 @@ def test_which_modules_and_what_share():
         assert {module.name for module in modules} == expected, choice
         assert len(modules) == len(expected)
         assert [m.layer for m in modules] == sorted(m.layer for m in modules)
-        assert all(m.attention == ("attention" in m.name) for m in modules)
+        for module in modules:
+            assert module.kind == ("adapter" if "lora" in module.name else
+                                   "attention" if "attention" in module.name else "mlp")
         assert parameter_share(network, modules) == pytest.approx(2 * count / total, rel=1e-12)
 
 
@@ -142,7 +144,7 @@ def test_only_what_runs_is_tracked():
     assert names_of(inside, "adapter") == [
         f"gpt_neox.layers.{layer}.mlp.dense_4h_to_h.lora_{side}.attn"
         for layer in (0, 1) for side in "AB"]
-    assert not any(module.attention for module in tracked_modules(inside, "adapter"))
+    assert {module.kind for module in tracked_modules(inside, "adapter")} == {"adapter"}
     assert tensors_digest(inside) != digest  # the same tensors, another network
     with wrapped.disable_adapter():
         with pytest.raises(InputError, match=r"no LoRA map .* runs \(merged, disabled"):
@@ -250,7 +252,7 @@ def test_a_search_over_base_and_adapter(both_index, adapter_folder, model_folder
         own = gradients(hit.token_ids, hit.token_ids)
         terms = {}
         for module in modules:
-            curvature = index.ekfac[module.name]
+            curvature = index.index.ekfac[module.name]
             coordinates = curvature.coordinates(asked[module.name], index.manifest.damping)
             p = curvature.leave_eigenbasis(coordinates)
             terms[module.name] = float((p * own[module.name]).sum())

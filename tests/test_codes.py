@@ -178,7 +178,7 @@ def test_digest_names_the_random_numbers(fitted_model):
 
 
 def test_width_is_at_most_the_module():
-    module = Module("m", 0, False, 3, 50, False)
+    module = Module("m", 0, "mlp", 3, 50, False)
     ekfac = {"m": Curvature(torch.eye(50), torch.eye(3), torch.ones(3, 50))}
     codes = Codes([module], ekfac, CodeSettings(512, 32, 0, 0.1))
     v = codes.query_vectors({"m": torch.ones(1, 3, 50)})[0]

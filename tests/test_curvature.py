@@ -191,13 +191,13 @@ def test_choose_sequences_is_a_sample_without_replacement():
 
 
 def test_curvature_files_are_checked(tmp_path):
-    module = Module("block.0.mlp", 0, False, 2, 3, True)
+    module = Module("block.0.mlp", 0, "mlp", 2, 3, True)
     whole = Curvature(torch.eye(4), torch.eye(2), torch.ones(2, 4))
     curvature.save(tmp_path, module, whole)
     place = torch.device("cpu")
     found = curvature.load(tmp_path, [module], place, torch.float32)["block.0.mlp"]
     assert torch.equal(found.eigenvalues, whole.eigenvalues)
-    other = Module("block.0.mlp", 0, False, 2, 4, True)
+    other = Module("block.0.mlp", 0, "mlp", 2, 4, True)
     with pytest.raises(DamagedIndexError, match=r"expected .*\(5, 5\)"):
         curvature.load(tmp_path, [other], place, torch.float32)
     path = curvature.path_of(tmp_path, module)

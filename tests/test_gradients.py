@@ -151,7 +151,7 @@ def test_module_choice(make_model):
         f"gpt_neox.layers.{layer}.mlp.{name}"
         for layer in (0, 1) for name in ("dense_h_to_4h", "dense_4h_to_h")
     ]
-    assert sum(m.attention for m in tracked_modules(network, "all")) == 4
+    assert sum(m.kind == "attention" for m in tracked_modules(network, "all")) == 4
     assert [m.layer for m in tracked_modules(network, r"\.1\..*dense$")] == [1]
     with pytest.raises(InputError, match=r"matches no linear module .* named like: gpt_neox"):
         tracked_modules(network, "nothing_like_it")
