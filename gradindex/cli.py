@@ -18,6 +18,7 @@ COMMANDS = {
     "build": "indexer.cli:build",
     "search": "search.cli:search",
     "rescore": "search.cli:rescore",
+    "eval": "search.cli:evaluate",
     "info": "search.cli:info",
 }
 

@@ -43,6 +43,12 @@ class Query:
         return sum(label != -100 for label in self.labels[1:])
 
     @property
+    def scored_tokens(self) -> list[int]:
+        """The tokens scored, of all texts: what the TF-IDF filter looks for."""
+        return [token for text in self.texts
+                for token, label in zip(text.tokens, text.labels, strict=True) if label != -100]
+
+    @property
     def log_p(self) -> float:
         """Σ of log p(completion | prompt) in nats, each text times its weight."""
         return float(sum(text.weight * sum(text.token_log_p) for text in self.texts))

@@ -9,6 +9,8 @@ writes it without pickle, enters here.
 """
 
 import io
+import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,8 +37,8 @@ def write(path: Path, sequences: Sequence[np.ndarray], vocabulary: int) -> None:
 def read(path: Path, rows: int) -> scipy.sparse.csr_matrix:
     """A segment's matrix [rows, vocabulary]. Raises DamagedIndexError."""
     try:
-        matrix = scipy.sparse.load_npz(path)
-    except (OSError, ValueError, KeyError) as error:
+        matrix = scipy.sparse.load_npz(io.BytesIO(path.read_bytes()))
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise DamagedIndexError(f"{path} can't be read: {error}. Copy the index again.") from error
     if matrix.shape[0] != rows:
         raise DamagedIndexError(

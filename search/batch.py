@@ -106,8 +106,7 @@ class ResultsFile:
         self.path = path
         self.done: set[Any] = set()
         whole = 0
-        facts = {"controls": settle(controls, searcher.manifest).facts(),
-                 "index": searcher.index.digest}
+        facts = {"index": searcher.index.digest, **settle(controls, searcher.manifest).facts()}
         for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
             if not line.endswith(b"\n"):
                 break  # cut off by a kill
@@ -122,18 +121,18 @@ class ResultsFile:
         try:
             content = json.loads(line)
             own = content["query"]["id"]
-            found = {name: content[name] for name in facts}
+            found = {**content["controls"], "index": content["index"]}
             texts = {name: content["query"][name] for name in ("prompt", "completion")}
         except (ValueError, KeyError, TypeError):
             raise InputError(f"-o {self.path} exists and holds something else than results. Give "
                              "another file, or remove it.") from None
         expected = json.loads(json.dumps(facts))
-        if found != expected:
-            name = next(name for name in facts if found[name] != expected[name])
-            raise InputError(
-                f"-o {self.path} holds results of another search ({name}: {found[name]} there, "
-                f"{expected[name]} now). Give another file, or remove it."
-            )
+        for name, now in expected.items():
+            if found.get(name) != now:
+                raise InputError(
+                    f"-o {self.path} holds results of another search ({name}: {found.get(name)} "
+                    f"there, {now} now). Give another file, or remove it."
+                )
         asked = queries.get(own, {})
         for name, text in texts.items():
             if asked.get(name, text) != text:

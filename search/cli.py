@@ -218,6 +218,71 @@ def rescore(
     return 0
 
 
+@click.command("eval")
+@_options(_INDEX)
+@click.option("--queries", required=True, metavar="FILE",
+              type=click.Path(dir_okay=False, path_type=Path),
+              help="JSON lines with prompt and completion.")
+@click.option("--sample", metavar="N|all", default="all", show_default=True,
+              help="Score so many random sequences exactly.")
+@click.option("--damping", type=float,
+              help="λ as a factor of each module's mean eigenvalue [the build's].")
+@click.option("--modules", metavar="RANGE|KIND|REGEX",
+              help="Layers (8-15), mlp, attention, adapter, or names that match [all].")
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path),
+              help="Write everything as JSON.")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path),
+              help="Write a plot (.png, .svg or .pdf).")
+def evaluate(
+    index: Path, queries: Path, sample: str, output: Path | None, plot: Path | None, **others: Any
+) -> int:
+    """How good is an index? Shortlists by code and by TF-IDF against exact scores.
+
+    Scores every sequence (or a random part) exactly on your queries, and shows the share of the
+    true top 10 and top 100 that shortlists hold, and what the recall statement claims of them.
+
+    \b
+    Example:
+      gradindex eval train.index --queries questions.jsonl --sample 10000 --plot eval.png
+    """
+    from search import batch
+    from search import evaluate as evaluation
+    from search.controls import settle
+
+    for name, path in (("-o", output), ("--plot", plot)):
+        if path is not None and not path.parent.is_dir():
+            raise click.UsageError(f"{name} {path}: there is no folder {path.parent}.")
+    if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
+        raise click.UsageError(f"--plot {plot}: expected a name that ends in .png, .svg or .pdf.")
+    if sample != "all" and not (sample.isdecimal() and int(sample)):
+        raise click.UsageError(f"--sample {sample}: expected a number above 0, or all.")
+    where, controls = _split(others)
+    read = batch.read_queries(queries)
+    searcher, progress = _open(index, where)
+    settle(controls, searcher.manifest)
+    made = batch.make_queries(searcher, read, set())
+    _complain(read, progress)
+    progress.start("exact", len(made) * len(searcher), "scores")
+    before = 0
+
+    def follow(done: int, total: int) -> None:
+        nonlocal before
+        progress.update(done - before, total=total)
+        before = done
+        if progress.measured:
+            progress.say_expected(progress.seconds_each() * (total - done))
+
+    count = None if sample == "all" else int(sample)
+    found = evaluation.evaluate(searcher, made, controls, count, follow)
+    progress.finish()
+    click.echo(evaluation.table(found))
+    if output is not None:
+        _write(output, json.dumps(found.to_dict(), indent=1, allow_nan=False) + "\n")
+    if plot is not None:
+        evaluation.plot(found, plot)
+    return 2 if read.problems else 0
+
+
 @click.command()
 @click.argument("index", type=click.Path(path_type=Path))
 @click.option("--format", "form", type=click.Choice(["auto", "json"]), default="auto",

@@ -73,6 +73,7 @@ class Settings:
             "opponents": self.sign < 0, "damping": self.damping,
             "modules": [module.name for module in self.modules], "normalize": self.normalize,
             "candidates": self.candidates, "rescore": self.rescore, "rank": self.rank,
+            "train_sequences": self.train_sequences,
             "time_limit": None if math.isinf(self.time_limit) else self.time_limit,
         }
 

@@ -222,7 +222,8 @@ class Searcher:
                     if clock.since_start() > settings.time_limit:
                         timed_out = len(journey.exact) < journey.planned
                         break
-                journey.score_background()
+                if not timed_out:
+                    journey.score_background()
             except KeyboardInterrupt:
                 if len(queries) > 1:
                     raise

@@ -6,7 +6,6 @@ import numpy as np
 
 from gradindex.codes import score_error
 from gradindex.influence import Preconditioned, precondition
-from gradindex.model import UNSCORED
 from gradindex.records import Record
 from gradindex.results import Hit, Recall, Result
 from search.controls import Settings
@@ -46,9 +45,7 @@ class Journey:
         settings, target = self.settings, self.targets[number]
         listed = None
         if settings.candidates != "code":
-            tokens = [token for text in target.query.texts for token, label
-                      in zip(text.tokens, text.labels, strict=True) if label != UNSCORED]
-            listed = best(self.index.tokens.scores(tokens), settings.first)
+            listed = best(self.index.tokens.scores(target.query.scored_tokens), settings.first)
         norms = self.index.norms
         error = score_error(self.index.manifest.calibration["c"],
                             float(np.linalg.norm(target.vector)), norms, len(target.vector))
@@ -120,7 +117,8 @@ class Journey:
         """Ids of the rescored that count, best first and equal ones together, and their recall."""
         counted = self.shortlists[number].advance(self.exact, self._lengths[number])
         ranked = sorted(counted, key=lambda one: (-self._value(number, one), one))
-        groups = [[ranked[place] for place in group]
+        # equal sequences differ by rounding only: the first in the index stands for them
+        groups = [sorted(ranked[place] for place in group)
                   for group in fold_duplicates([self.records[one] for one in ranked])]
         first = [group[0] for group in groups]
         shortlist = self.shortlists[number]

@@ -41,7 +41,7 @@ def estimated_recall(probabilities: Sequence[float] | np.ndarray, k: int) -> flo
     for hits, probability in enumerate(probabilities):
         weight = 1 / probability
         if represented + weight > k:
-            return (hits + (k - represented) / weight) / k
+            return float((hits + (k - represented) / weight) / k)
         represented += weight
     return len(probabilities) / k
 
@@ -60,4 +60,4 @@ def expected_recall(
         found += weight * other
         if represented >= k:
             break
-    return found / k
+    return float(found / k)

@@ -59,7 +59,17 @@ def _heading(result: Result, width: int) -> list[str]:
     how = f"{result.rescored:,} rescored exactly" if result.controls["rescore"] else \
         "approximate, by code alone"
     lines.append(f"{kind}: {len(result)} of {result.sequences:,} sequences, {how}")
-    return lines
+    return [*lines, *_wrap(_how(result), width)]
+
+
+def _how(result: Result) -> str:
+    """What the numbers depend on, besides the query."""
+    controls, layers = result.controls, result.layers
+    where = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}"
+    modules = len(controls["modules"])
+    ranked = {"none": "influence", "cosine": "cosine", "relatif": "θ-RelatIF"}
+    return (f"ranked by {ranked[controls['normalize']]}; {modules} module{'s' * (modules != 1)} in "
+            f"{where}, damping {controls['damping']:g} × mean eigenvalue")
 
 
 def _query_lines(query: Query, label: str, width: int) -> list[str]:
@@ -88,7 +98,7 @@ def _hit_lines(rank: int, hit: Hit, result: Result, width: int, color: bool) -> 
         head += f"  TF-IDF rank {hit.tfidf_rank}"
     strip = f"  layers {layer_strip(hit.layer_influence)}" if hit.layer_influence else ""
     body = _wrap(_window(hit, color), width - 5)
-    lines = [head, f"     {place}{strip}"]
+    lines = [*_wrap(head, width), f"     {place}{strip}"]
     lines += [f"     {line}" for line in body]
     if hit.fields:
         fields = ", ".join(f"{name}={value}" for name, value in hit.fields.items())
@@ -139,8 +149,8 @@ def recall_statement(result: Result) -> str:
     if recall.cutoff is None and not result.interrupted:
         return f"recall: complete, all {result.sequences:,} sequences were rescored exactly."
     said = (
-        f"recall: an estimated {recall.estimate:.1%} of the true top {recall.k} are in this list "
-        f"({result.rescored:,} of {result.sequences:,} rescored)."
+        f"recall: an estimated {_share(recall.estimate)} of the true top {recall.k} are in this "
+        f"list ({result.rescored:,} of {result.sequences:,} rescored)."
     )
     if recall.asked is not None and recall.estimate < recall.asked:
         said += (f" {recall.asked:.1%} was asked for; rescoring ended at its limit, --shortlist "
@@ -148,6 +158,10 @@ def recall_statement(result: Result) -> str:
     if recall.shortlist_for_95 is not None and recall.estimate < 0.9:
         said += f" For 95%, about {recall.shortlist_for_95:,} must be rescored."
     return said
+
+
+def _share(estimate: float) -> str:
+    return f"{estimate:.1%}" if estimate < 0.9995 else "99.9% or more"
 
 
 def _sentence(result: Result, color: bool) -> str:

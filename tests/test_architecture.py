@@ -15,7 +15,9 @@ LAZY = {"gradindex/__init__.py", "gradindex/cli.py"}  # name the other rooms, im
 DOORS = {
     "transformers": {"gradindex/model.py"}, "lmdb": {"gradindex/records.py"},
     "faiss": {"gradindex/vectors.py"}, "safetensors": {"gradindex/curvature.py"},
-    "pyarrow": {"indexer/sources.py"}, "tqdm": {"gradindex/progress.py"},
+    "pyarrow": {"indexer/sources.py"},
+    "scipy": {"gradindex/tfidf.py"}, "sklearn": {"search/evaluate.py"},
+    "matplotlib": {"search/evaluate.py"}, "peft": set(), "tqdm": {"gradindex/progress.py"},
 }
 
 

@@ -12,9 +12,12 @@ from gradindex.errors import DamagedIndexError, GradindexError
 from gradindex.gradients import backward, make_batch
 from gradindex.influence import (
     Preconditioned,
+    Sizes,
+    collect,
     exact_scores,
     precondition,
     query_coordinates,
+    query_norms,
     score,
 )
 from gradindex.model import Module, tracked_modules
@@ -123,6 +126,55 @@ def test_exact_influence_and_its_terms(family, make_model, sequences, tmp_path):
     np.testing.assert_allclose(many[0], torch.stack(totals).numpy(), rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(many[0], many[1])
     assert (log_p[0, :5] == 0).all() and (log_p[0, 5:-1] < 0).all()
+
+
+def test_sizes_and_query_norms(family, make_model, sequences, tmp_path):
+    """‖(G+λ)^−½ ∇m‖², ‖(G+λ)⁻¹ ∇m‖² and ‖q̃‖ against dense algebra, summed over modules."""
+    model = make_model(family)
+    modules = tracked_modules(model.network, "all")
+    ekfac = fitted(model, modules, sequences, tmp_path)
+    collector = Sizes(ekfac, 0.03, len(sequences))
+    collect(model, modules, make_batch(sequences, model.device), collector)
+    for row, (ids, scored) in enumerate(sequences):
+        m = sequence_gradient(model.network, [module.name for module in modules],
+                              torch.from_numpy(ids).long(), labels_of(ids, scored))
+        squared, step = 0.0, 0.0
+        for name, g in m.items():
+            c = ekfac[name]
+            dense = ekfac_matrix(c.eigenvectors_s, c.eigenvectors_a, c.eigenvalues,
+                                 float(0.03 * c.eigenvalues.mean()))
+            solved = torch.linalg.solve(dense, g.flatten())
+            squared += float(g.flatten() @ solved)
+            step += float(solved @ solved)
+        assert float(collector.self_influence[row]) == pytest.approx(squared, rel=1e-4)
+        assert float(collector.squared_step[row]) == pytest.approx(step, rel=1e-4)
+        coordinates, _ = query_coordinates(model, modules, ekfac,
+                                           make_batch([(ids, scored)], model.device), 0.03)
+        [norm] = query_norms(ekfac, coordinates, 0.03)
+        assert float(norm) == pytest.approx(squared**0.5, rel=1e-4)
+
+
+def test_low_rank_gradients_are_the_truncated_svd():
+    torch.manual_seed(4)
+    p = {"m": torch.randn(3, 9, 12, dtype=torch.float64)}
+    module = Module("m", 0, "mlp", 9, 12, False)
+    for rank, exact in ((2, False), (9, True), (None, True)):
+        low = Preconditioned(p, rank)
+        [(here, found)] = low.blocks(module)
+        assert here == slice(0, 3) and len(low) == 3
+        u, s, v = torch.linalg.svd(p["m"], full_matrices=False)
+        kept = s.clone()
+        kept[:, rank or 9 :] = 0
+        expected = u @ torch.diag_embed(kept) @ v
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-9 if exact else 1e-3)
+    state = torch.random.get_rng_state()
+    [(_, again)] = Preconditioned(p, 2).blocks(module)
+    [(_, first)] = Preconditioned(p, 2).blocks(module)
+    assert torch.equal(again, first)
+    assert torch.equal(torch.random.get_rng_state(), state)  # the user's own numbers are untouched
+    parts = [Preconditioned({"m": one[None]}, 2) for one in p["m"]]
+    [(_, joined)] = Preconditioned.join(parts).blocks(module)
+    torch.testing.assert_close(joined, first, rtol=0, atol=1e-3)
 
 
 def test_sampled_labels_depend_on_the_sequence_alone(make_model, sequences, tmp_path):

@@ -147,7 +147,7 @@ def test_planted_facts_come_first_and_flipped_ones_far_below(trained_index):
 
 
 def _about(index, one, number, order):
-    record, = index._records([one])
+    record, = index.index.records([one])
     return record.parts[0].fields == {"fact": str(number), "order": order}
 
 
@@ -167,6 +167,7 @@ def test_search_in_every_format(trained_index):
     people = run("search", index, *QUESTION, "-k", "3")
     assert people.returncode == 0, people.stderr
     assert "recall:" in people.stdout and "proponents: 3 of" in people.stdout
+    assert "ranked by influence; 4 modules in layers 0 to 1" in people.stdout
     assert "exact:" in people.stderr and "expected: about" in people.stderr
     as_json = run("search", index, *QUESTION, "-k", "3", "--format", "json")
     content = json.loads(as_json.stdout)
@@ -180,6 +181,64 @@ def test_search_in_every_format(trained_index):
     assert table.stdout.splitlines()[0].startswith("rank,id,influence,nats,exact")
     opponents = run("search", index, *QUESTION, "-k", "1", "--opponents", "--format", "json")
     assert json.loads(opponents.stdout)["hits"][0]["influence"] < 0
+
+
+def test_every_control_on_the_command_line(trained_index):
+    index, _ = trained_index
+    done = run("search", index, *QUESTION, "-k", "3", "--recall", "0.9", "--damping", "0.01",
+               "--modules", "0-1", "--normalize", "cosine", "--candidates", "both", "--score-on",
+               "0-3", "--versus", f" {facts()[2][1]}.", "--format", "json")
+    assert done.returncode == 0, done.stderr
+    content = json.loads(done.stdout)
+    controls = content["controls"]
+    assert (controls["damping"], controls["normalize"], controls["candidates"]) == (
+        0.01, "cosine", "both")
+    assert content["recall"]["asked"] == 0.9 and content["recall"]["estimate"] >= 0.9
+    assert content["query"]["scored"] == 4 and content["query"]["others"][0]["weight"] == -1
+    assert content["hits"][0]["fields"] == {"fact": "1", "order": "forwards"}
+    rough = run("search", index, *QUESTION, "-k", "1", "--no-rescore", "--format", "json")
+    assert json.loads(rough.stdout)["hits"][0]["exact"] is False
+
+
+def test_a_file_of_queries(trained_index, tmp_path):
+    """Good lines are answered, bad ones named; the same command goes on where it stopped."""
+    index, _ = trained_index
+    path, out = tmp_path / "queries.jsonl", tmp_path / "results.jsonl"
+    lines = [json.dumps({"id": land, "prompt": f"The first president of {land} was",
+                         "completion": f" {name}."}) for land, name in facts()[:3]]
+    path.write_text("\n".join([*lines, "{", json.dumps({"prompt": "a", "completion": ""})]))
+    arguments = ("search", index, "--queries", path, "-k", "2", "--shortlist", "60")
+    done = run(*arguments, "-o", out)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "queries.jsonl:4: not JSON" in done.stderr and "completion is empty" in done.stderr
+    results = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [result["query"]["id"] for result in results] == [land for land, _ in facts()[:3]]
+    for number, result in enumerate(results):
+        assert {hit["fields"]["fact"] for hit in result["hits"]} == {str(number)}
+    out.write_text(out.read_text()[:-100])
+    again = run(*arguments, "-o", out)
+    assert "2 queries are answered in" in again.stderr
+    assert [json.loads(line)["query"]["id"] for line in out.read_text().splitlines()] == [
+        land for land, _ in facts()[:3]]
+    shown = run(*arguments)
+    assert shown.stdout.count("recall:") == 3
+    summed = run(*arguments, "--aggregate", "sum", "--format", "json")
+    assert len(json.loads(summed.stdout)["query"]["others"]) == 2
+
+
+def test_eval_says_how_good_the_index_is(trained_index, tmp_path):
+    index, _ = trained_index
+    path = tmp_path / "queries.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"The first president of {land} was",
+                                        "completion": f" {name}."}) + "\n"
+                            for land, name in facts()[:3]))
+    done = run("eval", index, "--queries", path, "--sample", "300", "-o", tmp_path / "eval.json",
+               "--plot", tmp_path / "eval.svg")
+    assert done.returncode == 0, done.stderr
+    assert "3 queries, a random 300 of" in done.stdout and "NDCG@20" in done.stdout
+    content = json.loads((tmp_path / "eval.json").read_text())
+    assert {one["method"] for one in content["measures"]} == {"code", "tfidf", "both"}
+    assert "<svg" in (tmp_path / "eval.svg").read_text()
 
 
 def test_search_pipes_into_rescore(trained_index):
@@ -231,15 +290,28 @@ def test_info(trained_index):
     (("rescore", "{index}", "-p", "a", "-c", "b", "--ids", "{text}"), 2, "line 1: 'not an id'"),
     (("build", "{model}", "nofile.jsonl", "-o", "{new}"), 2, "nofile.jsonl does not exist"),
     (("build", "{model}"), 2, "Missing argument 'DATA...'"),
+    (("search", "{index}", "-p", "a", "-c", "b", "-k", "100000"), 2, "-k 100000: expected 1 to"),
+    (("search", "{index}", "-p", "a", "-c", "b", "--damping", "0"), 2, "--damping 0.0: expected"),
+    (("search", "{index}", "-p", "a", "-c", "b", "--modules", "9"), 2, "matches none of the 4"),
+    (("search", "{index}", "-p", "a", "-c", "b", "--score-on", "99"), 2, "--score-on 99: the"),
+    (("search", "{index}", "-p", "a", "-c", ""), 2, "the completion is empty"),
+    (("search", "{index}", "-p", "a " * 99, "-c", "b"), 2, "more than the model's context"),
+    (("search", "{index}", "--queries", "{text}", "-p", "a"), 2, "exclude each other"),
+    (("search", "{index}", "-p", "a", "-c", "b", "--rank", "3"), 2, "go with --queries"),
+    (("rescore", "{index}", "-p", "a", "-c", "b", "--ids", "{far}"), 2, "no sequence has the id"),
+    (("eval", "{index}", "--queries", "nofile"), 2, "nofile: No such file"),
+    (("eval", "{index}", "--queries", "{text}", "--plot", "x.gif"), 2, "--plot x.gif: expected"),
     (("frobnicate",), 2, "No such command"),
 ])
 def test_errors_are_one_message_and_an_exit_code(
     trained, trained_index, model_folder, tmp_path, arguments, code, message
 ):
     (tmp_path / "ids").write_text("not an id\n")
+    (tmp_path / "far").write_text("123456\n")
     (tmp_path / "latin").write_bytes(b"caf\xe9")
     names = {"{index}": trained_index[0], "{model}": trained[0], "{other}": model_folder,
              "{new}": tmp_path / "new", "{text}": tmp_path / "ids",
+             "{far}": tmp_path / "far",
              "@{latin}": f"@{tmp_path / 'latin'}"}
     done = run(*(names.get(argument, argument) for argument in arguments))
     assert (done.returncode, done.stdout) == (code, "")

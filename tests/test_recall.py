@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from reference import true_recall
 
-from search.recall import estimated_recall, inclusion_probability
+from search.recall import estimated_recall, expected_recall, inclusion_probability
+from search.shortlist import Shortlist, best, longer
 
 
 def claimed_and_actual(random, n, shortlist, k, noise, opponents):
@@ -44,6 +45,85 @@ def test_claimed_recall_is_true_on_average(n, shortlist, k, noise, opponents):
         assert pairs[:, 1].std() > 0.01  # a case that could come out otherwise
 
 
+@pytest.mark.parametrize("by_norm, listed", [(True, 0), (False, 60), (True, 60)])
+def test_claims_are_true_of_other_shortlists(by_norm, listed):
+    """Ordered by score / ‖v_m‖ and ranked per unit of the gradient; joined by another list."""
+    random = np.random.default_rng(7)
+    n, k, length = 2000, 10, 150
+    pairs = []
+    for _ in range(400):
+        norms = random.uniform(0.5, 4.0, n)
+        influence = norms * (random.standard_t(2.5, n) * random.pareto(3, n) - 0.1)
+        error = 5.0 * norms
+        scores = influence + error * random.standard_normal(n)
+        value = influence / norms if by_norm else influence
+        noisy = value + random.standard_normal(n) * 6  # a list made from something else
+        others = best(noisy, listed) if listed else None
+        shortlist = Shortlist(scores, error, norms if by_norm else None, n, others)
+        taken = shortlist.advance(range(n), length)
+        assert len(taken) == len(set(taken)) <= length + listed
+        ranked = sorted(taken, key=lambda one: -value[one])
+        pi = shortlist.probability(ranked, influence[ranked], shortlist.cutoff)
+        top = set(np.argsort(-value)[:k].tolist())
+        pairs.append((estimated_recall(pi, k), len(top & set(taken)) / k))
+    claimed, actual = np.array(pairs).mean(0)
+    assert abs(claimed - actual) <= 0.02
+    assert 0.3 < actual < 0.97
+
+
+def test_the_length_for_a_recall_is_found():
+    """The length suggested holds about what it is suggested for."""
+    random = np.random.default_rng(3)
+    n, k = 3000, 20
+    held = []
+    for _ in range(60):
+        influence = random.standard_t(2.5, n) * random.pareto(3, n)
+        error = np.full(n, 4.0)
+        shortlist = Shortlist(influence + error * random.standard_normal(n), error, None, n)
+        taken = shortlist.advance(range(n), 200)
+        ranked = sorted(taken, key=lambda one: -influence[one])
+        length = shortlist.length_for(0.9, ranked, influence[ranked], k)
+        assert 200 < length <= n
+        top = set(np.argsort(-influence)[:k].tolist())
+        held.append(len(top & set(shortlist.ids(length))) / k)
+    assert np.mean(held) == pytest.approx(0.9, abs=0.04)
+
+
+def test_a_shortlist_by_hand():
+    scores = np.array([1.0, 3.0, 2.0, 3.0, -1.0])
+    shortlist = Shortlist(scores, np.ones(5), None, 3, np.array([4, 3]))
+    assert shortlist.ids(2) == [1, 3, 4] and shortlist.ids(3) == [1, 3, 2, 4]
+    assert shortlist.advance({1}, 2) == [1] and shortlist.cutoff == 3.0
+    assert shortlist.advance({1, 3}, 2) == [1, 3] and shortlist.cutoff == 2.0  # 4 is still missing
+    assert shortlist.advance({1, 3, 4}, 2) == [1, 3, 4]
+    np.testing.assert_allclose(
+        shortlist.probability([1, 3, 4], np.array([3.0, 2.0, -9.0]), 2.0),
+        [0.8413447460685429, 1.0, 1.0])
+    assert [shortlist.rank(one) for one in range(5)] == [4, 1, 3, 2, 5]
+    assert shortlist.place_in_list(3) == 2 and shortlist.place_in_list(1) is None
+    whole = Shortlist(scores, np.ones(5), None, 5)
+    assert whole.advance(range(5), 5) == [1, 3, 2, 0, 4] and whole.cutoff is None
+    alone = Shortlist(scores, np.ones(5), None, 3, np.array([4, 3]), by_list=True)
+    assert alone.advance({3, 4, 1}, 3) == [4, 3]
+    by_norm = Shortlist(scores, np.ones(5), np.array([1.0, 3.0, 1.0, 0.0, 1.0]), 4)
+    assert by_norm.ids(4) == [2, 0, 1, 3]  # a gradient of zero counts as zero
+
+
+def test_best_breaks_ties_by_place():
+    values = np.array([2.0, 5.0, 2.0, 5.0, 1.0, 2.0])
+    assert best(values, 4).tolist() == [1, 3, 0, 2]
+    assert best(values, 1).tolist() == [1]
+    assert best(values, 9).tolist() == [1, 3, 0, 2, 5, 4]
+    random = np.random.default_rng(0).integers(0, 9, 200).astype(float)
+    expected = np.lexsort((np.arange(200), -random))
+    for count in (1, 7, 100, 199):
+        assert best(random, count).tolist() == expected[:count].tolist()
+
+
+def test_a_shortlist_grows_by_a_quarter_at_least_and_fourfold_at_most():
+    assert [longer(100, expected) for expected in (0, 126, 300, 10**6)] == [126, 126, 300, 400]
+
+
 def test_a_complete_answer_has_recall_one():
     pi = inclusion_probability(np.array([3.0, 1.0]), np.array([9.0, 9.0]), None)
     assert pi.tolist() == [1, 1]
@@ -56,6 +136,13 @@ def test_estimated_recall_by_hand():
     assert estimated_recall([1.0, 1.0, 1.0], 2) == 1
     assert estimated_recall([1.0, 1.0], 4) == pytest.approx(0.5)  # shortlist smaller than k
     assert estimated_recall([], 3) == 0
+
+
+def test_expected_recall_by_hand():
+    # one certain hit that stays, one that stands for two of which half stay
+    assert expected_recall([1.0, 0.5], [1.0, 0.5], 3) == pytest.approx((1 + 2 * 0.5) / 3)
+    assert expected_recall([0.5, 0.5], [1.0, 1.0], 3) == 1  # the last counts for what is left
+    assert expected_recall([0.25, 1.0], [0.5, 0.0], 2) == pytest.approx(0.5)
 
 
 def test_inclusion_probability_by_hand():

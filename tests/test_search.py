@@ -342,7 +342,7 @@ def test_terminal_says_what_matters(index):
     shown = render.terminal(result, width=90)
     assert max(len(line) for line in shown.splitlines()) <= 90
     assert "\x1b" not in shown
-    for needed in ("⟦ by the river.⟧", "tokens scored", f"{result.recall.estimate:.1%}",
+    for needed in ("⟦ by the river.⟧", "tokens scored", render._share(result.recall.estimate),
                    "one more copy of the sequence would make the completion more likely",
                    "N_train = ", "taken as the number indexed", result[0].user_id, "nats"):
         assert needed.replace(" ", "") in shown.replace("\n", "").replace(" ", ""), needed
