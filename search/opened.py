@@ -132,14 +132,13 @@ class OpenIndex:
 
     def code_scores(self, queries: np.ndarray) -> np.ndarray:
         """The code score of every sequence, by id, for query vectors [q, K]: float64 [q, N]."""
-        def scan(opened: tuple[Segment, vectors.CodeIndex]) -> np.ndarray:
-            codes = opened[1]
-            if len(queries) < UNPACK_FROM:
-                return np.stack([codes.scores(query) for query in queries])
-            return codes.many_scores(queries)
-
-        with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
-            parts = list(pool.map(scan, self.segments()))
+        codes = [index for _, index in self.segments()]
+        if len(queries) < UNPACK_FROM:
+            with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
+                parts = list(pool.map(
+                    lambda one: np.stack([one.scores(query) for query in queries]), codes))
+        else:  # a matrix product, which has threads of its own
+            parts = [one.many_scores(queries) for one in codes]
         return np.concatenate(parts, axis=1).astype(np.float64)
 
     @property

@@ -54,10 +54,10 @@ def test_claims_are_true_of_other_shortlists(by_norm, listed):
     for _ in range(400):
         norms = random.uniform(0.5, 4.0, n)
         influence = norms * (random.standard_t(2.5, n) * random.pareto(3, n) - 0.1)
-        error = 5.0 * norms
+        error = 4.0 * norms
         scores = influence + error * random.standard_normal(n)
         value = influence / norms if by_norm else influence
-        noisy = value + random.standard_normal(n) * 6  # a list made from something else
+        noisy = value + random.standard_normal(n) * 9  # a list made from something else
         others = best(noisy, listed) if listed else None
         shortlist = Shortlist(scores, error, norms if by_norm else None, n, others)
         taken = shortlist.advance(range(n), length)
