@@ -17,6 +17,8 @@ from transformers import GPTNeoXForCausalLM, PreTrainedTokenizerFast
 from demo.documents import standard_library_documents
 from demo.prepare import Settings, new_model, train, train_tokenizer
 from gradindex.curvature import Ekfac
+from gradindex.gradients import backward, gradient, make_batch
+from gradindex.influence import Gradients
 from gradindex.model import LanguageModel, ModelSource, Module, quiet_transformers, tracked_modules
 from gradindex.progress import Progress
 from gradindex.records import Part, Record
@@ -108,6 +110,21 @@ def fit_on(
                progress, len(training))
 
 
+def query_gradients(work: Workload, queries: list[Record]) -> Gradients:
+    """∇ log p(completion | prompt) of every query: [q, o, i] by module."""
+    found: dict[str, list[torch.Tensor]] = {m.name: [] for m in work.modules}
+
+    def each(module: Module, a: torch.Tensor, d: torch.Tensor) -> None:
+        wide = work.model.accumulate
+        found[module.name].append(gradient(module, a.to(wide), d.to(wide)))
+
+    for query in queries:
+        with torch.no_grad():
+            backward(work.model, work.modules,
+                     make_batch([(query.ids, query.scored)], work.model.device), each)
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
 def _windows(folder: Path, size: Size, queries: int) -> np.ndarray:
     """Token ids int32 [sequences + at least `queries`, length] in random order, kept on disk."""
     path = folder / "windows.npy"
@@ -117,7 +134,7 @@ def _windows(folder: Path, size: Size, queries: int) -> np.ndarray:
         if len(kept) >= needed:
             return kept
     shutil.rmtree(folder / "model", ignore_errors=True)  # trained on other windows
-    texts = list(_library() if size.text == "library" else _packages())
+    texts = list(library() if size.text == "library" else _packages())
     tokenizer = train_tokenizer(texts if size.text == "library" else texts[::10], 4096)
     windows = _cut(tokenizer, texts, size.length)
     if len(windows) < needed:
@@ -137,7 +154,7 @@ def _cut(tokenizer: PreTrainedTokenizerFast, texts: list[str], length: int) -> n
     return joined[: len(joined) // length * length].reshape(-1, length)
 
 
-def _library() -> Iterator[str]:
+def library() -> Iterator[str]:
     """The documents of each source file, joined in order: text long enough for full windows."""
     files: dict[str, list[str]] = {}
     for document in standard_library_documents():

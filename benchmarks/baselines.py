@@ -1,0 +1,615 @@
+"""How far do other methods get, and does an independent inverse agree with EK-FAC?
+
+    python benchmarks/baselines.py --plot baselines.png
+
+The truth is the exact EK-FAC influence (damping 0.1 of mean Λ a module) of every training sequence
+on held-out queries; model and queries are those of `fidelity.py`. Compared by how much of the true
+top each finds: the code; scores without a store (gradient dot product, K-FAC, TF-IDF, hidden
+states); and stores (two-sided random projections as in LoGra, Choe et al. 2024, plain and with
+their own Fisher inverse; one-bit PCA; the eigen-coordinates of largest Λ).
+
+A second table doesn't take EK-FAC for the truth: LiSSA and conjugate gradients solve
+(G+λI) x = ∇log p(query) with products of the Gauss-Newton matrix of the tracked weights, across
+modules, neither Kronecker-factored nor diagonal in any basis (Grosse et al. 2023, §5.1).
+"""
+
+import copy
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from scipy.stats import pearsonr, spearmanr
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.fidelity import tfidf_scores
+from benchmarks.workload import Size, Workload, make_workload
+from gradindex.codes import Codes, CodeSettings, default_width
+from gradindex.curvature import DAMPING
+from gradindex.gradients import apply_inputs, backward, make_batch, plan_batches
+from gradindex.model import UNSCORED, Module
+from gradindex.progress import duration, stderr_progress
+from gradindex.records import Record
+from gradindex.vectors import CodeIndex, code_bytes
+
+BATCH_TOKENS = 2048
+LENGTHS = (4096, 8192, 16384, 32768, 65536)  # K, bits
+COORDINATES = (4096, 65536)
+SKETCHES = (16, 32)  # projected inputs and outputs a module
+COMPONENTS = 1024  # of PCA, a module
+PCA_SAMPLE = 2048  # training sequences
+KFAC_SAMPLE = 2048  # training sequences
+CG_STEPS = 50  # at most
+LISSA_PASSES = 8  # over its sample, one batch a step
+CUTS = ((10, 100), (100, 1000))  # k of the true top, length of the shortlist
+
+ByModule = dict[str, Tensor]
+
+
+@dataclass
+class Seen:
+    """One module of one batch: its inputs and output gradients, and the gradient in the eigenbasis.
+
+    a [b, t, i], d [b, t, o]; rotated Q_Sᵀ G Q_A, and whitened, divided by (Λ+λ)^½, both [b, o·i].
+    """
+
+    module: Module
+    a: Tensor
+    d: Tensor
+    rotated: Tensor
+    whitened: Tensor
+
+
+Features = Callable[[Seen], Tensor]  # [b, p] of one module; both sides of a score use the same
+
+
+def look(
+    work: Workload, records: list[Record], each: Callable[[list[int], Seen], None],
+    hidden: Tensor | None = None,
+) -> None:
+    """One forward and backward pass over `records`: `each(rows, seen)` for every batch and module.
+
+    Fills `hidden` [n, h] with the mean over tokens of what the LM head reads.
+    """
+    progress = stderr_progress()
+    progress.start("gradients", len(records), "sequences")
+    for rows in plan_batches([len(record.ids) for record in records], BATCH_TOKENS):
+        batch = make_batch([(records[r].ids, records[r].scored) for r in rows], work.model.device)
+
+        def keep(_: object, inputs: tuple[Tensor, ...]) -> None:
+            if hidden is not None:
+                real = batch.real.unsqueeze(-1)  # noqa: B023
+                hidden[rows] = (inputs[0].detach() * real).sum(1) / real.sum(1)  # noqa: B023
+
+        def one(module: Module, a: Tensor, d: Tensor) -> None:
+            c = work.ekfac[module.name]
+            rotated = torch.bmm((d @ c.eigenvectors_s).transpose(1, 2),
+                                apply_inputs(a, c.eigenvectors_a.T, module.bias)).flatten(1)
+            whitened = rotated / c.damped(DAMPING).sqrt().flatten()
+            each(rows, Seen(module, a, d, rotated, whitened))  # noqa: B023
+
+        handle = work.model.network.get_output_embeddings().register_forward_pre_hook(keep)
+        try:
+            with torch.no_grad():
+                backward(work.model, work.modules, batch, one)
+        finally:
+            handle.remove()
+        progress.update(len(rows))
+    progress.finish()
+
+
+# ---- what each method keeps of a gradient -------------------------------------------------------
+
+
+def two_sided(modules: list[Module], size: int) -> Features:
+    """P_S G P_Aᵀ [size, size], P Gaussian with variance 1/size, drawn for each module and side."""
+    generator = torch.Generator().manual_seed(size)
+    sides = {m.name: [torch.randn(size, n, generator=generator) / size**0.5 for n in m.shape]
+             for m in modules}
+
+    def features(seen: Seen) -> Tensor:
+        p_s, p_a = sides[seen.module.name]
+        projected = apply_inputs(seen.a, p_a, seen.module.bias)
+        return torch.bmm((seen.d @ p_s.T).transpose(1, 2), projected).flatten(1)
+
+    return features
+
+
+def top_coordinates(work: Workload, count: int) -> Features:
+    """The `count` whitened eigen-coordinates of largest Λ/(Λ+λ) of all modules together."""
+    weights = [(c.eigenvalues / c.damped(DAMPING)).flatten()
+               for c in (work.ekfac[m.name] for m in work.modules)]
+    chosen = torch.topk(torch.cat(weights), count).indices.sort().values
+    places, start = {}, 0
+    for module, weight in zip(work.modules, weights, strict=True):
+        places[module.name] = chosen[(chosen >= start) & (chosen < start + len(weight))] - start
+        start += len(weight)
+    return lambda seen: seen.whitened[:, places[seen.module.name]]
+
+
+def principal_components(work: Workload, sample: list[Record]) -> Features:
+    """The whitened gradient on its first COMPONENTS principal directions, module by module.
+
+    Directions are X ᵀU/σ from the sample's Gram matrix X Xᵀ = U σ² Uᵀ, uncentred because scores are
+    inner products. Holds the sample in float16: 2 bytes · sample · tracked weights.
+    """
+    gathered = {m.name: torch.zeros(len(sample), math.prod(m.shape), dtype=torch.float16)
+                for m in work.modules}
+
+    def gather(rows: list[int], seen: Seen) -> None:
+        gathered[seen.module.name][rows] = seen.whitened.half()
+
+    look(work, sample, gather)
+    directions: ByModule = {}
+    progress = stderr_progress()
+    progress.start("principal components", len(work.modules), "modules")
+    for module in work.modules:
+        x = gathered.pop(module.name).float()
+        values, vectors = torch.linalg.eigh((x @ x.T).double())
+        kept = min(COMPONENTS, len(sample))
+        u = vectors[:, -kept:] / values[-kept:].clamp(min=1e-9 * float(values[-1])).sqrt()
+        directions[module.name] = x.T @ u.float()
+        progress.update(1)
+    progress.finish()
+    return lambda seen: seen.whitened @ directions[seen.module.name]
+
+
+# ---- scores from what was kept ------------------------------------------------------------------
+
+
+def dot(query: ByModule, kept: ByModule) -> np.ndarray:
+    """Σ over modules of q · x: [q, n] from [q, p] and [n, p] by module."""
+    return sum((query[name] @ x.float().T).double().numpy() for name, x in kept.items())
+
+
+def fisher(query: ByModule, kept: ByModule) -> np.ndarray:
+    """Σ over modules of q (F+λI)⁻¹ x, F the mean of x xᵀ over all sequences, λ as for EK-FAC."""
+    solved = {}
+    for name, x in kept.items():
+        f = (x.float().T @ x.float()).double() / len(x)
+        damped = f + DAMPING * f.diagonal().mean() * torch.eye(len(f), dtype=f.dtype)
+        solved[name] = torch.linalg.solve(damped, query[name].double().T).T.float()
+    return dot(solved, kept)
+
+
+def one_bit(query: ByModule, kept: ByModule) -> np.ndarray:
+    """Dot product with each x replaced by c σ ∘ sign(x): σ [p] the rms of each coordinate over all
+    sequences, kept once; c the best scale (least squares) of a sequence's module, kept in 2 bytes.
+    """
+    rounded = {}
+    for name, x in kept.items():
+        wide = x.float()
+        rms = (wide**2).mean(0).sqrt()
+        scale = (wide.abs() @ rms / (rms @ rms)).half().float()
+        rounded[name] = torch.where(wide >= 0, 1.0, -1.0) * rms * scale[:, None]
+    return dot(query, rounded)
+
+
+def kfac_damped(work: Workload) -> ByModule:
+    """λ_S λ_Aᵀ + λ [o·i] by module: the eigenvalues K-FAC has where EK-FAC has Λ.
+
+    λ_S = E[(Q_Sᵀ d)²] and λ_A = E[(Q_Aᵀ a)²] over tokens, labels drawn from the model. The number
+    of tokens a sequence, a factor of all modules alike, is left out: it doesn't change the order.
+    """
+    sample = work.train[:KFAC_SAMPLE]
+    sums = {m.name: (torch.zeros(m.shape[0]), torch.zeros(m.shape[1])) for m in work.modules}
+    generator = torch.Generator().manual_seed(0)
+    progress = stderr_progress()
+    progress.start("K-FAC eigenvalues", len(sample), "sequences")
+    for rows in plan_batches([len(record.ids) for record in sample], BATCH_TOKENS):
+        batch = make_batch([(sample[r].ids, sample[r].scored) for r in rows], work.model.device)
+
+        def each(module: Module, a: Tensor, d: Tensor) -> None:
+            c = work.ekfac[module.name]
+            rotated = apply_inputs(a, c.eigenvectors_a.T, module.bias)[batch.real]  # noqa: B023
+            sums[module.name][0].add_(((d @ c.eigenvectors_s) ** 2).sum((0, 1)))
+            sums[module.name][1].add_((rotated**2).sum(0))
+
+        drawn = torch.rand(batch.tokens.shape, generator=generator, dtype=torch.float64)
+        with torch.no_grad():
+            backward(work.model, work.modules, batch, each, drawn)
+        progress.update(len(rows))
+    progress.finish()
+    tokens = sum(len(record.ids) for record in sample)
+    products = {name: torch.outer(s / tokens, a / tokens) for name, (s, a) in sums.items()}
+    return {name: (x + DAMPING * x.mean()).flatten() for name, x in products.items()}
+
+
+# ---- the inverse without EK-FAC -----------------------------------------------------------------
+
+
+class GaussNewton:
+    """x → (G+λI)x for the weights of all tracked modules together, several x at once: [q, P].
+
+    G is the mean over `records` of Σ_t J_tᵀ H_t J_t, J_t = ∂logits_t/∂weights and
+    H_t = diag(p) − p pᵀ over scored positions: the expectation of what Λ is an expectation of,
+    taken exactly over labels. λ = DAMPING · mean(Λ) of each module.
+    """
+
+    def __init__(self, work: Workload, records: list[Record]):
+        self.modules, self.ekfac = work.modules, work.ekfac
+        self.network = copy.deepcopy(work.model.network)
+        self.network.set_attn_implementation("eager")  # the fused kernels have no forward mode
+        self.count = len(records)
+        self.batches = [
+            make_batch([(records[r].ids, records[r].scored) for r in rows], work.model.device)
+            for rows in plan_batches([len(record.ids) for record in records], BATCH_TOKENS)
+        ]
+        self.passes = 0.0  # over the records: the cost
+        weights = dict(self.network.named_parameters())
+        self.weights = {
+            f"{m.name}.{part}": weights[f"{m.name}.{part}"].detach()
+            for m in work.modules for part in ("weight", "bias")
+        }
+        self.damping = torch.cat([
+            work.ekfac[m.name].eigenvalues.mean().repeat(math.prod(m.shape)) * DAMPING
+            for m in work.modules
+        ])
+
+    def join(self, matrices: ByModule) -> Tensor:
+        """[q, P] from [q, o, i] by module."""
+        return torch.cat([matrices[m.name].flatten(1) for m in self.modules], dim=1)
+
+    def split(self, x: Tensor) -> ByModule:
+        """[q, o, i] by module from [q, P]."""
+        parts = x.split([math.prod(m.shape) for m in self.modules], dim=1)
+        return {m.name: part.unflatten(1, m.shape)
+                for m, part in zip(self.modules, parts, strict=True)}
+
+    def product(self, x: Tensor, batches: list | None = None) -> Tensor:
+        """(G+λI)x [q, P], G over all the records or over some batches of them."""
+        rows: list[ByModule] = [{} for _ in x]
+        for name, matrices in self.split(x).items():
+            for row, matrix in zip(rows, matrices, strict=True):
+                row[f"{name}.weight"], row[f"{name}.bias"] = matrix[:, :-1], matrix[:, -1]
+        total = torch.zeros_like(x)
+        chosen = self.batches if batches is None else batches
+        for batch in chosen:
+            def logits(weights: ByModule) -> Tensor:
+                return torch.func.functional_call(
+                    self.network, weights, kwargs={"input_ids": batch.tokens, "use_cache": False},  # noqa: B023
+                ).logits
+
+            output, pull_back = torch.func.vjp(logits, self.weights)
+            p = torch.softmax(output.detach(), dim=-1)
+            p *= (batch.targets != UNSCORED).unsqueeze(-1)
+            for summed, tangent in zip(total, rows, strict=True):
+                _, pushed = torch.func.jvp(logits, (self.weights,), (tangent,))
+                pushed -= (p * pushed).sum(-1, keepdim=True)
+                (pulled,) = pull_back(pushed.mul_(p))
+                summed += torch.cat([
+                    torch.cat([pulled[f"{m.name}.weight"],
+                               pulled[f"{m.name}.bias"].unsqueeze(-1)], dim=-1).flatten()
+                    for m in self.modules
+                ])
+        seen = sum(len(batch.tokens) for batch in chosen)
+        self.passes += seen / self.count
+        return total / seen + self.damping * x
+
+    def precondition(self, x: Tensor) -> Tensor:
+        """What EK-FAC says (G+λI)⁻¹x is: [q, P]."""
+        return self.join({
+            name: self.ekfac[name].leave_eigenbasis(self.ekfac[name].coordinates(part, DAMPING))
+            for name, part in self.split(x).items()
+        })
+
+    def size(self, x: Tensor) -> Tensor:
+        """x's length [q] in the metric of EK-FAC's inverse, in which errors of scores are felt."""
+        return (x * self.precondition(x)).sum(1).sqrt()
+
+    def residual(self, x: Tensor, v: Tensor) -> float:
+        """‖v − (G+λI)x‖ / ‖v‖ by `size`, G over all the records: the mean over queries."""
+        return float((self.size(v - self.product(x)) / self.size(v)).mean())
+
+
+def conjugate_gradients(
+    system: GaussNewton, v: Tensor, tolerance: float, limit: int
+) -> tuple[Tensor, Tensor, float]:
+    """x [q, P] after at most `limit` steps, x after half as many, and how near the end x is: the
+    share of xᵀ(G+λI)x that the last five steps added (the largest of the queries').
+
+    The error e of x has eᵀ(G+λI)e = what all steps still to come would add (Hestenes and Stiefel
+    1952); it stops where that share is `tolerance`. Started at zero and preconditioned by EK-FAC:
+    that changes the number of steps, not the solution.
+    """
+    progress = stderr_progress()
+    progress.start("conjugate gradients", limit, "steps")
+    x, residual, added = torch.zeros_like(v), v.clone(), []
+    direction = system.precondition(residual)
+    weight = (residual * direction).sum(1, keepdim=True)
+    half, share = x, 1.0
+    for step in range(limit):
+        product = system.product(direction)
+        length = weight / (direction * product).sum(1, keepdim=True)
+        x += length * direction
+        residual -= length * product
+        added.append(length * weight)
+        if step + 1 <= limit // 2:
+            half = x.clone()
+        share = float((sum(added[-5:]) / sum(added)).max())
+        progress.update(1)
+        progress.say(f"  step {step + 1}: the last five added {share:.4f}")
+        if share <= tolerance:
+            break
+        z = system.precondition(residual)
+        before, weight = weight, (residual * z).sum(1, keepdim=True)
+        direction = z + weight / before * direction
+    progress.finish()
+    return x, half, share
+
+
+def lissa(system: GaussNewton, v: Tensor, depth: int) -> tuple[Tensor, float]:
+    """α r_J after J = depth steps r_j = v + (I − α(G̃+λI)) r_{j−1}, each on the next batch, and α.
+
+    α is half of what the largest eigenvalue of G̃+λI allows, which power iteration finds over the
+    batches: the largest seen, with a margin for the batches it can't tell apart.
+    """
+    progress = stderr_progress()
+    progress.start("LiSSA", depth, "steps")
+    largest, probe = 0.0, v[:1] / v[:1].norm()
+    for step in range(min(16, 2 * len(system.batches))):
+        probe = system.product(probe, [system.batches[step % len(system.batches)]])
+        largest = max(largest, float(probe.norm()))
+        probe = probe / probe.norm()
+    alpha = 1 / (2 * largest)
+    r = v.clone()
+    for step in range(depth):
+        batch = system.batches[step % len(system.batches)]
+        r = v + r - alpha * system.product(r, [batch])
+        progress.update(1)
+    progress.finish()
+    return alpha * r, alpha
+
+
+# ---- everything in one pass ---------------------------------------------------------------------
+
+
+class CodeStore:
+    """The code at one length K, encoded batch by batch."""
+
+    def __init__(self, work: Workload, length: int):
+        self.modules, self.length = work.modules, length
+        width = default_width(length, len(work.modules))
+        self.codes = Codes(work.modules, work.ekfac, CodeSettings(length, width, 0, DAMPING))
+        self.index = CodeIndex(length)
+        self.stored = np.zeros((len(work.train), code_bytes(length)), np.uint8)
+        self.vectors = self.codes.empty(0)
+
+    def add(self, rows: list[int], seen: Seen) -> None:
+        if seen.module.name == self.modules[-1].name:  # modules arrive from the last to the first
+            self.vectors = self.codes.empty(len(rows))
+        self.codes.add(self.vectors, seen.module, seen.a, seen.d)
+        if seen.module.name == self.modules[0].name:
+            self.stored[rows] = self.index.encode(self.vectors.numpy())
+
+    def scores(self, coordinates: ByModule) -> np.ndarray:
+        """[q, n] from C [q, o, i] by module."""
+        self.index.add(self.stored)
+        vectors = self.codes.query_vectors(coordinates).numpy()
+        return self.index.many_scores(vectors).astype(np.float64)
+
+
+Row = tuple[str, float, np.ndarray]  # name, bytes a sequence (NaN: nothing kept), scores [q, n]
+Check = tuple[str, float, float, str]  # inverse, seconds a query, passes over its sample, how near
+
+
+def collect(
+    work: Workload, stores: dict[str, Features], few: int, sample: int
+) -> tuple[dict[str, np.ndarray], list[Row], list[Check]]:
+    """Two passes: over the queries, then over the training sequences, all methods at once.
+
+    Returns exact scores by name, the table's rows, and what the independent inverses took.
+    """
+    names, n = [m.name for m in work.modules], len(work.train)
+    width = work.model.network.config.hidden_size
+    query: dict[str, ByModule] = {store: {} for store in stores}
+    kept: dict[str, ByModule] = {store: {} for store in stores}
+    rotated = {m.name: torch.zeros(len(work.queries), math.prod(m.shape)) for m in work.modules}
+    hidden = torch.zeros(len(work.queries), width), torch.zeros(n, width)
+
+    def put(place: dict[str, ByModule], count: int, rows: list[int], seen: Seen) -> None:
+        for store, features in stores.items():
+            x, name = features(seen), seen.module.name
+            if name not in place[store]:
+                place[store][name] = torch.zeros(count, x.shape[1], dtype=torch.float16)
+            place[store][name][rows] = x.half()
+
+    def of_query(rows: list[int], seen: Seen) -> None:
+        put(query, len(work.queries), rows, seen)
+        rotated[seen.module.name][rows] = seen.rotated
+
+    look(work, work.queries, of_query, hidden[0])
+    query = {store: {name: x.float() for name, x in parts.items()}
+             for store, parts in query.items()}
+    damped = {name: work.ekfac[name].damped(DAMPING).flatten() for name in names}
+    kfac = kfac_damped(work)
+    sides = {  # by method, what the rotated gradient of a sequence is multiplied with
+        "EK-FAC": {name: rotated[name] / damped[name] for name in names},
+        "gradient dot product": rotated,
+        "K-FAC": {name: rotated[name] / kfac[name] for name in names},
+    }
+    checks = []
+    if few:
+        solved, checks = solve(work, rotated, few, sample)
+        sides |= solved
+    stacked = {name: torch.cat([side[name] for side in sides.values()]) for name in names}
+    totals = torch.zeros(len(stacked[names[0]]), n, dtype=torch.float64)
+    coders = {length: CodeStore(work, length) for length in LENGTHS}
+
+    def of_sequence(rows: list[int], seen: Seen) -> None:
+        put(kept, n, rows, seen)
+        totals[:, rows] += (stacked[seen.module.name] @ seen.rotated.T).double()
+        for coder in coders.values():
+            coder.add(rows, seen)
+
+    look(work, work.train, of_sequence, hidden[1])
+    parts = totals.split([len(side[names[0]]) for side in sides.values()])
+    exact = {name: part.numpy() for name, part in zip(sides, parts, strict=True)}
+    coordinates = {m.name: sides["EK-FAC"][m.name].unflatten(1, m.shape) for m in work.modules}
+    rows: list[Row] = [
+        (f"code, 1 bit, K = {length:,}", code_bytes(length), coder.scores(coordinates))
+        for length, coder in coders.items()
+    ]
+    rows += [(name, math.nan, exact[name]) for name in ("gradient dot product", "K-FAC")]
+    for store in stores:
+        count = sum(x.shape[1] for x in kept[store].values())
+        scored = [("fp16", 2.0 * count, dot)]
+        if store.startswith("PCA"):
+            scored.append(("1 bit", count / 8 + 2 * len(names), one_bit))
+        if store.startswith("two-sided"):
+            scored.append(("fp16, own Fisher inverse", 2.0 * count, fisher))
+        rows += [(f"{store}, {how}", room, score(query[store], kept[store]))
+                 for how, room, score in scored]
+    own, states = (torch.nn.functional.normalize(part) for part in hidden)
+    rows += [("mean last hidden states, fp16, cosine", 2.0 * width, (own @ states.T).numpy()),
+             ("TF-IDF (completion tokens)", math.nan, tfidf_scores(work))]
+    return exact, rows, checks
+
+
+def solve(
+    work: Workload, rotated: ByModule, few: int, sample: int
+) -> tuple[dict[str, ByModule], list[Check]]:
+    """LiSSA's and CG's inverse of the first queries, in the eigenbasis, and what each took."""
+    system = GaussNewton(work, work.train[-sample:])
+    gradients = {m.name: work.ekfac[m.name].leave_eigenbasis(rotated[m.name][:few].unflatten(
+        1, m.shape)) for m in work.modules}
+    v = system.join(gradients)
+    near = system.residual(system.precondition(v), v)
+    checks = [("EK-FAC", 0.0, 0.0, f"residual {near:.2f}")]
+
+    def check(name: str, begun: float, x: Tensor, how: str) -> None:
+        seconds, passes = (time.monotonic() - begun) / few, system.passes
+        checks.append((name, seconds, passes, f"{how}; residual {system.residual(x, v):.2f}"))
+        system.passes = 0.0
+
+    system.passes, begun = 0.0, time.monotonic()
+    x, half, share = conjugate_gradients(system, v, 0.01, CG_STEPS)
+    check("CG", begun, x, f"the last five steps added {share:.3f} of xᵀ(G+λI)x")
+    depth, begun = LISSA_PASSES * len(system.batches), time.monotonic()
+    y, alpha = lissa(system, v, depth)
+    check("LiSSA", begun, y, f"{depth} steps, α = {alpha:.2g}")
+    solutions = {"LiSSA": y, f"CG, {CG_STEPS // 2} steps": half, "CG": x}
+    return {
+        name: {
+            m: (work.ekfac[m].eigenvectors_s.T @ part @ work.ekfac[m].eigenvectors_a).flatten(1)
+            for m, part in system.split(solution).items()
+        } for name, solution in solutions.items()
+    }, checks
+
+
+# ---- measures and tables ------------------------------------------------------------------------
+
+
+def recall(truth: np.ndarray, scores: np.ndarray, k: int, length: int) -> float:
+    """Share of each query's true top k among its `length` best by score, the mean over queries."""
+    best = np.argsort(-truth, axis=1, kind="stable")[:, :k]
+    found = np.argsort(-scores, axis=1, kind="stable")[:, :length]
+    return float(np.mean([len(set(b) & set(f)) / k for b, f in zip(best, found, strict=True)]))
+
+
+def print_methods(work: Workload, truth: np.ndarray, rows: list[Row]) -> None:
+    tokens = float(np.mean([len(record.ids) for record in work.train]))
+    heads = [f"r{k}@{length}" for k, length in CUTS]
+    print(f"| method | bytes a sequence | bytes a token | {' | '.join(heads)} |")
+    print("|---|---|---|---|---|")
+    for name, room, scores in rows:
+        sizes = "– | –" if math.isnan(room) else f"{room:,.0f} | {room / tokens:,.1f}"
+        shares = [f"{recall(truth, scores, k, length):.3f}" for k, length in CUTS]
+        print(f"| {name} | {sizes} | {' | '.join(shares)} |")
+
+
+def print_checks(scores: dict[str, np.ndarray], checks: list[Check]) -> None:
+    """How scores by independent inverses, by EK-FAC and by others agree, and what they took."""
+    names = list(scores)
+    print("| scores of | against | Pearson | Spearman | top 10 shared | top 100 shared |")
+    print("|---|---|---|---|---|---|")
+    for truth in ("CG", "LiSSA"):
+        for name in names[: names.index(truth)]:
+            pairs = list(zip(scores[name], scores[truth], strict=True))
+            print(f"| {name} | {truth} | {np.mean([pearsonr(a, b)[0] for a, b in pairs]):.3f} | "
+                  f"{np.mean([spearmanr(a, b)[0] for a, b in pairs]):.3f} | "
+                  f"{recall(scores[truth], scores[name], 10, 10):.2f} | "
+                  f"{recall(scores[truth], scores[name], 100, 100):.2f} |")
+    print("\n| inverse | seconds a query | passes over the sample | how near |\n|---|---|---|---|")
+    for name, seconds, passes, how in checks:
+        print(f"| {name} | {seconds:,.0f} | {passes:.0f} | {how} |")
+
+
+def plot(path: Path, work: Workload, truth: np.ndarray, rows: list[Row]) -> None:
+    """Recall against bytes a token; methods that keep nothing are horizontal lines."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    tokens = float(np.mean([len(record.ids) for record in work.train]))
+    figure, axes = pyplot.subplots(1, len(CUTS), figsize=(13, 5.5), sharey=True)
+    for axis, (k, length) in zip(axes, CUTS, strict=True):
+        codes = [row for row in rows if row[0].startswith("code")]
+        axis.plot([room / tokens for _, room, _ in codes],
+                  [recall(truth, scores, k, length) for _, _, scores in codes],
+                  "o-", color="black", label="code, 1 bit")
+        for number, (name, room, scores) in enumerate(rows[len(codes):]):
+            share, color = recall(truth, scores, k, length), pyplot.get_cmap("tab20")(number)
+            if math.isnan(room):
+                axis.axhline(share, color=color, linestyle=":", label=name)
+            else:
+                axis.plot(room / tokens, share, "sDv^"[number % 4], color=color, label=name)
+        axis.set(xscale="log", xlabel="bytes a token", ylim=(0, 1.02),
+                 title=f"share of the true top {k} in the best {length:,}")
+    axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+@click.command()
+@click.option("--sequences", type=int, default=8192, show_default=True)
+@click.option("--queries", type=int, default=64, show_default=True)
+@click.option("--steps", type=int, default=1000, show_default=True)
+@click.option("--cache", type=click.Path(path_type=Path), default=Path(".demo/benchmark"),
+              show_default=True)
+@click.option("--ihvp-queries", type=int, default=4, show_default=True,
+              help="Queries also solved by CG and LiSSA; 0 leaves them out.")
+@click.option("--ihvp-sequences", type=int, default=512, show_default=True,
+              help="Training sequences the Gauss-Newton matrix is taken from.")
+@click.option("--plot", "picture", type=click.Path(path_type=Path), help="Write a picture here.")
+def main(
+    sequences: int, queries: int, steps: int, cache: Path, ihvp_queries: int, ihvp_sequences: int,
+    picture: Path | None,
+) -> None:
+    """Score with every method, print two tables."""
+    begun = time.monotonic()
+    size = Size(sequences=sequences, steps=steps)
+    work = make_workload(cache, size, queries, stderr_progress())
+    # Agreement is measured on the other half or more: a sequence that G was taken from has its own
+    # part in G, which takes most of its score away, and EK-FAC knows no single sequence.
+    ihvp_sequences = min(ihvp_sequences, len(work.train) // 2)
+    stores = {f"PCA, {COMPONENTS:,} a module": principal_components(work, work.train[:PCA_SAMPLE])}
+    for size in SKETCHES:
+        name = f"two-sided projection {size} × {size} a module"
+        stores[name] = two_sided(work.modules, size)
+    for count in COORDINATES:
+        stores[f"top-Λ eigen-coordinates, {count:,}"] = top_coordinates(work, count)
+    exact, rows, checks = collect(work, stores, ihvp_queries, ihvp_sequences)
+    truth = exact["EK-FAC"]
+    print(f"{work.summary()}\n")
+    print_methods(work, truth, rows)
+    if ihvp_queries:
+        outside = len(work.train) - ihvp_sequences
+        print(f"\nIndependent inverses: {ihvp_queries} queries, G over {ihvp_sequences} training "
+              f"sequences, scores of the {outside:,} others\n")
+        print_checks({name: s[:ihvp_queries, :outside] for name, s in exact.items()}, checks)
+    if picture:
+        plot(picture, work, truth, rows)
+    print(f"\ntotal {duration(time.monotonic() - begun)}")
+
+
+if __name__ == "__main__":
+    main()

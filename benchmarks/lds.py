@@ -1,0 +1,348 @@
+"""Do the scores say what retraining without some of the data would do?
+
+    python benchmarks/lds.py --threads 2
+
+Trains a small GPT-NeoX on standard-library text, then trains it again on random halves of the
+data. The linear datamodeling score (LDS; Park et al. 2023, arXiv 2303.14186) of a query is the
+Spearman correlation, over the halves S, of its f = Σ log p(completion | prompt) after training on S
+with Σ of its scores over the sequences of S. Then: what the log p of single queries loses when
+their highest-scored sequences are taken out.
+
+Every retraining runs on one thread and is kept in the cache as it ends, so a killed run goes on
+where it was, with the same numbers whatever `--threads` is.
+"""
+
+import hashlib
+import multiprocessing
+import shutil
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from transformers import GPTNeoXForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.fidelity import tfidf_scores
+from benchmarks.workload import Size, Workload, fit_on, library, query_gradients, record
+from demo.prepare import Settings, new_model, train, train_tokenizer
+from gradindex import model as door
+from gradindex.codes import Codes, CodeSettings, default_length, default_width
+from gradindex.curvature import DAMPING, Ekfac
+from gradindex.files import atomic_write
+from gradindex.gradients import make_batch
+from gradindex.influence import Gradients, Preconditioned, exact_scores, precondition
+from gradindex.model import Module
+from gradindex.progress import Progress, duration, stderr_progress
+from gradindex.records import Record
+from gradindex.vectors import CodeIndex
+from indexer.encode import encode_batch
+
+LENGTH, PROMPT = 64, 32  # tokens of a sequence and of a query; of a query, those not scored
+BATCH = 32  # sequences scored at once
+CODES = (default_length(LENGTH), 2 * default_length(LENGTH))
+FACTORS = (1.0, 0.1, 0.01, 0.001, 0.0001)  # damping, of mean(Λ)
+DRAWS = 1000
+EXACT, DOT, TFIDF, HIDDEN = ("EK-FAC, exact", "gradient dot product", "TF-IDF of the completion",
+                             "cosine of mean last hidden states")
+
+
+@dataclass
+class Study(Workload):
+    """The scored model with its data; modules and curvature are of all kinds, attention too."""
+
+    folder: Path
+    settings: Settings
+
+
+def make_study(
+    cache: Path, sequences: int, queries: int, passes: int, progress: Progress
+) -> Study:
+    """Cut the text, train on all of it and fit, or reuse what `cache` holds for the numbers."""
+    settings = Settings(sequences=sequences, length=LENGTH, vocabulary=2048, layers=2, hidden=128,
+                        batch=8)  # 16 costs as much a pass and ends .16 nats a token higher
+    settings = replace(settings, steps=passes * sequences // settings.batch)
+    folder = cache / f"lds-{sequences}-{queries}-{passes}"
+    if not (folder / "model").is_dir():
+        shutil.rmtree(folder, ignore_errors=True)
+        (folder / "retrained").mkdir(parents=True)
+        texts = list(library())
+        tokenizer = train_tokenizer(texts, settings.vocabulary)
+        ids = np.concatenate([tokenizer(text, verbose=False).input_ids for text in texts])
+        windows = ids[: len(ids) // LENGTH * LENGTH].reshape(-1, LENGTH).astype(np.int32)
+        order = np.random.default_rng(0).permutation(len(windows))[: sequences + queries]
+        np.save(folder / "windows.npy", windows[order])
+        network = new_model(settings)
+        loss = train(network, windows[order[:sequences]].tolist(), settings, progress)
+        (folder / "loss.txt").write_text(f"{loss:.2f}")
+        network.save_pretrained(folder / "model")
+    windows = np.load(folder / "windows.npy")
+    model = door.ModelSource(GPTNeoXForCausalLM.from_pretrained(folder / "model")).load()
+    modules = door.tracked_modules(model.network, "all")
+    training = [record(n, row, 0) for n, row in enumerate(windows[:sequences])]
+    # Each module is fitted by itself, so that a choice of modules is a subset.
+    ekfac = fit_on(folder, model, modules, training, sequences, progress)
+    return Study(
+        Size(sequences=sequences, length=LENGTH, layers=2, hidden=128, modules="all"), model,
+        modules, ekfac, training,
+        [record(n, row, PROMPT) for n, row in enumerate(windows[sequences:])],
+        (folder / "loss.txt").read_text(), folder, settings,
+    )
+
+
+def completion_log_p(model: door.LanguageModel, queries: list[Record]) -> np.ndarray:
+    """f: Σ log p of each query's completion, in nats: float64 [q]."""
+    batch = make_batch([(query.ids, query.scored) for query in queries], model.device)
+    with torch.no_grad():
+        log_p, _ = door.log_probability(model.logits(batch.tokens), batch.targets)
+    return log_p.double().sum(1).numpy()
+
+
+def retrain(path: Path, ids: list[list[int]], settings: Settings, queries: list[Record]) -> None:
+    """Train on the sequences `ids` alone, in a process of its own, and write f [q]."""
+    torch.set_num_threads(1)
+    network = new_model(settings)
+    train(network, ids, settings, Progress(None))
+    f = completion_log_p(door.ModelSource(network).load(), queries)
+    atomic_write(path, lambda file: np.save(file, f))
+
+
+def retrain_all(
+    study: Study, what: str, kept: np.ndarray, seed: int, threads: int, progress: Progress
+) -> np.ndarray:
+    """f [r, q] after training on each row of `kept` (bool [r, n]), where the cache lacks it.
+
+    Each makes as many passes over what it keeps as the scored model made over everything.
+    """
+    digests = [hashlib.sha256(row.tobytes()).hexdigest()[:16] for row in kept]
+    paths = [study.folder / "retrained" / f"{seed}-{digest}.npy" for digest in digests]
+    missing = {path: row for path, row in zip(paths, kept, strict=True) if not path.exists()}
+    progress.start(what, len(paths), "retrainings", done=len(paths) - len(missing))
+    with ProcessPoolExecutor(threads, multiprocessing.get_context("spawn")) as pool:
+        running = []
+        for path, row in missing.items():
+            ids = [study.train[n].ids.tolist() for n in np.flatnonzero(row)]
+            steps = round(study.settings.steps * row.mean())
+            settings = replace(study.settings, seed=seed, steps=steps)
+            running.append(pool.submit(retrain, path, ids, settings, study.queries))
+        for future in as_completed(running):
+            future.result()
+            progress.update(1)
+    progress.finish()
+    return np.stack([np.load(path) for path in paths])
+
+
+def random_choice(draws: int, sequences: int, count: int) -> np.ndarray:
+    """`count` of n sequences a row, bool [draws, n]; more draws leave the first as they were."""
+    ranks = [np.random.default_rng([1, n]).permutation(sequences) for n in range(draws)]
+    return np.stack(ranks) < count
+
+
+# Scores are one number per query and sequence, [q, n]; positive: the sequence makes f larger.
+
+
+def coordinates(
+    gradients: Gradients, ekfac: Ekfac, modules: list[Module], damping: float
+) -> Gradients:
+    """C_u [q, o, i] of each query from its ∇ f, for `modules` only."""
+    return {m.name: ekfac[m.name].coordinates(gradients[m.name], damping) for m in modules}
+
+
+def ekfac_scores(
+    study: Study, gradients: Gradients, ekfac: Ekfac, modules: list[Module], damping: float
+) -> np.ndarray:
+    """Exact EK-FAC influence."""
+    asked = coordinates(gradients, ekfac, modules, damping)
+    preconditioned = Preconditioned(precondition(ekfac, asked))
+    return exact_scores(study.model, modules, preconditioned, study.train, BATCH * LENGTH)
+
+
+def encode(study: Study, modules: list[Module], length: int) -> tuple[Codes, CodeIndex]:
+    """The codes of all training sequences at the default damping."""
+    settings = CodeSettings(length, default_width(length, len(modules)), 0, DAMPING)
+    codes, index = Codes(modules, study.ekfac, settings), CodeIndex(length)
+    for start in range(0, len(study.train), BATCH):
+        vectors = encode_batch(study.model, codes, study.train[start : start + BATCH])
+        index.add(index.encode(vectors.numpy()))
+    return codes, index
+
+
+def code_scores(codes: Codes, index: CodeIndex, queries: Gradients) -> np.ndarray:
+    """Of the codes alone, for queries given as coordinates."""
+    return index.many_scores(codes.query_vectors(queries).numpy()).astype(np.float64)
+
+
+def hidden_scores(study: Study) -> np.ndarray:
+    """Cosine of the hidden states after the last layer, averaged over tokens."""
+    ids = torch.from_numpy(np.stack([one.ids for one in study.queries + study.train])).long()
+    with torch.no_grad():
+        states = study.model.network.base_model(ids).last_hidden_state
+    unit = torch.nn.functional.normalize(states.double().mean(1), dim=-1).numpy()
+    return unit[: len(study.queries)] @ unit[len(study.queries) :].T
+
+
+def spearman(x: np.ndarray, y: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Spearman correlation of x [q, s] with y [q, s] along s: [q, draws].
+
+    `counts` [s, draws] says how often each draw holds each of the s; ties share their mean rank.
+    """
+    def centred_ranks(values: np.ndarray) -> np.ndarray:  # [q, s, draws]
+        own, other = values[:, :, None], values[:, None, :]
+        ranks = ((other < own) + 0.5 * (other == own)) @ counts
+        return ranks - (ranks * share).sum(1, keepdims=True)
+
+    share = counts / counts.sum(0)
+    a, b = centred_ranks(x), centred_ranks(y)
+    return (a * b * share).sum(1) / np.sqrt((a * a * share).sum(1) * (b * b * share).sum(1))
+
+
+def rank_agreement(x: np.ndarray, y: np.ndarray) -> float:
+    """Spearman correlation of x and y [q, s] along s, where no two are equal: mean over q."""
+    ranks = (values.argsort(1).argsort(1) for values in (x, y))
+    return float(np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(*ranks, strict=True)]))
+
+
+def mean_lds(kept: np.ndarray, f: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Mean LDS over queries, of the data and then of DRAWS bootstrap draws: [1 + DRAWS].
+
+    `kept` bool [s, n]; f [s, q], the mean over seeds; scores [q, n]. A draw takes subsets and
+    queries with replacement, the same for all scores: differences and ratios of two are paired.
+    """
+    random = np.random.default_rng(2)
+    drawn = [random.multinomial(n, np.full(n, 1 / n), DRAWS).T for n in f.shape]
+    subsets, queries = (np.hstack([np.ones((len(counts), 1)), counts]) for counts in drawn)
+    each = spearman(scores @ kept.T, f.T, subsets)
+    return (each * queries).sum(0) / queries.sum(0)
+
+
+def interval(draws: np.ndarray, sign: str = "") -> str:
+    """`value | low to high`: the first draw and the 95 % percentile interval of the others."""
+    low, high = np.nanquantile(draws[1:], [0.025, 0.975])  # nan: a draw of one subset alone
+    return f"{draws[0]:{sign}.3f} | {low:{sign}.3f} to {high:{sign}.3f}"
+
+
+def reliability(f: np.ndarray) -> str:
+    """How alike seeds rank the subsets, f [seeds, s, q], and the LDS that this noise allows."""
+    seeds = len(f)
+    if seeds == 1:
+        return "with one seed, the noise of retraining is not measured"
+    r = np.mean([rank_agreement(f[i].T, f[j].T) for i in range(seeds) for j in range(i)])
+    of_mean = max(0.0, float(seeds * r / (1 + (seeds - 1) * r)))  # Spearman-Brown
+    return (f"two seeds rank the subsets with a Spearman correlation of {r:.3f} (mean over "
+            f"queries), so that noise alone limits the LDS to about {of_mean**0.5:.3f}")
+
+
+def mean_and_error(values: np.ndarray) -> str:
+    return f"{values.mean():+.2f} ± {values.std(ddof=1) / len(values) ** 0.5:.2f}"
+
+
+@click.command()
+@click.option("--sequences", default=2048, show_default=True)
+@click.option("--queries", default=64, show_default=True)
+@click.option("--passes", default=3, show_default=True, help="Over the data, in each training.")
+@click.option("--subsets", default=40, show_default=True)
+@click.option("--seeds", default=2, show_default=True, help="Retrainings of each subset.")
+@click.option("--removals", default=16, show_default=True, help="Queries to remove the top of.")
+@click.option("--random-removals", default=8, show_default=True)
+@click.option("--threads", default=1, show_default=True, help="Retrainings at once, one on each.")
+@click.option("--retrain-only", is_flag=True, help="End after the retrainings.")
+@click.option("--cache", type=click.Path(path_type=Path), default=Path(".demo/benchmark"),
+              show_default=True)
+def main(
+    sequences: int, queries: int, passes: int, subsets: int, seeds: int, removals: int,
+    random_removals: int, threads: int, retrain_only: bool, cache: Path,
+) -> None:
+    """Train, retrain on halves and without the top of the scores; print four tables."""
+    begun = time.monotonic()
+    door.quiet_transformers()
+    torch.set_num_threads(1)  # the scored model, too, is the same whatever --threads is
+    progress = stderr_progress()
+    study = make_study(cache, sequences, queries, passes, progress)
+    model, ekfac = study.model, study.ekfac
+    kept = random_choice(subsets, sequences, sequences // 2)
+    # Seed 0 is the scored model's own: no half shares its first weights.
+    f = np.stack([retrain_all(study, f"halves, seed {seed}", kept, seed, threads, progress)
+                  for seed in range(1, seeds + 1)])
+
+    mlp = [module for module in study.modules if module.kind == "mlp"]
+    gradients = query_gradients(study, study.queries)
+    methods = {
+        EXACT: ekfac_scores(study, gradients, ekfac, mlp, DAMPING),
+        DOT: exact_scores(model, mlp, Preconditioned(gradients), study.train, BATCH * LENGTH),
+        TFIDF: tfidf_scores(study),
+        HIDDEN: hidden_scores(study),
+    }
+    taken, asked = max(1, sequences // 100), np.arange(min(removals, queries))
+    removed = {}
+    for name in (EXACT, TFIDF, DOT):
+        left = np.ones((len(asked), sequences), dtype=bool)
+        top = np.argsort(-methods[name][asked], axis=1, kind="stable")[:, :taken]
+        np.put_along_axis(left, top, False, axis=1)
+        after = retrain_all(study, f"without the top by {name}", left, 0, threads, progress)
+        removed[name] = after[asked, asked]  # of each retraining, the query it was made for
+    left = ~random_choice(random_removals, sequences, taken)
+    random = retrain_all(study, "without random ones", left, 0, threads, progress)[:, asked]
+    if retrain_only:
+        return
+
+    codes = {f"code alone, K = {length:,}": encode(study, mlp, length) for length in CODES}
+    for name, encoded in codes.items():
+        methods[name] = code_scores(*encoded, coordinates(gradients, ekfac, mlp, DAMPING))
+    full, completion = completion_log_p(model, study.queries), LENGTH - PROMPT
+    print(f"GPT-NeoX of {model.network.num_parameters() / 1e6:.2f} M parameters "
+          f"({sum(m.d_out * m.shape[1] for m in mlp) / 1e6:.2f} M in the MLPs' modules); "
+          f"{sequences:,} sequences of {LENGTH} tokens, {passes} passes in batches of "
+          f"{study.settings.batch}, loss {study.loss} nats a token in the last; {queries} held-out "
+          f"queries of {PROMPT} + {completion} tokens, {-full.mean() / completion:.2f} nats a "
+          f"token. {subsets} random halves × {seeds} seeds: {reliability(f)}. 95 %: bootstrap over "
+          f"subsets and queries, {DRAWS:,} draws\n\n| score | LDS | 95 % |\n|---|---|---|")
+    lds = partial(mean_lds, kept, f.mean(0))
+    measured = {name: lds(scores) for name, scores in methods.items()}
+    for name, values in measured.items():
+        print(f"| {name} | {interval(values)} |")
+    print("\n| ratio of LDS | | 95 % |\n|---|---|---|")
+    for over, under in ((EXACT, DOT), *((name, EXACT) for name in codes)):
+        print(f"| {over} / {under} | {interval(measured[over] / measured[under])} |")
+
+    print(f"\nEK-FAC with one choice changed; default: damping {DAMPING} of mean(Λ), MLP modules, "
+          f"fitted on {sequences:,} sequences\n\n| choice | LDS | 95 % | less the default's | 95 % "
+          "| rank agreement with the default |\n|---|---|---|---|---|---|")
+
+    def row(name: str, scores: np.ndarray) -> None:
+        draws = lds(scores)
+        print(f"| {name} | {interval(draws)} | {interval(draws - measured[EXACT], '+')} | "
+              f"{rank_agreement(scores, methods[EXACT]):.3f} |", flush=True)
+
+    for factor in FACTORS:
+        row(f"damping {factor:g}", ekfac_scores(study, gradients, ekfac, mlp, factor))
+    for name, encoded in codes.items():
+        for factor in FACTORS[1:4]:
+            row(f"{name}, built at damping {DAMPING}, queried at {factor:g}",
+                code_scores(*encoded, coordinates(gradients, ekfac, mlp, factor)))
+    attention = [module for module in study.modules if module.kind == "attention"]
+    for name, modules in (("MLP", mlp), ("attention", attention), ("all", study.modules)):
+        row(f"modules: {name}", ekfac_scores(study, gradients, ekfac, modules, DAMPING))
+    for count in (sequences // 4, sequences // 2, sequences):
+        fitted = fit_on(study.folder, model, study.modules, study.train, count, progress)
+        row(f"fitted on {count:,}", ekfac_scores(study, gradients, fitted, mlp, DAMPING))
+
+    full, by_chance = full[asked], random.mean(0)
+    print(f"\nWhat the completion's log p loses by retraining without {taken} sequences, in nats: "
+          f"mean ± standard error over {len(full)} queries of {-full.mean():.1f} nats. Of one "
+          f"query, retrainings without random sequences differ by {random.std(0).mean():.2f} (sd)"
+          "\n\n| removed | against the full model | against random removal |\n|---|---|---|")
+    for name, values in removed.items():
+        print(f"| top {taken} by {name} | {mean_and_error(full - values)} | "
+              f"{mean_and_error(by_chance - values)} |")
+    print(f"| {taken} at random, {random_removals} times | {mean_and_error(full - by_chance)} | |")
+    print(f"\ntotal {duration(time.monotonic() - begun)}")
+
+
+if __name__ == "__main__":
+    main()
