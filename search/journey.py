@@ -167,7 +167,12 @@ class Journey:
         if recall.estimate is not None and recall.estimate < GOOD and groups:
             recall.shortlist_for_95 = self._length_for(number, GOOD, groups)
         hits = self._hits(number, groups)
-        warnings = [*target.query.notes, *self._warnings(number, hits, recall, counted)]
+        warnings = [*target.query.notes, *self._warnings(number, hits, recall)]
+        if self.preconditioned.rank is not None:
+            warnings.append(
+                f"the query's gradient was reduced to rank {self.preconditioned.rank} a module to "
+                "choose these hits; their influence is that of all of it"
+            )
         total = len(shortlist.ids(self._lengths[number]))
         if interrupted:
             warnings.append(f"interrupted: {counted} of {total} sequences are exact")
@@ -223,7 +228,7 @@ class Journey:
         error = self.codes[number, there] - truth
         return float(np.sqrt(np.mean((error[real] / unit[real]) ** 2)))
 
-    def _warnings(self, number: int, hits: list[Hit], recall: Recall, counted: int) -> list[str]:
+    def _warnings(self, number: int, hits: list[Hit], recall: Recall) -> list[str]:
         sign, warnings = self.settings.sign, []
         wrong = sum(sign * hit.influence <= 0 for hit in hits)
         if wrong:

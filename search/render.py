@@ -150,7 +150,7 @@ def recall_statement(result: Result) -> str:
         return f"recall: complete, all {result.sequences:,} sequences were rescored exactly."
     said = (
         f"recall: an estimated {_share(recall.estimate)} of the true top {recall.k} are in this "
-        f"list ({result.rescored:,} of {result.sequences:,} rescored)."
+        f"list ({result.rescored:,} of {result.sequences:,} rescored{_cutoff(result)})."
     )
     if recall.asked is not None and recall.estimate < recall.asked:
         said += (f" {recall.asked:.1%} was asked for; rescoring ended at its limit, --shortlist "
@@ -158,6 +158,15 @@ def recall_statement(result: Result) -> str:
     if recall.shortlist_for_95 is not None and recall.estimate < 0.9:
         said += f" For 95%, about {recall.shortlist_for_95:,} must be rescored."
     return said
+
+
+def _cutoff(result: Result) -> str:
+    if result.recall.cutoff is None:
+        return ""
+    by = "" if result.controls["normalize"] == "none" else " a unit of gradient"
+    side, cutoff = ("least", -result.recall.cutoff) if result.opponents else (
+        "most", result.recall.cutoff)
+    return f"; the code scores the others{by} {_number(cutoff)} at {side}"
 
 
 def _share(estimate: float) -> str:

@@ -265,6 +265,24 @@ def test_a_search_over_base_and_adapter(both_index, adapter_folder, model_folder
             assert any(kind in name and value for name, value in hit.module_influence.items())
 
 
+def test_an_index_of_both_is_searched_over_one(both_index):
+    """The influence over the adapter alone and the base alone add up to the whole."""
+    index = gradindex.open(both_index)
+    count = len(index)
+    found = {}
+    for choice in ("adapter", "mlp", "all"):
+        result = index.search(**QUERY, k=count, shortlist="all", modules=choice)
+        found[choice] = {one: hit.influence for hit in result for one in (hit.id, *hit.duplicates)}
+        kinds = {module.name: module.kind for module in index.manifest.tracked}
+        wanted = {"all": {"adapter", "mlp"}}.get(choice, {choice})
+        assert {kinds[name] for name in result.controls["modules"]} == wanted
+    assert sorted(found["all"]) == list(range(count))
+    largest = max(abs(value) for value in found["all"].values())
+    for one, value in found["all"].items():
+        assert found["adapter"][one] + found["mlp"][one] == pytest.approx(value, abs=1e-3 * largest)
+    assert any(abs(value) > 0.01 * largest for value in found["adapter"].values())
+
+
 @pytest.mark.parametrize("choice", ["adapter", "mlp"])
 def test_builds_over_one_kind(choice, adapter_folder, model_folder, data_file, tmp_path):
     """The adapter's folder and the PeftModel object are one model."""
