@@ -26,7 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.workload import PROMPT, Size, Workload, make_workload
-from gradindex.codes import Codes, CodeSettings, default_width, score_error
+from gradindex.codes import Codes, CodeSettings, default_length, default_width, score_error
 from gradindex.curvature import Ekfac
 from gradindex.gradients import apply_inputs, backward, make_batch, plan_batches
 from gradindex.influence import (
@@ -52,6 +52,7 @@ BINNED = [(k, length) for k in (10, 100) for length in (20, 50, 100, 200, 500, 1
           if length > k]  # whose claims are put in bins
 DAMPINGS = (0.001, 0.01, 1.0, 10.0)
 GOAL = 0.95
+PART = 2048  # sequences whose codes and scores are kept together
 
 
 @dataclass
@@ -240,32 +241,53 @@ def one_pass(
 def _plain_pass(
     work: Workload, codes: dict[int, Codes], controls: list[Control], progress: Progress
 ) -> Pass:
+    """Part after part, each kept in the cache, so that a killed run goes on."""
     n = len(work.train)
     p = Preconditioned(precondition(work.ekfac, controls[0].coordinates))
-    stored = {k: np.zeros((n, code_bytes(k)), np.uint8) for k in codes}
     result = Pass({k: CodeIndex(k) for k in codes}, {k: np.zeros(n) for k in codes}, np.ones(n),
                   np.ones(n), None)
     truth = np.zeros((len(work.queries), n))
+    asked = "-".join(map(str, [work.size.modules, work.size.dtype, len(work.queries), *codes]))
     progress.start("encode and score", n, "sequences")
-    for rows in plan_batches([len(record.ids) for record in work.train], 4096):
-        vectors = {k: one.empty(len(rows)) for k, one in codes.items()}
-        adders = [partial(one.add, vectors[k]) for k, one in codes.items()]
-        influences = Influences(p, len(rows))
-        members = [(work.train[row].ids, work.train[row].scored) for row in rows]
-        collect(work.model, work.modules, make_batch(members, work.model.device), influences,
-                *adders)
-        for k in codes:
-            array = vectors[k].float().numpy()
-            stored[k][rows] = result.indexes[k].encode(array)
-            result.norms[k][rows] = np.linalg.norm(array.astype(np.float64), axis=1)
-        truth[:, rows] = influences.total.numpy()
+    for first in range(0, n, PART):
+        rows = range(first, min(first + PART, n))
+        path = work.folder / f"pass-{asked}-{first}.npz"
+        if not path.exists():
+            np.savez(path.with_suffix(".tmp.npz"), **_part(work, codes, p, rows))
+            path.with_suffix(".tmp.npz").rename(path)
+        with np.load(path, allow_pickle=False) as part:
+            for k in codes:
+                result.indexes[k].add(part[f"codes {k}"])
+                result.norms[k][rows] = part[f"norms {k}"]
+            truth[:, rows] = part["truth"]
         progress.update(len(rows))
     progress.finish()
-    for k, index in result.indexes.items():
-        index.add(stored[k])
     for one in controls:
         one.truth = truth
     return result
+
+
+def _part(
+    work: Workload, codes: dict[int, Codes], p: Preconditioned, rows: range
+) -> dict[str, np.ndarray]:
+    """Codes, norms and exact scores of some sequences."""
+    some = [work.train[row] for row in rows]
+    truth = np.zeros((len(p), len(rows)))
+    stored = {k: np.zeros((len(rows), code_bytes(k)), np.uint8) for k in codes}
+    norms = {k: np.zeros(len(rows)) for k in codes}
+    for here in plan_batches([len(record.ids) for record in some], 4096):
+        vectors = {k: one.empty(len(here)) for k, one in codes.items()}
+        influences = Influences(p, len(here))
+        batch = make_batch([(some[row].ids, some[row].scored) for row in here], work.model.device)
+        collect(work.model, work.modules, batch, influences,
+                *(partial(one.add, vectors[k]) for k, one in codes.items()))
+        for k in codes:
+            array = vectors[k].float().numpy()
+            stored[k][here] = CodeIndex(k).encode(array)
+            norms[k][here] = np.linalg.norm(array.astype(np.float64), axis=1)
+        truth[:, here] = influences.total.numpy()
+    return {"truth": truth, **{f"codes {k}": stored[k] for k in codes},
+            **{f"norms {k}": norms[k] for k in codes}}
 
 
 # ---- what a shortlist holds, and what is claimed of it
@@ -423,7 +445,7 @@ def options(function: Callable[..., None]) -> Callable[..., None]:
 @options
 @click.option("--queries", type=int, default=64, show_default=True)
 @click.option("--bits", multiple=True, type=int, default=LENGTHS, show_default=True)
-@click.option("--controls/--no-controls", default=False, help="Every control, at the last of bits.")
+@click.option("--controls/--no-controls", default=False, help="Every control, at the default K if it is among bits.")
 @click.option("--baselines/--no-baselines", default=True)
 @click.option("--cache", type=click.Path(path_type=Path), default=Path(".demo/benchmark"),
               show_default=True)
@@ -461,14 +483,17 @@ def main(queries: int, bits: tuple[int, ...], controls: bool, baselines: bool, c
         scores = found.indexes[k].many_scores(one.query_vectors(plain.coordinates).numpy())
         numbers[f"recall {k}"] = row(f"code, 1 bit, K = {k:,}", f"{code_bytes(k):,}", scores)
     print("\nRecall statement, claimed against actual (mean over queries; mean absolute per query)")
+    calibrated = {}
     for k, one in codes.items():
-        c = calibrate(
+        calibrated[k] = c = calibrate(
             work.model, one, work.ekfac, lambda ids: [work.train[n] for n in ids],
             lambda ids, k=k: (_subset(found.indexes[k], k, ids), found.norms[k][ids]),  # type: ignore[misc]
             len(work.train), 2048, progress,
         )["c"]
         numbers[f"statement {k}"] = print_statement(work, plain, one, found, c)
-    numbers["controls"] = print_controls(work, asked, codes[bits[-1]], found, c)
+    usual = default_length(work.size.length)
+    chosen = usual if usual in codes else bits[-1]
+    numbers["controls"] = print_controls(work, asked, codes[chosen], found, calibrated[chosen])
     if save is not None:
         save.write_text(json.dumps(numbers, indent=1))
     print(f"\ntotal {duration(time.monotonic() - begun)}")

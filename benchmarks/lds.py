@@ -57,7 +57,6 @@ EXACT, DOT, TFIDF, HIDDEN = ("EK-FAC, exact", "gradient dot product", "TF-IDF of
 class Study(Workload):
     """The scored model with its data; modules and curvature are of all kinds, attention too."""
 
-    folder: Path
     settings: Settings
 
 

@@ -59,6 +59,7 @@ class Workload:
     train: list[Record]
     queries: list[Record]
     loss: str
+    folder: Path
 
     def summary(self) -> str:
         count = self.model.network.num_parameters() / 1e6
@@ -94,7 +95,7 @@ def make_workload(cache: Path, size: Size, queries: int, progress: Progress) -> 
     held_out = [record(n, row[: PROMPT + COMPLETION], PROMPT)
                 for n, row in enumerate(chosen[size.sequences:][:queries])]
     return Workload(size, model, modules, ekfac, training, held_out,
-                    (folder / "loss.txt").read_text())
+                    (folder / "loss.txt").read_text(), folder)
 
 
 def fit_on(
