@@ -445,7 +445,8 @@ def options(function: Callable[..., None]) -> Callable[..., None]:
 @options
 @click.option("--queries", type=int, default=64, show_default=True)
 @click.option("--bits", multiple=True, type=int, default=LENGTHS, show_default=True)
-@click.option("--controls/--no-controls", default=False, help="Every control, at the default K if it is among bits.")
+@click.option("--controls/--no-controls", default=False,
+              help="Every control, at the default K if it is among bits.")
 @click.option("--baselines/--no-baselines", default=True)
 @click.option("--cache", type=click.Path(path_type=Path), default=Path(".demo/benchmark"),
               show_default=True)
