@@ -70,10 +70,6 @@ def normalized(influence: float, exact: Exact, normalize: str) -> float:
     return influence / squared**0.5 if squared > 0 else 0.0
 
 
-def fold_duplicates(ranked: list[Record]) -> list[list[int]]:
-    """Places in `ranked` grouped by equal tokens and mask, groups in order of their first."""
-    groups: dict[bytes, list[int]] = {}
-    for place, record in enumerate(ranked):
-        key = hashlib.sha256(record.ids.tobytes() + record.scored.tobytes()).digest()
-        groups.setdefault(key, []).append(place)
-    return list(groups.values())
+def likeness(record: Record) -> bytes:
+    """The same for sequences of equal tokens and mask, and for no others."""
+    return hashlib.sha256(record.ids.tobytes() + record.scored.tobytes()).digest()

@@ -9,7 +9,7 @@ from gradindex.influence import Preconditioned, precondition
 from gradindex.records import Record
 from gradindex.results import Hit, Recall, Result
 from search.controls import Settings
-from search.hits import fold_duplicates, make_hit, normalized
+from search.hits import likeness, make_hit, normalized
 from search.opened import OpenIndex
 from search.recall import estimated_recall
 from search.rescore import Exact, Rescorer, rescore
@@ -37,6 +37,7 @@ class Journey:
         self.shortlists = [self._shortlist(number) for number in range(len(targets))]
         self.exact: dict[int, Exact] = {}
         self.records: dict[int, Record] = {}
+        self._likeness: dict[int, bytes] = {}
         self.background: list[int] = []
         self._lengths = [settings.first] * len(targets)
         self._c = index.manifest.calibration["c"]
@@ -90,6 +91,7 @@ class Journey:
     def _score(self, ids: list[int]) -> Iterator[None]:
         records = self.index.records(ids)
         self.records.update(zip(ids, records, strict=True))
+        self._likeness.update((one.id, likeness(one)) for one in records)
         sizes = self.settings.normalize != "none"
         for found in rescore(self.by, self.preconditioned, records, sizes=sizes):
             self.exact.update((ids[place], one) for place, one in found)
@@ -117,9 +119,11 @@ class Journey:
         """Ids of the rescored that count, best first and equal ones together, and their recall."""
         counted = self.shortlists[number].advance(self.exact, self._lengths[number])
         ranked = sorted(counted, key=lambda one: (-self._value(number, one), one))
+        alike: dict[bytes, list[int]] = {}
+        for one in ranked:
+            alike.setdefault(self._likeness[one], []).append(one)
         # equal sequences differ by rounding only: the first in the index stands for them
-        groups = [sorted(ranked[place] for place in group)
-                  for group in fold_duplicates([self.records[one] for one in ranked])]
+        groups = [sorted(group) for group in alike.values()]
         first = [group[0] for group in groups]
         shortlist = self.shortlists[number]
         if shortlist.cutoff is None:

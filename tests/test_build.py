@@ -182,7 +182,7 @@ def test_a_sequence_without_a_gradient_leaves_the_calibration_finite(tmp_path):
     network.save_pretrained(tmp_path / "model")
     index = gradindex.build(str(tmp_path / "model"), tmp_path / "tokens.npy", tmp_path / "index",
                             bits=512)
-    assert index._norms()[3] == 0 and (np.delete(index._norms(), 3) > 0).all()
+    assert index.index.norms[3] == 0 and (np.delete(index.index.norms, 3) > 0).all()
     assert 0 < index.manifest.calibration["c"] < 10
     result = index.search(token_ids=tokens[5], k=20)
     assert json.loads(result.to_json())["hits"]
