@@ -28,7 +28,8 @@ from gradindex.records import Record
 
 Gradients = dict[str, Tensor]  # [q, o, i] by module name, a row a query
 
-LARGEST_BLOCK = 1 << 28  # entries of low-rank gradients multiplied out at once
+OVERSAMPLING = 8  # directions beyond the rank, so that the best come out right (Halko et al. 2011)
+LARGEST_BLOCK = 1 << 26  # entries of gradients, of sequences or of queries, formed at once
 
 
 def query_coordinates(
@@ -110,10 +111,15 @@ class Preconditioned:
             yield slice(0, len(part)), part
             return
         left, right = part
-        size = max(1, LARGEST_BLOCK // (module.shape[0] * module.shape[1]))
-        for first in range(0, len(left), size):
-            here = slice(first, min(first + size, len(left)))
+        for here in _slices(module, len(left)):
             yield here, left[here] @ right[here]
+
+
+def _slices(module: Module, rows: int) -> Iterator[slice]:
+    """Some of `rows` at a time, whose gradients [n, o, i] fit in memory together."""
+    size = max(1, LARGEST_BLOCK // (module.shape[0] * module.shape[1]))
+    for first in range(0, rows, size):
+        yield slice(first, min(first + size, rows))
 
 
 def _factors(p: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -121,8 +127,8 @@ def _factors(p: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     devices = [p.device] if p.device.type == "cuda" else []
     with torch.random.fork_rng(devices):  # the library draws from the global generator
         torch.manual_seed(0)
-        u, s, v = torch.svd_lowrank(p, q=rank, niter=4)
-    return u * s.unsqueeze(1), v.transpose(1, 2)
+        u, s, v = torch.svd_lowrank(p, q=min(rank + OVERSAMPLING, *p.shape[1:]), niter=4)
+    return u[..., :rank] * s[..., None, :rank], v[..., :rank].transpose(1, 2)
 
 
 def terms(module: Module, a: Tensor, d: Tensor, p: Tensor) -> Tensor:
@@ -140,11 +146,14 @@ class Influences:
     def __call__(self, module: Module, a: Tensor, d: Tensor) -> None:
         wide = self._preconditioned.dtype(module)
         a, d = a.to(wide), d.to(wide)
-        g = gradient(module, a, d) if len(self._preconditioned) > 1 else None
-        for here, p in self._preconditioned.blocks(module):
-            part = terms(module, a, d, p[0]).sum(-1, keepdim=True).T if g is None else \
-                p.flatten(1) @ g.flatten(1).T
-            self.total[here] += part.cpu()
+        if len(self._preconditioned) == 1:
+            [(_, p)] = self._preconditioned.blocks(module)
+            self.total[0] += terms(module, a, d, p[0]).sum(-1).cpu()
+            return
+        for rows in _slices(module, len(a)):
+            g = gradient(module, a[rows], d[rows]).flatten(1)
+            for here, p in self._preconditioned.blocks(module):
+                self.total[here, rows] += (p.flatten(1) @ g.T).cpu()
 
 
 class Terms:
@@ -178,9 +187,10 @@ class Sizes:
 
     def __call__(self, module: Module, a: Tensor, d: Tensor) -> None:
         damped = self._ekfac[module.name].damped(self._damping)
-        part = _rotated(self._ekfac, module, a, d).square_().div_(damped)
-        self.self_influence += part.sum((1, 2)).cpu()
-        self.squared_step += part.div_(damped).sum((1, 2)).cpu()
+        for rows in _slices(module, len(a)):
+            part = _rotated(self._ekfac, module, a[rows], d[rows]).square_().div_(damped)
+            self.self_influence[rows] += part.sum((1, 2)).cpu()
+            self.squared_step[rows] += part.div_(damped).sum((1, 2)).cpu()
 
 
 def collect(

@@ -95,7 +95,7 @@ def test_preconditioner_equals_the_dense_inverse(damping):
     assert effective == pytest.approx(float(torch.trace(torch.linalg.solve(dense, bare))))
 
 
-def test_exact_influence_and_its_terms(family, make_model, sequences, tmp_path):
+def test_exact_influence_and_its_terms(family, make_model, sequences, tmp_path, monkeypatch):
     model = make_model(family)
     modules = tracked_modules(model.network, "all")
     ekfac = fitted(model, modules, sequences, tmp_path)
@@ -125,11 +125,16 @@ def test_exact_influence_and_its_terms(family, make_model, sequences, tmp_path):
     many = exact_scores(model, modules, twice, records_of(sequences), 24)
     np.testing.assert_allclose(many[0], torch.stack(totals).numpy(), rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(many[0], many[1])
+    monkeypatch.setattr("gradindex.influence.LARGEST_BLOCK", 1)  # a gradient at a time
+    np.testing.assert_allclose(exact_scores(model, modules, twice, records_of(sequences), 24), many,
+                               rtol=1e-9, atol=1e-9)
     assert (log_p[0, :5] == 0).all() and (log_p[0, 5:-1] < 0).all()
 
 
-def test_sizes_and_query_norms(family, make_model, sequences, tmp_path):
+@pytest.mark.parametrize("block", [1, 1 << 26])
+def test_sizes_and_query_norms(family, make_model, sequences, tmp_path, block, monkeypatch):
     """‖(G+λ)^−½ ∇m‖², ‖(G+λ)⁻¹ ∇m‖² and ‖q̃‖ against dense algebra, summed over modules."""
+    monkeypatch.setattr("gradindex.influence.LARGEST_BLOCK", block)
     model = make_model(family)
     modules = tracked_modules(model.network, "all")
     ekfac = fitted(model, modules, sequences, tmp_path)
