@@ -304,17 +304,18 @@ class Asked:
     """One query under one control: the truth, and the shortlist as a search would make it."""
 
     def __init__(
-        self, control: Control, query: int, scores: np.ndarray, error: np.ndarray,
-        norms: np.ndarray, sizes: Pass,
+        self, control: Control, query: int, scores: np.ndarray, noise: float, norms: np.ndarray,
+        sizes: Pass,
     ):
         n = len(scores)
+        self.error = noise * norms
         self.influence = control.sign * control.truth[query]
         squared = {"none": np.ones(n), "cosine": sizes.self_influence,
                    "relatif": sizes.squared_step}[control.normalize]
         self.value = self.influence / np.sqrt(squared)
         self.order = np.argsort(-self.value, kind="stable")
-        self.shortlist = Shortlist(
-            control.sign * scores, error, None if control.normalize == "none" else norms, n)
+        self.shortlist = Shortlist(control.sign * scores, norms, noise,
+                                   control.normalize != "none", n)
         places = np.empty(n, dtype=np.int64)
         places[self.shortlist.ids(n)] = np.arange(n)
         self.code_place = places  # of every sequence in the order by code
@@ -350,11 +351,10 @@ def asked_of(
     vectors = codes.query_vectors(control.part(work.modules)).numpy()
     scores = found.indexes[length].many_scores(vectors).astype(np.float64)
     norms = found.norms[length]
-    return [
-        Asked(control, query, scores[query],
-              score_error(c, float(np.linalg.norm(vectors[query])), norms, length), norms, found)
-        for query in range(len(vectors))
-    ]
+    noise = [float(score_error(c, float(np.linalg.norm(vector)), np.ones(1), length)[0])
+             for vector in vectors]
+    return [Asked(control, query, scores[query], noise[query], norms, found)
+            for query in range(len(vectors))]
 
 
 def needed_shortlist(asked: list[Asked], k: int = 10) -> int:
@@ -417,7 +417,7 @@ def print_statement(
 ) -> dict[str, float]:
     """The code's error on these queries, and claims against truth."""
     asked = asked_of(plain, work, codes, found, c)
-    error = np.stack([one.shortlist._error for one in asked]) / c
+    error = np.stack([one.error for one in asked]) / c
     scores = np.stack([one.shortlist.statistic for one in asked])
     z, unit = (scores - plain.truth) / error, plain.truth / error
     slope = 1 + float((z * unit).sum() / (unit**2).sum())

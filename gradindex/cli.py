@@ -68,7 +68,8 @@ def _run() -> int:
         error.show()
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted; a build goes on when the same command runs again.", err=True)
+        click.echo("interrupted; a build, or a search with --queries -o, goes on when the same "
+                   "command runs again.", err=True)
         return 130
     except GradindexError as error:
         click.echo(f"gradindex: {error}", err=True)

@@ -138,6 +138,7 @@ class Result:
     controls: dict[str, Any]
     seconds: dict[str, float]
     interrupted: bool = False
+    timed_out: bool = False
     warnings: list[str] = field(default_factory=list)
     model: str = ""
     index: str = ""  # of its manifest's SHA-256, the first 16 digits

@@ -4,9 +4,9 @@ A results file holds one JSON result a line. Run again with the same file, a sea
 answered there, so a killed run goes on.
 """
 
+import hashlib
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,13 @@ from typing import Any
 from gradindex.errors import InputError
 from gradindex.results import Query, Result
 from search.controls import Controls, settle
-from search.engine import Searcher, Stage
+from search.engine import Searcher
 
-FIELDS = ("prompt", "completion", "messages", "token_ids", "labels", "versus", "score_on")
+FIELDS: dict[str, type] = {
+    "prompt": str, "completion": str, "messages": list, "token_ids": list, "labels": list,
+    "versus": str, "score_on": str,
+}
+OPENING = b'{"asked": "'  # of every line of results
 
 
 @dataclass
@@ -46,7 +50,8 @@ def read_queries(path: Path) -> QueryFile:
             query = _parse(line)
             own = query.pop("id", number)
             if own in read.queries:
-                raise ValueError(f"the id {own!r} was there before")
+                raise ValueError(f"the id {own!r} was there before (a line without an id has its "
+                                 "number)")
             read.queries[own] = query
         except ValueError as error:
             read.problems.append(f"{path}:{number}: {error}")
@@ -56,7 +61,7 @@ def read_queries(path: Path) -> QueryFile:
 def _parse(line: bytes) -> dict[str, Any]:
     try:
         query = json.loads(line.decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"not JSON in UTF-8 ({error})") from None
     if not isinstance(query, dict):
         raise ValueError("expected an object with a prompt and a completion")
@@ -65,38 +70,45 @@ def _parse(line: bytes) -> dict[str, Any]:
         raise ValueError(f"unknown field {unknown[0]!r}; expected some of {', '.join(FIELDS)}, id")
     if not query.keys() & {"prompt", "completion", "messages", "token_ids"}:
         raise ValueError("expected a prompt and a completion, messages, or token_ids")
-    for name in ("prompt", "completion", "versus", "score_on"):
-        if not isinstance(query.get(name, ""), str):
-            raise ValueError(f"field {name!r} is not text")
-    if not isinstance(query.get("id", 0), (int, str)):
-        raise ValueError("the id is neither text nor a number")
+    for name, value in query.items():
+        if name == "id":
+            _check_id(value)
+        elif not isinstance(value, FIELDS[name]):
+            kind = "text" if FIELDS[name] is str else "a list"
+            raise ValueError(f"field {name!r} is not {kind}")
     return query
 
 
+def _check_id(value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise ValueError(f"the id {value!r} is neither text nor a whole number")
+    str(value).encode()  # a lone surrogate can't be written: a UnicodeEncodeError, a ValueError too
+
+
 def make_queries(searcher: Searcher, read: QueryFile, done: set[Any]) -> list[Query]:
-    """The queries not yet `done`, tokenised; one that can't be scored becomes a problem."""
+    """The queries not yet `done`, tokenised; one that can't be scored becomes a problem.
+
+    Raises InputError or IndexMismatchError where the model or its tokenizer can't be had.
+    """
+    left = {own: arguments for own, arguments in read.queries.items() if own not in done}
+    if left:
+        _ = searcher.index.tokenizer  # what is wrong with it is no query's fault
+    if any("completion" not in arguments for arguments in left.values()):
+        _ = searcher.model  # which continues the prompt
     made = []
-    for own, arguments in read.queries.items():
-        if own not in done:
-            try:
-                made.append(searcher.make_query(**arguments, id=own))
-            except InputError as error:
-                read.problems.append(f"query {own!r}: {error}")
+    for own, arguments in left.items():
+        try:
+            made.append(searcher.make_query(**arguments, id=own))
+        except InputError as error:
+            read.problems.append(f"query {own!r}: {error}")
     return made
-
-
-def answer(
-    searcher: Searcher, queries: list[Query], controls: Controls
-) -> Iterator[Stage]:
-    """The stages of all queries, a group at a time."""
-    for first in range(0, len(queries), searcher.group_size):
-        yield from searcher.stages(queries[first : first + searcher.group_size], controls)
 
 
 class ResultsFile:
     """A results file being written, or gone on with.
 
-    `done` are the ids it answers already. Raises InputError where it holds something else, or
+    Each line is a result, with the digest of the query's line in front. `done` are the ids it
+    answers already. Raises InputError, and changes nothing, where it holds something else, or
     results of other controls, another index or other queries.
     """
 
@@ -105,27 +117,30 @@ class ResultsFile:
     ):
         self.path = path
         self.done: set[Any] = set()
-        whole = 0
+        self._digests = {own: _digest(arguments) for own, arguments in queries.items()}
         facts = {"index": searcher.index.digest, **settle(controls, searcher.manifest).facts()}
-        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
-            if not line.endswith(b"\n"):
-                break  # cut off by a kill
-            self.done.add(self._check(line, facts, queries))
-            whole += len(line)
+        self._regular = path.is_file() or not path.exists()
+        lines = path.read_bytes().split(b"\n") if path.is_file() else [b""]
+        for line in lines[:-1]:
+            self.done.add(self._check(line, facts))
+        cut_off = lines[-1]  # by a kill, if it isn't empty
+        if not (cut_off.startswith(OPENING) or OPENING.startswith(cut_off)):
+            raise self._foreign()
         self._file = path.open("ab")
-        self._file.truncate(whole)
+        if self._regular:
+            self._file.truncate(sum(len(line) + 1 for line in lines[:-1]))
 
-    def _check(
-        self, line: bytes, facts: dict[str, Any], queries: dict[Any, dict[str, Any]]
-    ) -> Any:
+    def _foreign(self) -> InputError:
+        return InputError(f"-o {self.path} exists and holds something else than results. Give "
+                          "another file, or remove it.")
+
+    def _check(self, line: bytes, facts: dict[str, Any]) -> Any:
         try:
             content = json.loads(line)
-            own = content["query"]["id"]
+            own, asked = content["query"]["id"], content["asked"]
             found = {**content["controls"], "index": content["index"]}
-            texts = {name: content["query"][name] for name in ("prompt", "completion")}
         except (ValueError, KeyError, TypeError):
-            raise InputError(f"-o {self.path} exists and holds something else than results. Give "
-                             "another file, or remove it.") from None
+            raise self._foreign() from None
         expected = json.loads(json.dumps(facts))
         for name, now in expected.items():
             if found.get(name) != now:
@@ -133,20 +148,25 @@ class ResultsFile:
                     f"-o {self.path} holds results of another search ({name}: {found.get(name)} "
                     f"there, {now} now). Give another file, or remove it."
                 )
-        asked = queries.get(own, {})
-        for name, text in texts.items():
-            if asked.get(name, text) != text:
-                raise InputError(
-                    f"-o {self.path} answers another query {own!r} ({name}: {text!r} there, "
-                    f"{asked[name]!r} now). Give another file, or remove it."
-                )
+        if self._digests.get(own) != asked:
+            raise InputError(
+                f"-o {self.path} answers a query {own!r} that is not, or no longer the same, in "
+                "the file of queries. Give another file, or remove it."
+            )
         return own
 
     def write(self, result: Result) -> None:
         """Add a result; it is on disk when this returns."""
-        self._file.write(result.to_json().encode() + b"\n")
+        content = {"asked": self._digests[result.query.id], **result.to_dict()}
+        line = json.dumps(content, ensure_ascii=False, allow_nan=False)
+        self._file.write(line.encode() + b"\n")
         self._file.flush()
-        os.fsync(self._file.fileno())
+        if self._regular:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
+
+
+def _digest(arguments: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()[:16]

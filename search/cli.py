@@ -66,8 +66,9 @@ def _options(options: list[Callable[..., Any]]) -> Callable[..., Any]:
 @click.option("--no-rescore", is_flag=True, help="Rank by code alone: fast, approximate.")
 @click.option("--opponents", is_flag=True, help="The most negative influence instead.")
 @click.option("--candidates", default="code", show_default=True, metavar="code|tfidf|both",
-              help="Who is rescored: the best by code, by shared rare words, or both.")
-@click.option("--time-limit", type=float, metavar="SECONDS", help="Stop rescoring after this long.")
+              help="Who is rescored: the best by code, by shared rare words, or both lists.")
+@click.option("--time-limit", type=float, metavar="SECONDS",
+              help="Stop rescoring a query after this long.")
 @click.option("--queries", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
               help="JSON lines with prompt, completion, id: search for all of them together.")
 @click.option("--aggregate", type=click.Choice(["sum"]),
@@ -147,6 +148,8 @@ def _search_many(
         return _finish(drain(stages, _Follower(progress).follow), form, output) or \
             2 * bool(read.problems)
     results = None
+    if output is not None and output.resolve() == path.resolve():
+        raise click.UsageError(f"-o {output}: that is the file of queries itself; give another.")
     if output is not None:
         results = batch.ResultsFile(output, searcher, controls, read.queries)
         if results.done:
@@ -155,7 +158,7 @@ def _search_many(
     _complain(read, progress)
     follower = _Follower(progress, len(made))
     color = sys.stdout.isatty() and _color()
-    for stage in batch.answer(searcher, made, controls):
+    for stage in searcher.answer(made, controls):
         follower.follow(stage)
         if stage.result is not None and results is not None:
             results.write(stage.result)
@@ -257,9 +260,11 @@ def evaluate(
     if sample != "all" and not (sample.isdecimal() and int(sample)):
         raise click.UsageError(f"--sample {sample}: expected a number above 0, or all.")
     where, controls = _split(others)
+    count = None if sample == "all" else int(sample)
     read = batch.read_queries(queries)
     searcher, progress = _open(index, where)
     settle(controls, searcher.manifest)
+    evaluation.check_sample(count, searcher.manifest)
     made = batch.make_queries(searcher, read, set())
     _complain(read, progress)
     progress.start("exact", len(made) * len(searcher), "scores")
@@ -272,7 +277,6 @@ def evaluate(
         if progress.measured:
             progress.say_expected(progress.seconds_each() * (total - done))
 
-    count = None if sample == "all" else int(sample)
     found = evaluation.evaluate(searcher, made, controls, count, follow)
     progress.finish()
     click.echo(evaluation.table(found))

@@ -27,8 +27,9 @@ class Controls:
     damping: λ as a factor of mean(Λ) [the build's]. modules: a layer range such as "8-15", mlp,
     attention, adapter, or a regular expression [all that are indexed].
     normalize: rank by influence ("none"), by influence / (‖q̃‖ ‖m̃‖) ("cosine") or by θ-RelatIF
-    ("relatif"). candidates: who is rescored: the best by "code", by "tfidf", or "both".
-    rescore: False ranks by code alone. time_limit: stop rescoring after so many seconds.
+    ("relatif"). candidates: who is rescored: the best by "code", by "tfidf", or "both" (as many by
+    TF-IDF on top of the shortlist by code). rescore: False ranks by code alone. time_limit: stop
+    rescoring a query after so many seconds.
     rank: of the preconditioned gradients of many queries [exact while they fit in 2 GiB, else
     32]. train_sequences: N_train, which only scales `nats`.
     """
@@ -80,11 +81,13 @@ class Settings:
 
 def settle(controls: Controls, index: Manifest) -> Settings:
     """Controls with the index's defaults put in. Raises InputError for what can't be."""
+    _whole(k=controls.k, rank=controls.rank, train_sequences=controls.train_sequences)
     _above_zero(damping=controls.damping, time_limit=controls.time_limit, rank=controls.rank,
                 train_sequences=controls.train_sequences)
     _one_of("normalize", controls.normalize, NORMALIZATIONS)
     _one_of("candidates", controls.candidates, CANDIDATES)
-    if controls.recall is not None and not 0 < controls.recall <= 1:
+    if controls.recall is not None and not (
+            isinstance(controls.recall, (int, float)) and 0 < controls.recall <= 1):
         raise InputError(f"--recall {controls.recall}: expected a share above 0, at most 1.")
     if controls.recall is not None and controls.candidates == "tfidf":
         raise InputError("--recall needs --candidates code or both: what a TF-IDF list misses is "
@@ -132,13 +135,13 @@ def choose_modules(tracked: list[Module], choice: str | None) -> list[Module]:
 
     Raises InputError where none does.
     """
-    if choice is None or choice == "all":
+    if choice is None:
         return tracked
-    layers = numbers_in(choice)
+    layers, kinds = numbers_in(choice), {part.strip() for part in choice.split(",")}
     if layers is not None:
         chosen = [module for module in tracked if module.layer in layers]
-    elif choice in ("mlp", "attention", "adapter"):
-        chosen = [module for module in tracked if module.kind == choice]
+    elif kinds <= {"mlp", "attention", "adapter", "all"}:
+        chosen = [module for module in tracked if kinds & {module.kind, "all"}]
     else:
         try:
             pattern = re.compile(choice)
@@ -160,7 +163,7 @@ def choose_modules(tracked: list[Module], choice: str | None) -> list[Module]:
 
 def numbers_in(text: str) -> set[int] | None:
     """The numbers of "3", "8-15" or "0,2-4", both ends included; None where it isn't that."""
-    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
+    if not re.fullmatch(r"\d{1,6}(-\d{1,6})?(,\d{1,6}(-\d{1,6})?)*", text):
         return None
     numbers = set()
     for part in text.split(","):
@@ -169,9 +172,15 @@ def numbers_in(text: str) -> set[int] | None:
     return numbers
 
 
-def _above_zero(**numbers: float | None) -> None:
+def _whole(**numbers: Any) -> None:
     for name, value in numbers.items():
-        if value is not None and not 0 < value < math.inf:
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise InputError(f"--{name.replace('_', '-')} {value!r}: expected a whole number.")
+
+
+def _above_zero(**numbers: Any) -> None:
+    for name, value in numbers.items():
+        if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
             raise InputError(f"--{name.replace('_', '-')} {value}: expected a number above 0.")
 
 

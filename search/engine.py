@@ -25,7 +25,7 @@ from search.rescore import LARGEST_CHUNK, Exact, Rescorer, rescore
 from search.target import make_targets
 
 LARGEST_GROUP = 64  # queries of one journey
-LARGEST_SCORES = 1 << 28  # code scores held at once, of all queries of a journey
+LARGEST_SCORES = 1 << 27  # code scores held at once, of all queries of a journey
 
 
 @dataclass
@@ -117,10 +117,14 @@ class Searcher:
         made = [one if isinstance(one, Query) else self.make_query(**one) for one in queries]
         if aggregated:
             made = [aggregate(made)]
-        for first in range(0, len(made), self.group_size):
-            for stage in self.stages(made[first : first + self.group_size], asked):
-                if stage.result is not None:
-                    yield stage.result
+        for stage in self.answer(made, asked):
+            if stage.result is not None:
+                yield stage.result
+
+    def answer(self, queries: list[Query], controls: Controls) -> Iterator[Stage]:
+        """The stages of any number of queries, a group after the other."""
+        for first in range(0, len(queries), self.group_size):
+            yield from self.stages(queries[first : first + self.group_size], controls)
 
     @property
     def group_size(self) -> int:
@@ -161,7 +165,7 @@ class Searcher:
                                 sizes=settings.normalize != "none"):
                 found.update(part)
             yield [
-                make_hit(self.model.tokenizer, record, found[place], float(all_codes[record.id]),
+                make_hit(self.index.tokenizer, record, found[place], float(all_codes[record.id]),
                          -1, settings.train_sequences, settings.modules, target.norm)
                 for place, record in enumerate(sequences)
             ]
@@ -172,8 +176,11 @@ class Searcher:
         messages: list[dict[str, Any]] | None = None, versus: str | None = None,
         score_on: str | None = None, id: Any = None,
     ) -> Query:
-        """Tokenise and check a query. Raises InputError, before anything is computed."""
-        query = make_query(self.model, prompt, completion, token_ids, labels, messages, versus,
+        """Tokenise and check a query, without the model unless it is to continue the prompt.
+
+        Raises InputError for a query that can't be scored.
+        """
+        query = make_query(self.index, prompt, completion, token_ids, labels, messages, versus,
                            score_on)
         query.id = id
         return query
@@ -196,8 +203,9 @@ class Searcher:
     def stages(self, queries: list[Query], controls: Controls) -> Iterator[Stage]:
         """Search for some queries together, yielding a Stage as each step ends.
 
-        A result comes for each query, in order, at the end. Raises as `search`. A
-        KeyboardInterrupt thrown in while a single query is rescored ends the rescoring only.
+        A result comes for each query, in order, as soon as its shortlist is exact. Raises as
+        `search`. A KeyboardInterrupt thrown in while a single query is rescored ends the rescoring
+        only.
         """
         settings = settle(controls, self.manifest)
         clock = _Clock()
@@ -213,26 +221,23 @@ class Searcher:
         yield Stage("approximate", 0, journey.planned, queries[0],
                     journey.approximate_hits(0) if len(queries) == 1 else None)
 
-        # 3) exact influence of the shortlists, best first, until the statement is good enough
-        interrupted = timed_out = False
-        if settings.rescore:
-            try:
-                for _ in journey.rescore():
-                    yield Stage("exact", len(journey.exact), journey.planned, queries[0])
-                    if clock.since_start() > settings.time_limit:
-                        timed_out = len(journey.exact) < journey.planned
-                        break
-                if not timed_out:
-                    journey.score_background()
-            except KeyboardInterrupt:
-                if len(queries) > 1:
-                    raise
-                interrupted = True
-        clock.lap("rescore")
-
-        # 4) each query's top k and how complete it is; an unfinished shortlist is as long as it got
         for number, query in enumerate(queries):
-            result = journey.conclude(number, interrupted, timed_out)
+            # 3) exact influence of the shortlist, best first, until the statement is good enough
+            interrupted = False
+            if settings.rescore:
+                try:
+                    for _ in journey.rescore(number):
+                        yield Stage("exact", len(journey.exact), journey.planned, query)
+                    if number == 0 and not journey.timed_out:
+                        journey.score_background()
+                except KeyboardInterrupt:
+                    if len(queries) > 1:
+                        raise
+                    interrupted = True
+            clock.lap("rescore")
+
+            # 4) the top k and how complete it is; an unfinished shortlist is as long as it got
+            result = journey.conclude(number, interrupted)
             clock.lap("conclude")
             result.seconds = dict(clock.seconds)
             yield Stage("result", len(journey.exact), journey.planned, query, result.hits, result)
@@ -262,12 +267,9 @@ class _Clock:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self._begun = self._since = time.monotonic()
+        self._since = time.monotonic()
 
     def lap(self, name: str) -> None:
         now = time.monotonic()
         self.seconds[name] = round(self.seconds.get(name, 0.0) + now - self._since, 3)
         self._since = now
-
-    def since_start(self) -> float:
-        return time.monotonic() - self._begun

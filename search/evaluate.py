@@ -1,8 +1,9 @@
 """How good is an index? Shortlists by code, by TF-IDF and by both, against exact scores.
 
-Every sequence of the index, or of a random part of it, is scored exactly on every query. A part is
-treated as an index of its own, k and the shortlist's length scaled down with it, so that what is
-found estimates the whole's. Intervals are over queries (bootstrap, 95 %).
+Every sequence of the index, or a random part of them, is scored exactly on every query. Shortlists
+are always the whole index's. Of a part, the highest share of it stands for the true top k: of a
+tenth, the highest 10 for the top 100. Intervals are over queries, and over the draw of the part
+(bootstrap, 95 %).
 """
 
 from collections.abc import Callable
@@ -13,13 +14,15 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import ndcg_score
 
-from gradindex.codes import score_error
 from gradindex.errors import InputError
+from gradindex.manifest import Manifest
 from gradindex.results import Query
 from search.controls import Controls, settle
 from search.engine import Searcher
+from search.hits import likeness
+from search.journey import Journey
 from search.recall import estimated_recall
-from search.rescore import Rescorer, rescore
+from search.rescore import rescore
 from search.shortlist import Shortlist, best
 from search.target import make_targets
 
@@ -27,15 +30,14 @@ METHODS = ("code", "tfidf", "both")
 TOPS = (10, 100)
 LENGTHS = (100, 200, 500, 1000, 2000, 5000)
 GAIN_DEPTH = 20  # of NDCG
+FEWEST = 5  # sequences of a part that may stand for a true top k
+READ = 4096  # records held at once
 DRAWS = 1000
 
 
 @dataclass
 class Measure:
-    """Means over queries, with 95 % intervals: recall, and for code and both what was claimed.
-
-    `k` and `shortlist` are the whole index's, whatever part was scored.
-    """
+    """Means over queries, with 95 % intervals: recall, and for code and both what was claimed."""
 
     method: str
     k: int
@@ -48,8 +50,10 @@ class Measure:
 
 @dataclass
 class Evaluation:
-    """What `gradindex eval` found. `ndcg` is NDCG@20 of each method's own order, before rescoring;
-    gains are the positive influences. `pairs` are (claimed, actual) of single queries.
+    """What `gradindex eval` found.
+
+    `ndcg` is NDCG@20 of each method's own order of the scored, before rescoring; gains are the
+    positive influences. `pairs` are (claimed, actual) of single queries.
     """
 
     queries: int
@@ -65,6 +69,16 @@ class Evaluation:
         return {"schema": 1, **asdict(self)}
 
 
+def check_sample(sample: int | None, index: Manifest) -> None:
+    """Raise InputError for a part that can't hold enough of a top 100."""
+    total, top = index.sequences, TOPS[-1]
+    if sample is not None and sample < total and sample * top < FEWEST * total:
+        raise InputError(
+            f"--sample {sample}: too few of {total} sequences to hold {FEWEST} of a top {top}; "
+            f"give at least {-(-FEWEST * total // top)}, or all."
+        )
+
+
 def evaluate(
     searcher: Searcher, queries: list[Query], controls: Controls, sample: int | None,
     follow: Callable[[int, int], None],
@@ -75,101 +89,125 @@ def evaluate(
     """
     if not queries:
         raise InputError("--queries: no query can be scored; nothing to evaluate.")
+    check_sample(sample, searcher.manifest)
     settings = settle(controls, searcher.manifest)
-    index, total = searcher.index, len(searcher)
+    total = len(searcher)
     ids = np.arange(total)
     if sample is not None and sample < total:
-        if sample * min(TOPS[-1], total) < total:
-            raise InputError(f"--sample {sample}: too few of {total} sequences to hold one of a "
-                             f"top {TOPS[-1]}; give at least {-(-total // TOPS[-1])}, or all.")
         ids = np.sort(np.random.default_rng(0).choice(total, sample, replace=False))
-    by = Rescorer(index.model, settings.modules, index.ekfac, settings.damping,
-                  searcher.batch_tokens)
     found = Evaluation(len(queries), total, len(ids), settings.damping, len(settings.modules))
-    comparisons = []
+    compared = []
     for first in range(0, len(queries), searcher.group_size):
         group = queries[first : first + searcher.group_size]
-        targets, preconditioned = make_targets(index, group, settings, searcher.batch_tokens)
+        targets, preconditioned = make_targets(searcher.index, group, settings,
+                                               searcher.batch_tokens)
+        journey = Journey(searcher.index, settings, targets, preconditioned, searcher.batch_tokens)
         truth = np.zeros((len(group), len(ids)))
+        seen: set[bytes] = set()
+        new = np.zeros(len(ids), dtype=bool)  # equal sequences count once, as in a search
         done = first * len(ids)
-        for start in range(0, len(ids), 4096):
-            records = index.records(ids[start : start + 4096].tolist())
-            for part in rescore(by, preconditioned, records):
+        for start in range(0, len(ids), READ):
+            records = searcher.index.records(ids[start : start + READ].tolist())
+            for place, record in enumerate(records):
+                new[start + place] = (mark := likeness(record)) not in seen
+                seen.add(mark)
+            for part in rescore(journey.by, preconditioned, records):
                 for place, exact in part:
                     truth[:, start + place] = exact.influence
                 done += len(part) * len(group)
                 follow(done, len(queries) * len(ids))
-        scores = index.code_scores(np.stack([target.vector for target in targets]))[:, ids]
         for number, target in enumerate(targets):
-            error = score_error(searcher.manifest.calibration["c"],
-                                float(np.linalg.norm(target.vector)), index.norms[ids],
-                                len(target.vector))
-            words = index.tokens.scores(target.query.scored_tokens)[ids]
-            comparisons.append(_Comparison(truth[number], scores[number], error, words))
-    return _summary(found, comparisons, len(ids) / total)
+            words = searcher.index.tokens.scores(target.query.scored_tokens)
+            compared.append(_Comparison(
+                ids[new], truth[number, new], journey.codes[number], searcher.index.norms,
+                journey.noise(number), words, len(ids) / total).measured())
+    return _summary(found, compared)
+
+
+@dataclass
+class _Measured:
+    """One query: recall and claim by (method, k, length), and NDCG by method."""
+
+    pairs: dict[tuple[str, int, int], tuple[float, float | None]]
+    tops: dict[int, int]  # by k, how many of the part stand for it
+    ndcg: dict[str, float]
 
 
 class _Comparison:
-    """One query: exact influence, code scores, their error and TF-IDF scores, all [n]."""
+    """One query: exact influence [n] of the sequences `ids` [n], and what is known of all N.
+
+    `share` of the index was scored; of equal sequences among them only the first is here.
+    """
 
     def __init__(
-        self, truth: np.ndarray, scores: np.ndarray, error: np.ndarray, words: np.ndarray
+        self, ids: np.ndarray, truth: np.ndarray, codes: np.ndarray, norms: np.ndarray,
+        noise: float, words: np.ndarray, share: float,
     ):
-        self.truth, self.scores, self.error, self.words = truth, scores, error, words
+        self.ids, self.truth, self.words, self.total = ids, truth, words, len(codes)
+        self.share = share
+        self.codes, self.norms, self.noise = codes, norms, noise
         self.order = best(truth, len(truth))
 
+    def measured(self) -> _Measured:
+        tops = {top: round(top * self.share) for top in TOPS}
+        lengths = [length for length in LENGTHS if length < self.total]
+        asked = [(method, top, length) for method in METHODS for top in TOPS for length in lengths
+                 if top <= length and tops[top] >= min(FEWEST, top)]
+        ndcg = {name: self.ndcg(scores[self.ids])
+                for name, scores in (("code", self.codes), ("tfidf", self.words))}
+        return _Measured({one: self.measure(one[0], tops[one[1]], one[2]) for one in asked}, tops,
+                         ndcg)
+
     def measure(self, method: str, k: int, length: int) -> tuple[float, float | None]:
-        """Recall of the true top k, and what a search would claim."""
-        n = len(self.truth)
-        listed = None if method == "code" else best(self.words, min(length, n))
-        shortlist = Shortlist(self.scores, self.error, None, n, listed, by_list=method == "tfidf")
-        taken = shortlist.advance(range(n), min(length, n))
-        actual = len(set(taken) & set(self.order[:k].tolist())) / k
+        """Recall of the highest k of the scored, and what a search would claim."""
+        listed = None if method == "code" else best(self.words, length)
+        shortlist = Shortlist(self.codes, self.norms, self.noise, False, length, listed,
+                              by_list=method == "tfidf")
+        taken = set(shortlist.advance(range(self.total), length))
+        found = np.array([one in taken for one in self.ids[self.order].tolist()])
+        actual = float(found[:k].sum() / k)
         if method == "tfidf":
             return actual, None
-        if shortlist.cutoff is None:
-            return actual, 1.0
-        ranked = sorted(taken, key=lambda one: (-self.truth[one], one))
-        pi = shortlist.probability(ranked, self.truth[ranked], shortlist.cutoff)
+        ranked = self.order[found]
+        pi = shortlist.probability(self.ids[ranked].tolist(), self.truth[ranked], shortlist.cutoff)
         return actual, estimated_recall(pi, k)
 
     def ndcg(self, scores: np.ndarray) -> float:
+        """1 where there is nothing to order."""
+        if len(scores) < 2:
+            return 1.0
         return float(ndcg_score(np.maximum(self.truth, 0)[None], scores[None], k=GAIN_DEPTH))
 
 
-def _summary(found: Evaluation, comparisons: list[_Comparison], share: float) -> Evaluation:
-    draws = np.random.default_rng(0).integers(0, len(comparisons), (DRAWS, len(comparisons)))
-    for method in METHODS:
-        pairs = []
-        for top in TOPS:
-            k = round(top * share)
-            for shortlist in LENGTHS:
-                if k < 1 or shortlist < top or shortlist >= found.sequences:
-                    continue
-                length = max(k, round(shortlist * share))
-                measured = [one.measure(method, k, length) for one in comparisons]
-                actual = np.array([value for value, _ in measured])
-                low, high = np.quantile(actual[draws].mean(1), [0.025, 0.975])
-                claims = [claim for _, claim in measured if claim is not None]
-                pairs += [(claim, value) for value, claim in measured if claim is not None]
-                found.measures.append(Measure(
-                    method, top, shortlist, float(actual.mean()), (float(low), float(high)),
-                    float(np.mean(claims)) if claims else None,
-                    float(np.abs(np.array(claims) - actual).mean()) if claims else None,
-                ))
-        if pairs:
-            found.pairs[method] = pairs
-    found.ndcg = {
-        "code": float(np.mean([one.ndcg(one.scores) for one in comparisons])),
-        "tfidf": float(np.mean([one.ndcg(one.words) for one in comparisons])),
-    }
+def _summary(found: Evaluation, compared: list[_Measured]) -> Evaluation:
+    random = np.random.default_rng(0)
+    draws = random.integers(0, len(compared), (DRAWS, len(compared)))
+    for method, top, length in compared[0].pairs:
+        measured = [one.pairs[method, top, length] for one in compared]
+        actual = np.array([value for value, _ in measured])
+        drawn = actual[draws]
+        if found.scored < found.sequences:
+            k = compared[0].tops[top]
+            drawn = random.binomial(k, np.clip(drawn, 0, 1)) / k
+        low, high = np.quantile(drawn.mean(1), [0.025, 0.975])
+        claims = [(claim, value) for value, claim in measured if claim is not None]
+        claimed = np.array([claim for claim, _ in claims])
+        found.pairs.setdefault(method, []).extend(claims)
+        found.measures.append(Measure(
+            method, top, length, float(actual.mean()), (float(low), float(high)),
+            float(claimed.mean()) if claims else None,
+            float(np.abs(claimed - actual).mean()) if claims else None,
+        ))
+    found.pairs = {method: pairs for method, pairs in found.pairs.items() if pairs}
+    found.ndcg = {name: float(np.mean([one.ndcg[name] for one in compared]))
+                  for name in compared[0].ndcg}
     return found
 
 
 def table(found: Evaluation) -> str:
     """The evaluation as text for people."""
     part = "every sequence" if found.scored == found.sequences else \
-        f"a random {found.scored:,} of {found.sequences:,} sequences"
+        f"a random {found.scored:,} of {found.sequences:,} sequences (their highest stand for all)"
     lines = [
         f"{found.queries} queries, {part} scored exactly; recall of the true top k by shortlist, "
         "with 95% intervals over queries",
@@ -184,7 +222,7 @@ def table(found: Evaluation) -> str:
         lines.append(f"{NAMES[one.method]:<14}{one.k:>5}{one.shortlist:>11,}   {one.recall:<7.3f}"
                      f"{f'{low:.3f} to {high:.3f}':<16}{claim:<9}{each}".rstrip())
     if not found.measures:
-        lines.append("(the index is no larger than a shortlist of 100: every search is complete)")
+        lines.append("(nothing to compare: the index is no larger than a shortlist of 100)")
     lines += ["", "NDCG@20 before rescoring (gains: positive influence): " + ", ".join(
         f"{NAMES[name]} {value:.3f}" for name, value in found.ndcg.items())]
     lines += ["by both: as many by code as by TF-IDF, so up to twice the sequences are rescored",
@@ -220,7 +258,6 @@ def plot(found: Evaluation, path: Path) -> None:
     lengths = sorted({one.shortlist for one in found.measures})
     left.set_xticks(lengths, [f"{length:,}" for length in lengths])
     left.minorticks_off()
-    left.legend(fontsize=8)
     left.grid(alpha=0.25)
     right.plot([0, 1], [0, 1], color="grey", linewidth=1)
     for method, pairs in found.pairs.items():
@@ -229,6 +266,8 @@ def plot(found: Evaluation, path: Path) -> None:
                       marker=MARKS[method], label=NAMES[method], linewidths=0)
     right.set(xlabel="claimed by the recall statement", ylabel="actual", xlim=(0, 1.02),
               ylim=(0, 1.02), title="Claimed against actual, a point a query and shortlist")
-    right.legend(fontsize=8)
     right.grid(alpha=0.25)
+    for axis in (left, right):
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
     figure.savefig(path, dpi=150)

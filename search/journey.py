@@ -1,5 +1,6 @@
 """Queries searched together: who is rescored for them, what is exact, what follows from it."""
 
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -23,7 +24,10 @@ GOOD = 0.95  # what a longer shortlist is suggested for
 
 
 class Journey:
-    """Some queries on their way from code scores [q, N] to results."""
+    """Some queries on their way from code scores [q, N] to results.
+
+    They are rescored one after the other, each sequence once for all of them.
+    """
 
     def __init__(
         self, index: OpenIndex, settings: Settings, targets: list[Target],
@@ -37,56 +41,58 @@ class Journey:
         self.shortlists = [self._shortlist(number) for number in range(len(targets))]
         self.exact: dict[int, Exact] = {}
         self.records: dict[int, Record] = {}
+        self.timed_out = False  # the query that is rescored now
         self._likeness: dict[int, bytes] = {}
-        self.background: list[int] = []
+        self._background: list[int] = []
         self._lengths = [settings.first] * len(targets)
-        self._c = index.manifest.calibration["c"]
-
-    def _shortlist(self, number: int) -> Shortlist:
-        settings, target = self.settings, self.targets[number]
-        listed = None
-        if settings.candidates != "code":
-            listed = best(self.index.tokens.scores(target.query.scored_tokens), settings.first)
-        norms = self.index.norms
-        error = score_error(self.index.manifest.calibration["c"],
-                            float(np.linalg.norm(target.vector)), norms, len(target.vector))
-        return Shortlist(
-            settings.sign * self.codes[number], error,
-            None if settings.normalize == "none" else norms, settings.most, listed,
-            by_list=settings.candidates == "tfidf",
-        )
-
-    # ---- exact scores
+        self._planned = {one for shortlist in self.shortlists
+                         for one in shortlist.ids(settings.first)}
 
     @property
     def planned(self) -> int:
         """How many sequences are to be exact, as far as is known now."""
-        return len({one for shortlist, length in zip(self.shortlists, self._lengths, strict=True)
-                    for one in shortlist.ids(length)})
+        return len(self._planned)
 
-    def rescore(self) -> Iterator[None]:
-        """Score the shortlists, longer and longer until each statement is what was asked for.
+    def noise(self, number: int) -> float:
+        """The sd of the error of a query's code scores, for ‖v_m‖ = 1."""
+        vector = self.targets[number].vector
+        c = self.index.manifest.calibration["c"]
+        return float(score_error(c, float(np.linalg.norm(vector)), np.ones(1), len(vector))[0])
 
-        Yields after every batch.
+    def _shortlist(self, number: int) -> Shortlist:
+        settings, listed = self.settings, None
+        if settings.candidates != "code":
+            tokens = self.targets[number].query.scored_tokens
+            listed = best(self.index.tokens.scores(tokens), settings.first)
+        scores = self.codes[number] if settings.sign > 0 else -self.codes[number]
+        return Shortlist(scores, self.index.norms, self.noise(number),
+                         settings.normalize != "none", settings.most, listed,
+                         by_list=settings.candidates == "tfidf")
+
+    # ---- exact scores
+
+    def rescore(self, number: int) -> Iterator[None]:
+        """Score a query's shortlist, longer and longer until its statement is what was asked for.
+
+        Yields after every batch. Ends early, `timed_out`, when the time limit is over.
         """
-        while True:
-            wanted = self._wanted()
-            if not wanted:
+        self.timed_out = False
+        deadline = time.monotonic() + self.settings.time_limit
+        while wanted := self._wanted(number):
+            for _ in self._score(wanted):
+                yield
+                if time.monotonic() > deadline and wanted[-1] not in self.exact:
+                    self.timed_out = True
+                    return
+            self._grow(number)
+            if time.monotonic() > deadline and self._wanted(number):
+                self.timed_out = True
                 return
-            yield from self._score(wanted)
-            if self.settings.recall is None:
-                return
-            for number in range(len(self.targets)):
-                self._grow(number, self.settings.recall)
 
-    def _wanted(self) -> list[int]:
-        """Ids not yet exact, those that stand first in any order first."""
-        place: dict[int, int] = {}
-        for shortlist, length in zip(self.shortlists, self._lengths, strict=True):
-            for rank, one in enumerate(shortlist.ids(length)):
-                if one not in self.exact:
-                    place[one] = min(rank, place.get(one, rank))
-        return sorted(place, key=lambda one: (place[one], one))
+    def _wanted(self, number: int) -> list[int]:
+        """A query's ids that are not yet exact, best first."""
+        ids = self.shortlists[number].ids(self._lengths[number])
+        return [one for one in ids if one not in self.exact]
 
     def _score(self, ids: list[int]) -> Iterator[None]:
         records = self.index.records(ids)
@@ -97,21 +103,23 @@ class Journey:
             self.exact.update((ids[place], one) for place, one in found)
             yield
 
-    def _grow(self, number: int, goal: float) -> None:
+    def _grow(self, number: int) -> None:
         """Lengthen a query's shortlist if its statement is short of the goal and it may grow."""
-        if self._lengths[number] < self.settings.most:
-            groups, estimate = self._statement(number)
-            if estimate < goal:
-                expected = self._length_for(number, goal, groups)
-                self._lengths[number] = min(
-                    self.settings.most, longer(self._lengths[number], expected))
+        goal, most = self.settings.recall, self.settings.most
+        if goal is None or self._lengths[number] == most:
+            return
+        groups, estimate = self._statement(number)
+        if estimate < goal:
+            expected = self._length_for(number, goal, groups)
+            self._lengths[number] = min(most, longer(self._lengths[number], expected))
+            self._planned |= set(self._wanted(number))
 
     def score_background(self) -> None:
         """A fixed random sample, for percentiles and for the code's error on each query."""
         ids = self.index.background()
         for _ in self._score([one for one in ids if one not in self.exact]):
             pass
-        self.background = ids
+        self._background = ids
 
     # ---- what follows
 
@@ -124,10 +132,10 @@ class Journey:
             alike.setdefault(self._likeness[one], []).append(one)
         # equal sequences differ by rounding only: the first in the index stands for them
         groups = [sorted(group) for group in alike.values()]
+        if len(counted) == len(self.index.norms):
+            return groups, 1.0
         first = [group[0] for group in groups]
         shortlist = self.shortlists[number]
-        if shortlist.cutoff is None:
-            return groups, 1.0
         signed = self._signed(number, first)
         probabilities = shortlist.probability(first, signed, shortlist.cutoff)
         return groups, estimated_recall(probabilities, self.settings.k)
@@ -148,42 +156,39 @@ class Journey:
 
     def approximate_hits(self, number: int) -> list[Hit]:
         """The best k by code alone."""
-        ids = [int(one) for one in best(self.shortlists[number].statistic, self.settings.k)]
+        ids = best(self.shortlists[number].statistic, self.settings.k).tolist()
         return [self._hit(number, record, None, rank)
                 for rank, record in enumerate(self.index.records(ids), 1)]
 
-    def conclude(self, number: int, interrupted: bool, timed_out: bool) -> Result:
+    def conclude(self, number: int, interrupted: bool) -> Result:
         """A query's top k, exact by token and module, and how complete it is."""
-        settings, target = self.settings, self.targets[number]
+        settings, query = self.settings, self.targets[number].query
+        c = self.index.manifest.calibration["c"]
         if not settings.rescore:
-            return self._result(number, self.approximate_hits(number), Recall(
-                settings.k, None, None, self._c), 0, [
-                    "nothing was rescored: influence and order are the code's estimate, and how "
-                    "complete the list is isn't known"])
+            return self._result(number, self.approximate_hits(number),
+                                Recall(settings.k, None, None, c), 0, [
+                "nothing was rescored: influence and order are the code's estimate, and how "
+                "complete the list is isn't known"])
         groups, estimate = self._statement(number)
-        shortlist = self.shortlists[number]
         counted = sum(map(len, groups))
-        unknown = settings.candidates == "tfidf" and counted < len(self.index.norms)
+        complete = counted == len(self.index.norms)
+        unknown = settings.candidates == "tfidf" and not complete
         recall = Recall(
-            settings.k, None if unknown else estimate, None if unknown else shortlist.cutoff,
-            self._c, self._error_here(number), settings.recall,
+            settings.k, None if unknown else estimate,
+            None if unknown or complete else self.shortlists[number].cutoff, c,
+            self._error_here(number), settings.recall,
         )
         if recall.estimate is not None and recall.estimate < GOOD and groups:
             recall.shortlist_for_95 = self._length_for(number, GOOD, groups)
         hits = self._hits(number, groups)
-        warnings = [*target.query.notes, *self._warnings(number, hits, recall)]
-        if self.preconditioned.rank is not None:
-            warnings.append(
-                f"the query's gradient was reduced to rank {self.preconditioned.rank} a module to "
-                "choose these hits; their influence is that of all of it"
-            )
-        total = len(shortlist.ids(self._lengths[number]))
-        if interrupted:
-            warnings.append(f"interrupted: {counted} of {total} sequences are exact")
-        if timed_out:
-            warnings.append(f"--time-limit reached: {counted} of {total} sequences are exact")
+        warnings = [note for text in query.texts for note in text.notes]
+        warnings += self._warnings(number, hits, recall, interrupted or self.timed_out)
+        total = len(self.shortlists[number].ids(self._lengths[number]))
+        if interrupted or self.timed_out:
+            why = "interrupted" if interrupted else "--time-limit reached"
+            warnings.append(f"{why}: {counted} of {total} sequences are exact")
         result = self._result(number, hits, recall, counted, warnings)
-        result.interrupted = interrupted
+        result.interrupted, result.timed_out = interrupted, self.timed_out
         return result
 
     def _hits(self, number: int, groups: list[list[int]]) -> list[Hit]:
@@ -201,38 +206,32 @@ class Journey:
         records = [self.records[group[0]] for group in chosen]
         for part in rescore(self.by, whole, records, sizes=True, terms=True):
             found.update(part)
-        truth = self._background_values(number)
+        sample = np.array([self._value(number, one) for one in self._background])
         ranked = []
         for place, (group, record) in enumerate(zip(chosen, records, strict=True)):
             value = settings.sign * normalized(
                 float(found[place].influence[0]), found[place], settings.normalize)
-            hit = self._hit(number, record, found[place],
-                            self.shortlists[number].rank(record.id))
+            hit = self._hit(number, record, found[place], self.shortlists[number].rank(record.id))
             hit.duplicates = group[1:]
-            if len(truth):
-                hit.percentile = float(np.mean(truth <= settings.sign * value) * 100)
+            if len(sample):
+                hit.percentile = float(np.mean(sample <= self._value(number, record.id)) * 100)
             ranked.append((-value, record.id, hit))
         return [hit for _, _, hit in sorted(ranked, key=lambda one: one[:2])[: settings.k]]
 
-    def _background_values(self, number: int) -> np.ndarray:
-        return np.array([self.settings.sign * self._value(number, one)
-                         for one in self.background])
-
     def _error_here(self, number: int) -> float | None:
         """c measured on a query's background sample, or None where that says too little."""
-        if not self.background:
-            return None
-        target, there = self.targets[number], self.background
-        unit = score_error(1.0, float(np.linalg.norm(target.vector)), self.index.norms[there],
-                           len(target.vector))
-        truth = np.array([self.exact[one].influence[number] for one in there])
-        real = unit > 0
+        there = self._background
+        error = self.noise(number) * self.index.norms[there]
+        real = error > 0
         if real.sum() < SMALLEST_SAMPLE:
             return None
-        error = self.codes[number, there] - truth
-        return float(np.sqrt(np.mean((error[real] / unit[real]) ** 2)))
+        truth = np.array([self.exact[one].influence[number] for one in there])
+        z = (self.codes[number, there] - truth)[real] / error[real]
+        return self.index.manifest.calibration["c"] * float(np.sqrt(np.mean(z**2)))
 
-    def _warnings(self, number: int, hits: list[Hit], recall: Recall) -> list[str]:
+    def _warnings(
+        self, number: int, hits: list[Hit], recall: Recall, unfinished: bool
+    ) -> list[str]:
         sign, warnings = self.settings.sign, []
         wrong = sum(sign * hit.influence <= 0 for hit in hits)
         if wrong:
@@ -241,37 +240,41 @@ class Journey:
                 f"{self.settings.k} sequences of the shortlist are "
                 f"{'opponents' if sign < 0 else 'proponents'}"
             )
-        if recall.c_here is not None and recall.estimate is not None and \
-                not self._c / ODD_CALIBRATION < recall.c_here < self._c * ODD_CALIBRATION:
+        odd = recall.c_here is not None and recall.estimate is not None and not (
+            recall.c / ODD_CALIBRATION < recall.c_here < recall.c * ODD_CALIBRATION)
+        if odd and recall.c_here is not None:
             warnings.append(
-                f"on this query the code's error is {recall.c_here / self._c:.1f} times what the "
+                f"on this query the code's error is {recall.c_here / recall.c:.1f} times what the "
                 "index was calibrated to, so the recall statement is "
-                + ("too hopeful" if recall.c_here > self._c else "too cautious")
+                + ("too hopeful" if recall.c_here > recall.c else "too cautious")
                 + "; a longer --shortlist helps"
             )
-        if recall.shortlist_for_95 is not None and recall.estimate is not None \
-                and recall.estimate < HOPELESS:
-            length = recall.shortlist_for_95
-            total = len(self.index.norms)
-            help_ = "only --shortlist all would hold 95% of it" if length >= total else \
-                f"--shortlist {_round_up(length, total)} would hold about 95% of it"
+        if recall.estimate is not None and recall.estimate < HOPELESS and hits and not unfinished:
+            warnings.append(self._what_would_help(number, hits[-1], recall.shortlist_for_95))
+        if self.preconditioned.rank is not None:
             warnings.append(
-                "the code's noise hides this answer: the influence of the last hit is "
-                f"{self._distinctness(number, hits):.1f} times the noise of a code's score; "
-                f"{help_}, or an index with more --bits, or --candidates both"
+                "these hits were chosen, and the recall statement made, with the query's gradient "
+                f"reduced to rank {self.preconditioned.rank} a module; their influence is that of "
+                "all of it"
             )
         return warnings
 
-    def _distinctness(self, number: int, hits: list[Hit]) -> float:
-        """The last hit's influence in standard deviations of the code's error."""
-        vector = self.targets[number].vector
-        error = score_error(self._c, float(np.linalg.norm(vector)),
-                            self.index.norms[[hits[-1].id]], len(vector))[0]
-        return abs(hits[-1].influence) / error if error > 0 else 0.0
+    def _what_would_help(self, number: int, last: Hit, length: int | None) -> str:
+        """Said of a search whose answer drowns in the code's noise."""
+        total = len(self.index.norms)
+        error = self.noise(number) * self.index.norms[last.id]
+        means = ["only --shortlist all would hold 95% of it" if not length or length >= total else
+                 f"--shortlist {_round_up(length, total)} would hold about 95% of it",
+                 "or an index with more --bits"]
+        if self.settings.candidates == "code":
+            means.append("or --candidates both")
+        return ("the code's noise hides this answer: the influence of the last hit is "
+                f"{abs(last.influence) / error if error > 0 else 0:.1f} times the noise of a "
+                f"code's score; {', '.join(means)}")
 
     def _hit(self, number: int, record: Record, exact: Exact | None, rank: int) -> Hit:
         hit = make_hit(
-            self.index.model.tokenizer, record, exact, float(self.codes[number, record.id]), rank,
+            self.index.tokenizer, record, exact, float(self.codes[number, record.id]), rank,
             self.settings.train_sequences, self.settings.modules, self.targets[number].norm)
         hit.tfidf_rank = self.shortlists[number].place_in_list(record.id)
         return hit

@@ -1,6 +1,8 @@
 """What a search reads: the manifest at once, model, curvature, codes and records at first use."""
 
+import contextlib
 import io
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,9 @@ class OpenIndex:
             trust_remote_code, allow_pickle,
         )
         self._model: LanguageModel | None = None
+        self._tokenizer: Any | None = None
+        self._tokenizer_read = False
+        self._config: Any = None
         self._ekfac: Ekfac | None = None
         self._codes: Codes | None = None
         self._segments: list[tuple[Segment, vectors.CodeIndex]] | None = None
@@ -58,12 +63,10 @@ class OpenIndex:
         """The model, loaded and checked at first use. Raises IndexMismatchError for another."""
         if self._model is None:
             facts = self.manifest
-            if not self._model_given and facts.model["files"] is None:
-                raise InputError(
-                    "this index was built from a model object; pass the model (--model PATH, or "
-                    "gradindex.open(index, model=…))."
-                )
-            model = self._load_model()
+            self._source.tokenizer = self.tokenizer  # not read twice
+            with self._explained():
+                model = self._source.load(*(() if self._is_object else
+                                            (self._device, facts.dtype)))
             dtype = str(model.dtype).removeprefix("torch.")
             if dtype != facts.dtype:
                 raise IndexMismatchError(
@@ -71,20 +74,45 @@ class OpenIndex:
                     f"Load it with dtype={facts.dtype}."
                 )
             check_identity(model, facts.model)
-            found = tokenizer_digest(model.tokenizer)
-            if model.tokenizer is not None and facts.model["tokenizer"] not in (None, found):
-                raise IndexMismatchError(
-                    f"the tokenizer (digest {str(found)[:12]}) is not the one the index was built "
-                    f"with ({facts.model['tokenizer'][:12]}). Pass the right one with --tokenizer."
-                )
             self._model = model
         return self._model
 
-    def _load_model(self) -> LanguageModel:
-        if not isinstance(self._source.model, (str, Path)):
-            return self._source.load()
+    @property
+    def tokenizer(self) -> Any | None:
+        """The model's tokenizer, if it has one. Raises IndexMismatchError for another."""
+        if not self._tokenizer_read:
+            with self._explained():
+                self._config = self._source.load_config()
+                tokenizer = self._source.load_tokenizer()
+            expected, found = self.manifest.model["tokenizer"], tokenizer_digest(tokenizer)
+            if tokenizer is not None and expected not in (None, found):
+                raise IndexMismatchError(
+                    f"the tokenizer (digest {str(found)[:12]}) is not the one the index was built "
+                    f"with ({expected[:12]}). Pass the right one with --tokenizer."
+                )
+            self._tokenizer, self._tokenizer_read = tokenizer, True
+        return self._tokenizer
+
+    @property
+    def config(self) -> Any:
+        """The model's configuration."""
+        _ = self.tokenizer  # read with it
+        return self._config
+
+    @property
+    def _is_object(self) -> bool:
+        return not isinstance(self._source.model, (str, Path))
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Where the model can't be had, say what it was and how to say where it is."""
+        if not self._model_given and self.manifest.model["files"] is None:
+            raise InputError(
+                "this index was built from a model object; pass the model (--model PATH, or "
+                "gradindex.open(index, model=…))."
+            )
         try:
-            return self._source.load(self._device, self.manifest.dtype)
+            yield
         except InputError as error:
             if self._model_given or "--device" in str(error):
                 raise
@@ -131,7 +159,7 @@ class OpenIndex:
         return self._segments
 
     def code_scores(self, queries: np.ndarray) -> np.ndarray:
-        """The code score of every sequence, by id, for query vectors [q, K]: float64 [q, N]."""
+        """The code score of every sequence, by id, for query vectors [q, K]: float32 [q, N]."""
         codes = [index for _, index in self.segments()]
         if len(queries) < UNPACK_FROM:
             with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
@@ -139,7 +167,7 @@ class OpenIndex:
                     lambda one: np.stack([one.scores(query) for query in queries]), codes))
         else:  # a matrix product, which has threads of its own
             parts = [one.many_scores(queries) for one in codes]
-        return np.concatenate(parts, axis=1).astype(np.float64)
+        return np.concatenate(parts, axis=1)
 
     @property
     def norms(self) -> np.ndarray:

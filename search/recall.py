@@ -6,12 +6,11 @@ stands for 1/π sequences (Horvitz & Thompson 1952): itself and those like it th
 """
 
 from collections.abc import Sequence
-from statistics import NormalDist
 
 import numpy as np
+import torch
 
 SMALLEST_PROBABILITY = 1e-4
-_STANDARD_NORMAL = NormalDist()
 
 
 def inclusion_probability(
@@ -26,7 +25,7 @@ def inclusion_probability(
     with np.errstate(divide="ignore", invalid="ignore"):
         z = np.where(error > 0, (influence - cutoff) / error,
                      np.where(influence > cutoff, np.inf, -np.inf))
-    probability = np.array([_STANDARD_NORMAL.cdf(float(value)) for value in z])
+    probability = torch.special.ndtr(torch.from_numpy(np.asarray(z, dtype=np.float64))).numpy()
     return np.maximum(probability, SMALLEST_PROBABILITY)
 
 

@@ -52,8 +52,8 @@ def _heading(result: Result, width: int) -> list[str]:
         lines.append(f"       and {len(query.others) - MOST_TEXTS} more texts")
     scored = sum(text.scored for text in query.texts)
     tokens = "token" if scored == 1 else "tokens"
-    what = "log p" if not query.others else "log p − log p(versus)" \
-        if query.others[0].weight < 0 else "sum of log p"
+    what = {(): "log p", (-1.0,): "log p − log p(versus)"}.get(
+        tuple(text.weight for text in query.others), "weighted sum of log p")
     lines.append(f"       ⟦{scored} {tokens} scored⟧, {what} = {query.log_p:.2f} nats")
     kind = "opponents (most negative influence)" if result.opponents else "proponents"
     how = f"{result.rescored:,} rescored exactly" if result.controls["rescore"] else \
@@ -146,15 +146,17 @@ def recall_statement(result: Result) -> str:
     if recall.estimate is None:
         return ("recall: unknown; who else there is can't be told from a TF-IDF list "
                 f"({result.rescored:,} of {result.sequences:,} rescored).")
-    if recall.cutoff is None and not result.interrupted:
+    if result.rescored == result.sequences:
         return f"recall: complete, all {result.sequences:,} sequences were rescored exactly."
     said = (
         f"recall: an estimated {_share(recall.estimate)} of the true top {recall.k} are in this "
         f"list ({result.rescored:,} of {result.sequences:,} rescored{_cutoff(result)})."
     )
     if recall.asked is not None and recall.estimate < recall.asked:
-        said += (f" {recall.asked:.1%} was asked for; rescoring ended at its limit, --shortlist "
-                 f"{controls['shortlist']}." if not result.interrupted else "")
+        why = "was interrupted" if result.interrupted else \
+            "ran out of --time-limit" if result.timed_out else \
+            f"ended at its limit, --shortlist {controls['shortlist']}"
+        said += f" {recall.asked:.1%} was asked for; rescoring {why}."
     if recall.shortlist_for_95 is not None and recall.estimate < 0.9:
         said += f" For 95%, about {recall.shortlist_for_95:,} must be rescored."
     return said

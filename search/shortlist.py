@@ -16,42 +16,46 @@ from search.recall import expected_recall, inclusion_probability
 class Shortlist:
     """One query's order of sequences, and how far along it they are rescored.
 
-    scores [N] are code scores times the sign asked for (−1 for opponents), error [N] their sd,
-    scale [N] what the statistic divides both by (‖v_m‖, or None for 1). `most` is the longest the
-    shortlist may grow. With `listed`, ids of a TF-IDF list; with `by_list` they alone are taken.
+    scores [N] are code scores times the sign asked for (−1 for opponents), norms [N] the ‖v_m‖;
+    the error of a score has sd noise · ‖v_m‖. `by_norm` orders by score / ‖v_m‖. `most` is the
+    longest the shortlist may grow. `listed` are the ids of a TF-IDF list, which come on top of the
+    shortlist; with `by_list` they alone are taken.
     """
 
     def __init__(
-        self, scores: np.ndarray, error: np.ndarray, scale: np.ndarray | None, most: int,
+        self, scores: np.ndarray, norms: np.ndarray, noise: float, by_norm: bool, most: int,
         listed: np.ndarray | None = None, by_list: bool = False,
     ):
-        self._scale = None if scale is None else np.where(scale > 0, scale, np.inf)
-        self.statistic = scores if self._scale is None else scores / self._scale
-        self._error = error if self._scale is None else error / self._scale
+        self._norms, self._noise, self._by_norm = norms, noise, by_norm
+        self.statistic = scores / self._scale(np.arange(len(scores))) if by_norm else scores
         self._order = best(self.statistic, min(len(scores), most + 1))
         self.listed = np.zeros(0, dtype=np.int64) if listed is None else listed
+        self._list_done = False
         self._by_list = by_list
         self.length = 0  # along the order, all of them rescored
 
+    def _scale(self, places: np.ndarray) -> np.ndarray:
+        """‖v_m‖, or infinity for a gradient of zero, whose statistic is zero then."""
+        norms = self._norms[places]
+        return np.where(norms > 0, norms, np.inf)
+
     def ids(self, length: int) -> list[int]:
         """Who is to be rescored for a shortlist of `length` by code, best first."""
-        if self._by_list:
-            return [int(one) for one in self.listed]
-        head = [int(one) for one in self._order[:length]]
-        return list(dict.fromkeys([*head, *(int(one) for one in self.listed)]))
+        listed: list[int] = self.listed.tolist()
+        return listed if self._by_list else list(
+            dict.fromkeys([*self._order[:length].tolist(), *listed]))
 
     def advance(self, rescored: Container[int], length: int) -> list[int]:
         """Note how far the order is rescored, and return who counts: that far, and the list."""
-        here = self.ids(length)
         if self._by_list:
-            return [one for one in here if one in rescored]
+            return [one for one in self.ids(length) if one in rescored]
         self.length = 0
         while self.length < length and int(self._order[self.length]) in rescored:
             self.length += 1
-        counted = here[: self.length]
-        if all(one in rescored for one in here[length:]):
-            counted = list(dict.fromkeys([*counted, *(int(one) for one in self.listed)]))
-        return counted
+        listed: list[int] = self.listed.tolist()
+        self._list_done = all(one in rescored for one in listed)
+        counted = self._order[: self.length].tolist()
+        return list(dict.fromkeys([*counted, *listed])) if self._list_done else counted
 
     @property
     def cutoff(self) -> float | None:
@@ -65,9 +69,13 @@ class Shortlist:
     ) -> np.ndarray:
         """π of sequences with exact `influence` (times the sign): their chance to be rescored."""
         places = np.asarray(ids, dtype=np.int64)
-        own = influence if self._scale is None else influence / self._scale[places]
-        pi = inclusion_probability(own, self._error[places], cutoff)
-        pi[np.isin(places, self.listed)] = 1.0
+        error = self._noise * self._norms[places]
+        if self._by_norm:
+            scale = self._scale(places)
+            influence, error = influence / scale, error / scale
+        pi = inclusion_probability(influence, error, cutoff)
+        if self._list_done:
+            pi[np.isin(places, self.listed)] = 1.0
         return pi
 
     def length_for(

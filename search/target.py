@@ -59,7 +59,7 @@ def make_targets(
 def rank_for(index: OpenIndex, queries: int, settings: Settings) -> int | None:
     """The rank asked for; without one, None (all) where the gradients fit, else 32."""
     if settings.rank is not None or queries == 1:
-        return settings.rank if queries > 1 else None
+        return settings.rank
     entries = queries * _entries(settings)
     size = index.model.accumulate.itemsize
     return None if entries * size <= LARGEST_STACK else LOW_RANK

@@ -59,7 +59,7 @@ def test_claims_are_true_of_other_shortlists(by_norm, listed):
         value = influence / norms if by_norm else influence
         noisy = value + random.standard_normal(n) * 9  # a list made from something else
         others = best(noisy, listed) if listed else None
-        shortlist = Shortlist(scores, error, norms if by_norm else None, n, others)
+        shortlist = Shortlist(scores, norms, 4.0, by_norm, n, others)
         taken = shortlist.advance(range(n), length)
         assert len(taken) == len(set(taken)) <= length + listed
         ranked = sorted(taken, key=lambda one: -value[one])
@@ -71,6 +71,51 @@ def test_claims_are_true_of_other_shortlists(by_norm, listed):
     assert 0.3 < actual < 0.97
 
 
+def test_an_unfinished_list_is_not_counted_as_certain():
+    """Interrupted before the TF-IDF list is through, only the code's order counts."""
+    random = np.random.default_rng(5)
+    n, k, pairs = 2000, 10, []
+    for _ in range(200):
+        influence = random.standard_t(2.5, n) * random.pareto(3, n)
+        scores = influence + 3.0 * random.standard_normal(n)
+        others = best(influence + 3.0 * random.standard_normal(n), 1000)
+        shortlist = Shortlist(scores, np.ones(n), 3.0, False, n, others)
+        exact = set(shortlist.ids(100)[:60])
+        taken = shortlist.advance(exact, 100)
+        assert set(taken) == exact
+        ranked = sorted(taken, key=lambda one: -influence[one])
+        pi = shortlist.probability(ranked, influence[ranked], shortlist.cutoff)
+        top = set(np.argsort(-influence)[:k].tolist())
+        pairs.append((estimated_recall(pi, k), len(top & set(taken)) / k))
+    claimed, actual = np.array(pairs).mean(0)
+    assert abs(claimed - actual) <= 0.03 and actual < 0.9
+
+
+@pytest.mark.parametrize("goal", [0.6, 0.9])
+def test_claims_after_growing_are_true(goal):
+    """Stopping at the first statement that is high enough hardly biases it."""
+    random = np.random.default_rng(11)
+    n, k, pairs = 3000, 10, []
+    for _ in range(200):
+        influence = random.standard_t(2.5, n) * random.pareto(3, n)
+        scores = influence + 5.0 * random.standard_normal(n)
+        shortlist = Shortlist(scores, np.ones(n), 5.0, False, n)
+        length = 30
+        while True:
+            taken = shortlist.advance(range(n), length)
+            ranked = sorted(taken, key=lambda one: -influence[one])
+            pi = shortlist.probability(ranked, influence[ranked], shortlist.cutoff)
+            claim = estimated_recall(pi, k)
+            if claim >= goal or length == n:
+                break
+            length = min(n, longer(length, shortlist.length_for(
+                goal, ranked, influence[ranked], k)))
+        top = set(np.argsort(-influence)[:k].tolist())
+        pairs.append((claim, len(top & set(taken)) / k))
+    claimed, actual = np.array(pairs).mean(0)
+    assert abs(claimed - actual) <= 0.03 and claimed >= goal and actual < 0.999
+
+
 def test_the_length_for_a_recall_is_found():
     """The length suggested holds about what it is suggested for."""
     random = np.random.default_rng(3)
@@ -78,8 +123,8 @@ def test_the_length_for_a_recall_is_found():
     held = []
     for _ in range(60):
         influence = random.standard_t(2.5, n) * random.pareto(3, n)
-        error = np.full(n, 4.0)
-        shortlist = Shortlist(influence + error * random.standard_normal(n), error, None, n)
+        scores = influence + 4.0 * random.standard_normal(n)
+        shortlist = Shortlist(scores, np.ones(n), 4.0, False, n)
         taken = shortlist.advance(range(n), 200)
         ranked = sorted(taken, key=lambda one: -influence[one])
         length = shortlist.length_for(0.9, ranked, influence[ranked], k)
@@ -91,21 +136,22 @@ def test_the_length_for_a_recall_is_found():
 
 def test_a_shortlist_by_hand():
     scores = np.array([1.0, 3.0, 2.0, 3.0, -1.0])
-    shortlist = Shortlist(scores, np.ones(5), None, 3, np.array([4, 3]))
+    shortlist = Shortlist(scores, np.ones(5), 1.0, False, 3, np.array([4, 3]))
     assert shortlist.ids(2) == [1, 3, 4] and shortlist.ids(3) == [1, 3, 2, 4]
     assert shortlist.advance({1}, 2) == [1] and shortlist.cutoff == 3.0
     assert shortlist.advance({1, 3}, 2) == [1, 3] and shortlist.cutoff == 2.0  # 4 is still missing
+    np.testing.assert_allclose(shortlist.probability([3], np.array([2.0]), 2.0), [0.5])
     assert shortlist.advance({1, 3, 4}, 2) == [1, 3, 4]
     np.testing.assert_allclose(
         shortlist.probability([1, 3, 4], np.array([3.0, 2.0, -9.0]), 2.0),
         [0.8413447460685429, 1.0, 1.0])
     assert [shortlist.rank(one) for one in range(5)] == [4, 1, 3, 2, 5]
     assert shortlist.place_in_list(3) == 2 and shortlist.place_in_list(1) is None
-    whole = Shortlist(scores, np.ones(5), None, 5)
+    whole = Shortlist(scores, np.ones(5), 1.0, False, 5)
     assert whole.advance(range(5), 5) == [1, 3, 2, 0, 4] and whole.cutoff is None
-    alone = Shortlist(scores, np.ones(5), None, 3, np.array([4, 3]), by_list=True)
+    alone = Shortlist(scores, np.ones(5), 1.0, False, 3, np.array([4, 3]), by_list=True)
     assert alone.advance({3, 4, 1}, 3) == [4, 3]
-    by_norm = Shortlist(scores, np.ones(5), np.array([1.0, 3.0, 1.0, 0.0, 1.0]), 4)
+    by_norm = Shortlist(scores, np.array([1.0, 3.0, 1.0, 0.0, 1.0]), 1.0, True, 4)
     assert by_norm.ids(4) == [2, 0, 1, 3]  # a gradient of zero counts as zero
 
 
