@@ -402,7 +402,7 @@ class _Follower:
             difference = ", a difference" if any(text.weight < 0 for text in query.others) else ""
             progress.say(f"gradient of {sum(text.scored for text in query.texts)} scored tokens, "
                          f"log p = {query.log_p:.2f} nats{difference}")
-        elif stage.name == "approximate":
+        elif stage.name == "approximate" and stage.total:
             progress.start("exact", stage.total, "sequences")
             self._done, self._running = 0, True
         elif stage.name == "exact":

@@ -210,6 +210,10 @@ class Searcher:
         settings = settle(controls, self.manifest)
         clock = _Clock()
 
+        # 0) what is read once, at the first search
+        self.index.load()
+        clock.lap("load")
+
         # 1) each query's gradient, preconditioned, as a vector and in full
         targets, preconditioned = make_targets(self.index, queries, settings, self.batch_tokens)
         clock.lap("gradient")

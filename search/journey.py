@@ -45,7 +45,7 @@ class Journey:
         self._likeness: dict[int, bytes] = {}
         self._background: list[int] = []
         self._lengths = [settings.first] * len(targets)
-        self._planned = {one for shortlist in self.shortlists
+        self._planned = {one for shortlist in self.shortlists if settings.rescore
                          for one in shortlist.ids(settings.first)}
 
     @property
@@ -164,24 +164,22 @@ class Journey:
         """A query's top k, exact by token and module, and how complete it is."""
         settings, query = self.settings, self.targets[number].query
         c = self.index.manifest.calibration["c"]
+        warnings = [note for text in query.texts for note in text.notes]
         if not settings.rescore:
-            return self._result(number, self.approximate_hits(number),
-                                Recall(settings.k, None, None, c), 0, [
-                "nothing was rescored: influence and order are the code's estimate, and how "
-                "complete the list is isn't known"])
+            unknown = Recall(settings.k, None, None, c)
+            return self._result(number, self.approximate_hits(number), unknown, 0, warnings)
         groups, estimate = self._statement(number)
         counted = sum(map(len, groups))
         complete = counted == len(self.index.norms)
-        unknown = settings.candidates == "tfidf" and not complete
+        by_words = settings.candidates == "tfidf" and not complete
         recall = Recall(
-            settings.k, None if unknown else estimate,
-            None if unknown or complete else self.shortlists[number].cutoff, c,
+            settings.k, None if by_words else estimate,
+            None if by_words or complete else self.shortlists[number].cutoff, c,
             self._error_here(number), settings.recall,
         )
         if recall.estimate is not None and recall.estimate < GOOD and groups:
             recall.shortlist_for_95 = self._length_for(number, GOOD, groups)
         hits = self._hits(number, groups)
-        warnings = [note for text in query.texts for note in text.notes]
         warnings += self._warnings(number, hits, recall, interrupted or self.timed_out)
         total = len(self.shortlists[number].ids(self._lengths[number]))
         if interrupted or self.timed_out:

@@ -147,6 +147,10 @@ class OpenIndex:
                 )
         return self._codes
 
+    def load(self) -> None:
+        """Read the model, the curvature and the codes now."""
+        _ = self.codes, self.segments(), self.norms
+
     def segments(self) -> list[tuple[Segment, vectors.CodeIndex]]:
         """The segments with their codes, read at first use."""
         if self._segments is None:
