@@ -34,7 +34,8 @@ from benchmarks.workload import Size, Workload, make_workload
 from gradindex.codes import Codes, CodeSettings, default_width
 from gradindex.curvature import DAMPING
 from gradindex.gradients import apply_inputs, backward, make_batch, plan_batches
-from gradindex.model import UNSCORED, Module
+from gradindex.model import UNSCORED
+from gradindex.modules import Module
 from gradindex.progress import duration, stderr_progress
 from gradindex.records import Record
 from gradindex.vectors import CodeIndex, code_bytes

@@ -37,7 +37,7 @@ from gradindex.influence import (
     precondition,
     query_coordinates,
 )
-from gradindex.model import Module
+from gradindex.modules import Module
 from gradindex.progress import Progress, duration, stderr_progress
 from gradindex.records import Record
 from gradindex.vectors import CodeIndex, code_bytes

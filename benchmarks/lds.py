@@ -38,7 +38,7 @@ from gradindex.curvature import DAMPING, Ekfac
 from gradindex.files import atomic_write
 from gradindex.gradients import make_batch
 from gradindex.influence import Gradients, Preconditioned, exact_scores, precondition
-from gradindex.model import Module
+from gradindex.modules import Module
 from gradindex.progress import Progress, duration, stderr_progress
 from gradindex.records import Record
 from gradindex.vectors import CodeIndex

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from gradindex.curvature import Curvature, Ekfac
 from gradindex.gradients import apply_inputs
-from gradindex.model import Module
+from gradindex.modules import Module
 
 
 @dataclass(frozen=True)

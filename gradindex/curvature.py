@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gradindex.errors import DamagedIndexError
 from gradindex.files import atomic_write
-from gradindex.model import Module
+from gradindex.modules import Module
 
 DAMPING = 0.1  # of mean(Λ), as in Grosse et al. 2023, §5
 

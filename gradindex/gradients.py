@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from gradindex.errors import InputError, ResourceError
-from gradindex.model import UNSCORED, LanguageModel, Module, log_probability, sample_targets
+from gradindex.model import UNSCORED, LanguageModel, log_probability, sample_targets
+from gradindex.modules import Module
 
 Each = Callable[[Module, Tensor, Tensor], None]
 

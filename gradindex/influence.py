@@ -23,7 +23,8 @@ from gradindex.gradients import (
     make_batch,
     plan_batches,
 )
-from gradindex.model import LanguageModel, Module
+from gradindex.model import LanguageModel
+from gradindex.modules import Module
 from gradindex.records import Record
 
 Gradients = dict[str, Tensor]  # [q, o, i] by module name, a row a query

@@ -13,7 +13,7 @@ from typing import Any
 
 from gradindex.errors import DamagedIndexError, IndexMismatchError, InputError
 from gradindex.files import atomic_write, sha256
-from gradindex.model import Module
+from gradindex.modules import Module
 
 FORMAT = 1
 NAME = "manifest.json"

@@ -30,28 +30,9 @@ from gradindex.adapters import (
 from gradindex.errors import IndexMismatchError, InputError
 from gradindex.identity import tensors_digest, weights_digest
 from gradindex.loading import DTYPES, device_called, dtype_called, readable_errors
+from gradindex.modules import Module, choose_modules
 
 UNSCORED = -100  # a position whose next token is not scored, as in transformers
-
-
-@dataclass(frozen=True)
-class Module:
-    """One tracked linear map s = W a; with a bias, a 1 is appended to a as its last entry.
-
-    `kind` is "mlp" (whatever isn't attention), "attention", or "adapter" for LoRA's own maps.
-    """
-
-    name: str
-    layer: int
-    kind: str
-    d_out: int
-    d_in: int
-    bias: bool
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """[o, i] of its gradient, the bias folded in."""
-        return self.d_out, self.d_in + self.bias
 
 
 @dataclass
@@ -265,11 +246,8 @@ _ATTENTION = re.compile(r"(^|[._])(self_?)?att(ention|n)?([._]|$)", re.IGNORECAS
 def tracked_modules(network: nn.Module, choice: str = "mlp") -> list[Module]:
     """The linear maps of the transformer blocks to take gradients of, in model order.
 
-    `choice`: "mlp" (every block's linear maps outside attention, as in Grosse et al. 2023, §5),
-    "attention", "all" (both), "adapter" (the lora_A and lora_B of running LoRA adapters), several
-    of these with commas, or a regular expression searched in module names. The first three are the
-    base's own maps, the adapter's left out.
-    Embeddings and the LM head lie outside the blocks and are never tracked.
+    `choice` is one of `choose_modules`; "mlp" as in Grosse et al. 2023, §5. Embeddings and the LM
+    head lie outside the blocks and are never tracked.
     Raises InputError when nothing matches, no adapter runs, or one that isn't plain LoRA matches.
     """
     prefix, blocks = _blocks(network)
@@ -287,27 +265,9 @@ def tracked_modules(network: nn.Module, choice: str = "mlp") -> list[Module]:
                 "attention" if _ATTENTION.search(name) else "mlp"
             found.append(Module(f"{prefix}.{layer}.{name}", layer, kind, int(d_out), int(d_in),
                                 linear.bias is not None))
-    kinds = {part.strip() for part in choice.split(",")}
-    if kinds <= {"mlp", "attention", "all", "adapter"}:
-        if "adapter" in kinds and not parts.own:
-            raise InputError(f"--modules {choice}: {no_adapter(network)}.")
-        kinds |= {"mlp", "attention"} if "all" in kinds else set()
-        chosen = [module for module in found if module.kind in kinds]
-    else:
-        try:
-            pattern = re.compile(choice)
-        except re.error as error:
-            raise InputError(
-                f"--modules {choice!r}: neither of mlp, attention, all and adapter, nor a regular "
-                f"expression: {error}."
-            ) from None
-        chosen = [module for module in found if pattern.search(module.name)]
-    if not chosen:
-        examples = ", ".join(module.name for module in found[:3]) or "none at all"
-        raise InputError(
-            f"--modules {choice!r} matches no linear module of the {len(blocks)} blocks. Its "
-            f"linear modules are named like: {examples}. Give mlp, all, or a regular expression."
-        )
+    if "adapter" in choice.split(",") and not parts.own:
+        raise InputError(f"--modules {choice}: {no_adapter(network)}.")
+    chosen = choose_modules(found, choice, f"the linear modules of the {len(blocks)} blocks")
     for module in chosen:
         if network.get_submodule(module.name) in parts.odd:
             raise InputError(

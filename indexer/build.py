@@ -28,7 +28,6 @@ from gradindex.errors import InputError, ResourceError
 from gradindex.manifest import Manifest, Segment, segment_folder
 from gradindex.model import (
     ModelSource,
-    Module,
     check_identity,
     context_length,
     describe_modules,
@@ -37,6 +36,7 @@ from gradindex.model import (
     tokenizer_digest,
     tracked_modules,
 )
+from gradindex.modules import Module
 from gradindex.progress import Progress, size
 from gradindex.records import Record
 from indexer.calibrate import calibrate

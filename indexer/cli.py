@@ -19,9 +19,9 @@ import click
 @click.option("--pack/--no-pack", default=False, help="Join documents with the end token [no].")
 @click.option("--limit", type=int, help="Read only the first documents.")
 @click.option("--strict", is_flag=True, help="Stop at the first row that can't be used.")
-@click.option("--modules", default="mlp", show_default=True, metavar="KINDS|REGEX",
-              help="Linear modules to track: mlp (all but attention), attention, all (both), "
-                   "adapter (LoRA's own), or several with commas; else names that match.")
+@click.option("--modules", default="mlp", show_default=True, metavar="RANGE|KINDS|REGEX",
+              help="Linear modules to track: layers (8-15), mlp (all but attention), attention, "
+                   "all (both), adapter (LoRA's own), several with commas; else names that match.")
 @click.option("--fit-sequences", type=int, default=4096, show_default=True,
               help="Sequences to fit the curvature on.")
 @click.option("--fit-labels", type=click.Choice(["model", "data"]), default="model",

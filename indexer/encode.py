@@ -16,7 +16,8 @@ from gradindex.codes import Codes
 from gradindex.errors import GradindexError
 from gradindex.files import atomic_write, rename_folder
 from gradindex.gradients import backward, make_batch, plan_batches
-from gradindex.model import LanguageModel, Module
+from gradindex.model import LanguageModel
+from gradindex.modules import Module
 from gradindex.progress import Progress
 from gradindex.records import Record
 from gradindex.vectors import CodeIndex, code_bytes

@@ -25,7 +25,8 @@ from gradindex.curvature import Curvature, Ekfac, read_tensors, write_tensors
 from gradindex.errors import GradindexError
 from gradindex.files import rename_folder
 from gradindex.gradients import Batch, apply_inputs, backward, make_batch, plan_batches
-from gradindex.model import LanguageModel, Module
+from gradindex.model import LanguageModel
+from gradindex.modules import Module
 from gradindex.progress import Progress
 from gradindex.records import Record
 

@@ -41,7 +41,7 @@ _QUERY = [
     click.option("--damping", type=float,
                  help="λ as a factor of each module's mean eigenvalue [the build's]."),
     click.option("--modules", metavar="RANGE|KIND|REGEX",
-                 help="Layers (8-15), mlp, attention, adapter, or names that match [all]."),
+                 help="Layers (8-15), mlp, attention, adapter, or names that match [all indexed]."),
     click.option("--normalize", default="none", show_default=True, metavar="none|cosine|relatif",
                  help="Rank by influence, by influence / (‖q̃‖ ‖m̃‖), or by θ-RelatIF."),
 ]
@@ -231,7 +231,7 @@ def rescore(
 @click.option("--damping", type=float,
               help="λ as a factor of each module's mean eigenvalue [the build's].")
 @click.option("--modules", metavar="RANGE|KIND|REGEX",
-              help="Layers (8-15), mlp, attention, adapter, or names that match [all].")
+              help="Layers (8-15), mlp, attention, adapter, or names that match [all indexed].")
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path),
               help="Write everything as JSON.")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path),

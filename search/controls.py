@@ -1,13 +1,12 @@
 """What a search may be asked besides its query, checked before any model is loaded."""
 
 import math
-import re
 from dataclasses import dataclass
 from typing import Any
 
 from gradindex.errors import InputError
 from gradindex.manifest import Manifest
-from gradindex.model import Module
+from gradindex.modules import Module, choose_modules
 
 DEFAULT_HITS = 20
 DEFAULT_SHORTLIST = 1000
@@ -100,7 +99,9 @@ def settle(controls: Controls, index: Manifest) -> Settings:
     return Settings(
         k=k, first=first, most=most, recall=controls.recall,
         sign=-1.0 if controls.opponents else 1.0, damping=controls.damping or index.damping,
-        modules=choose_modules(index.tracked, controls.modules), normalize=controls.normalize,
+        modules=index.tracked if controls.modules is None else choose_modules(
+            index.tracked, controls.modules, "the indexed modules"),
+        normalize=controls.normalize,
         candidates=controls.candidates, rescore=controls.rescore,
         time_limit=controls.time_limit or math.inf, rank=controls.rank,
         train_sequences=controls.train_sequences or index.train_sequences or index.sequences,
@@ -128,48 +129,6 @@ def _sizes(controls: Controls, total: int) -> tuple[int, int, int]:
         return k, min(length, total), min(length, total)
     most = min(total, length if shortlist is not None else GROWTH * length)
     return k, min(most, max(SMALLEST_SHORTLIST, 2 * k)), most
-
-
-def choose_modules(tracked: list[Module], choice: str | None) -> list[Module]:
-    """The indexed modules of a layer range, of a kind, or whose name matches.
-
-    Raises InputError where none does.
-    """
-    if choice is None:
-        return tracked
-    layers, kinds = numbers_in(choice), {part.strip() for part in choice.split(",")}
-    if layers is not None:
-        chosen = [module for module in tracked if module.layer in layers]
-    elif kinds <= {"mlp", "attention", "adapter", "all"}:
-        chosen = [module for module in tracked if kinds & {module.kind, "all"}]
-    else:
-        try:
-            pattern = re.compile(choice)
-        except re.error as error:
-            raise InputError(
-                f"--modules {choice!r}: neither layers (8-15), mlp, attention, adapter or "
-                f"all, nor a regular expression: {error}."
-            ) from None
-        chosen = [module for module in tracked if pattern.search(module.name)]
-    if not chosen:
-        present = sorted({module.layer for module in tracked})
-        raise InputError(
-            f"--modules {choice!r} matches none of the {len(tracked)} indexed modules, which are "
-            f"in layers {present[0]} to {present[-1]} and named like {tracked[0].name}. Other "
-            "modules need an index built with them (build --modules)."
-        )
-    return chosen
-
-
-def numbers_in(text: str) -> set[int] | None:
-    """The numbers of "3", "8-15" or "0,2-4", both ends included; None where it isn't that."""
-    if not re.fullmatch(r"\d{1,6}(-\d{1,6})?(,\d{1,6}(-\d{1,6})?)*", text):
-        return None
-    numbers = set()
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        numbers |= set(range(int(first), int(last or first) + 1))
-    return numbers
 
 
 def _whole(**numbers: Any) -> None:

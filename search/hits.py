@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from gradindex import text
-from gradindex.model import Module
+from gradindex.modules import Module
 from gradindex.records import Record
 from gradindex.results import Hit
 from search.rescore import Exact

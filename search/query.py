@@ -11,8 +11,8 @@ import numpy as np
 from gradindex import text
 from gradindex.errors import InputError
 from gradindex.model import UNSCORED, context_length
+from gradindex.modules import numbers_in
 from gradindex.results import Query
-from search.controls import numbers_in
 from search.opened import OpenIndex
 
 CONTINUATION = 32  # tokens, where no completion is given

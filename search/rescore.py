@@ -8,7 +8,8 @@ import numpy as np
 from gradindex.curvature import Ekfac
 from gradindex.gradients import make_batch, plan_batches
 from gradindex.influence import Influences, Preconditioned, Sizes, Terms, collect
-from gradindex.model import LanguageModel, Module
+from gradindex.model import LanguageModel
+from gradindex.modules import Module
 from gradindex.records import Record
 
 SMALLEST_CHUNK, LARGEST_CHUNK = 16, 128  # sequences; batches are of like lengths within a chunk

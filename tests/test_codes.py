@@ -17,7 +17,8 @@ from gradindex.codes import (
 from gradindex.curvature import Curvature
 from gradindex.errors import DamagedIndexError
 from gradindex.gradients import backward, gradient, make_batch
-from gradindex.model import Module, tracked_modules
+from gradindex.model import tracked_modules
+from gradindex.modules import Module
 from gradindex.vectors import CodeIndex, code_bytes
 
 

@@ -12,9 +12,10 @@ import gradindex
 from gradindex.errors import InputError
 from gradindex.gradients import make_batch
 from gradindex.influence import Preconditioned, exact_scores, precondition, query_coordinates
+from gradindex.modules import numbers_in
 from search import evaluate, render
 from search.batch import ResultsFile, make_queries, read_queries
-from search.controls import Controls, numbers_in, settle
+from search.controls import Controls, settle
 from search.engine import drain
 
 OTHER = {"prompt": "The fig number 3 grows", "completion": " by the market."}
@@ -246,7 +247,7 @@ def test_a_hopeless_search_says_what_would_help(index):
     (dict(rescore=False, normalize="relatif"), "--no-rescore ranks by code alone"),
     (dict(normalize="l2"), "--normalize l2: expected none, cosine or relatif"),
     (dict(candidates="bm25"), "--candidates bm25: expected code, tfidf or both"),
-    (dict(modules="7-9"), r"--modules '7-9' matches none of the 4 indexed .* layers 0 to 1"),
+    (dict(modules="7-9"), r"--modules '7-9' matches none of the indexed .* in layers 0 to 1"),
     (dict(modules="attention"), "matches none"), (dict(modules="("), "regular expression"),
     (dict(k=10**6), "expected 1 to"), (dict(rank=0), "--rank 0"),
     (dict(time_limit=-1), "--time-limit -1"), (dict(k=2.5), "-k 2.5: expected a whole number"),

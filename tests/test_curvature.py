@@ -20,7 +20,8 @@ from gradindex.influence import (
     query_norms,
     score,
 )
-from gradindex.model import Module, tracked_modules
+from gradindex.model import tracked_modules
+from gradindex.modules import Module
 from gradindex.progress import Progress
 from gradindex.records import Part, Record
 from indexer.fit import FitSettings, choose_sequences, eigenvectors, fit, uniforms

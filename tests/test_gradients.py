@@ -153,7 +153,7 @@ def test_module_choice(make_model):
     ]
     assert sum(m.kind == "attention" for m in tracked_modules(network, "all")) == 4
     assert [m.layer for m in tracked_modules(network, r"\.1\..*dense$")] == [1]
-    with pytest.raises(InputError, match=r"matches no linear module .* named like: gpt_neox"):
+    with pytest.raises(InputError, match=r"matches none of the linear .* named like gpt_neox"):
         tracked_modules(network, "nothing_like_it")
     with pytest.raises(InputError, match="nor a regular expression"):
         tracked_modules(network, "(")

@@ -292,7 +292,7 @@ def test_info(trained_index):
     (("build", "{model}"), 2, "Missing argument 'DATA...'"),
     (("search", "{index}", "-p", "a", "-c", "b", "-k", "100000"), 2, "-k 100000: expected 1 to"),
     (("search", "{index}", "-p", "a", "-c", "b", "--damping", "0"), 2, "--damping 0.0: expected"),
-    (("search", "{index}", "-p", "a", "-c", "b", "--modules", "9"), 2, "matches none of the 4"),
+    (("search", "{index}", "-p", "a", "-c", "b", "--modules", "9"), 2, "matches none of the"),
     (("search", "{index}", "-p", "a", "-c", "b", "--score-on", "99"), 2, "--score-on 99: the"),
     (("search", "{index}", "-p", "a", "-c", ""), 2, "the completion is empty"),
     (("search", "{index}", "-p", "a " * 99, "-c", "b"), 2, "more than the model's context"),
@@ -367,8 +367,8 @@ def test_killed_and_run_again(trained, tmp_path):
 def test_interrupted_search_prints_what_is_exact(trained_index):
     index, _ = trained_index
     child = subprocess.Popen(
-        [*COMMAND, "search", str(index), *QUESTION, "--shortlist", "all", "--format", "json",
-         "--batch-tokens", "1"],  # a sequence a batch: time enough to interrupt
+        ["nice", "-n", "19", *COMMAND, "search", str(index), *QUESTION, "--shortlist", "all",
+         "--format", "json", "--batch-tokens", "1"],  # slowly: time enough to interrupt
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_WAIT_POLICY": "passive"})
     for line in child.stderr:
