@@ -25,7 +25,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.workload import PROMPT, Size, Workload, make_workload
+from benchmarks.workload import PROMPT, Size, Workload, fit_on, make_workload
 from gradindex.codes import Codes, CodeSettings, default_length, default_width, score_error
 from gradindex.curvature import Ekfac
 from gradindex.gradients import apply_inputs, backward, make_batch, plan_batches
@@ -34,6 +34,7 @@ from gradindex.influence import (
     Influences,
     Preconditioned,
     collect,
+    exact_scores,
     precondition,
     query_coordinates,
 )
@@ -42,6 +43,7 @@ from gradindex.progress import Progress, duration, stderr_progress
 from gradindex.records import Record
 from gradindex.vectors import CodeIndex, code_bytes
 from indexer.calibrate import calibrate
+from indexer.fit import choose_sequences
 from search.recall import estimated_recall
 from search.shortlist import Shortlist, longer
 
@@ -52,6 +54,7 @@ BINNED = [(k, length) for k in (10, 100) for length in (20, 50, 100, 200, 500, 1
           if length > k]  # whose claims are put in bins
 DAMPINGS = (0.001, 0.01, 1.0, 10.0)
 GOAL = 0.95
+FIT_SAMPLE = 4096  # sequences that curvatures are compared on
 PART = 2048  # sequences whose codes and scores are kept together
 
 
@@ -409,6 +412,29 @@ def print_controls(
     return numbers
 
 
+# ---- how many sequences the curvature needs
+
+
+def print_fits(work: Workload, counts: tuple[int, ...], progress: Progress) -> None:
+    """Agreement of exact scores under curvatures fitted on more or fewer sequences."""
+    sample = [work.train[n] for n in choose_sequences(len(work.train), FIT_SAMPLE, 5)]
+    scores = {}
+    for count in sorted({*counts, work.size.fit_sequences}):
+        ekfac = fit_on(work.folder, work.model, work.modules, work.train, count, progress)
+        c = coordinates_of(replace(work, ekfac=ekfac), work.queries, 0.1)
+        scores[count] = exact_scores(work.model, work.modules,
+                                     Preconditioned(precondition(ekfac, c)), sample, 4096)
+    most = max(scores)
+    print(f"\nCurvature fitted on fewer sequences, against {most:,}: scores of {len(sample):,} random "
+          "sequences, means over queries\n\n| fitted on | Spearman | top 10 shared | top 100 shared "
+          "|\n|---|---|---|---|")
+    for count, found in scores.items():
+        ranks = [np.corrcoef(a.argsort().argsort(), b.argsort().argsort())[0, 1]
+                 for a, b in zip(found, scores[most], strict=True)]
+        shared = [shortlist_recall(scores[most], found, k, k).mean() for k in (10, 100)]
+        print(f"| {count:,} | {np.mean(ranks):.3f} | {shared[0]:.2f} | {shared[1]:.2f} |")
+
+
 # ---- the whole
 
 
@@ -447,12 +473,13 @@ def options(function: Callable[..., None]) -> Callable[..., None]:
 @click.option("--bits", multiple=True, type=int, default=LENGTHS, show_default=True)
 @click.option("--controls/--no-controls", default=False,
               help="Every control, at the default K if it is among bits.")
+@click.option("--fits", multiple=True, type=int, help="Also compare curvatures fitted on so many.")
 @click.option("--baselines/--no-baselines", default=True)
 @click.option("--cache", type=click.Path(path_type=Path), default=Path(".demo/benchmark"),
               show_default=True)
 @click.option("--save", type=click.Path(dir_okay=False, path_type=Path), help="Numbers as JSON.")
-def main(queries: int, bits: tuple[int, ...], controls: bool, baselines: bool, cache: Path,
-         save: Path | None, **size: object) -> None:
+def main(queries: int, bits: tuple[int, ...], controls: bool, fits: tuple[int, ...],
+         baselines: bool, cache: Path, save: Path | None, **size: object) -> None:
     """Train, score exactly, compare shortlists, print tables."""
     begun = time.monotonic()
     progress = stderr_progress()
@@ -495,6 +522,8 @@ def main(queries: int, bits: tuple[int, ...], controls: bool, baselines: bool, c
     usual = default_length(work.size.length)
     chosen = usual if usual in codes else bits[-1]
     numbers["controls"] = print_controls(work, asked, codes[chosen], found, calibrated[chosen])
+    if fits:
+        print_fits(work, fits, progress)
     if save is not None:
         save.write_text(json.dumps(numbers, indent=1))
     print(f"\ntotal {duration(time.monotonic() - begun)}")

@@ -232,7 +232,7 @@ class Searcher:
                 try:
                     for _ in journey.rescore(number):
                         yield Stage("exact", len(journey.exact), journey.planned, query)
-                    if number == 0 and not journey.timed_out:
+                    if not journey.timed_out:
                         journey.score_background()
                 except KeyboardInterrupt:
                     if len(queries) > 1:

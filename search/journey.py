@@ -115,11 +115,12 @@ class Journey:
             self._planned |= set(self._wanted(number))
 
     def score_background(self) -> None:
-        """A fixed random sample, for percentiles and for the code's error on each query."""
-        ids = self.index.background()
-        for _ in self._score([one for one in ids if one not in self.exact]):
-            pass
-        self._background = ids
+        """A fixed random sample, for percentiles and for the code's error on each query; once."""
+        if not self._background:
+            ids = self.index.background()
+            for _ in self._score([one for one in ids if one not in self.exact]):
+                pass
+            self._background = ids
 
     # ---- what follows
 

@@ -32,6 +32,7 @@ def claimed_and_actual(random, n, shortlist, k, noise, opponents):
     (500, 400, 50, 3.0, False),
     (40, 100, 10, 1.0, False),
     (3000, 50, 10, 3.0, True),
+    (3000, 1800, 1000, 1.0, False),
 ])
 def test_claimed_recall_is_true_on_average(n, shortlist, k, noise, opponents):
     random = np.random.default_rng(n + k)

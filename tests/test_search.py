@@ -217,6 +217,23 @@ def test_an_index_of_three_sequences(model_folder, tmp_path):
     assert len(result) == 3 and result.recall.estimate == 1 and result.recall.k == 3
 
 
+def test_an_index_of_ten_sequences(model_folder, tmp_path):
+    """Defaults shrink with the index; a short shortlist, opponents and --recall work on it."""
+    rows = [{"text": f"one small document, the {n}th of ten"} for n in range(10)]
+    index = gradindex.build(str(model_folder), rows, tmp_path / "index", bits=512)
+    question = dict(prompt="one small", completion=" document")
+    whole = index.search(**question)
+    assert len(whole) == whole.shortlist == whole.rescored == 10 and whole.recall.estimate == 1
+    order = [hit.id for hit in whole]
+    assert [hit.id for hit in index.search(**question, opponents=True)] == order[::-1]
+    short = index.search(**question, k=2, shortlist=4)
+    assert short.rescored == 4 and 0 < short.recall.estimate <= 1
+    assert [hit.id for hit in short] == [one for one in order if one in {hit.id for hit in short}]
+    grown = index.search(**question, k=2, recall=1.0)
+    assert [hit.id for hit in grown] == order[:2] and grown.recall.estimate == 1
+    assert [result.rescored for result in index.search_many([question] * 2, k=10)] == [10, 10]
+
+
 def test_queries_that_can_not_be_scored(index):
     tokens = index.make_query(**QUESTION).tokens
     for arguments, message in [
