@@ -425,9 +425,9 @@ def print_fits(work: Workload, counts: tuple[int, ...], progress: Progress) -> N
         scores[count] = exact_scores(work.model, work.modules,
                                      Preconditioned(precondition(ekfac, c)), sample, 4096)
     most = max(scores)
-    print(f"\nCurvature fitted on fewer sequences, against {most:,}: scores of {len(sample):,} random "
-          "sequences, means over queries\n\n| fitted on | Spearman | top 10 shared | top 100 shared "
-          "|\n|---|---|---|---|")
+    print(f"\nCurvature fitted on fewer sequences, against {most:,}: scores of {len(sample):,} "
+          "random sequences, means over queries\n\n| fitted on | Spearman | top 10 shared | top 100 "
+          "shared |\n|---|---|---|---|")
     for count, found in scores.items():
         ranks = [np.corrcoef(a.argsort().argsort(), b.argsort().argsort())[0, 1]
                  for a, b in zip(found, scores[most], strict=True)]
