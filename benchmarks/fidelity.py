@@ -426,8 +426,8 @@ def print_fits(work: Workload, counts: tuple[int, ...], progress: Progress) -> N
                                      Preconditioned(precondition(ekfac, c)), sample, 4096)
     most = max(scores)
     print(f"\nCurvature fitted on fewer sequences, against {most:,}: scores of {len(sample):,} "
-          "random sequences, means over queries\n\n| fitted on | Spearman | top 10 shared | top 100 "
-          "shared |\n|---|---|---|---|")
+          "random sequences, means over queries\n\n| fitted on | Spearman | top 10 shared | "
+          "top 100 shared |\n|---|---|---|---|")
     for count, found in scores.items():
         ranks = [np.corrcoef(a.argsort().argsort(), b.argsort().argsort())[0, 1]
                  for a, b in zip(found, scores[most], strict=True)]

@@ -76,10 +76,11 @@ class Preconditioned:
     """
 
     def __init__(self, gradients: Gradients, rank: int | None = None):
-        self.rank = rank
         self._parts: dict[str, tuple[Tensor, Tensor] | Tensor] = {}
         for name, p in gradients.items():
             self._parts[name] = p if rank is None or rank >= min(p.shape[1:]) else _factors(p, rank)
+        whole = all(isinstance(part, Tensor) for part in self._parts.values())
+        self.rank = None if whole else rank  # None: nothing was reduced
 
     def __len__(self) -> int:
         part = next(iter(self._parts.values()))
@@ -88,7 +89,8 @@ class Preconditioned:
     @classmethod
     def join(cls, parts: list["Preconditioned"]) -> "Preconditioned":
         """The queries of several, in order; all of one rank."""
-        joined = cls({}, parts[0].rank)
+        joined = cls({})
+        joined.rank = parts[0].rank
         for name, first in parts[0]._parts.items():
             own = [part._parts[name] for part in parts]
             joined._parts[name] = torch.cat(own) if isinstance(first, Tensor) else (  # type: ignore[arg-type]

@@ -35,7 +35,7 @@ class Manifest:
 
     format: int
     versions: dict[str, str]
-    model: dict[str, Any]  # name, revision, files, tensors, tokenizer
+    model: dict[str, Any]  # name, revision, files, tensors, tokenizer, tokenizer_name
     dtype: str
     device: str
     threads: int
@@ -50,7 +50,7 @@ class Manifest:
     modules: list[dict[str, Any]]
     parameter_share: float
     effective_dimension: dict[str, float]
-    fit: dict[str, Any]  # sequences, labels, tokens
+    fit: dict[str, Any]  # sequences, labels
     damping: float
     code: dict[str, Any]  # length, width, seed, digest
     calibration: dict[str, float]  # c, slope, pairs

@@ -265,7 +265,7 @@ def tracked_modules(network: nn.Module, choice: str = "mlp") -> list[Module]:
                 "attention" if _ATTENTION.search(name) else "mlp"
             found.append(Module(f"{prefix}.{layer}.{name}", layer, kind, int(d_out), int(d_in),
                                 linear.bias is not None))
-    if "adapter" in choice.split(",") and not parts.own:
+    if "adapter" in map(str.strip, choice.split(",")) and not parts.own:
         raise InputError(f"--modules {choice}: {no_adapter(network)}.")
     chosen = choose_modules(found, choice, f"the linear modules of the {len(blocks)} blocks")
     for module in chosen:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 UNITS = (
-    "Influence is I = ∇log p(completion | prompt)ᵀ (G+λI)⁻¹ ∇log p(sequence), exact for this "
+    "Influence is I = ∇log p(completion | prompt)ᵀ (G+λI)⁻¹ ∇log p(sequence), {how} for this "
     "index's EK-FAC curvature: positive means that one more copy of the sequence would make the "
     "completion more likely, by I / N_train nats."
 )
@@ -123,7 +123,8 @@ class Recall:
 class Result:
     """Hits in order of influence (or what `controls` says), and everything needed to judge them.
 
-    `rescored` counts the sequences scored exactly for this query's shortlist.
+    `rescored` counts the sequences scored exactly for this query's shortlist. `seconds` by step:
+    queries searched together share load, gradient and scan.
     """
 
     query: Query
@@ -142,6 +143,11 @@ class Result:
     warnings: list[str] = field(default_factory=list)
     model: str = ""
     index: str = ""  # of its manifest's SHA-256, the first 16 digits
+
+    @property
+    def units(self) -> str:
+        """What the numbers mean, with their sign, in one sentence."""
+        return UNITS.format(how="exact" if self.controls["rescore"] else "estimated by code")
 
     @property
     def opponents(self) -> bool:
@@ -173,7 +179,7 @@ class Result:
                                strict=True):
             about["scored"] = text.scored
         content["query"]["log_p"] = self.query.log_p
-        return {"schema": 1, "units": UNITS, **content}
+        return {"schema": 1, "units": self.units, **content}
 
     def to_json(self) -> str:
         """One JSON object with everything, token and layer arrays included."""

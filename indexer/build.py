@@ -203,7 +203,8 @@ def build(
             format=manifest.FORMAT, versions=_versions(),
             model={"name": _where(source.name), "revision": source.revision, **state.model,
                    "tokenizer": plan["tokenizer"],
-                   "tokenizer_name": None if _loaded(tokenizer) else tokenizer and str(tokenizer)},
+                   "tokenizer_name": None if tokenizer is None or _loaded(tokenizer) else
+                   _where(str(tokenizer))},
             dtype=plan["dtype"], device=place.type, threads=state.threads, task=corpus.task,
             sequence_length=settings.sequence_length, documents=facts["documents"],
             sequences=facts["sequences"], tokens=facts["tokens"],

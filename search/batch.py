@@ -55,6 +55,9 @@ def read_queries(path: Path) -> QueryFile:
             read.queries[own] = query
         except ValueError as error:
             read.problems.append(f"{path}:{number}: {error}")
+    if not read.queries and not read.problems:
+        raise InputError(f"--queries {path} holds no query; expected JSON lines with a prompt and "
+                         "a completion.")
     return read
 
 
@@ -93,8 +96,8 @@ def make_queries(searcher: Searcher, read: QueryFile, done: set[Any]) -> list[Qu
     left = {own: arguments for own, arguments in read.queries.items() if own not in done}
     if left:
         _ = searcher.index.tokenizer  # what is wrong with it is no query's fault
-    if any("completion" not in arguments for arguments in left.values()):
-        _ = searcher.model  # which continues the prompt
+    if any("prompt" in arguments and "completion" not in arguments for arguments in left.values()):
+        _ = searcher.model  # which continues a prompt
     made = []
     for own, arguments in left.items():
         try:

@@ -1,4 +1,4 @@
-"""`gradindex search`, `rescore` and `info`: flags → Searcher → a rendering. Imports only click."""
+"""`gradindex search`, `rescore`, `eval` and `info`: flags → Searcher → a rendering."""
 
 import json
 import os
@@ -98,8 +98,7 @@ def search(
     from search.controls import settle
     from search.engine import drain
 
-    if output is not None and not output.parent.is_dir():
-        raise click.UsageError(f"-o {output}: there is no folder {output.parent}.")
+    _check_outputs({"-o": output}, [queries, messages])
     where, controls = _split(others, rescore=not no_rescore)
     if queries is not None:
         if any(given is not None for given in (prompt, completion, messages, versus, score_on)):
@@ -112,13 +111,18 @@ def search(
     searcher, progress = _open(index, where)
     settle(controls, searcher.manifest)  # before the model is loaded
     query = searcher.make_query(**question)
-    return _finish(drain(searcher.stages([query], controls), _Follower(progress).follow), form,
-                   output)
+    stages = searcher.stages([query], controls, conclude_early=True)
+    return _finish(drain(stages, _Follower(progress).follow), form, output)
 
 
 def _finish(result: "Result", form: str, output: Path | None) -> int:
+    from search.render import recall_statement
+
     to_terminal = output is None and sys.stdout.isatty()
     content = _render(result, form, color=to_terminal and _color())
+    if form in ("jsonl", "csv"):  # which hold hits alone
+        for line in (recall_statement(result), *result.warnings):
+            click.echo(line, err=True)
     if output is None:
         click.echo(content)
     else:
@@ -144,12 +148,10 @@ def _search_many(
     if aggregated:
         made = batch.make_queries(searcher, read, set())
         _complain(read, progress)
-        stages = searcher.stages([aggregate(made)], controls)
+        stages = searcher.stages([aggregate(made)], controls, conclude_early=True)
         return _finish(drain(stages, _Follower(progress).follow), form, output) or \
             2 * bool(read.problems)
     results = None
-    if output is not None and output.resolve() == path.resolve():
-        raise click.UsageError(f"-o {output}: that is the file of queries itself; give another.")
     if output is not None:
         results = batch.ResultsFile(output, searcher, controls, read.queries)
         if results.done:
@@ -207,7 +209,7 @@ def rescore(
     from search.controls import settle
     from search.render import json_lines
 
-    question = _question(prompt, completion, messages, versus, score_on)
+    question = _question(prompt, completion, messages, versus, score_on, ids)
     where, controls = _split(others)
     searcher, progress = _open(index, where)
     settle(controls, searcher.manifest)
@@ -252,9 +254,7 @@ def evaluate(
     from search import evaluate as evaluation
     from search.controls import settle
 
-    for name, path in (("-o", output), ("--plot", plot)):
-        if path is not None and not path.parent.is_dir():
-            raise click.UsageError(f"{name} {path}: there is no folder {path.parent}.")
+    _check_outputs({"-o": output, "--plot": plot}, [queries])
     if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
         raise click.UsageError(f"--plot {plot}: expected a name that ends in .png, .svg or .pdf.")
     if sample != "all" and not (sample.isdecimal() and int(sample)):
@@ -306,6 +306,15 @@ def info(index: Path, form: str) -> int:
     return 0
 
 
+def _check_outputs(outputs: dict[str, Path | None], inputs: list[Path | None]) -> None:
+    """Raise UsageError for what can't be written, or would replace what is read."""
+    for name, path in outputs.items():
+        if path is not None and not path.parent.is_dir():
+            raise click.UsageError(f"{name} {path}: there is no folder {path.parent}.")
+        if path is not None and path.resolve() in [one.resolve() for one in inputs if one]:
+            raise click.UsageError(f"{name} {path}: that file is read here; give another.")
+
+
 def _write(output: Path, content: str) -> None:
     """A file is replaced as a whole; anything else (a device, a pipe) is written to."""
     from gradindex.files import atomic_write
@@ -328,7 +337,7 @@ def _open(index: Path, where: dict[str, Any]) -> tuple["Searcher", "Progress"]:
 
 def _question(
     prompt: str | None, completion: str | None, messages: Path | None, versus: str | None,
-    score_on: str | None,
+    score_on: str | None, ids: str | None = None,
 ) -> dict[str, Any]:
     if messages is not None:
         if prompt is not None or completion is not None or versus is not None:
@@ -342,8 +351,8 @@ def _question(
     if prompt is None and completion is None:
         raise click.UsageError('give the query: -p "PROMPT" -c " COMPLETION", or --messages FILE, '
                                "or --queries FILE.")
-    if prompt == completion == "-":
-        raise click.UsageError("-p - and -c - can't both be standard input.")
+    if [prompt, completion, versus, ids].count("-") > 1:
+        raise click.UsageError("only one of -p, -c, --versus and --ids can be standard input, -.")
     return {"prompt": _text(prompt), "completion": _text(completion), "versus": _text(versus),
             "score_on": score_on}
 
@@ -403,6 +412,8 @@ class _Follower:
             progress.say(f"gradient of {sum(text.scored for text in query.texts)} scored tokens, "
                          f"log p = {query.log_p:.2f} nats{difference}")
         elif stage.name == "approximate" and stage.total:
+            if self._running:
+                progress.finish()
             progress.start("exact", stage.total, "sequences")
             self._done, self._running = 0, True
         elif stage.name == "exact":
@@ -411,12 +422,13 @@ class _Follower:
             if progress.measured:
                 progress.say_expected(progress.seconds_each() * (stage.total - stage.done))
         elif stage.name == "result":
-            if self._running:
-                progress.finish()
-            self._running = False
             self._answered += 1
-            if self._answered == self._queries or self._answered % 64 == 0:
-                progress.say(f"{self._answered} of {self._queries} queries answered")
+            last = self._answered == max(1, self._queries)
+            if self._running and (last or stage.done == stage.total):
+                progress.finish()
+                self._running = False
+            if last and self._queries:
+                progress.say(f"{self._answered} queries answered")
 
 
 def _render(result: Any, form: str, color: bool) -> str:

@@ -23,12 +23,12 @@ class Controls:
     k: hits [min(20, N)]. shortlist: sequences to rescore exactly, or "all" [min(N, max(1000,
     10 k))]. recall: grow the shortlist from 100 until the statement says this much, at most to
     `shortlist` [then ten times its default]. opponents: the most negative influence.
-    damping: λ as a factor of mean(Λ) [the build's]. modules: a layer range such as "8-15", mlp,
-    attention, adapter, or a regular expression [all that are indexed].
+    damping: λ as a factor of mean(Λ) [the build's]. modules: as for `choose_modules`, such as
+    "8-15", "attention" or a regular expression [all that are indexed].
     normalize: rank by influence ("none"), by influence / (‖q̃‖ ‖m̃‖) ("cosine") or by θ-RelatIF
-    ("relatif"). candidates: who is rescored: the best by "code", by "tfidf", or "both" (as many by
-    TF-IDF on top of the shortlist by code). rescore: False ranks by code alone. time_limit: stop
-    rescoring a query after so many seconds.
+    ("relatif"). candidates: who is rescored: the best by "code", by "tfidf", or "both" (a TF-IDF
+    list, as long as the shortlist by code begins, on top of it). rescore: False ranks by code
+    alone. time_limit: stop rescoring a query after so many seconds.
     rank: of the preconditioned gradients of many queries [exact while they fit in 2 GiB, else
     32]. train_sequences: N_train, which only scales `nats`.
     """

@@ -2,13 +2,14 @@
 
 `Searcher` is an open index. `Searcher.stages` yields each stage as it ends, so that a bar or a
 page can show it; `Searcher.search` drains them. Several queries share one journey: one pass of
-gradients, one scan of the codes, and one rescoring of the union of their shortlists.
+gradients and one scan of the codes; then they are rescored and answered one after the other, each
+sequence's gradient formed once for all of them.
 """
 
 import operator
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,14 +96,14 @@ class Searcher:
         is scored. `versus` is another completion: the influence is then that on log p(completion)
         − log p(versus). `score_on` ("0-2", "5") scores some of the completion's tokens only.
         Everything else is a field of `Controls`: k, shortlist, recall, opponents, damping,
-        modules, normalize, candidates, rescore, time_limit, train_sequences.
+        modules, normalize, candidates, rescore, time_limit, rank, train_sequences.
         Interrupted (Ctrl-C) while rescoring, it returns what is exact so far.
         Raises InputError for an unusable query or control, IndexMismatchError for another model.
         """
         asked = Controls(**controls)
         settle(asked, self.manifest)
         query = self.make_query(prompt, completion, token_ids, labels, messages, versus, score_on)
-        return drain(self.stages([query], asked))
+        return drain(self.stages([query], asked, conclude_early=True))
 
     def search_many(
         self, queries: Iterable[Query | dict[str, Any]], aggregated: bool = False, **controls: Any
@@ -115,11 +116,8 @@ class Searcher:
         asked = Controls(**controls)
         settle(asked, self.manifest)
         made = [one if isinstance(one, Query) else self.make_query(**one) for one in queries]
-        if aggregated:
-            made = [aggregate(made)]
-        for stage in self.answer(made, asked):
-            if stage.result is not None:
-                yield stage.result
+        stages = self.answer([aggregate(made)] if aggregated else made, asked)
+        return (stage.result for stage in stages if stage.result is not None)
 
     def answer(self, queries: list[Query], controls: Controls) -> Iterator[Stage]:
         """The stages of any number of queries, a group after the other."""
@@ -152,7 +150,7 @@ class Searcher:
         self, query: Query, ids: list[int], controls: Controls
     ) -> Iterator[list[Hit]]:
         """Like `rescore`, a chunk at a time."""
-        settings = settle(controls, self.manifest)
+        settings = replace(settle(controls, self.manifest), rank=None)
         [target], preconditioned = make_targets(self.index, [query], settings, self.batch_tokens)
         by = Rescorer(self.model, settings.modules, self.index.ekfac, settings.damping,
                       self.batch_tokens)
@@ -200,12 +198,14 @@ class Searcher:
 
     # ---- the stages
 
-    def stages(self, queries: list[Query], controls: Controls) -> Iterator[Stage]:
+    def stages(
+        self, queries: list[Query], controls: Controls, conclude_early: bool = False
+    ) -> Iterator[Stage]:
         """Search for some queries together, yielding a Stage as each step ends.
 
         A result comes for each query, in order, as soon as its shortlist is exact. Raises as
-        `search`. A KeyboardInterrupt thrown in while a single query is rescored ends the rescoring
-        only.
+        `search`. With `conclude_early`, a KeyboardInterrupt while sequences are rescored ends the
+        rescoring only, and what is exact makes the result.
         """
         settings = settle(controls, self.manifest)
         clock = _Clock()
@@ -226,6 +226,7 @@ class Searcher:
                     journey.approximate_hits(0) if len(queries) == 1 else None)
 
         for number, query in enumerate(queries):
+            clock.restart()
             # 3) exact influence of the shortlist, best first, until the statement is good enough
             interrupted = False
             if settings.rescore:
@@ -235,15 +236,15 @@ class Searcher:
                     if not journey.timed_out:
                         journey.score_background()
                 except KeyboardInterrupt:
-                    if len(queries) > 1:
+                    if not conclude_early:
                         raise
-                    interrupted = True
+                    interrupted = journey.unfinished(number)
             clock.lap("rescore")
 
             # 4) the top k and how complete it is; an unfinished shortlist is as long as it got
             result = journey.conclude(number, interrupted)
             clock.lap("conclude")
-            result.seconds = dict(clock.seconds)
+            result.seconds = clock.take("rescore", "conclude")
             yield Stage("result", len(journey.exact), journey.planned, query, result.hits, result)
 
 
@@ -272,6 +273,17 @@ class _Clock:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._since = time.monotonic()
+
+    def restart(self) -> None:
+        """What was before doesn't count."""
+        self._since = time.monotonic()
+
+    def take(self, *own: str) -> dict[str, float]:
+        """All seconds so far; those named begin again for the next query."""
+        taken = dict(self.seconds)
+        for name in own:
+            del self.seconds[name]
+        return taken
 
     def lap(self, name: str) -> None:
         now = time.monotonic()

@@ -24,7 +24,7 @@ from search.journey import Journey
 from search.recall import estimated_recall
 from search.rescore import rescore
 from search.shortlist import Shortlist, best
-from search.target import make_targets
+from search.target import fits_in_full, make_targets
 
 METHODS = ("code", "tfidf", "both")
 TOPS = (10, 100)
@@ -97,8 +97,9 @@ def evaluate(
         ids = np.sort(np.random.default_rng(0).choice(total, sample, replace=False))
     found = Evaluation(len(queries), total, len(ids), settings.damping, len(settings.modules))
     compared = []
-    for first in range(0, len(queries), searcher.group_size):
-        group = queries[first : first + searcher.group_size]
+    together = min(searcher.group_size, fits_in_full(searcher.index, settings))
+    for first in range(0, len(queries), together):
+        group = queries[first : first + together]
         targets, preconditioned = make_targets(searcher.index, group, settings,
                                                searcher.batch_tokens)
         journey = Journey(searcher.index, settings, targets, preconditioned, searcher.batch_tokens)
@@ -160,6 +161,7 @@ class _Comparison:
 
     def measure(self, method: str, k: int, length: int) -> tuple[float, float | None]:
         """Recall of the highest k of the scored, and what a search would claim."""
+        k = min(k, len(self.truth))
         listed = None if method == "code" else best(self.words, length)
         shortlist = Shortlist(self.codes, self.norms, self.noise, False, length, listed,
                               by_list=method == "tfidf")

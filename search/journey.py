@@ -89,6 +89,10 @@ class Journey:
                 self.timed_out = True
                 return
 
+    def unfinished(self, number: int) -> bool:
+        """Whether a query's shortlist still holds sequences that are not exact."""
+        return bool(self._wanted(number))
+
     def _wanted(self, number: int) -> list[int]:
         """A query's ids that are not yet exact, best first."""
         ids = self.shortlists[number].ids(self._lengths[number])
@@ -121,6 +125,7 @@ class Journey:
             for _ in self._score([one for one in ids if one not in self.exact]):
                 pass
             self._background = ids
+            self._planned |= set(ids)
 
     # ---- what follows
 
@@ -239,7 +244,8 @@ class Journey:
                 f"{self.settings.k} sequences of the shortlist are "
                 f"{'opponents' if sign < 0 else 'proponents'}"
             )
-        odd = recall.c_here is not None and recall.estimate is not None and not (
+        low = self.preconditioned.rank is not None  # whose own error would be taken for the code's
+        odd = recall.c_here is not None and recall.cutoff is not None and not low and not (
             recall.c / ODD_CALIBRATION < recall.c_here < recall.c * ODD_CALIBRATION)
         if odd and recall.c_here is not None:
             warnings.append(
@@ -250,7 +256,7 @@ class Journey:
             )
         if recall.estimate is not None and recall.estimate < HOPELESS and hits and not unfinished:
             warnings.append(self._what_would_help(number, hits[-1], recall.shortlist_for_95))
-        if self.preconditioned.rank is not None:
+        if low:
             warnings.append(
                 "these hits were chosen, and the recall statement made, with the query's gradient "
                 f"reduced to rank {self.preconditioned.rank} a module; their influence is that of "

@@ -65,8 +65,8 @@ class OpenIndex:
             facts = self.manifest
             self._source.tokenizer = self.tokenizer  # not read twice
             with self._explained():
-                model = self._source.load(*(() if self._is_object else
-                                            (self._device, facts.dtype)))
+                model = self._source.load(self._device,
+                                          "auto" if self._is_object else facts.dtype)
             dtype = str(model.dtype).removeprefix("torch.")
             if dtype != facts.dtype:
                 raise IndexMismatchError(

@@ -1,6 +1,7 @@
 """A prompt and a completion, a chat, or tokens → a Query, checked before anything is computed."""
 
 import contextlib
+import json
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -38,6 +39,8 @@ def make_query(
     if score_on is not None and not numbers_in(score_on):
         raise InputError(f"--score-on {score_on!r}: expected tokens of the completion by number, "
                          "such as 0-2 or 5.")
+    if labels is not None and token_ids is None:
+        raise InputError("labels go with token_ids; of a text, --score-on chooses tokens.")
     _check_given(prompt, completion, token_ids, messages)
     if versus is not None:
         with _as_versus():
@@ -66,8 +69,7 @@ def aggregate(queries: list[Query]) -> Query:
     if not queries:
         raise InputError("there is no query to add up.")
     texts = [replace(text, others=[]) for query in queries for text in query.texts]
-    notes = [note for query in queries for note in query.notes]
-    return replace(texts[0], others=texts[1:], notes=notes, id=None)
+    return replace(texts[0], others=texts[1:], id=None)
 
 
 def _kept_labels(query: Query, score_on: str) -> list[int]:
@@ -94,7 +96,7 @@ def _check_given(
         raise InputError(
             "give one query: a prompt and a completion, or token_ids and labels, or messages."
         )
-    for part in (prompt, completion):
+    for part in (prompt, completion, json.dumps(messages, ensure_ascii=False, default=str)):
         try:
             (part or "").encode("utf-8")
         except UnicodeEncodeError as error:

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from typing import Any
 
 from gradindex.progress import duration
-from gradindex.results import UNITS, Hit, Query, Result
+from gradindex.results import Hit, Query, Result
 
 WINDOW = 48  # tokens of text shown around the strongest of them
 MOST_TEXTS = 3  # of a query's further texts, shown
@@ -182,7 +182,10 @@ def _sentence(result: Result, color: bool) -> str:
     )
     marks = "blue tokens add to it, yellow ones take from it" if color else \
         "[+tokens] add to it, [-tokens] take from it"
-    return f"{UNITS} {n}. In the text, {marks}; a token's share belongs to predicting what follows."
+    if not result.controls["rescore"]:
+        return f"{result.units} {n}."
+    return (f"{result.units} {n}. In the text, {marks}; a token's share belongs to predicting what "
+            "follows.")
 
 
 # ---- machine formats
@@ -224,10 +227,12 @@ def _defuse(value: Any) -> Any:
 def render_html(result: Result) -> str:
     """Token-highlighted cards as a self-contained fragment, for notebooks."""
     cards = "".join(_card(rank, hit) for rank, hit in enumerate(result.hits, 1))
+    warnings = "".join(f"<p>⚠ {html.escape(warning)}</p>" for warning in result.warnings)
+    about = f"{result.units} N_train = {result.train_sequences:,}; {_how(result)}."
     return (
         '<div style="font-family:system-ui,sans-serif;max-width:60em">'
-        f"<p><b>{html.escape(recall_statement(result))}</b></p>"
-        f'<p style="font-size:85%">{html.escape(UNITS)} Blue underlined tokens add to it, orange '
+        f"<p><b>{html.escape(recall_statement(result))}</b></p>{warnings}"
+        f'<p style="font-size:85%">{html.escape(about)} Blue underlined tokens add to it, orange '
         f"dotted ones take from it.</p>{cards}</div>"
     )
 

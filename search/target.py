@@ -34,6 +34,11 @@ class Target:
     norm: float
 
 
+def fits_in_full(index: OpenIndex, settings: Settings) -> int:
+    """How many queries' preconditioned gradients are kept in full, at least one."""
+    return max(1, LARGEST_STACK // (_entries(settings) * index.model.accumulate.itemsize))
+
+
 def make_targets(
     index: OpenIndex, queries: list[Query], settings: Settings, batch_tokens: int
 ) -> tuple[list[Target], Preconditioned]:
@@ -58,11 +63,9 @@ def make_targets(
 
 def rank_for(index: OpenIndex, queries: int, settings: Settings) -> int | None:
     """The rank asked for; without one, None (all) where the gradients fit, else 32."""
-    if settings.rank is not None or queries == 1:
+    if settings.rank is not None:
         return settings.rank
-    entries = queries * _entries(settings)
-    size = index.model.accumulate.itemsize
-    return None if entries * size <= LARGEST_STACK else LOW_RANK
+    return None if queries <= fits_in_full(index, settings) else LOW_RANK
 
 
 def coordinates_of(
@@ -74,8 +77,7 @@ def coordinates_of(
         module.name: index.ekfac[module.name].eigenvalues.new_zeros(len(queries), *module.shape)
         for module in settings.modules
     }
-    for rows in plan_batches([len(text.tokens) for _, text in texts], batch_tokens):
-        members = [texts[row] for row in rows]
+    for members in _text_batches(texts, settings, batch_tokens):
         batch = make_batch([
             (np.array(text.tokens, np.int32), np.array(text.labels) != UNSCORED)
             for _, text in members
@@ -91,6 +93,16 @@ def coordinates_of(
             weights = c.new_tensor([text.weight for _, text in members])
             total[name].index_add_(0, places, c * weights[:, None, None])
     return total
+
+
+def _text_batches(
+    texts: list[tuple[int, Query]], settings: Settings, batch_tokens: int
+) -> Iterator[list[tuple[int, Query]]]:
+    """Texts whose gradients are formed together: few enough in tokens and in entries."""
+    size = max(1, AT_ONCE // _entries(settings))
+    for rows in plan_batches([len(text.tokens) for _, text in texts], batch_tokens):
+        for first in range(0, len(rows), size):
+            yield [texts[row] for row in rows[first : first + size]]
 
 
 def _groups(queries: list[Query], settings: Settings) -> Iterator[list[Query]]:

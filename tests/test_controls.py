@@ -177,7 +177,9 @@ def test_without_rescoring_it_says_so(index):
     assert result.recall.estimate is None and result.rescored == 0
     assert "recall: unknown, nothing was rescored" in render.terminal(result)
     assert "approximate, by code alone" in render.terminal(result)
-    assert "≈" in render.terminal(result)
+    assert "≈" in render.terminal(result) and "estimated by code" in result.to_json()
+    assert "exact for this" not in render.terminal(result)
+    assert "approximate" not in render.render_html(index.search(**QUESTION, k=1))
 
 
 def test_recall_is_reached_or_the_limit_is_said(index, monkeypatch):
@@ -258,7 +260,7 @@ def test_controls_are_checked_before_the_model_is_loaded(index_folder, asked, me
     with pytest.raises(InputError, match=message):
         fresh.search(**QUESTION, **asked)
     with pytest.raises(InputError, match=message):
-        next(fresh.search_many([QUESTION], **asked))
+        fresh.search_many([QUESTION], **asked)
 
 
 @pytest.mark.parametrize("question, message", [
@@ -267,7 +269,9 @@ def test_controls_are_checked_before_the_model_is_loaded(index_folder, asked, me
     ({**QUESTION, "versus": QUESTION["completion"]}, "nothing to compare"),
     ({**QUESTION, "score_on": "x"}, "--score-on 'x'"), (dict(prompt="a", versus="b"), "--versus"),
     (dict(token_ids=[1.5, 2]), "token_ids must be a list of whole numbers"),
-    (dict(token_ids=5), "whole numbers"), (dict(token_ids=[1, 2], labels="ab"), "labels must be"),
+    (dict(token_ids=5), "whole numbers"), ({**QUESTION, "labels": [1]}, "labels go with"),
+    (dict(messages=[{"role": "user", "content": "\ud800"}]), "not valid UTF-8"),
+    (dict(token_ids=[1, 2], labels="ab"), "labels must be"),
 ])
 def test_queries_are_checked_before_the_model_is_loaded(index_folder, question, message):
     with pytest.raises(InputError, match=message):
@@ -358,7 +362,10 @@ def test_one_search_for_a_set(index):
     assert_equal_to(result, exact(index, QUESTION) + exact(index, OTHER))
     assert len(result.query.texts) == 2
     with pytest.raises(InputError, match="no query"):
-        list(index.search_many([], aggregated=True))
+        index.search_many([], aggregated=True)
+    joined = [dict(prompt="The pl", completion="um number"), QUESTION]
+    [noted] = index.search_many([QUESTION, *joined], aggregated=True, k=1)
+    assert len([one for one in noted.warnings if "it is scored as part" in one]) == 1
 
 
 def test_an_unpacked_scan_gives_the_same_scores(index):
@@ -468,6 +475,10 @@ def test_an_evaluation_is_the_plain_counts(index, tmp_path, monkeypatch):
     claims = [claim for claim, _ in found.pairs["code"]]
     assert any(claim == pytest.approx(result.recall.estimate, abs=0.02) for claim in claims)
     assert "2 queries, every sequence scored exactly" in evaluate.table(found)
+    monkeypatch.setattr("search.target.LARGEST_STACK", 1)  # one query at a time, at full rank
+    again = evaluate.evaluate(index, queries, Controls(), None, lambda done, total: None)
+    for one, other in zip(found.measures, again.measures, strict=True):
+        assert one.recall == other.recall and one.claimed == pytest.approx(other.claimed, abs=0.02)
     evaluate.plot(found, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     json.dumps(found.to_dict(), allow_nan=False)

@@ -177,6 +177,7 @@ def test_search_in_every_format(trained_index):
     lines = run("search", index, *QUESTION, "-k", "3", "--format", "jsonl", "--shortlist", "50")
     assert [json.loads(line)["id"] for line in lines.stdout.splitlines()] == [
         hit["id"] for hit in content["hits"]]
+    assert "recall: an estimated" in lines.stderr and "expected:" in lines.stderr
     table = run("search", index, *QUESTION, "-k", "3", "--format", "csv")
     assert table.stdout.splitlines()[0].startswith("rank,id,influence,nats,exact")
     opponents = run("search", index, *QUESTION, "-k", "1", "--opponents", "--format", "json")
@@ -283,7 +284,7 @@ def test_info(trained_index):
     (("search", "{index}", "-p", "@nofile", "-c", "b"), 2, "@nofile: No such file"),
     (("search", "{index}", "-p", "@{latin}", "-c", "b"), 2, "not UTF-8 (byte 3)"),
     (("search", "{index}", "-p", "a", "-c", "b", "-o", "no/x.json"), 2, "there is no folder no"),
-    (("search", "{index}", "-p", "-", "-c", "-"), 2, "can't both be standard input"),
+    (("search", "{index}", "-p", "-", "-c", "-"), 2, "can be standard input, -"),
     (("build", "{model}", "{text}", "-o", "{text}"), 2, "is a file; expected a folder"),
     (("build", "{model}", "{text}", "-o", "/proc/nope/index"), 1, "No such file or directory"),
     (("search", "{index}", "-p", "a", "-c", "b", "--model", "{other}"), 3, "weights have digest"),
@@ -297,6 +298,9 @@ def test_info(trained_index):
     (("search", "{index}", "-p", "a", "-c", ""), 2, "the completion is empty"),
     (("search", "{index}", "-p", "a " * 99, "-c", "b"), 2, "more than the model's context"),
     (("search", "{index}", "--queries", "{text}", "-p", "a"), 2, "exclude each other"),
+    (("search", "{index}", "--queries", "{text}", "-o", "{text}"), 2, "that file is read here"),
+    (("eval", "{index}", "--queries", "{text}", "-o", "{text}"), 2, "that file is read here"),
+    (("rescore", "{index}", "-p", "-", "-c", "b", "--ids", "-"), 2, "can be standard input, -"),
     (("search", "{index}", "-p", "a", "-c", "b", "--rank", "3"), 2, "go with --queries"),
     (("rescore", "{index}", "-p", "a", "-c", "b", "--ids", "{far}"), 2, "no sequence has the id"),
     (("eval", "{index}", "--queries", "nofile"), 2, "nofile: No such file"),
