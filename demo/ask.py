@@ -30,10 +30,11 @@ def main(folder: Path) -> None:
     for line, what in (
         (f"search {index} -p 'def __enter__(self):'", "what the model goes on to say, and why"),
         (f"search {index} -p 'weekdays =' -c \" ['Mon'\" --opponents", "what spoke against it"),
+        (f"search {index} -p 'severity' -c \" 'ERROR'\" --versus \" 'INFO'\"", "rather than that"),
         (f"info {index}", "what is in the index"),
         ("build YOUR_MODEL YOUR.jsonl -o your.index", "your own"),
     ):
-        click.echo(f"  gradindex {line:<64} # {what}")
+        click.echo(f"  gradindex {line:<66} # {what}")
     click.echo(f"(gradindex is in {command.parent}: activate it, or put it in front)")
 
 
