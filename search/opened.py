@@ -88,7 +88,8 @@ class OpenIndex:
             if tokenizer is not None and expected not in (None, found):
                 raise IndexMismatchError(
                     f"the tokenizer (digest {str(found)[:12]}) is not the one the index was built "
-                    f"with ({expected[:12]}). Pass the right one with --tokenizer."
+                    f"with ({expected[:12]}). Pass the right model with --model, or its tokenizer "
+                    "with --tokenizer."
                 )
             self._tokenizer, self._tokenizer_read = tokenizer, True
         return self._tokenizer
