@@ -65,6 +65,10 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
                       label=f"{name_of(run)}: {what}")
     axis.set(xscale="log", xlabel="bytes of code a token", ylabel="share of the true top found",
              ylim=(0, 1.02), title="Fidelity of a shortlist by code")
+    ticks = sorted({
+        length / 8 / run["size"]["length"] for run in runs for length in lengths_of(run)})
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.minorticks_off()
     axis.grid(alpha=0.25)
     axis.legend(fontsize=7, loc="lower right")
     figure.savefig(path, dpi=150)
