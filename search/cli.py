@@ -27,6 +27,12 @@ _INDEX = [
     click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model."),
     click.option("--allow-pickle", is_flag=True, help="Load weights that aren't safetensors."),
 ]
+_GRADIENT = [
+    click.option("--damping", type=float,
+                 help="λ as a factor of each module's mean eigenvalue [the build's]."),
+    click.option("--modules", metavar="RANGE|KIND|REGEX",
+                 help="Layers (8-15), mlp, attention, adapter, or names that match [all indexed]."),
+]
 _QUERY = [
     click.option("-p", "--prompt", metavar="TEXT", help="Prompt; @FILE and - read it."),
     click.option("-c", "--completion", metavar="TEXT",
@@ -38,10 +44,6 @@ _QUERY = [
                  help="Another completion: explain log p of -c minus log p of this."),
     click.option("--score-on", metavar="RANGE",
                  help="Score these tokens of the completion only: 0-2, or 5."),
-    click.option("--damping", type=float,
-                 help="λ as a factor of each module's mean eigenvalue [the build's]."),
-    click.option("--modules", metavar="RANGE|KIND|REGEX",
-                 help="Layers (8-15), mlp, attention, adapter, or names that match [all indexed]."),
     click.option("--normalize", default="none", show_default=True, metavar="none|cosine|relatif",
                  help="Rank by influence, by influence / (‖q̃‖ ‖m̃‖), or by θ-RelatIF."),
 ]
@@ -58,6 +60,7 @@ def _options(options: list[Callable[..., Any]]) -> Callable[..., Any]:
 @click.command()
 @_options(_INDEX)
 @_options(_QUERY)
+@_options(_GRADIENT)
 @click.option("-k", type=int, help="Hits [20].")
 @click.option("--shortlist", metavar="N|all",
               help="Sequences to rescore exactly [1000, or 10 k if more].")
@@ -191,6 +194,7 @@ def _split(others: dict[str, Any], **more: Any) -> tuple[dict[str, Any], "Contro
 @click.command()
 @_options(_INDEX)
 @_options(_QUERY)
+@_options(_GRADIENT)
 @click.option("--ids", required=True, metavar="FILE|-",
               help="Ids to score: a line each, as a number or as JSON with an id.")
 def rescore(
@@ -230,10 +234,7 @@ def rescore(
               help="JSON lines with prompt and completion.")
 @click.option("--sample", metavar="N|all", default="all", show_default=True,
               help="Score so many random sequences exactly.")
-@click.option("--damping", type=float,
-              help="λ as a factor of each module's mean eigenvalue [the build's].")
-@click.option("--modules", metavar="RANGE|KIND|REGEX",
-              help="Layers (8-15), mlp, attention, adapter, or names that match [all indexed].")
+@_options(_GRADIENT)
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path),
               help="Write everything as JSON.")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path),

@@ -16,7 +16,7 @@ from gradindex.codes import Codes, CodeSettings
 from gradindex.curvature import Ekfac
 from gradindex.errors import DamagedIndexError, IndexMismatchError, InputError
 from gradindex.files import sha256
-from gradindex.manifest import Segment, segment_folder
+from gradindex.manifest import segment_folder
 from gradindex.model import LanguageModel, ModelSource, check_identity, tokenizer_digest
 from gradindex.records import Record
 from gradindex.records import read as read_records
@@ -54,7 +54,7 @@ class OpenIndex:
         self._config: Any = None
         self._ekfac: Ekfac | None = None
         self._codes: Codes | None = None
-        self._segments: list[tuple[Segment, vectors.CodeIndex]] | None = None
+        self._segments: list[vectors.CodeIndex] | None = None
         self._norms: np.ndarray | None = None
         self._tokens: tfidf.TokenMatrix | None = None
 
@@ -152,20 +152,20 @@ class OpenIndex:
         """Read the model, the curvature and the codes now."""
         _ = self.codes, self.segments(), self.norms
 
-    def segments(self) -> list[tuple[Segment, vectors.CodeIndex]]:
-        """The segments with their codes, read at first use."""
+    def segments(self) -> list[vectors.CodeIndex]:
+        """The codes of every segment, read at first use."""
         if self._segments is None:
             length = self.manifest.code["length"]
             self._segments = [
-                (segment, vectors.CodeIndex.read(
+                vectors.CodeIndex.read(
                     segment_folder(self.path, segment.name) / "vectors.faiss", length, segment.rows
-                )) for segment in self.manifest.segments
+                ) for segment in self.manifest.segments
             ]
         return self._segments
 
     def code_scores(self, queries: np.ndarray) -> np.ndarray:
         """The code score of every sequence, by id, for query vectors [q, K]: float32 [q, N]."""
-        codes = [index for _, index in self.segments()]
+        codes = self.segments()
         if len(queries) < UNPACK_FROM:
             with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
                 parts = list(pool.map(
