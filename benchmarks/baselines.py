@@ -323,42 +323,56 @@ def recall(truth: np.ndarray, scores: np.ndarray, k: int, length: int) -> float:
     return float(np.mean([len(set(b) & set(f)) / k for b, f in zip(best, found, strict=True)]))
 
 
-def print_methods(work: Workload, truth: np.ndarray, rows: list[Row]) -> None:
+Measured = tuple[str, float, list[float]]  # name, bytes a token (NaN: nothing kept), shares by CUTS
+
+
+def measured(work: Workload, truth: np.ndarray, rows: list[Row]) -> list[Measured]:
     tokens = float(np.mean([len(record.ids) for record in work.train]))
+    return [(name, room / tokens, [recall(truth, scores, k, length) for k, length in CUTS])
+            for name, room, scores in rows]
+
+
+def print_methods(rows: list[Measured]) -> None:
     heads = [f"r{k}@{length}" for k, length in CUTS]
-    print(f"| method | bytes a sequence | bytes a token | {' | '.join(heads)} |")
-    print("|---|---|---|---|---|")
-    for name, room, scores in rows:
-        sizes = "– | –" if math.isnan(room) else f"{room:,.0f} | {room / tokens:,.1f}"
-        shares = [f"{recall(truth, scores, k, length):.3f}" for k, length in CUTS]
-        print(f"| {name} | {sizes} | {' | '.join(shares)} |")
+    print(f"| method | bytes a token | {' | '.join(heads)} |\n|---|---|---|---|")
+    for name, room, shares in rows:
+        size = "–" if math.isnan(room) else f"{room:,.1f}"
+        print(f"| {name} | {size} | {' | '.join(f'{share:.3f}' for share in shares)} |")
 
 
-def plot(path: Path, work: Workload, truth: np.ndarray, rows: list[Row]) -> None:
+FAMILIES = {"code": "black", "gradient": "#888888", "K-FAC": "#d62728", "PCA": "#ff7f0e",
+            "two-sided": "#2ca02c", "top-Λ": "#9467bd", "mean": "#8c564b", "TF-IDF": "#1f77b4"}
+
+
+def plot(path: Path, rows: list[Measured]) -> None:
     """Recall against bytes a token; methods that keep nothing are horizontal lines."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    tokens = float(np.mean([len(record.ids) for record in work.train]))
-    figure, axes = pyplot.subplots(1, len(CUTS), figsize=(13, 5.5), sharey=True)
-    for axis, (k, length) in zip(axes, CUTS, strict=True):
-        codes = [row for row in rows if row[0].startswith("code")]
-        axis.plot([room / tokens for _, room, _ in codes],
-                  [recall(truth, scores, k, length) for _, _, scores in codes],
-                  "o-", color="black", label="code, 1 bit")
-        for number, (name, room, scores) in enumerate(rows[len(codes):]):
-            share, color = recall(truth, scores, k, length), pyplot.get_cmap("tab20")(number)
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    axes = figure.subplots(1, len(CUTS), sharey=True)
+    codes = [row for row in rows if row[0].startswith("code")]
+    others = [row for row in rows if row not in codes]
+    for axis, (k, length), place in zip(axes, CUTS, range(len(CUTS)), strict=True):
+        axis.plot([room for _, room, _ in codes], [shares[place] for _, _, shares in codes], "o-",
+                  color="black", label="code, 1 bit", zorder=3)
+        drawn: dict[str, int] = {}
+        for name, room, shares in others:
+            family = next(one for one in FAMILIES if name.startswith(one))
+            mark = "sDv^"[drawn.get(family, 0)]
+            drawn[family] = drawn.get(family, 0) + 1
             if math.isnan(room):
-                axis.axhline(share, color=color, linestyle=":", label=name)
+                axis.axhline(shares[place], color=FAMILIES[family], linestyle=":",
+                             label=f"{name} (nothing kept)")
             else:
-                axis.plot(room / tokens, share, "sDv^"[number % 4], color=color, label=name)
-        axis.set(xscale="log", xlabel="bytes a token", ylim=(0, 1.02),
+                axis.plot(room, shares[place], mark, color=FAMILIES[family], label=name)
+        axis.set(xscale="log", xlabel="bytes a token", ylim=(0, 1.03),
                  title=f"share of the true top {k} in the best {length:,}")
+        ticks = [4, 8, 16, 32, 64, 128, 1024]
+        axis.set_xticks(ticks, [str(tick) for tick in ticks])
+        axis.minorticks_off()
+        axis.grid(alpha=0.25)
     axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=130)
 
 
 @click.command()
@@ -381,9 +395,10 @@ def main(sequences: int, queries: int, steps: int, cache: Path, picture: Path | 
         stores[f"top-Λ eigen-coordinates, {count:,}"] = top_coordinates(work, count)
     truth, rows = collect(work, stores)
     print(f"{work.summary()}\n")
-    print_methods(work, truth, rows)
+    table = measured(work, truth, rows)
+    print_methods(table)
     if picture:
-        plot(picture, work, truth, rows)
+        plot(picture, table)
     print(f"\ntotal {duration(time.monotonic() - begun)}")
 
 
