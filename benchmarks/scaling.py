@@ -12,7 +12,7 @@ from typing import Any
 import click
 from matplotlib.figure import Figure
 
-MEASURES = (("r10@100", "top 10 in 100", "o"), ("r100@1000", "top 100 in 1,000", "s"))
+MEASURES = (("r10@100", "top 10 in 100"), ("r100@1000", "top 100 in 1,000"))
 
 
 def name_of(run: dict[str, Any]) -> str:
@@ -54,24 +54,25 @@ def main(files: tuple[Path, ...], plot: Path | None) -> None:
 
 
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
-    figure = Figure(figsize=(9, 4.8), layout="constrained")
-    axis = figure.subplots()
-    for number, run in enumerate(runs):
-        lengths = lengths_of(run)
-        room = [length / 8 / run["size"]["length"] for length in lengths]
-        for place, (_, what, mark) in enumerate(MEASURES):
-            recall = [run[f"recall {length}"][2 * place] for length in lengths]
-            axis.plot(room, recall, "-" if place == 0 else "--", marker=mark, color=f"C{number}",
-                      label=f"{name_of(run)}: {what}")
-    axis.set(xscale="log", xlabel="bytes of code a token", ylabel="share of the true top found",
-             ylim=(0, 1.02), title="Fidelity of a shortlist by code")
+    """A panel for each measure, a line for each run."""
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    axes = figure.subplots(1, len(MEASURES), sharey=True)
     ticks = sorted({
         length / 8 / run["size"]["length"] for run in runs for length in lengths_of(run)})
-    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axis.minorticks_off()
-    axis.grid(alpha=0.25)
-    axis.legend(fontsize=7, loc="lower right")
-    figure.savefig(path, dpi=150)
+    for place, (axis, (_, what)) in enumerate(zip(axes, MEASURES, strict=True)):
+        for number, run in enumerate(runs):
+            lengths = lengths_of(run)
+            axis.plot([length / 8 / run["size"]["length"] for length in lengths],
+                      [run[f"recall {length}"][2 * place] for length in lengths],
+                      "-", marker="osDv^Pp"[number], markersize=5, color=f"C{number}",
+                      label=name_of(run))
+        axis.set(xscale="log", xlabel="bytes of code a token", ylim=(0.4, 1.02),
+                 title=f"share of the true {what}")
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.minorticks_off()
+        axis.grid(alpha=0.25)
+    axes[-1].legend(fontsize=7, loc="lower right")
+    figure.savefig(path, dpi=130)
 
 
 if __name__ == "__main__":
