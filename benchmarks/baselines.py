@@ -243,6 +243,17 @@ class CodeStore:
         return self.index.many_scores(vectors).astype(np.float64)
 
 
+def sides_of(work: Workload, rotated: ByModule) -> dict[str, ByModule]:
+    """By method, what the rotated gradient of a sequence is multiplied with, [q, o·i] a module."""
+    kfac = kfac_damped(work)
+    return {
+        "gradient dot product": rotated,
+        "K-FAC": {name: query / kfac[name] for name, query in rotated.items()},
+        "EK-FAC": {name: query / work.ekfac[name].damped(DAMPING).flatten()
+                   for name, query in rotated.items()},
+    }
+
+
 Row = tuple[str, float, np.ndarray]  # name, bytes a sequence (NaN: nothing kept), scores [q, n]
 
 
@@ -272,13 +283,7 @@ def collect(work: Workload, stores: dict[str, Features]) -> tuple[np.ndarray, li
     look(work, work.queries, of_query, hidden[0])
     query = {store: {name: x.float() for name, x in parts.items()}
              for store, parts in query.items()}
-    damped = {name: work.ekfac[name].damped(DAMPING).flatten() for name in names}
-    kfac = kfac_damped(work)
-    sides = {  # by method, what the rotated gradient of a sequence is multiplied with
-        "EK-FAC": {name: rotated[name] / damped[name] for name in names},
-        "gradient dot product": rotated,
-        "K-FAC": {name: rotated[name] / kfac[name] for name in names},
-    }
+    sides = sides_of(work, rotated)
     stacked = {name: torch.cat([side[name] for side in sides.values()]) for name in names}
     totals = torch.zeros(len(stacked[names[0]]), n, dtype=torch.float64)
     coders = {length: CodeStore(work, length) for length in LENGTHS}

@@ -21,7 +21,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.baselines import BATCH_TOKENS, ByModule, Seen, kfac_damped, look, recall
+from benchmarks.baselines import BATCH_TOKENS, ByModule, Seen, look, recall, sides_of
 from benchmarks.fidelity import options
 from benchmarks.workload import Size, Workload, make_workload
 from gradindex.curvature import DAMPING
@@ -257,7 +257,6 @@ def main(queries: int, sample: int, scored: int, cg_steps: int, lissa_steps: int
     """Solve for a few queries, compare scores, print two tables."""
     begun = time.monotonic()
     work = make_workload(cache, Size(**size), queries, stderr_progress())  # type: ignore[arg-type]
-    names = [m.name for m in work.modules]
     rotated = {m.name: torch.zeros(queries, math.prod(m.shape)) for m in work.modules}
 
     def of_query(rows: list[int], seen: Seen) -> None:
@@ -267,13 +266,7 @@ def main(queries: int, sample: int, scored: int, cg_steps: int, lissa_steps: int
     # A sequence that G was taken from has its own part in G, which takes most of its score away,
     # and EK-FAC knows no single sequence: others are scored.
     solved, checks = solve(work, rotated, work.train[-sample:], cg_steps, lissa_steps)
-    kfac = kfac_damped(work)
-    sides = {
-        "gradient dot product": rotated,
-        "K-FAC": {name: rotated[name] / kfac[name] for name in names},
-        "EK-FAC": {name: rotated[name] / work.ekfac[name].damped(DAMPING).flatten()
-                   for name in names},
-    } | solved
+    sides = sides_of(work, rotated) | solved
     others = work.train[:min(scored, len(work.train) - sample)]
     print(f"{work.summary()}; G over {sample} training sequences, scores of {len(others):,} "
           f"others\n")
