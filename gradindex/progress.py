@@ -8,6 +8,8 @@ import sys
 import time
 from typing import Any, TextIO
 
+from gradindex.terminal import visible_lines
+
 EVERY = 30.0  # seconds between lines where there is no terminal
 
 
@@ -30,7 +32,7 @@ class Progress:
             return
         if self._bar is not None:
             self._bar.clear()
-        print(line, file=self._stream, flush=True)
+        print(visible_lines(line), file=self._stream, flush=True)
 
     def start(self, stage: str, total: int, unit: str, done: int = 0) -> None:
         """Begin a stage of `total` units (0: unknown), `done` of which need not be done again."""

@@ -1,9 +1,10 @@
 """What a search is asked and what it answers."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from gradindex.terminal import json_text
 
 UNITS = (
     "Influence is I = ∇log p(completion | prompt)ᵀ (G+λI)⁻¹ ∇log p(sequence), {how} for this "
@@ -124,7 +125,8 @@ class Result:
     """Hits in order of influence (or what `controls` says), and everything needed to judge them.
 
     `rescored` counts the sequences scored exactly for this query's shortlist. `seconds` by step:
-    queries searched together share load, gradient and scan.
+    queries searched together share load, gradient and scan. `coverage` is the share of the index's
+    sequences that was searched, below 1 where `damaged` segments were left out.
     """
 
     query: Query
@@ -140,6 +142,8 @@ class Result:
     seconds: dict[str, float]
     interrupted: bool = False
     timed_out: bool = False
+    coverage: float = 1.0
+    damaged: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     model: str = ""
     index: str = ""  # of its manifest's SHA-256, the first 16 digits
@@ -183,7 +187,7 @@ class Result:
 
     def to_json(self) -> str:
         """One JSON object with everything, token and layer arrays included."""
-        return json.dumps(self.to_dict(), ensure_ascii=False, allow_nan=False)
+        return json_text(self.to_dict())
 
     def _repr_html_(self) -> str:
         import gradindex

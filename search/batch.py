@@ -13,6 +13,7 @@ from typing import Any
 
 from gradindex.errors import InputError
 from gradindex.results import Query, Result
+from gradindex.terminal import json_text
 from search.controls import Controls, settle
 from search.engine import Searcher
 
@@ -161,8 +162,7 @@ class ResultsFile:
     def write(self, result: Result) -> None:
         """Add a result; it is on disk when this returns."""
         content = {"asked": self._digests[result.query.id], **result.to_dict()}
-        line = json.dumps(content, ensure_ascii=False, allow_nan=False)
-        self._file.write(line.encode() + b"\n")
+        self._file.write(json_text(content).encode() + b"\n")
         self._file.flush()
         if self._regular:
             os.fsync(self._file.fileno())

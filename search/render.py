@@ -1,28 +1,26 @@
 """One result, several renderings: terminal, JSON, JSON lines, CSV, HTML.
 
 Sign and units are said on each. Text of training data is never trusted: control characters are
-made visible in the terminal, everything is escaped in HTML.
+made visible in all of them, everything is escaped in HTML.
 """
 
 import csv
 import html
 import io
-import json
 import re
 import shutil
-import unicodedata
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
 from gradindex.progress import duration
 from gradindex.results import Hit, Query, Result
+from gradindex.terminal import json_text, visible, visible_lines
 
 WINDOW = 48  # tokens of text shown around the strongest of them
 MOST_TEXTS = 3  # of a query's further texts, shown
 MARKED = 0.25  # a token is marked from this share of the strongest token's influence on
 BARS = "▁▂▃▄▅▆▇█"
-HIDDEN = {"Cc", "Cf", "Co", "Cs", "Zl", "Zp"}  # Unicode categories that a terminal may obey
 
 
 # ---- terminal
@@ -36,7 +34,8 @@ def terminal(result: Result, width: int | None = None, color: bool = False) -> s
         lines += _hit_lines(rank, hit, result, width, color)
     lines += ["", *_wrap(recall_statement(result), width)]
     lines += _wrap(_sentence(result, color), width)
-    lines += [line for warning in result.warnings for line in _wrap(f"warning: {warning}", width)]
+    lines += [line for warning in result.warnings
+              for line in _wrap(f"warning: {visible(warning)}", width)]
     times = ", ".join(f"{name} {duration(value)}" for name, value in result.seconds.items()
                       if value >= 0.05)
     lines += [f"seconds: {times}"] if times else []
@@ -84,8 +83,8 @@ def _query_lines(query: Query, label: str, width: int) -> list[str]:
 
 
 def _hit_lines(rank: int, hit: Hit, result: Result, width: int, color: bool) -> list[str]:
-    place = f"{visible(str(hit.source))}:{hit.row}"
-    label = "" if hit.user_id is None else f"{visible(str(hit.user_id))}  "
+    place = visible(f"{hit.source}:{hit.row}")
+    label = "" if hit.user_id is None else f"{hit.user_id}  "
     copies = f"  ×{len(hit.duplicates) + 1} equal" if hit.duplicates else ""
     was = f"  code rank {hit.code_rank}" if hit.code_rank > 0 else ""
     ranked_by = result.controls["normalize"]
@@ -98,7 +97,7 @@ def _hit_lines(rank: int, hit: Hit, result: Result, width: int, color: bool) -> 
         head += f"  TF-IDF rank {hit.tfidf_rank}"
     strip = f"  layers {layer_strip(hit.layer_influence)}" if hit.layer_influence else ""
     body = _wrap(_window(hit, color), width - 5)
-    lines = [*_wrap(head, width), f"     {place}{strip}"]
+    lines = [*_wrap(visible(head), width), f"     {place}{strip}"]
     lines += [f"     {line}" for line in body]
     if hit.fields:
         fields = ", ".join(f"{name}={value}" for name, value in hit.fields.items())
@@ -193,9 +192,7 @@ def _sentence(result: Result, color: bool) -> str:
 
 def json_lines(hits: Iterable[Hit]) -> str:
     """One JSON object a hit and line."""
-    return "".join(
-        json.dumps(asdict(hit), ensure_ascii=False, allow_nan=False) + "\n" for hit in hits
-    )
+    return "".join(json_text(asdict(hit)) + "\n" for hit in hits)
 
 
 CSV_COLUMNS = (
@@ -217,8 +214,10 @@ def csv_table(result: Result) -> str:
 
 
 def _defuse(value: Any) -> Any:
-    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@")) \
-        else value
+    if not isinstance(value, str):
+        return value
+    value = visible_lines(value)
+    return f"'{value}" if value.startswith(("=", "+", "-", "@")) else value
 
 
 # ---- HTML
@@ -227,12 +226,12 @@ def _defuse(value: Any) -> Any:
 def render_html(result: Result) -> str:
     """Token-highlighted cards as a self-contained fragment, for notebooks."""
     cards = "".join(_card(rank, hit) for rank, hit in enumerate(result.hits, 1))
-    warnings = "".join(f"<p>⚠ {html.escape(warning)}</p>" for warning in result.warnings)
+    warnings = "".join(f"<p>⚠ {_html(warning)}</p>" for warning in result.warnings)
     about = f"{result.units} N_train = {result.train_sequences:,}; {_how(result)}."
     return (
         '<div style="font-family:system-ui,sans-serif;max-width:60em">'
-        f"<p><b>{html.escape(recall_statement(result))}</b></p>{warnings}"
-        f'<p style="font-size:85%">{html.escape(about)} Blue underlined tokens add to it, orange '
+        f"<p><b>{_html(recall_statement(result))}</b></p>{warnings}"
+        f'<p style="font-size:85%">{_html(about)} Blue underlined tokens add to it, orange '
         f"dotted ones take from it.</p>{cards}</div>"
     )
 
@@ -246,14 +245,14 @@ def _card(rank: int, hit: Hit) -> str:
         color = f"rgba(30,100,230,{share:.2f})" if value >= 0 else f"rgba(240,140,0,{share:.2f})"
         line = "underline solid" if value >= 0 else "underline dotted"
         style = f"background:{color};" + (f"text-decoration:{line};" if share >= MARKED else "")
-        spans.append(f'<span style="{style}" title="{value:+.4g}">{html.escape(piece)}</span>')
+        spans.append(f'<span style="{style}" title="{value:+.4g}">{_html(piece)}</span>')
     label = "" if hit.user_id is None else hit.user_id
-    who = html.escape(f"{label} {hit.source}:{hit.row}")
+    who = _html(f"{label} {hit.source}:{hit.row}")
     kind = "" if hit.exact else " (estimated)"
     return (
         f'<div style="border-top:1px solid #8888;padding:.5em 0"><b>{rank}</b> '
         f"<b>{hit.influence:+.4g}</b>{kind} ({hit.nats:+.3g} nats a copy) {who} "
-        f"<span>layers {html.escape(layer_strip(hit.layer_influence))}</span>"
+        f"<span>layers {_html(layer_strip(hit.layer_influence))}</span>"
         f'<div style="white-space:pre-wrap;font-family:monospace">{"".join(spans)}</div></div>'
     )
 
@@ -261,13 +260,8 @@ def _card(rank: int, hit: Hit) -> str:
 # ---- helpers
 
 
-def visible(text: str) -> str:
-    """Text safe for a terminal: newlines as ⏎, tabs as →, other control characters as \\xNN."""
-    return "".join(
-        {"\n": "⏎", "\t": "→"}.get(letter)
-        or (f"\\x{ord(letter):02x}" if unicodedata.category(letter) in HIDDEN else letter)
-        for letter in text
-    )
+def _html(text: str) -> str:
+    return html.escape(visible_lines(text))
 
 
 def _number(value: float) -> str:
