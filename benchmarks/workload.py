@@ -114,7 +114,7 @@ def fit_on(
     home.mkdir(exist_ok=True)
     settings = FitSettings(choose_sequences(len(training), count, 0), "model", 256, 2048, 0)
     return fit(model, modules, lambda wanted: [training[n] for n in wanted], settings, home,
-               progress, len(training))
+               progress, len(training))[0]
 
 
 def query_gradients(work: Workload, queries: list[Record]) -> Gradients:

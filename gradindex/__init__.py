@@ -20,14 +20,19 @@ if TYPE_CHECKING:
         ResourceError,
     )
     from gradindex.results import Hit, Query, Recall, Result
+    from indexer.append import append
     from indexer.build import build
+    from indexer.maintain import compact, delete
+    from indexer.verify import verify
     from search.engine import Searcher, open
     from search.render import render_html
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "build": "indexer.build", "open": "search.engine", "Searcher": "search.engine",
+    "append": "indexer.append", "build": "indexer.build", "compact": "indexer.maintain",
+    "delete": "indexer.maintain", "verify": "indexer.verify",
+    "open": "search.engine", "Searcher": "search.engine",
     "render_html": "search.render",
     "Query": "gradindex.results", "Hit": "gradindex.results", "Recall": "gradindex.results",
     "Result": "gradindex.results",
@@ -38,7 +43,8 @@ _HOMES = {
 
 __all__ = [
     "DamagedIndexError", "GradindexError", "Hit", "IndexMismatchError", "InputError", "Query",
-    "Recall", "ResourceError", "Result", "Searcher", "build", "open", "render_html",
+    "Recall", "ResourceError", "Result", "Searcher", "append", "build", "compact", "delete", "open",
+    "render_html", "verify",
 ]
 
 

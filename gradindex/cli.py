@@ -5,14 +5,18 @@ model don't match or the index is damaged, 4 not enough memory or disk, 130 inte
 """
 
 import importlib
+import io
 import os
 import signal
 import sys
+import traceback
+from types import TracebackType
 from typing import Any
 
 import click
 
 from gradindex.errors import GradindexError
+from gradindex.terminal import visible_lines
 
 COMMANDS = {
     "build": "indexer.cli:build",
@@ -20,6 +24,10 @@ COMMANDS = {
     "rescore": "search.cli:rescore",
     "eval": "search.cli:evaluate",
     "info": "search.cli:info",
+    "verify": "indexer.cli:verify",
+    "append": "indexer.cli:append",
+    "delete": "indexer.cli:delete",
+    "compact": "indexer.cli:compact",
 }
 
 
@@ -56,6 +64,7 @@ def main() -> None:
                    f"{sys.platform}.", err=True)
         sys.exit(1)
     signal.signal(signal.SIGTERM, _interrupt)
+    sys.excepthook = _unexpected
     sys.exit(_run())
 
 
@@ -65,19 +74,21 @@ def _run() -> int:
     except click.exceptions.Exit as stop:
         return stop.exit_code
     except click.ClickException as error:
-        error.show()
+        message = _Message()
+        error.show(message)
+        click.echo(visible_lines(message.getvalue()), nl=False, err=True)
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted; a build, or a search with --queries -o, goes on when the same "
                    "command runs again.", err=True)
         return 130
     except GradindexError as error:
-        click.echo(f"gradindex: {error}", err=True)
+        _say(error)
         return error.exit_code
     except ImportError as error:
         if error.name is not None and error.name != "faiss":
             raise
-        click.echo(f"gradindex: {error}", err=True)
+        _say(error)
         return 1
     except MemoryError:
         click.echo("gradindex: out of memory. Use smaller --batch-tokens, fewer --modules, or a "
@@ -88,8 +99,27 @@ def _run() -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        click.echo(f"gradindex: {error}", err=True)
+        _say(error)
         return 1
+
+
+class _Message(io.StringIO):
+    """What click says, with the escapes that it takes out where there is no terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def _say(error: Exception) -> None:
+    click.echo(visible_lines(f"gradindex: {error}"), err=True)
+
+
+def _unexpected(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Python's own traceback, which may quote data."""
+    lines = traceback.format_exception(kind, error, trace)
+    click.echo(visible_lines("".join(lines)), nl=False, err=True)
 
 
 def _check_siblings() -> None:

@@ -6,6 +6,7 @@ A = E_t[a aᵀ] = Q_A · Q_Aᵀ,  S = E_t[d dᵀ] = Q_S · Q_Sᵀ,  Λ = E_m[(Q_
 `indexer/fit.py` estimates them; here they are kept and applied.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gradindex.errors import DamagedIndexError
-from gradindex.files import atomic_write
+from gradindex.files import FileFacts, atomic_write
 from gradindex.modules import Module
 
 DAMPING = 0.1  # of mean(Λ), as in Grosse et al. 2023, §5
@@ -54,24 +55,35 @@ def path_of(folder: Path, module: Module) -> Path:
     return folder / f"{module.name}.safetensors"
 
 
-def save(folder: Path, module: Module, curvature: Curvature) -> None:
-    write_tensors(path_of(folder, module), {
+def save(folder: Path, module: Module, curvature: Curvature) -> FileFacts:
+    """Write one module's curvature. Raises ResourceError."""
+    return write_tensors(path_of(folder, module), {
         "eigenvectors_a": curvature.eigenvectors_a, "eigenvectors_s": curvature.eigenvectors_s,
         "eigenvalues": curvature.eigenvalues,
     })
 
 
-def load(folder: Path, modules: list[Module], device: torch.device, dtype: torch.dtype) -> Ekfac:
-    """Every module's curvature. Raises DamagedIndexError for a missing or unreadable file."""
+def load(
+    path: Callable[[Module], Path], modules: list[Module], device: torch.device,
+    dtype: torch.dtype,
+) -> Ekfac:
+    """Every module's curvature, from the file that `path` gives of it.
+
+    Raises DamagedIndexError for a missing or unreadable file, or one that is no curvature.
+    """
     ekfac = {}
     for module in modules:
-        tensors, _ = read_tensors(path_of(folder, module))
+        where = path(module)
+        tensors, _ = read_tensors(where)
         o, i = module.shape
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         expected = {"eigenvectors_a": (i, i), "eigenvectors_s": (o, o), "eigenvalues": (o, i)}
-        if shapes != expected:
+        if shapes != expected or not all(
+                tensor.is_floating_point() and bool(tensor.isfinite().all())
+                for tensor in tensors.values()) or bool((tensors["eigenvalues"] < 0).any()):
             raise DamagedIndexError(
-                f"{path_of(folder, module)} holds {shapes}, expected {expected}. Build again."
+                f"{where} holds {shapes}, expected finite {expected}. Copy the index again, or "
+                "build again."
             )
         ekfac[module.name] = Curvature(
             **{name: tensor.to(device, dtype) for name, tensor in tensors.items()}
@@ -81,9 +93,10 @@ def load(folder: Path, modules: list[Module], device: torch.device, dtype: torch
 
 def write_tensors(
     path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
-) -> None:
+) -> FileFacts:
+    """Write a safetensors file. Raises ResourceError."""
     plain = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-    atomic_write(path, safetensors.torch.save(plain, metadata))
+    return atomic_write(path, safetensors.torch.save(plain, metadata))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -1,45 +1,105 @@
-"""How bytes reach the disk: written beside, synced, renamed; and how they are recognised again.
+"""How bytes reach the disk: written beside, synced, measured, renamed; and how they are recognised.
 
-A file of an index is either absent or whole. `atomic_write` is the only writer, so a process
-killed at any moment leaves at worst a `.tmp` file that nobody reads.
+A file of an index is either absent or whole. `atomic_write` is the only writer of ours (LMDB writes
+its own file, which goes the same way through `adopt`), so a process killed at any moment leaves at
+worst a `.tmp` file that nobody reads.
 """
 
+import contextlib
 import errno
 import hashlib
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from gradindex.errors import ResourceError
+from gradindex.progress import size as readable
+
+TEMPORARY = ".tmp"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+BROKEN = (errno.EIO, errno.EROFS)
 
 
-def atomic_write(path: Path, content: bytes | Callable[[BinaryIO], object]) -> None:
-    """Write `content` (bytes, or a function that writes to the open file) as `path`, or nothing.
+@dataclass(frozen=True)
+class FileFacts:
+    """What a file's content is: its size in bytes and its SHA-256 in hex."""
 
-    Raises ResourceError when the disk is full.
+    size: int
+    sha256: str
+
+
+def atomic_write(
+    path: Path, content: bytes | Callable[["Writer"], object], needed: int | None = None
+) -> FileFacts:
+    """Write `content` as `path`, or nothing: bytes, or a function that is handed a Writer.
+
+    `needed` is its size in bytes, for the error's sake, where a function writes it.
+    Raises ResourceError when the disk is full or fails.
     """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
+    temporary = path.with_name(path.name + TEMPORARY)
+    needed = len(content) if isinstance(content, bytes) else needed
+    with disk_errors(path, needed, temporary):
         with temporary.open("wb") as file:
+            writer = Writer(file)
             if isinstance(content, bytes):
-                file.write(content)
+                writer.write(content)
             else:
-                content(file)
+                content(writer)
             file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise disk_error(error, path) from error
+        return adopt(temporary, path, writer.facts)
+
+
+class Writer:
+    """A file being written, which knows the facts of what it was given."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self._size, self._digest = file, 0, hashlib.sha256()
+
+    def write(self, content: bytes) -> int:
+        self._file.write(content)
+        self._digest.update(content)
+        self._size += len(content)
+        return len(content)
+
+    @property
+    def facts(self) -> FileFacts:
+        return FileFacts(self._size, self._digest.hexdigest())
+
+
+def adopt(temporary: Path, path: Path, facts: FileFacts | None = None) -> FileFacts:
+    """Sync a written file, check that all of it is there, and give it its name.
+
+    `facts` are what was written; without them they are read back. Raises OSError.
+    """
+    descriptor = os.open(temporary, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+        facts = facts or facts_of(temporary)
+        if (found := os.fstat(descriptor).st_size) != facts.size:
+            raise OSError(errno.EIO, f"{found} of {facts.size} bytes arrived")
+    finally:
+        os.close(descriptor)
+    temporary.replace(path)
+    sync_folder(path.parent)
+    return facts
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and sync the one that holds it. Raises ResourceError."""
+    with disk_errors(folder):
+        folder.mkdir()
+        sync_folder(folder.parent)
 
 
 def rename_folder(partial: Path, final: Path) -> None:
-    """Seal a folder: its entries are synced, then it gets its final name."""
-    sync_folder(partial)
-    partial.rename(final)
-    sync_folder(final.parent)
+    """Seal a folder: its entries are synced, then it gets its final name. Raises ResourceError."""
+    with disk_errors(final):
+        sync_folder(partial)
+        partial.rename(final)
+        sync_folder(final.parent)
 
 
 def sync_folder(folder: Path) -> None:
@@ -50,17 +110,48 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def disk_error(error: OSError, path: Path) -> Exception:
-    """ResourceError if the disk (or quota) is full, else the error itself."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return ResourceError(
-            f"the disk is full: {path} could not be written. Free some space and run the same "
-            "command again; it goes on from the last committed part."
-        )
-    return error
+@contextlib.contextmanager
+def disk_errors(
+    path: Path, needed: int | None = None, temporary: Path | None = None
+) -> Iterator[None]:
+    """Say what could not be written, and what that needs; a failed temporary file is removed.
+
+    Raises ResourceError where the disk is full or fails, other errors as they are.
+    """
+    try:
+        yield
+    except OSError as error:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        if error.errno in FULL:
+            needs = "" if needed is None else f", which needs {needed:,} bytes"
+            raise ResourceError(
+                f"the disk is full: {path} could not be written{needs} ({_free(path)} free; "
+                f"{os.strerror(error.errno)}). Free some space and run the same command again; it "
+                "goes on from the last committed part."
+            ) from error
+        if error.errno in BROKEN:
+            raise ResourceError(
+                f"the disk failed: {path} could not be written ({error.strerror}). Nothing "
+                "committed before was touched. Check the disk, then run the same command again."
+            ) from error
+        raise
+
+
+def _free(path: Path) -> str:
+    try:
+        return readable(shutil.disk_usage(path.parent).free)
+    except OSError:
+        return "unknown bytes"
 
 
 def sha256(path: Path) -> str:
     """Hex SHA-256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def facts_of(path: Path) -> FileFacts:
+    """A file's facts, read from it."""
+    return FileFacts(path.stat().st_size, sha256(path))

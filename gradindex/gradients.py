@@ -9,8 +9,9 @@ computes no weight gradients and ends at the first tracked module.
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from gradindex.model import UNSCORED, LanguageModel, log_probability, sample_tar
 from gradindex.modules import Module
 
 Each = Callable[[Module, Tensor, Tensor], None]
+T = TypeVar("T")
 
 # Hooks sit on the network itself: a second thread's pass would be heard by the first one's.
 _ONE_AT_A_TIME = threading.Lock()
@@ -55,15 +57,19 @@ def make_batch(
     return Batch(*(torch.from_numpy(array).to(device) for array in (tokens, targets, real)))
 
 
-def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+def plan_batches(
+    lengths: Sequence[int], batch_tokens: int, most: int | None = None
+) -> list[list[int]]:
     """Group sequences of like length, longest first, at most `batch_tokens` padded tokens each.
 
-    A function of the lengths alone. One sequence longer than that has a batch of its own.
+    And at most `most` sequences. A function of the lengths alone. One sequence longer than that has
+    a batch of its own.
     """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     batches: list[list[int]] = []
     for index in order:
-        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= batch_tokens:
+        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= batch_tokens and (
+                most is None or len(batches[-1]) < most):
             batches[-1].append(index)
         else:
             batches.append([index])
@@ -79,15 +85,19 @@ def backward(
     a comes without the bias's 1; d is the gradient of Σ log p of each sequence's targets. With
     `uniforms` [b, t], labels are sampled from the model in place of the targets (same positions).
     Returns log p per position [b, t], in nats. Modules arrive from the last to the first.
-    Raises InputError for a module that isn't run exactly once per pass on [b, t, i], ResourceError
-    where memory runs out. Threads take turns.
+    Raises InputError for a module that isn't run exactly once per pass on [b, t, i],
+    BatchTooLargeError where memory runs out. Threads take turns.
     """
-    with _ONE_AT_A_TIME, _out_of_memory(batch):
+    with _ONE_AT_A_TIME, _out_of_memory(*batch.tokens.shape):
         return _backward(model, modules, batch, each, uniforms)
 
 
+class BatchTooLargeError(ResourceError):
+    """Memory ran out on a batch; half of it may fit."""
+
+
 @contextlib.contextmanager
-def _out_of_memory(batch: Batch) -> Iterator[None]:
+def _out_of_memory(rows: int, length: int) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -95,12 +105,60 @@ def _out_of_memory(batch: Batch) -> Iterator[None]:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and \
                 "allocate memory" not in text:
             raise
-        rows, length = batch.tokens.shape
-        raise ResourceError(
+        raise BatchTooLargeError(
             f"memory ran out on a batch of {rows} × {length} tokens "
             f"({text.partition(chr(10))[0][:120]}). Use smaller --batch-tokens "
             "(one sequence is the least), fewer --modules, or --dtype bfloat16."
         ) from error
+
+
+class Splits:
+    """Which batches were halved because memory ran out, as (first row, rows) of their segment.
+
+    `keep` is called before a half is tried, to write the split down: whoever replays `made` forms
+    the same batches, so the same sums in the same order.
+    """
+
+    def __init__(
+        self, made: Iterable[tuple[int, int]] = (),
+        keep: Callable[[list[tuple[int, int]]], object] = lambda _: None,
+    ):
+        self.made = list(made)
+        self._keep = keep
+
+    def add(self, batch: tuple[int, int]) -> None:
+        self.made.append(batch)
+        self._keep(self.made)
+
+
+def in_batches(
+    lengths: Sequence[int], batch_tokens: int, splits: Splits, run: Callable[[list[int]], T],
+    most: int | None = None,
+) -> Iterator[tuple[list[int], T]]:
+    """Plan batches (`plan_batches`), and yield each batch's rows and what `run` gave for them.
+
+    A batch on which memory runs out is halved, again and again; that is noted in `splits`. So `run`
+    must leave nothing behind when it fails. Raises ResourceError where one sequence is too much.
+    """
+    waiting = plan_batches(lengths, batch_tokens, most)[::-1]
+    while waiting:
+        rows = waiting.pop()
+        found = None
+        if (batch := (rows[0], len(rows))) not in splits.made:
+            try:
+                with _out_of_memory(len(rows), lengths[rows[0]]):
+                    found = run(rows)
+            except BatchTooLargeError:
+                if len(rows) == 1:
+                    raise
+                splits.add(batch)
+        # halved here, and not above: an exception at hand holds the failed batch's tensors
+        if batch in splits.made:
+            half = (len(rows) + 1) // 2
+            waiting += [rows[half:], rows[:half]]
+        else:
+            assert found is not None
+            yield rows, found
 
 
 def _backward(
@@ -145,6 +203,24 @@ def _backward(
             "it out with --modules REGEX."
         )
     return log_p
+
+
+def why_not_finite(
+    model: LanguageModel, modules: Sequence[Module], batch: Batch, uniforms: Tensor | None = None
+) -> str | None:
+    """Where the gradient of a batch of one sequence is first not finite, or None where it is."""
+    found: list[str] = []
+
+    def each(module: Module, a: Tensor, d: Tensor) -> None:
+        for what, tensor in (("output gradients", d), ("inputs", a)):
+            if not found and not torch.isfinite(tensor).all():
+                found.append(f"{what} of {module.name} are not finite")
+
+    with torch.no_grad():
+        log_p = backward(model, modules, batch, each, uniforms)
+    if not torch.isfinite(log_p).all():
+        return "log p is not finite"
+    return found[0] if found else None
 
 
 def apply_inputs(a: Tensor, matrix: Tensor, bias: bool) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from gradindex.adapters import adapter_facts
+from gradindex.errors import ResourceError
 from gradindex.files import atomic_write, sha256
 
 
@@ -48,7 +49,7 @@ def _cached_sha256(file: Path) -> str:
         known = json.loads(cache.read_text())
     if key not in known:
         known[key] = sha256(file)
-        with contextlib.suppress(OSError):  # a read-only home only costs time
+        with contextlib.suppress(OSError, ResourceError):  # a read-only home only costs time
             cache.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(cache, json.dumps(known, indent=0).encode())
     return known[key]

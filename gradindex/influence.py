@@ -17,11 +17,12 @@ from torch import Tensor
 from gradindex.curvature import Ekfac
 from gradindex.gradients import (
     Batch,
+    Splits,
     apply_inputs,
     backward,
     gradient,
+    in_batches,
     make_batch,
-    plan_batches,
 )
 from gradindex.model import LanguageModel
 from gradindex.modules import Module
@@ -198,15 +199,18 @@ class Sizes:
 
 def collect(
     model: LanguageModel, modules: list[Module], batch: Batch,
-    *collectors: Callable[[Module, Tensor, Tensor], None],
+    *collectors: Callable[[Module, Tensor, Tensor], None], uniforms: Tensor | None = None,
 ) -> None:
-    """One forward and backward pass of a batch, handed to every collector."""
+    """One forward and backward pass of a batch, handed to every collector.
+
+    With `uniforms` [b, t], labels are drawn from the model, as for `backward`.
+    """
     def each(module: Module, a: Tensor, d: Tensor) -> None:
         for collector in collectors:
             collector(module, a, d)
 
     with torch.no_grad():
-        backward(model, modules, batch, each)
+        backward(model, modules, batch, each, uniforms)
 
 
 def score(
@@ -223,11 +227,15 @@ def exact_scores(
     sequences: list[Record], batch_tokens: int,
 ) -> np.ndarray:
     """Exact influence of every sequence on every query: float64 [q, sequences]."""
-    scores = np.zeros((len(preconditioned), len(sequences)))
-    for rows in plan_batches([len(record.ids) for record in sequences], batch_tokens):
+    def run(rows: list[int]) -> np.ndarray:
         members = [sequences[row] for row in rows]
         batch = make_batch([(member.ids, member.scored) for member in members], model.device)
         collector = Influences(preconditioned, len(rows))
         collect(model, modules, batch, collector)
-        scores[:, rows] = collector.total.numpy()
+        return collector.total.numpy()
+
+    scores = np.zeros((len(preconditioned), len(sequences)))
+    lengths = [len(record.ids) for record in sequences]
+    for rows, found in in_batches(lengths, batch_tokens, Splits(), run):
+        scores[:, rows] = found
     return scores

@@ -1,153 +1,289 @@
 """What an index is: `manifest.json`, the commit point.
 
 An index folder without a manifest is a build that hasn't ended; what the manifest doesn't list
-does not exist. It is written last and replaced atomically. It holds no wall-clock time and no
-absolute path of the index, so equal builds give equal bytes and the folder moves freely.
+does not exist. It is written last and replaced atomically, and every commit counts `generation` up
+by one. It ends with its own digest, holds every other file's size and SHA-256, no wall-clock time
+and no absolute path of the index, so equal builds give equal bytes and the folder moves freely.
+
+A manifest may come from a stranger: nothing in it is believed before types, bounds and names were
+checked.
 """
 
+import hashlib
 import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import pydantic
+from typing_extensions import TypedDict
+
+import gradindex
+from gradindex.checked import CheckedFiles, damaged, open_inside
 from gradindex.errors import DamagedIndexError, IndexMismatchError, InputError
-from gradindex.files import atomic_write, sha256
+from gradindex.files import FileFacts, atomic_write
 from gradindex.modules import Module
+from gradindex.segments import FILES
+from gradindex.terminal import json_text
 
 FORMAT = 1
 NAME = "manifest.json"
-SMALL = 1 << 20  # files up to this size are digested on every opening, others by size alone
+LARGEST = 1 << 28  # bytes of a manifest: a million segments
+LARGEST_SIDE = 1 << 20  # of a module
+LARGEST_LENGTH = 1 << 24  # bits of a code
+FIT = "curvature/fit.json"
+
+Count = Annotated[int, pydantic.Field(ge=0, le=1 << 60)]
+Positive = Annotated[float, pydantic.Field(gt=0)]
+_MODULE_NAME = re.compile(r"[^/\x00-\x1f\x7f]{1,200}")
+
+
+class ModelFacts(TypedDict):
+    """Where the model was at the build, and what it is: digests, and its configuration."""
+
+    name: str
+    revision: str | None
+    files: str | None
+    tensors: str
+    config: dict[str, Any]
+    tokenizer: str | None
+    tokenizer_name: str | None
+
+
+class FitFacts(TypedDict):
+    """How the curvature was fitted; `left_out` are modules without a gradient, and why."""
+
+    sequences: Count
+    labels: str
+    left_out: dict[str, str]
+
+
+class CodeFacts(TypedDict):
+    """CodeSettings, and the digest of the random numbers drawn for them."""
+
+    length: Annotated[int, pydantic.Field(gt=0, le=LARGEST_LENGTH, multiple_of=64)]
+    width: Annotated[int, pydantic.Field(gt=0, le=4096)]
+    seed: Annotated[int, pydantic.Field(ge=0, lt=1 << 63)]
+    damping: Positive
+    digest: str
+
+
+class Calibration(TypedDict):
+    """How far a code's score is from the exact one, see `indexer/calibrate.py`.
+
+    `anchors` are exact scores measured then: ids of a sequence that was the query and of another,
+    and the influence of the second on the first.
+    """
+
+    c: Positive
+    slope: float
+    pairs: Count
+    anchors: list[tuple[Count, Count, float]]
+
+
+class Appended(TypedDict):
+    """Documents that came after the build: their data, and how their Λ compares (`append.py`)."""
+
+    data: list[dict[str, Any]]
+    first: Count
+    sequences: Count
+    drift: float
+    drift_error: float
 
 
 @dataclass
 class Segment:
-    """A sealed run of sequences: ids first … first + rows − 1."""
+    """A sealed run of sequences, in order of their ids."""
 
-    name: str
-    first: int
-    rows: int
+    name: Annotated[str, pydantic.Field(pattern=r"^\d{6,12}$")]
+    rows: Annotated[int, pydantic.Field(gt=0, le=1 << 24)]
 
 
 @dataclass
 class Manifest:
-    """Everything a reader needs to know; sizes in bytes, damping in units of mean(Λ)."""
+    """Everything a reader needs to know; sizes in bytes, damping in units of mean(Λ).
+
+    `sequences` are those that can be found: the rows of all segments less the `deleted` and the
+    `quarantined`. Ids below `next_id` and segment numbers below `next_segment` were given once and
+    are never given again. `deleted_file` lists the deleted that are still in a segment.
+    """
+
+    __pydantic_config__ = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     format: int
+    generation: Count
     versions: dict[str, str]
-    model: dict[str, Any]  # name, revision, files, tensors, tokenizer, tokenizer_name
+    model: ModelFacts
     dtype: str
     device: str
-    threads: int
+    threads: Annotated[int, pydantic.Field(gt=0, le=1 << 16)]
     task: str  # text, completion, messages or tokens
-    sequence_length: int
-    documents: int
-    sequences: int
-    tokens: int
-    scored_tokens: int
-    skipped: dict[str, int]
-    train_sequences: int | None  # None: taken as `sequences`
-    modules: list[dict[str, Any]]
+    sequence_length: Annotated[int, pydantic.Field(gt=0, le=1 << 24)]
+    documents: Count
+    sequences: Count
+    tokens: Count
+    scored_tokens: Count
+    skipped: dict[str, Count]
+    duplicates: Count  # sequences equal to an earlier one
+    train_sequences: Annotated[int, pydantic.Field(gt=0)] | None  # None: taken as `sequences`
+    modules: Annotated[list[Module], pydantic.Field(min_length=1, max_length=1 << 17)]
     parameter_share: float
     effective_dimension: dict[str, float]
-    fit: dict[str, Any]  # sequences, labels
-    damping: float
-    code: dict[str, Any]  # length, width, seed, digest
-    calibration: dict[str, float]  # c, slope, pairs
-    batch_tokens: int
+    fit: FitFacts
+    damping: Positive
+    code: CodeFacts
+    calibration: Calibration
+    batch_tokens: Annotated[int, pydantic.Field(gt=0, le=1 << 40)]
     plan: dict[str, Any]  # the build command, resolved
-    segments: list[Segment]
-    files: dict[str, dict[str, Any]]  # relative name → size, sha256
-
-    @property
-    def tracked(self) -> list[Module]:
-        return [Module(**module) for module in self.modules]
+    appended: list[Appended]
+    next_id: Count
+    next_segment: Count
+    segments: Annotated[list[Segment], pydantic.Field(max_length=1 << 20)]
+    deleted: Count
+    deleted_file: Annotated[str, pydantic.Field(pattern=r"^deleted/\d{6,12}\.npy$")] | None
+    quarantined: Count
+    files: dict[str, FileFacts]  # by relative name
 
     @property
     def layers(self) -> list[int]:
         """The block numbers that have tracked modules, ascending."""
-        return sorted({module["layer"] for module in self.modules})
+        return sorted({module.layer for module in self.modules})
+
+    @property
+    def rows(self) -> int:
+        """Rows of all segments, the deleted and the quarantined among them."""
+        return sum(segment.rows for segment in self.segments)
+
+
+_ADAPTER: pydantic.TypeAdapter[Manifest] = pydantic.TypeAdapter(Manifest)
 
 
 def segment_folder(index: Path, name: str) -> Path:
     return index / "segments" / name
 
 
+def segment_files(segment: Segment) -> list[str]:
+    """The names of a segment's files."""
+    return [f"segments/{segment.name}/{file}" for file in FILES]
+
+
+def curvature_file(module: Module) -> str:
+    """The name of a module's file of curvature."""
+    return f"curvature/{module.name}.safetensors"
+
+
 def exists(index: Path) -> bool:
     return (index / NAME).is_file()
 
 
+def _canonical(content: dict[str, Any]) -> bytes:
+    return json_text(content, indent=1, sort_keys=True).encode()
+
+
+def digest_of(manifest: Manifest) -> str:
+    """The hex SHA-256 that a manifest ends with, which names a state of an index."""
+    return hashlib.sha256(_canonical(asdict(manifest))).hexdigest()
+
+
 def commit(index: Path, manifest: Manifest) -> None:
-    """Write the manifest: from this moment on the index is what it says."""
-    content = json.dumps(asdict(manifest), indent=1, sort_keys=True, ensure_ascii=False,
-                         allow_nan=False)
-    atomic_write(index / NAME, content.encode() + b"\n")
+    """Write the manifest: from this moment on the index is what it says. Raises ResourceError."""
+    content = {**asdict(manifest), "sha256": digest_of(manifest)}
+    atomic_write(index / NAME, _canonical(content) + b"\n")
 
 
 def load(index: Path) -> Manifest:
-    """Read the manifest and check every file's presence and size, and small files' content.
+    """Read the manifest, and nothing else.
 
-    Raises InputError where there is no index, DamagedIndexError for a missing or changed file,
-    IndexMismatchError for another format version.
+    Raises InputError where there is no index, DamagedIndexError for a manifest that was changed or
+    can't be, IndexMismatchError for another format version.
     """
-    if not exists(index):
-        unfinished = (index / "build.json").is_file()
-        what = "an unfinished build; run the same build command again to finish it" if unfinished \
-            else "no index (there is no manifest.json in it); give the folder that " \
-                 "`gradindex build -o` wrote"
-        raise InputError(f"{index} is {what}.")
-    manifest = _parse(index)
-    for name, facts in manifest.files.items():
-        _check_file(index, name, facts)
+    if not (index / NAME).is_symlink() and not exists(index):
+        if (index / "build.json").is_file():
+            raise InputError(f"{index} is an unfinished build; run the same build command again to "
+                             "finish it.")
+        if any((index / part).is_dir() for part in ("segments", "curvature")):
+            raise damaged(index, NAME, "is missing: the index was not copied whole, or lost it")
+        raise InputError(f"{index} is no index (there is no manifest.json in it); give the folder "
+                         "that `gradindex build -o` wrote.")
+    content = _parse(index)
+    digest = content.pop("sha256", None)
+    if hashlib.sha256(_canonical(content)).hexdigest() != digest:
+        raise damaged(index, NAME, "was changed after it was written (its own digest differs)")
+    try:
+        manifest = _ADAPTER.validate_json(_canonical(content))
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"])) or "it"
+        raise damaged(index, NAME, f"is not what an index has: {where}: {first['msg']}") from None
+    _check(index, manifest)
     return manifest
 
 
-def _parse(index: Path) -> Manifest:
+def _parse(index: Path) -> dict[str, Any]:
+    descriptor = open_inside(index, NAME)
+    with os.fdopen(descriptor, "rb") as file:
+        raw = file.read(LARGEST + 1)
+    if len(raw) > LARGEST:
+        raise damaged(index, NAME, f"is larger than {LARGEST:,} bytes")
     try:
-        content = json.loads((index / NAME).read_text(encoding="utf-8"))
+        content = json.loads(raw, parse_constant=_refuse)
         version = content["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedIndexError(
-            f"{index / NAME} can't be read ({error}). Copy the index again or build it again."
-        ) from error
-    if version != FORMAT:
+        _canonical(content)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise damaged(index, NAME, f"can't be read ({str(error)[:200]})") from None
+    if not isinstance(version, int) or version != FORMAT:
+        newer = isinstance(version, int) and version > FORMAT
         raise IndexMismatchError(
-            f"{index} has format {version}; this gradindex reads format {FORMAT}. Use a gradindex "
-            "that writes that format, or build the index again."
+            f"{index} has format {str(version)[:20]}; this gradindex ({gradindex.__version__}) "
+            f"reads format {FORMAT}. " + (
+                "Run `pip install --upgrade gradindex`." if newer else
+                "Build the index again: `gradindex build MODEL DATA... -o NEW_INDEX`.")
         )
-    names = {field.name for field in fields(Manifest)}
-    if set(content) != names:
-        odd = ", ".join(sorted(set(content) ^ names))
-        raise DamagedIndexError(
-            f"{index / NAME} lacks or adds entries: {odd}. Copy the index again."
-        )
-    try:
-        content["segments"] = [Segment(**segment) for segment in content["segments"]]
-    except TypeError as error:
-        raise DamagedIndexError(f"{index / NAME}: {error}. Copy the index again.") from error
-    return Manifest(**content)
+    return content
 
 
-def _check_file(index: Path, name: str, facts: dict[str, Any]) -> None:
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise DamagedIndexError(f"{index / NAME} names {name!r}, which lies outside the index.")
-    path = index / name
-    found = path.stat().st_size if path.is_file() else None
-    if found is None or found != facts["size"]:
-        state = "is missing" if found is None else f"has {found} bytes"
-        raise DamagedIndexError(
-            f"{path} {state}, expected {facts['size']} bytes. Copy the index again (the copy may "
-            "have been cut short), or build it again."
-        )
-    if found <= SMALL and sha256(path) != facts["sha256"]:
-        raise DamagedIndexError(
-            f"{path} was changed after it was built (its SHA-256 differs). Copy the index again."
-        )
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number")
 
 
-def file_facts(index: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of each file, by relative name."""
-    return {
-        name: {"size": (index / name).stat().st_size, "sha256": sha256(index / name)}
-        for name in names
-    }
+def _check(index: Path, manifest: Manifest) -> None:
+    """Raise DamagedIndexError where the parts of a manifest don't fit each other."""
+    for module in manifest.modules:
+        if not _MODULE_NAME.fullmatch(module.name) or not all(
+                0 < side <= LARGEST_SIDE for side in (module.d_out, module.d_in)):
+            raise damaged(index, NAME, f"names a module that can't be: {module.name[:80]!r}")
+    names = [segment.name for segment in manifest.segments]
+    numbers = [int(name) for name in names]
+    if len(set(names)) < len(names) or any(one >= manifest.next_segment for one in numbers):
+        raise damaged(index, NAME, "lists a segment twice, or one that was never made")
+    live = manifest.rows - manifest.deleted - manifest.quarantined
+    if manifest.sequences != live or manifest.rows > manifest.next_id:
+        raise damaged(index, NAME,
+                      f"counts {manifest.sequences:,} sequences, its segments {live:,}")
+    expected = {curvature_file(module) for module in manifest.modules} | {FIT}
+    expected |= {name for segment in manifest.segments for name in segment_files(segment)}
+    expected |= {manifest.deleted_file} - {None}  # type: ignore[arg-type]
+    if odd := expected ^ set(manifest.files):
+        raise damaged(index, NAME, f"lists files that don't fit its contents: {min(odd)[:80]!r}")
+
+
+@dataclass
+class Problem:
+    """A damaged file, the segment it belongs to (None: the whole index needs it), and the error."""
+
+    file: str
+    segment: str | None
+    error: DamagedIndexError
+
+
+def problems(files: CheckedFiles, manifest: Manifest, digest: bool = False) -> Iterator[Problem]:
+    """Files that are missing or changed: by presence, size and small content, or all content."""
+    for name in sorted(manifest.files):
+        try:
+            files.check(name, digest)
+        except DamagedIndexError as error:
+            parts = name.split("/")
+            yield Problem(name, parts[1] if parts[0] == "segments" else None, error)

@@ -9,7 +9,7 @@ only.
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -333,17 +333,46 @@ def sample_targets(logits: Tensor, uniforms: Tensor, scored: Tensor) -> Tensor:
 # ---- identity -----------------------------------------------------------------------------------
 
 
-def identify(model: LanguageModel) -> dict[str, str | None]:
-    """What the index remembers the weights by: digests of their files and of their tensors."""
-    return {"files": files_digest(model.source), "tensors": tensors_digest(model.network)}
+def identify(model: LanguageModel) -> dict[str, Any]:
+    """What the index remembers a model by: digests of its weight files and of its tensors, and its
+    configuration."""
+    return {"files": files_digest(model.source), "tensors": tensors_digest(model.network),
+            "config": config_facts(model.network.config)}
 
 
-def check_identity(model: LanguageModel, expected: dict[str, str | None]) -> None:
-    """Raise IndexMismatchError unless these are the weights the index was built with.
+# Of a configuration, what says where it came from or how fast it runs, not what it computes.
+_INCIDENTAL = {"transformers_version", "dtype", "torch_dtype", "use_cache", "architectures",
+               "auto_map", "name_or_path"}
 
-    Equal files are enough; files that differ (saved again, sharded otherwise) are forgiven when
-    every tensor is the same.
+
+def config_facts(config: Any) -> dict[str, Any]:
+    """A configuration as plain JSON types, without what doesn't matter to the gradient."""
+    facts = json.loads(config.to_json_string(use_diff=False))
+    return {name: value for name, value in facts.items()
+            if name not in _INCIDENTAL and not name.startswith("_")}
+
+
+def _different(before: Any, now: Any, name: str) -> str | None:
+    """Where two configurations differ; entries that only one has are another library version's."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        found = (_different(before[key], now[key], f"{name}.{key}" if name else key)
+                 for key in sorted({*before} & {*now}))
+        return next((one for one in found if one), None)
+    return None if before == now else f"{name} is {now!r}, was {before!r}"
+
+
+def check_identity(model: LanguageModel, expected: dict[str, Any]) -> None:
+    """Raise IndexMismatchError unless this is the model the index was built with.
+
+    Equal weight files are enough; files that differ (saved again, sharded otherwise) are forgiven
+    when every tensor is the same. The configuration must say the same.
     """
+    if changed := _different(expected["config"], config_facts(model.network.config), ""):
+        raise IndexMismatchError(
+            f"the model {model.source.name} is not as it was when the index was built: in its "
+            f"configuration {changed}. Pass --model with the right folder or id@revision, or build "
+            "a new index for this model."
+        )
     files = files_digest(model.source)
     if files is not None and files == expected["files"]:
         return
@@ -394,7 +423,3 @@ def tokenizer_digest(tokenizer: Any | None) -> str | None:
         content = {"vocabulary": tokenizer.get_vocab()}
     content["chat_template"] = getattr(tokenizer, "chat_template", None)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def describe_modules(modules: list[Module]) -> list[dict[str, Any]]:
-    return [asdict(module) for module in modules]

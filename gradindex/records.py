@@ -4,22 +4,29 @@ One file per segment, written once in key order in one transaction (the same rec
 bytes), then only read. Key: row in the segment, 4 bytes big-endian. Value: CRC-32 of the rest,
 length of the JSON, number of tokens (three little-endian uint32), JSON (id and parts), token ids
 (little-endian int32), loss mask (one bit a token).
+
+liblmdb trusts what it maps: a damaged or hostile file can end the process. So a file is audited
+page by page, outside liblmdb, before it is opened (`audit`).
 """
 
+import contextlib
+import errno
 import json
+import os
 import struct
 import threading
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import lmdb
+import lmdb.verify
 import numpy as np
 
 from gradindex.errors import DamagedIndexError
-from gradindex.files import disk_error, sync_folder
+from gradindex.files import BROKEN, FULL, TEMPORARY, FileFacts, adopt, disk_errors
 
 _HEADER = struct.Struct("<III")
 _KEY = struct.Struct(">I")
@@ -56,31 +63,58 @@ class Record:
     parts: list[Part]
 
 
-def write(path: Path, records: Iterable[Record]) -> None:
-    """Write a segment's records as one sealed file. Raises ResourceError on a full disk."""
-    temporary = path.with_name(path.name + ".tmp")
+def write(path: Path, records: Iterable[Record]) -> FileFacts:
+    """Write a segment's records as one sealed file, in key order and one transaction.
+
+    The same records give the same bytes. Raises ResourceError on a full or failing disk.
+    """
+    temporary = path.with_name(path.name + TEMPORARY)
     temporary.unlink(missing_ok=True)
     values = [_pack(record) for record in records]
     # Each value takes whole pages above about 2 KB: twice the bytes and a margin always suffices.
     map_size = 2 * sum(len(value) + 4096 for value in values) + (1 << 20)
+    with disk_errors(path, map_size // 2, temporary):
+        with _lmdb_errors(), _open(temporary, map_size=map_size, lock=False) as environment:
+            with environment.begin(write=True) as transaction:
+                for row, value in enumerate(values):
+                    if not transaction.put(_KEY.pack(row), value, append=True):
+                        raise AssertionError(f"LMDB refused row {row} out of order")
+            whole = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+        if (found := temporary.stat().st_size) != whole:
+            raise OSError(errno.EIO, f"{found} of {whole} bytes arrived")
+        return adopt(temporary, path)
+
+
+@contextlib.contextmanager
+def _lmdb_errors() -> Iterator[None]:
+    """LMDB's errors about the disk, as the OSError they stand for."""
     try:
-        with _open(temporary, map_size=map_size, lock=False) as environment, \
-                environment.begin(write=True) as transaction:
-            for row, value in enumerate(values):
-                if not transaction.put(_KEY.pack(row), value, append=True):
-                    raise AssertionError(f"LMDB refused row {row} out of order")
-        temporary.replace(path)
-        sync_folder(path.parent)
+        yield
     except lmdb.Error as error:
-        temporary.unlink(missing_ok=True)
-        code = error.args[0] if error.args and isinstance(error.args[0], int) else 0
-        raise disk_error(OSError(code, str(error)), path) from error
-    except OSError as error:
-        raise disk_error(error, path) from error
+        for code in (*FULL, *BROKEN, errno.EACCES):
+            if os.strerror(code) in str(error):
+                raise OSError(code, os.strerror(code)) from error
+        raise
+
+
+def audit(path: Path) -> None:
+    """Check a file's every page, without liblmdb. Raises DamagedIndexError."""
+    try:
+        found = lmdb.verify.verify(str(path), subdir=False)
+    except lmdb.verify.VerifyError as error:
+        found = [str(error)]
+    if found:
+        raise DamagedIndexError(
+            f"{path} is not a sound LMDB file ({str(found[0])[:120]}). Copy the index again; if it "
+            "comes from a stranger, don't trust it."
+        )
 
 
 def read(path: Path, rows: Sequence[int]) -> list[Record]:
-    """The records of the given rows, in that order. Raises DamagedIndexError."""
+    """The records of the given rows, in that order, of a file written here or audited.
+
+    Raises DamagedIndexError.
+    """
     try:
         with _ONE_AT_A_TIME, _open(path, readonly=True, lock=False) as environment, \
                 environment.begin() as transaction:
@@ -110,8 +144,28 @@ def _unpack(value: bytes | None, path: Path, row: int) -> Record:
     if zlib.crc32(value[4:]) != checksum:
         raise DamagedIndexError(f"{path}: record {row} is damaged. Copy the index again.")
     tokens = _HEADER.size + about_length
-    about = json.loads(value[_HEADER.size : tokens].decode("utf-8", errors="surrogatepass"))
-    ids = np.frombuffer(value, dtype="<i4", count=n, offset=tokens).astype(np.int32)
-    mask = np.frombuffer(value, dtype=np.uint8, offset=tokens + 4 * n)
-    scored = np.unpackbits(mask, count=n).astype(bool)
-    return Record(about["id"], ids, scored, [Part(**part) for part in about["parts"]])
+    try:
+        if len(value) != tokens + 4 * n + -(-n // 8):
+            raise ValueError(f"{len(value)} bytes for {n} tokens")
+        about = json.loads(value[_HEADER.size : tokens].decode("utf-8", errors="surrogatepass"))
+        ids = np.frombuffer(value, dtype="<i4", count=n, offset=tokens).astype(np.int32)
+        mask = np.frombuffer(value, dtype=np.uint8, offset=tokens + 4 * n)
+        scored = np.unpackbits(mask, count=n).astype(bool)
+        record = Record(about["id"], ids, scored, [Part(**part) for part in about["parts"]])
+        _check(record)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedIndexError(
+            f"{path}: record {row} is not a sequence's ({str(error)[:120]}). Copy the index again."
+        ) from None
+    return record
+
+
+def _check(record: Record) -> None:
+    """Raise ValueError for what no writer of ours writes."""
+    if type(record.id) is not int or not record.parts or not len(record.ids):
+        raise ValueError("no id, no part or no token")
+    for part in record.parts:
+        numbers = (part.document, part.row, part.start, part.end, part.token)
+        if any(type(number) is not int for number in numbers) or \
+                not isinstance(part.source, str) or not isinstance(part.fields, dict):
+            raise ValueError("a part of another form")

@@ -13,16 +13,23 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import scipy.sparse
 
 from gradindex.errors import DamagedIndexError
-from gradindex.files import atomic_write
+from gradindex.files import FileFacts, atomic_write
+
+LARGEST_VOCABULARY = 1 << 24
+Matrix: TypeAlias = scipy.sparse.csr_matrix  # of bool [sequences, vocabulary]
 
 
-def write(path: Path, sequences: Sequence[np.ndarray], vocabulary: int) -> None:
-    """Write which of `vocabulary` token ids each sequence (token ids [n]) holds."""
+def write(path: Path, sequences: Sequence[np.ndarray], vocabulary: int) -> FileFacts:
+    """Write which of `vocabulary` token ids each sequence (token ids [n]) holds.
+
+    Raises ResourceError.
+    """
     held = [np.unique(ids) for ids in sequences]
     starts = np.cumsum([0, *map(len, held)])
     matrix = scipy.sparse.csr_matrix(
@@ -31,27 +38,43 @@ def write(path: Path, sequences: Sequence[np.ndarray], vocabulary: int) -> None:
     )
     buffer = io.BytesIO()
     scipy.sparse.save_npz(buffer, matrix)
-    atomic_write(path, buffer.getvalue())
+    return atomic_write(path, buffer.getvalue())
 
 
-def read(path: Path, rows: int) -> scipy.sparse.csr_matrix:
-    """A segment's matrix [rows, vocabulary]. Raises DamagedIndexError."""
+def parse(content: bytes, rows: int, length: int, where: Path) -> Matrix:
+    """A segment's matrix [rows, vocabulary]; a row holds at most `length` tokens.
+
+    Raises DamagedIndexError, also where it would unpack to more than such a matrix takes.
+    """
+    most = 16 * rows * (length + 1) + (1 << 12)  # bytes: index, value and row start, and headers
     try:
-        matrix = scipy.sparse.load_npz(io.BytesIO(path.read_bytes()))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise DamagedIndexError(f"{path} can't be read: {error}. Copy the index again.") from error
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            if sum(member.file_size for member in archive.infolist()) > most:
+                raise ValueError(f"it unpacks to more than {most:,} bytes")
+        matrix = scipy.sparse.load_npz(io.BytesIO(content))
+        if not isinstance(matrix, scipy.sparse.csr_matrix) or matrix.dtype != bool or \
+                matrix.shape[1] > LARGEST_VOCABULARY:
+            raise ValueError("it holds another kind of matrix")
+        matrix.check_format(full_check=True)
+    except (OSError, ValueError, KeyError, TypeError, MemoryError, RecursionError, SyntaxError,
+            NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        raise DamagedIndexError(
+            f"{where} can't be read: {str(error)[:120]}. Copy the index again."
+        ) from error
     if matrix.shape[0] != rows:
         raise DamagedIndexError(
-            f"{path} holds {matrix.shape[0]} sequences, expected {rows}. Copy the index again."
+            f"{where} holds {matrix.shape[0]} sequences, expected {rows}. Copy the index again."
         )
     return matrix
 
 
 class TokenMatrix:
-    """Which tokens every sequence of an index holds."""
+    """Which tokens every sequence of an index holds; `live` [rows] says which rows count."""
 
-    def __init__(self, segments: list[scipy.sparse.csr_matrix]):
+    def __init__(self, segments: list[Matrix], live: np.ndarray):
         self._held = scipy.sparse.vstack(segments, format="csr")
+        if not live.all():
+            self._held = self._held[live]
         total = self._held.shape[0]
         count = np.asarray(self._held.sum(0)).ravel()
         self._idf = np.log((total - count + 0.5) / (count + 0.5) + 1)

@@ -6,6 +6,9 @@ between segments and silently breaks joining them. A score is the whole scan's, 
 alone, because the recall statement needs the best sequence left out.
 """
 
+import contextlib
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +25,9 @@ except ImportError as error:
     ) from error
 
 from gradindex.errors import DamagedIndexError
-from gradindex.files import atomic_write
+from gradindex.files import FileFacts, Writer, atomic_write
 
+_ONE_AT_A_TIME = threading.Lock()  # FAISS's limits are the process's
 UNPACKED_ROWS = 256  # codes unpacked at once: 32 MB at 32,768 bits
 QUERY_BITS = 8  # how finely FAISS quantises the query; 0 would mean unquantised, 500 times slower
 
@@ -77,32 +81,91 @@ class CodeIndex:
             scores[:, here] = (2 * inner - total) * scale[here]
         return scores
 
+    def scales(self) -> np.ndarray:
+        """What FAISS keeps of each code besides its signs: float32 [rows, 2]."""
+        stored = faiss.vector_to_array(self._index.codes).reshape(len(self), -1)
+        return stored[:, -8:].copy().view(np.float32)
+
     def codes(self, rows: list[int]) -> np.ndarray:
         """The stored codes of some rows: uint8 [len(rows), code_bytes(K)]."""
         stored = faiss.vector_to_array(self._index.codes).reshape(len(self), -1)
         return stored[rows]
 
-    def write(self, path: Path) -> None:
-        atomic_write(path, faiss.serialize_index(self._index).tobytes())
+    def write(self, path: Path) -> FileFacts:
+        """Write the codes. Raises ResourceError.
+
+        FAISS hands its bytes to us: its own writer reports success on a full disk.
+        """
+        return atomic_write(path, self._serialize, len(self) * self._index.code_size)
+
+    def _serialize(self, writer: Writer) -> None:
+        failed: list[OSError] = []
+
+        def write(content: bytes) -> int:
+            try:
+                return writer.write(content)
+            except OSError as error:  # FAISS makes it a RuntimeError of its own
+                failed.append(error)
+                raise
+
+        try:
+            faiss.write_index(self._index, faiss.PyCallbackIOWriter(write))  # type: ignore[attr-defined]
+        except RuntimeError:
+            if not failed:
+                raise
+        if failed:
+            raise failed[0]
 
     @classmethod
-    def read(cls, path: Path, length: int, rows: int) -> "CodeIndex":
-        """Open a segment's codes. Raises DamagedIndexError where they aren't `rows` × K."""
-        try:
-            index = faiss.read_index(str(path))
-        except RuntimeError as error:
+    def parse(cls, content: bytes, length: int, rows: int, where: Path) -> "CodeIndex":
+        """A segment's codes. Raises DamagedIndexError where they aren't `rows` × K bits.
+
+        FAISS believes the sizes it reads, so it may allocate no more than the file has.
+        """
+        with _at_most(len(content)):
+            try:
+                index = faiss.deserialize_index(np.frombuffer(content, dtype=np.uint8))
+            except (RuntimeError, MemoryError) as error:
+                reason = str(error).strip().rpartition("\n")[2][:120]
+                raise DamagedIndexError(
+                    f"{where} can't be read: {reason}. Copy the index again."
+                ) from None
+        if not isinstance(index, faiss.IndexRaBitQ) or not _is_ours(index, length, rows):
             raise DamagedIndexError(
-                f"{path} can't be read: {error}. Copy the index again."
-            ) from None
-        if not isinstance(index, faiss.IndexRaBitQ) or index.d != length or index.ntotal != rows:
-            raise DamagedIndexError(
-                f"{path} holds {index.ntotal} codes of {index.d} bits, expected {rows} of {length}."
-                " Copy the index again."
+                f"{where} doesn't hold {rows} codes of {length} bits. Copy the index again."
             )
         self = cls.__new__(cls)
         self._index = index
         self._index.qb = QUERY_BITS
         return self
+
+
+@contextlib.contextmanager
+def _at_most(size: int) -> Iterator[None]:
+    """Let FAISS allocate no vector above `size` bytes and read no nested index meanwhile."""
+    with _ONE_AT_A_TIME:
+        usual = (faiss.get_deserialization_vector_byte_limit(),
+                 faiss.get_deserialization_loop_limit())
+        faiss.set_deserialization_vector_byte_limit(size)
+        faiss.set_deserialization_loop_limit(1)
+        try:
+            yield
+        finally:
+            faiss.set_deserialization_vector_byte_limit(usual[0])
+            faiss.set_deserialization_loop_limit(usual[1])
+
+
+def _is_ours(index: Any, length: int, rows: int) -> bool:
+    """Whether every size that a scan relies on is the one of `rows` codes around a centre of 0."""
+    return bool(
+        index.d == index.rabitq.d == length and index.ntotal == rows
+        and index.metric_type == index.rabitq.metric_type == faiss.METRIC_INNER_PRODUCT
+        and index.code_size == index.rabitq.code_size == code_bytes(length)
+        and index.codes.size() == rows * code_bytes(length)
+        and index.rabitq.nb_bits == 1 and index.is_trained
+        and index.center.size() == length
+        and not faiss.vector_to_array(index.center).any()
+    )
 
 
 def library_version() -> str:

@@ -11,26 +11,27 @@ The same command run again goes on where the last one stopped; a different one i
 
 import math
 import platform
-import shutil
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 import gradindex
-from gradindex import curvature, manifest, records, vectors
+from gradindex import curvature, manifest, vectors
 from gradindex.codes import Codes, CodeSettings, default_length, default_width
-from gradindex.errors import InputError, ResourceError
-from gradindex.manifest import Manifest, Segment, segment_folder
+from gradindex.curvature import Ekfac
+from gradindex.errors import InputError
+from gradindex.files import facts_of
+from gradindex.locks import only_writer
+from gradindex.manifest import Calibration, CodeFacts, FitFacts, Manifest, ModelFacts
 from gradindex.model import (
+    LanguageModel,
     ModelSource,
     check_identity,
     context_length,
-    describe_modules,
     files_digest,
     parameter_share,
     tokenizer_digest,
@@ -38,13 +39,14 @@ from gradindex.model import (
 )
 from gradindex.modules import Module
 from gradindex.progress import Progress, size
-from gradindex.records import Record
+from indexer import ingest
 from indexer.calibrate import calibrate
 from indexer.corpus import Corpus, CorpusSettings
-from indexer.encode import encode_segment
-from indexer.fit import LARGEST_BLOCK, FitSettings, choose_sequences, fit
+from indexer.fit import LARGEST_BLOCK, FitNotes, FitSettings, choose_sequences, fit
+from indexer.ingest import Run
+from indexer.quarantine import SHARE
 from indexer.sources import token_file_width
-from indexer.state import State, only_writer
+from indexer.state import BUILD, State
 
 if TYPE_CHECKING:
     from gradindex import Searcher
@@ -78,6 +80,7 @@ def build(
     batch_tokens: int = 4096,
     segment_size: int = 4096,
     train_sequences: int | None = None,
+    max_bad: float = SHARE,
     seed: int = 0,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
@@ -88,41 +91,33 @@ def build(
     `model` is a hub id (`id@revision`), a folder or a loaded model; `data` a path, a list of paths,
     or rows (dictionaries; a `datasets.Dataset`). Lengths are in tokens, `bits` is K, the bits of a
     code; the other arguments are the flags of `gradindex build`. Returns the index, open.
-    Raises InputError for unusable input before anything expensive, ResourceError when the disk is
-    too small, IndexMismatchError when the model changed since the build began.
+    `max_bad` is the share of sequences that may be quarantined, their gradient not being finite.
+    Raises InputError for unusable input before anything expensive, ResourceError when disk or
+    memory don't suffice, IndexMismatchError when the model changed since the build began,
+    GradindexError while another process writes to the index or where too much is not finite.
     """
     say = progress or Progress()
     index = Path(out)
-    source = ModelSource(model, tokenizer, trust_remote_code, allow_pickle)
-
-    def reopen() -> "Searcher":
-        return gradindex.open(
-            index, model=_loaded(model), tokenizer=tokenizer, device=device,
-            trust_remote_code=trust_remote_code, allow_pickle=allow_pickle,
-        )
 
     # 1) what is asked for, resolved, before anything expensive
-    sources = _as_list(data)
+    source = ModelSource(model, tokenizer, trust_remote_code, allow_pickle)
     config = source.load_config()
     settings = CorpusSettings(
-        sequence_length=_sequence_length(seq_len, config, sources), pack=pack,
+        sequence_length=_sequence_length(seq_len, config, as_list(data)), pack=pack,
         text_field=text_field, prompt_field=prompt_field, completion_field=completion_field,
         messages_field=messages_field, id_field=id_field, keep_fields=tuple(keep_fields),
         limit=limit, strict=strict,
     )
-    _check_numbers(fit_sequences=fit_sequences, batch_tokens=batch_tokens, damping=damping,
-                   segment_size=segment_size, limit=limit, train_sequences=train_sequences)
+    check_numbers(fit_sequences=fit_sequences, batch_tokens=batch_tokens, damping=damping,
+                  segment_size=segment_size, limit=limit, train_sequences=train_sequences,
+                  max_bad=max_bad)
     if not 0 <= seed < 1 << 63:
         raise InputError(f"--seed {seed}: expected a number from 0 on.")
     if isinstance(keep_fields, str):
         raise InputError(f"keep_fields={keep_fields!r}: expected a list of field names.")
     if fit_labels not in ("model", "data"):
         raise InputError(f"--fit-labels {fit_labels}: expected model or data.")
-    own_tokenizer = source.load_tokenizer()
-    corpus = Corpus(
-        sources, own_tokenizer, settings, vocabulary=config.get_text_config().vocab_size,
-        end_token=getattr(own_tokenizer, "eos_token_id", None),
-    )
+    corpus = open_corpus(data, source, config, settings)
     place, resolved = source.resolve(device, dtype)
     plan = {
         "model": source.name, "revision": source.revision, "data": corpus.data_facts(),
@@ -132,100 +127,160 @@ def build(
         "bits": _code_length(bits, settings.sequence_length),
         "dtype": str(resolved).removeprefix("torch."),
         "device": place.type, "batch_tokens": batch_tokens, "segment_size": segment_size,
-        "seed": seed, "tokenizer": tokenizer_digest(own_tokenizer),
+        "seed": seed, "tokenizer": tokenizer_digest(corpus.tokenizer),
     }
+    tokenizer_name = None if tokenizer is None or loaded(tokenizer) else _where(str(tokenizer))
+    asked = _Asked(source, corpus, plan, device, dtype, train_sequences, max_bad, tokenizer_name)
     if index.exists() and not index.is_dir():
         raise InputError(f"-o {index} is a file; expected a folder to make or to go on with.")
     index.mkdir(parents=True, exist_ok=True)
-    with only_writer(index):
+    with only_writer(index, "gradindex build"):
         state = State.open(index, plan, say)
         if manifest.exists(index):
-            (index / "build.json").unlink(missing_ok=True)  # killed right after the commit
-            built = manifest.load(index)
-            digest = files_digest(source)
-            if digest is None or digest != built.model["files"]:
-                check_identity(source.load(device, dtype), built.model)
-            _adopt_train_sequences(index, built, train_sequences)
+            _check_finished(index, asked)
             say.say(f"{index} is complete; nothing to do.")
-            return reopen()
-        torch.set_num_threads(state.threads)
-
-        # 2) text → sequences, on disk as records
-        if state.corpus is None:
-            state.corpus = _write_records(index, corpus, segment_size, say)
-            state.save()
-        facts = state.corpus
-        _report(facts, settings, say)
-
-        # 3) the model and its tracked modules
-        say.say(f"model: loading {source.name} on {place} as {plan['dtype']}")
-        language_model = source.load(device, dtype)
-        state.check_model(language_model)
-        tracked = tracked_modules(language_model.network, modules)
-        share = parameter_share(language_model.network, tracked)
-        say.say(f"modules: {len(tracked)} linear maps tracked, {_names(tracked)}: {share:.1%} of "
-                "the model's parameters")
-        _check_disk(index, facts["sequences"], plan["bits"], tracked)
-
-        # 4) EK-FAC curvature
-        chosen = choose_sequences(facts["sequences"], fit_sequences, seed)
-        read = _reader(index, segment_size)
-        fit_settings = FitSettings(chosen, fit_labels, min(segment_size, LARGEST_BLOCK),
-                                   batch_tokens, seed)
-        ekfac = fit(language_model, tracked, read, fit_settings, index, say, facts["sequences"])
-
-        # 5) every sequence → a code
-        length = plan["bits"]
-        code_settings = CodeSettings(length, default_width(length, len(tracked)), seed, damping)
-        codes = Codes(tracked, ekfac, code_settings)
-        segments = _segments(facts, segment_size)
-        sealed = [s for s in segments if segment_folder(index, s.name).is_dir()]
-        say.start("encode", facts["sequences"], "sequences", done=sum(s.rows for s in sealed))
-        for segment in segments[len(sealed):]:
-            folder = segment_folder(index, f"{segment.name}.partial")
-            batch = records.read(folder / "records.lmdb", range(segment.rows))
-            encode_segment(language_model, codes, batch, folder, batch_tokens, say)
-        say.finish()
-
-        # 6) how far a code's score is from the exact one
-        calibration = calibrate(
-            language_model, codes, ekfac, read,
-            lambda ids: _stored_codes(index, segments, segment_size, length, ids),
-            facts["sequences"], batch_tokens, say,
-        )
-
-        # 7) the commit
-        names = [curvature.path_of(Path("curvature"), module).as_posix() for module in tracked]
-        names += [f"segments/{segment.name}/{file}" for segment in segments
-                  for file in ("records.lmdb", "vectors.faiss", "norms.npy", "tokens.npz")]
-        assert state.model is not None
-        manifest.commit(index, Manifest(
-            format=manifest.FORMAT, versions=_versions(),
-            model={"name": _where(source.name), "revision": source.revision, **state.model,
-                   "tokenizer": plan["tokenizer"],
-                   "tokenizer_name": None if tokenizer is None or _loaded(tokenizer) else
-                   _where(str(tokenizer))},
-            dtype=plan["dtype"], device=place.type, threads=state.threads, task=corpus.task,
-            sequence_length=settings.sequence_length, documents=facts["documents"],
-            sequences=facts["sequences"], tokens=facts["tokens"],
-            scored_tokens=facts["scored_tokens"], skipped=facts["skipped"],
-            train_sequences=train_sequences, modules=describe_modules(tracked),
-            parameter_share=share,
-            effective_dimension={name: round(c.effective_dimension(damping), 1)
-                                 for name, c in ekfac.items()},
-            fit={"sequences": len(chosen), "labels": fit_labels}, damping=damping,
-            code={**asdict(code_settings), "digest": codes.digest},
-            calibration=calibration, batch_tokens=batch_tokens, plan=plan, segments=segments,
-            files=manifest.file_facts(index, sorted(names)),
-        ))
-        (index / "build.json").unlink()
-        total = sum(file.stat().st_size for file in index.rglob("*") if file.is_file())
-        say.say(f"index: {index}, {facts['sequences']:,} sequences, {size(total)} (it holds the "
-                "training text)")
-    return reopen()
+        else:
+            _build(index, asked, state, say)
+    return gradindex.open(
+        index, model=loaded(model), tokenizer=tokenizer, device=device,
+        trust_remote_code=trust_remote_code, allow_pickle=allow_pickle,
+    )
 
 
-def _as_list(data: Any) -> list[Any]:
+@dataclass
+class _Asked:
+    """What a build was asked for: the plan, which decides the bytes, and what doesn't."""
+
+    source: ModelSource
+    corpus: Corpus
+    plan: dict[str, Any]
+    device: str
+    dtype: str
+    train_sequences: int | None
+    max_bad: float
+    tokenizer_name: str | None
+
+
+def _build(index: Path, asked: _Asked, state: State, say: Progress) -> None:
+    """Steps 2 to 7."""
+    plan = asked.plan
+    torch.set_num_threads(state.threads)
+
+    # 2) text → sequences, on disk as records
+    if state.corpus is None:
+        (index / "segments").mkdir(exist_ok=True)
+        empty = Run(index, 0, 0, 0, plan["segment_size"])
+        state.corpus = ingest.write_records(asked.corpus, empty, say)
+        state.save()
+    run = Run(index, 0, 0, state.corpus["sequences"], plan["segment_size"])
+    ingest.report(state.corpus, plan["sequence_length"], say)
+
+    # 3) the model and its tracked modules
+    say.say(f"model: loading {asked.source.name} as {plan['dtype']} on {plan['device']}")
+    model = asked.source.load(asked.device, asked.dtype)
+    state.check_model(model)
+    tracked = tracked_modules(model.network, plan["modules"])
+    say.say(f"modules: {len(tracked)} linear maps tracked, {_names(tracked)}: "
+            f"{parameter_share(model.network, tracked):.1%} of the model's parameters")
+    ingest.check_disk(index, run.count, plan["bits"], tracked)
+
+    # 4) EK-FAC curvature
+    chosen = choose_sequences(run.count, plan["fit_sequences"], plan["seed"])
+    ekfac, notes = fit(model, tracked, run.records, FitSettings(
+        chosen, plan["fit_labels"], min(plan["segment_size"], LARGEST_BLOCK),
+        plan["batch_tokens"], plan["seed"], asked.max_bad,
+    ), index, say, run.count)
+    tracked = [module for module in tracked if module.name in ekfac]
+
+    # 5) every sequence → a code
+    length = plan["bits"]
+    codes = Codes(tracked, ekfac, CodeSettings(
+        length, default_width(length, len(tracked)), plan["seed"], plan["damping"]))
+    quarantined = ingest.encode_run(model, codes, run, plan["batch_tokens"], asked.max_bad, say)
+
+    # 6) how far a code's score is from the exact one
+    calibration = calibrate(
+        model, codes, ekfac, run.records, lambda ids: run.codes(ids, length),
+        [one for one in range(run.count) if one not in quarantined], plan["batch_tokens"], say,
+    )
+
+    # 7) the commit
+    made = _manifest(asked, state, run, model, tracked, ekfac, notes, codes, calibration,
+                     len(chosen), len(quarantined))
+    if made.duplicates:
+        say.say(f"duplicates: {made.duplicates:,} sequences equal an earlier one; they are shown "
+                "as one hit with a count")
+    manifest.commit(index, made)
+    (index / BUILD).unlink()
+    total = sum(file.stat().st_size for file in index.rglob("*") if file.is_file())
+    say.say(f"index: {index}, {made.sequences:,} sequences, {size(total)} (it holds the training "
+            "text)")
+
+
+def _manifest(
+    asked: _Asked, state: State, run: Run, model: LanguageModel, tracked: list[Module],
+    ekfac: Ekfac, notes: FitNotes, codes: Codes, calibration: Calibration, fitted: int,
+    quarantined: int,
+) -> Manifest:
+    """What the build made."""
+    plan, facts = asked.plan, state.corpus
+    assert facts is not None and state.model is not None
+    files = {f"curvature/{name}": one for name, one in notes.files.items()}
+    files[manifest.FIT] = facts_of(run.index / manifest.FIT)
+    return Manifest(
+        format=manifest.FORMAT, generation=1, versions=_versions(),
+        model=ModelFacts(
+            name=_where(asked.source.name), revision=asked.source.revision,
+            files=state.model["files"], tensors=state.model["tensors"],
+            config=state.model["config"], tokenizer=plan["tokenizer"],
+            tokenizer_name=asked.tokenizer_name,
+        ),
+        dtype=plan["dtype"], device=plan["device"], threads=state.threads,
+        task=asked.corpus.task, sequence_length=plan["sequence_length"],
+        documents=facts["documents"], sequences=run.count - quarantined, tokens=facts["tokens"],
+        scored_tokens=facts["scored_tokens"], skipped=facts["skipped"],
+        duplicates=ingest.count_duplicates([run.rows(one) for one in run.segments]),
+        train_sequences=asked.train_sequences, modules=tracked,
+        parameter_share=parameter_share(model.network, tracked),
+        effective_dimension={name: round(one.effective_dimension(plan["damping"]), 1)
+                             for name, one in ekfac.items()},
+        fit=FitFacts(sequences=fitted - len(notes.quarantined), labels=plan["fit_labels"],
+                     left_out=notes.left_out),
+        damping=plan["damping"], code=CodeFacts(
+            length=codes.settings.length, width=codes.settings.width, seed=codes.settings.seed,
+            damping=codes.settings.damping, digest=codes.digest,
+        ),
+        calibration=calibration, batch_tokens=plan["batch_tokens"], plan=plan, appended=[],
+        next_id=run.count, next_segment=len(run.segments), segments=run.segments,
+        deleted=0, deleted_file=None, quarantined=quarantined,
+        files=files | ingest.file_facts(run),
+    )
+
+
+def _check_finished(index: Path, asked: _Asked) -> None:
+    """Raise IndexMismatchError if the weights changed; take over a new N_train."""
+    (index / BUILD).unlink(missing_ok=True)  # killed right after the commit
+    built = manifest.load(index)
+    digest = files_digest(asked.source)
+    if digest is None or digest != built.model["files"]:
+        check_identity(asked.source.load(asked.device, asked.dtype), dict(built.model))
+    if asked.train_sequences not in (None, built.train_sequences):
+        built.train_sequences = asked.train_sequences  # it only scales what is shown
+        built.generation += 1
+        manifest.commit(index, built)
+
+
+def open_corpus(data: Any, source: ModelSource, config: Any, settings: CorpusSettings) -> Corpus:
+    """The sequences of some data, cut as `settings` say. Raises InputError."""
+    tokenizer = source.load_tokenizer()
+    return Corpus(
+        as_list(data), tokenizer, settings, vocabulary=config.get_text_config().vocab_size,
+        end_token=getattr(tokenizer, "eos_token_id", None),
+    )
+
+
+def as_list(data: Any) -> list[Any]:
+    """Paths, or one set of rows, as a list."""
     if isinstance(data, (str, Path)):
         return [data]
     if isinstance(data, (list, tuple)) and data and all(isinstance(d, (str, Path)) for d in data):
@@ -238,7 +293,7 @@ def _where(name: str) -> str:
     return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
-def _loaded(model: Any) -> Any:
+def loaded(model: Any) -> Any:
     """The model if it was given as an object: the index can't find it again by name."""
     return None if isinstance(model, (str, Path)) else model
 
@@ -266,129 +321,11 @@ def _code_length(bits: int | None, sequence_length: int) -> int:
     return bits
 
 
-def _check_numbers(**numbers: float | None) -> None:
+def check_numbers(**numbers: float | None) -> None:
+    """Raise InputError for a flag that isn't above 0."""
     for name, value in numbers.items():
         if value is not None and not 0 < value < math.inf:
             raise InputError(f"--{name.replace('_', '-')} {value}: expected a number above 0.")
-
-
-def _adopt_train_sequences(index: Path, facts: Manifest, train_sequences: int | None) -> None:
-    """N_train only scales what is shown, so a finished index takes a new one."""
-    if train_sequences is not None and facts.train_sequences != train_sequences:
-        facts.train_sequences = train_sequences
-        manifest.commit(index, facts)
-
-
-def _write_records(
-    index: Path, corpus: Corpus, segment_size: int, say: Progress
-) -> dict[str, Any]:
-    """Tokenise everything into segments of records; what an earlier attempt left is replaced."""
-    shutil.rmtree(index / "segments", ignore_errors=True)
-    (index / "segments").mkdir()
-    facts: dict[str, Any] = {"sequences": 0, "tokens": 0, "scored_tokens": 0}
-    pending: list[Record] = []
-
-    def flush() -> None:
-        number = (facts["sequences"] - 1) // segment_size
-        folder = segment_folder(index, f"{number:06d}.partial")
-        folder.mkdir()
-        records.write(folder / "records.lmdb", pending)
-        pending.clear()
-
-    say.start("read", 0, "sequences")
-    for record in corpus.sequences():
-        pending.append(record)
-        facts["sequences"] += 1
-        facts["tokens"] += len(record.ids)
-        facts["scored_tokens"] += int(record.scored[1:].sum())
-        say.update(1)
-        if len(pending) == segment_size:
-            flush()
-    if pending:
-        flush()
-    say.finish()
-    if not facts["sequences"]:
-        skipped = [f"Skipped: {_counts(corpus.skipped.counts)}."] if corpus.skipped.counts else []
-        raise InputError(" ".join([
-            "the data holds no sequence with a token to predict; expected at least one text of two "
-            "tokens.", *skipped, *corpus.skipped.examples[:3]]))
-    absent = set(corpus.settings.keep_fields) - corpus.fields_seen
-    if absent and corpus.task != "tokens":
-        raise InputError(
-            f"--keep-fields: no record has a field {sorted(absent)[0]!r}; found "
-            f"{', '.join(sorted(corpus.fields_seen)) or 'none'}."
-        )
-    return {**facts, "documents": corpus.documents, "skipped": dict(corpus.skipped.counts),
-            "examples": corpus.skipped.examples}
-
-
-def _report(facts: dict[str, Any], settings: CorpusSettings, say: Progress) -> None:
-    say.say(
-        f"data: {facts['documents']:,} documents → {facts['sequences']:,} sequences of at most "
-        f"{settings.sequence_length} tokens, {facts['tokens']:,} tokens, "
-        f"{facts['scored_tokens']:,} scored"
-    )
-    if facts["skipped"]:
-        say.say(f"skipped: {_counts(facts['skipped'])}")
-        for example in facts["examples"]:
-            say.say(f"  {example}")
-
-
-def _counts(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count:,} × {reason}" for reason, count in sorted(counts.items()))
-
-
-def _check_disk(index: Path, sequences: int, length: int, tracked: list[Module]) -> None:
-    codes = sequences * (vectors.code_bytes(length) + 4)
-    # The fit's running sums are float64 and replaced as a whole: twice their size for a moment.
-    fit_ = sum(16 * (o * o + i * i) for o, i in (module.shape for module in tracked))
-    free = shutil.disk_usage(index).free
-    if codes + fit_ > free:
-        raise ResourceError(
-            f"the codes need {size(codes)} and the fit {size(fit_)}; {index} has {size(free)} "
-            f"free. Free some space, use fewer --bits (now {length}) or --modules, or another "
-            "folder; the same command goes on."
-        )
-
-
-def _segments(facts: dict[str, Any], segment_size: int) -> list[Segment]:
-    count = facts["sequences"]
-    return [
-        Segment(f"{number:06d}", first, min(segment_size, count - first))
-        for number, first in enumerate(range(0, count, segment_size))
-    ]
-
-
-def _reader(index: Path, segment_size: int) -> Any:
-    """Records by id, from sealed and unsealed segments alike."""
-    def read(ids: list[int]) -> list[Record]:
-        found: dict[int, Record] = {}
-        for number in sorted({one // segment_size for one in ids}):
-            folder = segment_folder(index, f"{number:06d}")
-            if not folder.is_dir():
-                folder = segment_folder(index, f"{number:06d}.partial")
-            here = [one for one in ids if one // segment_size == number]
-            rows = [one % segment_size for one in here]
-            found.update(zip(here, records.read(folder / "records.lmdb", rows), strict=True))
-        return [found[one] for one in ids]
-    return read
-
-
-def _stored_codes(
-    index: Path, segments: list[Segment], segment_size: int, length: int, ids: list[int]
-) -> tuple[vectors.CodeIndex, Any]:
-    """The codes and norms of some sequences, joined in the order of `ids`."""
-    joined = vectors.CodeIndex(length)
-    norms = []
-    for segment in segments:
-        rows = [one - segment.first for one in ids
-                if segment.first <= one < segment.first + segment.rows]
-        if rows:
-            folder = segment_folder(index, segment.name)
-            stored = vectors.CodeIndex.read(folder / "vectors.faiss", length, segment.rows)
-            joined.add(stored.codes(rows))
-            norms.append(np.load(folder / "norms.npy", allow_pickle=False)[rows])
-    return joined, np.concatenate(norms)
 
 
 def _names(tracked: list[Module]) -> str:

@@ -2,10 +2,11 @@
 
 Some of the index's own sequences serve as queries (their second half given the first) against a
 random sample of sequences. c is the root mean square of (code score − I) √K / (‖v_q‖ ‖v_m‖); the
-slope of code score on I shows that the estimate has no bias.
+slope of code score on I shows that the estimate has no bias. A few of the exact scores are kept as
+anchors, to be computed again when the index is verified.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from gradindex.curvature import Ekfac
 from gradindex.errors import GradindexError
 from gradindex.gradients import Batch, make_batch
 from gradindex.influence import Preconditioned, exact_scores, precondition, query_coordinates
+from gradindex.manifest import Calibration
 from gradindex.model import LanguageModel
 from gradindex.progress import Progress
 from gradindex.records import Record
@@ -22,27 +24,62 @@ from indexer.fit import Read, choose_sequences
 
 QUERIES = 16
 SAMPLE = 128
+ANCHORS, ANCHORS_EACH = 8, 2  # exact scores kept, and of one query
 LARGEST_STACK = 1 << 29  # entries of preconditioned query gradients held at once
 
 
 def calibrate(
     model: LanguageModel, codes: Codes, ekfac: Ekfac, read: Read,
-    stored: Callable[[list[int]], tuple[CodeIndex, np.ndarray]], count: int, batch_tokens: int,
+    stored: Callable[[list[int]], tuple[CodeIndex, np.ndarray]], ids: list[int], batch_tokens: int,
     progress: Progress,
-) -> dict[str, float]:
-    """c, the slope, and the number of (query, sequence) pairs they were measured on.
+) -> Calibration:
+    """c, the slope, the number of (query, sequence) pairs they were measured on, and anchors.
 
-    `stored(ids)` gives the codes on disk and their norms ‖v_m‖. Raises GradindexError where no
-    sampled sequence has a gradient.
+    `ids` are those that have a code; `stored` gives some ids' codes on disk and their norms ‖v_m‖.
+    Raises GradindexError where no sampled sequence has a gradient.
     """
     seed = codes.settings.seed
-    queries = read(choose_sequences(count, QUERIES, seed + 1))
-    ids = choose_sequences(count, SAMPLE, seed + 2)
-    sample = read(ids)
-    index, norms = stored(ids)
+    queries = read([ids[one] for one in choose_sequences(len(ids), QUERIES, seed + 1)])
+    chosen = [ids[one] for one in choose_sequences(len(ids), SAMPLE, seed + 2)]
+    sample = read(chosen)
+    index, norms = stored(chosen)
     progress.start("calibrate", len(queries), "queries")
-    stack = max(1, LARGEST_STACK // sum(m.shape[0] * m.shape[1] for m in codes.modules))
     errors, weights = [], []
+    anchors: list[tuple[int, int, float]] = []
+    for vectors, exact, records in exact_influence(
+            model, codes, ekfac, queries, sample, batch_tokens):
+        for vector, truth, query in zip(vectors, exact, records, strict=True):
+            scale = score_error(1.0, float(np.linalg.norm(vector)), norms, len(vector))
+            real = scale > 0  # a gradient that rounds to zero has a code without error
+            errors.append(((index.scores(vector) - truth) / np.where(real, scale, 1))[real])
+            weights.append((truth / np.where(real, scale, 1))[real])
+            if len(anchors) < ANCHORS:
+                anchors += [(query.id, one, float(score)) for one, score in
+                            list(zip(chosen, truth, strict=True))[:ANCHORS_EACH]]
+            progress.update(1)
+    progress.finish()
+    error, weight = np.concatenate(errors), np.concatenate(weights)
+    if not np.any(weight):
+        raise GradindexError(
+            f"none of the {len(chosen)} sampled sequences has a gradient, so influence is zero "
+            "throughout. Is the model the one that was trained on this data?"
+        )
+    return Calibration(
+        c=round(float(np.sqrt(np.mean(error**2))), 4),
+        slope=round(float(1 + np.sum(error * weight) / np.sum(weight**2)), 4),
+        pairs=len(error), anchors=anchors,
+    )
+
+
+def exact_influence(
+    model: LanguageModel, codes: Codes, ekfac: Ekfac, queries: list[Record],
+    sample: list[Record], batch_tokens: int,
+) -> Iterator[tuple[np.ndarray, np.ndarray, list[Record]]]:
+    """Exact influence of every sequence of a sample on queries made of sequences' second halves.
+
+    Yields, for some queries at a time, their vectors [q, K], the influence [q, sample] and them.
+    """
+    stack = max(1, LARGEST_STACK // sum(m.shape[0] * m.shape[1] for m in codes.modules))
     for first in range(0, len(queries), stack):
         chunk = queries[first : first + stack]
         vectors, preconditioned = [], []
@@ -54,24 +91,7 @@ def calibrate(
             preconditioned.append(Preconditioned(precondition(ekfac, coordinates)))
         together = Preconditioned.join(preconditioned)
         exact = exact_scores(model, codes.modules, together, sample, batch_tokens)
-        for vector, truth in zip(vectors, exact, strict=True):
-            scale = score_error(1.0, float(np.linalg.norm(vector)), norms, len(vector))
-            real = scale > 0  # a gradient that rounds to zero has a code without error
-            errors.append(((index.scores(vector) - truth) / np.where(real, scale, 1))[real])
-            weights.append((truth / np.where(real, scale, 1))[real])
-            progress.update(1)
-    progress.finish()
-    error, weight = np.concatenate(errors), np.concatenate(weights)
-    if not np.any(weight):
-        raise GradindexError(
-            f"none of the {len(ids)} sampled sequences has a gradient, so influence is zero "
-            "throughout. Is the model the one that was trained on this data?"
-        )
-    return {
-        "c": round(float(np.sqrt(np.mean(error**2))), 4),
-        "slope": round(float(1 + np.sum(error * weight) / np.sum(weight**2)), 4),
-        "pairs": len(error),
-    }
+        yield np.stack(vectors), exact, chunk
 
 
 def _second_half(record: Record, model: LanguageModel) -> Batch:

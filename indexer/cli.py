@@ -1,8 +1,18 @@
-"""`gradindex build`: flags → `indexer.build.build`. Imports only click until it runs."""
+"""`gradindex build`, `verify`, `append`, `delete`, `compact`: flags → functions."""
 
+import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import click
+
+from gradindex.flags import MODEL, options, read_ids, read_lines
+from gradindex.terminal import json_text, visible_lines
+
+_MAX_BAD = click.option(
+    "--max-bad", type=float, default=0.001, show_default=True, metavar="SHARE",
+    help="Sequences that may be left out since their gradient is not finite (ten always may).")
 
 
 @click.command()
@@ -38,11 +48,12 @@ import click
               help="Sequences a segment, the unit of work and of resuming.")
 @click.option("--train-sequences", type=int,
               help="Sequences the model was trained on, N_train [the number indexed].")
+@_MAX_BAD
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--tokenizer", metavar="PATH", help="Folder or hub id [the model's].")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
 @click.option("--allow-pickle", is_flag=True, help="Load weights that aren't safetensors.")
-def build(model: str, data: tuple[str, ...], keep_fields: str | None, **options: Any) -> None:
+def build(model: str, data: tuple[str, ...], keep_fields: str | None, **others: Any) -> None:
     """Fit curvature and encode every training sequence.
 
     MODEL is a hub id, id@revision or a folder. DATA are .jsonl (.gz, .zst), .parquet, .npy or text
@@ -59,5 +70,149 @@ def build(model: str, data: tuple[str, ...], keep_fields: str | None, **options:
 
     quiet_transformers()
     names = tuple(name.strip() for name in (keep_fields or "").split(",") if name.strip())
-    run(model, list(data), progress=stderr_progress(), keep_fields=names, **options)
-    click.echo(f'next: gradindex search {options["out"]} -p "PROMPT" -c " COMPLETION"', err=True)
+    run(model, list(data), progress=stderr_progress(), keep_fields=names, **others)
+    click.echo(visible_lines(f'next: gradindex search {others["out"]} -p "PROMPT" '
+                             '-c " COMPLETION"'), err=True)
+
+
+@click.command()
+@click.argument("index", type=click.Path(path_type=Path))
+@click.argument("data", nargs=-1)
+@options(MODEL)
+@click.option("--limit", type=int, help="Read only the first documents.")
+@click.option("--strict", is_flag=True, help="Stop at the first row that can't be used.")
+@_MAX_BAD
+@click.option("--discard", is_flag=True, help="Drop what an unfinished append did, first.")
+def append(index: Path, data: tuple[str, ...], **others: Any) -> None:
+    """Add documents to an index, under its curvature.
+
+    DATA as for build, whose fields and settings apply. The same command run again goes on where the
+    last one stopped. How far the new data's Λ differs from the old's is measured and said.
+
+    \b
+    Example:
+      gradindex append train.index more.jsonl
+    """
+    from gradindex.model import quiet_transformers
+    from gradindex.progress import stderr_progress
+    from indexer.append import append as run
+
+    quiet_transformers()
+    run(index, list(data) or None, progress=stderr_progress(), **others)
+
+
+@click.command()
+@click.argument("index", type=click.Path(path_type=Path))
+@click.option("--ids", metavar="FILE|-",
+              help="Ids to delete: a line each, as a number or as JSON with an id.")
+@click.option("--user-ids", metavar="FILE|-",
+              help="Your own ids of documents, a line each; the sequences that hold them go.")
+@click.option("--segment", "names", multiple=True, metavar="NAME",
+              help="Give up a damaged segment, as verify names it.")
+def delete(index: Path, ids: str | None, user_ids: str | None, names: tuple[str, ...]) -> None:
+    """Take sequences out of every answer, at once.
+
+    Their text stays on the disk until compact. Searches that run already go on with what they had.
+
+    \b
+    Example:
+      echo 4711 | gradindex delete train.index --ids -
+    """
+    from gradindex.progress import stderr_progress
+    from indexer.maintain import delete as run
+    from indexer.maintain import remove
+
+    progress = stderr_progress()
+    if bool(names) + (ids is not None or user_ids is not None) != 1:
+        raise click.UsageError("say what to delete: --ids FILE or --user-ids FILE, or --segment "
+                               "NAME.")
+    if ids == user_ids == "-":
+        raise click.UsageError("only one of --ids and --user-ids can be standard input, -.")
+    if names:
+        rows = remove(index, names, progress)
+        progress.say(f"{rows:,} sequences given up with their segments")
+        return
+    own = set(_user_ids(user_ids)) if user_ids else set()
+    done = run(index, list(read_ids(ids)) if ids else [], own, progress)
+    already = f", {done.already:,} were deleted before" if done.already else ""
+    progress.say(f"{done.deleted:,} sequences deleted{already}")
+    if done.equal_left:
+        shown = ", ".join(map(str, done.equal_left[:10])) + ", …" * (len(done.equal_left) > 10)
+        progress.say(f"warning: {len(done.equal_left)} sequences with the same tokens stay: "
+                     f"{shown}")
+    if done.deleted:
+        progress.say(f"their text is on the disk until: gradindex compact {index}")
+
+
+@click.command()
+@click.argument("index", type=click.Path(path_type=Path))
+def compact(index: Path) -> None:
+    """Rewrite segments that hold deleted sequences or are not full.
+
+    Ids and answers stay the same; the text of deleted sequences leaves the disk as soon as no
+    search has the old files open.
+
+    \b
+    Example:
+      gradindex compact train.index
+    """
+    from gradindex.progress import stderr_progress
+    from indexer.maintain import compact as run
+
+    run(index, stderr_progress())
+
+
+@click.command()
+@click.argument("index", type=click.Path(path_type=Path))
+@options(MODEL)
+@click.option("--no-model", is_flag=True, help="Check files, records and codes alone.")
+@click.option("--rebuild", is_flag=True,
+              help="Encode damaged segments again from their records, where those are sound.")
+@click.option("--format", "form", type=click.Choice(["auto", "json"]), default="auto",
+              show_default=True)
+def verify(index: Path, form: str, **others: Any) -> int:
+    """Is an index what it was, and does it still give the right answers?
+
+    Digests every file, checks every record and code, encodes a sample again and measures scores of
+    the build again. Says what is damaged and what to do; exit code 3 then.
+
+    \b
+    Example:
+      gradindex verify train.index
+    """
+    from gradindex.model import quiet_transformers
+    from gradindex.progress import size, stderr_progress
+    from indexer.verify import verify as run
+
+    quiet_transformers()
+    found = run(index, progress=stderr_progress(), **others)
+    if form == "json":
+        click.echo(json_text(found.to_dict(), indent=1))
+        return 0 if found.sound else 3
+    if found.rebuilt:
+        click.echo(f"rebuilt: {', '.join(found.rebuilt)}")
+    click.echo(f"{found.files:,} files ({size(found.bytes)}) digested, {found.records:,} records "
+               "checked")
+    if found.same_bits is not None:
+        click.echo(f"{found.encoded} sequences encoded again: {found.same_bits:.4%} of their bits "
+                   "are the same")
+    if found.score_error is not None:
+        click.echo(f"{found.scores} scores measured again: within {found.score_error:.1e} of the "
+                   "largest")
+    for finding in found.findings:
+        click.echo(visible_lines(f"damaged: {finding.what}\n  {finding.wrong}\n  {finding.do}"))
+    click.echo("sound" if found.sound else f"{len(found.findings)} damaged")
+    return 0 if found.sound else 3
+
+
+def _user_ids(source: str) -> Iterator[str]:
+    """The user's own ids: a line each, as text or JSON with a user_id."""
+    for _, line in read_lines(source, "--user-ids"):
+        content: Any = line.strip()
+        if content.startswith("{"):
+            try:
+                content = json.loads(content)["user_id"]
+            except (ValueError, KeyError):
+                raise click.UsageError(f"--user-ids {source}: {line[:60]!r} is not JSON with a "
+                                       "user_id.") from None
+        yield str(content)

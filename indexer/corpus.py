@@ -86,6 +86,7 @@ class Corpus:
         self.sources = [source for item in items for source in discover(item)]
         self.skipped = Skipped()
         self.documents = 0
+        self.documents_before = 0  # in the index already
         self.fields_seen: set[str] = set()
         if not self.sources:
             found = ", ".join(str(item) for item in items) or "nothing"
@@ -172,7 +173,8 @@ class Corpus:
             except InputError as error:
                 raise InputError(f"{source.name}:{row}: {error}") from None
             self.documents += 1
-            yield Part(self.documents - 1, source.name, row, -1, -1, 0, user_id, fields), tokens
+            number = self.documents_before + self.documents - 1
+            yield Part(number, source.name, row, -1, -1, 0, user_id, fields), tokens
             if self.documents == self.settings.limit:
                 return
 

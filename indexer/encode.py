@@ -1,61 +1,84 @@
 """One pass over the sequences: gradients become codes, segment after segment.
 
 A segment is written in `NNNNNN.partial/` (its records are there already) and renamed when whole.
-Its batches are a function of its sequences' lengths alone.
+Its batches are a function of its sequences' lengths, and of the splits noted in its segment.json.
 """
 
-import io
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gradindex import tfidf
+from gradindex import segments, tfidf
 from gradindex.codes import Codes
-from gradindex.errors import GradindexError
-from gradindex.files import atomic_write, rename_folder
-from gradindex.gradients import backward, make_batch, plan_batches
+from gradindex.files import rename_folder
+from gradindex.gradients import Splits, backward, in_batches, make_batch, why_not_finite
 from gradindex.model import LanguageModel
 from gradindex.modules import Module
 from gradindex.progress import Progress
 from gradindex.records import Record
+from gradindex.segments import SegmentFacts
 from gradindex.vectors import CodeIndex, code_bytes
 
 
 def encode_segment(
     model: LanguageModel, codes: Codes, records: list[Record], folder: Path, batch_tokens: int,
     progress: Progress,
-) -> None:
+) -> SegmentFacts:
     """Encode a segment's records in `folder` (…/NNNNNN.partial) and seal it.
 
-    Raises GradindexError for a gradient that isn't finite, naming the sequence.
+    A sequence whose gradient is not finite has no code: its row's norm is NaN, and segment.json
+    says why. Raises ResourceError.
     """
-    length = codes.settings.length
-    index = CodeIndex(length)
-    rows_codes = np.zeros((len(records), code_bytes(length)), dtype=np.uint8)
+    facts = segments.read_facts(folder)
+    index = CodeIndex(codes.settings.length)
+    rows_codes = np.zeros((len(records), code_bytes(codes.settings.length)), dtype=np.uint8)
     norms = np.zeros(len(records), dtype=np.float32)
-    for rows in plan_batches([len(record.ids) for record in records], batch_tokens):
+
+    def keep(made: list[tuple[int, int]]) -> None:
+        facts.splits = made
+        segments.write_facts(folder, facts)
+
+    def run(rows: list[int]) -> np.ndarray:
         vectors = encode_batch(model, codes, [records[row] for row in rows])
-        array = vectors.float().cpu().numpy()
-        norms[rows] = np.linalg.norm(array.astype(np.float64), axis=1)
-        bad = [records[row] for row in rows if not np.isfinite(norms[row])]
-        if bad:
-            where = bad[0].parts[0]
-            raise GradindexError(
-                f"the gradient of sequence {bad[0].id} ({where.source}:{where.row}) is not finite. "
-                "Try --dtype float32, or take the record out of the data."
-            )
-        rows_codes[rows] = index.encode(array)
+        return vectors.float().cpu().numpy()
+
+    lengths = [len(record.ids) for record in records]
+    for rows, array in in_batches(lengths, batch_tokens, Splits(facts.splits, keep), run):
+        with np.errstate(over="ignore", invalid="ignore"):
+            norms[rows] = np.linalg.norm(array.astype(np.float64), axis=1)
+        good = np.isfinite(norms[rows])
+        rows_codes[np.array(rows)[good]] = index.encode(array[good])
+        for row in np.array(rows)[~good].tolist():
+            facts.quarantined[records[row].id] = _why(model, codes, records[row])
+            norms[row] = np.nan
         progress.update(len(rows))
     index.add(rows_codes)
-    index.write(folder / "vectors.faiss")
-    buffer = io.BytesIO()
-    np.save(buffer, norms, allow_pickle=False)
-    atomic_write(folder / "norms.npy", buffer.getvalue())
     vocabulary = model.network.config.get_text_config().vocab_size
-    tfidf.write(folder / "tokens.npz", [record.ids for record in records], vocabulary)
+    seal(folder, facts, index, segments.make_rows(records, norms),
+         [record.ids for record in records], vocabulary)
+    return facts
+
+
+def seal(
+    folder: Path, facts: SegmentFacts, codes: CodeIndex, rows: np.ndarray,
+    sequences: list[np.ndarray], vocabulary: int,
+) -> None:
+    """Write what a segment has besides its records, then rename its folder: it is whole.
+
+    Raises ResourceError.
+    """
+    facts.files["vectors.faiss"] = codes.write(folder / "vectors.faiss")
+    facts.files["rows.npy"] = segments.write_rows(folder / "rows.npy", rows)
+    facts.files["tokens.npz"] = tfidf.write(folder / "tokens.npz", sequences, vocabulary)
+    segments.write_facts(folder, facts)
     rename_folder(folder, folder.with_suffix(""))
+
+
+def _why(model: LanguageModel, codes: Codes, record: Record) -> str:
+    batch = make_batch([(record.ids, record.scored)], model.device)
+    return why_not_finite(model, codes.modules, batch) or "its code's norm is not finite"
 
 
 def encode_batch(model: LanguageModel, codes: Codes, records: list[Record]) -> Tensor:

@@ -9,41 +9,92 @@ by numbers keyed by (seed, step, sequence id): nothing depends on batching.
 
 Sums are taken in float32 (float64 for a float64 model) within a block of sequences and added in
 order in float64. The running sum is committed after every block, so a kill costs one block and
-the resumed fit ends with the same bytes.
+the resumed fit ends with the same bytes. What had to be done otherwise on the way (a batch halved
+because memory ran out, a sequence or a module left out) is noted in fit.json, before it is tried.
 """
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pydantic
+import scipy.linalg
 import torch
 from torch import Tensor
 
 from gradindex import curvature
 from gradindex.curvature import Curvature, Ekfac, read_tensors, write_tensors
-from gradindex.errors import GradindexError
-from gradindex.files import rename_folder
-from gradindex.gradients import Batch, apply_inputs, backward, make_batch, plan_batches
+from gradindex.errors import DamagedIndexError, GradindexError
+from gradindex.files import FileFacts, atomic_write, make_folder, rename_folder
+from gradindex.gradients import (
+    Batch,
+    Splits,
+    apply_inputs,
+    backward,
+    in_batches,
+    make_batch,
+    why_not_finite,
+)
 from gradindex.model import LanguageModel
 from gradindex.modules import Module
 from gradindex.progress import Progress
 from gradindex.records import Record
+from indexer.quarantine import SHARE, check_quarantine
 
 LARGEST_BLOCK = 256  # sequences
+NOTES = "fit.json"
+SOUND = 1e-8  # of eigenvectors in float64: residual and departure from orthogonality, relative
 
 Read = Callable[[list[int]], list[Record]]
 
 
 @dataclass(frozen=True)
 class FitSettings:
-    """Which sequences (ids in order), whose labels ("model" or "data"), block and batch size."""
+    """Which sequences (ids in order), whose labels ("model" or "data"), block and batch size.
+
+    `bad` is the share of sequences that may be left out, their gradient not being finite.
+    """
 
     ids: list[int]
     labels: str
     block: int
     batch_tokens: int
     seed: int
+    bad: float = SHARE
+
+
+@dataclass
+class FitNotes:
+    """`fit.json`: what was done otherwise than planned, and the facts of the files of curvature.
+
+    `splits` are batches that were halved, as (first row, rows), by "stage block"; `quarantined`
+    says of ids why they were left out, `left_out` of modules.
+    """
+
+    splits: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    quarantined: dict[int, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    files: dict[str, FileFacts] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> FileFacts:
+        content = {**asdict(self), "quarantined": {str(one): why for one, why in
+                                                   sorted(self.quarantined.items())}}
+        return atomic_write(folder / NOTES, json.dumps(content, indent=1).encode())
+
+    @classmethod
+    def read(cls, folder: Path) -> "FitNotes":
+        """The notes in a folder, empty where there are none. Raises DamagedIndexError."""
+        path = folder / NOTES
+        if not path.is_file():
+            return cls()
+        try:
+            return pydantic.TypeAdapter(cls).validate_json(path.read_bytes())
+        except pydantic.ValidationError:
+            raise DamagedIndexError(
+                f"{path} can't be read. Remove {folder} and run the build again; it fits again."
+            ) from None
 
 
 def choose_sequences(count: int, wanted: int, seed: int) -> list[int]:
@@ -66,30 +117,53 @@ def uniforms(seed: int, step: int, sequence: int, count: int) -> np.ndarray:
 def fit(
     model: LanguageModel, modules: list[Module], read: Read, settings: FitSettings, index: Path,
     progress: Progress, after: int,
-) -> Ekfac:
+) -> tuple[Ekfac, FitNotes]:
     """Fit, or go on fitting, and write `index/curvature`; returns what is on disk there.
 
-    `after` is the number of sequences to be encoded afterwards, for the expected time.
-    Raises GradindexError for a module without gradients or whose eigenvectors can't be found.
+    Modules without a gradient are left out of it, and noted. `after` is the number of sequences to
+    be encoded afterwards, for the expected time. Raises GradindexError where no module is left, too
+    many sequences are not finite, or eigenvectors can't be found; ResourceError.
     """
     folder = index / "curvature"
     if not folder.is_dir():
         partial = index / "curvature.partial"
-        partial.mkdir(exist_ok=True)
-        if not all(curvature.path_of(partial, module).is_file() for module in modules):
-            fitting = _Fit(model, modules, read, settings, partial, progress, after)
+        if not partial.is_dir():
+            make_folder(partial)
+        notes = FitNotes.read(partial)
+        if not notes.files:
+            fitting = _Fit(model, modules, read, settings, partial, progress, after, notes)
             vectors = fitting.eigenvectors()
             eigenvalues = fitting.eigenvalues(vectors)
             stored = torch.float64 if model.dtype == torch.float64 else torch.float32
+            files = {}
             for module in modules:
+                if module.name in notes.left_out:
+                    continue
                 q_a, q_s = vectors[f"{module.name}/A"], vectors[f"{module.name}/S"]
-                curvature.save(partial, module, Curvature(
-                    q_a.to(stored), q_s.to(stored), eigenvalues[module.name].to(stored)
-                ))
+                files[curvature.path_of(Path(), module).name] = curvature.save(
+                    partial, module, Curvature(
+                        q_a.to(stored), q_s.to(stored), eigenvalues[module.name].to(stored)))
+            notes.files = files
+            notes.write(partial)
         for name in ("covariance", "eigenvectors", "eigenvalues"):
             (partial / f"{name}.safetensors").unlink(missing_ok=True)
         rename_folder(partial, folder)
-    return curvature.load(folder, modules, model.device, model.accumulate)
+    notes = FitNotes.read(folder)
+    _report(notes, progress)
+    kept = [module for module in modules if module.name not in notes.left_out]
+    ekfac = curvature.load(lambda module: curvature.path_of(folder, module), kept, model.device,
+                           model.accumulate)
+    return ekfac, notes
+
+
+def _report(notes: FitNotes, progress: Progress) -> None:
+    for name, reason in notes.left_out.items():
+        progress.say(f"module {name} is left out: {reason}")
+    for one, reason in notes.quarantined.items():
+        progress.say(f"sequence {one} is left out of the fit: {reason}")
+    if halved := sum(map(len, notes.splits.values())):
+        progress.say(f"memory ran out on {halved} batches of the fit, which were halved; smaller "
+                     "--batch-tokens avoid that")
 
 
 @dataclass
@@ -101,6 +175,7 @@ class _Fit:
     folder: Path
     progress: Progress
     after: int
+    notes: FitNotes
 
     def eigenvectors(self) -> dict[str, Tensor]:
         """Q_A and Q_S of every module, float64 or as stored, by `name/A` and `name/S`."""
@@ -160,13 +235,17 @@ class _Fit:
 
         zeros = {module.name: module.shape for module in self.modules}
         sums, _ = self._sum_blocks("eigenvalues", 3, zeros, add)
-        for name, total in sums.items():
-            if not total.any():
-                raise GradindexError(
-                    f"module {name} has no gradient on any of the {len(self.settings.ids)} fit "
-                    "sequences, so it has no curvature. Leave it out with --modules REGEX."
-                )
-        return {name: total / len(self.settings.ids) for name, total in sums.items()}
+        count = len(self.settings.ids) - len(self.notes.quarantined)
+        self.notes.left_out = {
+            name: f"it has no gradient on any of the {count} fit sequences, so no curvature"
+            for name, total in sums.items() if not total.any()
+        }
+        if len(self.notes.left_out) == len(sums):
+            raise GradindexError(
+                f"no tracked module has a gradient on any of the {count} fit sequences. Is the "
+                "model the one that was trained on this data? Choose others with --modules."
+            )
+        return {name: total / count for name, total in sums.items()}
 
     def _sum_blocks(
         self, stage: str, step: int, shapes: dict[str, tuple[int, int]],
@@ -182,60 +261,137 @@ class _Fit:
         ids, size = self.settings.ids, self.settings.block
         self.progress.start(stage, len(ids), "sequences", done=min(blocks * size, len(ids)))
         for start in range(blocks * size, len(ids), size):
-            sums = {
-                name: torch.zeros(shape, dtype=self.model.accumulate, device=self.model.device)
-                for name, shape in shapes.items()
-            }
-            positions += self._add_block(ids[start : start + size], step, sums, add)
+            here = ids[start : start + size]
+            sums = None
+            while sums is None:
+                sums = self._sum_block(stage, blocks, step, here, shapes, add)
             for name, part in sums.items():
-                if not torch.isfinite(part).all():
-                    raise GradindexError(
-                        f"the {stage} of {name} is not finite within sequences {ids[start]} to "
-                        f"{ids[min(start + size, len(ids)) - 1]}. Try --dtype float32, or leave "
-                        "those sequences out."
-                    )
                 totals[name] += part.to("cpu", torch.float64)
+            positions += sum(len(record.ids) for record in self._records(here))
             blocks += 1
             write_tensors(path, totals, {"blocks": str(blocks), "positions": str(positions)})
         self.progress.finish()
         return totals, positions
 
-    def _add_block(
-        self, ids: list[int], step: int, sums: dict[str, Tensor],
+    def _records(self, ids: list[int]) -> list[Record]:
+        return self.read([one for one in ids if one not in self.notes.quarantined])
+
+    def _sum_block(
+        self, stage: str, block: int, step: int, ids: list[int],
+        shapes: dict[str, tuple[int, int]],
         add: Callable[[dict[str, Tensor], Batch, Tensor | None], None],
-    ) -> int:
-        records = self.read(ids)
+    ) -> dict[str, Tensor] | None:
+        """A block's sums; None where it has to be summed again, as the notes now say.
+
+        A batch adds to the sums as it goes, so one that fails half-way spoils them.
+        """
+        sums = {
+            name: torch.zeros(shape, dtype=self.model.accumulate, device=self.model.device)
+            for name, shape in shapes.items()
+        }
+        records, done = self._records(ids), 0
+
+        def run(rows: list[int]) -> int:
+            add(sums, *self._batch([records[row] for row in rows], step))
+            return len(rows)
+
+        def keep(made: list[tuple[int, int]]) -> None:
+            self.notes.splits[f"{stage} {block}"] = made
+            self.notes.write(self.folder)
+            raise _SumAgainError
+
+        splits = Splits(self.notes.splits.get(f"{stage} {block}", []), keep)
         lengths = [len(record.ids) for record in records]
-        for rows in plan_batches(lengths, self.settings.batch_tokens):
-            members = [records[row] for row in rows]
-            batch = make_batch([(m.ids, m.scored) for m in members], self.model.device)
-            numbers = None
-            if self.settings.labels == "model":
-                numbers = torch.zeros(batch.tokens.shape, dtype=torch.float64)
-                for row, member in enumerate(members):
-                    drawn = uniforms(self.settings.seed, step, member.id, len(member.ids))
-                    numbers[row, : len(member.ids)] = torch.from_numpy(drawn)
-                numbers = numbers.to(self.model.device)
-            add(sums, batch, numbers)
-            self.progress.update(len(rows))
-            if self.progress.measured and step == 2:
-                each = self.progress.seconds_each()
-                self.progress.say_expected(each * (2 * len(self.settings.ids) + self.after))
-        return sum(lengths)
+        try:
+            for _, count in in_batches(lengths, self.settings.batch_tokens, splits, run):
+                done += count
+                self.progress.update(count)
+                if self.progress.measured and step == 2:
+                    each = self.progress.seconds_each()
+                    self.progress.say_expected(each * (2 * len(self.settings.ids) + self.after))
+        except _SumAgainError:
+            self.progress.update(-done)
+            return None
+        odd = [name for name, part in sums.items() if not torch.isfinite(part).all()]
+        if not odd:
+            return sums
+        self._quarantine(records, step, f"the {stage} of {odd[0]}")
+        self.progress.update(-done)
+        return None
+
+    def _batch(self, members: list[Record], step: int) -> tuple[Batch, Tensor | None]:
+        """The batch of some sequences, and the numbers that draw their labels."""
+        batch = make_batch([(m.ids, m.scored) for m in members], self.model.device)
+        if self.settings.labels != "model":
+            return batch, None
+        numbers = torch.zeros(batch.tokens.shape, dtype=torch.float64)
+        for row, member in enumerate(members):
+            drawn = uniforms(self.settings.seed, step, member.id, len(member.ids))
+            numbers[row, : len(member.ids)] = torch.from_numpy(drawn)
+        return batch, numbers.to(self.model.device)
+
+    def _quarantine(self, records: list[Record], step: int, what: str) -> None:
+        """Note the sequences that make a sum not finite. Raises GradindexError."""
+        found = {
+            record.id: reason for record in records
+            if (reason := why_not_finite(self.model, self.modules, *self._batch([record], step)))
+        }
+        if not found:
+            raise GradindexError(
+                f"{what} is not finite within sequences {records[0].id} to {records[-1].id}, "
+                "though each gradient is. Try --dtype float32."
+            )
+        self.notes.quarantined.update(found)
+        check_quarantine(self.notes.quarantined, len(self.settings.ids), self.settings.bad,
+                         "of the fit")
+        self.notes.write(self.folder)
+
+
+class _SumAgainError(Exception):
+    """A block has to be summed again, with a batch halved."""
 
 
 def eigenvectors(covariance: Tensor, name: str) -> Tensor:
     """Eigenvectors (columns, ascending eigenvalues) of a symmetric float64 matrix.
 
-    The sign of each is fixed: its entry of largest magnitude is positive.
+    The sign of each is fixed: its entry of largest magnitude is positive. Where the first method
+    (divide and conquer) fails or gives something unsound, QR iteration is tried, then once more on
+    the matrix with 1e-12 of its mean eigenvalue added. Raises GradindexError, naming the matrix.
     """
     symmetric = (covariance + covariance.T) / 2
-    try:
-        _, vectors = torch.linalg.eigh(symmetric)
-    except torch.linalg.LinAlgError as error:
-        raise GradindexError(
-            f"the covariance {name} has no eigendecomposition ({error}). Leave the module out with "
-            "--modules REGEX, or fit on more sequences with --fit-sequences."
-        ) from error
-    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-    return vectors * torch.where(largest < 0, -1.0, 1.0)
+    jitter = 1e-12 * symmetric.diagonal().mean() * torch.eye(len(symmetric), dtype=torch.float64)
+    reasons = []
+    for solve, matrix in ((_divide_and_conquer, symmetric), (_qr_iteration, symmetric),
+                          (_qr_iteration, symmetric + jitter)):
+        try:
+            values, vectors = solve(matrix)
+        except (torch.linalg.LinAlgError, scipy.linalg.LinAlgError, ValueError) as error:
+            reasons.append(" ".join(str(error).split()))
+            continue
+        if (wrong := _wrong(matrix, values, vectors)) is None:
+            largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+            return vectors * torch.where(largest < 0, -1.0, 1.0)
+        reasons.append(wrong)
+    raise GradindexError(
+        f"the covariance {name} has no eigendecomposition ({'; '.join(reasons)[:300]}). Leave the "
+        "module out with --modules REGEX, or fit on more sequences with --fit-sequences."
+    )
+
+
+def _divide_and_conquer(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = torch.linalg.eigh(matrix)
+    return values, vectors
+
+
+def _qr_iteration(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = scipy.linalg.eigh(matrix.numpy(), driver="ev")
+    return torch.from_numpy(values), torch.from_numpy(vectors)
+
+
+def _wrong(matrix: Tensor, values: Tensor, vectors: Tensor) -> str | None:
+    """What is unsound about an eigendecomposition, or None."""
+    residual = torch.linalg.norm(matrix @ vectors - vectors * values)
+    turned = torch.linalg.norm(vectors.T @ vectors - torch.eye(len(matrix), dtype=matrix.dtype))
+    size = torch.linalg.norm(matrix)
+    sound = residual <= SOUND * size and turned <= SOUND * len(matrix)
+    return None if sound else f"residual {residual:.1e} of {size:.1e}, orthogonal to {turned:.1e}"

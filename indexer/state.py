@@ -1,13 +1,9 @@
-"""How far a build has come, and that one process alone carries it on.
+"""How far a build or an append has come: `build.json` or `append.json`.
 
-`build.json` holds the plan (what was asked for, resolved) until the manifest takes its place.
+It holds the plan (what was asked for, resolved) until the manifest takes its place.
 """
 
-import contextlib
-import fcntl
 import json
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,54 +11,73 @@ from typing import Any
 import torch
 
 from gradindex import manifest
-from gradindex.errors import GradindexError, InputError
-from gradindex.files import atomic_write
+from gradindex.errors import DamagedIndexError, InputError
+from gradindex.files import TEMPORARY, atomic_write
+from gradindex.locks import NOTE
 from gradindex.model import LanguageModel, check_identity, identify
 from gradindex.progress import Progress
+
+BUILD, APPEND = "build.json", "append.json"
 
 
 @dataclass
 class State:
-    """`build.json`: the plan and how far the build has come."""
+    """`build.json` or `append.json`: the plan and how far it has come."""
 
-    index: Path
+    path: Path
     plan: dict[str, Any]
     threads: int
     corpus: dict[str, Any] | None = None
-    model: dict[str, str | None] | None = None
+    model: dict[str, Any] | None = None
 
     @classmethod
     def open(cls, index: Path, plan: dict[str, Any], say: Progress) -> "State":
         """The state of the build in `index`, or a new one.
 
         Another plan is adopted as long as nothing was fitted, so that a command that failed early
-        can be corrected; afterwards it is refused. Raises InputError.
+        can be corrected; afterwards it is refused. Raises InputError, ResourceError.
         """
-        path = index / "build.json"
+        path = index / BUILD
         if manifest.exists(index):
             refuse_difference(index, manifest.load(index).plan, plan)
-            return cls(index, plan, torch.get_num_threads())
+            return cls(path, plan, torch.get_num_threads())
         if path.is_file():
-            stored = json.loads(path.read_text(encoding="utf-8"))
+            stored = _stored(path)
             fitted = (index / "curvature").is_dir() or any(
                 (index / "curvature.partial").glob("*.safetensors"))
-            if fitted or not _differences(stored["plan"], plan):
-                refuse_difference(index, stored["plan"], plan)
-                return cls(index, plan, stored["threads"], stored["corpus"], stored["model"])
+            if fitted or not _differences(stored.plan, plan):
+                refuse_difference(index, stored.plan, plan)
+                return stored
             say.say(f"starting over in {index}, where nothing was fitted yet: "
-                    + "; ".join(_differences(stored["plan"], plan)))
-        elif any(entry.name != "build.json.tmp" for entry in index.iterdir()):
+                    + "; ".join(_differences(stored.plan, plan)))
+        elif any(entry.name not in (BUILD + TEMPORARY, NOTE) for entry in index.iterdir()):
             raise InputError(
                 f"{index} is not empty and holds no index. Give a new folder with -o, or empty it."
             )
-        state = cls(index, plan, torch.get_num_threads())
+        state = cls(path, plan, torch.get_num_threads())
+        state.save()
+        return state
+
+    @classmethod
+    def open_append(cls, index: Path, plan: dict[str, Any], threads: int) -> "State":
+        """The state of the append to `index`, or a new one. Raises InputError for another plan."""
+        path = index / APPEND
+        stored = unfinished_append(index, plan["first"])
+        if stored is not None:
+            if changes := _differences(stored.plan, plan):
+                raise InputError(
+                    f"{index} has an unfinished append of other data ({'; '.join(changes)}). Run "
+                    "that command again to finish it, or drop what it did with --discard."
+                )
+            return stored
+        state = cls(path, plan, threads)
         state.save()
         return state
 
     def save(self) -> None:
         content = {"plan": self.plan, "threads": self.threads, "corpus": self.corpus,
                    "model": self.model}
-        atomic_write(self.index / "build.json", json.dumps(content, indent=1).encode())
+        atomic_write(self.path, json.dumps(content, indent=1).encode())
 
     def check_model(self, model: LanguageModel) -> None:
         """Remember the weights' digest, or raise IndexMismatchError if they changed."""
@@ -71,6 +86,28 @@ class State:
             self.save()
         else:
             check_identity(model, self.model)
+
+
+def unfinished_append(index: Path, next_id: int) -> State | None:
+    """The append under way, if there is one.
+
+    One that begins below `next_id` was killed right after its commit: it is finished.
+    """
+    path = index / APPEND
+    stored = _stored(path) if path.is_file() else None
+    return stored if stored is not None and stored.plan.get("first") == next_id else None
+
+
+def _stored(path: Path) -> State:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return State(path, content["plan"], content["threads"], content["corpus"],
+                     content["model"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedIndexError(
+            f"{path} can't be read ({str(error)[:120]}). Remove it and what is unfinished beside "
+            "it, and begin again."
+        ) from None
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -87,18 +124,3 @@ def refuse_difference(index: Path, before: dict[str, Any], now: dict[str, Any]) 
             f"{index} was begun with another command ({'; '.join(changes)}). Run the first command "
             "again to go on, or give another folder with -o."
         )
-
-
-@contextlib.contextmanager
-def only_writer(index: Path) -> Iterator[None]:
-    descriptor = os.open(index, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise GradindexError(
-                f"another process is building {index}. Wait for it, or stop it first."
-            ) from None
-        yield
-    finally:
-        os.close(descriptor)

@@ -3,11 +3,13 @@
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from gradindex.flags import MODEL, options, read_ids, read_text
+from gradindex.terminal import json_text, visible_lines
 
 if TYPE_CHECKING:
     from gradindex import Searcher
@@ -19,13 +21,11 @@ if TYPE_CHECKING:
 
 _INDEX = [
     click.argument("index", type=click.Path(path_type=Path)),
-    click.option("--model", metavar="PATH", help="Where the model is now, if it was moved."),
-    click.option("--tokenizer", metavar="PATH", help="Folder or hub id [the model's]."),
-    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
+    *MODEL,
     click.option("--batch-tokens", type=int, help="Padded tokens a batch [the build's]."),
     click.option("--train-sequences", type=int, help="N_train [the build's, or the indexed]."),
-    click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model."),
-    click.option("--allow-pickle", is_flag=True, help="Load weights that aren't safetensors."),
+    click.option("--allow-damaged", is_flag=True,
+                 help="Digest every file and leave damaged segments out; the coverage is said."),
 ]
 _GRADIENT = [
     click.option("--damping", type=float,
@@ -49,18 +49,10 @@ _QUERY = [
 ]
 
 
-def _options(options: list[Callable[..., Any]]) -> Callable[..., Any]:
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        for option in reversed(options):
-            function = option(function)
-        return function
-    return decorate
-
-
 @click.command()
-@_options(_INDEX)
-@_options(_QUERY)
-@_options(_GRADIENT)
+@options(_INDEX)
+@options(_QUERY)
+@options(_GRADIENT)
 @click.option("-k", type=int, help="Hits [20].")
 @click.option("--shortlist", metavar="N|all",
               help="Sequences to rescore exactly [1000, or 10 k if more].")
@@ -125,7 +117,7 @@ def _finish(result: "Result", form: str, output: Path | None) -> int:
     content = _render(result, form, color=to_terminal and _color())
     if form in ("jsonl", "csv"):  # which hold hits alone
         for line in (recall_statement(result), *result.warnings):
-            click.echo(line, err=True)
+            click.echo(visible_lines(line), err=True)
     if output is None:
         click.echo(content)
     else:
@@ -192,9 +184,9 @@ def _split(others: dict[str, Any], **more: Any) -> tuple[dict[str, Any], "Contro
 
 
 @click.command()
-@_options(_INDEX)
-@_options(_QUERY)
-@_options(_GRADIENT)
+@options(_INDEX)
+@options(_QUERY)
+@options(_GRADIENT)
 @click.option("--ids", required=True, metavar="FILE|-",
               help="Ids to score: a line each, as a number or as JSON with an id.")
 def rescore(
@@ -217,7 +209,7 @@ def rescore(
     where, controls = _split(others)
     searcher, progress = _open(index, where)
     settle(controls, searcher.manifest)
-    wanted = searcher.known(_read_ids(ids))
+    wanted = searcher.known(read_ids(ids))
     query = searcher.make_query(**question)
     progress.start("exact", len(wanted), "sequences")
     for hits in searcher.rescore_stream(query, wanted, controls):
@@ -228,13 +220,13 @@ def rescore(
 
 
 @click.command("eval")
-@_options(_INDEX)
+@options(_INDEX)
 @click.option("--queries", required=True, metavar="FILE",
               type=click.Path(dir_okay=False, path_type=Path),
               help="JSON lines with prompt and completion.")
 @click.option("--sample", metavar="N|all", default="all", show_default=True,
               help="Score so many random sequences exactly.")
-@_options(_GRADIENT)
+@options(_GRADIENT)
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path),
               help="Write everything as JSON.")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path),
@@ -282,7 +274,7 @@ def evaluate(
     progress.finish()
     click.echo(evaluation.table(found))
     if output is not None:
-        _write(output, json.dumps(found.to_dict(), indent=1, allow_nan=False) + "\n")
+        _write(output, json_text(found.to_dict(), indent=1) + "\n")
     if plot is not None:
         evaluation.plot(found, plot)
     return 2 if read.problems else 0
@@ -302,8 +294,7 @@ def info(index: Path, form: str) -> int:
     from search.describe import describe, summary
 
     facts = describe(index)
-    click.echo(json.dumps(facts, indent=1, ensure_ascii=False) if form == "json"
-               else summary(facts))
+    click.echo(json_text(facts, indent=1) if form == "json" else summary(facts))
     return 0
 
 
@@ -333,7 +324,10 @@ def _open(index: Path, where: dict[str, Any]) -> tuple["Searcher", "Progress"]:
     from search.engine import open as open_index
 
     quiet_transformers()
-    return open_index(index, **where), stderr_progress()
+    searcher, progress = open_index(index, **where), stderr_progress()
+    if searcher.index.coverage.damaged:
+        progress.say(f"warning: {searcher.index.coverage}")
+    return searcher, progress
 
 
 def _question(
@@ -345,7 +339,7 @@ def _question(
             raise click.UsageError("--messages and -p, -c, --versus exclude each other; give one "
                                    "query.")
         try:
-            return {"messages": json.loads(_read(messages, f"--messages {messages}")),
+            return {"messages": json.loads(read_text(messages, f"--messages {messages}")),
                     "score_on": score_on}
         except ValueError as error:
             raise click.UsageError(f"--messages {messages} is not valid JSON: {error}.") from None
@@ -362,37 +356,8 @@ def _text(value: str | None) -> str | None:
     if value == "-":
         return sys.stdin.read()
     if value is not None and value.startswith("@"):
-        return _read(Path(value[1:]), value)
+        return read_text(Path(value[1:]), value)
     return value
-
-
-def _read(path: Path, asked: str) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise click.UsageError(f"{asked}: {error.strerror}. A file is read there.") from None
-    except UnicodeDecodeError as error:
-        raise click.UsageError(
-            f"{asked}: not UTF-8 (byte {error.start}). Convert it, with iconv say."
-        ) from None
-
-
-def _read_ids(ids: str) -> Iterator[int]:
-    lines = sys.stdin.read() if ids == "-" else _read(Path(ids), f"--ids {ids}")
-    for number, line in enumerate(lines.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            content = json.loads(line)
-            found = content["id"] if isinstance(content, dict) else content
-            if isinstance(found, bool) or not isinstance(found, int):
-                raise ValueError
-        except (ValueError, KeyError):
-            raise click.UsageError(
-                f"--ids {ids}, line {number}: {line[:60]!r} is neither a number nor JSON with an "
-                "id."
-            ) from None
-        yield found
 
 
 class _Follower:

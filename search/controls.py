@@ -95,12 +95,15 @@ def settle(controls: Controls, index: Manifest) -> Settings:
                                  or controls.normalize == "relatif"):
         raise InputError("--no-rescore ranks by code alone: it can't go with --recall, "
                          "--candidates tfidf or both, or --normalize relatif.")
+    if not index.sequences:
+        raise InputError("the index holds no sequence any more: all were deleted. Append documents "
+                         "with `gradindex append`.")
     k, first, most = _sizes(controls, index.sequences)
     return Settings(
         k=k, first=first, most=most, recall=controls.recall,
         sign=-1.0 if controls.opponents else 1.0, damping=controls.damping or index.damping,
-        modules=index.tracked if controls.modules is None else choose_modules(
-            index.tracked, controls.modules, "the indexed modules"),
+        modules=index.modules if controls.modules is None else choose_modules(
+            index.modules, controls.modules, "the indexed modules"),
         normalize=controls.normalize,
         candidates=controls.candidates, rescore=controls.rescore,
         time_limit=controls.time_limit or math.inf, rank=controls.rank,

@@ -5,26 +5,40 @@ from pathlib import Path
 from typing import Any
 
 from gradindex import manifest
+from gradindex.contents import Contents
 from gradindex.progress import size
+from gradindex.terminal import visible
 from gradindex.vectors import code_bytes
 
-KINDS = {"records.lmdb": "text", "vectors.faiss": "codes", "norms.npy": "codes",
-         "tokens.npz": "words"}
+KINDS = {"records.lmdb": "text", "vectors.faiss": "codes", "rows.npy": "codes",
+         "segment.json": "codes", "tokens.npz": "words"}
+SHOWN = 10  # quarantined sequences
 
 
 def describe(index: Path) -> dict[str, Any]:
-    """Everything `gradindex info` says, as plain JSON types; sizes in bytes."""
+    """Everything `gradindex info` says, as plain JSON types; sizes in bytes.
+
+    Raises InputError where there is no index, DamagedIndexError for missing or changed files.
+    """
     facts = manifest.load(index)
+    contents = Contents(index, facts)
+    for problem in manifest.problems(contents.files, facts):
+        raise problem.error
     sizes: Counter[str] = Counter()
     for name, about in facts.files.items():
         kind = KINDS.get(Path(name).name, "curvature")
-        sizes[kind] += about["size"]
+        sizes[kind] += about.size
     return {
-        "index": str(index), "format": facts.format, "model": facts.model, "dtype": facts.dtype,
+        "index": str(index), "format": facts.format, "generation": facts.generation,
+        "digest": manifest.digest_of(facts),
+        "model": facts.model, "dtype": facts.dtype,
         "task": facts.task, "documents": facts.documents, "sequences": facts.sequences,
         "sequence_length": facts.sequence_length, "tokens": facts.tokens,
         "scored_tokens": facts.scored_tokens, "skipped": facts.skipped,
-        "train_sequences": facts.train_sequences, "modules": [m["name"] for m in facts.modules],
+        "duplicates": facts.duplicates, "deleted": facts.deleted,
+        "quarantined": _quarantined(contents), "appended": facts.appended,
+        "train_sequences": facts.train_sequences,
+        "modules": [module.name for module in facts.modules],
         "layers": facts.layers, "parameter_share": facts.parameter_share, "fit": facts.fit,
         "effective_dimension": sum(facts.effective_dimension.values()),
         "damping": facts.damping,
@@ -32,6 +46,15 @@ def describe(index: Path) -> dict[str, Any]:
         "calibration": facts.calibration, "segments": len(facts.segments), "bytes": dict(sizes),
         "data": facts.plan["data"], "versions": facts.versions,
     }
+
+
+def _quarantined(contents: Contents) -> dict[int, str]:
+    """Why sequences have no code, by id; the deleted aren't counted."""
+    if not contents.manifest.quarantined:
+        return {}
+    deleted = set(contents.deleted.tolist())
+    return {one: why for segment in contents.segments
+            for one, why in contents.facts(segment).quarantined.items() if one not in deleted}
 
 
 def summary(facts: dict[str, Any]) -> str:
@@ -44,7 +67,7 @@ def summary(facts: dict[str, Any]) -> str:
     n_train = f"{facts['train_sequences']:,}" if facts["train_sequences"] else \
         f"{facts['sequences']:,} (taken as the number indexed)"
     rows = [
-        ("index", f"{facts['index']}, format {facts['format']}, complete"),
+        ("index", f"{facts['index']}, format {facts['format']}, commit {facts['generation']}"),
         ("model", f"{model['name']}{revision}, weights {str(model['tensors'])[:12]}, "
                   f"{facts['dtype']}"),
         ("data", f"{facts['documents']:,} documents from {sources}{more}"),
@@ -53,6 +76,12 @@ def summary(facts: dict[str, Any]) -> str:
                       f"{facts['tokens']:,} tokens, "
                       f"{facts['scored_tokens']:,} scored"),
         *([("skipped", skipped)] if skipped else []),
+        *([("duplicates", f"{facts['duplicates']:,} sequences equal an earlier one")]
+          if facts["duplicates"] else []),
+        *([("deleted", f"{facts['deleted']:,} sequences are in no answer; `gradindex compact` "
+                       "removes their text")] if facts["deleted"] else []),
+        *([("quarantined", _few(facts["quarantined"]))] if facts["quarantined"] else []),
+        *([("appended", _appended(facts["appended"]))] if facts["appended"] else []),
         ("N_train", n_train),
         ("modules", f"{len(facts['modules'])} linear maps in {len(facts['layers'])} layers, "
                     f"{facts['parameter_share']:.1%} of the parameters"),
@@ -66,4 +95,18 @@ def summary(facts: dict[str, Any]) -> str:
                  f"{size(bytes_['words'])} of TF-IDF, {size(bytes_['text'])} of training text (the "
                  "index holds the text itself)"),
     ]
-    return "\n".join(f"{name:<10} {text}" for name, text in rows)
+    return "\n".join(f"{name:<11} {visible(text)}" for name, text in rows)
+
+
+def _few(quarantined: dict[int, str]) -> str:
+    shown = "; ".join(f"{one} ({why})" for one, why in list(quarantined.items())[:SHOWN])
+    more = f"; and {len(quarantined) - SHOWN} more" if len(quarantined) > SHOWN else ""
+    return f"{len(quarantined):,} sequences have no code: {shown}{more}"
+
+
+def _appended(appends: list[dict[str, Any]]) -> str:
+    total = sum(one["sequences"] for one in appends)
+    last = appends[-1]
+    times = "once" if len(appends) == 1 else f"{len(appends)} times"
+    return (f"{total:,} sequences, {times}; Λ of the last was {last['drift']:.2f} ± "
+            f"{last['drift_error']:.2f} times that of the data before")

@@ -48,17 +48,21 @@ class Stage:
 def open(
     index: str | Path, model: Any = None, tokenizer: Any = None, device: str = "auto",
     trust_remote_code: bool = False, allow_pickle: bool = False, batch_tokens: int | None = None,
+    allow_damaged: bool = False,
 ) -> "Searcher":
     """Open an index for searching. Nothing heavy is loaded before the first search.
 
     `model` (a folder, hub id or loaded model) is where the weights are now, if not where they were
     at the build; other weights are refused. `batch_tokens` bounds the memory of a batch [the
-    build's]. Raises InputError where there is no index,
-    DamagedIndexError for missing or changed files.
+    build's]. With `allow_damaged` every file is digested first and segments with a damaged one are
+    left out; results say so (`Result.coverage`). What is appended or deleted later is seen by who
+    opens later. Raises InputError where there is no index, DamagedIndexError for missing or changed
+    files.
     """
     if batch_tokens is not None and batch_tokens < 1:
         raise InputError(f"--batch-tokens {batch_tokens}: expected a number above 0.")
-    opened = OpenIndex(Path(index), model, tokenizer, device, trust_remote_code, allow_pickle)
+    opened = OpenIndex(Path(index), model, tokenizer, device, trust_remote_code, allow_pickle,
+                       allow_damaged)
     return Searcher(opened, batch_tokens or opened.manifest.batch_tokens)
 
 
@@ -70,7 +74,7 @@ class Searcher:
         self.batch_tokens = batch_tokens
 
     def __len__(self) -> int:
-        return self.manifest.sequences
+        return len(self.index)
 
     @property
     def manifest(self) -> Manifest:
@@ -147,26 +151,29 @@ class Searcher:
         return [hit for batch in self.rescore_stream(query, wanted, asked) for hit in batch]
 
     def rescore_stream(
-        self, query: Query, ids: list[int], controls: Controls
+        self, query: Query, places: list[int], controls: Controls
     ) -> Iterator[list[Hit]]:
-        """Like `rescore`, a chunk at a time."""
+        """Like `rescore` for the places that `known` gives, a chunk at a time."""
         settings = replace(settle(controls, self.manifest), rank=None)
         [target], preconditioned = make_targets(self.index, [query], settings, self.batch_tokens)
         by = Rescorer(self.model, settings.modules, self.index.ekfac, settings.damping,
                       self.batch_tokens)
         all_codes = self.index.code_scores(target.vector[None])[0]
-        for first in range(0, len(ids), LARGEST_CHUNK):
-            chunk = ids[first : first + LARGEST_CHUNK]
+        for first in range(0, len(places), LARGEST_CHUNK):
+            chunk = places[first : first + LARGEST_CHUNK]
             sequences = self.index.records(chunk)
             found: dict[int, Exact] = {}
             for part in rescore(by, preconditioned, sequences, terms=True,
                                 sizes=settings.normalize != "none"):
                 found.update(part)
-            yield [
-                make_hit(self.index.tokenizer, record, found[place], float(all_codes[record.id]),
+            hits = [
+                make_hit(self.index.tokenizer, record, found[number], float(all_codes[place]),
                          -1, settings.train_sequences, settings.modules, target.norm)
-                for place, record in enumerate(sequences)
+                for number, (place, record) in enumerate(zip(chunk, sequences, strict=True))
             ]
+            for place, hit in zip(chunk, hits, strict=True):
+                hit.duplicates = self.index.copies(place)
+            yield hits
 
     def make_query(
         self, prompt: str | None = None, completion: str | None = None,
@@ -184,7 +191,7 @@ class Searcher:
         return query
 
     def known(self, ids: Iterable[Any]) -> list[int]:
-        """Sequences' ids as plain ints. Raises InputError where there is no such sequence."""
+        """The places of sequences' ids. Raises InputError where there is no such sequence."""
         return [self._known(one) for one in ids]
 
     def _known(self, one: Any) -> int:
@@ -192,9 +199,13 @@ class Searcher:
             number = -1 if isinstance(one, bool) else operator.index(one)
         except TypeError:
             number = -1
-        if not 0 <= number < len(self):
-            raise InputError(f"no sequence has the id {one!r}; expected 0 to {len(self) - 1}.")
-        return number
+        place = self.index.contents.place_of(number)
+        if place is None:
+            last = self.manifest.next_id - 1
+            gone = " (it was deleted, or is in no segment that is searched)" \
+                if 0 <= number <= last else ""
+            raise InputError(f"no sequence has the id {one!r}{gone}; expected 0 to {last}.")
+        return place
 
     # ---- the stages
 

@@ -19,7 +19,6 @@ from gradindex.manifest import Manifest
 from gradindex.results import Query
 from search.controls import Controls, settle
 from search.engine import Searcher
-from search.hits import likeness
 from search.journey import Journey
 from search.recall import estimated_recall
 from search.rescore import rescore
@@ -104,14 +103,12 @@ def evaluate(
                                                searcher.batch_tokens)
         journey = Journey(searcher.index, settings, targets, preconditioned, searcher.batch_tokens)
         truth = np.zeros((len(group), len(ids)))
-        seen: set[bytes] = set()
-        new = np.zeros(len(ids), dtype=bool)  # equal sequences count once, as in a search
+        # equal sequences count once, as in a search
+        new = np.zeros(len(ids), dtype=bool)
+        new[np.unique(searcher.index.contents.first_equal[ids], return_index=True)[1]] = True
         done = first * len(ids)
         for start in range(0, len(ids), READ):
             records = searcher.index.records(ids[start : start + READ].tolist())
-            for place, record in enumerate(records):
-                new[start + place] = (mark := likeness(record)) not in seen
-                seen.add(mark)
             for part in rescore(journey.by, preconditioned, records):
                 for place, exact in part:
                     truth[:, start + place] = exact.influence

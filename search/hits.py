@@ -1,6 +1,5 @@
 """Scored sequences → hits: their text, terms by token and layer, and equal ones folded."""
 
-import hashlib
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -68,8 +67,3 @@ def normalized(influence: float, exact: Exact, normalize: str) -> float:
     squared = exact.self_influence if normalize == "cosine" else exact.squared_step
     assert squared is not None
     return influence / squared**0.5 if squared > 0 else 0.0
-
-
-def likeness(record: Record) -> bytes:
-    """The same for sequences of equal tokens and mask, and for no others."""
-    return hashlib.sha256(record.ids.tobytes() + record.scored.tobytes()).digest()

@@ -10,7 +10,7 @@ from gradindex.influence import Preconditioned, precondition
 from gradindex.records import Record
 from gradindex.results import Hit, Recall, Result
 from search.controls import Settings
-from search.hits import likeness, make_hit, normalized
+from search.hits import make_hit, normalized
 from search.opened import OpenIndex
 from search.recall import estimated_recall
 from search.rescore import Exact, Rescorer, rescore
@@ -26,7 +26,8 @@ GOOD = 0.95  # what a longer shortlist is suggested for
 class Journey:
     """Some queries on their way from code scores [q, N] to results.
 
-    They are rescored one after the other, each sequence once for all of them.
+    They are rescored one after the other, each sequence once for all of them. Sequences are known
+    by their place among the N that are searched; only hits have ids.
     """
 
     def __init__(
@@ -42,7 +43,6 @@ class Journey:
         self.exact: dict[int, Exact] = {}
         self.records: dict[int, Record] = {}
         self.timed_out = False  # the query that is rescored now
-        self._likeness: dict[int, bytes] = {}
         self._background: list[int] = []
         self._lengths = [settings.first] * len(targets)
         self._planned = {one for shortlist in self.shortlists if settings.rescore
@@ -101,7 +101,6 @@ class Journey:
     def _score(self, ids: list[int]) -> Iterator[None]:
         records = self.index.records(ids)
         self.records.update(zip(ids, records, strict=True))
-        self._likeness.update((one.id, likeness(one)) for one in records)
         sizes = self.settings.normalize != "none"
         for found in rescore(self.by, self.preconditioned, records, sizes=sizes):
             self.exact.update((ids[place], one) for place, one in found)
@@ -133,9 +132,9 @@ class Journey:
         """Ids of the rescored that count, best first and equal ones together, and their recall."""
         counted = self.shortlists[number].advance(self.exact, self._lengths[number])
         ranked = sorted(counted, key=lambda one: (-self._value(number, one), one))
-        alike: dict[bytes, list[int]] = {}
+        alike: dict[int, list[int]] = {}
         for one in ranked:
-            alike.setdefault(self._likeness[one], []).append(one)
+            alike.setdefault(int(self.index.contents.first_equal[one]), []).append(one)
         # equal sequences differ by rounding only: the first in the index stands for them
         groups = [sorted(group) for group in alike.values()]
         if len(counted) == len(self.index.norms):
@@ -162,15 +161,19 @@ class Journey:
 
     def approximate_hits(self, number: int) -> list[Hit]:
         """The best k by code alone."""
-        ids = best(self.shortlists[number].statistic, self.settings.k).tolist()
-        return [self._hit(number, record, None, rank)
-                for rank, record in enumerate(self.index.records(ids), 1)]
+        first = self.index.contents.first_equal
+        statistic = np.where(first == np.arange(len(first)), self.shortlists[number].statistic,
+                             -np.inf)  # equal sequences are one hit
+        places = best(statistic, min(self.settings.k, len(np.unique(first)))).tolist()
+        return [self._hit(number, place, record, None, rank) for rank, (place, record) in
+                enumerate(zip(places, self.index.records(places), strict=True), 1)]
 
     def conclude(self, number: int, interrupted: bool) -> Result:
         """A query's top k, exact by token and module, and how complete it is."""
         settings, query = self.settings, self.targets[number].query
         c = self.index.manifest.calibration["c"]
-        warnings = [note for text in query.texts for note in text.notes]
+        warnings = [str(self.index.coverage)] if self.index.coverage.damaged else []
+        warnings += [note for text in query.texts for note in text.notes]
         if not settings.rescore:
             unknown = Recall(settings.k, None, None, c)
             return self._result(number, self.approximate_hits(number), unknown, 0, warnings)
@@ -210,15 +213,19 @@ class Journey:
         records = [self.records[group[0]] for group in chosen]
         for part in rescore(self.by, whole, records, sizes=True, terms=True):
             found.update(part)
-        sample = np.array([self._value(number, one) for one in self._background])
+        # equal sequences differ by rounding, which must not rank a copy above its original
+        same = {int(self.index.contents.first_equal[group[0]]): group[0] for group in chosen}
+        sample = np.array([
+            self._value(number, same.get(int(self.index.contents.first_equal[one]), one))
+            for one in self._background])
         ranked = []
-        for place, (group, record) in enumerate(zip(chosen, records, strict=True)):
+        for order, (group, record) in enumerate(zip(chosen, records, strict=True)):
+            exact, place = found[order], group[0]
             value = settings.sign * normalized(
-                float(found[place].influence[0]), found[place], settings.normalize)
-            hit = self._hit(number, record, found[place], self.shortlists[number].rank(record.id))
-            hit.duplicates = group[1:]
+                float(exact.influence[0]), exact, settings.normalize)
+            hit = self._hit(number, place, record, exact, self.shortlists[number].rank(place))
             if len(sample):
-                hit.percentile = float(np.mean(sample <= self._value(number, record.id)) * 100)
+                hit.percentile = float(np.mean(sample <= self._value(number, place)) * 100)
             ranked.append((-value, record.id, hit))
         return [hit for _, _, hit in sorted(ranked, key=lambda one: one[:2])[: settings.k]]
 
@@ -237,6 +244,11 @@ class Journey:
         self, number: int, hits: list[Hit], recall: Recall, unfinished: bool
     ) -> list[str]:
         sign, warnings = self.settings.sign, []
+        if self.by.halved:
+            warnings.append(
+                f"memory ran out on {self.by.halved} batches, which were halved; smaller "
+                "--batch-tokens avoid that"
+            )
         wrong = sum(sign * hit.influence <= 0 for hit in hits)
         if wrong:
             warnings.append(
@@ -277,11 +289,14 @@ class Journey:
                 f"{abs(last.influence) / error if error > 0 else 0:.1f} times the noise of a "
                 f"code's score; {', '.join(means)}")
 
-    def _hit(self, number: int, record: Record, exact: Exact | None, rank: int) -> Hit:
+    def _hit(
+        self, number: int, place: int, record: Record, exact: Exact | None, rank: int
+    ) -> Hit:
         hit = make_hit(
-            self.index.tokenizer, record, exact, float(self.codes[number, record.id]), rank,
+            self.index.tokenizer, record, exact, float(self.codes[number, place]), rank,
             self.settings.train_sequences, self.settings.modules, self.targets[number].norm)
-        hit.tfidf_rank = self.shortlists[number].place_in_list(record.id)
+        hit.duplicates = self.index.copies(place)
+        hit.tfidf_rank = self.shortlists[number].place_in_list(place)
         return hit
 
     def _result(
@@ -293,6 +308,7 @@ class Journey:
             sequences=facts.sequences, shortlist=self._lengths[number], rescored=rescored,
             train_sequences=settings.train_sequences,
             train_sequences_given=settings.train_sequences_given,
+            coverage=self.index.coverage.share, damaged=list(self.index.coverage.damaged),
             layers=sorted({module.layer for module in settings.modules}),
             controls=settings.facts(), seconds={}, warnings=warnings,
             model=self.index.model.source.name, index=self.index.digest,

@@ -1,217 +1,158 @@
 """What a search reads: the manifest at once, model, curvature, codes and records at first use."""
 
-import contextlib
-import io
-from collections.abc import Iterator
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from gradindex import curvature as ekfac_files
-from gradindex import manifest, tfidf, vectors
-from gradindex.codes import Codes, CodeSettings
-from gradindex.curvature import Ekfac
-from gradindex.errors import DamagedIndexError, IndexMismatchError, InputError
-from gradindex.files import sha256
-from gradindex.manifest import segment_folder
-from gradindex.model import LanguageModel, ModelSource, check_identity, tokenizer_digest
+from gradindex import locks, manifest, tfidf, vectors
+from gradindex.contents import Contents
+from gradindex.errors import DamagedIndexError
+from gradindex.fitted import FittedModel
 from gradindex.records import Record
-from gradindex.records import read as read_records
 
 BACKGROUND = 64  # random sequences rescored with every query
 UNPACK_FROM = 4  # queries: from here on unpacking the codes once is faster than scanning for each
 
 
-class OpenIndex:
-    """An index folder and the model it belongs to.
+@dataclass(frozen=True)
+class Coverage:
+    """How much of an index is searched, where damaged segments are left out."""
 
+    sequences: int
+    of_sequences: int  # the index's, when it was whole
+    damaged: tuple[str, ...]  # the names of the segments left out
+
+    @property
+    def share(self) -> float:
+        return self.sequences / self.of_sequences if self.of_sequences else 1.0
+
+    def __str__(self) -> str:
+        """What to say of it where it isn't all."""
+        one = len(self.damaged) == 1
+        shown = ", ".join(self.damaged[:3]) + ", …" * (len(self.damaged) > 3)
+        return (f"coverage {self.share:.1%}: {self.sequences:,} of {self.of_sequences:,} sequences "
+                f"are searched; {'segment' if one else 'segments'} {shown} "
+                f"{'is' if one else 'are'} damaged and left out, and the recall statement is about "
+                "the rest")
+
+
+class OpenIndex(FittedModel):
+    """An index folder, what it holds, and the model it belongs to.
+
+    It keeps seeing what was there when it was opened: appending, deleting and compacting leave the
+    files it reads. Small files are digested at once, each other one when it is first used;
+    with `allow_damaged` all are at once, and segments with a damaged file are left out.
     Raises DamagedIndexError for missing or changed files, InputError where there is no index.
     """
 
     def __init__(
         self, path: Path, model: Any, tokenizer: Any, device: str, trust_remote_code: bool,
-        allow_pickle: bool,
+        allow_pickle: bool, allow_damaged: bool,
     ):
         self.path = path
-        self.manifest = manifest.load(path)
-        self.digest = sha256(path / manifest.NAME)[:16]
-        self._device = device
-        self._model_given = model is not None
-        facts = self.manifest.model
-        at_build = facts["name"] if facts["revision"] is None \
-            else f"{facts['name']}@{facts['revision']}"
-        self._source = ModelSource(
-            at_build if model is None else model,
-            facts["tokenizer_name"] if tokenizer is None and model is None else tokenizer,
-            trust_remote_code, allow_pickle,
-        )
-        self._model: LanguageModel | None = None
-        self._tokenizer: Any | None = None
-        self._tokenizer_read = False
-        self._config: Any = None
-        self._ekfac: Ekfac | None = None
-        self._codes: Codes | None = None
+        locks.hold_for_reading(path, self)
+        facts = manifest.load(path)
+        self.digest = manifest.digest_of(facts)[:16]
+        self.contents, self.coverage = \
+            _undamaged(path, facts) if allow_damaged else _whole(path, facts)
+        super().__init__(replace(facts, sequences=self.coverage.sequences), self.contents.files,
+                         model, tokenizer, device, trust_remote_code, allow_pickle)
         self._segments: list[vectors.CodeIndex] | None = None
-        self._norms: np.ndarray | None = None
         self._tokens: tfidf.TokenMatrix | None = None
-
-    @property
-    def model(self) -> LanguageModel:
-        """The model, loaded and checked at first use. Raises IndexMismatchError for another."""
-        if self._model is None:
-            facts = self.manifest
-            self._source.tokenizer = self.tokenizer  # not read twice
-            with self._explained():
-                model = self._source.load(self._device,
-                                          "auto" if self._is_object else facts.dtype)
-            dtype = str(model.dtype).removeprefix("torch.")
-            if dtype != facts.dtype:
-                raise IndexMismatchError(
-                    f"the model is loaded as {dtype}, the index was built with {facts.dtype}. "
-                    f"Load it with dtype={facts.dtype}."
-                )
-            check_identity(model, facts.model)
-            self._model = model
-        return self._model
-
-    @property
-    def tokenizer(self) -> Any | None:
-        """The model's tokenizer, if it has one. Raises IndexMismatchError for another."""
-        if not self._tokenizer_read:
-            with self._explained():
-                self._config = self._source.load_config()
-                tokenizer = self._source.load_tokenizer()
-            expected, found = self.manifest.model["tokenizer"], tokenizer_digest(tokenizer)
-            if tokenizer is not None and expected not in (None, found):
-                raise IndexMismatchError(
-                    f"the tokenizer (digest {str(found)[:12]}) is not the one the index was built "
-                    f"with ({expected[:12]}). Pass the right model with --model, or its tokenizer "
-                    "with --tokenizer."
-                )
-            self._tokenizer, self._tokenizer_read = tokenizer, True
-        return self._tokenizer
-
-    @property
-    def config(self) -> Any:
-        """The model's configuration."""
-        _ = self.tokenizer  # read with it
-        return self._config
-
-    @property
-    def _is_object(self) -> bool:
-        return not isinstance(self._source.model, (str, Path))
-
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Where the model can't be had, say what it was and how to say where it is."""
-        if not self._model_given and self.manifest.model["files"] is None:
-            raise InputError(
-                "this index was built from a model object; pass the model (--model PATH, or "
-                "gradindex.open(index, model=…))."
-            )
-        try:
-            yield
-        except InputError as error:
-            if self._model_given or "--device" in str(error):
-                raise
-            raise InputError(
-                f"{error} At the build it was {self._source.name}; if it was moved, say where it "
-                "is with --model PATH (gradindex.open(index, model=…))."
-            ) from None
-
-    @property
-    def ekfac(self) -> Ekfac:
-        """The curvature of every tracked module."""
-        if self._ekfac is None:
-            self._ekfac = ekfac_files.load(
-                self.path / "curvature", self.manifest.tracked, self.model.device,
-                self.model.accumulate,
-            )
-        return self._ekfac
-
-    @property
-    def codes(self) -> Codes:
-        """The code's projections. Raises DamagedIndexError if they can't be drawn again."""
-        if self._codes is None:
-            facts = self.manifest.code
-            self._codes = Codes(self.manifest.tracked, self.ekfac, CodeSettings(
-                facts["length"], facts["width"], facts["seed"], facts["damping"]
-            ))
-            if self._codes.digest != facts["digest"]:
-                raise DamagedIndexError(
-                    "the random numbers of the code came out differently from the build's "
-                    f"(digest {self._codes.digest[:12]}, expected {facts['digest'][:12]}). Use the "
-                    f"numpy of the build ({self.manifest.versions['numpy']})."
-                )
-        return self._codes
 
     def load(self) -> None:
         """Read the model, the curvature and the codes now."""
         _ = self.codes, self.segments(), self.norms
 
+    def __len__(self) -> int:
+        """N: the sequences that are searched."""
+        return self.coverage.sequences
+
     def segments(self) -> list[vectors.CodeIndex]:
         """The codes of every segment, read at first use."""
         if self._segments is None:
-            length = self.manifest.code["length"]
-            self._segments = [
-                vectors.CodeIndex.read(
-                    segment_folder(self.path, segment.name) / "vectors.faiss", length, segment.rows
-                ) for segment in self.manifest.segments
-            ]
+            with _pool() as pool:
+                self._segments = list(pool.map(self.contents.codes, self.contents.segments))
         return self._segments
 
     def code_scores(self, queries: np.ndarray) -> np.ndarray:
-        """The code score of every sequence, by id, for query vectors [q, K]: float32 [q, N]."""
+        """The code score of every place for query vectors [q, K]: float32 [q, N]."""
         codes = self.segments()
         if len(queries) < UNPACK_FROM:
-            with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
+            with _pool() as pool:
                 parts = list(pool.map(
                     lambda one: np.stack([one.scores(query) for query in queries]), codes))
         else:  # a matrix product, which has threads of its own
             parts = [one.many_scores(queries) for one in codes]
-        return np.concatenate(parts, axis=1)
+        scores = np.concatenate(parts, axis=1)
+        places = self.contents.places
+        return scores if len(places) == scores.shape[1] else scores[:, places]
 
     @property
     def norms(self) -> np.ndarray:
-        """‖v_m‖ of every sequence, by id: float64 [N]."""
-        if self._norms is None:
-            self._norms = np.concatenate([
-                np.load(io.BytesIO(
-                    (segment_folder(self.path, segment.name) / "norms.npy").read_bytes()
-                ), allow_pickle=False) for segment in self.manifest.segments
-            ]).astype(np.float64)
-        return self._norms
+        """‖v_m‖ of every place: float64 [N]."""
+        return self.contents.norms
 
     @property
     def tokens(self) -> tfidf.TokenMatrix:
-        """Which tokens each sequence holds."""
+        """Which tokens the sequence of each place holds."""
         if self._tokens is None:
-            self._tokens = tfidf.TokenMatrix([
-                tfidf.read(segment_folder(self.path, segment.name) / "tokens.npz", segment.rows)
-                for segment in self.manifest.segments
-            ])
+            contents = self.contents
+            self._tokens = tfidf.TokenMatrix(
+                [contents.tokens(segment) for segment in contents.segments], contents.live)
         return self._tokens
 
-    def records(self, ids: list[int]) -> list[Record]:
-        """What the sequences of these ids are, in that order."""
-        starts = np.array([segment.first for segment in self.manifest.segments])
-        homes = np.searchsorted(starts, ids, side="right") - 1
-        found: dict[int, Record] = {}
-        for home in np.unique(homes):
-            segment = self.manifest.segments[home]
-            here = [one for one, own in zip(ids, homes, strict=True) if own == home]
-            path = segment_folder(self.path, segment.name) / "records.lmdb"
-            rows = [one - segment.first for one in here]
-            found.update(zip(here, read_records(path, rows), strict=True))
-        return [found[one] for one in ids]
+    def records(self, places: Sequence[int]) -> list[Record]:
+        """What the sequences at these places are, in that order."""
+        return self.contents.records(self.contents.places[np.asarray(places, dtype=np.int64)])
+
+    def copies(self, place: int) -> list[int]:
+        """The ids of the other sequences equal to that of a place, ascending."""
+        first = self.contents.first_equal
+        equal = np.flatnonzero(first == first[place])
+        return [int(self.contents.ids[one]) for one in equal if one != place]
 
     def background(self) -> list[int]:
-        """Ids of a fixed random sample of the index."""
+        """Places of a fixed random sample of the index."""
         raw = np.random.Philox(
             key=np.array([self.manifest.code["seed"], 4], dtype=np.uint64)
         ).random_raw(4 * BACKGROUND)
-        drawn = dict.fromkeys(int(value) for value in raw % np.uint64(self.manifest.sequences))
+        drawn = dict.fromkeys(int(value) for value in raw % np.uint64(len(self)))
         return sorted(list(drawn)[:BACKGROUND])
+
+
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max(1, torch.get_num_threads()))
+
+
+def _whole(path: Path, facts: manifest.Manifest) -> tuple[Contents, Coverage]:
+    """Everything. Raises DamagedIndexError for the first file that is missing or changed."""
+    contents = Contents(path, facts)
+    for problem in manifest.problems(contents.files, facts):
+        raise problem.error
+    return contents, Coverage(facts.sequences, facts.sequences, ())
+
+
+def _undamaged(path: Path, facts: manifest.Manifest) -> tuple[Contents, Coverage]:
+    """Every segment without a damaged file.
+
+    Raises DamagedIndexError where none is left, or a file is damaged that every search needs.
+    """
+    whole = Contents(path, facts)
+    damaged = set()
+    for problem in manifest.problems(whole.files, facts, digest=True):
+        if problem.segment is None:
+            raise problem.error
+        damaged.add(problem.segment)
+    left = [segment for segment in facts.segments if segment.name not in damaged]
+    if not left:
+        raise DamagedIndexError(
+            f"every segment of {path} is damaged. `gradindex verify {path}` says what to do."
+        )
+    contents = Contents(path, facts, left)
+    return contents, Coverage(len(contents), facts.sequences, tuple(sorted(damaged)))

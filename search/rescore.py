@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gradindex.curvature import Ekfac
-from gradindex.gradients import make_batch, plan_batches
+from gradindex.gradients import Splits, in_batches, make_batch
 from gradindex.influence import Influences, Preconditioned, Sizes, Terms, collect
 from gradindex.model import LanguageModel
 from gradindex.modules import Module
@@ -17,13 +17,17 @@ SMALLEST_CHUNK, LARGEST_CHUNK = 16, 128  # sequences; batches are of like length
 
 @dataclass
 class Rescorer:
-    """How gradients are formed: the model, the modules that count, λ's factor, tokens a batch."""
+    """How gradients are formed: the model, the modules that count, λ's factor, tokens a batch.
+
+    `halved` counts the batches that were halved because memory ran out.
+    """
 
     model: LanguageModel
     modules: list[Module]
     ekfac: Ekfac
     damping: float
     batch_tokens: int
+    halved: int = 0
 
 
 @dataclass
@@ -59,9 +63,14 @@ def rescore(
     first = 0
     for end in chunk_ends(len(sequences)):
         chunk = sequences[first:end]
-        for rows in plan_batches([len(record.ids) for record in chunk], by.batch_tokens):
-            found = _score_batch(by, preconditioned, [chunk[row] for row in rows], sizes, terms)
+
+        def run(rows: list[int], chunk: Sequence[Record] = chunk) -> list[Exact]:
+            return _score_batch(by, preconditioned, [chunk[row] for row in rows], sizes, terms)
+
+        lengths, splits = [len(record.ids) for record in chunk], Splits()
+        for rows, found in in_batches(lengths, by.batch_tokens, splits, run):
             yield [(first + row, one) for row, one in zip(rows, found, strict=True)]
+        by.halved += len(splits.made)
         first = end
 
 

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from gradindex.errors import InputError
-from gradindex.gradients import make_batch, plan_batches
+from gradindex.gradients import Splits, in_batches, make_batch
 from gradindex.influence import (
     Gradients,
     Preconditioned,
@@ -77,14 +78,18 @@ def coordinates_of(
         module.name: index.ekfac[module.name].eigenvalues.new_zeros(len(queries), *module.shape)
         for module in settings.modules
     }
-    for members in _text_batches(texts, settings, batch_tokens):
+    def run(rows: list[int]) -> tuple[Gradients, Tensor]:
         batch = make_batch([
             (np.array(text.tokens, np.int32), np.array(text.labels) != UNSCORED)
-            for _, text in members
+            for _, text in (texts[row] for row in rows)
         ], index.model.device)
         with torch.no_grad():
-            coordinates, log_p = query_coordinates(
+            return query_coordinates(
                 index.model, settings.modules, index.ekfac, batch, settings.damping)
+
+    lengths, most = [len(text.tokens) for _, text in texts], max(1, AT_ONCE // _entries(settings))
+    for rows, (coordinates, log_p) in in_batches(lengths, batch_tokens, Splits(), run, most):
+        members = [texts[row] for row in rows]
         for (_, text), own in zip(members, log_p.tolist(), strict=True):
             # log p of token t stands at position t − 1, where it is predicted
             text.token_log_p = [0.0, *own[: len(text.tokens) - 1]]
@@ -93,16 +98,6 @@ def coordinates_of(
             weights = c.new_tensor([text.weight for _, text in members])
             total[name].index_add_(0, places, c * weights[:, None, None])
     return total
-
-
-def _text_batches(
-    texts: list[tuple[int, Query]], settings: Settings, batch_tokens: int
-) -> Iterator[list[tuple[int, Query]]]:
-    """Texts whose gradients are formed together: few enough in tokens and in entries."""
-    size = max(1, AT_ONCE // _entries(settings))
-    for rows in plan_batches([len(text.tokens) for _, text in texts], batch_tokens):
-        for first in range(0, len(rows), size):
-            yield [texts[row] for row in rows[first : first + size]]
 
 
 def _groups(queries: list[Query], settings: Settings) -> Iterator[list[Query]]:

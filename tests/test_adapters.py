@@ -237,7 +237,7 @@ def test_a_search_over_base_and_adapter(both_index, adapter_folder, model_folder
                                         tmp_path):
     index = gradindex.open(both_index)
     result = index.search(**QUERY, k=5, shortlist="all")
-    modules = index.manifest.tracked
+    modules = index.manifest.modules
     network = index.model.network
     assert index.manifest.parameter_share == parameter_share(network, modules)
     assert [m.name for m in modules] == names_of(network, "mlp,adapter") and len(modules) == 12
@@ -274,7 +274,7 @@ def test_an_index_of_both_is_searched_over_one(both_index):
         result = index.search(**QUERY, k=count, shortlist="all",
                               modules=None if choice == "everything" else choice)
         found[choice] = {one: hit.influence for hit in result for one in (hit.id, *hit.duplicates)}
-        kinds = {module.name: module.kind for module in index.manifest.tracked}
+        kinds = {module.name: module.kind for module in index.manifest.modules}
         wanted = {"adapter", "mlp"} if choice == "everything" else {choice}
         assert {kinds[name] for name in result.controls["modules"]} == wanted
     assert sorted(found["everything"]) == list(range(count))
@@ -290,7 +290,7 @@ def test_builds_over_one_kind(choice, adapter_folder, model_folder, data_file, t
     index = gradindex.build(str(adapter_folder), data_file, tmp_path / "index", **SMALL,
                             modules=choice)
     expected = [(hit.id, hit.influence) for hit in index.search(**QUERY, k=5, shortlist="all")]
-    names = [module.name for module in index.manifest.tracked]
+    names = [module.name for module in index.manifest.modules]
     assert len(names) == (8 if choice == "adapter" else 4)
     assert all(("lora_" in name) == (choice == "adapter") for name in names)
     base = ModelSource(str(model_folder)).load("cpu")

@@ -16,7 +16,7 @@ DOORS = {
     "transformers": {"gradindex/model.py"}, "lmdb": {"gradindex/records.py"},
     "faiss": {"gradindex/vectors.py"}, "safetensors": {"gradindex/curvature.py"},
     "pyarrow": {"indexer/sources.py"},
-    "scipy": {"gradindex/tfidf.py"}, "sklearn": {"search/evaluate.py"},
+    "scipy": {"gradindex/tfidf.py", "indexer/fit.py"}, "sklearn": {"search/evaluate.py"},
     "matplotlib": {"search/evaluate.py"}, "peft": set(), "tqdm": {"gradindex/progress.py"},
 }
 
@@ -66,7 +66,9 @@ def test_no_unsafe_readers():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                 call = ast.unparse(node.func)
-                assert call not in ("torch.load", "torch.save", "faiss.write_index"), path
+                assert call not in ("torch.load", "torch.save"), path
+                if call == "faiss.write_index":  # with a path it reports success on a full disk
+                    assert "PyCallbackIOWriter" in ast.unparse(node), path
                 if call in ("np.load", "numpy.load"):
                     assert "allow_pickle=False" in ast.unparse(node), path
 

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -15,9 +16,10 @@ from demo.prepare import train_tokenizer
 from gradindex import records
 from gradindex.errors import GradindexError, IndexMismatchError, InputError, ResourceError
 from gradindex.gradients import make_batch
+from gradindex.locks import only_writer
 from gradindex.model import ModelSource, context_length
 from indexer import build as build_module
-from indexer.state import only_writer
+from indexer import ingest
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -33,8 +35,6 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(
     model_folder, data_file, index_folder, tmp_path, monkeypatch
 ):
     """Killed at every sync of a file or folder in turn, before and after each rename."""
-    import os
-
     whole = files_of(index_folder)
     real = os.fsync
     killed = 0
@@ -64,15 +64,15 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(
 def test_resuming_repeats_no_finished_work(model_folder, data_file, tmp_path, monkeypatch):
     """After a kill in the third segment only what wasn't sealed is encoded again."""
     encoded = []
-    real = build_module.encode_segment
+    real = ingest.encode_segment
 
     def encode(model, codes, batch, folder, batch_tokens, progress):
         encoded.append(folder.name)
         if len(encoded) == 3:
             raise KilledError
-        real(model, codes, batch, folder, batch_tokens, progress)
+        return real(model, codes, batch, folder, batch_tokens, progress)
 
-    monkeypatch.setattr(build_module, "encode_segment", encode)
+    monkeypatch.setattr(ingest, "encode_segment", encode)
     monkeypatch.setattr(build_module, "fit", fits := _Counting(build_module.fit))
     with pytest.raises(KilledError):
         gradindex.build(str(model_folder), data_file, tmp_path / "index", **SMALL)
@@ -204,8 +204,8 @@ def test_memory_that_runs_out_is_said_with_the_remedy(make_model, sequences, mon
 
 
 def test_two_builds_of_one_index(model_folder, data_file, tmp_path):
-    with only_writer(tmp_path), \
-            pytest.raises(GradindexError, match="another process is building"):
+    said = f"another process is writing to .*: a test in process {os.getpid()}"
+    with only_writer(tmp_path, "a test"), pytest.raises(GradindexError, match=said):
         gradindex.build(str(model_folder), data_file, tmp_path, **SMALL)
 
 

@@ -1,5 +1,6 @@
 """Codes: unbiased over seeds, their error as stated, the same in every batch."""
 
+import faiss
 import numpy as np
 import pytest
 import torch
@@ -16,6 +17,7 @@ from gradindex.codes import (
 )
 from gradindex.curvature import Curvature
 from gradindex.errors import DamagedIndexError
+from gradindex.files import facts_of
 from gradindex.gradients import backward, gradient, make_batch
 from gradindex.model import tracked_modules
 from gradindex.modules import Module
@@ -154,18 +156,21 @@ def test_codes_survive_the_disk_and_joining(tmp_path):
     query = random.standard_normal(256).astype(np.float32)
     index = CodeIndex(256)
     index.add(index.encode(vectors))
-    index.write(tmp_path / "vectors.faiss")
-    again = CodeIndex.read(tmp_path / "vectors.faiss", 256, 7)
+    path = tmp_path / "vectors.faiss"
+    limits = (faiss.get_deserialization_vector_byte_limit(), faiss.get_deserialization_loop_limit())
+    assert index.write(path) == facts_of(path)
+    again = CodeIndex.parse(path.read_bytes(), 256, 7, path)
     np.testing.assert_array_equal(again.scores(query), index.scores(query))
     joined = CodeIndex(256)
     joined.add(again.codes([4, 2]))
     np.testing.assert_array_equal(joined.scores(query), index.scores(query)[[4, 2]])
     for length, rows in ((512, 7), (256, 8)):
-        with pytest.raises(DamagedIndexError, match=f"expected {rows} of {length}"):
-            CodeIndex.read(tmp_path / "vectors.faiss", length, rows)
-    (tmp_path / "vectors.faiss").write_bytes(b"not an index")
+        with pytest.raises(DamagedIndexError, match=f"hold {rows} codes of {length} bits"):
+            CodeIndex.parse(path.read_bytes(), length, rows, path)
     with pytest.raises(DamagedIndexError, match="can't be read"):
-        CodeIndex.read(tmp_path / "vectors.faiss", 256, 7)
+        CodeIndex.parse(b"not an index", 256, 7, path)
+    assert limits == (faiss.get_deserialization_vector_byte_limit(),
+                      faiss.get_deserialization_loop_limit())
 
 
 def test_digest_names_the_random_numbers(fitted_model):

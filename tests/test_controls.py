@@ -28,7 +28,7 @@ def index(index_folder):
 
 def exact(index, question, damping=0.1, modules=None, **parts):
     """Influence of every sequence by id, by the many-query routine."""
-    modules = index.manifest.tracked if modules is None else modules
+    modules = index.manifest.modules if modules is None else modules
     ekfac = index.index.ekfac
     query = index.make_query(**question, **parts)
     total = 0.0
@@ -72,7 +72,7 @@ def test_damping_is_the_querys(index, damping):
 @pytest.mark.parametrize("choice, wanted", [
     ("0", {0}), ("1-1", {1}), ("0-1", {0, 1}), ("4h_to_h", {0, 1}), ("mlp", {0, 1})])
 def test_modules_are_the_querys(index, choice, wanted):
-    modules = [m for m in index.manifest.tracked
+    modules = [m for m in index.manifest.modules
                if m.layer in wanted and ("4h_to_h" not in choice or "4h_to_h" in m.name)]
     result = whole(index, QUESTION, modules=choice)
     assert_equal_to(result, exact(index, QUESTION, modules=modules))
@@ -85,7 +85,7 @@ def step_of(index, hit):
     """‖(G+λ)⁻¹ ∇m‖ of a hit, as the query that it would be."""
     ids = np.array(hit.token_ids, np.int32)
     batch = make_batch([(ids, np.ones(len(ids), bool))], index.model.device)
-    c, _ = query_coordinates(index.model, index.manifest.tracked, index.index.ekfac, batch, 0.1)
+    c, _ = query_coordinates(index.model, index.manifest.modules, index.index.ekfac, batch, 0.1)
     return sum(float(part.square().sum()) for part in c.values()) ** 0.5
 
 
@@ -103,7 +103,7 @@ def test_normalised_rankings(index, normalize, opponents):
     query = index.make_query(**QUESTION)
     batch = make_batch([(np.array(query.tokens, np.int32), np.array(query.labels) != -100)],
                        index.model.device)
-    c, _ = query_coordinates(index.model, index.manifest.tracked, index.index.ekfac, batch, 0.1)
+    c, _ = query_coordinates(index.model, index.manifest.modules, index.index.ekfac, batch, 0.1)
     squared = sum(float((part.square() * index.index.ekfac[name].damped(0.1)).sum())
                   for name, part in c.items())
     sample = index.index.background()

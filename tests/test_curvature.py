@@ -22,7 +22,7 @@ from gradindex.influence import (
 )
 from gradindex.model import tracked_modules
 from gradindex.modules import Module
-from gradindex.progress import Progress
+from gradindex.progress import Progress, stderr_progress
 from gradindex.records import Part, Record
 from indexer.fit import FitSettings, choose_sequences, eigenvectors, fit, uniforms
 
@@ -36,7 +36,7 @@ def fitted(model, modules, sequences, folder, labels="data", block=2, **changes)
     records = records_of(sequences)
     settings = FitSettings(list(range(len(records))), labels, block, 24, 5)
     return fit(model, modules, lambda ids: [records[n] for n in ids], settings, folder,
-               Progress(), 0)
+               Progress(), 0)[0]
 
 
 def test_fit_equals_dense_averages(make_model, sequences, tmp_path):
@@ -193,7 +193,7 @@ def test_sampled_labels_depend_on_the_sequence_alone(make_model, sequences, tmp_
         records = records_of(sequences)
         settings = FitSettings(list(range(6)), "model", 4, batch_tokens, 5)
         ekfac = fit(model, modules, lambda ids: [records[n] for n in ids], settings,  # noqa: B023
-                    tmp_path / name, Progress(), 0)
+                    tmp_path / name, Progress(), 0)[0]
         found.append(ekfac[modules[0].name])
     torch.testing.assert_close(found[0].eigenvalues, found[1].eigenvalues, rtol=1e-6, atol=1e-12)
     assert np.array_equal(uniforms(5, 2, 3, 4), uniforms(5, 2, 3, 4))
@@ -223,21 +223,34 @@ def test_eigenvectors_have_a_fixed_sign():
     assert (rotated.diag().diff() >= 0).all()
 
 
-def test_a_module_without_gradient_is_named(make_model, sequences, tmp_path):
+def test_a_module_without_gradient_is_left_out_and_named(make_model, sequences, tmp_path, capfd):
     model = make_model("gpt2")
     modules = tracked_modules(model.network)
     with torch.no_grad():
         model.network.transformer.h[1].mlp.c_proj.weight.zero_()
-    with pytest.raises(GradindexError, match=r"h\.1\.mlp\.c_fc has no gradient .* --modules"):
-        fitted(model, modules, sequences, tmp_path)
+    settings = FitSettings(list(range(len(sequences))), "model", 4, 24, 5)
+    records = records_of(sequences)
+    ekfac, notes = fit(model, modules, lambda ids: [records[n] for n in ids], settings, tmp_path,
+                       stderr_progress(), 0)
+    name = "transformer.h.1.mlp.c_fc"
+    assert list(notes.left_out) == [name]
+    assert sorted(ekfac) == sorted(module.name for module in modules if module.name != name)
+    shown = capfd.readouterr().err
+    assert f"module {name} is left out: it has no gradient on any of the 6" in shown
+    alone = [module for module in modules if module.name == name]
+    (tmp_path / "alone").mkdir()
+    with pytest.raises(GradindexError, match="no tracked module has a gradient"):
+        fitted(model, alone, sequences, tmp_path / "alone")
 
 
-def test_a_gradient_that_is_not_finite_is_named(make_model, sequences, tmp_path):
+def test_gradients_that_are_not_finite_end_a_fit_where_they_are_many(
+    make_model, sequences, tmp_path
+):
     model = make_model("gpt2")
     with torch.no_grad():
         model.network.transformer.h[1].mlp.c_fc.bias[0] = float("nan")
-    with pytest.raises(GradindexError, match=r"covariance of .* is not finite within sequences 0"):
-        fitted(model, tracked_modules(model.network), sequences, tmp_path)
+    with pytest.raises(GradindexError, match=r"6 of 6 sequences of the fit have .* not finite"):
+        fitted(model, tracked_modules(model.network), sequences, tmp_path, block=9)
 
 
 def test_choose_sequences_is_a_sample_without_replacement():
@@ -253,12 +266,19 @@ def test_curvature_files_are_checked(tmp_path):
     whole = Curvature(torch.eye(4), torch.eye(2), torch.ones(2, 4))
     curvature.save(tmp_path, module, whole)
     place = torch.device("cpu")
-    found = curvature.load(tmp_path, [module], place, torch.float32)["block.0.mlp"]
+    def where(one):
+        return curvature.path_of(tmp_path, one)
+
+    found = curvature.load(where, [module], place, torch.float32)["block.0.mlp"]
     assert torch.equal(found.eigenvalues, whole.eigenvalues)
     other = Module("block.0.mlp", 0, "mlp", 2, 4, True)
     with pytest.raises(DamagedIndexError, match=r"expected .*\(5, 5\)"):
-        curvature.load(tmp_path, [other], place, torch.float32)
+        curvature.load(where, [other], place, torch.float32)
     path = curvature.path_of(tmp_path, module)
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(DamagedIndexError, match="can't be read"):
-        curvature.load(tmp_path, [module], place, torch.float32)
+        curvature.load(where, [module], place, torch.float32)
+    for spoiled in (torch.full((2, 4), float("nan")), torch.full((2, 4), -1.0)):
+        curvature.save(tmp_path, module, Curvature(torch.eye(4), torch.eye(2), spoiled))
+        with pytest.raises(DamagedIndexError, match="expected finite"):
+            curvature.load(where, [module], place, torch.float32)

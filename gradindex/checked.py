@@ -1,0 +1,134 @@
+"""The files of an index, handed out only when they are what the manifest says.
+
+None of LMDB, FAISS, safetensors and NumPy notices changed content, and LMDB may end the process
+over it. So each file is found without following a link, must be a regular file of the stated size,
+and is digested before any of them sees it: when it is first used, and again where it was touched
+since.
+"""
+
+import hashlib
+import os
+import stat
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePosixPath
+
+from gradindex.errors import DamagedIndexError
+from gradindex.files import FileFacts
+
+SMALL = 1 << 14  # bytes: files up to this size are digested on every opening
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_CHUNK = 1 << 22
+
+
+class CheckedFiles:
+    """Reads the files of the index in folder `root` that `facts` lists, by relative name.
+
+    Every method raises DamagedIndexError for a file that is missing, a link, anything but a regular
+    file, of another size, or of another content.
+    """
+
+    def __init__(self, root: Path, facts: Mapping[str, FileFacts]):
+        self.root = root
+        self._facts = facts
+        self._known: dict[str, tuple[int, ...]] = {}  # name → what fstat said when last digested
+
+    def check(self, name: str, digest: bool = False) -> None:
+        """Check a file's presence and size, and its content if it is small or `digest`."""
+        descriptor = self._open(name)
+        try:
+            if digest or self._facts[name].size <= SMALL:
+                self._digest(name, descriptor)
+        finally:
+            os.close(descriptor)
+
+    def read(self, name: str) -> bytes:
+        """A file's content, checked."""
+        descriptor = self._open(name)
+        try:
+            with os.fdopen(os.dup(descriptor), "rb") as file:
+                content = file.read(self._facts[name].size + 1)
+            self._compare(name, len(content), hashlib.sha256(content).hexdigest())
+        finally:
+            os.close(descriptor)
+        return content
+
+    def path(self, name: str, audit: Callable[[Path], None] | None = None) -> Path:
+        """The path of a file whose content was checked; `audit` sees it when that is new."""
+        descriptor = self._open(name)
+        try:
+            known = _identity(descriptor)
+            if self._known.get(name) != known:
+                self._digest(name, descriptor)
+                if audit is not None:
+                    audit(self.root / name)
+                self._known[name] = known
+        finally:
+            os.close(descriptor)
+        return self.root / name
+
+    def _open(self, name: str) -> int:
+        descriptor = open_inside(self.root, name)
+        found, expected = os.fstat(descriptor).st_size, self._facts[name].size
+        if found != expected:
+            os.close(descriptor)
+            raise self.damaged(name, f"has {found:,} bytes, expected {expected:,}")
+        return descriptor
+
+    def _digest(self, name: str, descriptor: int) -> None:
+        digest, size = hashlib.sha256(), 0
+        with os.fdopen(os.dup(descriptor), "rb", buffering=0) as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+                size += len(chunk)
+        self._compare(name, size, digest.hexdigest())
+
+    def _compare(self, name: str, size: int, digest: str) -> None:
+        if (size, digest) != (self._facts[name].size, self._facts[name].sha256):
+            raise self.damaged(name, "was changed after it was written (its SHA-256 differs)")
+
+    def damaged(self, name: str, what: str) -> DamagedIndexError:
+        return damaged(self.root, name, what)
+
+
+def damaged(root: Path, name: str, what: str) -> DamagedIndexError:
+    """The error for file `name` of the index in `root`."""
+    part = PurePosixPath(name).parts
+    rest = ", or search the other segments with --allow-damaged" if part[0] == "segments" else ""
+    return DamagedIndexError(
+        f"{root / name} {what}. `gradindex verify {root}` says all that is damaged and what to do; "
+        f"copying the index again may mend it{rest}."
+    )
+
+
+def open_inside(root: Path, name: str) -> int:
+    """A descriptor of the regular file `name` below `root`, no link followed on the way.
+
+    Raises DamagedIndexError for anything else.
+    """
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith("/") or ".." in parts or "\0" in name:
+        raise damaged(root, "manifest.json", f"names {name!r}, which lies outside the index")
+    try:
+        folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            for part in parts[:-1]:
+                inner = os.open(part, _READ | os.O_DIRECTORY, dir_fd=folder)
+                os.close(folder)
+                folder = inner
+            descriptor = os.open(parts[-1], _READ, dir_fd=folder)
+        finally:
+            os.close(folder)
+    except FileNotFoundError:
+        raise damaged(root, name, "is missing") from None
+    except OSError as error:  # a link gives ELOOP or ENOTDIR, according to its place
+        raise damaged(root, name, f"can't be opened without following links ({error.strerror})"
+                      ) from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise damaged(root, name, "is not a regular file")
+    return descriptor
+
+
+def _identity(descriptor: int) -> tuple[int, ...]:
+    facts = os.fstat(descriptor)
+    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns

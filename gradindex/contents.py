@@ -1,0 +1,143 @@
+"""What an index holds: its rows, which of them can be found, their records and codes.
+
+A **row** is a sequence's place among all rows of all segments; a **place** is its place among the
+live ones, in the same order. The deleted and the quarantined are rows, but not live. Ids ascend
+with both, and have gaps once something was deleted and compacted away.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from gradindex import records, segments, tfidf
+from gradindex.checked import CheckedFiles
+from gradindex.manifest import Manifest, Segment
+from gradindex.records import Record
+from gradindex.vectors import CodeIndex
+
+
+class Contents:
+    """The contents of `chosen` segments of the index in folder `root` [all], read at first use.
+
+    Everything that reads raises DamagedIndexError for a file that is not what it was.
+    """
+
+    def __init__(self, root: Path, manifest: Manifest, chosen: list[Segment] | None = None):
+        self.root = root
+        self.manifest = manifest
+        self.segments = manifest.segments if chosen is None else chosen
+        self.files = CheckedFiles(root, manifest.files)
+        self.starts = np.cumsum([0, *(segment.rows for segment in self.segments)])
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def file(self, segment: Segment, name: str) -> str:
+        return f"segments/{segment.name}/{name}"
+
+    # ---- rows
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """Every row, as segments.ROW [rows]."""
+        if not self.segments:
+            return np.zeros(0, dtype=segments.ROW)
+        found = [
+            segments.parse_rows(self.files.read(name := self.file(segment, "rows.npy")),
+                                segment.rows, self.root / name)
+            for segment in self.segments
+        ]
+        rows = np.concatenate(found)
+        if (np.diff(rows["id"]) <= 0).any() or rows["id"][-1] >= self.manifest.next_id:
+            raise self.files.damaged(self.file(self.segments[-1], "rows.npy"),
+                                     "has ids that don't follow those of the other segments")
+        return rows
+
+    @cached_property
+    def deleted(self) -> np.ndarray:
+        """The ids that were deleted and are still in a segment, ascending: int64."""
+        name = self.manifest.deleted_file
+        if name is None:
+            return np.zeros(0, dtype=np.int64)
+        return segments.parse_ids(self.files.read(name), self.manifest.deleted, self.root / name)
+
+    @cached_property
+    def live(self) -> np.ndarray:
+        """Which rows can be found: bool [rows]."""
+        return ~np.isnan(self.rows["norm"]) & ~np.isin(self.rows["id"], self.deleted)
+
+    @cached_property
+    def places(self) -> np.ndarray:
+        """The row of every place: int64 [N]."""
+        places = np.flatnonzero(self.live)
+        if self.segments == self.manifest.segments and len(places) != self.manifest.sequences:
+            raise self.files.damaged(
+                "manifest.json", f"counts {self.manifest.sequences:,} sequences where the segments "
+                f"hold {len(places):,}")
+        return places
+
+    @cached_property
+    def ids(self) -> np.ndarray:
+        """The id of every place, ascending: int64 [N]."""
+        return self.rows["id"][self.places]
+
+    @cached_property
+    def norms(self) -> np.ndarray:
+        """‖v_m‖ of every place: float64 [N]."""
+        return self.rows["norm"][self.places].astype(np.float64)
+
+    @cached_property
+    def first_equal(self) -> np.ndarray:
+        """The first place whose sequence has the same tokens and mask: int64 [N]."""
+        return segments.first_equal(self.rows["digest"][self.places])
+
+    def place_of(self, one: int) -> int | None:
+        """The place of an id, None where no live sequence has it."""
+        place = int(np.searchsorted(self.ids, one))
+        return place if place < len(self.ids) and self.ids[place] == one else None
+
+    # ---- files
+
+    def codes(self, segment: Segment) -> CodeIndex:
+        """The codes of a segment, all rows."""
+        name = self.file(segment, "vectors.faiss")
+        return CodeIndex.parse(self.files.read(name), self.manifest.code["length"], segment.rows,
+                               self.root / name)
+
+    def codes_of(self, rows: np.ndarray) -> np.ndarray:
+        """The codes of some rows, which ascend: uint8 [rows, bytes]."""
+        homes = np.searchsorted(self.starts, rows, side="right") - 1
+        found = []
+        for home in np.unique(homes).tolist():
+            own = (rows[homes == home] - self.starts[home]).tolist()
+            found.append(self.codes(self.segments[home]).codes(own))
+        return np.concatenate(found)
+
+    def tokens(self, segment: Segment) -> tfidf.Matrix:
+        """Which tokens the sequences of a segment hold, all rows."""
+        name = self.file(segment, "tokens.npz")
+        return tfidf.parse(self.files.read(name), segment.rows, self.manifest.sequence_length,
+                           self.root / name)
+
+    def facts(self, segment: Segment) -> segments.SegmentFacts:
+        """How a segment was made."""
+        name = self.file(segment, "segment.json")
+        return segments.parse_facts(self.files.read(name), self.root / name)
+
+    def records(self, rows: Sequence[int] | np.ndarray) -> list[Record]:
+        """What the sequences of these rows are, in that order."""
+        homes = np.searchsorted(self.starts, np.asarray(rows), side="right") - 1
+        found: dict[int, Record] = {}
+        for home in np.unique(homes).tolist():
+            segment = self.segments[home]
+            here = [int(row) for row, own in zip(rows, homes, strict=True) if own == home]
+            path = self.files.path(self.file(segment, "records.lmdb"), records.audit)
+            read = records.read(path, [row - int(self.starts[home]) for row in here])
+            for row, record in zip(here, read, strict=True):
+                if record.id != self.rows["id"][row]:
+                    raise self.files.damaged(self.file(segment, "records.lmdb"),
+                                             "has other ids than rows.npy")
+                found[row] = record
+        return [found[int(row)] for row in rows]

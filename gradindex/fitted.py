@@ -1,0 +1,139 @@
+"""The model that an index belongs to, and what was fitted to it: its curvature and its codes."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gradindex import curvature as ekfac_files
+from gradindex.checked import CheckedFiles
+from gradindex.codes import Codes, CodeSettings
+from gradindex.curvature import Ekfac
+from gradindex.errors import DamagedIndexError, IndexMismatchError, InputError
+from gradindex.manifest import Manifest, curvature_file
+from gradindex.model import LanguageModel, ModelSource, check_identity, tokenizer_digest
+
+
+class FittedModel:
+    """The model of an index, loaded and checked at first use; so are its curvature and codes.
+
+    `model` (a folder, hub id or loaded model) is where the weights are now, if not where they were
+    at the build.
+    """
+
+    def __init__(
+        self, facts: Manifest, files: CheckedFiles, model: Any = None, tokenizer: Any = None,
+        device: str = "auto", trust_remote_code: bool = False, allow_pickle: bool = False,
+    ):
+        self.manifest = facts
+        self._files = files
+        self._device = device
+        self._model_given = model is not None
+        own = facts.model
+        at_build = own["name"] if own["revision"] is None else f"{own['name']}@{own['revision']}"
+        self._source = ModelSource(
+            at_build if model is None else model,
+            own["tokenizer_name"] if tokenizer is None and model is None else tokenizer,
+            trust_remote_code, allow_pickle,
+        )
+        self._model: LanguageModel | None = None
+        self._tokenizer: Any | None = None
+        self._tokenizer_read = False
+        self._config: Any = None
+        self._ekfac: Ekfac | None = None
+        self._codes: Codes | None = None
+
+    @property
+    def source(self) -> ModelSource:
+        """Where the model and its tokenizer come from."""
+        return self._source
+
+    @property
+    def model(self) -> LanguageModel:
+        """The model, loaded and checked at first use. Raises IndexMismatchError for another."""
+        if self._model is None:
+            facts = self.manifest
+            self._source.tokenizer = self.tokenizer  # not read twice
+            with self._explained():
+                model = self._source.load(self._device,
+                                          "auto" if self._is_object else facts.dtype)
+            dtype = str(model.dtype).removeprefix("torch.")
+            if dtype != facts.dtype:
+                raise IndexMismatchError(
+                    f"the model is loaded as {dtype}, the index was built with {facts.dtype}. "
+                    f"Load it with dtype={facts.dtype}, or build a new index with --dtype {dtype}."
+                )
+            check_identity(model, dict(facts.model))
+            self._model = model
+        return self._model
+
+    @property
+    def tokenizer(self) -> Any | None:
+        """The model's tokenizer, if it has one. Raises IndexMismatchError for another."""
+        if not self._tokenizer_read:
+            with self._explained():
+                self._config = self._source.load_config()
+                tokenizer = self._source.load_tokenizer()
+            expected, found = self.manifest.model["tokenizer"], tokenizer_digest(tokenizer)
+            if tokenizer is not None and expected not in (None, found):
+                raise IndexMismatchError(
+                    f"the tokenizer (digest {str(found)[:12]}) is not the one the index was built "
+                    f"with ({expected[:12]}). Pass the right model with --model, or its tokenizer "
+                    "with --tokenizer."
+                )
+            self._tokenizer, self._tokenizer_read = tokenizer, True
+        return self._tokenizer
+
+    @property
+    def config(self) -> Any:
+        """The model's configuration."""
+        _ = self.tokenizer  # read with it
+        return self._config
+
+    @property
+    def _is_object(self) -> bool:
+        return not isinstance(self._source.model, (str, Path))
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Where the model can't be had, say what it was and how to say where it is."""
+        if not self._model_given and self.manifest.model["files"] is None:
+            raise InputError(
+                "this index was built from a model object; pass the model (--model PATH, or "
+                "gradindex.open(index, model=…))."
+            )
+        try:
+            yield
+        except InputError as error:
+            if self._model_given or "--device" in str(error):
+                raise
+            raise InputError(
+                f"{error} At the build it was {self._source.name}; if it was moved, say where it "
+                "is with --model PATH (gradindex.open(index, model=…))."
+            ) from None
+
+    @property
+    def ekfac(self) -> Ekfac:
+        """The curvature of every tracked module."""
+        if self._ekfac is None:
+            self._ekfac = ekfac_files.load(
+                lambda module: self._files.path(curvature_file(module)), self.manifest.modules,
+                self.model.device, self.model.accumulate,
+            )
+        return self._ekfac
+
+    @property
+    def codes(self) -> Codes:
+        """The code's projections. Raises DamagedIndexError if they can't be drawn again."""
+        if self._codes is None:
+            facts = self.manifest.code
+            self._codes = Codes(self.manifest.modules, self.ekfac, CodeSettings(
+                facts["length"], facts["width"], facts["seed"], facts["damping"]
+            ))
+            if self._codes.digest != facts["digest"]:
+                raise DamagedIndexError(
+                    "the random numbers of the code came out differently from the build's "
+                    f"(digest {self._codes.digest[:12]}, expected {facts['digest'][:12]}). Use the "
+                    f"numpy of the build ({self.manifest.versions['numpy']})."
+                )
+        return self._codes

@@ -1,0 +1,63 @@
+"""What the commands of both sides share: flags that say where the model is, and lists of ids."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+MODEL = [
+    click.option("--model", metavar="PATH", help="Where the model is now, if it was moved."),
+    click.option("--tokenizer", metavar="PATH", help="Folder or hub id [the model's]."),
+    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
+    click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model."),
+    click.option("--allow-pickle", is_flag=True, help="Load weights that aren't safetensors."),
+]
+
+
+def options(flags: list[Callable[..., Any]]) -> Callable[..., Any]:
+    """A decorator that adds several flags to a command, in order."""
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for flag in reversed(flags):
+            function = flag(function)
+        return function
+    return decorate
+
+
+def read_text(path: Path, asked: str) -> str:
+    """A file's text; `asked` is how the user named it. Raises UsageError."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise click.UsageError(f"{asked}: {error.strerror}. A file is read there.") from None
+    except UnicodeDecodeError as error:
+        raise click.UsageError(
+            f"{asked}: not UTF-8 (byte {error.start}). Convert it, with iconv say."
+        ) from None
+
+
+def read_ids(source: str) -> Iterator[int]:
+    """Ids from a file, or from standard input for "-": a line each, a number or JSON with an id.
+
+    Raises UsageError.
+    """
+    for number, line in read_lines(source, "--ids"):
+        try:
+            content = json.loads(line)
+            found = content["id"] if isinstance(content, dict) else content
+            if isinstance(found, bool) or not isinstance(found, int):
+                raise ValueError
+        except (ValueError, KeyError):
+            raise click.UsageError(
+                f"--ids {source}, line {number}: {line[:60]!r} is neither a number nor JSON with "
+                "an id."
+            ) from None
+        yield found
+
+
+def read_lines(source: str, flag: str) -> list[tuple[int, str]]:
+    """The lines that aren't blank, with their numbers, of a file or of standard input ("-")."""
+    text = sys.stdin.read() if source == "-" else read_text(Path(source), f"{flag} {source}")
+    return [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]

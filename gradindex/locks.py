@@ -1,0 +1,88 @@
+"""Who may touch an index now: one writer, and readers whose files stay where they are.
+
+A writer holds an exclusive `flock` on the index folder, a reader a shared one on its `segments`
+folder. The kernel lets go of both when a process ends, however it ends. A writer never waits for
+readers: it adds files and replaces the manifest. Only files that no manifest lists any more wait,
+until no reader is left (`free_of_readers`).
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import time
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
+from gradindex.errors import GradindexError
+
+FOLDER = os.O_RDONLY | os.O_DIRECTORY
+NOTE = "writer.json"  # who is writing: read by others for their message, trusted by nobody
+
+
+@contextlib.contextmanager
+def only_writer(index: Path, doing: str) -> Iterator[None]:
+    """Be the one process that writes to `index`; `doing` says to others what ("a build").
+
+    Raises GradindexError, naming it, while another process is.
+    """
+    with _locked(index, fcntl.LOCK_EX) as got:
+        if not got:
+            raise GradindexError(
+                f"another process is writing to {index}: {_who(index)}. Wait for it, or stop it "
+                "first."
+            )
+        note = index / NOTE
+        with contextlib.suppress(OSError):
+            note.write_text(json.dumps({
+                "pid": os.getpid(), "host": socket.gethostname(), "doing": doing,
+                "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+            }))
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                note.unlink(missing_ok=True)
+
+
+def _who(index: Path) -> str:
+    try:
+        facts = json.loads((index / NOTE).read_text()[:1000])
+        return f"{facts['doing']} in process {int(facts['pid'])} on {facts['host']}, since " \
+               f"{facts['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "it has not said which"
+
+
+def hold_for_reading(index: Path, reader: object) -> None:
+    """Keep the files that the manifest lists now, for as long as the object `reader` lives.
+
+    Take it before reading the manifest. Where a file system has no locks, nothing is held.
+    """
+    with contextlib.suppress(OSError):
+        descriptor = os.open(index / "segments", FOLDER)
+        weakref.finalize(reader, os.close, descriptor)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+
+
+@contextlib.contextmanager
+def free_of_readers(index: Path) -> Iterator[bool]:
+    """Whether no reader has the index open; while this lasts, none can open it."""
+    with _locked(index / "segments", fcntl.LOCK_EX) as got:
+        yield got
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, how: int) -> Iterator[bool]:
+    descriptor = os.open(folder, FOLDER)
+    try:
+        try:
+            fcntl.flock(descriptor, how | fcntl.LOCK_NB)
+            got = True
+        except BlockingIOError:
+            got = False
+        yield got
+    finally:
+        os.close(descriptor)

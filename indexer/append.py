@@ -1,0 +1,217 @@
+"""New documents for a finished index: new segments under the curvature of the build.
+
+The plan is the build's, only the data are new. An append resumes like a build (`append.json`), and
+is one commit. Since the curvature stays, its eigenvalues may no longer be those of the new data:
+that is measured, and said.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+import gradindex
+from gradindex.codes import Codes
+from gradindex.contents import Contents
+from gradindex.errors import InputError
+from gradindex.fitted import FittedModel
+from gradindex.gradients import Splits, in_batches, make_batch
+from gradindex.influence import Sizes, collect
+from gradindex.model import LanguageModel
+from gradindex.progress import Progress
+from gradindex.records import Record
+from indexer import ingest
+from indexer.build import check_numbers, loaded, open_corpus
+from indexer.corpus import CorpusSettings
+from indexer.fit import choose_sequences, uniforms
+from indexer.ingest import Run
+from indexer.maintain import commit, writing
+from indexer.quarantine import SHARE
+from indexer.state import APPEND, State
+
+if TYPE_CHECKING:
+    from gradindex import Searcher
+
+DRIFT_SAMPLE = 256  # sequences of each, old and new
+DRIFTED = 1.25  # Λ of the new data by this factor larger or smaller: warn, if it is no accident
+SURE = 3.0  # standard errors
+
+
+def append(
+    index: str | Path,
+    data: Any = None,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    limit: int | None = None,
+    strict: bool = False,
+    max_bad: float = SHARE,
+    device: str = "auto",
+    discard: bool = False,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    progress: Progress | None = None,
+) -> "Searcher":
+    """Encode new documents into the index; resumable. Returns the index, open.
+
+    Fields, lengths and settings are the build's; `model` says where its model is now. With
+    `discard` an unfinished append is dropped first (and without data, that is all).
+    Raises InputError for unusable data, or other data than an unfinished append's;
+    IndexMismatchError for another model or tokenizer; DamagedIndexError; ResourceError.
+    """
+    say = progress or Progress()
+    folder = Path(index)
+    check_numbers(limit=limit, max_bad=max_bad)
+    with writing(folder, "gradindex append", say) as contents:
+        if discard:
+            (folder / APPEND).unlink(missing_ok=True)
+            ingest.remove_unsealed(folder, contents.manifest.next_segment)
+        if data is None and not discard:
+            raise InputError("no data given; expected files to append.")
+        if data is not None:
+            fitted = FittedModel(contents.manifest, contents.files, model, tokenizer, device,
+                                 trust_remote_code, allow_pickle)
+            _append(contents, fitted, data, limit, strict, max_bad, say)
+    return gradindex.open(
+        folder, model=loaded(model), tokenizer=tokenizer, device=device,
+        trust_remote_code=trust_remote_code, allow_pickle=allow_pickle,
+    )
+
+
+def _append(
+    contents: Contents, fitted: FittedModel, data: Any, limit: int | None, strict: bool,
+    max_bad: float, say: Progress,
+) -> None:
+    facts, plan = contents.manifest, contents.manifest.plan
+    _ = fitted.tokenizer  # refused here, before anything is read, if it is another
+    corpus = open_corpus(data, fitted.source, fitted.config, CorpusSettings(
+        sequence_length=plan["sequence_length"], pack=plan["pack"], limit=limit, strict=strict,
+        keep_fields=tuple(plan["keep_fields"]),
+        **{name: plan[name] for name in ("text_field", "prompt_field", "completion_field",
+                                         "messages_field", "id_field")},
+    ))
+    if corpus.task != facts.task:
+        raise InputError(
+            f"the data holds {corpus.task}, the index was built on {facts.task}; append the same "
+            "kind, or build another index."
+        )
+    asked = {"data": corpus.data_facts(), "limit": limit, "first": facts.next_id}
+    state = State.open_append(contents.root, asked, facts.threads)
+    torch.set_num_threads(state.threads)
+    run = Run(contents.root, facts.next_id, facts.next_segment, 0, plan["segment_size"])
+    if state.corpus is None:
+        corpus.documents_before = facts.documents
+        state.corpus = ingest.write_records(corpus, run, say)
+        state.save()
+    run = replace(run, count=state.corpus["sequences"])
+    ingest.report(state.corpus, facts.sequence_length, say)
+    ingest.check_disk(contents.root, run.count, facts.code["length"], [])
+
+    say.say(f"model: loading {fitted.source.name} as {facts.dtype}")
+    codes = fitted.codes
+    quarantined = ingest.encode_run(fitted.model, codes, run, facts.batch_tokens, max_bad, say)
+    good = [run.first + place for place in range(run.count) if run.first + place not in quarantined]
+    drift = measure_drift(fitted, codes, _some(contents.places, facts.code["seed"]),
+                          _some(np.array(good), facts.code["seed"]), contents, run)
+    _say_drift(drift, say)
+    own = state.corpus
+    skipped = {name: facts.skipped.get(name, 0) + own["skipped"].get(name, 0)
+               for name in {*facts.skipped, *own["skipped"]}}
+    commit(
+        contents, facts.segments + run.segments, set(contents.deleted.tolist()),
+        ingest.file_facts(run),
+        np.concatenate([contents.rows, *(run.rows(one) for one in run.segments)]),
+        documents=facts.documents + own["documents"], tokens=facts.tokens + own["tokens"],
+        scored_tokens=facts.scored_tokens + own["scored_tokens"], skipped=skipped,
+        next_id=run.first + run.count, next_segment=run.number + len(run.segments),
+        appended=[*facts.appended, {
+            "data": asked["data"], "first": run.first, "sequences": run.count,
+            "drift": round(drift.ratio, 4), "drift_error": round(drift.error, 4),
+        }],
+    )
+    (contents.root / APPEND).unlink()
+    say.say(f"index: {run.count:,} sequences appended, ids {run.first} to "
+            f"{run.first + run.count - 1}")
+
+
+def _some(among: np.ndarray, seed: int) -> list[int]:
+    """A fixed random part of some ids or rows."""
+    return [int(among[one]) for one in choose_sequences(len(among), DRIFT_SAMPLE, seed + 3)]
+
+
+# ---- drift
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How Λ of new data compares with that of what was indexed before.
+
+    `ratio` = E_new[s] / E_old[s], where s = ∇ᵀ(G+λ)⁻¹∇ per token for labels drawn from the model:
+    what the index's curvature makes of a gradient's size, 1 where the new data are like the old.
+    `error` is the ratio's standard error; `sample` sequences of each were measured.
+    """
+
+    ratio: float
+    error: float
+    sample: int
+
+    @property
+    def warns(self) -> bool:
+        """Whether it is beyond 1.25 (or below 1 / 1.25), and not by accident."""
+        size = abs(np.log(self.ratio))
+        return bool(size > np.log(DRIFTED) and size > SURE * self.error / self.ratio)
+
+
+def measure_drift(
+    fitted: FittedModel, codes: Codes, old_rows: list[int], new_ids: list[int],
+    contents: Contents, run: Run,
+) -> Drift:
+    """Compare a sample of the index's rows with one of a run's ids, see Drift."""
+    old = _sizes(fitted, codes, contents.records(old_rows))
+    new = _sizes(fitted, codes, run.records(new_ids))
+    if not len(old) or not len(new) or old.mean() == 0 or new.mean() == 0:
+        return Drift(1.0, 0.0, 0)
+    ratio = float(new.mean() / old.mean())
+    variance = sum(float(one.var(ddof=1)) / len(one) / float(one.mean()) ** 2
+                   for one in (old, new) if len(one) > 1)
+    return Drift(ratio, ratio * variance**0.5, min(len(old), len(new)))
+
+
+def _sizes(fitted: FittedModel, codes: Codes, members: list[Record]) -> np.ndarray:
+    """s of each sequence, see Drift: float64 [n]."""
+    model: LanguageModel = fitted.model
+    facts = fitted.manifest
+
+    def run(rows: list[int]) -> np.ndarray:
+        some = [members[row] for row in rows]
+        batch = make_batch([(one.ids, one.scored) for one in some], model.device)
+        numbers = torch.zeros(batch.tokens.shape, dtype=torch.float64)
+        for row, one in enumerate(some):
+            drawn = uniforms(facts.code["seed"], 4, one.id, len(one.ids))
+            numbers[row, : len(one.ids)] = torch.from_numpy(drawn)
+        sizes = Sizes(fitted.ekfac, facts.damping, len(some))
+        collect(model, codes.modules, batch, sizes, uniforms=numbers.to(model.device))
+        return sizes.self_influence.numpy()
+
+    found = np.zeros(len(members))
+    lengths = [len(one.ids) for one in members]
+    for rows, sizes in in_batches(lengths, facts.batch_tokens, Splits(), run):
+        found[rows] = sizes
+    return found / np.array([max(1, int(one.scored[1:].sum())) for one in members])
+
+
+def _say_drift(drift: Drift, say: Progress) -> None:
+    measured = f"Λ of the new data is {drift.ratio:.2f} ± {drift.error:.2f} times that of the " \
+               f"old ({drift.sample} sequences of each)"
+    if not drift.warns:
+        say.say(f"curvature: {measured}")
+        return
+    say.say(
+        f"warning: the curvature was fitted on other data: {measured}. Scores of the new sequences "
+        "are exact for this index's curvature, but that is less and less the model's own; a new "
+        "build on all data fits it again."
+    )
+
+

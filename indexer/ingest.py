@@ -1,0 +1,216 @@
+"""New sequences on their way into an index: first their records, then their codes.
+
+A build brings the first run of sequences, every append another. A run fills segments of its own,
+from the first number and the first id that were never given.
+"""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gradindex import records, segments, vectors
+from gradindex.codes import Codes
+from gradindex.errors import InputError, ResourceError
+from gradindex.files import FileFacts, facts_of, make_folder
+from gradindex.manifest import Segment, segment_folder
+from gradindex.model import LanguageModel
+from gradindex.modules import Module
+from gradindex.progress import Progress, size
+from gradindex.records import Record
+from gradindex.segments import PARTIAL, SegmentFacts
+from indexer.corpus import Corpus
+from indexer.encode import encode_segment
+from indexer.quarantine import check_quarantine
+
+
+@dataclass(frozen=True)
+class Run:
+    """`count` sequences with ids from `first` on, in segments of `size` numbered from `number`."""
+
+    index: Path
+    first: int
+    number: int
+    count: int
+    size: int
+
+    @property
+    def segments(self) -> list[Segment]:
+        return [
+            Segment(f"{self.number + place:06d}", min(self.size, self.count - done))
+            for place, done in enumerate(range(0, self.count, self.size))
+        ]
+
+    def folder(self, segment: Segment) -> Path:
+        """Where a segment is now: sealed, or still being made."""
+        sealed = segment_folder(self.index, segment.name)
+        return sealed if sealed.is_dir() else sealed.with_name(segment.name + PARTIAL)
+
+    def records(self, ids: list[int]) -> list[Record]:
+        """The records of ids of this run, in that order."""
+        found: dict[int, Record] = {}
+        for segment, here in self._by_segment(ids):
+            rows = [(one - self.first) % self.size for one in here]
+            path = self.folder(segment) / "records.lmdb"
+            found.update(zip(here, records.read(path, rows), strict=True))
+        return [found[one] for one in ids]
+
+    def codes(self, ids: list[int], length: int) -> tuple[vectors.CodeIndex, np.ndarray]:
+        """The codes [ids, K] of sealed segments and their ‖v‖ [ids]; ids ascending."""
+        joined, norms = vectors.CodeIndex(length), []
+        for segment, here in self._by_segment(ids):
+            rows = [(one - self.first) % self.size for one in here]
+            folder = self.folder(segment)
+            path = folder / "vectors.faiss"
+            stored = vectors.CodeIndex.parse(path.read_bytes(), length, segment.rows, path)
+            joined.add(stored.codes(rows))
+            norms.append(self.rows(segment)["norm"][rows])
+        return joined, np.concatenate(norms)
+
+    def rows(self, segment: Segment) -> np.ndarray:
+        """The rows of a sealed segment, segments.ROW."""
+        path = self.folder(segment) / "rows.npy"
+        return segments.parse_rows(path.read_bytes(), segment.rows, path)
+
+    def _by_segment(self, ids: list[int]) -> list[tuple[Segment, list[int]]]:
+        by_number: dict[int, list[int]] = {}
+        for one in ids:
+            by_number.setdefault((one - self.first) // self.size, []).append(one)
+        own = self.segments
+        return [(own[number], here) for number, here in sorted(by_number.items())]
+
+
+def write_records(corpus: Corpus, run: Run, say: Progress) -> dict[str, Any]:
+    """Tokenise everything into segments of records; `run.count` isn't known before.
+
+    What an earlier attempt left is replaced. Raises InputError where there is nothing to index,
+    ResourceError.
+    """
+    remove_unsealed(run.index, run.number)
+    facts: dict[str, Any] = {"sequences": 0, "tokens": 0, "scored_tokens": 0}
+    pending: list[Record] = []
+
+    def flush() -> None:
+        number = run.number + (facts["sequences"] - 1) // run.size
+        folder = segment_folder(run.index, f"{number:06d}{PARTIAL}")
+        make_folder(folder)
+        written = records.write(folder / "records.lmdb", pending)
+        segments.write_facts(folder, SegmentFacts(len(pending), files={"records.lmdb": written}))
+        pending.clear()
+
+    say.start("read", 0, "sequences")
+    for record in corpus.sequences():
+        record.id += run.first
+        pending.append(record)
+        facts["sequences"] += 1
+        facts["tokens"] += len(record.ids)
+        facts["scored_tokens"] += int(record.scored[1:].sum())
+        say.update(1)
+        if len(pending) == run.size:
+            flush()
+    if pending:
+        flush()
+    say.finish()
+    if not facts["sequences"]:
+        skipped = [f"Skipped: {counted(corpus.skipped.counts)}."] if corpus.skipped.counts else []
+        raise InputError(" ".join([
+            "the data holds no sequence with a token to predict; expected at least one text of two "
+            "tokens.", *skipped, *corpus.skipped.examples[:3]]))
+    absent = set(corpus.settings.keep_fields) - corpus.fields_seen
+    if absent and corpus.task != "tokens":
+        raise InputError(
+            f"--keep-fields: no record has a field {sorted(absent)[0]!r}; found "
+            f"{', '.join(sorted(corpus.fields_seen)) or 'none'}."
+        )
+    return {**facts, "documents": corpus.documents, "skipped": dict(corpus.skipped.counts),
+            "examples": corpus.skipped.examples}
+
+
+def remove_unsealed(index: Path, number: int) -> None:
+    """Remove every segment folder numbered `number` or above, sealed or not."""
+    for folder in (index / "segments").iterdir():
+        if folder.is_dir() and int(folder.name.removesuffix(PARTIAL)) >= number:
+            shutil.rmtree(folder)
+
+
+def report(facts: dict[str, Any], length: int, say: Progress) -> None:
+    """Say what was read."""
+    say.say(
+        f"data: {facts['documents']:,} documents → {facts['sequences']:,} sequences of at most "
+        f"{length} tokens, {facts['tokens']:,} tokens, {facts['scored_tokens']:,} scored"
+    )
+    if facts["skipped"]:
+        say.say(f"skipped: {counted(facts['skipped'])}")
+        for example in facts["examples"]:
+            say.say(f"  {example}")
+
+
+def counted(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} × {reason}" for reason, count in sorted(counts.items()))
+
+
+def check_disk(index: Path, sequences: int, length: int, tracked: list[Module]) -> None:
+    """Raise ResourceError where the codes, and a fit of `tracked`, don't fit on the disk."""
+    codes = sequences * (vectors.code_bytes(length) + segments.ROW.itemsize)
+    # The fit's running sums are float64 and replaced as a whole: twice their size for a moment.
+    fit = sum(16 * (o * o + i * i) for o, i in (module.shape for module in tracked))
+    free = shutil.disk_usage(index).free
+    if codes + fit > free:
+        raise ResourceError(
+            f"the codes need {size(codes)} and the fit {size(fit)}; {index} has {size(free)} "
+            f"free. Free some space, use fewer --bits (now {length}) or --modules, or another "
+            "folder; the same command goes on."
+        )
+
+
+def encode_run(
+    model: LanguageModel, codes: Codes, run: Run, batch_tokens: int, bad: float, say: Progress
+) -> dict[int, str]:
+    """Encode what isn't encoded yet, and seal it; returns who was quarantined, and why.
+
+    Raises GradindexError where they are more than the share `bad`, ResourceError.
+    """
+    quarantined: dict[int, str] = {}
+    halved = 0
+    sealed = [one for one in run.segments if segment_folder(run.index, one.name).is_dir()]
+    say.start("encode", run.count, "sequences", done=sum(one.rows for one in sealed))
+    for segment in run.segments:
+        if segment in sealed:
+            facts = segments.read_facts(run.folder(segment))
+        else:
+            folder = run.folder(segment)
+            batch = records.read(folder / "records.lmdb", range(segment.rows))
+            facts = encode_segment(model, codes, batch, folder, batch_tokens, say)
+        quarantined |= facts.quarantined
+        halved += len(facts.splits)
+        check_quarantine(quarantined, run.count, bad, "to be indexed")
+    say.finish()
+    for one, reason in list(quarantined.items())[:20]:
+        say.say(f"sequence {one} is quarantined: {reason}")
+    if quarantined:
+        say.say(f"{len(quarantined)} sequences are quarantined; they are in no answer (`gradindex "
+                "info` lists them)")
+    if halved:
+        say.say(f"memory ran out on {halved} batches, which were halved; smaller --batch-tokens "
+                "avoid that")
+    return quarantined
+
+
+def file_facts(run: Run) -> dict[str, FileFacts]:
+    """The facts of all files of sealed segments, by their names in the index."""
+    facts: dict[str, FileFacts] = {}
+    for segment in run.segments:
+        folder = run.folder(segment)
+        own = {**segments.read_facts(folder).files, segments.NAME: facts_of(folder / segments.NAME)}
+        facts |= {f"segments/{segment.name}/{name}": one for name, one in own.items()}
+    return facts
+
+
+def count_duplicates(rows: list[np.ndarray]) -> int:
+    """How many of all rows equal an earlier one."""
+    digests = np.concatenate([one["digest"] for one in rows])
+    return int((segments.first_equal(digests) != np.arange(len(digests))).sum())
+
+
