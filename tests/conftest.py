@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +120,40 @@ def index_folder(
     out = tmp_path_factory.mktemp("index") / "small.index"
     gradindex.build(str(model_folder), data_file, out, **SMALL)
     return out
+
+
+# ---- faults (tests/faults), the long run with FAULTS=all
+
+
+@pytest.fixture(scope="session")
+def faults(model_folder: Path, data_file: Path) -> Iterator[Any]:
+    """Children to be killed, and the report of how they fared."""
+    from faults.harness import Faults, Zygote
+
+    harness = Faults(Zygote(model_folder), model_folder, data_file,
+                     {**SMALL, "segment_size": 18}, os.environ.get("FAULTS") == "all")
+    yield harness
+    harness.zygote.close()
+    if os.environ.get("FAULTS_REPORT"):
+        harness.write_report()
+    print(f"\n{harness.report()}")
+
+
+@pytest.fixture(scope="session")
+def index_of_faults(faults: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An index of three segments that the harness built; tests copy it."""
+    out = tmp_path_factory.mktemp("faults") / "three.index"
+    ended = faults.zygote.run("build", {"model": faults.model, "data": faults.data, "out": out,
+                                        "settings": faults.settings})
+    assert ended.done, str(ended)
+    return out
+
+
+@pytest.fixture(scope="session")
+def more_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty further documents, to be appended."""
+    path = tmp_path_factory.mktemp("more") / "more.jsonl"
+    path.write_text("".join(json.dumps({
+        "text": f"A late {FRUIT[n % 8]} ripens in the {PLACES[n % 5]}, number {n}.",
+        "url": f"late/{n}", "place": PLACES[n % 5]}) + "\n" for n in range(20)))
+    return path

@@ -1,0 +1,153 @@
+"""Children to be killed, starved and fed with damage, and the report of how they fared."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+RESULTS = ROOT / "benchmarks" / "RESULTS.md"
+OPENING, CLOSING = "<!-- faults: written by `make faults` -->", "<!-- end of faults -->"
+# What an index is written with. A point is a call of one of them on a file of the index.
+CALLS = ("write", "pwrite64", "writev", "pwritev", "fsync", "fdatasync", "ftruncate", "rename",
+         "renameat", "renameat2", "mkdir", "unlink", "unlinkat", "rmdir")
+
+needs_strace = pytest.mark.skipif(shutil.which("strace") is None,
+                                  reason="strace is not installed (Debian: apt-get install strace)")
+
+
+@dataclass
+class Ended:
+    """How a child ended: by itself with a `report`, or by a `signal`."""
+
+    report: dict[str, Any] | None
+    signal: int | None
+    timed_out: bool
+    seconds: float
+
+    @property
+    def error(self) -> list[str]:
+        """The class of the exception it ended with, and its bases; [] where there was none."""
+        return list((self.report or {}).get("error", []))
+
+    @property
+    def done(self) -> bool:
+        return self.report is not None and not self.error
+
+    def __str__(self) -> str:
+        return f"signal {self.signal}, timed out {self.timed_out}, {self.report}"
+
+
+class Zygote:
+    """Runs jobs (`jobs.py`) in forked children, one at a time."""
+
+    def __init__(self, model: Path):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
+                       "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}",
+                       "PYTHONWARNINGS": "ignore"}
+        self._process = subprocess.Popen(
+            [sys.executable, str(HERE / "zygote.py")], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
+        self._tell("load", {"model": str(model)})
+
+    def _tell(self, job: str, arguments: dict[str, Any], **how: Any) -> dict[str, Any]:
+        told = {"job": job, "arguments": arguments, "strace": None, "kill_after": None,
+                "memory": None, "file_size": None, "timeout": 60.0, **how}
+        process = self._process
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(json.dumps(told) + "\n")
+        process.stdin.flush()
+        answer: dict[str, Any] = json.loads(process.stdout.readline())
+        return answer
+
+    def run(self, job: str, arguments: dict[str, Any], **how: Any) -> Ended:
+        """Run a job in a child; `how`: strace, kill_after, memory, file_size, timeout."""
+        answer = self._tell(job, {name: str(value) if isinstance(value, Path) else value
+                                  for name, value in arguments.items()}, **how)
+        return Ended(answer["report"], answer["signal"], answer["timed_out"], answer["seconds"])
+
+    def close(self) -> None:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+
+@dataclass
+class Faults:
+    """The harness: children, the sizes of a short or a long run, and the report."""
+
+    zygote: Zygote
+    model: Path
+    data: Path
+    settings: dict[str, Any]
+    long: bool
+    rows: dict[str, Counter[str]] = field(default_factory=dict)
+    begun: float = field(default_factory=time.monotonic)
+
+    def count(self, row: str, **counts: int) -> None:
+        """Add to a row of the report."""
+        self.rows.setdefault(row, Counter()).update(counts)
+
+    def size(self, short: int, long: int) -> int:
+        """How many: in `make test`, or in `make faults`."""
+        return long if self.long else short
+
+    def some(self, everything: list[Any], short: int) -> list[Any]:
+        """All of a list in the long run, else about `short` of them, spread evenly."""
+        step = 1 if self.long else max(1, len(everything) // short)
+        return everything[::step]
+
+    def points(self, job: str, arguments: dict[str, Any], root: Path, log: Path) -> list[
+            tuple[str, int]]:
+        """Every (call, which one of its kind) that a job makes on files below `root`."""
+        ended = self.zygote.run(job, arguments, strace=[
+            "-y", "-s", "0", "-e", f"trace={','.join(CALLS)}", "-o", str(log)])
+        assert ended.done, str(ended)
+        counts: Counter[str] = Counter()
+        found = []
+        for line in log.read_text(errors="replace").splitlines():
+            if match := re.match(r"\d+ +(\w+)\((.*)", line):
+                counts[match[1]] += 1
+                if str(root) in match[2]:
+                    found.append((match[1], counts[match[1]]))
+        return found
+
+    def report(self) -> str:
+        """The report as a table."""
+        minutes = (time.monotonic() - self.begun) / 60
+        lines = [OPENING, "", f"`make faults`, {time.strftime('%Y-%m-%d')}, {minutes:.0f} minutes "
+                 f"on {os.cpu_count()} CPU cores.", "", "| fault | outcome |", "|---|---|"]
+        for row, counts in self.rows.items():
+            outcome = ", ".join(f"{name.replace('_', ' ')} {count:,}"
+                                for name, count in counts.items())
+            lines.append(f"| {row} | {outcome} |")
+        return "\n".join([*lines, "", CLOSING])
+
+    def write_report(self) -> None:
+        """Put the report in its place in benchmarks/RESULTS.md."""
+        text = RESULTS.read_text()
+        before, _, rest = text.partition(OPENING)
+        _, _, after = rest.partition(CLOSING)
+        RESULTS.write_text(before + self.report() + after)
+
+
+def inject(call: str, which: int, what: str) -> list[str]:
+    """strace's arguments for a fault at one point: "signal=KILL", "error=ENOSPC"."""
+    return ["-e", f"trace={call}", "-e", f"inject={call}:{what}:when={which}"]
+
+
+def fresh(source: Path, place: Path) -> Path:
+    """A copy of an index in a place of its own."""
+    shutil.rmtree(place, ignore_errors=True)
+    return Path(shutil.copytree(source, place, symlinks=True))

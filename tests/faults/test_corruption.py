@@ -1,0 +1,242 @@
+"""Damage of every kind, to every file: an error of ours or the right answer, never anything else.
+
+The same damage is also given to the libraries alone (LMDB, FAISS, safetensors, NumPy, SciPy, JSON),
+to show what the digests are for.
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from faults.harness import fresh
+
+from gradindex import manifest
+from gradindex.files import facts_of
+
+HOSTILE = (0, 1, -1, 255, 2**31 - 1, 2**31, 2**40, 2**62, 2**63 - 1, -(2**63))
+KINDS = ("bit", "byte", "integer", "cut", "zeros", "junk", "swap")
+MEMORY = 24 << 30  # of address space: torch alone takes several GB of it
+
+
+def files_in(index):
+    return sorted(str(path.relative_to(index)) for path in index.rglob("*") if path.is_file())
+
+
+def damage(kind: str, content: bytes, other: bytes, dice: random.Random) -> bytes:
+    """The content, damaged; `other` is the same file of another place."""
+    place, length = dice.randrange(len(content)), len(content)
+    if kind == "bit":
+        return content[:place] + bytes([content[place] ^ 1 << dice.randrange(8)]) + \
+            content[place + 1 :]
+    if kind == "byte":
+        return content[:place] + dice.choice([b"\x00", b"\xff"]) + content[place + 1 :]
+    if kind == "integer":
+        place -= place % 4
+        value = dice.choice(HOSTILE).to_bytes(8, "little", signed=True)[: dice.choice([4, 8])]
+        return (content[:place] + value + content[place + len(value) :])[:length]
+    if kind == "cut":
+        return content[: dice.choice([0, 1, length // 2, length - 1, place])]
+    if kind == "zeros":
+        place -= place % 4096
+        return content[:place] + bytes(min(4096, length - place)) + content[place + 4096 :]
+    if kind == "junk":
+        return content + dice.randbytes(dice.choice([1, 100, 5000]))
+    return other
+
+
+def twin_of(index, name):
+    """The same file of another segment, or another file of the index."""
+    others = [one for one in files_in(index) if one != name and Path(one).name == Path(name).name]
+    return (index / (others or [one for one in files_in(index) if one != name])[0]).read_bytes()
+
+
+def judge(ended, truth):
+    """What became of a child: detected, harmless, silent or crashed."""
+    if ended.signal is not None or ended.report is None:
+        return "crashed"
+    if ended.error:
+        return "detected" if "GradindexError" in ended.error else "crashed"
+    return "harmless" if ended.report["answer"] == truth else "silent"
+
+
+def judge_bare(ended, truth):
+    if ended.signal is not None or ended.report is None:
+        return "crashed"
+    if ended.error:
+        return "detected"
+    return "harmless" if ended.report["answer"] == truth else "silent"
+
+
+def test_damage_is_detected_or_harmless(faults, index_of_faults, tmp_path):
+    truth = faults.zygote.run("probe", {"index": index_of_faults}).report["answer"]
+    assert faults.zygote.run("probe", {"index": index_of_faults}).report["answer"] == truth
+    index, dice = fresh(index_of_faults, tmp_path / "damaged"), random.Random(2)
+    names = files_in(index)
+    each = faults.size(3, 110)
+    for name in names:
+        path, suffix = index / name, Path(name).suffix
+        whole, other = path.read_bytes(), twin_of(index, name)
+        bare_truth = faults.zygote.run("bare", {"path": path}).report["answer"]
+        for number in range(each):
+            kind = KINDS[(number + names.index(name)) % len(KINDS)]
+            spoiled = damage(kind, whole, other, dice)
+            if spoiled == whole:
+                continue
+            path.write_bytes(spoiled)
+            ended = faults.zygote.run("probe", {"index": index}, memory=MEMORY)
+            outcome = judge(ended, truth)
+            assert outcome in ("detected", "harmless"), f"{kind} in {name}: {outcome}: {ended}"
+            faults.count(f"damage to {suffix} files", injected=1, **{outcome: 1})
+            bare = faults.zygote.run("bare", {"path": path}, memory=MEMORY, timeout=20.0)
+            faults.count(f"the same to the library alone, {suffix}", injected=1,
+                         **{judge_bare(bare, bare_truth): 1})
+        path.write_bytes(whole)
+    assert faults.zygote.run("probe", {"index": index}).report["answer"] == truth
+    for suffix in {Path(name).suffix for name in names}:
+        assert not faults.rows[f"damage to {suffix} files"]["silent"]
+
+
+@pytest.mark.parametrize("what", ["removed", "folder", "pipe", "link inside", "link outside",
+                                  "device"])
+def test_files_that_are_no_files(faults, index_of_faults, tmp_path, what):
+    """Removed, or replaced by a folder, a pipe, a link (even to the very same bytes) or a device."""
+    outside = tmp_path / "outside"
+    for name in faults.some(files_in(index_of_faults), 5):
+        index = fresh(index_of_faults, tmp_path / "index")
+        path = index / name
+        shutil.copy(path, outside)
+        path.unlink()
+        if what == "folder":
+            path.mkdir()
+        elif what == "pipe":
+            os.mkfifo(path)
+        elif what == "link inside":
+            shutil.copy(outside, index / "copy")
+            path.symlink_to(index / "copy")
+        elif what == "link outside":
+            path.symlink_to(outside)
+        elif what == "device":
+            path.symlink_to("/dev/zero")
+        ended = faults.zygote.run("probe", {"index": index}, memory=MEMORY, timeout=20.0)
+        assert judge(ended, "") == "detected", f"{what}, {name}: {ended}"
+        faults.count("files removed, or replaced by a folder, pipe, link or device", injected=1,
+                     detected=1)
+    folder = fresh(index_of_faults, tmp_path / "index") / "segments"
+    shutil.copytree(folder, tmp_path / "segments")
+    shutil.rmtree(folder)
+    if what.startswith("link"):
+        folder.symlink_to(tmp_path / "segments")
+        assert judge(faults.zygote.run("probe", {"index": folder.parent}), "") == "detected"
+
+
+def sign(index: Path, name: str) -> None:
+    """Make the manifest say that a file is as it should be: what a hostile stranger would do."""
+    facts = manifest.load(index)
+    manifest.commit(index, replace(facts, files={**facts.files, name: facts_of(index / name)}))
+
+
+def test_hostile_files_under_a_manifest_that_vouches_for_them(faults, index_of_faults, tmp_path):
+    """No digest helps against who writes the digests. Nothing may crash, run or hang even so."""
+    dice = random.Random(3)
+    names = [name for name in files_in(index_of_faults) if name != manifest.NAME]
+    index = fresh(index_of_faults, tmp_path / "hostile")
+    signed = (index / manifest.NAME).read_bytes()
+    kinds = [kind for kind in KINDS if kind != "bit"]
+    for name in names:
+        path = index / name
+        whole, other = path.read_bytes(), twin_of(index, name)
+        for number in range(faults.size(2, 45)):
+            kind = kinds[(number + names.index(name)) % len(kinds)]
+            path.write_bytes(damage(kind, whole, other, dice))
+            sign(index, name)
+            ended = faults.zygote.run("probe", {"index": index}, memory=MEMORY, timeout=30.0)
+            outcome = judge(ended, "")
+            assert outcome != "crashed", f"{kind} in {name}: {ended}"
+            faults.count("hostile files that the manifest vouches for", injected=1,
+                         **{"refused" if outcome == "detected" else "answered from": 1})
+            (index / manifest.NAME).write_bytes(signed)
+        path.write_bytes(whole)
+
+
+def hostile_values(value):
+    """Values to put in a manifest in place of one."""
+    found = [None, True, -1, 0, 2**31, 2**62, 2**63, 1e308, "", "../../etc/passwd", "/etc/passwd",
+             "\x1b[2J", [], {}, [[]] * 3, "9" * 5000]
+    return [one for one in found if one != value]
+
+
+def places_in(content, path=()):
+    """Every place in nested JSON."""
+    yield path
+    if isinstance(content, dict):
+        for name in content:
+            yield from places_in(content[name], (*path, name))
+    elif isinstance(content, list):
+        for number in range(min(2, len(content))):
+            yield from places_in(content[number], (*path, number))
+
+
+def test_hostile_manifests(faults, index_of_faults, tmp_path):
+    """Any value anywhere, rightly signed: an error of ours, or a search like any other."""
+    index = fresh(index_of_faults, tmp_path / "hostile")
+    content = asdict(manifest.load(index))
+    dice = random.Random(4)
+    places = [path for path in places_in(content) if path]
+    chosen = [dice.choice(places) for _ in range(faults.size(25, 900))]
+    for path in chosen:
+        spoiled = json.loads(json.dumps(content))
+        inner = spoiled
+        for step in path[:-1]:
+            inner = inner[step]
+        inner[path[-1]] = dice.choice(hostile_values(inner[path[-1]]))
+        spoiled["sha256"] = hashlib.sha256(manifest._canonical(spoiled)).hexdigest()
+        (index / manifest.NAME).write_bytes(manifest._canonical(spoiled))
+        ended = faults.zygote.run("probe", {"index": index}, memory=MEMORY, timeout=30.0)
+        outcome = judge(ended, "")
+        assert outcome != "crashed", f"{path}: {inner[path[-1]]!r}: {ended}"
+        faults.count("hostile values in a rightly signed manifest", injected=1,
+                     **{"refused" if outcome == "detected" else "answered from": 1})
+    for raw in (b"", b"[]", b"{", b"[" * 100_000, b'{"a":' * 50_000, b"\xff\xfe", b'{"format": 1}',
+                b'{"format": NaN}', b'{"format": "1"}', b'{"format": 1e999}', b"null",
+                b'{"format": ' + b"1" * 10_000 + b"}"):
+        (index / manifest.NAME).write_bytes(raw)
+        ended = faults.zygote.run("probe", {"index": index}, memory=MEMORY, timeout=30.0)
+        assert judge(ended, "") == "detected", f"{raw[:40]!r}: {ended}"
+        faults.count("hostile values in a rightly signed manifest", injected=1, refused=1)
+
+
+def test_damage_is_left_out_on_demand(faults, index_of_faults, tmp_path):
+    """With allow_damaged the segments that are whole answer, and exactly they."""
+    index = fresh(index_of_faults, tmp_path / "damaged")
+    for segment in ("000000", "000002"):
+        path = index / "segments" / segment / "vectors.faiss"
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        ended = faults.zygote.run("probe", {"index": index, "allow_damaged": True})
+        assert ended.done, str(ended)
+        gone = fresh(index_of_faults, tmp_path / "gone")
+        shutil.rmtree(gone / "segments" / segment)
+        without = faults.zygote.run("probe", {"index": gone, "allow_damaged": True})
+        assert without.report["answer"] == ended.report["answer"]
+        path.write_bytes(whole)
+
+
+def test_an_index_is_not_what_its_segments_alone_are(index_of_faults, tmp_path):
+    """A segment of another build, sealed and of the right form, is not taken for one's own."""
+    import gradindex
+    from gradindex.errors import DamagedIndexError
+
+    index = fresh(index_of_faults, tmp_path / "mixed")
+    segments = index / "segments"
+    (segments / "000000").rename(segments / "aside")
+    (segments / "000001").rename(segments / "000000")
+    (segments / "aside").rename(segments / "000001")
+    with pytest.raises(DamagedIndexError, match="was changed after it was written|expected"):
+        gradindex.open(index)
+    assert np.load(segments / "000000" / "rows.npy")["id"][0] == 18

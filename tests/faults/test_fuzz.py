@@ -1,0 +1,29 @@
+"""Random mutations of what the readers read: errors of ours, never another exception or a crash."""
+
+import pytest
+
+from gradindex import records
+
+TARGETS = ["manifest", "record", "jsonl", "segment.json", "rows.npy", "tokens.npz", "vectors.faiss"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_readers_take_anything(faults, index_of_faults, tmp_path, target):
+    first = index_of_faults / "segments" / "000000"
+    seed = first / target
+    if target == "manifest":
+        seed = index_of_faults / "manifest.json"
+    if target == "jsonl":
+        seed = tmp_path / "few.jsonl"
+        seed.write_text("".join(faults.data.read_text().splitlines(keepends=True)[:3]))
+    if target == "record":
+        seed = tmp_path / "record"
+        record, = records.read(first / "records.lmdb", [0])
+        seed.write_bytes(records._pack(record))
+    for number in range(faults.size(1, 20)):
+        ended = faults.zygote.run("fuzz", {
+            "target": target, "seed": seed, "number": number,
+            "count": faults.size(1000, 20_000) // (20 if target == "jsonl" else 1)}, timeout=300.0)
+        assert ended.done, f"{target}, part {number}: {ended}"
+        assert target == "jsonl" or ended.report["refused"] > 0  # bad rows are skipped
+        faults.count(f"mutations fed to the reader of {target}", **ended.report, crashed=0)

@@ -1,0 +1,56 @@
+"""Readers while an index is appended to, deleted from and compacted: a committed answer, always."""
+
+import json
+import threading
+
+import gradindex
+from faults.harness import Zygote, fresh
+
+
+def test_readers_beside_a_writer(faults, index_of_faults, tmp_path):
+    """Who opens sees a commit, never an earlier one after a later one; who has it open, its own."""
+    index = fresh(index_of_faults, tmp_path / "index")
+    rounds, readers = faults.size(1, 8), faults.size(1, 3)
+    zygotes = [Zygote(faults.model) for _ in range(readers)]
+    seconds = faults.size(6, 100)
+    reports = [None] * readers
+
+    def read(number):
+        reports[number] = zygotes[number].run("read_for", {"index": index, "seconds": seconds},
+                                              timeout=seconds + 60.0)
+
+    committed = [faults.zygote.run("committed", {"index": index}).report["answer"]]
+    threads = [threading.Thread(target=read, args=(number,)) for number in range(readers)]
+    for thread in threads:
+        thread.start()
+    more = tmp_path / "more.jsonl"
+    for number in range(rounds):
+        more.write_text("".join(json.dumps({"text": f"Round {number} brings a fig {n} by the hill.",
+                                            "url": f"{number}/{n}", "place": "hill"}) + "\n"
+                                for n in range(7)))
+        for job, arguments in (("append", {"data": more, "model": faults.model}),
+                               ("delete", {"ids": [2 * number, 53 + 7 * number]}), ("compact", {})):
+            ended = faults.zygote.run(job, {"index": index, **arguments})
+            assert ended.done, str(ended)
+            now = faults.zygote.run("committed", {"index": index}).report["answer"]
+            if now != committed[-1]:
+                committed.append(now)
+            else:
+                assert job == "compact"
+    for thread in threads:
+        thread.join()
+    for zygote in zygotes:
+        zygote.close()
+    assert len(set(committed)) == len(committed) == 1 + 2 * rounds
+    for ended in reports:
+        assert ended.done, str(ended)
+        order = [committed.index(answer) for answer in ended.report["seen"]]
+        assert order == sorted(order)
+        assert len(ended.report["held"]) == 1
+        assert ended.report["held"][0] in committed
+        faults.count("readers beside a writer", queries=ended.report["queries"], wrong_answers=0,
+                     states_seen=len(order))
+    faults.count("readers beside a writer", commits=3 * rounds)
+    gradindex.compact(index)
+    listed = {segment.name for segment in gradindex.open(index).manifest.segments}
+    assert {path.name for path in (index / "segments").iterdir()} == listed

@@ -1,0 +1,110 @@
+"""A process that has everything imported and forks a child for every job it is told.
+
+Importing torch takes seconds; thousands of children that are to be killed can't each do it. The
+zygote never runs a thread, so forking it is safe. It reads a JSON line per job from standard input
+and answers with one: how the child ended, and what it reported. A child may be attached to strace
+before it begins, be killed after some time, or be limited in memory and file size.
+"""
+
+import json
+import os
+import resource
+import select
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from typing import Any
+
+
+def main() -> None:
+    import jobs
+    import torch
+
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        told = json.loads(line)
+        if told["job"] == "load":  # here, for all children to come
+            answer: dict[str, Any] = {"report": jobs.load(**told["arguments"])}
+        else:
+            answer = _run(told, jobs)
+        print(json.dumps(answer), flush=True)
+
+
+def _run(told: dict[str, Any], jobs: Any) -> dict[str, Any]:
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        _child(told, jobs, writer)
+    os.close(writer)
+    tracer = _attach(child, told["strace"]) if told["strace"] else None
+    begun = time.monotonic()
+    deadline = begun + told["timeout"]
+    kill_at = begun + told["kill_after"] if told["kill_after"] is not None else None
+    shown = b""
+    timed_out = False
+    while True:
+        now = time.monotonic()
+        until = min(deadline, kill_at) if kill_at is not None else deadline
+        ready, _, _ = select.select([reader], [], [], max(0, until - now))
+        if ready:
+            if not (piece := os.read(reader, 1 << 20)):
+                break
+            shown += piece
+            continue
+        timed_out = kill_at is None or time.monotonic() >= deadline
+        kill_at = None
+        os.kill(child, signal.SIGKILL)
+    os.close(reader)
+    _, status = os.waitpid(child, 0)
+    if tracer is not None:
+        tracer.wait()
+    return {
+        "exit": os.WEXITSTATUS(status) if os.WIFEXITED(status) else None,
+        "signal": os.WTERMSIG(status) if os.WIFSIGNALED(status) else None,
+        "timed_out": timed_out, "seconds": time.monotonic() - begun,
+        "report": json.loads(shown) if shown.endswith(b"}") else None,
+    }
+
+
+def _attach(child: int, arguments: list[str]) -> "subprocess.Popen[bytes]":
+    """strace on a stopped child, which goes on when it is attached."""
+    os.waitpid(child, os.WUNTRACED)
+    tracer = subprocess.Popen(["strace", "-f", "-qq", *arguments, "-p", str(child)],
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while True:
+        with open(f"/proc/{child}/status") as file:
+            if "TracerPid:\t0\n" not in file.read():
+                break
+        if tracer.poll() is not None:
+            raise RuntimeError("strace could not attach")
+        time.sleep(0.001)
+    os.kill(child, signal.SIGCONT)
+    return tracer
+
+
+def _child(told: dict[str, Any], jobs: Any, writer: int) -> None:
+    quiet = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(quiet, descriptor)
+    if told["strace"]:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if told["memory"]:
+        resource.setrlimit(resource.RLIMIT_AS, (told["memory"], told["memory"]))
+    if told["file_size"]:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (told["file_size"], told["file_size"]))
+    try:
+        report = getattr(jobs, told["job"])(**told["arguments"])
+    except BaseException as error:  # whatever it is, it is what the test looks at
+        kinds = [kind.__name__ for kind in type(error).__mro__]
+        report = {"error": kinds, "message": str(error),
+                  "trace": traceback.format_exc().splitlines()[-12:]}
+    os.write(writer, json.dumps(report).encode())
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

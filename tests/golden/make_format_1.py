@@ -1,0 +1,49 @@
+"""Make `format-1/`: a small index of format 1 with its model, which every later version must open.
+
+    python tests/golden/make_format_1.py
+
+It is never made again for format 1: that would hide a change of the format. The model is given as
+an object and the data as rows, so that no path is in it.
+"""
+
+import json
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
+
+import torch
+from conftest import SMALL, random_network, small_documents
+
+import gradindex
+from demo.prepare import train_tokenizer
+
+OUT = HERE / "format-1"
+QUESTION = {"prompt": "The apple number", "completion": " 8 grows"}
+
+
+def main() -> None:
+    """Build, append, delete: everything that a manifest can say."""
+    if OUT.exists():
+        sys.exit(f"{OUT} exists; a format is frozen once")
+    documents = small_documents()
+    tokenizer = train_tokenizer([document["text"] for document in documents], 300)
+    network = random_network("gpt_neox", torch.float32, vocab_size=len(tokenizer))
+    model = {"model": network, "tokenizer": tokenizer}
+    torch.set_num_threads(1)
+    gradindex.build(network, documents[:24], OUT / "index", tokenizer=tokenizer, **SMALL)
+    gradindex.append(OUT / "index", documents[24:36], **model)
+    gradindex.delete(OUT / "index", [3, 17])
+    network.save_pretrained(OUT / "model")
+    tokenizer.save_pretrained(OUT / "model")
+    found = gradindex.open(OUT / "index", **model).search(**QUESTION, shortlist="all", k=10)
+    (OUT / "answer.json").write_text(json.dumps([
+        {"id": hit.id, "influence": hit.influence, "code_score": hit.code_score, "text": hit.text,
+         "user_id": hit.user_id, "fields": hit.fields, "duplicates": hit.duplicates}
+        for hit in found], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
