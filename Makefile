@@ -1,6 +1,7 @@
 # make demo   train a small model, index its training text, ask it three questions
-# make test   lint, types, tests
-# Both make .venv themselves. PYTHON, VENV, EXTRA (cpu or gpu) and pip's own variables are honoured.
+# make test   lint, types, tests, some faults
+# make faults every fault: kills, full disks, damage (under an hour); the table goes into RESULTS.md
+# All make .venv themselves. PYTHON, VENV, EXTRA (cpu or gpu) and pip's own variables are honoured.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +12,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 export OMP_WAIT_POLICY ?= passive
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint clean
+.PHONY: demo test faults lint clean
 
 # torch first: a range would let pip choose a newer build with several GB of CUDA libraries.
 $(BIN)/.installed: pyproject.toml constraints.txt
@@ -32,6 +33,9 @@ demo: $(BIN)/.installed
 
 test: $(BIN)/.installed lint
 	$(BIN)/python -m pytest
+
+faults: $(BIN)/.installed
+	FAULTS=all FAULTS_REPORT=1 $(BIN)/python -m pytest -s tests/faults
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check .

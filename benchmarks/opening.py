@@ -1,0 +1,114 @@
+"""What safety costs: opening an index of many segments, the first search's digests, verify, a build.
+
+    python benchmarks/opening.py [--segments 1000] [--rows 64]
+
+Makes an index of so many segments by writing the sequences of a small one again and again under new
+ids, and prints each time beside what it would be without the checks.
+"""
+
+import argparse
+import hashlib
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent.parent / part) for part in ("", "tests")]
+
+import numpy as np
+import torch
+from conftest import random_network
+
+import gradindex
+from gradindex import manifest, records, segments, tfidf
+from gradindex.contents import Contents
+from gradindex.files import facts_of
+from gradindex.segments import SegmentFacts
+from gradindex.vectors import CodeIndex
+
+LENGTH = 128  # tokens
+BITS = 16384
+
+
+def main() -> None:
+    """Make the index, then measure."""
+    flags = argparse.ArgumentParser()
+    flags.add_argument("--segments", type=int, default=1000)
+    flags.add_argument("--rows", type=int, default=64)
+    asked = flags.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        index, network = make(Path(folder), asked.segments, asked.rows)
+        measure(index, network)
+
+
+def make(folder: Path, count: int, rows: int) -> tuple[Path, object]:
+    """An index of `count` segments of `rows` sequences."""
+    network = random_network("gpt_neox", torch.float32, max_position_embeddings=LENGTH)
+    tokens = np.random.default_rng(0).integers(0, 37, (rows, LENGTH))
+    data = [{"tokens": row.tolist()} for row in tokens]
+    np.save(folder / "tokens.npy", np.array([row["tokens"] for row in data]))
+    index = folder / "index"
+    gradindex.build(network, folder / "tokens.npy", index, bits=BITS, segment_size=rows)
+    facts = manifest.load(index)
+    contents = Contents(index, facts)
+    first = facts.segments[0]
+    held, codes = contents.records(range(rows)), contents.codes_of(np.arange(rows))
+    made, files = [first], dict(facts.files)
+    for number in range(1, count):
+        segment = manifest.Segment(f"{number:06d}", rows)
+        place = manifest.segment_folder(index, segment.name)
+        place.mkdir()
+        own = [replace(record, id=record.id + number * rows) for record in held]
+        new = SegmentFacts(rows)
+        new.files["records.lmdb"] = records.write(place / "records.lmdb", own)
+        again = CodeIndex(BITS)
+        again.add(codes)
+        new.files["vectors.faiss"] = again.write(place / "vectors.faiss")
+        new.files["rows.npy"] = segments.write_rows(
+            place / "rows.npy", segments.make_rows(own, contents.rows["norm"]))
+        new.files["tokens.npz"] = tfidf.write(place / "tokens.npz", [one.ids for one in own], 37)
+        segments.write_facts(place, new)
+        new.files[segments.NAME] = facts_of(place / segments.NAME)
+        files |= {f"segments/{segment.name}/{name}": one for name, one in new.files.items()}
+        made.append(segment)
+    manifest.commit(index, replace(
+        facts, segments=made, files=files, sequences=count * rows, next_id=count * rows,
+        next_segment=count, duplicates=(count - 1) * rows))
+    return index, network
+
+
+def measure(index: Path, network: object) -> None:
+    """Each step, and beside it what it would take without looking."""
+    facts = manifest.load(index)
+    paths = [index / name for name in facts.files]
+    total = sum(one.size for one in facts.files.values())
+    print(f"{len(facts.segments):,} segments, {facts.rows:,} sequences, {len(paths):,} files, "
+          f"{total / 1e6:,.0f} MB, manifest {(index / manifest.NAME).stat().st_size / 1e6:.1f} MB")
+    times = [timed(lambda: gradindex.open(index, model=network)) for _ in range(5)]
+    bare = [timed(lambda: [path.stat() for path in paths]) for _ in range(5)]
+    print(f"open: {min(times):.2f} s (5 times, slowest {max(times):.2f}); stat of every file alone: "
+          f"{min(bare):.3f} s")
+    query = {"token_ids": list(range(30)), "shortlist": 1000, "k": 10}
+    searcher = gradindex.open(index, model=network)
+    first = timed(lambda: searcher.search(**query))
+    later = min(timed(lambda: searcher.search(**query)) for _ in range(3))
+    contents: list[bytes] = []
+    read = timed(lambda: contents.extend(path.read_bytes() for path in paths))
+    digest = timed(lambda: [hashlib.sha256(content).digest() for content in contents])
+    print(f"first search: {first:.2f} s, later ones {later:.2f} s; of every file, reading takes "
+          f"{read:.2f} s and SHA-256 {digest:.2f} s more ({total / 1e9 / digest:.2f} GB/s)")
+    seconds = timed(lambda: gradindex.verify(index, network, no_model=True))
+    print(f"verify --no-model: {seconds:.1f} s, {total / 1e6 / seconds:.0f} MB/s, "
+          f"{facts.rows / seconds:,.0f} records/s")
+
+
+def timed(function) -> float:
+    """Seconds."""
+    begun = time.perf_counter()
+    function()
+    return time.perf_counter() - begun
+
+
+if __name__ == "__main__":
+    main()
