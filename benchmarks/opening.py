@@ -1,6 +1,6 @@
-"""What safety costs: opening an index of many segments, the first search's digests, verify, a build.
+"""What safety costs: opening an index of many segments, the first search's digests, verify.
 
-    python benchmarks/opening.py [--segments 1000] [--rows 64]
+    python -m benchmarks.opening [--segments 1000] [--rows 64]
 
 Makes an index of so many segments by writing the sequences of a small one again and again under new
 ids, and prints each time beside what it would be without the checks.
@@ -8,17 +8,14 @@ ids, and prints each time beside what it would be without the checks.
 
 import argparse
 import hashlib
-import sys
 import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent.parent / part) for part in ("", "tests")]
-
 import numpy as np
 import torch
-from conftest import random_network
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import gradindex
 from gradindex import manifest, records, segments, tfidf
@@ -29,6 +26,7 @@ from gradindex.vectors import CodeIndex
 
 LENGTH = 128  # tokens
 BITS = 16384
+VOCABULARY = 37
 
 
 def main() -> None:
@@ -44,10 +42,12 @@ def main() -> None:
 
 def make(folder: Path, count: int, rows: int) -> tuple[Path, object]:
     """An index of `count` segments of `rows` sequences."""
-    network = random_network("gpt_neox", torch.float32, max_position_embeddings=LENGTH)
-    tokens = np.random.default_rng(0).integers(0, 37, (rows, LENGTH))
-    data = [{"tokens": row.tolist()} for row in tokens]
-    np.save(folder / "tokens.npy", np.array([row["tokens"] for row in data]))
+    torch.manual_seed(0)
+    network = AutoModelForCausalLM.from_config(AutoConfig.for_model(
+        "gpt_neox", hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=64, vocab_size=VOCABULARY, max_position_embeddings=LENGTH))
+    tokens = np.random.default_rng(0).integers(0, VOCABULARY, (rows, LENGTH))
+    np.save(folder / "tokens.npy", tokens)
     index = folder / "index"
     gradindex.build(network, folder / "tokens.npy", index, bits=BITS, segment_size=rows)
     facts = manifest.load(index)
@@ -67,7 +67,8 @@ def make(folder: Path, count: int, rows: int) -> tuple[Path, object]:
         new.files["vectors.faiss"] = again.write(place / "vectors.faiss")
         new.files["rows.npy"] = segments.write_rows(
             place / "rows.npy", segments.make_rows(own, contents.rows["norm"]))
-        new.files["tokens.npz"] = tfidf.write(place / "tokens.npz", [one.ids for one in own], 37)
+        new.files["tokens.npz"] = tfidf.write(
+            place / "tokens.npz", [one.ids for one in own], VOCABULARY)
         segments.write_facts(place, new)
         new.files[segments.NAME] = facts_of(place / segments.NAME)
         files |= {f"segments/{segment.name}/{name}": one for name, one in new.files.items()}
@@ -87,8 +88,8 @@ def measure(index: Path, network: object) -> None:
           f"{total / 1e6:,.0f} MB, manifest {(index / manifest.NAME).stat().st_size / 1e6:.1f} MB")
     times = [timed(lambda: gradindex.open(index, model=network)) for _ in range(5)]
     bare = [timed(lambda: [path.stat() for path in paths]) for _ in range(5)]
-    print(f"open: {min(times):.2f} s (5 times, slowest {max(times):.2f}); stat of every file alone: "
-          f"{min(bare):.3f} s")
+    print(f"open: {min(times):.2f} s (5 times, slowest {max(times):.2f}); stat of every file "
+          f"alone: {min(bare):.3f} s")
     query = {"token_ids": list(range(30)), "shortlist": 1000, "k": 10}
     searcher = gradindex.open(index, model=network)
     first = timed(lambda: searcher.search(**query))

@@ -79,8 +79,8 @@ def _run() -> int:
         click.echo(visible_lines(message.getvalue()), nl=False, err=True)
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted; a build, or a search with --queries -o, goes on when the same "
-                   "command runs again.", err=True)
+        click.echo("interrupted; a build, an append, or a search with --queries -o, "
+                   "goes on when the same command runs again.", err=True)
         return 130
     except GradindexError as error:
         _say(error)

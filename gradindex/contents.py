@@ -93,6 +93,19 @@ class Contents:
         """The first place whose sequence has the same tokens and mask: int64 [N]."""
         return segments.first_equal(self.rows["digest"][self.places])
 
+    @cached_property
+    def _equal_order(self) -> np.ndarray:
+        """Places, equal ones side by side and in order: int64 [N]."""
+        return np.argsort(self.first_equal, kind="stable")
+
+    def equal_to(self, place: int) -> np.ndarray:
+        """The places of all sequences equal to that of a place, itself among them, ascending."""
+        order = self._equal_order
+        first = self.first_equal[place]
+        low = np.searchsorted(self.first_equal, first, side="left", sorter=order)
+        high = np.searchsorted(self.first_equal, first, side="right", sorter=order)
+        return order[low:high]
+
     def place_of(self, one: int) -> int | None:
         """The place of an id, None where no live sequence has it."""
         place = int(np.searchsorted(self.ids, one))

@@ -67,6 +67,13 @@ def hold_for_reading(index: Path, reader: object) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_SH)
 
 
+class Reader:
+    """Whose life keeps the files that the manifest of `index` lists, see `hold_for_reading`."""
+
+    def __init__(self, index: Path):
+        hold_for_reading(index, self)
+
+
 @contextlib.contextmanager
 def free_of_readers(index: Path) -> Iterator[bool]:
     """Whether no reader has the index open; while this lasts, none can open it."""

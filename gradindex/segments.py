@@ -91,10 +91,13 @@ def make_rows(records: Sequence[Record], norms: np.ndarray) -> np.ndarray:
 
 def first_equal(digests: np.ndarray) -> np.ndarray:
     """The place of the first row of equal digest, for digests uint64 [n, 2]: int64 [n]."""
-    order = np.lexsort((digests[:, 1], digests[:, 0]))  # stable: equal ones stay in order
-    ordered = digests[order]
+    order = np.argsort(digests[:, 0], kind="stable")  # stable: equal ones stay in order
+    same = digests[order[1:]] == digests[order[:-1]]
+    if (same[:, 0] & ~same[:, 1]).any():  # 64 bits were not enough to tell all apart
+        order = np.lexsort((digests[:, 1], digests[:, 0]))
+        same = digests[order[1:]] == digests[order[:-1]]
     new = np.ones(len(digests), dtype=bool)
-    new[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
+    new[1:] = ~same.all(axis=1)
     first = np.empty(len(digests), dtype=np.int64)
     first[order] = order[np.flatnonzero(new)[np.cumsum(new) - 1]]
     return first
@@ -141,8 +144,7 @@ def parse_array(content: bytes, dtype: np.dtype, where: Path) -> np.ndarray:
     """An array of one dimension and the given dtype. Raises DamagedIndexError."""
     try:
         array = np.load(io.BytesIO(content), allow_pickle=False)
-    except (ValueError, OSError, EOFError, MemoryError, SyntaxError, TypeError,
-            RecursionError) as error:
+    except Exception as error:  # hostile bytes make NumPy's header parser raise anything
         raise DamagedIndexError(f"{where} can't be read: {error}. Copy the index again.") from None
     if not isinstance(array, np.ndarray) or array.dtype != dtype or array.ndim != 1:
         raise DamagedIndexError(f"{where} holds no list of {dtype}. Copy the index again.")

@@ -23,13 +23,13 @@ from gradindex.model import LanguageModel
 from gradindex.progress import Progress
 from gradindex.records import Record
 from indexer import ingest
-from indexer.build import check_numbers, loaded, open_corpus
+from indexer.build import check_numbers, open_corpus
 from indexer.corpus import CorpusSettings
 from indexer.fit import choose_sequences, uniforms
 from indexer.ingest import Run
 from indexer.maintain import commit, writing
 from indexer.quarantine import SHARE
-from indexer.state import APPEND, State
+from indexer.state import APPEND, State, finished_append, unfinished_append
 
 if TYPE_CHECKING:
     from gradindex import Searcher
@@ -64,10 +64,12 @@ def append(
     say = progress or Progress()
     folder = Path(index)
     check_numbers(limit=limit, max_bad=max_bad)
-    with writing(folder, "gradindex append", say) as contents:
-        if discard:
-            (folder / APPEND).unlink(missing_ok=True)
+    only_discard = discard and data is None  # which a damaged index allows
+    with writing(folder, "gradindex append", say, damaged=only_discard) as contents:
+        if discard and unfinished_append(folder, contents.manifest.next_id):
+            (folder / APPEND).unlink()
             ingest.remove_unsealed(folder, contents.manifest.next_segment)
+            say.say(f"{folder}: what an unfinished append did is dropped")
         if data is None and not discard:
             raise InputError("no data given; expected files to append.")
         if data is not None:
@@ -75,7 +77,7 @@ def append(
                                  trust_remote_code, allow_pickle)
             _append(contents, fitted, data, limit, strict, max_bad, say)
     return gradindex.open(
-        folder, model=loaded(model), tokenizer=tokenizer, device=device,
+        folder, model=model, tokenizer=tokenizer, device=device,
         trust_remote_code=trust_remote_code, allow_pickle=allow_pickle,
     )
 
@@ -98,6 +100,12 @@ def _append(
             "kind, or build another index."
         )
     asked = {"data": corpus.data_facts(), "limit": limit, "first": facts.next_id}
+    if finished_append(contents.root, asked):
+        (contents.root / APPEND).unlink()
+        say.say(f"{contents.root} has these data: they were appended already; nothing to do.")
+        return
+    say.say(f"model: loading {fitted.source.name} as {facts.dtype}")
+    _ = fitted.model  # as is another model
     state = State.open_append(contents.root, asked, facts.threads)
     torch.set_num_threads(state.threads)
     run = Run(contents.root, facts.next_id, facts.next_segment, 0, plan["segment_size"])
@@ -109,7 +117,6 @@ def _append(
     ingest.report(state.corpus, facts.sequence_length, say)
     ingest.check_disk(contents.root, run.count, facts.code["length"], [])
 
-    say.say(f"model: loading {fitted.source.name} as {facts.dtype}")
     codes = fitted.codes
     quarantined = ingest.encode_run(fitted.model, codes, run, facts.batch_tokens, max_bad, say)
     good = [run.first + place for place in range(run.count) if run.first + place not in quarantined]
@@ -203,6 +210,9 @@ def _sizes(fitted: FittedModel, codes: Codes, members: list[Record]) -> np.ndarr
 
 
 def _say_drift(drift: Drift, say: Progress) -> None:
+    if not drift.sample:
+        say.say("curvature: nothing to compare the new data's Λ with")
+        return
     measured = f"Λ of the new data is {drift.ratio:.2f} ± {drift.error:.2f} times that of the " \
                f"old ({drift.sample} sequences of each)"
     if not drift.warns:

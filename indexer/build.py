@@ -24,7 +24,7 @@ from gradindex import curvature, manifest, vectors
 from gradindex.codes import Codes, CodeSettings, default_length, default_width
 from gradindex.curvature import Ekfac
 from gradindex.errors import InputError
-from gradindex.files import facts_of
+from gradindex.files import disk_errors, facts_of
 from gradindex.locks import only_writer
 from gradindex.manifest import Calibration, CodeFacts, FitFacts, Manifest, ModelFacts
 from gradindex.model import (
@@ -133,8 +133,9 @@ def build(
     asked = _Asked(source, corpus, plan, device, dtype, train_sequences, max_bad, tokenizer_name)
     if index.exists() and not index.is_dir():
         raise InputError(f"-o {index} is a file; expected a folder to make or to go on with.")
-    index.mkdir(parents=True, exist_ok=True)
-    with only_writer(index, "gradindex build"):
+    with disk_errors(index):
+        index.mkdir(parents=True, exist_ok=True)
+    with only_writer(index, "gradindex build"), disk_errors(index):
         state = State.open(index, plan, say)
         if manifest.exists(index):
             _check_finished(index, asked)

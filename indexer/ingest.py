@@ -131,7 +131,8 @@ def write_records(corpus: Corpus, run: Run, say: Progress) -> dict[str, Any]:
 def remove_unsealed(index: Path, number: int) -> None:
     """Remove every segment folder numbered `number` or above, sealed or not."""
     for folder in (index / "segments").iterdir():
-        if folder.is_dir() and int(folder.name.removesuffix(PARTIAL)) >= number:
+        own = folder.name.removesuffix(PARTIAL)
+        if folder.is_dir() and own.isdecimal() and int(own) >= number:
             shutil.rmtree(folder)
 
 
@@ -209,8 +210,8 @@ def file_facts(run: Run) -> dict[str, FileFacts]:
 
 
 def count_duplicates(rows: list[np.ndarray]) -> int:
-    """How many of all rows equal an earlier one."""
-    digests = np.concatenate([one["digest"] for one in rows])
+    """How many of all rows that have a code equal an earlier one."""
+    digests = np.concatenate([one["digest"][~np.isnan(one["norm"])] for one in rows])
     return int((segments.first_equal(digests) != np.arange(len(digests))).sum())
 
 

@@ -16,14 +16,14 @@ import numpy as np
 from gradindex import manifest, records, segments
 from gradindex.contents import Contents
 from gradindex.errors import InputError, ResourceError
-from gradindex.files import TEMPORARY, FileFacts, facts_of, make_folder
+from gradindex.files import TEMPORARY, FileFacts, disk_errors, facts_of, make_folder
 from gradindex.locks import free_of_readers, only_writer
 from gradindex.manifest import Manifest, Segment, segment_files, segment_folder
 from gradindex.progress import Progress, size
 from gradindex.segments import PARTIAL, SegmentFacts
 from gradindex.vectors import CodeIndex
 from indexer.encode import seal
-from indexer.state import APPEND, BUILD, unfinished_append
+from indexer.state import BUILD, unfinished_append
 
 
 @contextmanager
@@ -34,7 +34,7 @@ def writing(index: Path, doing: str, say: Progress, damaged: bool = False) -> It
     Raises InputError, DamagedIndexError, GradindexError while another process writes.
     """
     manifest.load(index)  # is it an index at all?
-    with only_writer(index, doing):
+    with only_writer(index, doing), disk_errors(index):
         contents = Contents(index, manifest.load(index))
         if not damaged:
             for problem in manifest.problems(contents.files, contents.manifest):
@@ -128,7 +128,7 @@ def compact(index: str | Path, progress: Progress | None = None) -> int:
     folder = Path(index)
     with writing(folder, "gradindex compact", say) as contents:
         facts = contents.manifest
-        _refuse_unfinished(folder, facts)
+        refuse_unfinished(folder, facts)
         groups = _groups(contents)
         count = sum(map(len, groups))
         if not count:
@@ -149,11 +149,12 @@ def compact(index: str | Path, progress: Progress | None = None) -> int:
         order = [one for segment in facts.segments for one in (
             lists.get(segment.name, []) if segment.name in rewritten else [segment])]
         commit(contents, order, set(contents.deleted.tolist()), new_files, next_segment=number)
-    clean_after(folder, say)
+        clean(folder, manifest.load(folder), say)
     return count
 
 
-def _refuse_unfinished(index: Path, facts: Manifest) -> None:
+def refuse_unfinished(index: Path, facts: Manifest) -> None:
+    """Raise InputError while an append is unfinished."""
     if unfinished_append(index, facts.next_id):
         raise InputError(
             f"{index} has an unfinished append. Run its command again to finish it, or drop what "
@@ -271,15 +272,14 @@ def clean(index: Path, facts: Manifest, say: Progress) -> None:
     """Remove what the manifest doesn't list: leftovers of killed writers, and old files.
 
     What an earlier manifest listed stays while a reader has the index open, and what an unfinished
-    append made stays until that is finished.
+    append made stays until that is finished. Only an append removes `append.json`: it says that the
+    same command, run again, has nothing more to do.
     """
     (index / BUILD).unlink(missing_ok=True)
     shutil.rmtree(index / "curvature.partial", ignore_errors=True)
     for leftover in (*index.glob(f"*{TEMPORARY}"), *index.glob(f"deleted/*{TEMPORARY}")):
         leftover.unlink()
     appending = unfinished_append(index, facts.next_id) is not None
-    if not appending:
-        (index / APPEND).unlink(missing_ok=True)
     never, old = [], []
     for folder in (index / "segments").iterdir():
         if folder.name in {segment.name for segment in facts.segments}:
@@ -304,12 +304,6 @@ def clean(index: Path, facts: Manifest, say: Progress) -> None:
     if not free:
         say.say(f"{len(old)} old segments or lists stay on the disk while the index is open "
                 "elsewhere; the next append, delete or compact removes them")
-
-
-def clean_after(index: Path, say: Progress) -> None:
-    """Clean at once after a commit, if no reader holds the old files."""
-    with only_writer(index, "gradindex"):
-        clean(index, manifest.load(index), say)
 
 
 def remove(index: str | Path, names: Collection[str], progress: Progress | None = None) -> int:

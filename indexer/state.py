@@ -98,6 +98,17 @@ def unfinished_append(index: Path, next_id: int) -> State | None:
     return stored if stored is not None and stored.plan.get("first") == next_id else None
 
 
+def finished_append(index: Path, plan: dict[str, Any]) -> bool:
+    """Whether the append of `plan` was killed right after its commit: nothing is left to do.
+
+    Its `first` is below that of `plan`, which is the index's next id.
+    """
+    path = index / APPEND
+    stored = _stored(path) if path.is_file() else None
+    return stored is not None and stored.plan.get("first") != plan["first"] and \
+        not _differences({**stored.plan, "first": None}, {**plan, "first": None})
+
+
 def _stored(path: Path) -> State:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -122,5 +133,6 @@ def refuse_difference(index: Path, before: dict[str, Any], now: dict[str, Any]) 
     if changes:
         raise InputError(
             f"{index} was begun with another command ({'; '.join(changes)}). Run the first command "
-            "again to go on, or give another folder with -o."
+            "again to go on, or give another folder with -o. To add documents to a finished index: "
+            f"gradindex append {index} DATA."
         )

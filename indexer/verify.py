@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gradindex import manifest, records, segments
+from gradindex import locks, manifest, records, segments
 from gradindex.contents import Contents
 from gradindex.curvature import load as load_curvature
 from gradindex.errors import DamagedIndexError, GradindexError
@@ -28,7 +28,7 @@ from gradindex.vectors import CodeIndex
 from indexer.calibrate import exact_influence
 from indexer.encode import encode_batch, encode_segment
 from indexer.fit import choose_sequences
-from indexer.maintain import commit, sealed_files, writing
+from indexer.maintain import commit, refuse_unfinished, sealed_files, writing
 
 SAMPLE = 64  # sequences encoded again
 SAME_BITS = 0.99  # share of a code's bits that must come out again on another machine
@@ -84,6 +84,7 @@ def verify(
     say = progress or Progress()
     root = Path(index)
     found = Verified()
+    reader = locks.Reader(root)
     try:
         facts = manifest.load(root)
     except DamagedIndexError as error:
@@ -94,6 +95,7 @@ def verify(
     if not _core_damaged(bad):
         _check_rows(root, facts, bad, found, say)
     if rebuild and bad and not _core_damaged(bad):
+        del reader
         found.rebuilt = _rebuild(root, bad, place, say)
         if found.rebuilt:
             again = verify(root, model, tokenizer, device=device, no_model=no_model,
@@ -326,6 +328,7 @@ def _rebuild(root: Path, bad: _Bad, place: tuple[Any, ...], say: Progress) -> li
     """Encode damaged segments again from their records, in one commit; the names of those."""
     with writing(root, "gradindex verify --rebuild", say, damaged=True) as contents:
         facts = contents.manifest
+        refuse_unfinished(root, facts)  # whose segments have the numbers that are next
         can = [name for name in sorted(bad) if _records_sound(root, facts, name, bad[name])]
         if not can:
             return []

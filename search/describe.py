@@ -24,7 +24,7 @@ def describe(index: Path) -> dict[str, Any]:
     contents = Contents(index, facts)
     for problem in manifest.problems(contents.files, facts):
         raise problem.error
-    sizes: Counter[str] = Counter()
+    sizes = Counter(dict.fromkeys((*KINDS.values(), "curvature"), 0))
     for name, about in facts.files.items():
         kind = KINDS.get(Path(name).name, "curvature")
         sizes[kind] += about.size

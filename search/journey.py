@@ -162,9 +162,9 @@ class Journey:
     def approximate_hits(self, number: int) -> list[Hit]:
         """The best k by code alone."""
         first = self.index.contents.first_equal
-        statistic = np.where(first == np.arange(len(first)), self.shortlists[number].statistic,
-                             -np.inf)  # equal sequences are one hit
-        places = best(statistic, min(self.settings.k, len(np.unique(first)))).tolist()
+        own = first == np.arange(len(first))  # equal sequences are one hit
+        statistic = np.where(own, self.shortlists[number].statistic, -np.inf)
+        places = best(statistic, min(self.settings.k, int(own.sum()))).tolist()
         return [self._hit(number, place, record, None, rank) for rank, (place, record) in
                 enumerate(zip(places, self.index.records(places), strict=True), 1)]
 

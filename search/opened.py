@@ -113,8 +113,7 @@ class OpenIndex(FittedModel):
 
     def copies(self, place: int) -> list[int]:
         """The ids of the other sequences equal to that of a place, ascending."""
-        first = self.contents.first_equal
-        equal = np.flatnonzero(first == first[place])
+        equal = self.contents.equal_to(place)
         return [int(self.contents.ids[one]) for one in equal if one != place]
 
     def background(self) -> list[int]:

@@ -316,7 +316,7 @@ def test_damage_is_found_on_opening(index_folder, tmp_path):
         gradindex.open(broken)
     content = (index_folder / "manifest.json").read_text()
     (broken / "manifest.json").write_text(content.replace('"format": 1', '"format": 9'))
-    with pytest.raises(IndexMismatchError, match="has format 9; .* reads format 1. Run `pip"):
+    with pytest.raises(IndexMismatchError, match=r"has format 9; .* reads format 1. Run `pip"):
         gradindex.open(broken)
     with pytest.raises(InputError, match="no index"):
         gradindex.open(tmp_path)

@@ -76,7 +76,7 @@ def answer(index: str, **options: Any) -> str:
 
 
 def read_for(index: str, seconds: float) -> dict[str, Any]:
-    """Answers seen by opening again and again, in order without repeats, and by one opened first."""
+    """Answers seen by opening again and again, in order, and by one searcher opened first."""
     until = time.monotonic() + seconds
     first = gradindex.open(index, **MODEL)
     seen, held, queries = [], set(), 0

@@ -105,7 +105,7 @@ def test_damage_is_detected_or_harmless(faults, index_of_faults, tmp_path):
 @pytest.mark.parametrize("what", ["removed", "folder", "pipe", "link inside", "link outside",
                                   "device"])
 def test_files_that_are_no_files(faults, index_of_faults, tmp_path, what):
-    """Removed, or replaced by a folder, a pipe, a link (even to the very same bytes) or a device."""
+    """Removed, or replaced by a folder, a pipe, a link (even to the same bytes) or a device."""
     outside = tmp_path / "outside"
     for name in faults.some(files_in(index_of_faults), 5):
         index = fresh(index_of_faults, tmp_path / "index")
@@ -237,6 +237,6 @@ def test_an_index_is_not_what_its_segments_alone_are(index_of_faults, tmp_path):
     (segments / "000000").rename(segments / "aside")
     (segments / "000001").rename(segments / "000000")
     (segments / "aside").rename(segments / "000001")
-    with pytest.raises(DamagedIndexError, match="was changed after it was written|expected"):
+    with pytest.raises(DamagedIndexError, match=r"was changed after it was written|expected"):
         gradindex.open(index)
     assert np.load(segments / "000000" / "rows.npy")["id"][0] == 18

@@ -1,4 +1,4 @@
-"""Full and failing disks: a typed error, nothing committed is touched, and it goes on afterwards."""
+"""Full and failing disks: a typed error, nothing committed is touched, and it goes on later."""
 
 import os
 import shutil

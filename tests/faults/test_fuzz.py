@@ -20,10 +20,10 @@ def test_readers_take_anything(faults, index_of_faults, tmp_path, target):
         seed = tmp_path / "record"
         record, = records.read(first / "records.lmdb", [0])
         seed.write_bytes(records._pack(record))
-    for number in range(faults.size(1, 20)):
+    for number in range(faults.size(1, 8)):
         ended = faults.zygote.run("fuzz", {
             "target": target, "seed": seed, "number": number,
-            "count": faults.size(1000, 20_000) // (20 if target == "jsonl" else 1)}, timeout=300.0)
+            "count": faults.size(1000, 5000) // (20 if target == "jsonl" else 1)}, timeout=300.0)
         assert ended.done, f"{target}, part {number}: {ended}"
         assert target == "jsonl" or ended.report["refused"] > 0  # bad rows are skipped
         faults.count(f"mutations fed to the reader of {target}", **ended.report, crashed=0)

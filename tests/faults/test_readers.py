@@ -1,10 +1,11 @@
-"""Readers while an index is appended to, deleted from and compacted: a committed answer, always."""
+"""Readers beside a writer that appends, deletes and compacts: a committed answer, always."""
 
 import json
 import threading
 
-import gradindex
 from faults.harness import Zygote, fresh
+
+import gradindex
 
 
 def test_readers_beside_a_writer(faults, index_of_faults, tmp_path):

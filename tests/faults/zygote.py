@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import traceback
+from pathlib import Path
 from typing import Any
 
 
@@ -75,9 +76,8 @@ def _attach(child: int, arguments: list[str]) -> "subprocess.Popen[bytes]":
     tracer = subprocess.Popen(["strace", "-f", "-qq", *arguments, "-p", str(child)],
                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while True:
-        with open(f"/proc/{child}/status") as file:
-            if "TracerPid:\t0\n" not in file.read():
-                break
+        if "TracerPid:\t0\n" not in Path(f"/proc/{child}/status").read_text():
+            break
         if tracer.poll() is not None:
             raise RuntimeError("strace could not attach")
         time.sleep(0.001)

@@ -1,18 +1,14 @@
 """Make `format-1/`: a small index of format 1 with its model, which every later version must open.
 
-    python tests/golden/make_format_1.py
+    PYTHONPATH=.:tests python tests/golden/make_format_1.py
 
 It is never made again for format 1: that would hide a change of the format. The model is given as
 an object and the data as rows, so that no path is in it.
 """
 
 import json
-
 import sys
 from pathlib import Path
-
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
 
 import torch
 from conftest import SMALL, random_network, small_documents
@@ -20,7 +16,7 @@ from conftest import SMALL, random_network, small_documents
 import gradindex
 from demo.prepare import train_tokenizer
 
-OUT = HERE / "format-1"
+OUT = Path(__file__).parent / "format-1"
 QUESTION = {"prompt": "The apple number", "completion": " 8 grows"}
 
 
