@@ -111,7 +111,12 @@ def _append(
     run = Run(contents.root, facts.next_id, facts.next_segment, 0, plan["segment_size"])
     if state.corpus is None:
         corpus.documents_before = facts.documents
-        state.corpus = ingest.write_records(corpus, run, say)
+        try:
+            state.corpus = ingest.write_records(corpus, run, say)
+        except InputError:  # data that can't be used leave nothing that had to be discarded
+            state.path.unlink()
+            ingest.remove_unsealed(contents.root, run.number)
+            raise
         state.save()
     run = replace(run, count=state.corpus["sequences"])
     ingest.report(state.corpus, facts.sequence_length, say)

@@ -90,6 +90,11 @@ class OpenIndex(FittedModel):
         else:  # a matrix product, which has threads of its own
             parts = [one.many_scores(queries) for one in codes]
         scores = np.concatenate(parts, axis=1)
+        if not np.isfinite(scores).all():  # rightly digested, but no code that was encoded here
+            raise DamagedIndexError(
+                f"the codes of {self.path} give scores that are not finite. `gradindex verify "
+                f"{self.path}` says which segment; don't trust it if it comes from a stranger."
+            )
         places = self.contents.places
         return scores if len(places) == scores.shape[1] else scores[:, places]
 

@@ -301,6 +301,25 @@ def _kill(*_):
     raise KilledError
 
 
+def test_data_that_cannot_be_used_can_be_corrected(index, place, tmp_path):
+    before = files_of(index)
+    path = tmp_path / "more.jsonl"
+    good = "".join(json.dumps(one) + "\n" for one in NEW)
+    for content, options, message in [
+            (good + "{broken\n", {"strict": True}, r"more\.jsonl:4: invalid JSON"),
+            (json.dumps({"text": " ", "url": "a"}) + "\n", {}, "no sequence with a token"),
+            (json.dumps({"text": "a plum", "url": "a"}) + "\n", {}, "no record has a field"),
+    ]:
+        path.write_text(content)
+        with pytest.raises(InputError, match=message):
+            gradindex.append(index, path, **place, **options)
+        assert files_of(index) == before
+    path.write_text(good + "{broken\n")
+    searcher = gradindex.append(index, path, **place)
+    assert searcher.manifest.documents == 43
+    assert searcher.manifest.skipped == {"invalid JSON": 1}
+
+
 def test_another_model_tokenizer_or_task_is_refused_before_anything_is_read(
     index, model_folder, place, tmp_path, monkeypatch
 ):

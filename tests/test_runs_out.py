@@ -38,8 +38,12 @@ QUESTION = {"token_ids": [3, 1, 4, 1, 5]}
 
 @pytest.fixture(autouse=True)
 def few_queries(monkeypatch):
-    """A build calibrates on two queries, for time."""
+    """A build calibrates on two queries and computes in one thread, for time."""
     monkeypatch.setattr(calibrate, "QUERIES", 2)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 # ---- memory
@@ -355,12 +359,12 @@ def test_all_bad_sequences_are_an_error_whatever_is_allowed(rows, tmp_path):
 def test_killed_anywhere_with_bad_sequences_it_ends_with_the_same_bytes(tmp_path, monkeypatch):
     tokens = save(tmp_path / "a.npy", with_rare(0, 6, [1, 4]))
     network = poisoned(float("nan"))
-    options = {**TINY, "segment_size": 3, "modules": "0"}
+    options = {**TINY, "segment_size": 3, "modules": "dense_h_to_4h"}
     gradindex.build(network, tokens, tmp_path / "whole", **options)
     expected = files_of(tmp_path / "whole")
     for which, out in each_kill(
             monkeypatch, lambda n: tmp_path / f"killed-{n}",
-            lambda out: gradindex.build(network, tokens, out, **options), every=3):
+            lambda out: gradindex.build(network, tokens, out, **options), every=4):
         gradindex.build(network, tokens, out, **options)
         assert files_of(out) == expected, f"killed at sync {which}"
     assert which > 50
@@ -468,23 +472,24 @@ def test_a_module_without_a_gradient_is_left_out_and_said(data, tmp_path):
 
 # ---- the disk
 
+LEAST = {"modules": "dense_h_to_4h", "batch_tokens": 4096}  # one module, one batch: for time
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_a_full_disk_is_said_wherever_it_fills_and_the_build_goes_on(data, tmp_path, monkeypatch):
     """At every sync; then again with room, which ends with the same bytes."""
-    build(data, tmp_path / "whole")
+    build(data, tmp_path / "whole", **LEAST)
     expected = files_of(tmp_path / "whole")
     for which, out in each_kill(monkeypatch, lambda n: tmp_path / f"full-{n}",
-                                lambda out: build(data, out), FULL):
-        build(data, out)
+                                lambda out: build(data, out, **LEAST), FULL):
+        build(data, out, **LEAST)
         assert files_of(out) == expected, f"full at sync {which}"
-    assert which > 35
+    assert which > 30
 
 
 def test_a_full_disk_in_an_append_a_deletion_and_a_compaction(data, tmp_path, monkeypatch):
     start = tmp_path / "start"
-    build(data, start)
+    build(data, start, **LEAST)
     gradindex.delete(start, [1])
     more = save(tmp_path / "more.npy", tiny_tokens(1, 6))
     for place, run in enumerate((lambda out: add(out, more),
@@ -511,7 +516,7 @@ def test_a_disk_that_fills_while_a_file_is_written_says_the_bytes_needed(
     data, tmp_path, monkeypatch
 ):
     """At every write of ours, those that FAISS asks for among them; no half a file is left."""
-    build(data, tmp_path / "whole")
+    build(data, tmp_path / "whole", **LEAST)
     expected, real = files_of(tmp_path / "whole"), files.Writer.write
     sizes = {name.rsplit("/", 1)[-1]: len(content) for name, content in expected.items()}
     names, out = set(), tmp_path / "index"
@@ -527,7 +532,7 @@ def test_a_disk_that_fills_while_a_file_is_written_says_the_bytes_needed(
         with monkeypatch.context() as patch:
             patch.setattr(files.Writer, "write", write)
             try:
-                build(data, out)
+                build(data, out, **LEAST)
                 break
             except ResourceError as error:
                 said = str(error)
@@ -539,7 +544,7 @@ def test_a_disk_that_fills_while_a_file_is_written_says_the_bytes_needed(
         assert needed > 0 and "run the same command again" in said
         assert not list(out.rglob("*.tmp")), said
         if which % 4 == 0:
-            build(data, out)
+            build(data, out, **LEAST)
             assert files_of(out) == expected, which
         shutil.rmtree(out)
     assert {"build.json", "covariance.safetensors", "eigenvectors.safetensors", "fit.json",
@@ -605,7 +610,7 @@ def test_a_command_that_is_told_to_stop_stops_within_seconds_and_goes_on(
     more = tmp_path / "more.jsonl"
     more.write_text("".join(json.dumps({
         "text": f"A late plum ripens in the garden, number {n}. " * 3, "url": f"late/{n}",
-        "place": "garden"}) + "\n" for n in range(60)))
+        "place": "garden"}) + "\n" for n in range(40)))
     index = shutil.copytree(index_folder, tmp_path / "index")
     whole = shutil.copytree(index_folder, tmp_path / "whole")
     child = subprocess.Popen(
@@ -623,7 +628,8 @@ def test_a_command_that_is_told_to_stop_stops_within_seconds_and_goes_on(
         child.kill()
     assert child.returncode == 130, said
     assert time.monotonic() - begun < 10
-    assert "interrupted" in said and "Traceback" not in said
+    assert "an append" in said and "goes on when the same command runs again" in said
+    assert "Traceback" not in said
     assert (index / "append.json").is_file() and not (index / "writer.json").exists()
     assert len(gradindex.open(index)) == len(gradindex.open(index_folder))
     gradindex.append(index, more)

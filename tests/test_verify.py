@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -17,6 +18,7 @@ from test_maintain import TINY, add, answer, save, tiny_network, tiny_tokens, un
 
 import gradindex
 from gradindex import manifest, records, segments, tfidf
+from gradindex.checked import SMALL
 from gradindex.cli import main_group
 from gradindex.contents import Contents
 from gradindex.errors import (
@@ -26,6 +28,7 @@ from gradindex.errors import (
     InputError,
 )
 from gradindex.files import facts_of
+from gradindex.locks import only_writer
 from gradindex.vectors import CodeIndex
 from indexer import append as append_module
 from indexer import verify as verify_module
@@ -333,6 +336,15 @@ def test_a_rebuild_killed_anywhere_leaves_an_index_that_can_be_rebuilt(
     assert which > 10
 
 
+def test_a_rebuild_is_the_only_writer(index):
+    flip(index / "segments" / "000001" / "rows.npy")
+    before = files_of(index)
+    with only_writer(index, "a test"), pytest.raises(
+            GradindexError, match=rf"writing to .*: a test in process {os.getpid()}"):
+        verify(index, rebuild=True)
+    assert files_of(index) == before
+
+
 def test_an_unfinished_append_is_finished_or_dropped_before_a_rebuild(
     index, tmp_path, monkeypatch
 ):
@@ -411,8 +423,9 @@ def test_the_coverage_is_said_on_standard_error_where_hits_alone_are_printed(
 ):
     index = shutil.copytree(index_folder, tmp_path / "index")
     query = ["search", str(index), "-p", "The plum", "-c", " number", "-k", "2"]
-    for file in ("vectors.faiss", "records.lmdb"):
-        flip(index / "segments" / "000002" / file)
+    large = index / "segments" / "000002" / "records.lmdb"
+    assert large.stat().st_size > SMALL  # which opening without the flag doesn't digest
+    flip(large)
     flip(index / "segments" / "000000" / "tokens.npz")
     run = CliRunner()
     done = run.invoke(main_group, query, standalone_mode=False)

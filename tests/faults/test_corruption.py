@@ -93,7 +93,7 @@ def test_damage_is_detected_or_harmless(faults, index_of_faults, tmp_path):
             outcome = judge(ended, truth)
             assert outcome in ("detected", "harmless"), f"{kind} in {name}: {outcome}: {ended}"
             faults.count(f"damage to {suffix} files", injected=1, **{outcome: 1})
-            bare = faults.zygote.run("bare", {"path": path}, memory=MEMORY, timeout=20.0)
+            bare = faults.zygote.run("bare", {"path": path}, memory=MEMORY, timeout=3.0)
             faults.count(f"the same to the library alone, {suffix}", injected=1,
                          **{judge_bare(bare, bare_truth): 1})
         path.write_bytes(whole)
