@@ -94,10 +94,26 @@ def damaged(root: Path, name: str, what: str) -> DamagedIndexError:
     """The error for file `name` of the index in `root`."""
     part = PurePosixPath(name).parts
     rest = ", or search the other segments with --allow-damaged" if part[0] == "segments" else ""
+    wrong = f"{root / name} {what}"
     return DamagedIndexError(
-        f"{root / name} {what}. `gradindex verify {root}` says all that is damaged and what to do; "
-        f"copying the index again may mend it{rest}."
+        f"{wrong}. `gradindex verify {root}` says all that is damaged and what to do; copying the "
+        f"index again may mend it{rest}.", wrong,
     )
+
+
+def refuse_links(root: Path) -> None:
+    """Raise DamagedIndexError where anything that is written to or removed below `root` is a link.
+
+    An index holds none: a link could lead a writer to files of its user that are not the index's.
+    """
+    for folder in (root, root / "segments", root / "deleted", root / "curvature",
+                   root / "curvature.partial", *root.glob("segments/*.partial")):
+        if not folder.is_dir():
+            continue
+        for entry in os.scandir(folder):
+            if entry.is_symlink():
+                raise damaged(root, str(Path(entry.path).relative_to(root)),
+                              "is a link; an index holds none")
 
 
 def open_inside(root: Path, name: str) -> int:

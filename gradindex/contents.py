@@ -132,7 +132,7 @@ class Contents:
         """Which tokens the sequences of a segment hold, all rows."""
         name = self.file(segment, "tokens.npz")
         return tfidf.parse(self.files.read(name), segment.rows, self.manifest.sequence_length,
-                           self.root / name)
+                           self.manifest.vocabulary, self.root / name)
 
     def facts(self, segment: Segment) -> segments.SegmentFacts:
         """How a segment was made."""
@@ -149,8 +149,18 @@ class Contents:
             path = self.files.path(self.file(segment, "records.lmdb"), records.audit)
             read = records.read(path, [row - int(self.starts[home]) for row in here])
             for row, record in zip(here, read, strict=True):
-                if record.id != self.rows["id"][row]:
-                    raise self.files.damaged(self.file(segment, "records.lmdb"),
-                                             "has other ids than rows.npy")
+                self._check_record(segment, row, record)
                 found[row] = record
         return [found[int(row)] for row in rows]
+
+    def _check_record(self, segment: Segment, row: int, record: Record) -> None:
+        """Raise DamagedIndexError for a record that is not the row's, or that no model can take."""
+        wrong = None
+        if record.id != self.rows["id"][row] or \
+                (segments.digest_of(record) != self.rows["digest"][row]).any():
+            wrong = f"has another sequence {self.rows['id'][row]} than rows.npy"
+        elif len(record.ids) > self.manifest.sequence_length or record.ids.min() < 0 or \
+                record.ids.max() >= self.manifest.vocabulary:
+            wrong = f"has a sequence {record.id} that is too long or outside the vocabulary"
+        if wrong:
+            raise self.files.damaged(self.file(segment, "records.lmdb"), wrong)

@@ -6,6 +6,7 @@ A = E_t[a aᵀ] = Q_A · Q_Aᵀ,  S = E_t[d dᵀ] = Q_S · Q_Sᵀ,  Λ = E_m[(Q_
 `indexer/fit.py` estimates them; here they are kept and applied.
 """
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,15 +95,32 @@ def load(
 def write_tensors(
     path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> FileFacts:
-    """Write a safetensors file. Raises ResourceError."""
+    """Write a safetensors file with its own digest. Raises ResourceError."""
     plain = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    metadata = {**(metadata or {}), "digest": _digest(plain, metadata or {})}
     return atomic_write(path, safetensors.torch.save(plain, metadata))
 
 
+def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    digest = hashlib.sha256(repr(sorted(metadata.items())).encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}\n".encode())
+        digest.update(tensors[name].view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file. Raises DamagedIndexError."""
+    """Tensors and metadata of a safetensors file. Raises DamagedIndexError, also if it changed."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
     except (OSError, safetensors.SafetensorError) as error:
         raise DamagedIndexError(f"{path} can't be read: {error}. Build again.") from error
+    digest = metadata.pop("digest", None)
+    if digest != _digest(tensors, metadata):
+        raise DamagedIndexError(
+            f"{path} was changed after it was written (its own digest differs). Remove it, and run "
+            "the build again."
+        )
+    return tensors, metadata

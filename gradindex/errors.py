@@ -29,9 +29,13 @@ class IndexMismatchError(GradindexError):
 
 
 class DamagedIndexError(GradindexError):
-    """A file of the index is missing, cut short or changed."""
+    """A file of the index is missing, cut short or changed; `wrong` is that without the advice."""
 
     exit_code = 3
+
+    def __init__(self, message: str, wrong: str | None = None):
+        super().__init__(message)
+        self.wrong = message if wrong is None else wrong
 
 
 class ResourceError(GradindexError):

@@ -42,7 +42,8 @@ def atomic_write(
     temporary = path.with_name(path.name + TEMPORARY)
     needed = len(content) if isinstance(content, bytes) else needed
     with disk_errors(path, needed, temporary):
-        with temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)
+        with temporary.open("xb") as file:  # never through a link that lies there
             writer = Writer(file)
             if isinstance(content, bytes):
                 writer.write(content)
@@ -92,6 +93,13 @@ def make_folder(folder: Path) -> None:
     with disk_errors(folder):
         folder.mkdir()
         sync_folder(folder.parent)
+
+
+def make_folders(folder: Path) -> None:
+    """Make a folder and those above it where they are missing. Raises ResourceError."""
+    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    for one in reversed(missing):
+        make_folder(one)
 
 
 def rename_folder(partial: Path, final: Path) -> None:

@@ -64,6 +64,12 @@ class FittedModel:
                     f"Load it with dtype={facts.dtype}, or build a new index with --dtype {dtype}."
                 )
             check_identity(model, dict(facts.model))
+            own = model.network.config.get_text_config().vocab_size
+            if own != facts.vocabulary:
+                raise IndexMismatchError(
+                    f"the model has {own} tokens, the index was built with {facts.vocabulary}. "
+                    "Pass the right one with --model."
+                )
             self._model = model
         return self._model
 

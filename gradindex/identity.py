@@ -1,4 +1,4 @@
-"""What weights are, whatever their path: digests of their files and of their tensors."""
+"""What weights and data are, whatever their path: digests of files and of tensors."""
 
 import contextlib
 import hashlib
@@ -15,7 +15,7 @@ from gradindex.errors import ResourceError
 from gradindex.files import atomic_write, sha256
 
 
-def weights_digest(files: Iterable[Path], also: Iterable[str] = ()) -> str:
+def digest_of_files(files: Iterable[Path], also: Iterable[str] = ()) -> str:
     """SHA-256 over the files' names and own SHA-256s, and over the lines of `also`."""
     digest = hashlib.sha256()
     for file in files:

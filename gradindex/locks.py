@@ -7,6 +7,7 @@ until no reader is left (`free_of_readers`).
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -19,6 +20,7 @@ from pathlib import Path
 from gradindex.errors import GradindexError
 
 FOLDER = os.O_RDONLY | os.O_DIRECTORY
+UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 NOTE = "writer.json"  # who is writing: read by others for their message, trusted by nobody
 
 
@@ -29,17 +31,19 @@ def only_writer(index: Path, doing: str) -> Iterator[None]:
     Raises GradindexError, naming it, while another process is.
     """
     with _locked(index, fcntl.LOCK_EX) as got:
-        if not got:
+        if got is False:
             raise GradindexError(
                 f"another process is writing to {index}: {_who(index)}. Wait for it, or stop it "
                 "first."
             )
         note = index / NOTE
         with contextlib.suppress(OSError):
-            note.write_text(json.dumps({
-                "pid": os.getpid(), "host": socket.gethostname(), "doing": doing,
-                "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-            }))
+            note.unlink(missing_ok=True)
+            with note.open("x") as file:  # never through a link that lies there
+                json.dump({
+                    "pid": os.getpid(), "host": socket.gethostname(), "doing": doing,
+                    "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+                }, file)
         try:
             yield
         finally:
@@ -62,7 +66,7 @@ def hold_for_reading(index: Path, reader: object) -> None:
     Take it before reading the manifest. Where a file system has no locks, nothing is held.
     """
     with contextlib.suppress(OSError):
-        descriptor = os.open(index / "segments", FOLDER)
+        descriptor = os.open(index / "segments", FOLDER | os.O_NOFOLLOW)
         weakref.finalize(reader, os.close, descriptor)
         fcntl.flock(descriptor, fcntl.LOCK_SH)
 
@@ -76,20 +80,28 @@ class Reader:
 
 @contextlib.contextmanager
 def free_of_readers(index: Path) -> Iterator[bool]:
-    """Whether no reader has the index open; while this lasts, none can open it."""
+    """Whether no reader has the index open; while this lasts, none can open it.
+
+    Where the file system has no locks that can't be known, and the answer is no.
+    """
     with _locked(index / "segments", fcntl.LOCK_EX) as got:
-        yield got
+        yield got is True
 
 
 @contextlib.contextmanager
-def _locked(folder: Path, how: int) -> Iterator[bool]:
+def _locked(folder: Path, how: int) -> Iterator[bool | None]:
+    """Whether the lock was had; None where the file system has none."""
     descriptor = os.open(folder, FOLDER)
     try:
+        got: bool | None = True
         try:
             fcntl.flock(descriptor, how | fcntl.LOCK_NB)
-            got = True
         except BlockingIOError:
             got = False
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
+            got = None
         yield got
     finally:
         os.close(descriptor)

@@ -9,8 +9,6 @@ A manifest may come from a stranger: nothing in it is believed before types, bou
 checked.
 """
 
-import hashlib
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -22,16 +20,17 @@ import pydantic
 from typing_extensions import TypedDict
 
 import gradindex
+from gradindex import signed
 from gradindex.checked import CheckedFiles, damaged, open_inside
 from gradindex.errors import DamagedIndexError, IndexMismatchError, InputError
 from gradindex.files import FileFacts, atomic_write
 from gradindex.modules import Module
-from gradindex.segments import FILES
-from gradindex.terminal import json_text
+from gradindex.segments import FILES, ROW
 
 FORMAT = 1
 NAME = "manifest.json"
 LARGEST = 1 << 28  # bytes of a manifest: a million segments
+MARGIN = 1 << 16  # bytes of a file for what isn't counted
 LARGEST_SIDE = 1 << 20  # of a module
 LARGEST_LENGTH = 1 << 24  # bits of a code
 FIT = "curvature/fit.json"
@@ -84,10 +83,46 @@ class Calibration(TypedDict):
     anchors: list[tuple[Count, Count, float]]
 
 
+class DataFacts(TypedDict):
+    """A source of documents, and what its content was when it was read."""
+
+    name: str
+    size: Count | None
+    sha256: str
+
+
+class Plan(TypedDict):
+    """The build command, resolved: what decides the bytes of an index besides the model."""
+
+    model: str
+    revision: str | None
+    data: list[DataFacts]
+    sequence_length: Annotated[int, pydantic.Field(gt=0, le=1 << 24)]
+    pack: bool
+    text_field: str | None
+    prompt_field: str | None
+    completion_field: str | None
+    messages_field: str | None
+    id_field: str | None
+    keep_fields: list[str]
+    limit: Count | None
+    modules: str
+    fit_sequences: Count
+    fit_labels: str
+    damping: Positive
+    bits: Count
+    dtype: str
+    device: str
+    batch_tokens: Count
+    segment_size: Annotated[int, pydantic.Field(gt=0, le=1 << 24)]
+    seed: Count
+    tokenizer: str | None
+
+
 class Appended(TypedDict):
     """Documents that came after the build: their data, and how their Λ compares (`append.py`)."""
 
-    data: list[dict[str, Any]]
+    data: list[DataFacts]
     first: Count
     sequences: Count
     drift: float
@@ -107,8 +142,9 @@ class Manifest:
     """Everything a reader needs to know; sizes in bytes, damping in units of mean(Λ).
 
     `sequences` are those that can be found: the rows of all segments less the `deleted` and the
-    `quarantined`. Ids below `next_id` and segment numbers below `next_segment` were given once and
-    are never given again. `deleted_file` lists the deleted that are still in a segment.
+    `quarantined`. `documents` and tokens are of everything that was ever read. Ids below `next_id`
+    and segment numbers below `next_segment` were given once and are never given again.
+    `deleted_file` lists the deleted that are still in a segment.
     """
 
     __pydantic_config__ = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -121,6 +157,7 @@ class Manifest:
     device: str
     threads: Annotated[int, pydantic.Field(gt=0, le=1 << 16)]
     task: str  # text, completion, messages or tokens
+    vocabulary: Annotated[int, pydantic.Field(gt=0, le=1 << 24)]  # token ids are below it
     sequence_length: Annotated[int, pydantic.Field(gt=0, le=1 << 24)]
     documents: Count
     sequences: Count
@@ -128,7 +165,7 @@ class Manifest:
     scored_tokens: Count
     skipped: dict[str, Count]
     duplicates: Count  # sequences equal to an earlier one
-    train_sequences: Annotated[int, pydantic.Field(gt=0)] | None  # None: taken as `sequences`
+    train_sequences: Annotated[int, pydantic.Field(gt=0)] | None  # None: taken as `next_id`
     modules: Annotated[list[Module], pydantic.Field(min_length=1, max_length=1 << 17)]
     parameter_share: float
     effective_dimension: dict[str, float]
@@ -137,7 +174,7 @@ class Manifest:
     code: CodeFacts
     calibration: Calibration
     batch_tokens: Annotated[int, pydantic.Field(gt=0, le=1 << 40)]
-    plan: dict[str, Any]  # the build command, resolved
+    plan: Plan
     appended: list[Appended]
     next_id: Count
     next_segment: Count
@@ -179,19 +216,14 @@ def exists(index: Path) -> bool:
     return (index / NAME).is_file()
 
 
-def _canonical(content: dict[str, Any]) -> bytes:
-    return json_text(content, indent=1, sort_keys=True).encode()
-
-
 def digest_of(manifest: Manifest) -> str:
     """The hex SHA-256 that a manifest ends with, which names a state of an index."""
-    return hashlib.sha256(_canonical(asdict(manifest))).hexdigest()
+    return signed.digest_of(asdict(manifest))
 
 
 def commit(index: Path, manifest: Manifest) -> None:
     """Write the manifest: from this moment on the index is what it says. Raises ResourceError."""
-    content = {**asdict(manifest), "sha256": digest_of(manifest)}
-    atomic_write(index / NAME, _canonical(content) + b"\n")
+    atomic_write(index / NAME, signed.sign(asdict(manifest)))
 
 
 def load(index: Path) -> Manifest:
@@ -209,15 +241,19 @@ def load(index: Path) -> Manifest:
         raise InputError(f"{index} is no index (there is no manifest.json in it); give the folder "
                          "that `gradindex build -o` wrote.")
     content = _parse(index)
-    digest = content.pop("sha256", None)
-    if hashlib.sha256(_canonical(content)).hexdigest() != digest:
-        raise damaged(index, NAME, "was changed after it was written (its own digest differs)")
+    if signed.KEY not in content:
+        raise IndexMismatchError(
+            f"{index} was written before format {FORMAT} was settled (its manifest has no digest). "
+            "Build the index again: `gradindex build MODEL DATA... -o NEW_INDEX`."
+        )
     try:
-        manifest = _ADAPTER.validate_json(_canonical(content))
+        manifest = _ADAPTER.validate_json(signed.check(content))
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"])) or "it"
         raise damaged(index, NAME, f"is not what an index has: {where}: {first['msg']}") from None
+    except ValueError as error:
+        raise damaged(index, NAME, f"can't be believed: {error}") from None
     _check(index, manifest)
     return manifest
 
@@ -229,10 +265,9 @@ def _parse(index: Path) -> dict[str, Any]:
     if len(raw) > LARGEST:
         raise damaged(index, NAME, f"is larger than {LARGEST:,} bytes")
     try:
-        content = json.loads(raw, parse_constant=_refuse)
+        content = signed.parse(raw)
         version = content["format"]
-        _canonical(content)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError) as error:
         raise damaged(index, NAME, f"can't be read ({str(error)[:200]})") from None
     if not isinstance(version, int) or version != FORMAT:
         newer = isinstance(version, int) and version > FORMAT
@@ -243,10 +278,6 @@ def _parse(index: Path) -> dict[str, Any]:
                 "Build the index again: `gradindex build MODEL DATA... -o NEW_INDEX`.")
         )
     return content
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no number")
 
 
 def _check(index: Path, manifest: Manifest) -> None:
@@ -268,6 +299,28 @@ def _check(index: Path, manifest: Manifest) -> None:
     expected |= {manifest.deleted_file} - {None}  # type: ignore[arg-type]
     if odd := expected ^ set(manifest.files):
         raise damaged(index, NAME, f"lists files that don't fit its contents: {min(odd)[:80]!r}")
+    for name, most in _largest(manifest).items():
+        if manifest.files[name].size > most:
+            raise damaged(index, NAME, f"gives {name} {manifest.files[name].size:,} bytes, more "
+                          f"than the {most:,} that it can have")
+
+
+def _largest(manifest: Manifest) -> dict[str, int]:
+    """The most bytes that the files read into memory can have."""
+    length, tokens = manifest.code["length"], manifest.sequence_length + 1
+    most = {FIT: MARGIN + 1024 * manifest.next_id}
+    if manifest.deleted_file is not None:
+        most[manifest.deleted_file] = MARGIN + 8 * manifest.deleted
+    for module in manifest.modules:
+        o, i = module.shape
+        most[curvature_file(module)] = MARGIN + 8 * (o * o + i * i + o * i)
+    for segment in manifest.segments:
+        folder, rows = f"segments/{segment.name}", segment.rows
+        most[f"{folder}/rows.npy"] = MARGIN + ROW.itemsize * rows
+        most[f"{folder}/vectors.faiss"] = MARGIN + rows * (length // 8 + 8) + 4 * length
+        most[f"{folder}/tokens.npz"] = MARGIN + 16 * rows * tokens
+        most[f"{folder}/segment.json"] = MARGIN + 1024 * rows
+    return most
 
 
 @dataclass

@@ -28,7 +28,7 @@ from gradindex.adapters import (
     unwrapped,
 )
 from gradindex.errors import IndexMismatchError, InputError
-from gradindex.identity import tensors_digest, weights_digest
+from gradindex.identity import digest_of_files, tensors_digest
 from gradindex.loading import DTYPES, device_called, dtype_called, readable_errors
 from gradindex.modules import Module, choose_modules
 
@@ -397,7 +397,7 @@ def files_digest(source: ModelSource) -> str | None:
         folder = source.adapter.folder
         weights = sorted(folder.glob(WEIGHTS)) or sorted(folder.glob("adapter_model.bin"))
         settings = json.dumps(source.adapter.settings, sort_keys=True)
-        return weights_digest(weights, (settings, f"base {files_digest(source.base)}"))
+        return digest_of_files(weights, (settings, f"base {files_digest(source.base)}"))
     folder = Path(source.name)
     if not folder.is_dir():
         with readable_errors(source.name):
@@ -405,7 +405,7 @@ def files_digest(source: ModelSource) -> str | None:
                 source.name, "config.json", revision=source.revision
             )
         folder = Path(str(config)).parent
-    return weights_digest(
+    return digest_of_files(
         sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     )
 

@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 import pydantic
 
+from gradindex import signed
 from gradindex.errors import DamagedIndexError
 from gradindex.files import FileFacts, atomic_write
 from gradindex.records import Record
-from gradindex.terminal import json_text
 
 FILES = ("records.lmdb", "vectors.faiss", "rows.npy", "tokens.npz", "segment.json")
 NAME = "segment.json"
@@ -55,17 +55,17 @@ def write_facts(folder: Path, facts: SegmentFacts) -> FileFacts:
     """Write segment.json. Raises ResourceError."""
     content = {**asdict(facts), "quarantined": {str(one): why for one, why in
                                                 sorted(facts.quarantined.items())}}
-    return atomic_write(folder / NAME, json_text(content, indent=1).encode())
+    return atomic_write(folder / NAME, signed.sign(content))
 
 
 def parse_facts(content: bytes, where: Path) -> SegmentFacts:
     """What segment.json says. Raises DamagedIndexError."""
     try:
-        return _ADAPTER.validate_json(content)
-    except pydantic.ValidationError as error:
+        return _ADAPTER.validate_json(signed.check(signed.parse(content)))
+    except ValueError as error:
         raise DamagedIndexError(
-            f"{where} is not a segment's ({error.errors()[0]['msg']}). Copy the index again, or "
-            "empty the folder of an unfinished build and start it again."
+            f"{where} is not a segment's ({str(error).splitlines()[0][:120]}). Copy the index "
+            "again, or empty the folder of an unfinished build and start it again."
         ) from None
 
 
@@ -142,8 +142,11 @@ def array_bytes(array: np.ndarray) -> bytes:
 
 def parse_array(content: bytes, dtype: np.dtype, where: Path) -> np.ndarray:
     """An array of one dimension and the given dtype. Raises DamagedIndexError."""
+    buffer = io.BytesIO(content)
     try:
-        array = np.load(io.BytesIO(content), allow_pickle=False)
+        array = np.load(buffer, allow_pickle=False)
+        if buffer.read(1):
+            raise ValueError("it goes on after the array")
     except Exception as error:  # hostile bytes make NumPy's header parser raise anything
         raise DamagedIndexError(f"{where} can't be read: {error}. Copy the index again.") from None
     if not isinstance(array, np.ndarray) or array.dtype != dtype or array.ndim != 1:

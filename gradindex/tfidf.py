@@ -20,7 +20,6 @@ import scipy.sparse
 from gradindex.errors import DamagedIndexError
 from gradindex.files import FileFacts, atomic_write
 
-LARGEST_VOCABULARY = 1 << 24
 Matrix: TypeAlias = scipy.sparse.csr_matrix  # of bool [sequences, vocabulary]
 
 
@@ -40,7 +39,7 @@ def write(path: Path, sequences: Sequence[np.ndarray], vocabulary: int) -> FileF
     return atomic_write(path, buffer.getvalue())
 
 
-def parse(content: bytes, rows: int, length: int, where: Path) -> Matrix:
+def parse(content: bytes, rows: int, length: int, vocabulary: int, where: Path) -> Matrix:
     """A segment's matrix [rows, vocabulary]; a row holds at most `length` tokens.
 
     Raises DamagedIndexError, also where it would unpack to more than such a matrix takes.
@@ -51,17 +50,17 @@ def parse(content: bytes, rows: int, length: int, where: Path) -> Matrix:
             if sum(member.file_size for member in archive.infolist()) > most:
                 raise ValueError(f"it unpacks to more than {most:,} bytes")
         matrix = scipy.sparse.load_npz(io.BytesIO(content))
-        if not isinstance(matrix, scipy.sparse.csr_matrix) or matrix.dtype != bool or \
-                matrix.shape[1] > LARGEST_VOCABULARY:
+        if not isinstance(matrix, scipy.sparse.csr_matrix) or matrix.dtype != bool:
             raise ValueError("it holds another kind of matrix")
         matrix.check_format(full_check=True)
     except Exception as error:  # hostile bytes make zipfile, NumPy and SciPy raise anything
         raise DamagedIndexError(
             f"{where} can't be read: {str(error)[:120]}. Copy the index again."
         ) from error
-    if matrix.shape[0] != rows:
+    if matrix.shape != (rows, vocabulary):
         raise DamagedIndexError(
-            f"{where} holds {matrix.shape[0]} sequences, expected {rows}. Copy the index again."
+            f"{where} holds {matrix.shape[0]} sequences of {matrix.shape[1]} possible tokens, "
+            f"expected {rows} of {vocabulary}. Copy the index again."
         )
     return matrix
 

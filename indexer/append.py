@@ -29,7 +29,7 @@ from indexer.fit import choose_sequences, uniforms
 from indexer.ingest import Run
 from indexer.maintain import commit, writing
 from indexer.quarantine import SHARE
-from indexer.state import APPEND, State, finished_append, unfinished_append
+from indexer.state import APPEND, State, finished_append
 
 if TYPE_CHECKING:
     from gradindex import Searcher
@@ -53,11 +53,11 @@ def append(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     progress: Progress | None = None,
-) -> "Searcher":
+) -> "Searcher | None":
     """Encode new documents into the index; resumable. Returns the index, open.
 
     Fields, lengths and settings are the build's; `model` says where its model is now. With
-    `discard` an unfinished append is dropped first (and without data, that is all).
+    `discard` an unfinished append is dropped first; without data that is all (returns None).
     Raises InputError for unusable data, or other data than an unfinished append's;
     IndexMismatchError for another model or tokenizer; DamagedIndexError; ResourceError.
     """
@@ -65,18 +65,14 @@ def append(
     folder = Path(index)
     check_numbers(limit=limit, max_bad=max_bad)
     only_discard = discard and data is None  # which a damaged index allows
-    with writing(folder, "gradindex append", say, damaged=only_discard) as contents:
-        if discard and unfinished_append(folder, contents.manifest.next_id):
-            (folder / APPEND).unlink()
-            ingest.remove_unsealed(folder, contents.manifest.next_segment)
-            say.say(f"{folder}: what an unfinished append did is dropped")
+    with writing(folder, "gradindex append", say, only_discard, discard) as contents:
         if data is None and not discard:
             raise InputError("no data given; expected files to append.")
         if data is not None:
             fitted = FittedModel(contents.manifest, contents.files, model, tokenizer, device,
                                  trust_remote_code, allow_pickle)
             _append(contents, fitted, data, limit, strict, max_bad, say)
-    return gradindex.open(
+    return None if only_discard else gradindex.open(
         folder, model=model, tokenizer=tokenizer, device=device,
         trust_remote_code=trust_remote_code, allow_pickle=allow_pickle,
     )

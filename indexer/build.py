@@ -21,12 +21,13 @@ import torch
 
 import gradindex
 from gradindex import curvature, manifest, vectors
+from gradindex.checked import refuse_links
 from gradindex.codes import Codes, CodeSettings, default_length, default_width
 from gradindex.curvature import Ekfac
 from gradindex.errors import InputError
-from gradindex.files import disk_errors, facts_of
+from gradindex.files import disk_errors, facts_of, make_folder, make_folders
 from gradindex.locks import only_writer
-from gradindex.manifest import Calibration, CodeFacts, FitFacts, Manifest, ModelFacts
+from gradindex.manifest import Calibration, CodeFacts, FitFacts, Manifest, ModelFacts, Plan
 from gradindex.model import (
     LanguageModel,
     ModelSource,
@@ -134,8 +135,9 @@ def build(
     if index.exists() and not index.is_dir():
         raise InputError(f"-o {index} is a file; expected a folder to make or to go on with.")
     with disk_errors(index):
-        index.mkdir(parents=True, exist_ok=True)
+        make_folders(index)
     with only_writer(index, "gradindex build"), disk_errors(index):
+        refuse_links(index)
         state = State.open(index, plan, say)
         if manifest.exists(index):
             _check_finished(index, asked)
@@ -169,7 +171,8 @@ def _build(index: Path, asked: _Asked, state: State, say: Progress) -> None:
 
     # 2) text → sequences, on disk as records
     if state.corpus is None:
-        (index / "segments").mkdir(exist_ok=True)
+        if not (index / "segments").is_dir():
+            make_folder(index / "segments")
         empty = Run(index, 0, 0, 0, plan["segment_size"])
         state.corpus = ingest.write_records(asked.corpus, empty, say)
         state.save()
@@ -237,7 +240,8 @@ def _manifest(
             tokenizer_name=asked.tokenizer_name,
         ),
         dtype=plan["dtype"], device=plan["device"], threads=state.threads,
-        task=asked.corpus.task, sequence_length=plan["sequence_length"],
+        task=asked.corpus.task, vocabulary=model.network.config.get_text_config().vocab_size,
+        sequence_length=plan["sequence_length"],
         documents=facts["documents"], sequences=run.count - quarantined, tokens=facts["tokens"],
         scored_tokens=facts["scored_tokens"], skipped=facts["skipped"],
         duplicates=ingest.count_duplicates([run.rows(one) for one in run.segments]),
@@ -251,7 +255,8 @@ def _manifest(
             length=codes.settings.length, width=codes.settings.width, seed=codes.settings.seed,
             damping=codes.settings.damping, digest=codes.digest,
         ),
-        calibration=calibration, batch_tokens=plan["batch_tokens"], plan=plan, appended=[],
+        calibration=calibration, batch_tokens=plan["batch_tokens"], plan=Plan(**plan),  # type: ignore[typeddict-item]
+        appended=[],
         next_id=run.count, next_segment=len(run.segments), segments=run.segments,
         deleted=0, deleted_file=None, quarantined=quarantined,
         files=files | ingest.file_facts(run),

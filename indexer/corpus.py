@@ -27,6 +27,7 @@ from indexer.sources import (
     Source,
     arrow_rows,
     as_object,
+    digest_of,
     discover,
     jsonl_rows,
     load_tokens,
@@ -106,8 +107,9 @@ class Corpus:
             )
 
     def data_facts(self) -> list[dict[str, Any]]:
-        """Name and size (bytes, or rows) of every source, to notice that the data changed."""
-        return [{"name": source.name, "size": size_of(source.content)} for source in self.sources]
+        """Name, size (bytes, or rows) and digest of every source, to notice that it changed."""
+        return [{"name": source.name, "size": size_of(source.content),
+                 "sha256": digest_of(source.content)} for source in self.sources]
 
     def sequences(self) -> Iterator[Record]:
         """Every sequence in order, with ids from 0."""

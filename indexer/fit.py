@@ -13,7 +13,6 @@ the resumed fit ends with the same bytes. What had to be done otherwise on the w
 because memory ran out, a sequence or a module left out) is noted in fit.json, before it is tried.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,7 +23,8 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from gradindex import curvature
+from gradindex import curvature, signed
+from gradindex.checked import CheckedFiles
 from gradindex.curvature import Curvature, Ekfac, read_tensors, write_tensors
 from gradindex.errors import DamagedIndexError, GradindexError
 from gradindex.files import FileFacts, atomic_write, make_folder, rename_folder
@@ -81,7 +81,7 @@ class FitNotes:
     def write(self, folder: Path) -> FileFacts:
         content = {**asdict(self), "quarantined": {str(one): why for one, why in
                                                    sorted(self.quarantined.items())}}
-        return atomic_write(folder / NOTES, json.dumps(content, indent=1).encode())
+        return atomic_write(folder / NOTES, signed.sign(content))
 
     @classmethod
     def read(cls, folder: Path) -> "FitNotes":
@@ -90,8 +90,9 @@ class FitNotes:
         if not path.is_file():
             return cls()
         try:
-            return pydantic.TypeAdapter(cls).validate_json(path.read_bytes())
-        except pydantic.ValidationError:
+            content = signed.check(signed.parse(path.read_bytes()))
+            return pydantic.TypeAdapter(cls).validate_json(content)
+        except ValueError:
             raise DamagedIndexError(
                 f"{path} can't be read. Remove {folder} and run the build again; it fits again."
             ) from None
@@ -151,9 +152,12 @@ def fit(
     notes = FitNotes.read(folder)
     _report(notes, progress)
     kept = [module for module in modules if module.name not in notes.left_out]
-    ekfac = curvature.load(lambda module: curvature.path_of(folder, module), kept, model.device,
-                           model.accumulate)
-    return ekfac, notes
+    checked = CheckedFiles(folder, notes.files)
+
+    def where(module: Module) -> Path:
+        return checked.path(curvature.path_of(Path(), module).name)
+
+    return curvature.load(where, kept, model.device, model.accumulate), notes
 
 
 def _report(notes: FitNotes, progress: Progress) -> None:

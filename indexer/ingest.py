@@ -5,13 +5,14 @@ from the first number and the first id that were never given.
 """
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gradindex import records, segments, vectors
+from gradindex.checked import CheckedFiles
 from gradindex.codes import Codes
 from gradindex.errors import InputError, ResourceError
 from gradindex.files import FileFacts, facts_of, make_folder
@@ -35,6 +36,7 @@ class Run:
     number: int
     count: int
     size: int
+    _checked: dict[Path, CheckedFiles] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def segments(self) -> list[Segment]:
@@ -53,7 +55,7 @@ class Run:
         found: dict[int, Record] = {}
         for segment, here in self._by_segment(ids):
             rows = [(one - self.first) % self.size for one in here]
-            path = self.folder(segment) / "records.lmdb"
+            path = self.files(segment).path("records.lmdb", records.audit)
             found.update(zip(here, records.read(path, rows), strict=True))
         return [found[one] for one in ids]
 
@@ -62,17 +64,24 @@ class Run:
         joined, norms = vectors.CodeIndex(length), []
         for segment, here in self._by_segment(ids):
             rows = [(one - self.first) % self.size for one in here]
-            folder = self.folder(segment)
-            path = folder / "vectors.faiss"
-            stored = vectors.CodeIndex.parse(path.read_bytes(), length, segment.rows, path)
+            files = self.files(segment)
+            stored = vectors.CodeIndex.parse(files.read("vectors.faiss"), length, segment.rows,
+                                             files.root / "vectors.faiss")
             joined.add(stored.codes(rows))
             norms.append(self.rows(segment)["norm"][rows])
         return joined, np.concatenate(norms)
 
     def rows(self, segment: Segment) -> np.ndarray:
         """The rows of a sealed segment, segments.ROW."""
-        path = self.folder(segment) / "rows.npy"
-        return segments.parse_rows(path.read_bytes(), segment.rows, path)
+        files = self.files(segment)
+        return segments.parse_rows(files.read("rows.npy"), segment.rows, files.root / "rows.npy")
+
+    def files(self, segment: Segment) -> CheckedFiles:
+        """A segment's files, checked against what was noted when they were written."""
+        folder = self.folder(segment)
+        if folder not in self._checked:
+            self._checked[folder] = CheckedFiles(folder, segments.read_facts(folder).files)
+        return self._checked[folder]
 
     def _by_segment(self, ids: list[int]) -> list[tuple[Segment, list[int]]]:
         by_number: dict[int, list[int]] = {}
@@ -132,8 +141,16 @@ def remove_unsealed(index: Path, number: int) -> None:
     """Remove every segment folder numbered `number` or above, sealed or not."""
     for folder in (index / "segments").iterdir():
         own = folder.name.removesuffix(PARTIAL)
-        if folder.is_dir() and own.isdecimal() and int(own) >= number:
-            shutil.rmtree(folder)
+        if own.isdecimal() and int(own) >= number:
+            remove_any(folder)
+
+
+def remove_any(path: Path) -> None:
+    """Remove a file, a link itself, or a folder with what is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def report(facts: dict[str, Any], length: int, say: Progress) -> None:
@@ -182,7 +199,8 @@ def encode_run(
             facts = segments.read_facts(run.folder(segment))
         else:
             folder = run.folder(segment)
-            batch = records.read(folder / "records.lmdb", range(segment.rows))
+            path = run.files(segment).path("records.lmdb", records.audit)
+            batch = records.read(path, range(segment.rows))
             facts = encode_segment(model, codes, batch, folder, batch_tokens, say)
         quarantined |= facts.quarantined
         halved += len(facts.splits)
@@ -203,10 +221,15 @@ def file_facts(run: Run) -> dict[str, FileFacts]:
     """The facts of all files of sealed segments, by their names in the index."""
     facts: dict[str, FileFacts] = {}
     for segment in run.segments:
-        folder = run.folder(segment)
-        own = {**segments.read_facts(folder).files, segments.NAME: facts_of(folder / segments.NAME)}
-        facts |= {f"segments/{segment.name}/{name}": one for name, one in own.items()}
+        facts |= sealed_files(run.index, segment, segments.read_facts(run.folder(segment)))
     return facts
+
+
+def sealed_files(index: Path, segment: Segment, facts: SegmentFacts) -> dict[str, FileFacts]:
+    """The facts of one sealed segment's files, by their names in the index."""
+    own = segment_folder(index, segment.name) / segments.NAME
+    return {f"segments/{segment.name}/{name}": one
+            for name, one in {**facts.files, segments.NAME: facts_of(own)}.items()}
 
 
 def count_duplicates(rows: list[np.ndarray]) -> int:

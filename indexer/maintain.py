@@ -14,33 +14,52 @@ from typing import Any
 import numpy as np
 
 from gradindex import manifest, records, segments
+from gradindex.checked import refuse_links
 from gradindex.contents import Contents
-from gradindex.errors import InputError, ResourceError
-from gradindex.files import TEMPORARY, FileFacts, disk_errors, facts_of, make_folder
+from gradindex.errors import DamagedIndexError, InputError, ResourceError
+from gradindex.files import TEMPORARY, FileFacts, disk_errors, make_folder
 from gradindex.locks import free_of_readers, only_writer
 from gradindex.manifest import Manifest, Segment, segment_files, segment_folder
 from gradindex.progress import Progress, size
 from gradindex.segments import PARTIAL, SegmentFacts
 from gradindex.vectors import CodeIndex
 from indexer.encode import seal
-from indexer.state import BUILD, unfinished_append
+from indexer.ingest import remove_any, remove_unsealed, sealed_files
+from indexer.state import APPEND, BUILD, unfinished_append
 
 
 @contextmanager
-def writing(index: Path, doing: str, say: Progress, damaged: bool = False) -> Iterator[Contents]:
+def writing(
+    index: Path, doing: str, say: Progress, damaged: bool = False, discard: bool = False
+) -> Iterator[Contents]:
     """Be the one writer of a finished index, whose files are present and of the right size.
 
-    Leftovers of killed writers are removed first. With `damaged`, files are not looked at.
-    Raises InputError, DamagedIndexError, GradindexError while another process writes.
+    Leftovers of killed writers are removed first; with `discard` what an unfinished append did,
+    too. With `damaged`, the files that the manifest lists are not looked at.
+    Raises InputError, DamagedIndexError (also for a link, which could lead a writer elsewhere),
+    GradindexError while another process writes.
     """
     manifest.load(index)  # is it an index at all?
     with only_writer(index, doing), disk_errors(index):
+        refuse_links(index)
         contents = Contents(index, manifest.load(index))
+        if discard and _to_be_discarded(index, contents.manifest):
+            (index / APPEND).unlink()
+            remove_unsealed(index, contents.manifest.next_segment)
+            say.say(f"{index}: what an unfinished append did is dropped")
         if not damaged:
             for problem in manifest.problems(contents.files, contents.manifest):
                 raise problem.error
         clean(index, contents.manifest, say)
         yield contents
+
+
+def _to_be_discarded(index: Path, facts: Manifest) -> bool:
+    """Whether there is an unfinished append, or something that can't be read as one."""
+    try:
+        return unfinished_append(index, facts.next_id) is not None
+    except DamagedIndexError:
+        return True
 
 
 # ---- delete
@@ -222,13 +241,6 @@ def _rewrite(
     return written, files
 
 
-def sealed_files(index: Path, segment: Segment, facts: SegmentFacts) -> dict[str, FileFacts]:
-    """The facts of a sealed segment's files, by their names in the index."""
-    own = segment_folder(index, segment.name) / segments.NAME
-    return {f"segments/{segment.name}/{name}": one
-            for name, one in {**facts.files, segments.NAME: facts_of(own)}.items()}
-
-
 # ---- the commit
 
 
@@ -293,14 +305,14 @@ def clean(index: Path, facts: Manifest, say: Progress) -> None:
             old.append(folder)
     for folder in never:
         if not appending:
-            shutil.rmtree(folder)
+            remove_any(folder)
     old += [file for file in index.glob("deleted/*.npy")
             if f"deleted/{file.name}" != facts.deleted_file]
     if not old:
         return
     with free_of_readers(index) as free:
         for path in old if free else ():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            remove_any(path)
     if not free:
         say.say(f"{len(old)} old segments or lists stay on the disk while the index is open "
                 "elsewhere; the next append, delete or compact removes them")

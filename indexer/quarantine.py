@@ -9,9 +9,10 @@ SHARE = 0.001
 def check_quarantine(found: dict[int, str], total: int, share: float, where: str) -> None:
     """Raise GradindexError where more of `total` sequences than a `share` are quarantined.
 
-    Ten are forgiven in any case, unless they are half of all. `found` says of ids why.
+    Ten are forgiven in any case, unless they are half of all; all of them never are. `found` says
+    of ids why.
     """
-    allowed = min(max(ALWAYS, int(share * total)), (total - 1) // 2)
+    allowed = min(max(min(ALWAYS, (total - 1) // 2), int(share * total)), total - 1)
     if len(found) > allowed:
         example = min(found)
         raise GradindexError(

@@ -5,6 +5,7 @@ reader goes on with the next.
 """
 
 import gzip
+import hashlib
 import io
 import json
 import zlib
@@ -19,6 +20,7 @@ import pyarrow.ipc
 import pyarrow.parquet
 
 from gradindex.errors import InputError
+from gradindex.identity import digest_of_files
 
 LONGEST_LINE = 64 << 20  # bytes; a longer JSONL line is taken for damage and left out
 
@@ -106,6 +108,16 @@ def size_of(content: Any) -> int | None:
         return len(content) if hasattr(content, "__len__") else None
     files = content.iterdir() if content.is_dir() else [content]
     return sum(file.stat().st_size for file in files)
+
+
+def digest_of(content: Any) -> str:
+    """SHA-256 of the bytes of a file or folder of files, or of rows as JSON."""
+    if isinstance(content, Path):
+        return digest_of_files(sorted(content.iterdir()) if content.is_dir() else [content])
+    digest = hashlib.sha256()
+    for row in content:
+        digest.update(json.dumps(row, default=repr).encode(errors="surrogatepass") + b"\n")
+    return digest.hexdigest()
 
 
 def jsonl_rows(path: Path) -> Iterator[Row | None]:

@@ -3,14 +3,17 @@
 It holds the plan (what was asked for, resolved) until the manifest takes its place.
 """
 
-import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import pydantic
 import torch
+from typing_extensions import TypedDict
 
-from gradindex import manifest
+from gradindex import manifest, signed
+from gradindex.checked import open_inside
 from gradindex.errors import DamagedIndexError, InputError
 from gradindex.files import TEMPORARY, atomic_write
 from gradindex.locks import NOTE
@@ -18,6 +21,7 @@ from gradindex.model import LanguageModel, check_identity, identify
 from gradindex.progress import Progress
 
 BUILD, APPEND = "build.json", "append.json"
+LARGEST = 1 << 26  # bytes of either
 
 
 @dataclass
@@ -39,7 +43,7 @@ class State:
         """
         path = index / BUILD
         if manifest.exists(index):
-            refuse_difference(index, manifest.load(index).plan, plan)
+            refuse_difference(index, dict(manifest.load(index).plan), plan)
             return cls(path, plan, torch.get_num_threads())
         if path.is_file():
             stored = _stored(path)
@@ -77,7 +81,7 @@ class State:
     def save(self) -> None:
         content = {"plan": self.plan, "threads": self.threads, "corpus": self.corpus,
                    "model": self.model}
-        atomic_write(self.path, json.dumps(content, indent=1).encode())
+        atomic_write(self.path, signed.sign(content))
 
     def check_model(self, model: LanguageModel) -> None:
         """Remember the weights' digest, or raise IndexMismatchError if they changed."""
@@ -94,7 +98,7 @@ def unfinished_append(index: Path, next_id: int) -> State | None:
     One that begins below `next_id` was killed right after its commit: it is finished.
     """
     path = index / APPEND
-    stored = _stored(path) if path.is_file() else None
+    stored = _stored(path) if os.path.lexists(path) else None
     return stored if stored is not None and stored.plan.get("first") == next_id else None
 
 
@@ -104,21 +108,32 @@ def finished_append(index: Path, plan: dict[str, Any]) -> bool:
     Its `first` is below that of `plan`, which is the index's next id.
     """
     path = index / APPEND
-    stored = _stored(path) if path.is_file() else None
+    stored = _stored(path) if os.path.lexists(path) else None
     return stored is not None and stored.plan.get("first") != plan["first"] and \
         not _differences({**stored.plan, "first": None}, {**plan, "first": None})
 
 
+class _Stored(TypedDict):
+    plan: dict[str, Any]
+    threads: Annotated[int, pydantic.Field(gt=0, le=1 << 16)]
+    corpus: dict[str, Any] | None
+    model: dict[str, Any] | None
+
+
+_ADAPTER: pydantic.TypeAdapter[_Stored] = pydantic.TypeAdapter(_Stored)
+
+
 def _stored(path: Path) -> State:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return State(path, content["plan"], content["threads"], content["corpus"],
-                     content["model"])
-    except (ValueError, KeyError, TypeError) as error:
+        with os.fdopen(open_inside(path.parent, path.name), "rb") as file:
+            content = _ADAPTER.validate_json(signed.check(signed.parse(file.read(LARGEST))))
+    except ValueError as error:
         raise DamagedIndexError(
-            f"{path} can't be read ({str(error)[:120]}). Remove it and what is unfinished beside "
-            "it, and begin again."
+            f"{path} can't be read ({str(error).splitlines()[0][:120]}). It says how far a command "
+            "came: drop an append with `gradindex append INDEX --discard`; begin a build again in "
+            "another folder."
         ) from None
+    return State(path, **content)
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

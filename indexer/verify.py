@@ -15,7 +15,7 @@ import torch
 from gradindex import locks, manifest, records, segments
 from gradindex.contents import Contents
 from gradindex.curvature import load as load_curvature
-from gradindex.errors import DamagedIndexError, GradindexError
+from gradindex.errors import DamagedIndexError
 from gradindex.files import FileFacts, make_folder
 from gradindex.fitted import FittedModel
 from gradindex.gradients import Splits, in_batches
@@ -28,7 +28,8 @@ from gradindex.vectors import CodeIndex
 from indexer.calibrate import exact_influence
 from indexer.encode import encode_batch, encode_segment
 from indexer.fit import choose_sequences
-from indexer.maintain import commit, refuse_unfinished, sealed_files, writing
+from indexer.ingest import sealed_files
+from indexer.maintain import commit, refuse_unfinished, writing
 
 SAMPLE = 64  # sequences encoded again
 SAME_BITS = 0.99  # share of a code's bits that must come out again on another machine
@@ -88,7 +89,7 @@ def verify(
     try:
         facts = manifest.load(root)
     except DamagedIndexError as error:
-        found.findings.append(Finding("manifest.json", str(error), _WHOLE))
+        found.findings.append(Finding("manifest.json", error.wrong, _WHOLE))
         return found
     place = (model, tokenizer, device, trust_remote_code, allow_pickle)
     bad = _check_files(root, facts, found, say)
@@ -96,7 +97,7 @@ def verify(
         _check_rows(root, facts, bad, found, say)
     if rebuild and bad and not _core_damaged(bad):
         del reader
-        found.rebuilt = _rebuild(root, bad, place, say)
+        found.rebuilt = _rebuild(root, place, say)
         if found.rebuilt:
             again = verify(root, model, tokenizer, device=device, no_model=no_model,
                            trust_remote_code=trust_remote_code, allow_pickle=allow_pickle,
@@ -104,7 +105,7 @@ def verify(
             again.rebuilt = found.rebuilt
             return again
     for name, wrong in sorted(bad.items()):
-        found.findings.append(_finding(root, facts, name, wrong))
+        found.findings.append(_finding(Contents(root, facts), name, wrong))
     if not no_model and not _core_damaged(bad):
         _check_model(root, facts, bad, place, found, say)
     return found
@@ -202,27 +203,30 @@ def _check_segment(contents: Contents, segment: Segment, last: int) -> int:
 
 def _reason(error: DamagedIndexError) -> str:
     """What is wrong, without the advice that a search gives."""
-    return str(error).split(". ")[0].split(" `gradindex verify")[0]
+    return error.wrong
 
 
-def _records_sound(root: Path, facts: Manifest, name: str, wrong: list[tuple[str, str]]) -> bool:
+def _records_sound(contents: Contents, name: str) -> bool:
     """Whether a damaged segment can be encoded again from its records."""
-    if any(file == "records.lmdb" for file, _ in wrong):
-        return False
-    rows = next(one.rows for one in facts.segments if one.name == name)
-    path = segment_folder(root, name) / "records.lmdb"
+    return bool(_sound_records(contents, name))
+
+
+def _sound_records(contents: Contents, name: str) -> list[Record]:
+    """A segment's records by themselves, [] where they are damaged or the segment is gone."""
+    rows = next((one.rows for one in contents.manifest.segments if one.name == name), 0)
     try:
-        records.audit(path)
-        return len(records.read(path, range(rows))) == rows
-    except (DamagedIndexError, OSError):
-        return False
+        path = contents.files.path(f"segments/{name}/records.lmdb", records.audit)
+        return records.read(path, range(rows))
+    except DamagedIndexError:
+        return []
 
 
-def _finding(root: Path, facts: Manifest, name: str, wrong: list[tuple[str, str]]) -> Finding:
+def _finding(contents: Contents, name: str, wrong: list[tuple[str, str]]) -> Finding:
+    root = contents.root
     reasons = "; ".join(reason for _, reason in wrong)
     if not name.isdecimal():
         return Finding(name, reasons, _WHOLE)
-    if _records_sound(root, facts, name, wrong):
+    if _records_sound(contents, name):
         do = f"Its records are sound: `gradindex verify {root} --rebuild` encodes it again."
     else:
         do = (f"Its records are lost: take segments/{name} from a copy of the index, or give it "
@@ -324,16 +328,24 @@ def _compare_anchors(
 # ---- mending
 
 
-def _rebuild(root: Path, bad: _Bad, place: tuple[Any, ...], say: Progress) -> list[str]:
-    """Encode damaged segments again from their records, in one commit; the names of those."""
+def _rebuild(root: Path, place: tuple[Any, ...], say: Progress) -> list[str]:
+    """Encode damaged segments again from their records, in one commit; the names of those.
+
+    What is damaged is found again, now that nobody else writes.
+    """
     with writing(root, "gradindex verify --rebuild", say, damaged=True) as contents:
         facts = contents.manifest
         refuse_unfinished(root, facts)  # whose segments have the numbers that are next
-        can = [name for name in sorted(bad) if _records_sound(root, facts, name, bad[name])]
+        unseen = Verified()
+        bad = _check_files(root, facts, unseen, Progress())
+        if _core_damaged(bad):
+            return []
+        _check_rows(root, facts, bad, unseen, Progress())
+        can = [name for name in sorted(bad) if _records_sound(contents, name)]
         if not can:
             return []
-        for name in sorted(set(bad) - set(can)):
-            raise GradindexError(_cannot(name, root))
+        for name in sorted(set(bad) - set(can)):  # which stay as they are, if they can be counted
+            _check_countable(contents, name)
         fitted = FittedModel(facts, contents.files, *place)
         torch.set_num_threads(facts.threads)
         chosen: list[Segment] = []
@@ -342,33 +354,37 @@ def _rebuild(root: Path, bad: _Bad, place: tuple[Any, ...], say: Progress) -> li
         say.start("rebuild", sum(one.rows for one in facts.segments if one.name in can),
                   "sequences")
         for segment in facts.segments:
-            if segment.name not in can:
-                chosen.append(segment)
-                continue
-            new = Segment(f"{number:06d}", segment.rows)
-            own = _encode_again(root, fitted, segment, new, say)
-            files |= sealed_files(root, new, own)
-            chosen.append(new)
-            number += 1
+            if segment.name in can:
+                new = Segment(f"{number:06d}", segment.rows)
+                own = _encode_again(contents, fitted, segment, new, say)
+                files |= sealed_files(root, new, own)
+                segment, number = new, number + 1
+            chosen.append(segment)
         say.finish()
-        deleted = set(contents.deleted.tolist())
-        commit(contents, chosen, deleted, files, next_segment=number)
+        commit(contents, chosen, set(contents.deleted.tolist()), files, next_segment=number)
     return can
 
 
-def _cannot(name: str, root: Path) -> str:
-    return (f"segment {name} can't be encoded again: its records are damaged too. Take it from a "
-            f"copy, or give it up first: `gradindex delete {root} --segment {name}`.")
+def _check_countable(contents: Contents, name: str) -> None:
+    """Raise DamagedIndexError where not even a segment's rows can be read."""
+    kept = [segment for segment in contents.manifest.segments if segment.name == name]
+    try:
+        _ = Contents(contents.root, contents.manifest, kept).rows
+    except DamagedIndexError as error:
+        raise DamagedIndexError(
+            f"{error.wrong}, and its records are lost too, so nothing can be rebuilt beside it. "
+            f"Take segments/{name} from a copy of the index, or give it up first: `gradindex "
+            f"delete {contents.root} --segment {name}`."
+        ) from None
 
 
 def _encode_again(
-    root: Path, fitted: FittedModel, segment: Segment, new: Segment, say: Progress
+    contents: Contents, fitted: FittedModel, segment: Segment, new: Segment, say: Progress
 ) -> SegmentFacts:
-    held = records.read(segment_folder(root, segment.name) / "records.lmdb", range(segment.rows))
-    folder = segment_folder(root, new.name + PARTIAL)
+    held = _sound_records(contents, segment.name)
+    folder = segment_folder(contents.root, new.name + PARTIAL)
     make_folder(folder)
     written = records.write(folder / "records.lmdb", held)
     segments.write_facts(folder, SegmentFacts(len(held), files={"records.lmdb": written}))
     return encode_segment(fitted.model, fitted.codes, held, folder, fitted.manifest.batch_tokens,
                           say)
-

@@ -107,7 +107,7 @@ def settle(controls: Controls, index: Manifest) -> Settings:
         normalize=controls.normalize,
         candidates=controls.candidates, rescore=controls.rescore,
         time_limit=controls.time_limit or math.inf, rank=controls.rank,
-        train_sequences=controls.train_sequences or index.train_sequences or index.sequences,
+        train_sequences=controls.train_sequences or index.train_sequences or index.next_id,
         train_sequences_given=bool(controls.train_sequences or index.train_sequences),
     )
 

@@ -4,7 +4,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from gradindex import manifest
+from gradindex import locks, manifest
 from gradindex.contents import Contents
 from gradindex.progress import size
 from gradindex.terminal import visible
@@ -20,10 +20,13 @@ def describe(index: Path) -> dict[str, Any]:
 
     Raises InputError where there is no index, DamagedIndexError for missing or changed files.
     """
+    reader = locks.Reader(index)  # or a compaction could take the files away meanwhile
     facts = manifest.load(index)
     contents = Contents(index, facts)
     for problem in manifest.problems(contents.files, facts):
         raise problem.error
+    quarantined = _quarantined(contents)
+    del reader
     sizes = Counter(dict.fromkeys((*KINDS.values(), "curvature"), 0))
     for name, about in facts.files.items():
         kind = KINDS.get(Path(name).name, "curvature")
@@ -36,8 +39,8 @@ def describe(index: Path) -> dict[str, Any]:
         "sequence_length": facts.sequence_length, "tokens": facts.tokens,
         "scored_tokens": facts.scored_tokens, "skipped": facts.skipped,
         "duplicates": facts.duplicates, "deleted": facts.deleted,
-        "quarantined": _quarantined(contents), "appended": facts.appended,
-        "train_sequences": facts.train_sequences,
+        "quarantined": quarantined, "appended": facts.appended,
+        "train_sequences": facts.train_sequences, "next_id": facts.next_id,
         "modules": [module.name for module in facts.modules],
         "layers": facts.layers, "parameter_share": facts.parameter_share, "fit": facts.fit,
         "effective_dimension": sum(facts.effective_dimension.values()),
@@ -65,7 +68,7 @@ def summary(facts: dict[str, Any]) -> str:
     sources = ", ".join(source["name"] for source in facts["data"][:3])
     more = f" and {len(facts['data']) - 3} more" if len(facts["data"]) > 3 else ""
     n_train = f"{facts['train_sequences']:,}" if facts["train_sequences"] else \
-        f"{facts['sequences']:,} (taken as the number indexed)"
+        f"{facts['next_id']:,} (taken as the number ever indexed)"
     rows = [
         ("index", f"{facts['index']}, format {facts['format']}, commit {facts['generation']}"),
         ("model", f"{model['name']}{revision}, weights {str(model['tensors'])[:12]}, "

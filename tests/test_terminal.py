@@ -304,7 +304,7 @@ def hostile_facts():
         "index": ALL, "format": ALL, "generation": 1, "digest": ALL,
         "model": {"name": ALL, "revision": ALL, "tensors": BAD},
         "dtype": ALL, "task": ALL, "documents": 4, "sequences": 5, "sequence_length": ALL,
-        "tokens": 6, "scored_tokens": 6, "skipped": {ALL: 3}, "train_sequences": None,
+        "tokens": 6, "scored_tokens": 6, "skipped": {ALL: 3}, "train_sequences": None, "next_id": 7,
         "duplicates": 1, "deleted": 2, "quarantined": {"7": ALL},
         "appended": [{"data": [{"name": ALL}], "sequences": 2, "drift": 1.0, "drift_error": 0.1}],
         "modules": [ALL], "layers": [0], "parameter_share": 0.5,

@@ -22,8 +22,8 @@ def plain_score(query, documents, place):
     return total
 
 
-def read(path, rows):
-    return tfidf.parse(path.read_bytes(), rows, 12, path)
+def read(path, rows, vocabulary=10):
+    return tfidf.parse(path.read_bytes(), rows, 12, vocabulary, path)
 
 
 def test_scores_are_the_papers(tmp_path):
@@ -32,7 +32,7 @@ def test_scores_are_the_papers(tmp_path):
                  for _ in range(25)]
     for name, part in (("a", documents[:11]), ("b", documents[11:])):
         tfidf.write(tmp_path / f"{name}.npz", part, 30)
-    parts = [read(tmp_path / "a.npz", 11), read(tmp_path / "b.npz", 14)]
+    parts = [read(tmp_path / "a.npz", 11, 30), read(tmp_path / "b.npz", 14, 30)]
     matrix = tfidf.TokenMatrix(parts, np.ones(25, bool))
     query = [3, 3, 7, 29, 0]
     held = [set(document.tolist()) for document in documents]
@@ -51,10 +51,12 @@ def test_files_are_the_same_every_time_and_checked(tmp_path):
         tfidf.write(tmp_path / f"{name}.npz", documents, 5)
     content = (tmp_path / "a.npz").read_bytes()
     assert content == (tmp_path / "b.npz").read_bytes()
-    assert read(tmp_path / "a.npz", 2).toarray().tolist() == [
+    assert read(tmp_path / "a.npz", 2, 5).toarray().tolist() == [
         [False, True, False, False, True], [False, False, True, False, False]]
-    with pytest.raises(DamagedIndexError, match="holds 2 sequences, expected 3"):
-        read(tmp_path / "a.npz", 3)
+    with pytest.raises(DamagedIndexError, match=r"holds 2 sequences of 5 .* expected 3 of 5"):
+        read(tmp_path / "a.npz", 3, 5)
+    with pytest.raises(DamagedIndexError, match="expected 2 of 6"):
+        read(tmp_path / "a.npz", 2, 6)
     (tmp_path / "a.npz").write_bytes(content[:-30])
     with pytest.raises(DamagedIndexError, match="can't be read"):
         read(tmp_path / "a.npz", 2)

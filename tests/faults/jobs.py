@@ -21,7 +21,7 @@ import safetensors.torch
 import scipy.sparse
 
 import gradindex
-from gradindex import manifest, records, segments, tfidf, vectors
+from gradindex import manifest, records, segments, signed, tfidf, vectors
 from gradindex.errors import GradindexError
 from gradindex.model import ModelSource
 from indexer.corpus import Corpus, CorpusSettings
@@ -55,6 +55,21 @@ def delete(index: str, ids: list[int]) -> dict[str, Any]:
 def compact(index: str) -> dict[str, Any]:
     gradindex.compact(index)
     return {"files": files_of(index)}
+
+
+def verify(index: str, **options: Any) -> dict[str, Any]:
+    return gradindex.verify(index, **MODEL, **options).to_dict()
+
+
+def info(index: str) -> dict[str, Any]:
+    from search.describe import describe, summary
+
+    return {"said": summary(describe(Path(index)))}
+
+
+def discard(index: str) -> dict[str, Any]:
+    gradindex.append(index, discard=True)
+    return {}
 
 
 def probe(index: str, **options: Any) -> dict[str, Any]:
@@ -136,11 +151,10 @@ def mutated(content: bytes, dice: random.Random) -> bytes:
 
 def fuzz_manifest(content: bytes, folder: Path, dice: random.Random) -> None:
     try:  # rightly signed, or every mutation would end at the digest
-        parsed = json.loads(content)
-        parsed.pop("sha256", None)
-        parsed["sha256"] = hashlib.sha256(manifest._canonical(parsed)).hexdigest()
-        content = manifest._canonical(parsed)
-    except (ValueError, AttributeError, RecursionError):
+        parsed = signed.parse(content)
+        parsed.pop(signed.KEY, None)
+        content = signed.sign(parsed)
+    except ValueError:
         pass
     (folder / manifest.NAME).write_bytes(content)
     manifest.load(folder)
@@ -163,6 +177,12 @@ def fuzz_jsonl(content: bytes, folder: Path, dice: random.Random) -> None:
 
 
 def fuzz_segment(content: bytes, folder: Path, dice: random.Random) -> None:
+    try:
+        parsed = signed.parse(content)
+        parsed.pop(signed.KEY, None)
+        content = signed.sign(parsed)
+    except ValueError:
+        pass
     segments.parse_facts(content, Path("segment.json"))
 
 
@@ -171,7 +191,8 @@ def fuzz_rows(content: bytes, folder: Path, dice: random.Random) -> None:
 
 
 def fuzz_tokens(content: bytes, folder: Path, dice: random.Random) -> None:
-    matrix = tfidf.parse(content, 18, 24, Path("tokens.npz"))
+    vocabulary = MODEL["model"].config.vocab_size
+    matrix = tfidf.parse(content, 18, 24, vocabulary, Path("tokens.npz"))
     tfidf.TokenMatrix([matrix], np.ones(18, bool)).scores([1, 2])
 
 

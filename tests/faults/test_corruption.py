@@ -4,7 +4,6 @@ The same damage is also given to the libraries alone (LMDB, FAISS, safetensors, 
 to show what the digests are for.
 """
 
-import hashlib
 import json
 import os
 import random
@@ -14,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from faults.harness import fresh
+from faults.harness import fresh, inject, needs_strace
+from faults.test_kills import build_arguments
 
-from gradindex import manifest
+from gradindex import manifest, signed
 from gradindex.files import facts_of
 
 HOSTILE = (0, 1, -1, 255, 2**31 - 1, 2**31, 2**40, 2**62, 2**63 - 1, -(2**63))
@@ -195,11 +195,15 @@ def test_hostile_manifests(faults, index_of_faults, tmp_path):
         for step in path[:-1]:
             inner = inner[step]
         inner[path[-1]] = dice.choice(hostile_values(inner[path[-1]]))
-        spoiled["sha256"] = hashlib.sha256(manifest._canonical(spoiled)).hexdigest()
-        (index / manifest.NAME).write_bytes(manifest._canonical(spoiled))
-        ended = faults.zygote.run("probe", {"index": index}, memory=MEMORY, timeout=30.0)
-        outcome = judge(ended, "")
-        assert outcome != "crashed", f"{path}: {inner[path[-1]]!r}: {ended}"
+        (index / manifest.NAME).write_bytes(signed.sign(spoiled))
+        job = dice.choice(["probe", "probe", "info", "verify", "compact", "delete", "append"])
+        arguments = {"append": {"data": faults.data, "model": faults.model}, "delete": {"ids": [3]},
+                     "verify": {"rebuild": True}}.get(job, {})
+        ended = faults.zygote.run(job, {"index": index, **arguments}, memory=MEMORY, timeout=30.0)
+        if job not in ("probe", "info"):
+            index = fresh(index_of_faults, tmp_path / "hostile")
+        outcome = "answered" if ended.done else judge(ended, "")
+        assert outcome != "crashed", f"{job}: {path}: {inner[path[-1]]!r}: {ended}"
         faults.count("hostile values in a rightly signed manifest", injected=1,
                      **{"refused" if outcome == "detected" else "answered from": 1})
     for raw in (b"", b"[]", b"{", b"[" * 100_000, b'{"a":' * 50_000, b"\xff\xfe", b'{"format": 1}',
@@ -240,3 +244,66 @@ def test_an_index_is_not_what_its_segments_alone_are(index_of_faults, tmp_path):
     with pytest.raises(DamagedIndexError, match=r"was changed after it was written|expected"):
         gradindex.open(index)
     assert np.load(segments / "000000" / "rows.npy")["id"][0] == 18
+
+
+COMMANDS = ("probe", "info", "verify", "compact", "delete", "append", "discard")
+
+
+@pytest.mark.parametrize("place", [
+    "segments", "deleted", "curvature", "writer.json", "manifest.json.tmp", "segments/000999",
+    "segments/000003.partial", "append.json", "build.json", "curvature.partial",
+])
+def test_no_command_touches_what_a_link_leads_to(faults, index_of_faults, tmp_path, place):
+    """A stranger's index may hold links to anything of ours."""
+    home = tmp_path / "home"
+    for name in ("000001/a", "2024/b", "000009.npy", "x.tmp"):
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_text("mine")
+    (tmp_path / "letter").write_text("mine")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for job in COMMANDS:
+        index = fresh(index_of_faults, tmp_path / "index")
+        assert faults.zygote.run("delete", {"index": index, "ids": [3, 4]}).done
+        if (index / place).is_dir():
+            shutil.rmtree(index / place)
+        file = Path(place).suffix in (".json", ".tmp")
+        (index / place).symlink_to(tmp_path / "letter" if file else home)
+        arguments = {"append": {"data": faults.data, "model": faults.model}, "delete": {"ids": [5]},
+                     "verify": {"rebuild": True}}.get(job, {})
+        ended = faults.zygote.run(job, {"index": index, **arguments}, timeout=30.0)
+        assert ended.done or judge(ended, "") == "detected", f"{job}: {ended}"
+        for path, content in before.items():
+            assert path.read_bytes() == content, f"{job} through {place} changed {path}"
+        shutil.rmtree(index)
+        assert set(before) == {path for path in tmp_path.rglob("*") if path.is_file()}
+        faults.count("commands on an index with links to its user's files", tried=1, untouched=1)
+
+
+@needs_strace
+def test_a_killed_build_that_is_damaged_before_it_goes_on(faults, tmp_path):
+    """An error that says so, or the whole index as it should be; never another one."""
+    whole = faults.zygote.run("build", build_arguments(faults, tmp_path / "whole")).report["files"]
+    dice = random.Random(5)
+    points = faults.points("build", build_arguments(faults, tmp_path / "counted"),
+                           tmp_path / "counted", tmp_path / "log")
+    late = points[len(points) // 5 :]
+    for number in range(faults.size(6, 120)):
+        call, which = late[(number * 37) % len(late)]
+        out = tmp_path / "killed"
+        shutil.rmtree(out, ignore_errors=True)
+        faults.zygote.run("build", build_arguments(faults, out),
+                          strace=inject(call, which, "signal=KILL"))
+        kept = [name for name in files_in(out) if name != "writer.json"]
+        name = dice.choice(kept)
+        kind = dice.choice(KINDS[:-1])
+        path = out / name
+        content = path.read_bytes() or b"x"
+        path.write_bytes(damage(kind, content, content, dice))
+        ended = faults.zygote.run("build", build_arguments(faults, out), memory=MEMORY)
+        outcome = judge(ended, "") if not ended.done else \
+            "repeated" if ended.report["files"] == whole else "silent"
+        if outcome == "silent" and manifest.exists(out):  # committed before it was damaged
+            outcome = judge(faults.zygote.run("probe", {"index": out}), "")
+        assert outcome in ("detected", "repeated"), f"{kind} in {name}, {call} {which}: {ended}"
+        faults.count("killed builds that were damaged before they went on", injected=1,
+                     **{outcome: 1})

@@ -89,8 +89,7 @@ def machine_for(oracle, faults):
 
         def teardown(self):
             shutil.rmtree(self.home)
-            faults.count("random lives of an index against a plain model", lives=1,
-                         wrong_answers=0)
+            faults.count("random lives of an index against a plain model", lives=1)
 
         def add(self, texts):
             for text in texts:
@@ -170,7 +169,7 @@ def machine_for(oracle, faults):
                 check(gradindex.open(self.index, **model), self.texts)
             if self.held is not None:
                 check(*self.held)
-            faults.count("random lives of an index against a plain model", steps=1)
+            faults.count("random lives of an index against a plain model", steps_all_as_told=1)
 
     def check(searcher, texts):
         assert len(searcher) == len(texts)
