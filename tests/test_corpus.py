@@ -2,6 +2,7 @@
 
 import datetime
 import gzip
+import hashlib
 import json
 
 import datasets
@@ -107,14 +108,28 @@ def test_every_form_gives_the_same_sequences(form, tmp_path):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_knows_its_size(form, tmp_path):
+def test_every_form_knows_its_size_and_content(form, tmp_path):
     data = form(tmp_path)
     [fact] = make_corpus(data).data_facts()
     if form in (as_list, as_dataset):
-        assert fact == {"name": "the data given", "size": 2}
+        rows = "".join(json.dumps(row) + "\n" for row in data)
+        assert fact == {"name": "the data given", "size": 2, "sha256": sha256(rows.encode())}
+        changed = [dict(row) for row in data]
+        changed[1]["text"] = changed[1]["text"][::-1]
+        [other] = make_corpus(changed).data_facts()
     else:
-        files = (tmp_path / "saved").iterdir() if form is as_saved_dataset else [data]
-        assert fact == {"name": str(data), "size": sum(file.stat().st_size for file in files)}
+        files = sorted((tmp_path / "saved").iterdir()) if form is as_saved_dataset else [data]
+        lines = "".join(f"{file.name} {sha256(file.read_bytes())}\n" for file in files)
+        assert fact == {"name": str(data), "size": sum(file.stat().st_size for file in files),
+                        "sha256": sha256(lines.encode())}
+        corpus = make_corpus(data)
+        files[0].write_bytes(files[0].read_bytes()[:-1] + b"~")  # of the same size
+        [other] = corpus.data_facts()
+    assert other["size"] == fact["size"] and other["sha256"] != fact["sha256"]
+
+
+def sha256(content):
+    return hashlib.sha256(content).hexdigest()
 
 
 def test_a_text_file_is_one_document(tmp_path):

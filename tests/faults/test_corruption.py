@@ -78,7 +78,7 @@ def test_damage_is_detected_or_harmless(faults, index_of_faults, tmp_path):
     assert faults.zygote.run("probe", {"index": index_of_faults}).report["answer"] == truth
     index, dice = fresh(index_of_faults, tmp_path / "damaged"), random.Random(2)
     names = files_in(index)
-    each = faults.size(3, 110)
+    each = faults.size(3, 105)
     for name in names:
         path, suffix = index / name, Path(name).suffix
         whole, other = path.read_bytes(), twin_of(index, name)

@@ -103,7 +103,7 @@ def test_the_command_itself_killed_at_random_moments(faults, tmp_path):
     subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
     seconds = time.monotonic() - begun
     dice = random.Random(1)
-    for number in range(faults.size(1, 24)):
+    for number in range(faults.size(1, 20)):
         out = tmp_path / f"killed-{number}"
         child = subprocess.Popen(command(out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while not (out / "segments").is_dir() and child.poll() is None:

@@ -191,5 +191,5 @@ def machine_for(oracle, faults):
 
 def test_a_life(faults, oracle):
     run_state_machine_as_test(machine_for(oracle, faults), settings=settings(
-        max_examples=faults.size(6, 80), stateful_step_count=faults.size(8, 14), deadline=None,
+        max_examples=faults.size(6, 50), stateful_step_count=faults.size(8, 14), deadline=None,
         derandomize=not faults.long, database=None, suppress_health_check=list(HealthCheck)))
