@@ -12,7 +12,8 @@ from gradindex.terminal import json_text, visible_lines
 
 _MAX_BAD = click.option(
     "--max-bad", type=float, default=0.001, show_default=True, metavar="SHARE",
-    help="Sequences that may be left out since their gradient is not finite (ten always may).")
+    help="Sequences that may be left out since their gradient is not finite (ten may, unless they "
+         "are half of all).")
 
 
 @click.command()

@@ -23,7 +23,7 @@ _INDEX = [
     click.argument("index", type=click.Path(path_type=Path)),
     *MODEL,
     click.option("--batch-tokens", type=int, help="Padded tokens a batch [the build's]."),
-    click.option("--train-sequences", type=int, help="N_train [the build's, or the indexed]."),
+    click.option("--train-sequences", type=int, help="N_train [the build's, or all ever indexed]."),
     click.option("--allow-damaged", is_flag=True,
                  help="Digest every file and leave damaged segments out; the coverage is said."),
 ]
