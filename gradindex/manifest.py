@@ -338,5 +338,10 @@ def problems(files: CheckedFiles, manifest: Manifest, digest: bool = False) -> I
         try:
             files.check(name, digest)
         except DamagedIndexError as error:
-            parts = name.split("/")
-            yield Problem(name, parts[1] if parts[0] == "segments" else None, error)
+            yield Problem(name, segment_of(name), error)
+
+
+def segment_of(file: str) -> str | None:
+    """The segment that a file belongs to, by its name in the index; None for the others."""
+    parts = file.split("/")
+    return parts[1] if parts[0] == "segments" else None

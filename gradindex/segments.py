@@ -103,6 +103,11 @@ def first_equal(digests: np.ndarray) -> np.ndarray:
     return first
 
 
+def count_equal(digests: np.ndarray) -> int:
+    """How many rows equal an earlier one, for digests uint64 [n, 2]."""
+    return int((first_equal(digests) != np.arange(len(digests))).sum())
+
+
 def write_rows(path: Path, rows: np.ndarray) -> FileFacts:
     """Write ROW [n]. Raises ResourceError."""
     return atomic_write(path, array_bytes(rows))

@@ -17,10 +17,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 import gradindex
-from gradindex import curvature, manifest, vectors
+from gradindex import curvature, manifest, segments, vectors
 from gradindex.checked import refuse_links
 from gradindex.codes import Codes, CodeSettings, default_length, default_width
 from gradindex.curvature import Ekfac
@@ -231,6 +232,7 @@ def _manifest(
     assert facts is not None and state.model is not None
     files = {f"curvature/{name}": one for name, one in notes.files.items()}
     files[manifest.FIT] = facts_of(run.index / manifest.FIT)
+    rows = np.concatenate([run.rows(one) for one in run.segments])
     return Manifest(
         format=manifest.FORMAT, generation=1, versions=_versions(),
         model=ModelFacts(
@@ -244,7 +246,7 @@ def _manifest(
         sequence_length=plan["sequence_length"],
         documents=facts["documents"], sequences=run.count - quarantined, tokens=facts["tokens"],
         scored_tokens=facts["scored_tokens"], skipped=facts["skipped"],
-        duplicates=ingest.count_duplicates([run.rows(one) for one in run.segments]),
+        duplicates=segments.count_equal(rows["digest"][~np.isnan(rows["norm"])]),
         train_sequences=asked.train_sequences, modules=tracked,
         parameter_share=parameter_share(model.network, tracked),
         effective_dimension={name: round(one.effective_dimension(plan["damping"]), 1)

@@ -230,11 +230,3 @@ def sealed_files(index: Path, segment: Segment, facts: SegmentFacts) -> dict[str
     own = segment_folder(index, segment.name) / segments.NAME
     return {f"segments/{segment.name}/{name}": one
             for name, one in {**facts.files, segments.NAME: facts_of(own)}.items()}
-
-
-def count_duplicates(rows: list[np.ndarray]) -> int:
-    """How many of all rows that have a code equal an earlier one."""
-    digests = np.concatenate([one["digest"][~np.isnan(one["norm"])] for one in rows])
-    return int((segments.first_equal(digests) != np.arange(len(digests))).sum())
-
-

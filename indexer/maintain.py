@@ -273,7 +273,7 @@ def commit(
         facts, generation=facts.generation + 1, segments=chosen, files=files,
         sequences=len(live), deleted=len(here), deleted_file=name,
         quarantined=int((alive & broken).sum()),
-        duplicates=int((segments.first_equal(live) != np.arange(len(live))).sum()), **changes,
+        duplicates=segments.count_equal(live), **changes,
     ))
 
 

@@ -132,9 +132,8 @@ def _check_files(root: Path, facts: Manifest, found: Verified, say: Progress) ->
         try:
             contents.files.check(name, digest=True)
         except DamagedIndexError as error:
-            parts = name.split("/")
-            key = parts[1] if parts[0] == "segments" else name
-            bad.setdefault(key, []).append((parts[-1], _reason(error)))
+            key = manifest.segment_of(name) or name
+            bad.setdefault(key, []).append((name.rpartition("/")[2], error.wrong))
         found.files += 1
         found.bytes += facts.files[name].size
         say.update(1)
@@ -146,7 +145,7 @@ def _check_files(root: Path, facts: Manifest, found: Verified, say: Progress) ->
                 load_curvature(lambda one: root / curvature_file(one), [module],
                                torch.device("cpu"), torch.float32)
             except DamagedIndexError as error:
-                bad.setdefault(name, []).append((name, _reason(error)))
+                bad.setdefault(name, []).append((name, error.wrong))
     return bad
 
 
@@ -155,7 +154,7 @@ def _check_rows(root: Path, facts: Manifest, bad: _Bad, found: Verified, say: Pr
     try:
         _ = Contents(root, facts).deleted
     except DamagedIndexError as error:
-        bad.setdefault(str(facts.deleted_file), []).append(("", _reason(error)))
+        bad.setdefault(str(facts.deleted_file), []).append(("", error.wrong))
     say.start("records", facts.rows, "sequences")
     last = -1
     for segment in facts.segments:
@@ -165,14 +164,14 @@ def _check_rows(root: Path, facts: Manifest, bad: _Bad, found: Verified, say: Pr
                 found.records += segment.rows
             except DamagedIndexError as error:
                 file = next((one for one in segments.FILES if f"/{one}" in str(error)), "")
-                bad.setdefault(segment.name, []).append((file, _reason(error)))
+                bad.setdefault(segment.name, []).append((file, error.wrong))
         say.update(segment.rows)
     say.finish()
     if not bad:
         try:
             _ = Contents(root, facts).places
         except DamagedIndexError as error:
-            bad["manifest.json"] = [("manifest.json", _reason(error))]
+            bad["manifest.json"] = [("manifest.json", error.wrong)]
 
 
 def _check_segment(contents: Contents, segment: Segment, last: int) -> int:
@@ -199,11 +198,6 @@ def _check_segment(contents: Contents, segment: Segment, last: int) -> int:
         if not np.array_equal(np.sort(own), np.unique(record.ids)):
             raise wrong("tokens.npz", f"has other tokens than record {row}")
     return int(rows["id"][-1])
-
-
-def _reason(error: DamagedIndexError) -> str:
-    """What is wrong, without the advice that a search gives."""
-    return error.wrong
 
 
 def _records_sound(contents: Contents, name: str) -> bool:

@@ -94,7 +94,7 @@ class Journey:
         return bool(self._wanted(number))
 
     def _wanted(self, number: int) -> list[int]:
-        """A query's ids that are not yet exact, best first."""
+        """A query's places that are not yet exact, best first."""
         ids = self.shortlists[number].ids(self._lengths[number])
         return [one for one in ids if one not in self.exact]
 
@@ -129,7 +129,7 @@ class Journey:
     # ---- what follows
 
     def _statement(self, number: int) -> tuple[list[list[int]], float]:
-        """Ids of the rescored that count, best first and equal ones together, and their recall."""
+        """Places of the rescored that count, best first, equal ones together, and their recall."""
         counted = self.shortlists[number].advance(self.exact, self._lengths[number])
         ranked = sorted(counted, key=lambda one: (-self._value(number, one), one))
         alike: dict[int, list[int]] = {}
