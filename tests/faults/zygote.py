@@ -102,7 +102,11 @@ def _child(told: dict[str, Any], jobs: Any, writer: int) -> None:
         kinds = [kind.__name__ for kind in type(error).__mro__]
         report = {"error": kinds, "message": str(error),
                   "trace": traceback.format_exc().splitlines()[-12:]}
-    os.write(writer, json.dumps(report).encode())
+    content = json.dumps(report).encode()
+    try:
+        os.write(writer, content)
+    except OSError:  # the fault that was injected, had it not struck before; it strikes once
+        os.write(writer, content)
     os._exit(0)
 
 
