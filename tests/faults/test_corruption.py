@@ -78,7 +78,7 @@ def test_damage_is_detected_or_harmless(faults, index_of_faults, tmp_path):
     assert faults.zygote.run("probe", {"index": index_of_faults}).report["answer"] == truth
     index, dice = fresh(index_of_faults, tmp_path / "damaged"), random.Random(2)
     names = files_in(index)
-    each = faults.size(3, 105)
+    each = faults.size(2, 105)
     for name in names:
         path, suffix = index / name, Path(name).suffix
         whole, other = path.read_bytes(), twin_of(index, name)
@@ -151,7 +151,7 @@ def test_hostile_files_under_a_manifest_that_vouches_for_them(faults, index_of_f
     for name in names:
         path = index / name
         whole, other = path.read_bytes(), twin_of(index, name)
-        for number in range(faults.size(2, 45)):
+        for number in range(faults.size(1, 45)):
             kind = kinds[(number + names.index(name)) % len(kinds)]
             path.write_bytes(damage(kind, whole, other, dice))
             sign(index, name)
@@ -188,7 +188,7 @@ def test_hostile_manifests(faults, index_of_faults, tmp_path):
     content = asdict(manifest.load(index))
     dice = random.Random(4)
     places = [path for path in places_in(content) if path]
-    chosen = [dice.choice(places) for _ in range(faults.size(25, 900))]
+    chosen = [dice.choice(places) for _ in range(faults.size(12, 900))]
     for path in chosen:
         spoiled = json.loads(json.dumps(content))
         inner = spoiled
@@ -287,7 +287,7 @@ def test_a_killed_build_that_is_damaged_before_it_goes_on(faults, tmp_path):
     points = faults.points("build", build_arguments(faults, tmp_path / "counted"),
                            tmp_path / "counted", tmp_path / "log")
     late = points[len(points) // 5 :]
-    for number in range(faults.size(6, 120)):
+    for number in range(faults.size(3, 120)):
         call, which = late[(number * 37) % len(late)]
         out = tmp_path / "killed"
         shutil.rmtree(out, ignore_errors=True)

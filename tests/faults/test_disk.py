@@ -22,7 +22,7 @@ def test_a_build_on_a_failing_disk(faults, tmp_path, error):
                            tmp_path / "counted", tmp_path / "log")
     points = [point for point in points if point[0] in SPACE]
     row = f"{error} at every such call of a 3-segment build"
-    for call, which in faults.some(points, 5):
+    for call, which in faults.some(points, 3):
         shutil.rmtree(out, ignore_errors=True)
         ended = faults.zygote.run("build", build_arguments(faults, out),
                                   strace=inject(call, which, f"error={error}"))
@@ -53,7 +53,7 @@ def test_append_and_compact_on_a_failing_disk(faults, index_of_faults, more_data
         points = [point for point in points if point[0] in SPACE]
         expected = faults.zygote.run(job, {"index": whole, **arguments}).report["files"]
         new = faults.zygote.run("probe", {"index": whole}).report["answer"]
-        for call, which in faults.some(points, 3):
+        for call, which in faults.some(points, 1):
             out = fresh(before, tmp_path / "failed")
             ended = faults.zygote.run(job, {"index": out, **arguments},
                                       strace=inject(call, which, "error=ENOSPC"))

@@ -29,7 +29,7 @@ def test_a_build_killed_at_any_call(faults, tmp_path):
     out = tmp_path / "killed"
     points = faults.points("build", build_arguments(faults, tmp_path / "counted"),
                            tmp_path / "counted", tmp_path / "log")
-    for call, which in faults.some(points, 8):
+    for call, which in faults.some(points, 4):
         shutil.rmtree(out, ignore_errors=True)
         ended = faults.zygote.run("build", build_arguments(faults, out),
                                   strace=inject(call, which, "signal=KILL"))
@@ -55,7 +55,7 @@ def test_append_delete_and_compact_killed_at_any_call(faults, index_of_faults, m
         expected = faults.zygote.run(job, {"index": whole, **arguments}).report["files"]
         new = faults.zygote.run("probe", {"index": whole}).report["answer"]
         row = f"SIGKILL at every such call of {job}"
-        for call, which in faults.some(points, 5):
+        for call, which in faults.some(points, 2):
             out = fresh(before, tmp_path / "killed")
             ended = faults.zygote.run(job, {"index": out, **arguments},
                                       strace=inject(call, which, "signal=KILL"))
@@ -76,7 +76,7 @@ def test_a_build_killed_at_random_moments(faults, tmp_path):
     """And killed again while it resumes, up to three times."""
     whole, seconds = whole_build(faults, tmp_path)
     dice = random.Random(0)
-    kills, wanted = 0, faults.size(12, 220)
+    kills, wanted = 0, faults.size(4, 220)
     while kills < wanted:
         out = tmp_path / "killed"
         shutil.rmtree(out, ignore_errors=True)

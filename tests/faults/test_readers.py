@@ -13,7 +13,7 @@ def test_readers_beside_a_writer(faults, index_of_faults, tmp_path):
     index = fresh(index_of_faults, tmp_path / "index")
     rounds, readers = faults.size(1, 8), faults.size(1, 3)
     zygotes = [Zygote(faults.model) for _ in range(readers)]
-    seconds = faults.size(6, 100)
+    seconds = faults.size(4, 100)
     reports = [None] * readers
 
     def read(number):
