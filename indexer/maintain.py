@@ -331,8 +331,7 @@ def remove(index: str | Path, names: Collection[str], progress: Progress | None 
             raise InputError(f"--segment {unknown[0]}: no such segment; expected one of "
                              f"{', '.join(known[:5])}{', …' if len(known) > 5 else ''}.")
         left = [segment for segment in facts.segments if segment.name not in names]
-        rest = Contents(contents.root, facts, left)
-        commit(contents, left, set(contents.deleted.tolist()), {}, rest.rows)
+        commit(contents, left, set(contents.deleted.tolist()), {})
     return sum(segment.rows for segment in facts.segments if segment.name in names)
 
 
