@@ -32,7 +32,7 @@ demo: $(BIN)/.installed
 	@$(BIN)/python demo/ask.py $(DEMO)
 
 test: $(BIN)/.installed lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 
 faults: $(BIN)/.installed
 	FAULTS=all FAULTS_REPORT=1 $(BIN)/python -m pytest -s tests/faults
