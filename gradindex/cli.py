@@ -24,6 +24,8 @@ COMMANDS = {
     "rescore": "search.cli:rescore",
     "eval": "search.cli:evaluate",
     "info": "search.cli:info",
+    "view": "search.cli:view",
+    "export": "search.cli:export",
     "verify": "indexer.cli:verify",
     "append": "indexer.cli:append",
     "delete": "indexer.cli:delete",

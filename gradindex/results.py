@@ -1,11 +1,13 @@
 """What a search is asked and what it answers."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from gradindex.terminal import json_text
 
+SCHEMA = 2  # of the JSON of a result
 UNITS = (
     "Influence is I = ∇log p(completion | prompt)ᵀ (G+λI)⁻¹ ∇log p(sequence), {how} for this "
     "index's EK-FAC curvature: positive means that one more copy of the sequence would make the "
@@ -67,7 +69,11 @@ class Hit:
     `token_layer_influence` [t, layers]; token t's entry counts the gradient that enters at t, so
     it belongs to predicting what follows t (Grosse et al. 2023, eq. 31). `layer_influence` goes
     with `Result.layers`; layers that were left out are not among them.
-    `percentile` says which share of a random sample of the index ranks no higher.
+    `percentile` says which share of a random sample of the index ranks no higher. `lexical` is the
+    share of the query's tokens that the sequence holds too, 0 to 1, each token once and weighed by
+    how rare it is in that sample. `kind_influence` sums influence by kind of module (mlp,
+    attention, adapter). `duplicates` are the ids of equal sequences; `near_duplicates` those of
+    hits further down that share most of their wording with this one, and have its id as `near`.
     `start` and `end` are characters of the document's text (−1 where it came as tokens).
     """
 
@@ -91,12 +97,17 @@ class Hit:
     fields: dict[str, Any] = field(default_factory=dict)
     parts: list[dict[str, Any]] = field(default_factory=list)
     duplicates: list[int] = field(default_factory=list)
+    near_duplicates: list[int] = field(default_factory=list)
+    near: int | None = None
     percentile: float | None = None
+    lexical: float | None = None
+    generic_rate: float | None = None
     tokens: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     token_influence: list[float] = field(default_factory=list)
     layer_influence: list[float] = field(default_factory=list)
     module_influence: dict[str, float] = field(default_factory=dict)
+    kind_influence: dict[str, float] = field(default_factory=dict)
     token_layer_influence: list[list[float]] = field(default_factory=list)
 
 
@@ -127,6 +138,9 @@ class Result:
     `rescored` counts the sequences scored exactly for this query's shortlist. `seconds` by step:
     queries searched together share load, gradient and scan. `coverage` is the share of the index's
     sequences that was searched, below 1 where `damaged` segments were left out.
+    `exact_influence` are the exact scores of all that was rescored for the shortlist, most positive
+    first (opponents: most negative first), equal sequences once: the tail of their distribution.
+    `sample_influence` are those of the random sample.
     """
 
     query: Query
@@ -145,6 +159,8 @@ class Result:
     coverage: float = 1.0
     damaged: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    exact_influence: list[float] = field(default_factory=list)
+    sample_influence: list[float] = field(default_factory=list)
     model: str = ""
     index: str = ""  # of its manifest's SHA-256, the first 16 digits
 
@@ -183,13 +199,79 @@ class Result:
                                strict=True):
             about["scored"] = text.scored
         content["query"]["log_p"] = self.query.log_p
-        return {"schema": 1, "units": self.units, **content}
+        return {"schema": SCHEMA, "units": self.units, **content}
 
     def to_json(self) -> str:
         """One JSON object with everything, token and layer arrays included."""
         return json_text(self.to_dict())
 
+    @classmethod
+    def from_json(cls, text: str) -> "Result":
+        """A result that `to_json` wrote. Raises ValueError for anything else."""
+        import pydantic
+
+        try:
+            content = json.loads(text)
+            found = content["schema"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise ValueError("it is not JSON, or has no schema.") from None
+        if found != SCHEMA:
+            raise ValueError(f"it has schema {str(found)[:20]}, this gradindex reads {SCHEMA}; "
+                             "search again.")
+        for added in ("schema", "units", "asked"):
+            content.pop(added, None)
+        query = content.get("query")
+        for text_of in [query, *(query.get("others") or [])] if isinstance(query, dict) else []:
+            for added in ("scored", "log_p"):
+                text_of.pop(added, None) if isinstance(text_of, dict) else None
+        try:
+            result: Result = pydantic.TypeAdapter(cls).validate_python(content, strict=True)
+        except pydantic.ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            where = ".".join(map(str, first["loc"]))
+            raise ValueError(f"{where}: {first['msg']}.") from None
+        result._check()
+        return result
+
+    def _check(self) -> None:
+        """Raise ValueError where lists that belong together have different lengths."""
+        if not self.layers or not {"rescore", "normalize", "opponents", "damping", "modules",
+                                   "shortlist"} <= set(self.controls):
+            raise ValueError("it has no layers, or controls are missing.")
+        for text in self.query.texts:
+            if not len(text.tokens) == len(text.labels) == len(text.token_texts):
+                raise ValueError("a query's tokens, labels and texts differ in number.")
+        for hit in self.hits:
+            n, layers = len(hit.tokens), len(self.layers)
+            fits = len(hit.token_ids) == n and len(hit.token_influence) in (0, n) and \
+                len(hit.layer_influence) in (0, layers) and \
+                len(hit.token_layer_influence) in (0, n) and \
+                all(len(row) == layers for row in hit.token_layer_influence) and \
+                all(isinstance(part.get("token"), int) for part in hit.parts)
+            if not fits:
+                raise ValueError(f"hit {hit.id} has lists of lengths that don't fit.")
+
     def _repr_html_(self) -> str:
         import gradindex
 
         return gradindex.render_html(self)
+
+
+@dataclass
+class Comparison:
+    """The results of two completions of one prompt, searched together.
+
+    `influence` gives, for every hit of either (by id), its exact influence on both.
+    """
+
+    results: list[Result]
+    influence: dict[int, tuple[float, float]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as plain JSON types."""
+        return {"schema": SCHEMA, "results": [result.to_dict() for result in self.results],
+                "influence": {str(one): list(pair) for one, pair in self.influence.items()}}
+
+    def to_json(self) -> str:
+        """One JSON object with everything."""
+        return json_text(self.to_dict())

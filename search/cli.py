@@ -33,6 +33,7 @@ _GRADIENT = [
     click.option("--modules", metavar="RANGE|KIND|REGEX",
                  help="Layers (8-15), mlp, attention, adapter, or names that match [all indexed]."),
 ]
+FORMS = {".json": "json", ".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet", ".html": "html"}
 _QUERY = [
     click.option("-p", "--prompt", metavar="TEXT", help="Prompt; @FILE and - read it."),
     click.option("-c", "--completion", metavar="TEXT",
@@ -70,9 +71,10 @@ _QUERY = [
               help="With --queries: one search, for the sum of their log p.")
 @click.option("--rank", type=int,
               help="With --queries: rank of the preconditioned gradients [all if 2 GiB, else 32].")
-@click.option("--format", "form", type=click.Choice(["auto", "json", "jsonl", "csv"]),
-              default="auto", show_default=True,
-              help="auto is text for people; with --queries -o, a JSON result a line.")
+@click.option("--format", "form", default="auto", show_default=True,
+              type=click.Choice(["auto", "json", "jsonl", "csv", "parquet", "html"]),
+              help="auto is what -o ends in, else text for people; with --queries -o, a JSON "
+                   "result a line.")
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path),
               help="Write to a file instead of standard output; with --queries, resumes.")
 def search(
@@ -111,17 +113,19 @@ def search(
 
 
 def _finish(result: "Result", form: str, output: Path | None) -> int:
-    from search.render import recall_statement
+    from search.cards import recall_statement
 
     to_terminal = output is None and sys.stdout.isatty()
+    if form == "auto" and output is not None:
+        form = FORMS.get(output.suffix.lower(), "auto")
     content = _render(result, form, color=to_terminal and _color())
     if form in ("jsonl", "csv"):  # which hold hits alone
         for line in (recall_statement(result), *result.warnings):
             click.echo(visible_lines(line), err=True)
     if output is None:
-        click.echo(content)
+        click.echo(content, nl=False)
     else:
-        _write(output, content + "\n")
+        _write(output, content)
     return 130 if result.interrupted else 0
 
 
@@ -135,8 +139,8 @@ def _search_many(
     from search.engine import drain
     from search.query import aggregate
 
-    if form == "csv" and not aggregated:
-        raise click.UsageError("--format csv holds one query's hits; with --queries take json.")
+    if form in ("csv", "parquet", "html") and not aggregated:
+        raise click.UsageError(f"--format {form} holds one query's hits; with --queries take json.")
     read = batch.read_queries(path)
     searcher, progress = _open(index, where)
     settle(controls, searcher.manifest)
@@ -160,7 +164,7 @@ def _search_many(
         if stage.result is not None and results is not None:
             results.write(stage.result)
         elif stage.result is not None:
-            click.echo(_render(stage.result, "json" if form == "jsonl" else form, color))
+            click.echo(_render(stage.result, "json" if form == "jsonl" else form, color), nl=False)
     if results is not None:
         results.close()
     return 2 if read.problems else 0
@@ -298,6 +302,72 @@ def info(index: Path, form: str) -> int:
     return 0
 
 
+@click.command()
+@options(_INDEX)
+@click.option("--host", default="127.0.0.1", show_default=True,
+              help="Address to listen on; off the loopback a token is asked for.")
+@click.option("--name", "others", multiple=True, metavar="NAME[:PORT]",
+              help="Another name by which the page is reached, through a proxy say.")
+@click.option("--port", type=click.IntRange(1, 65535), help="[the first free one from 8765 on]")
+@click.option("--no-open", is_flag=True, help="Don't open a browser.")
+def view(
+    index: Path, host: str, others: tuple[str, ...], port: int | None, no_open: bool, **where: Any
+) -> int:
+    """Search in a local web page.
+
+    Off the loopback everybody is asked for a token, as the password of any user: the one in
+    GRADINDEX_TOKEN, or a new one that is printed. The page shows training text to who has it.
+
+    \b
+    Example:
+      gradindex view train.index
+    """
+    from search import server
+
+    train_sequences = where.pop("train_sequences")
+    token = server.token_for(host, os.environ.get("GRADINDEX_TOKEN"))
+    searcher, progress = _open(index, where)
+    listening = server.listen(host, port)
+    address = f"http://{server.bracketed(host)}:{listening.getsockname()[1]}/"
+    if token is not None:
+        if "GRADINDEX_TOKEN" not in os.environ:
+            progress.say(f"token, the password of any user: {token}")
+        progress.say("warning: whoever reads the network reads the token and the training text; "
+                     "put a proxy with TLS in front")
+    progress.say(f"the page: {address} (Ctrl-C ends it)")
+    if not no_open:
+        click.launch(address)
+    server.serve(searcher, listening, server.names(host, listening.getsockname()[1], others),
+                 token, train_sequences)
+    return 0
+
+
+@click.command()
+@click.argument("result", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(dir_okay=False, path_type=Path),
+              help="File to write: .html, .json, .jsonl, .csv or .parquet.")
+@click.option("--query", type=int, metavar="N", help="Which of several results, from 1 on.")
+def export(result: Path, output: Path, query: int | None) -> int:
+    """Write a saved result in another form.
+
+    RESULT is what `search --format json -o FILE` wrote, a download of the page, or the file of
+    results of `search --queries`. HTML is one file that needs nothing else and shows everything.
+
+    \b
+    Example:
+      gradindex search train.index -p "2 +" -c " 2" -o result.json
+      gradindex export result.json -o result.html
+    """
+    from search import render
+
+    _check_outputs({"-o": output}, [result])
+    form = FORMS.get(output.suffix.lower())
+    if form is None:
+        raise click.UsageError(f"-o {output}: expected a name that ends in {', '.join(FORMS)}.")
+    _write(output, render.render(render.read(result, query), form))
+    return 0
+
+
 def _check_outputs(outputs: dict[str, Path | None], inputs: list[Path | None]) -> None:
     """Raise UsageError for what can't be written, or would replace what is read."""
     for name, path in outputs.items():
@@ -307,15 +377,16 @@ def _check_outputs(outputs: dict[str, Path | None], inputs: list[Path | None]) -
             raise click.UsageError(f"{name} {path}: that file is read here; give another.")
 
 
-def _write(output: Path, content: str) -> None:
+def _write(output: Path, content: str | bytes) -> None:
     """A file is replaced as a whole; anything else (a device, a pipe) is written to."""
     from gradindex.files import atomic_write
 
     output = output.resolve()
+    raw = content.encode() if isinstance(content, str) else content
     if output.exists() and not output.is_file():
-        output.write_text(content, encoding="utf-8")
+        output.write_bytes(raw)
     else:
-        atomic_write(output, content.encode())
+        atomic_write(output, raw)
 
 
 def _open(index: Path, where: dict[str, Any]) -> tuple["Searcher", "Progress"]:
@@ -397,16 +468,12 @@ class _Follower:
                 progress.say(f"{self._answered} queries answered")
 
 
-def _render(result: Any, form: str, color: bool) -> str:
+def _render(result: Any, form: str, color: bool) -> bytes:
     from search import render
 
-    if form == "json":
-        return str(result.to_json())
-    if form == "jsonl":
-        return render.json_lines(result.hits).rstrip("\n")
-    if form == "csv":
-        return render.csv_table(result).rstrip("\n")
-    return render.terminal(result, color=color)
+    if form == "auto":
+        return (render.terminal(result, color=color) + "\n").encode()
+    return render.render(result, form)
 
 
 def _color() -> bool:

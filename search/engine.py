@@ -9,14 +9,14 @@ sequence's gradient formed once for all of them.
 import operator
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from gradindex.errors import InputError
 from gradindex.manifest import Manifest
 from gradindex.model import LanguageModel
-from gradindex.results import Hit, Query, Result
+from gradindex.results import Comparison, Hit, Query, Result
 from search.controls import Controls, settle
 from search.hits import make_hit
 from search.journey import Journey
@@ -33,15 +33,17 @@ LARGEST_SCORES = 1 << 27  # code scores held at once, of all queries of a journe
 class Stage:
     """Where a search stands: `name` is gradient, approximate, exact or result.
 
-    `hits` are there after `approximate` (by code, of a single query), `result` at the end of each
-    query. `done` of `total` sequences are exact.
+    `provisional` is there after `approximate` (the hits by code, of a single query), `result` at
+    the end of each query. `done` of `total` sequences are exact; `found` are the exact influences
+    that a stage `exact` adds, by id.
     """
 
     name: str
     done: int = 0
     total: int = 0
     query: Query | None = None
-    hits: list[Hit] | None = None
+    provisional: Result | None = None
+    found: dict[int, float] = field(default_factory=dict)
     result: Result | None = None
 
 
@@ -123,6 +125,35 @@ class Searcher:
         stages = self.answer([aggregate(made)] if aggregated else made, asked)
         return (stage.result for stage in stages if stage.result is not None)
 
+    def compare(
+        self, prompt: str, completions: Sequence[str], score_on: str | None = None, **controls: Any
+    ) -> Comparison:
+        """Two completions of a prompt side by side: the hits of each, and their influence on both.
+
+        Controls and errors as for `search`; rescore=False can't be compared.
+        """
+        if len(completions) != 2:
+            raise InputError(f"{len(completions)} completions: expected two to compare.")
+        asked = Controls(**controls)
+        settle(asked, self.manifest)
+        queries = [self.make_query(prompt, one, score_on=score_on) for one in completions]
+        found = [stage.result for stage in self.stages(queries, asked)]
+        return self.compared([one for one in found if one is not None], queries, asked)
+
+    def compared(
+        self, results: list[Result], queries: list[Query], controls: Controls
+    ) -> Comparison:
+        """The comparison of two queries' results: hits of one are rescored for the other too."""
+        if not controls.rescore:
+            raise InputError("a comparison needs exact scores: it can't go with rescore=False.")
+        own = [{hit.id: hit.influence for hit in result} for result in results]
+        for mine, other, query in zip(own, own[::-1], queries, strict=True):
+            places = self.known(sorted(set(other) - set(mine)))
+            for hits in self.rescore_stream(query, places, controls):
+                mine.update((hit.id, hit.influence) for hit in hits)
+        first, second = own
+        return Comparison(results, {one: (first[one], second[one]) for one in first})
+
     def answer(self, queries: list[Query], controls: Controls) -> Iterator[Stage]:
         """The stages of any number of queries, a group after the other."""
         for first in range(0, len(queries), self.group_size):
@@ -159,6 +190,7 @@ class Searcher:
         by = Rescorer(self.model, settings.modules, self.index.ekfac, settings.damping,
                       self.batch_tokens)
         all_codes = self.index.code_scores(target.vector[None])[0]
+        words = [token for text in query.texts for token in text.tokens]
         for first in range(0, len(places), LARGEST_CHUNK):
             chunk = places[first : first + LARGEST_CHUNK]
             sequences = self.index.records(chunk)
@@ -173,6 +205,7 @@ class Searcher:
             ]
             for place, hit in zip(chunk, hits, strict=True):
                 hit.duplicates = self.index.copies(place)
+                hit.lexical = self.index.wording.overlap(words, hit.token_ids)
             yield hits
 
     def make_query(
@@ -234,7 +267,7 @@ class Searcher:
         journey = Journey(self.index, settings, targets, preconditioned, self.batch_tokens)
         clock.lap("scan")
         yield Stage("approximate", 0, journey.planned, queries[0],
-                    journey.approximate_hits(0) if len(queries) == 1 else None)
+                    journey.provisional(0) if len(queries) == 1 else None)
 
         for number, query in enumerate(queries):
             clock.restart()
@@ -242,8 +275,11 @@ class Searcher:
             interrupted = False
             if settings.rescore:
                 try:
-                    for _ in journey.rescore(number):
-                        yield Stage("exact", len(journey.exact), journey.planned, query)
+                    for places in journey.rescore(number):
+                        found = dict(zip(self.index.contents.ids[places].tolist(),
+                                         journey.influence(number, places), strict=True))
+                        yield Stage("exact", len(journey.exact), journey.planned, query,
+                                    found=found)
                     if not journey.timed_out:
                         journey.score_background()
                 except KeyboardInterrupt:
@@ -256,7 +292,7 @@ class Searcher:
             result = journey.conclude(number, interrupted)
             clock.lap("conclude")
             result.seconds = clock.take("rescore", "conclude")
-            yield Stage("result", len(journey.exact), journey.planned, query, result.hits, result)
+            yield Stage("result", len(journey.exact), journey.planned, query, result=result)
 
 
 def drain(stages: Iterator[Stage], follow: Callable[[Stage], None] | None = None) -> Result:

@@ -1,4 +1,4 @@
-"""Scored sequences → hits: their text, terms by token and layer, and equal ones folded."""
+"""Scored sequences → hits: their text, terms by token and layer."""
 
 from dataclasses import asdict, replace
 from typing import Any
@@ -53,8 +53,17 @@ def _with_terms(hit: Hit, terms: np.ndarray, modules: list[Module]) -> Hit:
         module_influence={
             module.name: float(value) for module, value in zip(modules, wide.sum(0), strict=True)
         },
+        kind_influence={kind: float(sum(wide[:, place].sum() for place in places))
+                        for kind, places in _by_kind(modules).items()},
         token_layer_influence=by_layer.tolist(),
     )
+
+
+def _by_kind(modules: list[Module]) -> dict[str, list[int]]:
+    kinds: dict[str, list[int]] = {}
+    for place, module in enumerate(modules):
+        kinds.setdefault(module.kind, []).append(place)
+    return kinds
 
 
 def normalized(influence: float, exact: Exact, normalize: str) -> float:

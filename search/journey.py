@@ -1,7 +1,7 @@
 """Queries searched together: who is rescored for them, what is exact, what follows from it."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from gradindex.records import Record
 from gradindex.results import Hit, Recall, Result
 from search.controls import Settings
 from search.hits import make_hit, normalized
+from search.likeness import fold_near
 from search.opened import OpenIndex
 from search.recall import estimated_recall
 from search.rescore import Exact, Rescorer, rescore
@@ -71,16 +72,16 @@ class Journey:
 
     # ---- exact scores
 
-    def rescore(self, number: int) -> Iterator[None]:
+    def rescore(self, number: int) -> Iterator[list[int]]:
         """Score a query's shortlist, longer and longer until its statement is what was asked for.
 
-        Yields after every batch. Ends early, `timed_out`, when the time limit is over.
+        Yields the places of every batch. Ends early, `timed_out`, when the time limit is over.
         """
         self.timed_out = False
         deadline = time.monotonic() + self.settings.time_limit
         while wanted := self._wanted(number):
-            for _ in self._score(wanted):
-                yield
+            for places in self._score(wanted):
+                yield places
                 if time.monotonic() > deadline and wanted[-1] not in self.exact:
                     self.timed_out = True
                     return
@@ -98,13 +99,13 @@ class Journey:
         ids = self.shortlists[number].ids(self._lengths[number])
         return [one for one in ids if one not in self.exact]
 
-    def _score(self, ids: list[int]) -> Iterator[None]:
+    def _score(self, ids: list[int]) -> Iterator[list[int]]:
         records = self.index.records(ids)
         self.records.update(zip(ids, records, strict=True))
         sizes = self.settings.normalize != "none"
         for found in rescore(self.by, self.preconditioned, records, sizes=sizes):
             self.exact.update((ids[place], one) for place, one in found)
-            yield
+            yield [ids[place] for place, _ in found]
 
     def _grow(self, number: int) -> None:
         """Lengthen a query's shortlist if its statement is short of the goal and it may grow."""
@@ -165,18 +166,29 @@ class Journey:
         own = first == np.arange(len(first))  # equal sequences are one hit
         statistic = np.where(own, self.shortlists[number].statistic, -np.inf)
         places = best(statistic, min(self.settings.k, int(own.sum()))).tolist()
-        return [self._hit(number, place, record, None, rank) for rank, (place, record) in
-                enumerate(zip(places, self.index.records(places), strict=True), 1)]
+        return fold_near([
+            self._hit(number, place, record, None, rank) for rank, (place, record) in
+            enumerate(zip(places, self.index.records(places), strict=True), 1)])
+
+    def provisional(self, number: int) -> Result:
+        """The best k by code alone, of which nothing is known yet."""
+        unknown = Recall(self.settings.k, None, None, self.index.manifest.calibration["c"])
+        result = self._result(
+            number, self.approximate_hits(number), unknown, 0, self._about(number))
+        result.controls["rescore"] = False
+        return result
+
+    def _about(self, number: int) -> list[str]:
+        """What to know before any score: what is not searched, how the query was read."""
+        missing = [str(self.index.coverage)] if self.index.coverage.damaged else []
+        return missing + [note for text in self.targets[number].query.texts for note in text.notes]
 
     def conclude(self, number: int, interrupted: bool) -> Result:
         """A query's top k, exact by token and module, and how complete it is."""
-        settings, query = self.settings, self.targets[number].query
-        c = self.index.manifest.calibration["c"]
-        warnings = [str(self.index.coverage)] if self.index.coverage.damaged else []
-        warnings += [note for text in query.texts for note in text.notes]
+        settings, c = self.settings, self.index.manifest.calibration["c"]
         if not settings.rescore:
-            unknown = Recall(settings.k, None, None, c)
-            return self._result(number, self.approximate_hits(number), unknown, 0, warnings)
+            return self.provisional(number)
+        warnings = self._about(number)
         groups, estimate = self._statement(number)
         counted = sum(map(len, groups))
         complete = counted == len(self.index.norms)
@@ -196,7 +208,15 @@ class Journey:
             warnings.append(f"{why}: {counted} of {total} sequences are exact")
         result = self._result(number, hits, recall, counted, warnings)
         result.interrupted, result.timed_out = interrupted, self.timed_out
+        first = [group[0] for group in groups]
+        result.exact_influence = sorted(self.influence(number, first),
+                                        reverse=settings.sign > 0)
+        result.sample_influence = self.influence(number, self._background)
         return result
+
+    def influence(self, number: int, places: Iterable[int]) -> list[float]:
+        """The exact influence of places that were rescored."""
+        return [float(self.exact[one].influence[number]) for one in places]
 
     def _hits(self, number: int, groups: list[list[int]]) -> list[Hit]:
         """The best k groups, scored again by token and module; at full rank, if that wasn't so."""
@@ -227,7 +247,8 @@ class Journey:
             if len(sample):
                 hit.percentile = float(np.mean(sample <= self._value(number, place)) * 100)
             ranked.append((-value, record.id, hit))
-        return [hit for _, _, hit in sorted(ranked, key=lambda one: one[:2])[: settings.k]]
+        return fold_near(
+            [hit for _, _, hit in sorted(ranked, key=lambda one: one[:2])[: settings.k]])
 
     def _error_here(self, number: int) -> float | None:
         """c measured on a query's background sample, or None where that says too little."""
@@ -296,6 +317,8 @@ class Journey:
             self.index.tokenizer, record, exact, float(self.codes[number, place]), rank,
             self.settings.train_sequences, self.settings.modules, self.targets[number].norm)
         hit.duplicates = self.index.copies(place)
+        words = [token for text in self.targets[number].query.texts for token in text.tokens]
+        hit.lexical = self.index.wording.overlap(words, hit.token_ids)
         hit.tfidf_rank = self.shortlists[number].place_in_list(place)
         return hit
 

@@ -14,6 +14,7 @@ from gradindex.contents import Contents
 from gradindex.errors import DamagedIndexError
 from gradindex.fitted import FittedModel
 from gradindex.records import Record
+from search.likeness import Wording
 
 BACKGROUND = 64  # random sequences rescored with every query
 UNPACK_FROM = 4  # queries: from here on unpacking the codes once is faster than scanning for each
@@ -64,6 +65,7 @@ class OpenIndex(FittedModel):
                          model, tokenizer, device, trust_remote_code, allow_pickle)
         self._segments: list[vectors.CodeIndex] | None = None
         self._tokens: tfidf.TokenMatrix | None = None
+        self._wording: Wording | None = None
 
     def load(self) -> None:
         """Read the model, the curvature and the codes now."""
@@ -128,6 +130,13 @@ class OpenIndex(FittedModel):
         ).random_raw(4 * BACKGROUND)
         drawn = dict.fromkeys(int(value) for value in raw % np.uint64(len(self)))
         return sorted(list(drawn)[:BACKGROUND])
+
+    @property
+    def wording(self) -> Wording:
+        """How rare tokens are, told from the background sample."""
+        if self._wording is None:
+            self._wording = Wording([one.ids for one in self.records(self.background())])
+        return self._wording
 
 
 def _pool() -> ThreadPoolExecutor:

@@ -1,26 +1,59 @@
-"""One result, several renderings: terminal, JSON, JSON lines, CSV, HTML.
+"""One result, four renderings: terminal, files of data (JSON, JSON lines, CSV, Parquet), HTML page,
+notebook. HTML's templates are in `html.py`, what is shown of a hit in `cards.py`.
 
-Sign and units are said on each. Text of training data is never trusted: control characters are
+Sign and units are said on each. Text of training data is never trusted: hidden characters are
 made visible in all of them, everything is escaped in HTML.
 """
 
 import csv
-import html
 import io
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
 
-from gradindex.progress import duration
+from gradindex.errors import InputError
 from gradindex.results import Hit, Query, Result
 from gradindex.terminal import json_text, visible, visible_lines
+from search import cards, html
 
-WINDOW = 48  # tokens of text shown around the strongest of them
 MOST_TEXTS = 3  # of a query's further texts, shown
 MARKED = 0.25  # a token is marked from this share of the strongest token's influence on
 BARS = "▁▂▃▄▅▆▇█"
+
+
+def render(result: Result, form: str) -> bytes:
+    """A file's content: `form` is json, jsonl, csv, parquet or html (one self-contained page)."""
+    if form == "parquet":
+        return parquet(result)
+    text = result.to_json() + "\n" if form == "json" else \
+        json_lines(result.hits) if form == "jsonl" else \
+        csv_table(result) if form == "csv" else html.document(result)
+    return text.encode()
+
+
+def read(path: Path, number: int | None = None) -> Result:
+    """A result that was written as JSON, the `number`-th from 1 of a file with one a line.
+
+    Raises InputError for what is no result, or one of several where none is chosen.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} can't be read: {error}.") from None
+    lines = [line for line in text.split("\n") if line.strip()]
+    if len(lines) > 1 and number is None:
+        raise InputError(f"{path} holds {len(lines)} results; choose one with --query, from 1 on.")
+    number = number or 1
+    if not 1 <= number <= len(lines):
+        raise InputError(f"--query {number}: {path} holds {len(lines)} results.")
+    try:
+        return Result.from_json(lines[number - 1])
+    except ValueError as error:
+        raise InputError(
+            f"{path} is no result of `gradindex search --format json`: {error}") from None
 
 
 # ---- terminal
@@ -30,14 +63,13 @@ def terminal(result: Result, width: int | None = None, color: bool = False) -> s
     """The result for people: `color` uses ANSI, else strong tokens stand in [brackets]."""
     width = max(60, min(width or shutil.get_terminal_size((100, 24)).columns, 160))
     lines = [*_heading(result, width), ""]
-    for rank, hit in enumerate(result.hits, 1):
-        lines += _hit_lines(rank, hit, result, width, color)
-    lines += ["", *_wrap(recall_statement(result), width)]
+    for rank, hit in cards.folded(result):
+        lines += [*_hit_lines(rank, hit, result, width, color), ""]
+    lines += _wrap(cards.recall_statement(result), width)
     lines += _wrap(_sentence(result, color), width)
     lines += [line for warning in result.warnings
               for line in _wrap(f"warning: {visible(warning)}", width)]
-    times = ", ".join(f"{name} {duration(value)}" for name, value in result.seconds.items()
-                      if value >= 0.05)
+    times = cards.times(result)
     lines += [f"seconds: {times}"] if times else []
     return "\n".join(lines)
 
@@ -51,24 +83,9 @@ def _heading(result: Result, width: int) -> list[str]:
         lines.append(f"       and {len(query.others) - MOST_TEXTS} more texts")
     scored = sum(text.scored for text in query.texts)
     tokens = "token" if scored == 1 else "tokens"
-    what = {(): "log p", (-1.0,): "log p − log p(versus)"}.get(
-        tuple(text.weight for text in query.others), "weighted sum of log p")
-    lines.append(f"       ⟦{scored} {tokens} scored⟧, {what} = {query.log_p:.2f} nats")
-    kind = "opponents (most negative influence)" if result.opponents else "proponents"
-    how = f"{result.rescored:,} rescored exactly" if result.controls["rescore"] else \
-        "approximate, by code alone"
-    lines.append(f"{kind}: {len(result)} of {result.sequences:,} sequences, {how}")
-    return [*lines, *_wrap(_how(result), width)]
-
-
-def _how(result: Result) -> str:
-    """What the numbers depend on, besides the query."""
-    controls, layers = result.controls, result.layers
-    where = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}"
-    modules = len(controls["modules"])
-    ranked = {"none": "influence", "cosine": "cosine", "relatif": "θ-RelatIF"}
-    return (f"ranked by {ranked[controls['normalize']]}; {modules} module{'s' * (modules != 1)} in "
-            f"{where}, damping {controls['damping']:g} × mean eigenvalue")
+    lines.append(f"       ⟦{scored} {tokens} scored⟧, {cards.logarithm(query)} = "
+                 f"{query.log_p:.2f} nats")
+    return [*lines, cards.counted(result), *_wrap(cards.how(result), width)]
 
 
 def _query_lines(query: Query, label: str, width: int) -> list[str]:
@@ -83,44 +100,50 @@ def _query_lines(query: Query, label: str, width: int) -> list[str]:
 
 
 def _hit_lines(rank: int, hit: Hit, result: Result, width: int, color: bool) -> list[str]:
-    place = visible(f"{hit.source}:{hit.row}")
-    label = "" if hit.user_id is None else f"{hit.user_id}  "
-    copies = f"  ×{len(hit.duplicates) + 1} equal" if hit.duplicates else ""
-    was = f"  code rank {hit.code_rank}" if hit.code_rank > 0 else ""
     ranked_by = result.controls["normalize"]
     value = {"cosine": hit.cosine, "relatif": hit.relatif}.get(ranked_by)
-    by = "" if value is None else f"{ranked_by} {_number(value)}  "
+    by = "" if value is None else f"{ranked_by} {cards.number(value)}  "
     about = "" if hit.exact else "≈ "
-    head = f"{rank:>3}  {by}{about}{_number(hit.influence)}  {_number(hit.nats)} nats  {label}"
-    head += f"sequence {hit.id}{copies}{was}"
+    label = "" if hit.user_id is None else f"  {hit.user_id}"
+    head = f"{rank:>3}  {by}{about}{cards.number(hit.influence)}  {cards.number(hit.nats)} nats"
+    facts = [cards.percentile(hit, result), cards.rank_before(hit)]
     if hit.tfidf_rank is not None:
-        head += f"  TF-IDF rank {hit.tfidf_rank}"
-    strip = f"  layers {layer_strip(hit.layer_influence)}" if hit.layer_influence else ""
-    body = _wrap(_window(hit, color), width - 5)
-    lines = [*_wrap(visible(head), width), f"     {place}{strip}"]
-    lines += [f"     {line}" for line in body]
+        facts.append(f"TF-IDF rank {hit.tfidf_rank}")
+    if hit.lexical is not None:
+        facts.append(f"lexical overlap {hit.lexical:.2f}")
+    noticed = "".join(f"  [{mark.text}]" for mark in cards.marks(hit))
+    lines = [*_wrap(visible(f"{head}{label}  sequence {hit.id}{noticed}"), width)]
+    lines += ["     " + line for line in _wrap(", ".join(filter(None, facts)), width - 5)]
+    lines.append(f"     {_clip(cards.where(hit), width - 5)}")
+    if hit.layer_influence:
+        shares = ", ".join(f"{kind} {share:.0%}" for kind, share in cards.kind_shares(hit).items())
+        first, last = result.layers[0], result.layers[-1]
+        lines.append(f"     layers {first}–{last} {layer_strip(hit.layer_influence)}"
+                     + f"  {shares}" * bool(shares))
+    lines += [f"     {line}" for line in _wrap(_window(hit, color), width - 5)]
     if hit.fields:
         fields = ", ".join(f"{name}={value}" for name, value in hit.fields.items())
-        lines.append(f"     {visible(fields)[: width - 5]}")
+        lines.append(f"     {_clip(fields, width - 5)}")
     return lines
+
+
+def _clip(text: str, width: int) -> str:
+    shown = visible(text)
+    return shown if len(shown) <= width else shown[: width - 1] + "…"
 
 
 def _window(hit: Hit, color: bool) -> str:
     """The strongest stretch of the text, its strong tokens marked with their sign."""
-    strength = [abs(value) for value in hit.token_influence] or [0.0] * len(hit.tokens)
-    best = max(range(len(strength)), key=lambda start: sum(strength[start : start + WINDOW]),
-               default=0)
-    best = max(0, min(best, len(strength) - WINDOW))
-    strongest = max(strength, default=0.0) or 1.0
+    strongest = cards.strongest([hit])
+    first, last = cards.window(hit)
     shown = []
-    for place in range(best, min(best + WINDOW, len(hit.tokens))):
+    for place in range(first, last):
         piece = visible(hit.tokens[place])
-        if strength[place] >= MARKED * strongest:
-            piece = _mark(piece, hit.token_influence[place] > 0, color)
+        value = hit.token_influence[place] if hit.token_influence else 0.0
+        if abs(value) >= MARKED * strongest:
+            piece = _mark(piece, value > 0, color)
         shown.append(piece)
-    before = "…" if best > 0 else ""
-    after = "…" if best + WINDOW < len(hit.tokens) else ""
-    return before + "".join(shown) + after
+    return "…" * (first > 0) + "".join(shown) + "…" * (last < len(hit.tokens))
 
 
 def _mark(piece: str, positive: bool, color: bool) -> str:
@@ -137,135 +160,13 @@ def layer_strip(values: list[float]) -> str:
                    for bar, value in zip(bars, values, strict=True))
 
 
-def recall_statement(result: Result) -> str:
-    """What the answer holds of the true top k, in a sentence or two."""
-    recall, controls = result.recall, result.controls
-    if not controls["rescore"]:
-        return "recall: unknown, nothing was rescored; influence is the code's estimate."
-    if recall.estimate is None:
-        return ("recall: unknown; who else there is can't be told from a TF-IDF list "
-                f"({result.rescored:,} of {result.sequences:,} rescored).")
-    if result.rescored == result.sequences:
-        return f"recall: complete, all {result.sequences:,} sequences were rescored exactly."
-    said = (
-        f"recall: an estimated {_share(recall.estimate)} of the true top {recall.k} are in this "
-        f"list ({result.rescored:,} of {result.sequences:,} rescored{_cutoff(result)})."
-    )
-    if recall.asked is not None and recall.estimate < recall.asked:
-        why = "was interrupted" if result.interrupted else \
-            "ran out of --time-limit" if result.timed_out else \
-            f"ended at its limit, --shortlist {controls['shortlist']}"
-        said += f" {recall.asked:.1%} was asked for; rescoring {why}."
-    if recall.shortlist_for_95 is not None and recall.estimate < 0.9:
-        said += f" For 95%, about {recall.shortlist_for_95:,} must be rescored."
-    return said
-
-
-def _cutoff(result: Result) -> str:
-    if result.recall.cutoff is None:
-        return ""
-    by = "" if result.controls["normalize"] == "none" else " a unit of gradient"
-    side, cutoff = ("least", -result.recall.cutoff) if result.opponents else (
-        "most", result.recall.cutoff)
-    return f"; the code scores the others{by} {_number(cutoff)} at {side}"
-
-
-def _share(estimate: float) -> str:
-    return f"{estimate:.1%}" if estimate < 0.9995 else "99.9% or more"
-
-
 def _sentence(result: Result, color: bool) -> str:
-    n = f"N_train = {result.train_sequences:,}" + (
-        "" if result.train_sequences_given
-        else ", taken as the number indexed; set --train-sequences if it was trained on more"
-    )
     marks = "blue tokens add to it, yellow ones take from it" if color else \
         "[+tokens] add to it, [-tokens] take from it"
+    said = cards.meaning(result)
     if not result.controls["rescore"]:
-        return f"{result.units} {n}."
-    return (f"{result.units} {n}. In the text, {marks}; a token's share belongs to predicting what "
-            "follows.")
-
-
-# ---- machine formats
-
-
-def json_lines(hits: Iterable[Hit]) -> str:
-    """One JSON object a hit and line."""
-    return "".join(json_text(asdict(hit)) + "\n" for hit in hits)
-
-
-CSV_COLUMNS = (
-    "rank", "id", "influence", "nats", "exact", "percentile", "cosine", "relatif",
-    "self_influence", "code_score", "code_rank", "tfidf_rank", "source", "row", "document",
-    "start", "end", "user_id", "duplicates", "text",
-)
-
-
-def csv_table(result: Result) -> str:
-    """A table with a row a hit; text that a spreadsheet would run as a formula is defused."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(CSV_COLUMNS)
-    for rank, hit in enumerate(result.hits, 1):
-        content = {**asdict(hit), "rank": rank, "duplicates": " ".join(map(str, hit.duplicates))}
-        writer.writerow([_defuse(content[name]) for name in CSV_COLUMNS])
-    return out.getvalue()
-
-
-def _defuse(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    value = visible_lines(value)
-    return f"'{value}" if value.startswith(("=", "+", "-", "@")) else value
-
-
-# ---- HTML
-
-
-def render_html(result: Result) -> str:
-    """Token-highlighted cards as a self-contained fragment, for notebooks."""
-    cards = "".join(_card(rank, hit) for rank, hit in enumerate(result.hits, 1))
-    warnings = "".join(f"<p>⚠ {_html(warning)}</p>" for warning in result.warnings)
-    about = f"{result.units} N_train = {result.train_sequences:,}; {_how(result)}."
-    return (
-        '<div style="font-family:system-ui,sans-serif;max-width:60em">'
-        f"<p><b>{_html(recall_statement(result))}</b></p>{warnings}"
-        f'<p style="font-size:85%">{_html(about)} Blue underlined tokens add to it, orange '
-        f"dotted ones take from it.</p>{cards}</div>"
-    )
-
-
-def _card(rank: int, hit: Hit) -> str:
-    strongest = max((abs(value) for value in hit.token_influence), default=0.0) or 1.0
-    spans = []
-    for piece, value in zip(hit.tokens, hit.token_influence or [0.0] * len(hit.tokens),
-                            strict=True):
-        share = abs(value) / strongest
-        color = f"rgba(30,100,230,{share:.2f})" if value >= 0 else f"rgba(240,140,0,{share:.2f})"
-        line = "underline solid" if value >= 0 else "underline dotted"
-        style = f"background:{color};" + (f"text-decoration:{line};" if share >= MARKED else "")
-        spans.append(f'<span style="{style}" title="{value:+.4g}">{_html(piece)}</span>')
-    label = "" if hit.user_id is None else hit.user_id
-    who = _html(f"{label} {hit.source}:{hit.row}")
-    kind = "" if hit.exact else " (estimated)"
-    return (
-        f'<div style="border-top:1px solid #8888;padding:.5em 0"><b>{rank}</b> '
-        f"<b>{hit.influence:+.4g}</b>{kind} ({hit.nats:+.3g} nats a copy) {who} "
-        f"<span>layers {_html(layer_strip(hit.layer_influence))}</span>"
-        f'<div style="white-space:pre-wrap;font-family:monospace">{"".join(spans)}</div></div>'
-    )
-
-
-# ---- helpers
-
-
-def _html(text: str) -> str:
-    return html.escape(visible_lines(text))
-
-
-def _number(value: float) -> str:
-    return f"{value:+.3g}" if abs(value) < 999.5 else f"{value:+,.0f}"
+        return said
+    return f"{said} In the text, {marks}; a token's share belongs to predicting what follows."
 
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -288,3 +189,96 @@ def _wrap(text: str, width: int) -> list[str]:
         line += piece
         length += len(piece)
     return [*lines, line] if line else lines
+
+
+# ---- data
+
+
+def json_lines(hits: Iterable[Hit]) -> str:
+    """One JSON object a hit and line."""
+    return "".join(json_text(asdict(hit)) + "\n" for hit in hits)
+
+
+CSV_COLUMNS = (
+    "rank", "id", "influence", "nats", "exact", "percentile", "lexical", "generic_rate", "cosine",
+    "relatif", "self_influence", "code_score", "code_rank", "tfidf_rank", "source", "row",
+    "document", "start", "end", "user_id", "duplicates", "near_duplicates", "near", "text",
+)
+
+
+def csv_table(result: Result) -> str:
+    """A table with a row a hit; text that a spreadsheet would run as a formula is defused."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    fields = sorted({name for hit in result for name in hit.fields})
+    writer.writerow([*CSV_COLUMNS, *(_defuse(f"field:{name}") for name in fields)])
+    for rank, hit in enumerate(result.hits, 1):
+        content = {**asdict(hit), "rank": rank}
+        for name in ("duplicates", "near_duplicates"):
+            content[name] = " ".join(map(str, content[name]))
+        own = [_plain(hit.fields.get(name)) for name in fields]
+        writer.writerow([_defuse(value) for value in
+                         (*(_plain(content[name]) for name in CSV_COLUMNS), *own)])
+    return out.getvalue()
+
+
+def _plain(value: Any) -> Any:
+    """A number or text as it is, anything else as JSON."""
+    return json_text(value) if isinstance(value, (dict, list)) else value
+
+
+def _defuse(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    value = visible_lines(value)
+    return f"'{value}" if value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
+
+
+def parquet(result: Result) -> bytes:
+    """A Parquet file with a row a hit; what isn't of a hit is in its metadata, as JSON.
+
+    Ids, fields and parts, whose types are the user's, are JSON text.
+    """
+    import pyarrow.parquet
+
+    schema = pyarrow.schema([("rank", pyarrow.int64()), *_columns(pyarrow)])
+    rows = [{"rank": rank, **asdict(hit)} for rank, hit in enumerate(result.hits, 1)]
+    plain = {name for name, kind in get_type_hints(Hit).items() if _inner(kind) is None}
+    for row in rows:
+        row.update((name, json_text(row[name])) for name in plain)
+    about = {name: value for name, value in result.to_dict().items() if name != "hits"}
+    table = pyarrow.Table.from_pylist(rows, schema=schema.with_metadata(
+        {"gradindex": json_text(about)}))
+    out = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(table, out)
+    return bytes(out.getvalue())
+
+
+def _columns(pyarrow: Any) -> Iterator[tuple[str, Any]]:
+    """Names and Arrow types of a hit's columns."""
+    kinds = {int: pyarrow.int64(), float: pyarrow.float64(), bool: pyarrow.bool_(),
+             str: pyarrow.string()}
+    for name, kind in get_type_hints(Hit).items():
+        inner = _inner(kind)
+        column = pyarrow.string() if inner is None else kinds[inner[0]]
+        for _ in range(inner[1] if inner else 0):
+            column = pyarrow.list_(column)
+        yield name, column
+
+
+def _inner(kind: Any) -> tuple[type, int] | None:
+    """The scalar type inside lists (or optional), and how deep; None for what has no one type."""
+    if kind in (int, float, bool, str):
+        return kind, 0
+    others = [one for one in get_args(kind) if one is not type(None)]
+    if len(others) != 1 or (inner := _inner(others[0])) is None:
+        return None
+    return inner[0], inner[1] + (get_origin(kind) is list)
+
+
+# ---- HTML
+
+
+def render_html(result: Result) -> str:
+    """Token-highlighted cards as a self-contained fragment, for notebooks."""
+    return html.fragment(result)

@@ -179,7 +179,8 @@ def test_without_rescoring_it_says_so(index):
     assert "approximate, by code alone" in render.terminal(result)
     assert "≈" in render.terminal(result) and "estimated by code" in result.to_json()
     assert "exact for this" not in render.terminal(result)
-    assert "approximate" not in render.render_html(index.search(**QUESTION, k=1))
+    assert 'class="hit approximate"' in render.render_html(result)
+    assert 'class="hit approximate"' not in render.render_html(index.search(**QUESTION, k=1))
 
 
 def test_recall_is_reached_or_the_limit_is_said(index, monkeypatch):

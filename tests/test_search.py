@@ -17,7 +17,7 @@ from gradindex import records
 from gradindex.errors import DamagedIndexError, IndexMismatchError, InputError
 from gradindex.gradients import make_batch
 from gradindex.influence import Preconditioned, exact_scores, precondition, query_coordinates
-from search import render
+from search import cards, render
 from search.controls import Controls, _sizes, settle
 from search.engine import drain
 from search.rescore import chunk_ends
@@ -116,10 +116,10 @@ def test_stages_stream(index):
     assert [stage.done for stage in stages[2:]] == sorted(stage.done for stage in stages[2:])
     assert stages[-2].done == stages[-2].total == 20
     assert stages[-1].result.query.log_p == pytest.approx(sum(query.token_log_p))
-    approximate = stages[1].hits
+    approximate = stages[1].provisional.hits
     assert [hit.exact for hit in approximate] == [False] * 3
     assert [hit.code_rank for hit in approximate] == [1, 2, 3]
-    assert all(hit.exact for hit in stages[-1].hits)
+    assert all(hit.exact for hit in stages[-1].result.hits)
 
 
 def test_interrupted_it_returns_what_is_exact(index, truth):
@@ -345,7 +345,7 @@ def test_records_are_checked_when_read(tmp_path, sequences):
 def test_json_holds_everything(index):
     result = index.search(**QUESTION, k=2, shortlist=10)
     content = json.loads(result.to_json())
-    assert content["schema"] == 1 and "exact for this index's" in content["units"]
+    assert content["schema"] == 2 and "exact for this index's" in content["units"]
     assert content["query"]["completion"] == " by the river."
     assert content["recall"]["estimate"] == result.recall.estimate
     hit = content["hits"][0]
@@ -362,7 +362,7 @@ def test_terminal_says_what_matters(index):
     shown = render.terminal(result, width=90)
     assert max(len(line) for line in shown.splitlines()) <= 90
     assert "\x1b" not in shown
-    for needed in ("⟦ by the river.⟧", "tokens scored", render._share(result.recall.estimate),
+    for needed in ("⟦ by the river.⟧", "tokens scored", cards.share(result.recall.estimate),
                    "one more copy of the sequence would make the completion more likely",
                    "N_train = ", "taken as the number indexed", result[0].user_id, "nats"):
         assert needed.replace(" ", "") in shown.replace("\n", "").replace(" ", ""), needed

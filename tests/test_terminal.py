@@ -193,7 +193,8 @@ def test_html(result):
     page = result._repr_html_()
     assert_inert(page, keep="\n\t")
     assert "<script" not in page and "&lt;script&gt;" in page
-    assert page.count(html.escape(visible_lines(ALL))) == 1 + 4 + 1  # warning, sources, an id
+    shown = 1 + 4 + 1 + 4 * 2  # warning, sources, an id, the name and value of a field
+    assert page.count(html.escape(visible_lines(ALL))) == shown
     text = html.unescape(re.sub("<[^>]*>", "", page))
     assert text.count(visible_lines("".join(result[0].tokens))) == 4
     page.encode()

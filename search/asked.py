@@ -1,0 +1,100 @@
+"""A search as a request: the fields of a URL, of the page's form and of the API's JSON."""
+
+import hashlib
+import json
+import shlex
+from typing import Annotated, Any, Literal
+from urllib.parse import urlencode
+
+import pydantic
+
+from search.controls import Controls
+
+LONGEST_TEXT = 65_536  # characters
+MOST_HITS = 200
+MOST_RESCORED = 100_000
+
+Text = Annotated[str, pydantic.Field(max_length=LONGEST_TEXT)]
+
+
+class Asked(pydantic.BaseModel):
+    """A query and how to search for it. What is left out has the defaults of `gradindex search`."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    prompt: Text = ""
+    completion: Annotated[Text, pydantic.Field(
+        description="The text to explain, with its leading space; empty: the model's own greedy "
+                    "continuation.")] = ""
+    versus: Annotated[Text, pydantic.Field(
+        description="Another completion: explain log p(completion) − log p(versus).")] = ""
+    compare: Annotated[Text, pydantic.Field(
+        description="Another completion, explained side by side with the first.")] = ""
+    score_on: Annotated[str, pydantic.Field(
+        max_length=4096, description="Tokens of the completion to score, such as 0-2,5.")] = ""
+    k: Annotated[int, pydantic.Field(ge=1, le=MOST_HITS)] | None = None
+    shortlist: Annotated[int, pydantic.Field(ge=1, le=MOST_RESCORED)] | Literal["all"] | None = None
+    recall: Annotated[float, pydantic.Field(gt=0, le=1)] | None = None
+    opponents: bool = False
+    rescore: bool = True
+    damping: Annotated[float, pydantic.Field(gt=0)] | None = None
+    modules: Annotated[str, pydantic.Field(max_length=256)] | None = None
+    normalize: Literal["none", "cosine", "relatif"] = "none"
+    candidates: Literal["code", "tfidf", "both"] = "code"
+
+    def given(self) -> dict[str, Any]:
+        """The fields that are not their defaults, as JSON types."""
+        return self.model_dump(exclude_defaults=True)
+
+    def id(self, index: str) -> str:
+        """What names this search of the index with that digest."""
+        content = json.dumps([index, self.given()], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def queries(self) -> list[dict[str, Any]]:
+        """Arguments of `make_query`; two for a comparison."""
+        common = {"prompt": self.prompt, "score_on": self.score_on or None}
+        first = {**common, "completion": self.completion or None, "versus": self.versus or None}
+        return [first, {**common, "completion": self.compare}] if self.compare else [first]
+
+    def controls(self) -> Controls:
+        return Controls(**{name: getattr(self, name) for name in (
+            "k", "shortlist", "recall", "opponents", "rescore", "damping", "modules", "normalize",
+            "candidates")})
+
+    def url(self) -> str:
+        """The page of this search."""
+        return "/search?" + urlencode(
+            {name: str(value).lower() if isinstance(value, bool) else value
+             for name, value in self.given().items()})
+
+    def changed(self, **fields: Any) -> "Asked":
+        return self.model_copy(update=fields)
+
+    def command(self, index: str) -> str:
+        """The same as a command line."""
+        parts = ["gradindex", "search", index, "-p", self.prompt]
+        parts += ["-c", self.completion] * bool(self.completion)
+        parts += ["--versus", self.versus] * bool(self.versus)
+        parts += ["--score-on", self.score_on] * bool(self.score_on)
+        for name, value in self.given().items():
+            if name in ("opponents",):
+                parts.append("--opponents")
+            elif name == "rescore":
+                parts.append("--no-rescore")
+            elif name == "k":
+                parts += ["-k", str(value)]
+            elif name in ("shortlist", "recall", "damping", "modules", "normalize", "candidates"):
+                parts += [f"--{name}", str(value)]
+        return shlex.join(parts)
+
+    def python(self, index: str) -> str:
+        """The same as Python."""
+        own = {name: value for name, value in self.given().items() if name != "compare"}
+        arguments = ", ".join(f"{name}={value!r}" for name, value in own.items())
+        if not self.compare:
+            return f"import gradindex\nresult = gradindex.open({index!r}).search({arguments})"
+        own.pop("completion", None)
+        arguments = ", ".join(f"{name}={value!r}" for name, value in own.items())
+        return (f"import gradindex\nboth = gradindex.open({index!r}).compare(\n"
+                f"    completions={[self.completion, self.compare]!r}, {arguments})")

@@ -1,0 +1,175 @@
+"""What is shown of a hit, the same in every rendering: its window, tints, shares and marks."""
+
+from dataclasses import dataclass
+
+from gradindex.progress import duration
+from gradindex.results import Hit, Query, Result
+
+WINDOW = 48  # tokens of text shown around the strongest of them
+BINS = 7  # shades of a sign
+GENERIC = 0.25  # of the background queries: from here on a sequence is marked as generic
+LITTLE_OVERLAP = 0.1
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Something to notice of a hit: a word or two, and what it means."""
+
+    name: str
+    text: str
+    meaning: str
+
+
+def window(hit: Hit, size: int = WINDOW) -> tuple[int, int]:
+    """First and last + 1 of the tokens with the most absolute influence among `size` in a row."""
+    strength = [abs(value) for value in hit.token_influence] or [0.0] * len(hit.tokens)
+    total = sum(strength[:size])
+    best, start = total, 0
+    for first in range(1, max(1, len(strength) - size + 1)):
+        total += strength[first + size - 1] - strength[first - 1]
+        if total > best * (1 + 1e-9):
+            best, start = total, first
+    return start, min(start + size, len(strength))
+
+
+def strongest(hits: list[Hit]) -> float:
+    """The largest absolute influence of a token of any hit: the scale all tints share."""
+    return max((abs(value) for hit in hits for value in hit.token_influence), default=0.0) or 1.0
+
+
+def shade(value: float, scale: float) -> int:
+    """−BINS to BINS, 0 for what is below half a shade."""
+    return max(-BINS, min(BINS, round(value / scale * BINS)))
+
+
+def kind_shares(hit: Hit) -> dict[str, float]:
+    """Each kind of module's share of the absolute influence, where there are several kinds."""
+    total = sum(map(abs, hit.kind_influence.values()))
+    if len(hit.kind_influence) < 2 or not total:
+        return {}
+    return {kind: abs(value) / total for kind, value in hit.kind_influence.items()}
+
+
+def folded(result: Result) -> list[tuple[int, Hit]]:
+    """(rank, hit) without those that are near another."""
+    return [(rank, hit) for rank, hit in enumerate(result.hits, 1) if hit.near is None]
+
+
+def where(hit: Hit) -> str:
+    """Where the sequence's text stands in the data: source, row and characters."""
+    span = f", characters {hit.start:,} to {hit.end:,}" if hit.start >= 0 else ""
+    more = f" and {len(hit.parts) - 1} more" if len(hit.parts) > 1 else ""
+    return f"{hit.source}:{hit.row}{span}{more}"
+
+
+def percentile(hit: Hit, result: Result) -> str:
+    """Where a hit stands in the random sample."""
+    if hit.percentile is None:
+        return ""
+    sample = len(result.sample_influence)
+    if hit.percentile >= 100:
+        return f"above all of {sample} random sequences"
+    return f"percentile {hit.percentile:.0f} of {sample} random sequences"
+
+
+def rank_before(hit: Hit) -> str:
+    """The rank before rescoring."""
+    return f"rank {hit.code_rank:,} by code" if hit.code_rank > 0 else ""
+
+
+def marks(hit: Hit) -> list[Mark]:
+    """What to notice of a hit."""
+    found = []
+    if hit.duplicates:
+        found.append(Mark("equal", f"×{len(hit.duplicates) + 1} equal",
+                          "so many sequences of the index have these very tokens"))
+    if hit.near_duplicates:
+        found.append(Mark("near", f"+{len(hit.near_duplicates)} alike",
+                          "so many hits below share most of its wording and are folded into it"))
+    if hit.generic_rate is not None and hit.generic_rate >= GENERIC:
+        found.append(Mark("generic", "generic",
+                          f"among the top 1% for {hit.generic_rate:.0%} of unrelated queries"))
+    if hit.lexical is not None and hit.lexical < LITTLE_OVERLAP and hit.exact:
+        found.append(Mark("unlike", "other words",
+                          "it shares hardly any of the query's rarer tokens"))
+    return found
+
+
+def logarithm(query: Query) -> str:
+    """What was differentiated: its name."""
+    return {(): "log p", (-1.0,): "log p − log p(versus)"}.get(
+        tuple(text.weight for text in query.others), "weighted sum of log p")
+
+
+def how(result: Result) -> str:
+    """What the numbers depend on, besides the query."""
+    controls, layers = result.controls, result.layers
+    there = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}"
+    modules = len(controls["modules"])
+    ranked = {"none": "influence", "cosine": "cosine", "relatif": "θ-RelatIF"}
+    return (f"ranked by {ranked[controls['normalize']]}; {modules} module{'s' * (modules != 1)} in "
+            f"{there}, damping {controls['damping']:g} × mean eigenvalue")
+
+
+def counted(result: Result) -> str:
+    """How many hits of how many sequences, and how they were found."""
+    kind = "opponents (most negative influence)" if result.opponents else "proponents"
+    found = f"{result.rescored:,} rescored exactly" if result.controls["rescore"] else \
+        "approximate, by code alone"
+    return f"{kind}: {len(result)} of {result.sequences:,} sequences, {found}"
+
+
+def times(result: Result) -> str:
+    """Seconds of the steps that took any."""
+    return ", ".join(f"{name} {duration(value)}" for name, value in result.seconds.items()
+                     if value >= 0.05)
+
+
+def meaning(result: Result) -> str:
+    """Units and sign in a sentence, and what N_train was taken to be."""
+    given = "" if result.train_sequences_given else \
+        ", taken as the number indexed; set --train-sequences if it was trained on more"
+    return f"{result.units} N_train = {result.train_sequences:,}{given}."
+
+
+def number(value: float) -> str:
+    """A score with its sign: three digits, or whole with commas where it is large."""
+    return f"{value:+.3g}" if abs(value) < 999.5 else f"{value:+,.0f}"
+
+
+def recall_statement(result: Result) -> str:
+    """What the answer holds of the true top k, in a sentence or two."""
+    recall, controls = result.recall, result.controls
+    if not controls["rescore"]:
+        return "recall: unknown, nothing was rescored; influence is the code's estimate."
+    if recall.estimate is None:
+        return ("recall: unknown; who else there is can't be told from a TF-IDF list "
+                f"({result.rescored:,} of {result.sequences:,} rescored).")
+    if result.rescored == result.sequences:
+        return f"recall: complete, all {result.sequences:,} sequences were rescored exactly."
+    said = (
+        f"recall: an estimated {share(recall.estimate)} of the true top {recall.k} are in this "
+        f"list ({result.rescored:,} of {result.sequences:,} rescored{_cutoff(result)})."
+    )
+    if recall.asked is not None and recall.estimate < recall.asked:
+        why = "was interrupted" if result.interrupted else \
+            "ran out of --time-limit" if result.timed_out else \
+            f"ended at its limit, --shortlist {controls['shortlist']}"
+        said += f" {recall.asked:.1%} was asked for; rescoring {why}."
+    if recall.shortlist_for_95 is not None and recall.estimate < 0.9:
+        said += f" For 95%, about {recall.shortlist_for_95:,} must be rescored."
+    return said
+
+
+def _cutoff(result: Result) -> str:
+    if result.recall.cutoff is None:
+        return ""
+    by = "" if result.controls["normalize"] == "none" else " a unit of gradient"
+    side, cutoff = ("least", -result.recall.cutoff) if result.opponents else (
+        "most", result.recall.cutoff)
+    return f"; the code scores the others{by} {number(cutoff)} at {side}"
+
+
+def share(estimate: float) -> str:
+    """A recall as people read it: never more certain than three digits."""
+    return f"{estimate:.1%}" if estimate < 0.9995 else "99.9% or more"

@@ -1,0 +1,157 @@
+"""A result as HTML: the page, one self-contained file, a fragment for notebooks.
+
+All three come from the same templates (`page/`), filled by Jinja2 with escaping on. Tints are
+classes, not styles, so that the page's Content-Security-Policy needs no exception.
+"""
+
+import base64
+import hashlib
+from collections.abc import Iterator
+from functools import cache
+from importlib.resources import files
+from itertools import groupby
+from typing import Any
+
+import jinja2
+from markupsafe import Markup, escape
+
+import gradindex
+from gradindex.results import Comparison, Hit, Query, Result
+from gradindex.terminal import visible, visible_lines
+from search import cards
+
+MOST_CELLS = 200_000  # of token × layer maps in a self-contained file
+
+
+def asset(name: str) -> str:
+    """A file of the page, as text."""
+    return files("search").joinpath("page", name).read_text(encoding="utf-8")
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(asset), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True)
+    environment.finalize = _shown
+    environment.globals.update(cards=cards, runs=runs, strip=strip, columns=columns, query=query,
+                               version=gradindex.__version__)
+    environment.filters.update(number=cards.number, one_line=visible, as_is=_as_is)
+    return environment
+
+
+def _shown(value: Any) -> Any:
+    """What every {{ expression }} goes through: hidden characters become visible."""
+    return value if isinstance(value, Markup) or not isinstance(value, str) else \
+        visible_lines(value)
+
+
+def _as_is(value: str) -> Markup:
+    """The user's own text in a field of the form: what is sent again must be what was sent."""
+    return escape(value)
+
+
+def fill(template: str, **content: Any) -> str:
+    """A filled template of the page."""
+    return _environment().get_template(template).render(**content)
+
+
+def document(result: Result) -> str:
+    """The result as one file that needs nothing else: styles and script inside, no request out."""
+    style, script = asset("style.css"), asset("page.js")
+    policy = (f"default-src 'none'; style-src 'sha256-{_digest(style)}'; "
+              f"script-src 'sha256-{_digest(script)}'; base-uri 'none'; form-action 'none'")
+    mapped, cells = set(), 0
+    for hit in result.hits:
+        cells += len(hit.tokens) * len(hit.layer_influence)
+        if cells <= MOST_CELLS:
+            mapped.add(hit.id)
+    return fill("document.html", result=result, style=Markup(style), script=Markup(script),
+                policy=policy, scale=cards.strongest(result.hits), mapped=mapped)
+
+
+def fragment(result: Result) -> str:
+    """The result's cards with their styles, to stand inside another page."""
+    return fill("fragment.html", result=result, style=Markup(asset("style.css")),
+                scale=cards.strongest(result.hits), mapped=set())
+
+
+def _digest(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+# ---- pieces of a card
+
+
+def runs(hit: Hit, scale: float, first: int = 0, last: int | None = None) -> Iterator[
+        tuple[str, str, str]]:
+    """Text of tokens first to last − 1 as (text, class, influence); untinted neighbours joined."""
+    values = hit.token_influence or [0.0] * len(hit.tokens)
+    places = range(first, len(hit.tokens) if last is None else last)
+    starts = {part.get("token", 0) for part in hit.parts} - {0}
+
+    def key(place: int) -> tuple[int, int]:
+        tint = cards.shade(values[place], scale)
+        return tint, place if tint or place in starts else -1
+
+    for (tint, _), members in groupby(places, key):
+        own = list(members)
+        text = "".join(hit.tokens[place] for place in own)
+        border = " border" if own[0] in starts else ""
+        yield text, _tint(tint) + border, cards.number(values[own[0]]) if tint else ""
+
+
+def _tint(shade: int) -> str:
+    return f"p{shade}" if shade > 0 else f"n{-shade}" if shade < 0 else ""
+
+
+def query(text: Query) -> Iterator[tuple[str, bool, int]]:
+    """A query's text as (piece, scored, place of the piece among the completion's tokens)."""
+    place = -1
+    for at, (piece, label) in enumerate(zip(text.token_texts, text.labels, strict=True)):
+        scored = at > 0 and label != -100
+        place += scored
+        yield piece, scored, place
+
+
+def strip(hit: Hit, layers: list[int]) -> Markup:
+    """A bar a layer, upwards and blue for influence above zero, downwards and orange below."""
+    top = max(map(abs, hit.layer_influence), default=0.0) or 1.0
+    wide, high = 7, 11
+    bars, said = [], []
+    for place, (layer, value) in enumerate(zip(layers, hit.layer_influence, strict=True)):
+        size = max(0.6, abs(value) / top * high)
+        kind, y = ("p", high - size) if value >= 0 else ("n", high)
+        said.append(f"{layer}: {cards.number(value)}")
+        bars.append(f'<rect class="{kind}" x="{place * wide}" y="{y:.1f}" width="{wide - 1}" '
+                    f'height="{size:.1f}"><title>layer {said[-1]}</title></rect>')
+    width = max(1, len(layers) * wide)
+    return Markup(
+        f'<svg class="strip" role="img" aria-label="influence by layer, {"; ".join(said)}" '
+        f'width="{width}" height="{2 * high}" viewBox="0 0 {width} {2 * high}">'
+        f'<path class="axis" d="M0 {high}H{width}"/>{"".join(bars)}</svg>')
+
+
+def columns(hit: Hit, layers: list[int]) -> Iterator[tuple[str, Markup, str]]:
+    """A hit's token × layer map: each token, its column of layers, and what they are in words."""
+    top = max((abs(value) for row in hit.token_layer_influence for value in row),
+              default=0.0) or 1.0
+    high = 5
+    for token, row in zip(hit.tokens, hit.token_layer_influence, strict=True):
+        cells = "".join(
+            f'<rect class="{_tint(shade)}" y="{place * high}" width="100%" height="{high}"/>'
+            for place, value in enumerate(row) if (shade := cards.shade(value, top)))
+        said = f"{cards.number(sum(row))}"
+        if cells:
+            said += "; " + ", ".join(
+                f"layer {layer}: {cards.number(value)}"
+                for layer, value in zip(layers, row, strict=True) if cards.shade(value, top))
+        yield token, Markup(f'<svg height="{high * len(row)}">{cells}</svg>'), said
+
+
+
+
+def pairs(comparison: Comparison) -> list[tuple[Hit, float, float]]:
+    """Every hit of a comparison once, with its influence on both completions."""
+    hits = {hit.id: hit for result in comparison.results for hit in result}
+    return [(hit, *comparison.influence[one]) for one, hit in hits.items()]

@@ -1,0 +1,461 @@
+"""`gradindex view`: a local page to search in, and the JSON API behind it.
+
+Server-rendered: the page works without JavaScript, which only follows a search under way and
+filters its hits. Training text may be anything, and so may who asks: every request passes `Guard`.
+"""
+
+import asyncio
+import json
+import logging
+import secrets
+import socket
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+from urllib.parse import parse_qsl, quote
+
+import pydantic
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from gradindex import text
+from gradindex.errors import GradindexError, InputError
+from gradindex.results import Comparison, Result
+from search import cards, html, render
+from search.asked import Asked
+from search.controls import settle
+from search.engine import Searcher
+from search.guard import Guard
+from search.jobs import BusyError, Job, Jobs
+from search.schema import openapi
+
+EXAMPLES = 3
+HEARTBEAT = 10.0  # seconds between signs of life to who follows a search
+QUICK = 0.4  # seconds that a page waits, for a search that is over at once
+TYPES = {"json": "application/json", "csv": "text/csv; charset=utf-8",
+         "parquet": "application/vnd.apache.parquet", "html": "text/html; charset=utf-8"}
+STATIC = {"style.css": "text/css; charset=utf-8", "page.js": "text/javascript; charset=utf-8",
+          "icon.svg": "image/svg+xml"}
+_LOG = logging.getLogger("gradindex")
+
+
+class Site:
+    """The routes. `jobs` runs the searches; what is said of the index is read once."""
+
+    def __init__(self, searcher: Searcher, jobs: Jobs):
+        self.searcher, self.jobs = searcher, jobs
+        index = searcher.index
+        self.about = {
+            "name": index.path.name, "path": str(index.path), "sequences": len(searcher),
+            "model": searcher.manifest.model["name"].rstrip("/").rpartition("/")[2],
+            "damping": f"{searcher.manifest.damping:g}",
+            "warning": str(index.coverage) if index.coverage.damaged else "",
+        }
+        self.examples = self._examples()
+        self.static = {name: html.asset(name).encode() for name in STATIC}
+
+    def routes(self) -> list[Route]:
+        return [
+            Route("/", self.page), Route("/search", self.page),
+            Route("/map/{job}/{hit:int}", self.map),
+            Route("/download/{name}", self.download), Route("/static/{name}", self.asset),
+            Route("/healthz", self.health), Route("/api/schema", self.schema),
+            Route("/api/search", self.search, methods=["POST"]),
+            Route("/api/tokens", self.tokens, methods=["POST"]),
+            Route("/api/result/{job}", self.result),
+            Route("/api/result/{job}/events", self.events),
+            Route("/api/result/{job}/stop", self.stop, methods=["POST"]),
+            Route("/api/sequence/{id}", self.sequence),
+        ]
+
+    def _examples(self) -> list[Asked]:
+        """A few queries from the training text: the first half of a sequence and what follows."""
+        if self.searcher.index.tokenizer is None:
+            return []
+        found = []
+        for record in self.searcher.index.records(self.searcher.index.background()[:12]):
+            pieces = text.pieces(self.searcher.index.tokenizer, record.ids.tolist())
+            middle = len(pieces) // 2
+            prompt = "".join(pieces[max(0, middle - 16) : middle])
+            completion = "".join(pieces[middle : middle + 6])
+            if prompt.strip() and completion.strip() and text.UNDECODED not in prompt + completion:
+                found.append(Asked(prompt=prompt, completion=completion))
+        return found[:EXAMPLES]
+
+    # ---- pages
+
+    async def page(self, request: Request) -> Response:
+        """The form; with a query, its search as far as it is."""
+        asked, error, job, held = Asked(), "", None, False
+        try:
+            asked, given = _from_form(parse_qsl(request.url.query, keep_blank_values=True))
+            if given:
+                held = not request.state.trusted
+                if not held:
+                    job = await self._asked(asked)
+                    await _wait(job, QUICK)
+        except (InputError, BusyError) as problem:
+            error = str(problem)
+        status = 200 if not error else 503 if "wait already" in error else 422
+        content = self._content(asked, job) | {
+            "asked": asked, "error": error, "job": job, "held": held,
+            "tokens": await asyncio.to_thread(self._tokens_of, asked),
+        }
+        return _html(await asyncio.to_thread(html.fill, "search.html", **content), status)
+
+    async def _asked(self, asked: Asked) -> Job:
+        """The job of a search, after what can be checked at once. Raises InputError, BusyError."""
+        settle(asked.controls(), self.searcher.manifest)
+        for query in asked.queries():
+            if query["completion"] is not None:  # a continuation needs the model: later
+                await asyncio.to_thread(partial(self.searcher.make_query, **query))
+        return self.jobs.ask(asked)
+
+    def _tokens_of(self, asked: Asked) -> list[tuple[str, bool]]:
+        """The completion's tokens, and which are scored."""
+        if not asked.completion:
+            return []
+        try:
+            whole = self.searcher.make_query(asked.prompt, asked.completion)
+            chosen = self.searcher.make_query(asked.prompt, asked.completion,
+                                              score_on=asked.score_on or None)
+        except InputError:
+            return []
+        return [(piece, label != -100) for (piece, scored, _), label in
+                zip(html.query(whole), chosen.labels, strict=True) if scored]
+
+    def _content(self, asked: Asked, job: Job | None) -> dict[str, Any]:
+        """What a search page shows of a job."""
+        found = None if job is None else job.result or job.provisional
+        content: dict[str, Any] = {
+            "about": self.about, "examples": self.examples, "result": None, "comparison": None,
+            "advanced": bool(asked.given().keys() - {"prompt", "completion", "opponents"}),
+            "scale": 1.0, "step": 0, "tail": None, "scatter": None, "pairs": [],
+        }
+        if job is not None and job.stage:
+            content["step"] = {"gradient": 1, "approximate": 2, "exact": 2}.get(job.stage, 3)
+        if isinstance(found, Comparison):
+            content["comparison"] = found
+            content["scale"] = cards.strongest([hit for one in found.results for hit in one])
+            content["pairs"] = sorted(html.pairs(found), key=lambda one: one[2] - one[1])
+        elif isinstance(found, Result):
+            content["result"], content["scale"] = found, cards.strongest(found.hits)
+        return content
+
+    async def map(self, request: Request) -> Response:
+        """A hit's token × layer map."""
+        job = self._job(request)
+        result = job.result
+        hit = None if not isinstance(result, Result) else next(
+            (one for one in result if one.id == request.path_params["hit"]), None)
+        if hit is None or not hit.token_layer_influence:
+            raise HTTPException(404, "There is no such map. Search again, and open it from there.")
+        return _html(await asyncio.to_thread(
+            html.fill, "map.html", hit=hit, result=result, about=self.about,
+            back=job.asked.url() + f"#hit={hit.id}"))
+
+    async def asset(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        if name not in STATIC:
+            raise HTTPException(404, "There is no such file.")
+        return Response(self.static[name], media_type=STATIC[name])
+
+    async def download(self, request: Request) -> Response:
+        """A finished result as a file."""
+        name, _, form = request.path_params["name"].partition(".")
+        job = self.jobs.get(name)
+        if form not in TYPES or job is None or job.result is None:
+            raise HTTPException(404, "There is no such result any more. Search again.")
+        result = job.result
+        if isinstance(result, Comparison):
+            if form != "json":
+                raise HTTPException(404, "A comparison can be downloaded as JSON only.")
+            content = result.to_json().encode()
+        else:
+            content = await asyncio.to_thread(render.render, result, form)
+        return Response(content, media_type=TYPES[form], headers={
+            "Content-Disposition": f'attachment; filename="gradindex-{quote(name)}.{form}"'})
+
+    # ---- the API
+
+    async def health(self, request: Request) -> Response:
+        """Whether searches are answered; `ready` once the model is loaded."""
+        return JSONResponse({"status": "ok" if self.jobs.alive else "failed",
+                             "ready": self.jobs.ready.is_set(), "queued": self.jobs.queued},
+                            status_code=200 if self.jobs.alive else 503)
+
+    async def schema(self, request: Request) -> Response:
+        return JSONResponse(openapi())
+
+    async def search(self, request: Request) -> Response:
+        """Start a search; its result is at the URL of the answer."""
+        asked = Asked.model_validate(await _body(request))
+        if not asked.prompt and not asked.completion:
+            raise InputError("give a prompt, a completion, or both.")
+        job = await self._asked(asked)
+        return JSONResponse(_state(job), status_code=202)
+
+    async def tokens(self, request: Request) -> Response:
+        """A completion's tokens after a prompt."""
+        body = await _body(request)
+        if body.keys() - {"prompt", "completion"}:
+            raise InputError("expected prompt and completion, and nothing else.")
+        asked = Asked.model_validate(body)
+        found = await asyncio.to_thread(self._tokens_of, asked)
+        return JSONResponse({"tokens": [piece for piece, _ in found]})
+
+    async def result(self, request: Request) -> Response:
+        """The result, or how far it is."""
+        job = self._job(request)
+        if job.state == "failed":
+            return _problem(job.error_status, job.error)
+        if job.result is None:
+            return JSONResponse(_state(job), status_code=202)
+        content = await asyncio.to_thread(job.result.to_json)
+        return Response(content, media_type="application/json")
+
+    async def stop(self, request: Request) -> Response:
+        """Conclude from what is exact by now."""
+        await _body(request)
+        job = self._job(request)
+        job.stopping = True
+        return JSONResponse(_state(job), status_code=202)
+
+    async def events(self, request: Request) -> Response:
+        """The stages as server-sent events: `stage` as often as something changed, then `end`."""
+        job = self._job(request)
+        return StreamingResponse(_follow(job), media_type="text/event-stream",
+                                 headers={"X-Accel-Buffering": "no"})
+
+    async def sequence(self, request: Request) -> Response:
+        """A sequence of the index: its text, tokens and where it comes from."""
+        given = request.path_params["id"]
+        if not (given.isascii() and given.isdecimal() and len(given) < 19):
+            raise HTTPException(404, f"no sequence has the id {given!r:.40}.")
+        try:
+            place, = self.searcher.known([int(given)])
+        except InputError as error:
+            raise HTTPException(404, str(error)) from None
+        record, = await asyncio.to_thread(self.searcher.index.records, [place])
+        pieces = text.pieces(self.searcher.index.tokenizer, record.ids.tolist())
+        return JSONResponse({
+            "id": record.id, "text": "".join(pieces), "tokens": pieces,
+            "token_ids": record.ids.tolist(), "scored": record.scored.tolist(),
+            "parts": [asdict(part) for part in record.parts],
+            "duplicates": self.searcher.index.copies(place),
+        })
+
+    def _job(self, request: Request) -> Job:
+        job = self.jobs.get(request.path_params["job"])
+        if job is None:
+            raise HTTPException(404, "There is no such result any more. Search again.")
+        return job
+
+
+def _from_form(fields: list[tuple[str, str]]) -> tuple[Asked, bool]:
+    """A search from a URL's fields, and whether there is one. Raises InputError."""
+    content: dict[str, Any] = {}
+    scores = [value for name, value in fields if name == "score"]
+    scored_of = next((value for name, value in fields if name == "scored_of"), None)
+    for name, value in fields:
+        # browsers send a text area's lines with \r\n
+        value = value.replace("\r\n", "\n")
+        if value and name not in ("score", "scored_of"):
+            content[name] = value if name != "shortlist" or not value.isdecimal() else int(value)
+    if scored_of is not None and scored_of.replace("\r\n", "\n") == content.get("completion"):
+        content["score_on"] = ",".join(scores)
+    try:
+        asked = Asked.model_validate(content)
+    except pydantic.ValidationError as error:
+        raise InputError(_first(error)) from None
+    if scored_of is not None and content.get("score_on") == "" and "completion" in content:
+        raise InputError("no token is chosen to score; choose at least one.")
+    return asked, bool(asked.prompt or asked.completion)
+
+
+def _first(error: pydantic.ValidationError) -> str:
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    where = ".".join(map(str, first["loc"])) or "the request"
+    return f"{where}: {first['msg']}"[:300]
+
+
+def _state(job: Job) -> dict[str, Any]:
+    return {"id": job.id, "state": job.state, "stage": job.stage, "done": job.done,
+            "total": job.total, "url": job.asked.url(), "result": f"/api/result/{job.id}",
+            "events": f"/api/result/{job.id}/events"}
+
+
+async def _body(request: Request) -> dict[str, Any]:
+    """A request's JSON object. Raises HTTPException."""
+    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+        raise HTTPException(415, "Send Content-Type: application/json.")
+    try:
+        content = json.loads(await request.body())
+    except (ValueError, RecursionError):
+        raise HTTPException(400, "The body is not JSON.") from None
+    if not isinstance(content, dict):
+        raise HTTPException(422, "The body is no JSON object.")
+    return content
+
+
+async def _wait(job: Job, seconds: float) -> None:
+    """Until the job ended or has hits to show, or so long."""
+    changed, forget = _listen(job)
+    try:
+        async with asyncio.timeout(seconds):
+            while not (job.ended or job.provisional):
+                await changed.wait()
+                changed.clear()
+    except TimeoutError:
+        pass
+    finally:
+        forget()
+
+
+def _listen(job: Job) -> tuple[asyncio.Event, Callable[[], None]]:
+    """An event that the worker's changes set, and what ends that."""
+    loop, changed = asyncio.get_running_loop(), asyncio.Event()
+
+    def wake() -> None:
+        loop.call_soon_threadsafe(changed.set)
+
+    job.wake.add(wake)
+    return changed, lambda: job.wake.discard(wake)
+
+
+async def _follow(job: Job) -> AsyncIterator[bytes]:
+    changed, forget = _listen(job)
+    job.watchers += 1
+    sent: set[int] = set()
+    try:
+        yield b"retry: 2000\n\n"
+        while True:
+            found = {one: value for one, value in list(job.found.items()) if one not in sent}
+            sent |= set(found)
+            content = {**_state(job), "found": found, "hits": job.provisional is not None,
+                       "seconds_left": job.seconds_left}
+            yield f"event: stage\ndata: {json.dumps(content)}\n\n".encode()
+            if job.ended:
+                yield b"event: end\ndata: {}\n\n"
+                return
+            try:
+                async with asyncio.timeout(HEARTBEAT):
+                    await changed.wait()
+                changed.clear()
+                await asyncio.sleep(0.05)  # changes that come together are told together
+            except TimeoutError:
+                yield b": still here\n\n"
+    finally:
+        job.watchers -= 1
+        job.seen = time.monotonic()
+        forget()
+
+
+def _html(content: str, status: int = 200) -> Response:
+    return HTMLResponse(content, status)
+
+
+def _problem(status: int, message: str) -> JSONResponse:
+    headers = {"Retry-After": "5"} if status == 503 else None
+    return JSONResponse({"error": message}, status, headers)
+
+
+def application(searcher: Searcher, jobs: Jobs, guard: dict[str, Any]) -> Guard:
+    """The ASGI application: the site behind its guard."""
+    site = Site(searcher, jobs)
+
+    async def failed(request: Request, error: Exception) -> Response:
+        if isinstance(error, HTTPException):
+            status, message = error.status_code, str(error.detail)
+        elif isinstance(error, pydantic.ValidationError):
+            status, message = 422, _first(error)
+        elif isinstance(error, InputError):
+            status, message = 422, str(error)
+        elif isinstance(error, BusyError):
+            status, message = 503, str(error)
+        elif isinstance(error, ClientDisconnect):
+            status, message = 400, "The request ended early."
+        else:
+            number = secrets.token_hex(4)
+            _LOG.error("error %s at %s", number, request.url.path, exc_info=error)
+            status, message = 500, f"Something failed; the server's log has it under {number}."
+        if request.url.path.startswith(("/api/", "/healthz")):
+            answer: Response = _problem(status, message)
+        else:
+            answer = HTMLResponse(html.fill("problem.html", about=site.about, error=message),
+                                  status)
+        for name, value in (getattr(error, "headers", None) or {}).items():
+            answer.headers[name] = value
+        return answer
+
+    kinds: tuple[Any, ...] = (HTTPException, pydantic.ValidationError, GradindexError,
+                              ClientDisconnect, Exception)
+    handlers: dict[Any, Callable[[Request, Exception], Awaitable[Response]]] = {
+        kind: failed for kind in kinds}
+    return Guard(Starlette(routes=site.routes(), exception_handlers=handlers), **guard)
+
+
+# ---- serving
+
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+PORTS = range(8765, 8785)  # tried in order where none was asked for
+SHORTEST_TOKEN = 22  # characters, for 128 bits
+
+
+def names(host: str, port: int, others: Iterable[str] = ()) -> set[str]:
+    """The values of Host by which a server on that address is asked for."""
+    own = {"127.0.0.1", "localhost", "[::1]"} if host in LOOPBACK else \
+        {bracketed(host), socket.gethostname(), socket.getfqdn()}
+    return {f"{name}:{port}" for name in own} | set(others) | \
+        {f"{name}:{port}" for name in others if ":" not in name}
+
+
+def listen(host: str, port: int | None) -> socket.socket:
+    """A socket that listens. Raises InputError where the address or the port can't be had."""
+    problem: OSError | None = None
+    for one in PORTS if port is None else [port]:
+        try:
+            family = socket.getaddrinfo(host, one, type=socket.SOCK_STREAM)[0][0]
+            return socket.create_server((host, one), family=family)
+        except OSError as error:
+            problem = error
+    asked = f"ports {PORTS[0]} to {PORTS[-1]}" if port is None else f"--port {port}"
+    raise InputError(f"{host}, {asked}: {problem}. Give another --port or --host.")
+
+
+def token_for(host: str, given: str | None) -> str | None:
+    """The token to ask for: none on the loopback, else the given one or a new one.
+
+    Raises InputError for one that can be guessed.
+    """
+    if given is not None and len(given) < SHORTEST_TOKEN:
+        raise InputError(f"GRADINDEX_TOKEN has {len(given)} characters; expected at least "
+                         f"{SHORTEST_TOKEN} random ones, such as `openssl rand -base64 24` gives.")
+    return given if given is not None or host in LOOPBACK else secrets.token_urlsafe(24)
+
+
+def serve(
+    searcher: Searcher, listening: socket.socket, hosts: set[str], token: str | None,
+    train_sequences: int | None = None,
+) -> None:
+    """Answer until interrupted. `token` is asked of everybody, if it isn't None."""
+    jobs = Jobs(searcher, train_sequences)
+    jobs.start()
+    config = uvicorn.Config(
+        application(searcher, jobs, {"hosts": hosts, "token": token}), log_level="warning",
+        lifespan="off", ws="none", server_header=False, date_header=False, timeout_keep_alive=15,
+        access_log=False, proxy_headers=False, timeout_graceful_shutdown=2,
+        h11_max_incomplete_event_size=1 << 16)
+    uvicorn.Server(config).run(sockets=[listening])
+
+
+def bracketed(host: str) -> str:
+    """An address as URLs have it."""
+    return f"[{host}]" if ":" in host else host
