@@ -225,7 +225,8 @@ class Result:
             for added in ("scored", "log_p"):
                 text_of.pop(added, None) if isinstance(text_of, dict) else None
         try:
-            result: Result = pydantic.TypeAdapter(cls).validate_python(content, strict=True)
+            result: Result = pydantic.TypeAdapter(cls).validate_json(
+                json.dumps(content), strict=True)
         except pydantic.ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             where = ".".join(map(str, first["loc"]))

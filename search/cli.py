@@ -337,8 +337,8 @@ def view(
     progress.say(f"the page: {address} (Ctrl-C ends it)")
     if not no_open:
         click.launch(address)
-    server.serve(searcher, listening, server.names(host, listening.getsockname()[1], others),
-                 token, train_sequences)
+    hosts = server.names(host, listening.getsockname()[1], others)
+    server.server(searcher, hosts, token, train_sequences).run(sockets=[listening])
     return 0
 
 

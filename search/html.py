@@ -117,7 +117,7 @@ def query(text: Query) -> Iterator[tuple[str, bool, int]]:
 def strip(hit: Hit, layers: list[int]) -> Markup:
     """A bar a layer, upwards and blue for influence above zero, downwards and orange below."""
     top = max(map(abs, hit.layer_influence), default=0.0) or 1.0
-    wide, high = 7, 11
+    wide, high = max(4, min(12, 120 // max(1, len(layers)))), 12
     bars, said = [], []
     for place, (layer, value) in enumerate(zip(layers, hit.layer_influence, strict=True)):
         size = max(0.6, abs(value) / top * high)

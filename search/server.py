@@ -21,7 +21,13 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import (
+    HTMLResponse,
+    JSONResponse,
+    RedirectResponse,
+    Response,
+    StreamingResponse,
+)
 from starlette.routing import Route
 
 from gradindex import text
@@ -94,8 +100,11 @@ class Site:
         """The form; with a query, its search as far as it is."""
         asked, error, job, held = Asked(), "", None, False
         try:
-            asked, given = _from_form(parse_qsl(request.url.query, keep_blank_values=True))
-            if given:
+            fields = parse_qsl(request.url.query, keep_blank_values=True)
+            asked = _from_form(fields)
+            if any(name in ("score", "scored_of") for name, _ in fields):
+                return RedirectResponse(asked.url(), 303)  # an address fit to be shared
+            if asked.prompt or asked.completion:
                 held = not request.state.trusted
                 if not held:
                     job = await self._asked(asked)
@@ -135,7 +144,8 @@ class Site:
         found = None if job is None else job.result or job.provisional
         content: dict[str, Any] = {
             "about": self.about, "examples": self.examples, "result": None, "comparison": None,
-            "advanced": bool(asked.given().keys() - {"prompt", "completion", "opponents"}),
+            "advanced": bool(asked.given().keys()
+                             - {"prompt", "completion", "score_on", "opponents", "k"}),
             "scale": 1.0, "step": 0, "tail": None, "scatter": None, "pairs": [],
         }
         if job is not None and job.stage:
@@ -258,8 +268,8 @@ class Site:
         return job
 
 
-def _from_form(fields: list[tuple[str, str]]) -> tuple[Asked, bool]:
-    """A search from a URL's fields, and whether there is one. Raises InputError."""
+def _from_form(fields: list[tuple[str, str]]) -> Asked:
+    """A search from a URL's fields. Raises InputError."""
     content: dict[str, Any] = {}
     scores = [value for name, value in fields if name == "score"]
     scored_of = next((value for name, value in fields if name == "scored_of"), None)
@@ -276,7 +286,7 @@ def _from_form(fields: list[tuple[str, str]]) -> tuple[Asked, bool]:
         raise InputError(_first(error)) from None
     if scored_of is not None and content.get("score_on") == "" and "completion" in content:
         raise InputError("no token is chosen to score; choose at least one.")
-    return asked, bool(asked.prompt or asked.completion)
+    return asked
 
 
 def _first(error: pydantic.ValidationError) -> str:
@@ -441,19 +451,17 @@ def token_for(host: str, given: str | None) -> str | None:
     return given if given is not None or host in LOOPBACK else secrets.token_urlsafe(24)
 
 
-def serve(
-    searcher: Searcher, listening: socket.socket, hosts: set[str], token: str | None,
-    train_sequences: int | None = None,
-) -> None:
-    """Answer until interrupted. `token` is asked of everybody, if it isn't None."""
+def server(
+    searcher: Searcher, hosts: set[str], token: str | None, train_sequences: int | None = None
+) -> uvicorn.Server:
+    """A server to `run`; `token` is asked of everybody, if it isn't None."""
     jobs = Jobs(searcher, train_sequences)
     jobs.start()
-    config = uvicorn.Config(
+    return uvicorn.Server(uvicorn.Config(
         application(searcher, jobs, {"hosts": hosts, "token": token}), log_level="warning",
         lifespan="off", ws="none", server_header=False, date_header=False, timeout_keep_alive=15,
         access_log=False, proxy_headers=False, timeout_graceful_shutdown=2,
-        h11_max_incomplete_event_size=1 << 16)
-    uvicorn.Server(config).run(sockets=[listening])
+        h11_max_incomplete_event_size=1 << 16))
 
 
 def bracketed(host: str) -> str:
