@@ -1,0 +1,270 @@
+"""What is shown of a hit, against plain recomputation; and files of results, read again."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from click.testing import CliRunner
+
+import gradindex
+from gradindex.cli import COMMANDS, main_group
+from gradindex.results import Result
+from search import cards, html, render
+from search.asked import Asked
+from search.likeness import SHINGLE, Wording, fold_near
+
+QUESTION = {"prompt": "The apple number", "completion": " 3 grows by the river."}
+
+
+@pytest.fixture(scope="module")
+def index(index_folder):
+    return gradindex.open(index_folder)
+
+
+@pytest.fixture(scope="module")
+def result(index):
+    return index.search(**QUESTION, k=12, shortlist="all")
+
+
+# ---- likeness
+
+
+def test_lexical_overlap(index, result):
+    sample = [set(one.ids.tolist()) for one in index.index.records(index.index.background())]
+    rarity = {token: math.log((len(sample) + 1) / (sum(token in one for one in sample) + 1))
+              for token in set(result.query.tokens)}
+    for hit in result:
+        expected = sum(weight for token, weight in rarity.items() if token in hit.token_ids) / \
+            sum(rarity.values())
+        assert hit.lexical == pytest.approx(expected, abs=1e-12)
+    assert max(hit.lexical for hit in result) > min(hit.lexical for hit in result)
+    everywhere = Wording([np.array([1, 2]), np.array([1])])
+    assert everywhere.overlap([1], [1]) is None
+    assert everywhere.overlap([1, 2], [1]) == 0 and everywhere.overlap([2, 2, 9], [2]) == \
+        math.log(3 / 2) / (math.log(3 / 2) + math.log(3))
+    named = index.rescore(**QUESTION, ids=[hit.id for hit in result])
+    assert [hit.lexical for hit in named] == [hit.lexical for hit in result]
+
+
+def test_near_duplicates(result):
+    def shingles(ids):
+        return {tuple(ids[at : at + SHINGLE]) for at in range(len(ids) - SHINGLE + 1)} or \
+            {tuple(ids)}
+
+    def alike(one, other):
+        a, b = shingles(one), shingles(other)
+        return len(a & b) / len(a | b)
+
+    random = np.random.default_rng(1)
+    base = random.integers(0, 50, 40).tolist()
+    texts = [base, base[:36] + [60, 61, 62, 63], random.integers(0, 50, 40).tolist(), base[20:],
+             [7, 8], [7, 8], base[:39] + [99]]
+    hits = fold_near([replace(result[0], id=10 + n, token_ids=ids) for n, ids in enumerate(texts)])
+    near = [hit.near for hit in hits]
+    heads: list[int] = []
+    for n, ids in enumerate(texts):
+        scores = {head: alike(texts[head], ids) for head in heads}
+        best = max(scores, key=lambda head: scores[head], default=None)
+        if best is not None and scores[best] >= 0.5:
+            assert near[n] == 10 + best
+        else:
+            assert near[n] is None
+            heads.append(n)
+    assert near == [None, 10, None, None, None, 14, 10]
+    assert [hit.near_duplicates for hit in hits] == [[11, 16], [], [], [], [15], [], []]
+
+
+# ---- cards
+
+
+def test_the_strongest_window(result):
+    hit = max(result, key=lambda one: len(one.tokens))
+    for size in (1, 3, 7, len(hit.tokens), 500):
+        sums = [sum(map(abs, hit.token_influence[at : at + size]))
+                for at in range(max(1, len(hit.tokens) - size + 1))]
+        first, last = cards.window(hit, size)
+        assert last - first == min(size, len(hit.tokens))
+        assert sum(map(abs, hit.token_influence[first:last])) == pytest.approx(max(sums))
+
+
+def test_tints_have_the_sign_and_fifteen_shades(result):
+    scale = cards.strongest(result.hits)
+    assert scale == max(abs(value) for hit in result for value in hit.token_influence)
+    assert [cards.shade(value, 1.0) for value in (-1, -0.5, -0.07, 0, 0.07, 0.0715, 0.5, 1)] == \
+        [-7, -4, 0, 0, 0, 1, 4, 7]
+    for hit in result:
+        runs = list(html.runs(hit, scale))
+        assert "".join(text for text, _, _ in runs) == "".join(hit.tokens)
+        tinted = [(text, tint, value) for text, tint, value in runs if tint]
+        expected = [
+            (token, f"{'p' if value > 0 else 'n'}{abs(cards.shade(value, scale))}",
+             cards.number(value))
+            for token, value in zip(hit.tokens, hit.token_influence, strict=True)
+            if cards.shade(value, scale)]
+        assert tinted == expected
+
+
+def test_shares_of_kinds(index_folder, model_folder, data_file, tmp_path):
+    index = gradindex.build(model_folder, data_file, out=tmp_path / "all.index", seq_len=24,
+                            bits=512, batch_tokens=96, modules="all")
+    hit = index.search(**QUESTION, k=1)[0]
+    kinds = {module.name: module.kind for module in index.manifest.modules}
+    sums = {"mlp": 0.0, "attention": 0.0}
+    for name, value in hit.module_influence.items():
+        sums[kinds[name]] += value
+    assert hit.kind_influence == pytest.approx(sums)
+    assert sum(hit.kind_influence.values()) == pytest.approx(hit.influence, rel=1e-5)
+    total = sum(map(abs, sums.values()))
+    assert cards.kind_shares(hit) == pytest.approx(
+        {kind: abs(value) / total for kind, value in sums.items()})
+
+
+def test_layer_strip_and_map(result):
+    hit = result[0]
+    drawn = str(html.strip(hit, result.layers))
+    assert drawn.count("<rect") == len(result.layers)
+    for layer, value in zip(result.layers, hit.layer_influence, strict=True):
+        assert f"layer {layer}: {cards.number(value)}" in drawn
+    columns = list(html.columns(hit, result.layers))
+    assert [token for token, _, _ in columns] == hit.tokens
+    assert [said.partition(";")[0] for _, _, said in columns] == \
+        [cards.number(sum(row)) for row in hit.token_layer_influence]
+
+
+def test_the_units_and_the_sign_are_said_everywhere(result):
+    for shown in (render.terminal(result), result._repr_html_(), html.document(result),
+                  result.to_json()):
+        together = " ".join(shown.split())
+        assert "positive means that one more copy of the sequence would make" in together
+
+
+# ---- files
+
+
+@pytest.mark.parametrize("form", ["json", "jsonl", "csv", "parquet", "html"])
+def test_export_is_what_search_writes(result, form, tmp_path):
+    (tmp_path / "result.json").write_text(result.to_json())
+    out = tmp_path / f"again.{form}"
+    done = CliRunner().invoke(main_group, ["export", str(tmp_path / "result.json"), "-o", str(out)])
+    assert done.exit_code == 0, done.output
+    assert out.read_bytes() == render.render(result, form)
+
+
+def test_a_result_is_read_as_it_was(result):
+    again = Result.from_json(result.to_json())
+    assert again == result and again.to_json() == result.to_json()
+
+
+def test_exact_scores_of_all_that_was_rescored(index, result):
+    everyone = index.rescore(**QUESTION, ids=range(len(index)))
+    first = {hit.id: hit.influence for hit in everyone
+             if not any(other < hit.id for other in hit.duplicates)}
+    assert result.exact_influence == pytest.approx(
+        sorted(first.values(), reverse=True), rel=1e-4, abs=1e-4)
+    sample = index.index.contents.ids[index.index.background()].tolist()
+    of = {hit.id: hit.influence for hit in everyone}
+    assert result.sample_influence == pytest.approx([of[one] for one in sample],
+                                                    rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda c: c.pop("schema"), "no schema"),
+    (lambda c: c.update(schema=1), "schema 1"),
+    (lambda c: c["hits"][0].update(influence="many"), "hits.0.influence"),
+    (lambda c: c["hits"][0]["token_influence"].pop(), "don't fit"),
+    (lambda c: c["query"]["labels"].pop(), "differ in number"),
+    (lambda c: c.update(layers=[]), "no layers"),
+    (lambda c: c.pop("controls"), "controls"),
+    (lambda c: c["controls"].pop("damping"), "controls are missing"),
+])
+def test_a_file_that_is_no_result(result, change, said, tmp_path):
+    content = json.loads(result.to_json())
+    change(content)
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(gradindex.InputError, match=said):
+        render.read(path)
+
+
+def test_several_results_in_a_file(index, result, tmp_path):
+    other = index.search(prompt="The pear", completion=" number", k=2)
+    path = tmp_path / "results.jsonl"
+    path.write_text(json.dumps({"asked": "x", **result.to_dict()}) + "\n" + other.to_json() + "\n")
+    with pytest.raises(gradindex.InputError, match="holds 2 results"):
+        render.read(path)
+    assert render.read(path, 1) == result and render.read(path, 2) == other
+    with pytest.raises(gradindex.InputError, match="--query 3"):
+        render.read(path, 3)
+
+
+def test_parquet_holds_everything(result):
+    table = pyarrow.parquet.read_table(pyarrow.BufferReader(render.parquet(result)))
+    rows = table.to_pylist()
+    for rank, (row, hit) in enumerate(zip(rows, result, strict=True), 1):
+        assert row.pop("rank") == rank
+        for name, value in row.items():
+            own = getattr(hit, name)
+            assert value == own or json.loads(value) == json.loads(json.dumps(own)), name
+    about = json.loads(table.schema.metadata[b"gradindex"])
+    assert about == {name: value for name, value in
+                     json.loads(result.to_json()).items() if name != "hits"}
+
+
+def test_csv_has_the_users_fields(result):
+    import csv
+    import io
+
+    rows = list(csv.DictReader(io.StringIO(render.csv_table(result))))
+    assert [row["field:place"] for row in rows] == [hit.fields["place"] for hit in result]
+
+
+# ---- one search, several ways to write it
+
+
+def test_a_search_as_address_command_and_python(index, index_folder):
+    from urllib.parse import parse_qsl, urlsplit
+
+    from search.server import _from_form
+
+    asked = Asked(prompt="The pear's \"number\"\n", completion=" 3 & 4", k=5, opponents=True,
+                  shortlist="all", normalize="cosine", score_on="0-1", rescore=True)
+    assert _from_form(parse_qsl(urlsplit(asked.url()).query)) == asked
+    space: dict = {}
+    exec(asked.python(str(index_folder)), space)
+    expected = index.search(prompt=asked.prompt, completion=asked.completion, k=5, opponents=True,
+                            shortlist="all", normalize="cosine", score_on="0-1")
+    assert [hit.id for hit in space["result"]] == [hit.id for hit in expected]
+    import shlex
+    arguments = shlex.split(asked.command(str(index_folder)))
+    done = CliRunner().invoke(main_group, [*arguments[1:], "--format", "json"])
+    assert [hit["id"] for hit in json.loads(done.stdout)["hits"]] == [hit.id for hit in expected]
+
+
+def test_a_comparison(index):
+    both = index.compare(QUESTION["prompt"], [QUESTION["completion"], " 5 falls."], k=4)
+    alone = [index.search(QUESTION["prompt"], one, k=4)
+             for one in (QUESTION["completion"], " 5 falls.")]
+    for mine, other in zip(both.results, alone, strict=True):
+        assert [hit.id for hit in mine] == [hit.id for hit in other]
+    ids = sorted({hit.id for one in alone for hit in one})
+    assert sorted(both.influence) == ids
+    for place, completion in enumerate((QUESTION["completion"], " 5 falls.")):
+        exact = index.rescore(QUESTION["prompt"], completion, ids=ids)
+        assert [both.influence[one][place] for one in ids] == pytest.approx(
+            [hit.influence for hit in exact], rel=1e-4, abs=1e-4)
+    assert json.loads(both.to_json())["influence"] == {
+        str(one): list(pair) for one, pair in both.influence.items()}
+    with pytest.raises(gradindex.InputError, match="two to compare"):
+        index.compare("a", ["b"])
+    with pytest.raises(gradindex.InputError, match="exact scores"):
+        index.compare(QUESTION["prompt"], [" 3", " 4"], rescore=False)
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_every_command_has_an_example(name):
+    shown = CliRunner().invoke(main_group, [name, "--help"]).output
+    assert "Example:" in shown and f"gradindex {name} " in shown.partition("Example:")[2]
