@@ -1,6 +1,7 @@
 # make demo   train a small model, index its training text, ask it three questions
 # make test   lint, types, tests, some faults
 # make faults every fault: kills, full disks, damage (under an hour); the table goes into RESULTS.md
+# make screenshots  the README's pictures, from the demo's index (needs Chromium)
 # All make .venv themselves. PYTHON, VENV, EXTRA (cpu or gpu) and pip's own variables are honoured.
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 export OMP_WAIT_POLICY ?= passive
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test faults lint clean
+.PHONY: demo test faults screenshots lint clean
 
 # torch first: a range would let pip choose a newer build with several GB of CUDA libraries.
 $(BIN)/.installed: pyproject.toml constraints.txt
@@ -36,6 +37,10 @@ test: $(BIN)/.installed lint
 
 faults: $(BIN)/.installed
 	FAULTS=all FAULTS_REPORT=1 $(BIN)/python -m pytest -s tests/faults
+
+screenshots: $(BIN)/.installed
+	@test -f $(DEMO)/index/manifest.json || $(MAKE) demo
+	$(BIN)/python demo/screenshots.py $(DEMO) docs
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check .

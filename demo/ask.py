@@ -31,6 +31,7 @@ def main(folder: Path) -> None:
         (f"search {index} -p 'def __enter__(self):'", "what the model goes on to say, and why"),
         (f"search {index} -p 'weekdays =' -c \" ['Mon'\" --opponents", "what spoke against it"),
         (f"search {index} -p 'severity' -c \" 'ERROR'\" --versus \" 'INFO'\"", "rather than that"),
+        (f"view {index}", "all of this in a page"),
         (f"info {index}", "what is in the index"),
         ("build YOUR_MODEL YOUR.jsonl -o your.index", "your own"),
     ):

@@ -21,6 +21,7 @@ from search import cards, html
 
 MOST_TEXTS = 3  # of a query's further texts, shown
 MARKED = 0.25  # a token is marked from this share of the strongest token's influence on
+PLUS, MINUS = "1;94", "1;33"  # ANSI: bold, bright blue or yellow
 BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -105,14 +106,17 @@ def _hit_lines(rank: int, hit: Hit, result: Result, width: int, color: bool) -> 
     by = "" if value is None else f"{ranked_by} {cards.number(value)}  "
     about = "" if hit.exact else "≈ "
     label = "" if hit.user_id is None else f"  {hit.user_id}"
-    head = f"{rank:>3}  {by}{about}{cards.number(hit.influence)}  {cards.number(hit.nats)} nats"
+    influence = cards.number(hit.influence)
+    if color:
+        influence = f"\x1b[{PLUS if hit.influence >= 0 else MINUS}m{influence}\x1b[0m"
+    head = f"{rank:>3}  {by}{about}{influence}  {cards.number(hit.nats)} nats"
     facts = [cards.percentile(hit, result), cards.rank_before(hit)]
     if hit.tfidf_rank is not None:
         facts.append(f"TF-IDF rank {hit.tfidf_rank}")
     if hit.lexical is not None:
         facts.append(f"lexical overlap {hit.lexical:.2f}")
     noticed = "".join(f"  [{mark.text}]" for mark in cards.marks(hit))
-    lines = [*_wrap(visible(f"{head}{label}  sequence {hit.id}{noticed}"), width)]
+    lines = [*_wrap(head + visible(f"{label}  sequence {hit.id}{noticed}"), width)]
     lines += ["     " + line for line in _wrap(", ".join(filter(None, facts)), width - 5)]
     lines.append(f"     {_clip(cards.where(hit), width - 5)}")
     if hit.layer_influence:

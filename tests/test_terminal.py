@@ -22,7 +22,7 @@ from search import batch, describe, render
 from search import cli as search_cli
 
 CATEGORIES = {"Cc", "Cf", "Co", "Cs", "Zl", "Zp"}
-OWN_COLORS = re.compile(r"\x1b\[(?:44;97;1|43;30;1|0)m")
+OWN_COLORS = re.compile(r"\x1b\[(?:44;97;1|43;30;1|1;94|1;33|0)m")
 
 HOSTILE = {  # name → text, and how it is shown in one line
     "clear the screen": ("a\x1b[2Jb", r"a\x1b[2Jb"),
