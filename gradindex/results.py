@@ -128,6 +128,8 @@ class Group:
     of this `value` (all, unless documents are packed); positive: one more copy of each would make
     the completion more likely, by `nats` = influence / N_train to first order. `standard_error` is
     its sd over draws of the code's random projection; 0 where every sequence was rescored.
+    That is said of a group you had in mind: those listed first are there for their size, and so
+    for their error too (on average about one standard error of it, see benchmarks/RESULTS.md).
     `hits` are the ids of the result's hits among them, in the result's order. A value of None: the
     documents without the field.
     """

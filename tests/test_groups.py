@@ -308,6 +308,9 @@ def test_group_lines(index):
         line[: 59 if len(line) > 60 else 60] for line in lines]
     assert all(character.isprintable() for line in lines for character in line)
     assert group_lines(index.search(**QUESTION, **SHORT), 100) == []
+    result = index.search(**QUESTION, k=5, rescore=False, group_by="document")
+    unsure = sum(abs(one.influence) < 2 * one.standard_error for one in result.groups[:MOST_LINES])
+    assert unsure and group_lines(result, 100)[-1].startswith(f"{unsure} of the 20 shown are ")
 
 
 def test_the_flag(index_folder):
