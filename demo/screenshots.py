@@ -93,7 +93,8 @@ def _terminal(folder: Path) -> str:
                   flags=re.DOTALL)
     return ("<style>pre { font: 14px/1.35 'DejaVu Sans Mono', monospace; background: #14161a; "
             "color: #e4e6ea; padding: 18px 22px; width: max-content; margin: 0 } .p { background: "
-            "#1f55b5; color: #fff } .n { background: #b98a1d; color: #111 } .plus { color: #7db1ff } "
+            "#1f55b5; color: #fff } .n { background: #b98a1d; color: #111 } "
+            ".plus { color: #7db1ff } "
             ".minus { color: #e8b84a }</style>"
             f"<pre>{text.rstrip()}</pre>")
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         InputError,
         ResourceError,
     )
-    from gradindex.results import Hit, Query, Recall, Result
+    from gradindex.results import Group, Hit, Query, Recall, Result
     from indexer.append import append
     from indexer.build import build
     from indexer.maintain import compact, delete
@@ -34,17 +34,17 @@ _HOMES = {
     "delete": "indexer.maintain", "verify": "indexer.verify",
     "open": "search.engine", "Searcher": "search.engine",
     "render_html": "search.render",
-    "Query": "gradindex.results", "Hit": "gradindex.results", "Recall": "gradindex.results",
-    "Result": "gradindex.results",
+    "Query": "gradindex.results", "Group": "gradindex.results", "Hit": "gradindex.results",
+    "Recall": "gradindex.results", "Result": "gradindex.results",
     "GradindexError": "gradindex.errors", "InputError": "gradindex.errors",
     "IndexMismatchError": "gradindex.errors", "DamagedIndexError": "gradindex.errors",
     "ResourceError": "gradindex.errors",
 }
 
 __all__ = [
-    "DamagedIndexError", "GradindexError", "Hit", "IndexMismatchError", "InputError", "Query",
-    "Recall", "ResourceError", "Result", "Searcher", "append", "build", "compact", "delete", "open",
-    "render_html", "verify",
+    "DamagedIndexError", "GradindexError", "Group", "Hit", "IndexMismatchError", "InputError",
+    "Query", "Recall", "ResourceError", "Result", "Searcher", "append", "build", "compact",
+    "delete", "open", "render_html", "verify",
 ]
 
 

@@ -132,6 +132,28 @@ class Recall:
 
 
 @dataclass
+class Group:
+    """The live sequences of one document, source or value of a field, and their total influence.
+
+    `influence` is the total over all of them in the index, each by the share of its tokens that is
+    of this `value` (all, unless documents are packed); positive: one more copy of each would make
+    the completion more likely, by `nats` = influence / N_train to first order. `standard_error` is
+    its sd over draws of the code's random projection; 0 where every sequence was rescored.
+    That is said of a group you had in mind: those listed first are there for their size, and so
+    for their error too (on average about one standard error of it, see benchmarks/RESULTS.md).
+    `hits` are the ids of the result's hits among them, in the result's order. A value of None: the
+    documents without the field.
+    """
+
+    value: Any
+    sequences: int
+    hits: list[int]
+    influence: float
+    standard_error: float
+    nats: float
+
+
+@dataclass
 class Result:
     """Hits in order of influence (or what `controls` says), and everything needed to judge them.
 
@@ -141,6 +163,9 @@ class Result:
     `exact_influence` are the exact scores of all that was rescored for the shortlist, most positive
     first (opponents: most negative first), equal sequences once: the tail of their distribution.
     `sample_influence` are those of the random sample.
+    With `group_by`, `groups` are the 100 with the largest total (in size; of opponents, the most
+    negative) and every other one with a hit, in that order, out of `group_count`; `total` is the
+    group of all sequences that were searched, its value None.
     """
 
     query: Query
@@ -163,6 +188,9 @@ class Result:
     sample_influence: list[float] = field(default_factory=list)
     model: str = ""
     index: str = ""  # of its manifest's SHA-256, the first 16 digits
+    groups: list[Group] = field(default_factory=list)
+    group_count: int = 0
+    total: Group | None = None
 
     @property
     def units(self) -> str:

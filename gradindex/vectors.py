@@ -71,7 +71,7 @@ class CodeIndex:
         """
         length = queries.shape[1]
         stored = faiss.vector_to_array(self._index.codes).reshape(len(self), -1)
-        scale = stored[:, -4:].copy().view(np.float32)[:, 0] / np.float32(length**0.5)
+        scale = _steps(stored, length)
         scores = np.empty((len(queries), len(self)), dtype=np.float32)
         total = queries.sum(1, keepdims=True)
         for first in range(0, len(self), UNPACKED_ROWS):
@@ -80,6 +80,16 @@ class CodeIndex:
             inner = queries @ bits.astype(np.float32).T  # of signs: twice that of bits, less Σ
             scores[:, here] = (2 * inner - total) * scale[here]
         return scores
+
+    def some_signs(self, octets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The signs of every code at some coordinates: uint8 [rows, octets], lowest bit first.
+
+        `octets` are the coordinates by eights: the K/8 bytes that hold them, by number. Second
+        comes what a sign of each code stands for, float32 [rows]: a code's score is the inner
+        product of the query's vector with its signs (1 or −1) times this.
+        """
+        stored = faiss.vector_to_array(self._index.codes).reshape(len(self), -1)
+        return stored[:, octets], _steps(stored, self._index.d)
 
     def scales(self) -> np.ndarray:
         """What FAISS keeps of each code besides its signs: float32 [rows, 2]."""
@@ -138,6 +148,11 @@ class CodeIndex:
         self._index = index
         self._index.qb = QUERY_BITS
         return self
+
+
+def _steps(stored: np.ndarray, length: int) -> np.ndarray:
+    """What a sign of each of these codes of K = `length` bits stands for: float32 [rows]."""
+    return stored[:, -4:].copy().view(np.float32)[:, 0] / np.float32(length**0.5)
 
 
 @contextlib.contextmanager

@@ -41,6 +41,8 @@ class Asked(pydantic.BaseModel):
     modules: Annotated[str, pydantic.Field(max_length=256)] | None = None
     normalize: Literal["none", "cosine", "relatif"] = "none"
     candidates: Literal["code", "tfidf", "both"] = "code"
+    group_by: Annotated[str, pydantic.Field(
+        max_length=256, description="document, source or a kept field.")] | None = None
 
     def given(self) -> dict[str, Any]:
         """The fields that are not their defaults, as JSON types."""
@@ -60,7 +62,7 @@ class Asked(pydantic.BaseModel):
     def controls(self) -> Controls:
         return Controls(**{name: getattr(self, name) for name in (
             "k", "shortlist", "recall", "opponents", "rescore", "damping", "modules", "normalize",
-            "candidates")})
+            "candidates", "group_by")})
 
     def url(self) -> str:
         """The page of this search."""
@@ -84,8 +86,9 @@ class Asked(pydantic.BaseModel):
                 parts.append("--no-rescore")
             elif name == "k":
                 parts += ["-k", str(value)]
-            elif name in ("shortlist", "recall", "damping", "modules", "normalize", "candidates"):
-                parts += [f"--{name}", str(value)]
+            elif name in ("shortlist", "recall", "damping", "modules", "normalize", "candidates",
+                          "group_by"):
+                parts += [f"--{name.replace('_', '-')}", str(value)]
         return shlex.join(parts)
 
     def python(self, index: str) -> str:

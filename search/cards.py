@@ -3,12 +3,15 @@
 from dataclasses import dataclass
 
 from gradindex.progress import duration
-from gradindex.results import Hit, Query, Result
+from gradindex.results import Group, Hit, Query, Result
+from gradindex.terminal import json_text
 
 WINDOW = 48  # tokens of text shown around the strongest of them
 BINS = 7  # shades of a sign
 GENERIC = 0.25  # of the background queries: from here on a sequence is marked as generic
 LITTLE_OVERLAP = 0.1
+MOST_GROUPS = 20  # shown at once
+UNSURE = 2  # standard errors from zero, within which a total may be nothing
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,18 @@ def marks(hit: Hit) -> list[Mark]:
         found.append(Mark("unlike", "other words",
                           "it shares hardly any of the query's rarer tokens"))
     return found
+
+
+def group_name(group: Group, by: str) -> str:
+    """A group's value as text."""
+    if group.value is None:
+        return f"no {by}"
+    return group.value if isinstance(group.value, str) else json_text(group.value)
+
+
+def unsure(groups: list[Group]) -> int:
+    """How many totals may be nothing."""
+    return sum(abs(group.influence) < UNSURE * group.standard_error for group in groups)
 
 
 def logarithm(query: Query) -> str:

@@ -63,6 +63,8 @@ _QUERY = [
 @click.option("--opponents", is_flag=True, help="The most negative influence instead.")
 @click.option("--candidates", default="code", show_default=True, metavar="code|tfidf|both",
               help="Who is rescored: the best by code, by shared rare words, or both lists.")
+@click.option("--group-by", metavar="document|source|FIELD",
+              help="Also total the influence of all sequences by document, source or kept field.")
 @click.option("--time-limit", type=float, metavar="SECONDS",
               help="Stop rescoring a query after this long.")
 @click.option("--queries", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",

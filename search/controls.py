@@ -14,6 +14,7 @@ SMALLEST_SHORTLIST = 100  # where `recall` begins
 GROWTH = 10  # with `recall`, the shortlist may grow to this many times its default
 NORMALIZATIONS = ("none", "cosine", "relatif")
 CANDIDATES = ("code", "tfidf", "both")
+GROUPINGS = ("document", "source")  # besides the fields that were kept
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Controls:
     alone. time_limit: stop rescoring a query after so many seconds.
     rank: of the preconditioned gradients of many queries [exact while they fit in 2 GiB, else
     32]. train_sequences: N_train, which only scales `nats`.
+    group_by: also total influence by "document", "source", or a field that was kept at the build.
     """
 
     k: int | None = None
@@ -45,6 +47,7 @@ class Controls:
     time_limit: float | None = None
     rank: int | None = None
     train_sequences: int | None = None
+    group_by: str | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class Settings:
     rank: int | None
     train_sequences: int
     train_sequences_given: bool
+    group_by: str | None
 
     def facts(self) -> dict[str, Any]:
         """What a result says of how it was found."""
@@ -73,7 +77,7 @@ class Settings:
             "opponents": self.sign < 0, "damping": self.damping,
             "modules": [module.name for module in self.modules], "normalize": self.normalize,
             "candidates": self.candidates, "rescore": self.rescore, "rank": self.rank,
-            "train_sequences": self.train_sequences,
+            "train_sequences": self.train_sequences, "group_by": self.group_by,
             "time_limit": None if math.isinf(self.time_limit) else self.time_limit,
         }
 
@@ -109,7 +113,19 @@ def settle(controls: Controls, index: Manifest) -> Settings:
         time_limit=controls.time_limit or math.inf, rank=controls.rank,
         train_sequences=controls.train_sequences or index.train_sequences or index.next_id,
         train_sequences_given=bool(controls.train_sequences or index.train_sequences),
+        group_by=_grouping(controls.group_by, index.plan["keep_fields"]),
     )
+
+
+def _grouping(asked: str | None, kept: list[str]) -> str | None:
+    """What groups are made by. Raises InputError for a field that was not kept."""
+    known = [*GROUPINGS, *kept]
+    if asked is None or asked in known:
+        return asked
+    fields = f"kept were {', '.join(kept)}" if kept else \
+        "none was kept; build with --keep-fields for more"
+    raise InputError(f"--group-by {asked}: expected {', '.join(GROUPINGS)} or a field that was "
+                     f"kept at the build ({fields}).")
 
 
 def _sizes(controls: Controls, total: int) -> tuple[int, int, int]:

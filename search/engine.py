@@ -102,7 +102,7 @@ class Searcher:
         is scored. `versus` is another completion: the influence is then that on log p(completion)
         − log p(versus). `score_on` ("0-2", "5") scores some of the completion's tokens only.
         Everything else is a field of `Controls`: k, shortlist, recall, opponents, damping,
-        modules, normalize, candidates, rescore, time_limit, rank, train_sequences.
+        modules, normalize, candidates, rescore, time_limit, rank, train_sequences, group_by.
         Interrupted (Ctrl-C) while rescoring, it returns what is exact so far.
         Raises InputError for an unusable query or control, IndexMismatchError for another model.
         """
@@ -256,6 +256,8 @@ class Searcher:
 
         # 0) what is read once, at the first search
         self.index.load()
+        if settings.group_by is not None:
+            self.index.grouping(settings.group_by)
         clock.lap("load")
 
         # 1) each query's gradient, preconditioned, as a vector and in full

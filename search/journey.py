@@ -8,8 +8,9 @@ import numpy as np
 from gradindex.codes import score_error
 from gradindex.influence import Preconditioned, precondition
 from gradindex.records import Record
-from gradindex.results import Hit, Recall, Result
+from gradindex.results import Group, Hit, Recall, Result
 from search.controls import Settings
+from search.groups import total_groups
 from search.hits import make_hit, normalized
 from search.likeness import fold_near
 from search.opened import OpenIndex
@@ -326,6 +327,7 @@ class Journey:
         self, number: int, hits: list[Hit], recall: Recall, rescored: int, warnings: list[str]
     ) -> Result:
         settings, facts = self.settings, self.index.manifest
+        groups, total, count = self._groups(number, hits)
         return Result(
             query=self.targets[number].query, hits=hits, recall=recall,
             sequences=facts.sequences, shortlist=self._lengths[number], rescored=rescored,
@@ -334,8 +336,27 @@ class Journey:
             coverage=self.index.coverage.share, damaged=list(self.index.coverage.damaged),
             layers=sorted({module.layer for module in settings.modules}),
             controls=settings.facts(), seconds={}, warnings=warnings,
-            model=self.index.model.source.name, index=self.index.digest,
+            model=self.index.model.source.name, index=self.index.digest, groups=groups,
+            group_count=count, total=total,
         )
+
+    def _groups(self, number: int, hits: list[Hit]) -> tuple[list[Group], Group | None, int]:
+        """The groups asked for, the whole index as one, and how many groups there are."""
+        settings = self.settings
+        if settings.group_by is None:
+            return [], None, 0
+        shortlist, sample = self.shortlists[number], self._background
+        counted = shortlist.advance(self.exact, self._lengths[number])
+        estimate, variance = shortlist.estimates(
+            settings.sign * self.codes[number], counted, self._signed(number, counted), sample,
+            self._signed(number, sample))
+        grouping = self.index.grouping(settings.group_by)
+        ids = [hit.id for hit in hits]
+        places = np.searchsorted(self.index.contents.ids, ids).tolist()
+        groups, total = total_groups(
+            grouping, estimate, variance, settings.sign, dict(zip(ids, places, strict=True)),
+            settings.train_sequences)
+        return groups, total, len(grouping.values)
 
 
 def _round_up(length: int, total: int) -> str:

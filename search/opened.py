@@ -14,6 +14,7 @@ from gradindex.contents import Contents
 from gradindex.errors import DamagedIndexError
 from gradindex.fitted import FittedModel
 from gradindex.records import Record
+from search.groups import Grouping, read_grouping
 from search.likeness import Wording
 
 BACKGROUND = 64  # random sequences rescored with every query
@@ -66,6 +67,7 @@ class OpenIndex(FittedModel):
         self._segments: list[vectors.CodeIndex] | None = None
         self._tokens: tfidf.TokenMatrix | None = None
         self._wording: Wording | None = None
+        self._groupings: dict[str, Grouping] = {}
 
     def load(self) -> None:
         """Read the model, the curvature and the codes now."""
@@ -113,6 +115,12 @@ class OpenIndex(FittedModel):
             self._tokens = tfidf.TokenMatrix(
                 [contents.tokens(segment) for segment in contents.segments], contents.live)
         return self._tokens
+
+    def grouping(self, by: str) -> Grouping:
+        """Which sequences belong to which document, source or value of a field."""
+        if by not in self._groupings:
+            self._groupings[by] = read_grouping(self.contents, self.segments(), by)
+        return self._groupings[by]
 
     def records(self, places: Sequence[int]) -> list[Record]:
         """What the sequences at these places are, in that order."""

@@ -5,12 +5,14 @@ entered a shortlist with cut-off τ with probability π = 1 − Φ((τ − s)/σ
 stands for 1/π sequences (Horvitz & Thompson 1952): itself and those like it that were left out.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 SMALLEST_PROBABILITY = 1e-4
+LARGEST_MARGIN = 100.0  # standard deviations, beyond which nothing changes any more
 
 
 def inclusion_probability(
@@ -22,11 +24,33 @@ def inclusion_probability(
     """
     if cutoff is None:
         return np.ones(len(influence))
+    z = torch.from_numpy(_margin(influence, error, cutoff))
+    return np.maximum(torch.special.ndtr(z).numpy(), SMALLEST_PROBABILITY)
+
+
+def included_error(
+    influence: np.ndarray, error: np.ndarray, cutoff: float | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """What the code's error was on average, over σ, where it let a sequence in: λ(z) [n].
+
+    λ(z) = φ(z)/Φ(z), z = (s − τ)/σ: the mean of a normal truncated from below. s + σ λ is the
+    conditional expectation of the code's score; second comes the share of σ² that is its own
+    variance, λ (λ + z) [n]. Arguments as for `inclusion_probability`; with no cut-off both are 0.
+    """
+    if cutoff is None:
+        return np.zeros(len(influence)), np.zeros(len(influence))
+    z = torch.from_numpy(np.clip(_margin(influence, error, cutoff), -LARGEST_MARGIN,
+                                 LARGEST_MARGIN))
+    density = -z.square() / 2 - math.log(2 * math.pi) / 2
+    mean = torch.exp(density - torch.special.log_ndtr(z))
+    return mean.numpy(), (mean * (mean + z)).numpy()
+
+
+def _margin(influence: np.ndarray, error: np.ndarray, cutoff: float) -> np.ndarray:
+    """z = (s − τ)/σ: float64 [n], infinite where there is no error."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        z = np.where(error > 0, (influence - cutoff) / error,
-                     np.where(influence > cutoff, np.inf, -np.inf))
-    probability = torch.special.ndtr(torch.from_numpy(np.asarray(z, dtype=np.float64))).numpy()
-    return np.maximum(probability, SMALLEST_PROBABILITY)
+        return np.asarray(np.where(error > 0, (influence - cutoff) / error,
+                                   np.where(influence > cutoff, np.inf, -np.inf)), np.float64)
 
 
 def estimated_recall(probabilities: Sequence[float] | np.ndarray, k: int) -> float:

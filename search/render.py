@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from gradindex.errors import InputError
-from gradindex.results import Hit, Query, Result
+from gradindex.results import Group, Hit, Query, Result
 from gradindex.terminal import json_text, visible, visible_lines
 from search import cards, html
 
@@ -66,6 +66,8 @@ def terminal(result: Result, width: int | None = None, color: bool = False) -> s
     lines = [*_heading(result, width), ""]
     for rank, hit in cards.folded(result):
         lines += [*_hit_lines(rank, hit, result, width, color), ""]
+    if result.total is not None:
+        lines += [*group_lines(result, width), ""]
     lines += _wrap(cards.recall_statement(result), width)
     lines += _wrap(_sentence(result, color), width)
     lines += [line for warning in result.warnings
@@ -171,6 +173,29 @@ def _sentence(result: Result, color: bool) -> str:
     if not result.controls["rescore"]:
         return said
     return f"{said} In the text, {marks}; a token's share belongs to predicting what follows."
+
+
+def group_lines(result: Result, width: int) -> list[str]:
+    """The best groups of a result; none where it has no groups."""
+    if result.total is None:
+        return []
+    by = visible(str(result.controls["group_by"]))
+    shown = result.groups[: cards.MOST_GROUPS]
+    lines = [f"total influence by {by}, ± its standard error:",
+             f"{'influence':>14} {'±':>9} {'nats':>11} {'sequences':>10} {'hits':>5}  {by}"]
+    lines += [_group_line(group, visible(cards.group_name(group, by))) for group in shown]
+    if result.group_count > len(shown):
+        lines.append(f"{'':>53}  and {result.group_count - len(shown):,} more")
+    lines.append(_group_line(result.total, f"all {result.group_count:,} together"))
+    if unsure := cards.unsure(shown):
+        lines.append(f"{unsure} of the {len(shown)} shown are within {cards.UNSURE} ± of zero: "
+                     "chance may have put them here")
+    return [line if len(line) <= width else line[: width - 1] + "…" for line in lines]
+
+
+def _group_line(group: Group, name: str) -> str:
+    return (f"{cards.number(group.influence):>14} {cards.number(group.standard_error)[1:]:>9} "
+            f"{cards.number(group.nats):>11} {group.sequences:>10,} {len(group.hits):>5}  {name}")
 
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")

@@ -58,9 +58,11 @@ class Site:
         self.searcher, self.jobs = searcher, jobs
         index = searcher.index
         self.about = {
-            "name": "/".join(index.path.resolve().parts[-2:]), "path": str(index.path), "sequences": len(searcher),
+            "name": "/".join(index.path.resolve().parts[-2:]), "path": str(index.path),
+            "sequences": len(searcher),
             "model": searcher.manifest.model["name"].rstrip("/").rpartition("/")[2],
             "damping": f"{searcher.manifest.damping:g}",
+            "fields": ["document", "source", *searcher.manifest.plan["keep_fields"]],
             "warning": str(index.coverage) if index.coverage.damaged else "",
         }
         self.examples = self._examples()

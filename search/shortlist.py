@@ -10,7 +10,7 @@ from collections.abc import Container
 
 import numpy as np
 
-from search.recall import expected_recall, inclusion_probability
+from search.recall import expected_recall, included_error, inclusion_probability
 
 
 class Shortlist:
@@ -69,14 +69,40 @@ class Shortlist:
     ) -> np.ndarray:
         """π of sequences with exact `influence` (times the sign): their chance to be rescored."""
         places = np.asarray(ids, dtype=np.int64)
-        error = self._noise * self._norms[places]
-        if self._by_norm:
-            scale = self._scale(places)
-            influence, error = influence / scale, error / scale
-        pi = inclusion_probability(influence, error, cutoff)
+        pi = inclusion_probability(*self._in_order(places, influence), cutoff)
         if self._list_done:
             pi[np.isin(places, self.listed)] = 1.0
         return pi
+
+    def _in_order(self, places: np.ndarray, influence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Exact influence and σ_m of some places, in the unit that the order is by."""
+        error = self._noise * self._norms[places]
+        if not self._by_norm:
+            return influence, error
+        scale = self._scale(places)
+        return influence / scale, error / scale
+
+    def estimates(
+        self, scores: np.ndarray, ids: list[int], influence: np.ndarray, sample: list[int],
+        of_sample: np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """An unbiased estimate of every influence, and the variance of its error: float64 [N].
+
+        `scores` are the codes'; `ids` are those who count, `sample` a random sample, each with
+        exact `influence`; all times the sign. An estimate is the code's score; of those that were
+        to be rescored whatever their code the influence; of those that their code let in the
+        influence plus the mean error of codes let in. See `recall.included_error`.
+        """
+        estimate, variance = scores.astype(np.float64), (self._noise * self._norms) ** 2
+        places = np.asarray(ids, dtype=np.int64)
+        mean, left = included_error(*self._in_order(places, influence), self.cutoff)
+        if self._list_done:
+            certain = np.isin(places, self.listed)
+            mean[certain] = left[certain] = 0.0
+        estimate[places] = influence + mean * self._noise * self._norms[places]
+        variance[places] *= left
+        estimate[sample], variance[sample] = of_sample, 0.0
+        return estimate, variance
 
     def length_for(
         self, goal: float, ids: list[int], influence: np.ndarray, k: int

@@ -243,6 +243,25 @@ def test_two_completions_side_by_side(visit):
         == [html.cards.number(one) for one in differences]
 
 
+def test_totals_by_field(visit):
+    visit.page.goto(visit.address + "/")
+    visit.page.fill("#prompt", "The apple number")
+    visit.page.fill("#completion", " 3 grows by the river.")
+    visit.page.locator("form.ask summary").click()
+    visit.page.select_option("[name=group_by]", "place")
+    visit.page.click("button.go")
+    visit.wait()
+    result, rows = visit.result(), visit.page.locator(".groups tbody tr")
+    assert rows.count() == min(20, len(result.groups)) > 1
+    for place in range(rows.count()):
+        group, cells = result.groups[place], rows.nth(place).locator("td")
+        assert cells.nth(0).inner_text() == html.visible_lines(group.value)
+        assert cells.nth(1).inner_text() == html.cards.number(group.influence)
+        assert cells.nth(2).inner_text() == html.cards.number(group.standard_error)[1:]
+        assert cells.nth(5).inner_text().split() == [str(one) for one in group.hits[:8]] + \
+            ["…"] * (len(group.hits) > 8)
+
+
 def test_downloads_open_again(visit, tmp_path):
     visit.search()
     page = visit.page

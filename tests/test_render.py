@@ -61,8 +61,8 @@ def test_near_duplicates(result):
 
     random = np.random.default_rng(1)
     base = random.integers(0, 50, 40).tolist()
-    texts = [base, base[:36] + [60, 61, 62, 63], random.integers(0, 50, 40).tolist(), base[20:],
-             [7, 8], [7, 8], base[:39] + [99]]
+    texts = [base, [*base[:36], 60, 61, 62, 63], random.integers(0, 50, 40).tolist(), base[20:],
+             [7, 8], [7, 8], [*base[:39], 99]]
     hits = fold_near([replace(result[0], id=10 + n, token_ids=ids) for n, ids in enumerate(texts)])
     near = [hit.near for hit in hits]
     heads: list[int] = []
