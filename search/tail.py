@@ -63,15 +63,14 @@ def fit_tail(values: np.ndarray, draws: int = DRAWS, seed: int = 0) -> Tail | No
 
 def _best_fit(logs: np.ndarray) -> tuple[float, int, float] | None:
     """α, the values in the tail, and the distance, for logarithms [n] in falling order."""
-    sums = np.cumsum(logs)
     best = None
     for points in _candidates(logs):
-        low = logs[points - 1]
-        excess = float(sums[points - 1] - points * low)
-        if excess <= 0:  # all the same
+        excess = logs[:points] - logs[points - 1]
+        total = float(excess.sum())
+        if total <= 0:  # all the same
             continue
-        rate = points / excess  # α − 1 (eq. 3.1)
-        distance = _distance(logs[:points] - low, rate)
+        rate = points / total  # α − 1 (eq. 3.1)
+        distance = _distance(excess, rate)
         if best is None or distance < best[2]:
             best = 1 + rate, points, distance
     return best
@@ -118,6 +117,8 @@ def half(values: np.ndarray, weights: np.ndarray) -> int:
     values [n] stand for `weights` [n] sequences each, as a sample does for those left out
     (Horvitz–Thompson); with weights of 1 it is an exact count. 0 where nothing is positive.
     """
+    if not len(values):
+        return 0
     order = np.argsort(-values, kind="stable")
     return int(_half(np.maximum(values[order], 0.0), weights[order][None])[0])
 
@@ -129,6 +130,8 @@ def half_interval(
 
     The values that are `certain` [n] were not drawn; the others are drawn again from themselves.
     """
+    if not len(values):
+        return 0, 0
     order = np.argsort(-values, kind="stable")
     values, weights, drawn = np.maximum(values[order], 0.0), weights[order], ~certain[order]
     n = int(drawn.sum())
