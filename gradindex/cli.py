@@ -24,6 +24,7 @@ COMMANDS = {
     "rescore": "search.cli:rescore",
     "eval": "search.cli:evaluate",
     "info": "search.cli:info",
+    "report": "search.cli:report",
     "verify": "indexer.cli:verify",
     "append": "indexer.cli:append",
     "delete": "indexer.cli:delete",

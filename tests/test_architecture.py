@@ -17,7 +17,8 @@ DOORS = {
     "faiss": {"gradindex/vectors.py"}, "safetensors": {"gradindex/curvature.py"},
     "pyarrow": {"indexer/sources.py"},
     "scipy": {"gradindex/tfidf.py", "indexer/fit.py"}, "sklearn": {"search/evaluate.py"},
-    "matplotlib": {"search/evaluate.py"}, "peft": set(), "tqdm": {"gradindex/progress.py"},
+    "matplotlib": {"search/evaluate.py"}, "jinja2": {"search/report.py"}, "peft": set(),
+    "tqdm": {"gradindex/progress.py"},
 }
 
 
