@@ -24,7 +24,7 @@ class Tail:
 
     `alpha` ± `error` is the density exponent and its standard error; `distance` the
     Kolmogorov–Smirnov distance in the tail; `p` the share of synthetic samples of the fitted law
-    that fit worse: small where the values are no power law.
+    that fit worse: small where the values are no power law, NaN where none was drawn.
     """
 
     alpha: float
@@ -108,7 +108,7 @@ def _worse(
         rest = random.choice(below, n - above) if above < n else below[:0]
         again = _best_fit(np.sort(np.concatenate([drawn, rest]))[::-1])
         worse += again is not None and again[2] >= distance
-    return worse / draws
+    return worse / draws if draws else math.nan
 
 
 def half(values: np.ndarray, weights: np.ndarray) -> int:

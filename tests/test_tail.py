@@ -75,6 +75,7 @@ def test_scale_does_not_matter_and_the_seed_fixes_p():
     assert other.x_min == pytest.approx(one.x_min * 1e6, rel=1e-12)
     assert other.alpha == pytest.approx(one.alpha, rel=1e-9) and other.p == one.p
     assert fit_tail(values, draws=30) == one
+    assert math.isnan(fit_tail(values, draws=0).p)
 
 
 def test_equal_values_stand_or_fall_together():
