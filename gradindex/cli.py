@@ -26,6 +26,7 @@ COMMANDS = {
     "info": "search.cli:info",
     "view": "search.cli:view",
     "export": "search.cli:export",
+    "report": "search.cli:report",
     "verify": "indexer.cli:verify",
     "append": "indexer.cli:append",
     "delete": "indexer.cli:delete",

@@ -146,18 +146,25 @@ class Influences:
     def __init__(self, preconditioned: Preconditioned, rows: int):
         self._preconditioned = preconditioned
         self.total = torch.zeros(len(preconditioned), rows, dtype=torch.float64)
+        self._parts: dict[str, Tensor] = {}
 
     def __call__(self, module: Module, a: Tensor, d: Tensor) -> None:
-        wide = self._preconditioned.dtype(module)
+        wide, own = self._preconditioned.dtype(module), torch.zeros_like(self.total)
         a, d = a.to(wide), d.to(wide)
         if len(self._preconditioned) == 1:
             [(_, p)] = self._preconditioned.blocks(module)
-            self.total[0] += terms(module, a, d, p[0]).sum(-1).cpu()
-            return
-        for rows in _slices(module, len(a)):
-            g = gradient(module, a[rows], d[rows]).flatten(1)
-            for here, p in self._preconditioned.blocks(module):
-                self.total[here, rows] += (p.flatten(1) @ g.T).cpu()
+            own[0] = terms(module, a, d, p[0]).sum(-1).cpu()
+        else:
+            for rows in _slices(module, len(a)):
+                g = gradient(module, a[rows], d[rows]).flatten(1)
+                for here, p in self._preconditioned.blocks(module):
+                    own[here, rows] = (p.flatten(1) @ g.T).cpu()
+        self._parts[module.name] = own
+        self.total += own
+
+    def stacked(self, modules: list[Module]) -> Tensor:
+        """[q, b, u], summing to I over u."""
+        return torch.stack([self._parts[module.name] for module in modules], dim=-1)
 
 
 class Terms:

@@ -63,6 +63,17 @@ class Record:
     parts: list[Part]
 
 
+def second_half(record: Record) -> np.ndarray:
+    """A sequence as a query: bool [n], the later half of its scored tokens given all before.
+
+    Its first token doesn't count, for nothing predicts it.
+    """
+    places = np.flatnonzero(record.scored[1:]) + 1
+    scored = np.zeros(len(record.ids), dtype=bool)
+    scored[places[len(places) // 2 :]] = True
+    return scored
+
+
 def write(path: Path, records: Iterable[Record]) -> FileFacts:
     """Write a segment's records as one sealed file, in key order and one transaction.
 

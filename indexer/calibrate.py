@@ -13,12 +13,12 @@ import numpy as np
 from gradindex.codes import Codes, score_error
 from gradindex.curvature import Ekfac
 from gradindex.errors import GradindexError
-from gradindex.gradients import Batch, make_batch
+from gradindex.gradients import make_batch
 from gradindex.influence import Preconditioned, exact_scores, precondition, query_coordinates
 from gradindex.manifest import Calibration
 from gradindex.model import LanguageModel
 from gradindex.progress import Progress
-from gradindex.records import Record
+from gradindex.records import Record, second_half
 from gradindex.vectors import CodeIndex
 from indexer.fit import Read, choose_sequences
 
@@ -85,18 +85,12 @@ def exact_influence(
         vectors, preconditioned = [], []
         for record in chunk:
             coordinates, _ = query_coordinates(
-                model, codes.modules, ekfac, _second_half(record, model), codes.settings.damping
+                model, codes.modules, ekfac,
+                make_batch([(record.ids, second_half(record))], model.device),
+                codes.settings.damping,
             )
             vectors.append(codes.query_vectors(coordinates)[0].float().cpu().numpy())
             preconditioned.append(Preconditioned(precondition(ekfac, coordinates)))
         together = Preconditioned.join(preconditioned)
         exact = exact_scores(model, codes.modules, together, sample, batch_tokens)
         yield np.stack(vectors), exact, chunk
-
-
-def _second_half(record: Record, model: LanguageModel) -> Batch:
-    """The record as a query: its later scored tokens given everything before them."""
-    positions = np.flatnonzero(record.scored[1:]) + 1
-    scored = np.zeros(len(record.ids), dtype=bool)
-    scored[positions[len(positions) // 2 :]] = True
-    return make_batch([(record.ids, scored)], model.device)

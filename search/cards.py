@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from gradindex.progress import duration
 from gradindex.results import Group, Hit, Query, Result
 from gradindex.terminal import json_text
@@ -108,6 +110,12 @@ def group_name(group: Group, by: str) -> str:
 def unsure(groups: list[Group]) -> int:
     """How many totals may be nothing."""
     return sum(abs(group.influence) < UNSURE * group.standard_error for group in groups)
+
+
+def upper_tail(result: Result) -> np.ndarray:
+    """The exact scores of the side that was searched, made positive: float64 [n]."""
+    scores = np.array(result.exact_influence) * (-1 if result.opponents else 1)
+    return scores[scores > 0]
 
 
 def logarithm(query: Query) -> str:

@@ -1,4 +1,4 @@
-"""`gradindex search`, `rescore`, `eval` and `info`: flags → Searcher → a rendering."""
+"""`gradindex search`, `rescore`, `eval`, `info` and `report`: flags → Searcher → a rendering."""
 
 import json
 import os
@@ -256,10 +256,8 @@ def evaluate(
     _check_outputs({"-o": output, "--plot": plot}, [queries])
     if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
         raise click.UsageError(f"--plot {plot}: expected a name that ends in .png, .svg or .pdf.")
-    if sample != "all" and not (sample.isdecimal() and int(sample)):
-        raise click.UsageError(f"--sample {sample}: expected a number above 0, or all.")
     where, controls = _split(others)
-    count = None if sample == "all" else int(sample)
+    count = _sample(sample)
     read = batch.read_queries(queries)
     searcher, progress = _open(index, where)
     settle(controls, searcher.manifest)
@@ -284,6 +282,45 @@ def evaluate(
     if plot is not None:
         evaluation.plot(found, plot)
     return 2 if read.problems else 0
+
+
+@click.command()
+@options(_INDEX)
+@click.option("--queries", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path),
+              help="JSON lines with prompt and completion [16 of the index's own sequences].")
+@click.option("--sample", metavar="N|all", help="Score so many random sequences exactly [4096].")
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path),
+              default=Path("report.html"), show_default=True, help="The page to write.")
+def report(
+    index: Path, queries: Path | None, sample: str | None, output: Path, **others: Any
+) -> int:
+    """What is in an index: one HTML page with plots, which needs nothing else.
+
+    Texts by source and length, self-influence and its outliers, influence by layer, how heavy its
+    upper tail is and how few sequences carry half of it.
+
+    \b
+    Example:
+      gradindex report train.index -o report.html
+      gradindex report train.index --queries questions.jsonl --sample all
+    """
+    from search import batch, survey
+    from search.controls import settle
+    from search.report import render
+
+    _check_outputs({"-o": output}, [queries])
+    count = survey.SAMPLE if sample is None else _sample(sample)
+    read = None if queries is None else batch.read_queries(queries)
+    where, controls = _split(others)
+    searcher, progress = _open(index, where)
+    settle(controls, searcher.manifest)
+    made = None
+    if read is not None:
+        made = batch.make_queries(searcher, read, set())
+        _complain(read, progress)
+    _write(output, render(survey.survey(searcher, made, count, controls, progress)))
+    progress.say(f"the report is in {output}")
+    return 2 if read is not None and read.problems else 0
 
 
 @click.command()
@@ -368,6 +405,13 @@ def export(result: Path, output: Path, query: int | None) -> int:
         raise click.UsageError(f"-o {output}: expected a name that ends in {', '.join(FORMS)}.")
     _write(output, render.render(render.read(result, query), form))
     return 0
+
+
+def _sample(given: str) -> int | None:
+    """How many sequences, None for all."""
+    if given != "all" and not (given.isdecimal() and int(given)):
+        raise click.UsageError(f"--sample {given}: expected a number above 0, or all.")
+    return None if given == "all" else int(given)
 
 
 def _check_outputs(outputs: dict[str, Path | None], inputs: list[Path | None]) -> None:

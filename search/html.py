@@ -28,16 +28,27 @@ def asset(name: str) -> str:
     return files("search").joinpath("page", name).read_text(encoding="utf-8")
 
 
-@cache
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
+def style() -> str:
+    """The style sheet of everything that shows a result."""
+    return asset("style.css") + asset("plots.css")
+
+
+def environment(**filters: Any) -> jinja2.Environment:
+    """Templates of the page, with escaping on, hidden characters shown, and some filters."""
+    made = jinja2.Environment(
         loader=jinja2.FunctionLoader(asset), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True)
-    environment.finalize = _shown
-    environment.globals.update(cards=cards, runs=runs, strip=strip, columns=columns, query=query,
-                               version=gradindex.__version__)
-    environment.filters.update(number=cards.number, one_line=visible, as_is=_as_is)
-    return environment
+    made.finalize = _shown
+    made.filters.update(filters)
+    return made
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    made = environment(number=cards.number, one_line=visible, as_is=_as_is)
+    made.globals.update(cards=cards, runs=runs, strip=strip, columns=columns, query=query,
+                        version=gradindex.__version__)
+    return made
 
 
 def _shown(value: Any) -> Any:
@@ -58,25 +69,26 @@ def fill(template: str, **content: Any) -> str:
 
 def document(result: Result) -> str:
     """The result as one file that needs nothing else: styles and script inside, no request out."""
-    style, script = asset("style.css"), asset("page.js")
-    policy = (f"default-src 'none'; style-src 'sha256-{_digest(style)}'; "
-              f"script-src 'sha256-{_digest(script)}'; base-uri 'none'; form-action 'none'")
+    styles, script = style(), asset("page.js")
+    policy = (f"default-src 'none'; style-src 'sha256-{digest(styles)}'; "
+              f"script-src 'sha256-{digest(script)}'; base-uri 'none'; form-action 'none'")
     mapped, cells = set(), 0
     for hit in result.hits:
         cells += len(hit.tokens) * len(hit.layer_influence)
         if cells <= MOST_CELLS:
             mapped.add(hit.id)
-    return fill("document.html", result=result, style=Markup(style), script=Markup(script),
+    return fill("document.html", result=result, style=Markup(styles), script=Markup(script),
                 policy=policy, scale=cards.strongest(result.hits), mapped=mapped)
 
 
 def fragment(result: Result) -> str:
     """The result's cards with their styles, to stand inside another page."""
-    return fill("fragment.html", result=result, style=Markup(asset("style.css")),
+    return fill("fragment.html", result=result, style=Markup(style()),
                 scale=cards.strongest(result.hits), mapped=set())
 
 
-def _digest(text: str) -> str:
+def digest(text: str) -> str:
+    """What a Content-Security-Policy names a style or a script by."""
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 

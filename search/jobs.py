@@ -18,7 +18,9 @@ from typing import Any
 from gradindex.errors import GradindexError, InputError
 from gradindex.results import Comparison, Result
 from search.asked import Asked
+from search.cards import upper_tail
 from search.engine import Searcher, Stage
+from search.tail import Tail, fit_tail
 
 QUEUE = 16  # jobs that may wait
 KEPT = 48  # finished jobs
@@ -47,6 +49,7 @@ class Job:
     provisional: Result | None = None
     found: dict[int, float] = field(default_factory=dict)
     result: Result | Comparison | None = None
+    tail: Tail | None = None  # of the result's exact scores
     error: str = ""
     error_status: int = 0
     stopping: bool = False
@@ -169,6 +172,8 @@ class Jobs:
             self._changed(job)
         job.result = results[0] if not asked.compare else \
             self.searcher.compared(results, queries, controls)
+        if isinstance(job.result, Result):
+            job.tail = fit_tail(upper_tail(job.result))
         job.state, job.provisional = "done", None
         job.found.clear()
         self._changed(job)

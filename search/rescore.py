@@ -34,13 +34,15 @@ class Rescorer:
 class Exact:
     """One sequence, scored: influence [q] on each query, and the sizes of its gradient if asked.
 
-    `terms` [t, u] by token and module, for a single query and if asked.
+    `terms` [t, u] by token and module, for a single query and if asked; `by_module` [q, u] if
+    asked.
     """
 
     influence: np.ndarray
     self_influence: float | None = None
     squared_step: float | None = None
     terms: np.ndarray | None = None
+    by_module: np.ndarray | None = None
 
 
 def chunk_ends(count: int) -> list[int]:
@@ -57,7 +59,7 @@ def chunk_ends(count: int) -> list[int]:
 
 def rescore(
     by: Rescorer, preconditioned: Preconditioned, sequences: Sequence[Record],
-    sizes: bool = False, terms: bool = False,
+    sizes: bool = False, terms: bool = False, by_module: bool = False,
 ) -> Iterator[list[tuple[int, Exact]]]:
     """Yield, batch by batch, (place in `sequences`, score); chunks in order."""
     first = 0
@@ -65,7 +67,8 @@ def rescore(
         chunk = sequences[first:end]
 
         def run(rows: list[int], chunk: Sequence[Record] = chunk) -> list[Exact]:
-            return _score_batch(by, preconditioned, [chunk[row] for row in rows], sizes, terms)
+            return _score_batch(by, preconditioned, [chunk[row] for row in rows], sizes, terms,
+                                by_module)
 
         lengths, splits = [len(record.ids) for record in chunk], Splits()
         for rows, found in in_batches(lengths, by.batch_tokens, splits, run):
@@ -75,7 +78,8 @@ def rescore(
 
 
 def _score_batch(
-    by: Rescorer, preconditioned: Preconditioned, members: list[Record], sizes: bool, terms: bool
+    by: Rescorer, preconditioned: Preconditioned, members: list[Record], sizes: bool, terms: bool,
+    by_module: bool,
 ) -> list[Exact]:
     batch = make_batch([(m.ids, m.scored) for m in members], by.model.device)
     own = Sizes(by.ekfac, by.damping, len(members))
@@ -93,6 +97,10 @@ def _score_batch(
         influences = Influences(preconditioned, len(members))
         collect(by.model, by.modules, batch, influences, *extra)
         found = [Exact(column) for column in influences.total.numpy().T]
+        if by_module:
+            shares = influences.stacked(by.modules).transpose(0, 1).numpy()
+            for one, share in zip(found, shares, strict=True):
+                one.by_module = share
     if sizes:
         for one, size, step in zip(found, own.self_influence.tolist(), own.squared_step.tolist(),
                                    strict=True):

@@ -18,6 +18,7 @@ from urllib.parse import parse_qsl, quote
 
 import pydantic
 import uvicorn
+from markupsafe import Markup
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -33,13 +34,14 @@ from starlette.routing import Route
 from gradindex import text
 from gradindex.errors import GradindexError, InputError
 from gradindex.results import Comparison, Result
-from search import cards, html, render
+from search import cards, html, plots, render
 from search.asked import Asked
 from search.controls import settle
 from search.engine import Searcher
 from search.guard import Guard
 from search.jobs import BusyError, Job, Jobs
 from search.schema import openapi
+from search.tail import Tail
 
 EXAMPLES = 3
 HEARTBEAT = 10.0  # seconds between signs of life to who follows a search
@@ -66,7 +68,8 @@ class Site:
             "warning": str(index.coverage) if index.coverage.damaged else "",
         }
         self.examples = self._examples()
-        self.static = {name: html.asset(name).encode() for name in STATIC}
+        self.static = {name: html.asset(name).encode() for name in STATIC} | {
+            "style.css": html.style().encode()}
 
     def routes(self) -> list[Route]:
         return [
@@ -155,9 +158,13 @@ class Site:
         if isinstance(found, Comparison):
             content["comparison"] = found
             content["scale"] = cards.strongest([hit for one in found.results for hit in one])
-            content["pairs"] = sorted(html.pairs(found), key=lambda one: one[2] - one[1])
+            content["pairs"] = pairs = sorted(html.pairs(found), key=lambda one: one[2] - one[1])
+            content["scatter"] = Markup(plots.scatter(
+                [a for _, a, _ in pairs], [b for _, _, b in pairs],
+                "Influence on A and on B", "on A", "on B"))
         elif isinstance(found, Result):
             content["result"], content["scale"] = found, cards.strongest(found.hits)
+            content["tail"] = None if job is None else _tail(found, job.tail)
         return content
 
     async def map(self, request: Request) -> Response:
@@ -268,6 +275,24 @@ class Site:
         if job is None:
             raise HTTPException(404, "There is no such result any more. Search again.")
         return job
+
+
+def _tail(result: Result, tail: Tail | None) -> dict[str, Any] | None:
+    """The plot of a result's exact scores, and what it shows."""
+    values = cards.upper_tail(result)
+    if len(values) < 2:
+        return None
+    law = None if tail is None else plots.Law(tail.x_min, tail.alpha, tail.points / tail.total)
+    side = "negative" if result.opponents else "positive"
+    said = (f"The {len(values):,} exact scores that are {side}, of the {result.rescored:,} "
+            "sequences that were rescored; no approximate score is in it.")
+    if tail is not None:
+        verdict = "is ruled out" if tail.rejected else "is not ruled out"
+        said += (f" The line is a power law fitted by maximum likelihood to the largest "
+                 f"{tail.points:,}: density exponent α = {tail.alpha:.2f} ± {tail.error:.2f} from "
+                 f"{plots.short(tail.x_min)} on; it {verdict} (p = {tail.p:.2f}).")
+    return {"svg": Markup(plots.tail(values, law, "Tail of the exact scores", "influence")),
+            "said": said}
 
 
 def _from_form(fields: list[tuple[str, str]]) -> Asked:

@@ -18,7 +18,8 @@ DOORS = {
     "pyarrow": {"indexer/sources.py", "search/render.py"}, "jinja2": {"search/html.py"},
     "starlette": {"search/server.py", "search/guard.py"}, "uvicorn": {"search/server.py"},
     "scipy": {"gradindex/tfidf.py", "indexer/fit.py"}, "sklearn": {"search/evaluate.py"},
-    "matplotlib": {"search/evaluate.py"}, "peft": set(), "tqdm": {"gradindex/progress.py"},
+    "matplotlib": {"search/evaluate.py"}, "peft": set(),
+    "tqdm": {"gradindex/progress.py"},
 }
 
 
