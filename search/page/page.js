@@ -65,10 +65,10 @@
           item.layers.reduce((sum, value, at) => layers[at] >= from && layers[at] <= to ? sum + value : sum, 0) : item.own;
         if (item.layers.length || item.exact) show(item, item.value);
         const near = card.dataset.near;
-        card.classList.toggle("shown", !fields.fold.checked || card.classList.contains("unfolded"));
+        card.classList.toggle("shown", !fields.fold.checked);
         card.hidden = (wanted && !item.text.includes(wanted)) || (source && card.dataset.source !== source) ||
           (fields.generic.checked && card.dataset.generic === "1");
-        if (!card.hidden && !(near && !card.classList.contains("shown"))) visible += 1;
+        if (!card.hidden && !(near && !card.matches(".shown, .unfolded"))) visible += 1;
       }
       const sign = cards.length && cards[0].own < 0 ? -1 : 1;
       const order = partly ? [...cards].sort((a, b) => sign * (b.value - a.value)) : cards;
@@ -84,15 +84,6 @@
 
     form.addEventListener("input", apply);
     form.addEventListener("submit", (event) => event.preventDefault());
-    list.addEventListener("click", (event) => {
-      const button = event.target.closest(".unfold");
-      if (!button) return;
-      const head = button.closest(".hit").dataset.id;
-      const open = button.getAttribute("aria-expanded") !== "true";
-      button.setAttribute("aria-expanded", String(open));
-      for (const item of cards) if (item.card.dataset.near === head) item.card.classList.toggle("unfolded", open);
-      apply();
-    });
     list.addEventListener("click", openMap);
     list.addEventListener("toggle", (event) => {
       const card = event.target.closest(".hit");
@@ -248,6 +239,17 @@
       setTimeout(() => { for (const field of [...ask.elements]) field.disabled = false; }, 500);
     });
   }
+
+  // ---- folded hits, wherever there are lists of hits
+  document.addEventListener("click", (event) => {
+    const button = event.target.closest(".unfold");
+    if (!button) return;
+    const open = button.getAttribute("aria-expanded") !== "true";
+    button.setAttribute("aria-expanded", String(open));
+    for (const card of all(`[data-near="${button.closest(".hit").dataset.id}"]`, button.closest(".hits"))) card.classList.toggle("unfolded", open);
+    const form = one(".filters");
+    if (form) form.dispatchEvent(new Event("input"));
+  });
 
   // ---- copying, keys
   document.addEventListener("click", async (event) => {
