@@ -414,7 +414,10 @@ def test_the_built_wheel_works_outside_the_clone(trained, tmp_path):
     assert all(place.startswith(str(site)) for place in places)
     assert (site / "gradindex" / "py.typed").is_file()
     outside("build", trained[0], few, "-o", tmp_path / "index")
-    found = json.loads(outside("search", tmp_path / "index", *QUESTION, "--format", "json"))
+    outside("search", tmp_path / "index", *QUESTION, "-o", tmp_path / "result.json")
+    found = json.loads((tmp_path / "result.json").read_text())
+    outside("export", tmp_path / "result.json", "-o", tmp_path / "result.html")
+    assert (tmp_path / "result.html").read_text().count('<article class="hit') == 20
     assert len(found["hits"]) == 20 and found["recall"]["estimate"] == 1
     ids = tmp_path / "ids"
     ids.write_text("\n".join(str(hit["id"]) for hit in found["hits"][:3]))
