@@ -13,6 +13,9 @@ UNITS = (
 )
 
 
+GENERIC = 0.25  # of the background queries: a sequence that comes up for as many is generic
+
+
 @dataclass
 class Query:
     """A scored text: tokens and labels [t], −100 where a token isn't scored.
@@ -68,6 +71,11 @@ class Hit:
     it belongs to predicting what follows t (Grosse et al. 2023, eq. 31). `layer_influence` goes
     with `Result.layers`; layers that were left out are not among them.
     `percentile` says which share of a random sample of the index ranks no higher.
+    `generic_rate` is the share of the index's background queries (some of its own sequences, as
+    queries) for which the sequence's code score is among the highest hundredth, or the lowest where
+    `influence` is negative: 0.01 by chance. It is `generic` from 0.25 on: what comes up for every
+    query says little about this one. The rate is that of the build's damping and of all modules;
+    None where the index keeps no background queries, or none but of equal sequences.
     `start` and `end` are characters of the document's text (−1 where it came as tokens).
     """
 
@@ -92,12 +100,18 @@ class Hit:
     parts: list[dict[str, Any]] = field(default_factory=list)
     duplicates: list[int] = field(default_factory=list)
     percentile: float | None = None
+    generic_rate: float | None = None
     tokens: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     token_influence: list[float] = field(default_factory=list)
     layer_influence: list[float] = field(default_factory=list)
     module_influence: dict[str, float] = field(default_factory=dict)
     token_layer_influence: list[list[float]] = field(default_factory=list)
+
+    @property
+    def generic(self) -> bool:
+        """Whether the sequence comes up for at least a quarter of the background queries."""
+        return self.generic_rate is not None and self.generic_rate >= GENERIC
 
 
 @dataclass
