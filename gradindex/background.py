@@ -70,11 +70,11 @@ def thresholds(scores: np.ndarray) -> tuple[np.float32, np.float32]:
 
 def save(path: Path, queries: BackgroundQueries) -> FileFacts:
     """Write background queries. Raises ResourceError."""
-    return write_tensors(path, {
-        "vectors": torch.from_numpy(queries.vectors), "upper": torch.from_numpy(queries.upper),
-        "lower": torch.from_numpy(queries.lower), "ids": torch.from_numpy(queries.ids),
-        "digests": torch.from_numpy(queries.digests.view(np.int64)),
-    })
+    arrays = {"vectors": queries.vectors, "upper": queries.upper, "lower": queries.lower,
+              "ids": queries.ids, "digests": queries.digests.view(np.int64)}
+    return write_tensors(path, {  # copied: an empty array of NumPy's has no strides
+        name: torch.from_numpy(one).clone(memory_format=torch.contiguous_format)
+        for name, one in arrays.items()})
 
 
 def load(path: Path, count: int, length: int) -> BackgroundQueries:

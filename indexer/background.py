@@ -41,15 +41,16 @@ def make_background(
     sample = [ids[one] for one in choose_sequences(len(ids), LARGEST_SAMPLE, seed + 7)]
     scores, digests = _scores(vectors.astype(np.float32), sample, stored)
     own = np.array([digest_of(record) for record in chosen])
-    kept, bounds = [], []
-    for number in np.flatnonzero(vectors.any(1)).tolist():
+    kept = np.count_nonzero(vectors, axis=1) > 0
+    upper, lower = np.zeros((2, len(chosen)), dtype=np.float32)
+    for number in np.flatnonzero(kept).tolist():
         others = (digests != own[number]).any(1)
-        if others.any():
-            kept.append(number)
-            bounds.append(thresholds(scores[number, others]))
-    upper, lower = np.array(bounds, dtype=np.float32).reshape(-1, 2).T.copy()
+        kept[number] = others.any()
+        if kept[number]:
+            upper[number], lower[number] = thresholds(scores[number, others])
     named = np.array([record.id for record in chosen], dtype=np.int64)
-    return BackgroundQueries(vectors[kept], upper, lower, named[kept], own[kept]), len(sample)
+    return BackgroundQueries(vectors[kept], upper[kept], lower[kept], named[kept],
+                             own[kept]), len(sample)
 
 
 def unit(vector: np.ndarray) -> np.ndarray:
