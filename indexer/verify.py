@@ -151,16 +151,15 @@ def _check_files(root: Path, facts: Manifest, found: Verified, say: Progress) ->
                 bad.setdefault(name, []).append((name, error.wrong))
     if facts.background is not None and manifest.BACKGROUND not in bad:
         try:
-            _background(root, facts)
+            _background(root / manifest.BACKGROUND, facts)
         except DamagedIndexError as error:
             bad.setdefault(manifest.BACKGROUND, []).append((manifest.BACKGROUND, error.wrong))
     return bad
 
 
-def _background(root: Path, facts: Manifest) -> BackgroundQueries:
+def _background(path: Path, facts: Manifest) -> BackgroundQueries:
     assert facts.background is not None
-    return background.load(root / manifest.BACKGROUND, facts.background["queries"],
-                           facts.code["length"])
+    return background.load(path, facts.background["queries"], facts.code["length"])
 
 
 def _check_rows(root: Path, facts: Manifest, bad: _Bad, found: Verified, say: Progress) -> None:
@@ -336,7 +335,7 @@ def _compare_background(contents: Contents, fitted: FittedModel, found: Verified
     facts = contents.manifest
     if facts.background is None:
         return
-    queries = _background(contents.root, facts)
+    queries = _background(contents.files.path(manifest.BACKGROUND), facts)
     there = np.flatnonzero(np.isin(queries.ids, contents.rows["id"]))[:AGAIN]
     rows = np.searchsorted(contents.rows["id"], queries.ids[there])
     for number, record in zip(there, contents.records(rows), strict=True):
