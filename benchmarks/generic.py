@@ -6,7 +6,8 @@ r"""Does the generic rate by code flag what the exact influence would, and what 
 Builds an index of a small GPT-NeoX's training sequences, scores its background queries exactly
 against every sequence, and counts by the same rule: the rate of a sequence is the share of the
 background queries for which it is among the highest (lowest) hundredth. Then: how often held-out
-queries answer with a flagged sequence, and the share of the build's time and bytes.
+queries answer with a flagged sequence; the rates of odd sequences that are appended; and the share
+of the build's time and bytes. A finished index in the cache is taken with the seconds noted there.
 """
 
 import shutil
@@ -32,8 +33,10 @@ from indexer.calibrate import as_query
 from indexer.ingest import Run
 from search.engine import Searcher
 from search.generic import all_rates
+from search.opened import OpenIndex
 
 TOP = 10  # hits of a held-out query
+ODD = 16  # odd sequences of each kind
 
 
 @click.command()
@@ -68,6 +71,7 @@ def main(queries: int, cache: Path, **size: object) -> None:
     for side, name in enumerate(("proponents", "opponents")):
         compare(name, found[side], truth[side])
     answers(exact[len(background):], found, truth)
+    planted(work, index, together, exact[: len(background)])
     size_of = (index.path / "background.safetensors").stat().st_size
     total = sum(one.size for one in searcher.manifest.files.values())
     print(f"\nbuild {duration(seconds)} ({seconds:.1f} s), of which background queries {own:.1f} s "
@@ -81,12 +85,14 @@ def build(work: Workload) -> tuple[Searcher, float, float]:
     The latter are made a second time, which gives the same.
     """
     out, data = work.folder / "generic.index", work.folder / "generic.npy"
-    shutil.rmtree(out, ignore_errors=True)
+    noted = work.folder / "generic.seconds"
     np.save(data, np.stack([one.ids for one in work.train]), allow_pickle=False)
     begun = time.monotonic()
     searcher = gradindex.build(str(work.folder / "model"), data, out, progress=stderr_progress(),
                                fit_sequences=work.size.fit_sequences)
-    seconds = time.monotonic() - begun
+    if not noted.is_file():
+        noted.write_text(str(time.monotonic() - begun))
+    seconds = float(noted.read_text())
     index, facts = searcher.index, searcher.manifest
     run = Run(out, 0, 0, len(index), facts.plan["segment_size"])
     _ = index.codes, index.background_queries
@@ -98,6 +104,43 @@ def build(work: Workload) -> tuple[Searcher, float, float]:
     assert index.background_queries is not None
     assert np.array_equal(again.vectors, index.background_queries.vectors)
     return searcher, seconds, own
+
+
+def planted(
+    work: Workload, index: OpenIndex, queries: Preconditioned, exact: np.ndarray
+) -> None:
+    """The rates of odd sequences, appended to a copy of the index: by code, and exactly."""
+    background, folder = index.background_queries, work.folder / "planted.index"
+    assert background is not None
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(index.path, folder)
+    draw, length = np.random.default_rng(2), work.size.length
+    vocabulary = index.manifest.vocabulary
+    kinds = {
+        "random tokens": draw.integers(0, vocabulary, (ODD, length)),
+        "one token, again and again": np.repeat(draw.integers(0, vocabulary, (ODD, 1)), length, 1),
+        "training sequences, shuffled": np.stack([
+            draw.permutation(one.ids) for one in work.train[:ODD]]),
+    }
+    data = work.folder / "planted.npy"
+    np.save(data, np.concatenate(list(kinds.values())).astype(np.int32), allow_pickle=False)
+    grown = gradindex.append(folder, data, model=str(work.folder / "model"))
+    assert grown is not None
+    found, before = all_rates(grown.index), exact.shape[1]
+    assert found is not None
+    odd = grown.index.records(range(before, len(grown)))
+    scores = exact_scores(index.model, index.manifest.modules, queries, odd, 4096)
+    digests = grown.index.contents.rows["digest"]
+    truth = exact_rates(background, np.concatenate([exact, scores[: len(exact)]], 1), digests)
+    norms = grown.index.norms / np.median(index.norms)
+    for number, name in enumerate(kinds):
+        here = slice(before + number * ODD, before + (number + 1) * ODD)
+        shown = [f"{sides[side, here].mean():.2f} ({(sides[side, here] >= GENERIC).sum()} of {ODD})"
+                 for side in (0, 1) for sides in (found, truth)]
+        both = ((found >= GENERIC) & (truth >= GENERIC))[:, here].sum(1)
+        print(f"appended, {name}: ‖v‖ {norms[here].mean():.1f} times the median; mean rate "
+              f"(flagged) as proponents {shown[0]} by code, {shown[1]} exactly, {both[0]} by both; "
+              f"as opponents {shown[2]}, {shown[3]}, {both[1]}")
 
 
 def exact_rates(
