@@ -12,7 +12,7 @@ checked.
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,13 +27,15 @@ from gradindex.files import FileFacts, atomic_write
 from gradindex.modules import Module
 from gradindex.segments import FILES, ROW
 
-FORMAT = 1
+FORMAT = 2
+OLDEST = 1  # that is read; it had no background queries
 NAME = "manifest.json"
 LARGEST = 1 << 28  # bytes of a manifest: a million segments
 MARGIN = 1 << 16  # bytes of a file for what isn't counted
 LARGEST_SIDE = 1 << 20  # of a module
 LARGEST_LENGTH = 1 << 24  # bits of a code
 FIT = "curvature/fit.json"
+BACKGROUND = "background.safetensors"
 
 Count = Annotated[int, pydantic.Field(ge=0, le=1 << 60)]
 Positive = Annotated[float, pydantic.Field(gt=0)]
@@ -81,6 +83,13 @@ class Calibration(TypedDict):
     slope: float
     pairs: Count
     anchors: list[tuple[Count, Count, float]]
+
+
+class BackgroundFacts(TypedDict):
+    """How many background queries there are, and of how many sequences their thresholds are."""
+
+    queries: Annotated[int, pydantic.Field(ge=0, le=4096)]
+    sample: Count
 
 
 class DataFacts(TypedDict):
@@ -173,6 +182,7 @@ class Manifest:
     damping: Positive
     code: CodeFacts
     calibration: Calibration
+    background: BackgroundFacts | None  # None: built in format 1
     batch_tokens: Annotated[int, pydantic.Field(gt=0, le=1 << 40)]
     plan: Plan
     appended: list[Appended]
@@ -218,12 +228,23 @@ def exists(index: Path) -> bool:
 
 def digest_of(manifest: Manifest) -> str:
     """The hex SHA-256 that a manifest ends with, which names a state of an index."""
-    return signed.digest_of(asdict(manifest))
+    return signed.digest_of(_content(manifest))
+
+
+def _content(manifest: Manifest) -> dict[str, Any]:
+    """What the manifest's file says, in its own format."""
+    content = asdict(manifest)
+    if manifest.format == OLDEST:
+        del content["background"]
+    return content
 
 
 def commit(index: Path, manifest: Manifest) -> None:
-    """Write the manifest: from this moment on the index is what it says. Raises ResourceError."""
-    atomic_write(index / NAME, signed.sign(asdict(manifest)))
+    """Write the manifest: from this moment on the index is what it says, in the newest format.
+
+    Raises ResourceError.
+    """
+    atomic_write(index / NAME, signed.sign(_content(replace(manifest, format=FORMAT))))
 
 
 def load(index: Path) -> Manifest:
@@ -243,11 +264,11 @@ def load(index: Path) -> Manifest:
     content = _parse(index)
     if signed.KEY not in content:
         raise IndexMismatchError(
-            f"{index} was written before format {FORMAT} was settled (its manifest has no digest). "
+            f"{index} was written before format {OLDEST} was settled (its manifest has no digest). "
             "Build the index again: `gradindex build MODEL DATA... -o NEW_INDEX`."
         )
     try:
-        manifest = _ADAPTER.validate_json(signed.check(content))
+        manifest = _ADAPTER.validate_json(_checked(content))
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"])) or "it"
@@ -256,6 +277,16 @@ def load(index: Path) -> Manifest:
         raise damaged(index, NAME, f"can't be believed: {error}") from None
     _check(index, manifest)
     return manifest
+
+
+def _checked(content: dict[str, Any]) -> bytes:
+    """The JSON of a manifest in the newest format. Raises ValueError if it was changed."""
+    checked = signed.check(content)
+    if content["format"] != OLDEST:
+        return checked
+    if "background" in content:
+        raise ValueError(f"format {OLDEST} has no background queries")
+    return signed.canonical({**signed.parse(checked), "background": None})
 
 
 def _parse(index: Path) -> dict[str, Any]:
@@ -269,11 +300,11 @@ def _parse(index: Path) -> dict[str, Any]:
         version = content["format"]
     except (ValueError, KeyError) as error:
         raise damaged(index, NAME, f"can't be read ({str(error)[:200]})") from None
-    if not isinstance(version, int) or version != FORMAT:
+    if not isinstance(version, int) or not OLDEST <= version <= FORMAT:
         newer = isinstance(version, int) and version > FORMAT
         raise IndexMismatchError(
             f"{index} has format {str(version)[:20]}; this gradindex ({gradindex.__version__}) "
-            f"reads format {FORMAT}. " + (
+            f"reads formats {OLDEST} to {FORMAT}. " + (
                 "Run `pip install --upgrade gradindex`." if newer else
                 "Build the index again: `gradindex build MODEL DATA... -o NEW_INDEX`.")
         )
@@ -296,6 +327,7 @@ def _check(index: Path, manifest: Manifest) -> None:
                       f"counts {manifest.sequences:,} sequences, its segments {live:,}")
     expected = {curvature_file(module) for module in manifest.modules} | {FIT}
     expected |= {name for segment in manifest.segments for name in segment_files(segment)}
+    expected |= {BACKGROUND} if manifest.background is not None else set()
     expected |= {manifest.deleted_file} - {None}  # type: ignore[arg-type]
     if odd := expected ^ set(manifest.files):
         raise damaged(index, NAME, f"lists files that don't fit its contents: {min(odd)[:80]!r}")
@@ -311,6 +343,8 @@ def _largest(manifest: Manifest) -> dict[str, int]:
     most = {FIT: MARGIN + 1024 * manifest.next_id}
     if manifest.deleted_file is not None:
         most[manifest.deleted_file] = MARGIN + 8 * manifest.deleted
+    if manifest.background is not None:
+        most[BACKGROUND] = MARGIN + manifest.background["queries"] * (2 * length + 32)
     for module in manifest.modules:
         o, i = module.shape
         most[curvature_file(module)] = MARGIN + 8 * (o * o + i * i + o * i)

@@ -15,6 +15,9 @@ UNITS = (
 )
 
 
+GENERIC = 0.25  # of the background queries: a sequence that comes up for as many is generic
+
+
 @dataclass
 class Query:
     """A scored text: tokens and labels [t], −100 where a token isn't scored.
@@ -74,6 +77,11 @@ class Hit:
     how rare it is in that sample. `kind_influence` sums influence by kind of module (mlp,
     attention, adapter). `duplicates` are the ids of equal sequences; `near_duplicates` those of
     hits further down that share most of their wording with this one, and have its id as `near`.
+    `generic_rate` is the share of the index's background queries (some of its own sequences, as
+    queries) for which the sequence's code score is among the highest hundredth, or the lowest where
+    `influence` is negative: 0.01 by chance. It is `generic` from 0.25 on: what comes up for every
+    query says little about this one. The rate is that of the build's damping and of all modules;
+    None where the index keeps no background queries, or none but of equal sequences.
     `start` and `end` are characters of the document's text (−1 where it came as tokens).
     """
 
@@ -109,6 +117,11 @@ class Hit:
     module_influence: dict[str, float] = field(default_factory=dict)
     kind_influence: dict[str, float] = field(default_factory=dict)
     token_layer_influence: list[list[float]] = field(default_factory=list)
+
+    @property
+    def generic(self) -> bool:
+        """Whether the sequence comes up for at least a quarter of the background queries."""
+        return self.generic_rate is not None and self.generic_rate >= GENERIC
 
 
 @dataclass

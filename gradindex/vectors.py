@@ -70,7 +70,7 @@ class CodeIndex:
         from `scores` by far less than the code's own error.
         """
         length = queries.shape[1]
-        stored = faiss.vector_to_array(self._index.codes).reshape(len(self), -1)
+        stored = self._stored()
         scale = _steps(stored, length)
         scores = np.empty((len(queries), len(self)), dtype=np.float32)
         total = queries.sum(1, keepdims=True)
@@ -93,13 +93,16 @@ class CodeIndex:
 
     def scales(self) -> np.ndarray:
         """What FAISS keeps of each code besides its signs: float32 [rows, 2]."""
-        stored = faiss.vector_to_array(self._index.codes).reshape(len(self), -1)
-        return stored[:, -8:].copy().view(np.float32)
+        return self._stored()[:, -8:].copy().view(np.float32)
 
     def codes(self, rows: list[int]) -> np.ndarray:
         """The stored codes of some rows: uint8 [len(rows), code_bytes(K)]."""
-        stored = faiss.vector_to_array(self._index.codes).reshape(len(self), -1)
-        return stored[rows]
+        return self._stored()[rows]
+
+    def _stored(self) -> np.ndarray:
+        """FAISS's own codes uint8 [rows, bytes], not a copy: as long as this lives unchanged."""
+        size = self._index.codes.size()
+        return faiss.rev_swig_ptr(self._index.codes.data(), size).reshape(len(self), -1)
 
     def write(self, path: Path) -> FileFacts:
         """Write the codes. Raises ResourceError.

@@ -4,6 +4,7 @@
     segments/NNNNNN.partial/       records only: read, not yet encoded
     curvature.partial/             the fit's running sums
     curvature/, segments/NNNNNN/   done
+    background.safetensors         done, though a killed build makes it again
     manifest.json                  the index exists; build.json goes
 
 The same command run again goes on where the last one stopped; a different one is refused.
@@ -21,14 +22,22 @@ import numpy as np
 import torch
 
 import gradindex
-from gradindex import curvature, manifest, segments, vectors
+from gradindex import background, curvature, manifest, segments, vectors
 from gradindex.checked import refuse_links
 from gradindex.codes import Codes, CodeSettings, default_length, default_width
 from gradindex.curvature import Ekfac
 from gradindex.errors import InputError
 from gradindex.files import disk_errors, facts_of, make_folder, make_folders
 from gradindex.locks import only_writer
-from gradindex.manifest import Calibration, CodeFacts, FitFacts, Manifest, ModelFacts, Plan
+from gradindex.manifest import (
+    BackgroundFacts,
+    Calibration,
+    CodeFacts,
+    FitFacts,
+    Manifest,
+    ModelFacts,
+    Plan,
+)
 from gradindex.model import (
     LanguageModel,
     ModelSource,
@@ -42,6 +51,7 @@ from gradindex.model import (
 from gradindex.modules import Module
 from gradindex.progress import Progress, size
 from indexer import ingest
+from indexer.background import make_background
 from indexer.calibrate import calibrate
 from indexer.corpus import Corpus, CorpusSettings
 from indexer.fit import LARGEST_BLOCK, FitNotes, FitSettings, choose_sequences, fit
@@ -203,15 +213,20 @@ def _build(index: Path, asked: _Asked, state: State, say: Progress) -> None:
         length, default_width(length, len(tracked)), plan["seed"], plan["damping"]))
     quarantined = ingest.encode_run(model, codes, run, plan["batch_tokens"], asked.max_bad, say)
 
-    # 6) how far a code's score is from the exact one
+    # 6) how far a code's score is from the exact one, and what comes up whatever is asked
+    coded = [one for one in range(run.count) if one not in quarantined]
     calibration = calibrate(
-        model, codes, ekfac, run.records, lambda ids: run.codes(ids, length),
-        [one for one in range(run.count) if one not in quarantined], plan["batch_tokens"], say,
+        model, codes, ekfac, run.records, lambda ids: run.codes(ids, length), coded,
+        plan["batch_tokens"], say,
     )
+    queries, sample = make_background(
+        model, codes, ekfac, run.records, lambda ids: run.coded(ids, length), coded, say)
+    background.save(index / manifest.BACKGROUND, queries)
 
     # 7) the commit
     made = _manifest(asked, state, run, model, tracked, ekfac, notes, codes, calibration,
-                     len(chosen), len(quarantined))
+                     BackgroundFacts(queries=len(queries), sample=sample), len(chosen),
+                     len(quarantined))
     if made.duplicates:
         say.say(f"duplicates: {made.duplicates:,} sequences equal an earlier one; they are shown "
                 "as one hit with a count")
@@ -224,14 +239,15 @@ def _build(index: Path, asked: _Asked, state: State, say: Progress) -> None:
 
 def _manifest(
     asked: _Asked, state: State, run: Run, model: LanguageModel, tracked: list[Module],
-    ekfac: Ekfac, notes: FitNotes, codes: Codes, calibration: Calibration, fitted: int,
-    quarantined: int,
+    ekfac: Ekfac, notes: FitNotes, codes: Codes, calibration: Calibration,
+    queries: BackgroundFacts, fitted: int, quarantined: int,
 ) -> Manifest:
     """What the build made."""
     plan, facts = asked.plan, state.corpus
     assert facts is not None and state.model is not None
     files = {f"curvature/{name}": one for name, one in notes.files.items()}
-    files[manifest.FIT] = facts_of(run.index / manifest.FIT)
+    for name in (manifest.FIT, manifest.BACKGROUND):
+        files[name] = facts_of(run.index / name)
     rows = np.concatenate([run.rows(one) for one in run.segments])
     return Manifest(
         format=manifest.FORMAT, generation=1, versions=_versions(),
@@ -257,7 +273,8 @@ def _manifest(
             length=codes.settings.length, width=codes.settings.width, seed=codes.settings.seed,
             damping=codes.settings.damping, digest=codes.digest,
         ),
-        calibration=calibration, batch_tokens=plan["batch_tokens"], plan=Plan(**plan),  # type: ignore[typeddict-item]
+        calibration=calibration, background=queries,
+        batch_tokens=plan["batch_tokens"], plan=Plan(**plan),  # type: ignore[typeddict-item]
         appended=[],
         next_id=run.count, next_segment=len(run.segments), segments=run.segments,
         deleted=0, deleted_file=None, quarantined=quarantined,

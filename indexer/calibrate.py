@@ -14,7 +14,13 @@ from gradindex.codes import Codes, score_error
 from gradindex.curvature import Ekfac
 from gradindex.errors import GradindexError
 from gradindex.gradients import make_batch
-from gradindex.influence import Preconditioned, exact_scores, precondition, query_coordinates
+from gradindex.influence import (
+    Gradients,
+    Preconditioned,
+    exact_scores,
+    precondition,
+    query_coordinates,
+)
 from gradindex.manifest import Calibration
 from gradindex.model import LanguageModel
 from gradindex.progress import Progress
@@ -84,13 +90,19 @@ def exact_influence(
         chunk = queries[first : first + stack]
         vectors, preconditioned = [], []
         for record in chunk:
-            coordinates, _ = query_coordinates(
-                model, codes.modules, ekfac,
-                make_batch([(record.ids, second_half(record))], model.device),
-                codes.settings.damping,
-            )
-            vectors.append(codes.query_vectors(coordinates)[0].float().cpu().numpy())
+            coordinates, vector = as_query(model, codes, ekfac, record)
+            vectors.append(vector)
             preconditioned.append(Preconditioned(precondition(ekfac, coordinates)))
         together = Preconditioned.join(preconditioned)
         exact = exact_scores(model, codes.modules, together, sample, batch_tokens)
         yield np.stack(vectors), exact, chunk
+
+
+def as_query(
+    model: LanguageModel, codes: Codes, ekfac: Ekfac, record: Record
+) -> tuple[Gradients, np.ndarray]:
+    """C_u [1, o, i] by module name of the record as a query, and its vector v_q float32 [K]."""
+    batch = make_batch([(record.ids, second_half(record))], model.device)
+    coordinates, _ = query_coordinates(
+        model, codes.modules, ekfac, batch, codes.settings.damping)
+    return coordinates, codes.query_vectors(coordinates)[0].float().cpu().numpy()

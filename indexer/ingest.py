@@ -5,6 +5,7 @@ from the first number and the first id that were never given.
 """
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,14 +63,19 @@ class Run:
     def codes(self, ids: list[int], length: int) -> tuple[vectors.CodeIndex, np.ndarray]:
         """The codes [ids, K] of sealed segments and their ‖v‖ [ids]; ids ascending."""
         joined, norms = vectors.CodeIndex(length), []
+        for codes, rows in self.coded(ids, length):
+            joined.add(codes)
+            norms.append(rows["norm"])
+        return joined, np.concatenate(norms)
+
+    def coded(self, ids: list[int], length: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Codes uint8 [n, bytes] and rows, segments.ROW [n], of ascending ids by sealed segment."""
         for segment, here in self._by_segment(ids):
             rows = [(one - self.first) % self.size for one in here]
             files = self.files(segment)
             stored = vectors.CodeIndex.parse(files.read("vectors.faiss"), length, segment.rows,
                                              files.root / "vectors.faiss")
-            joined.add(stored.codes(rows))
-            norms.append(self.rows(segment)["norm"][rows])
-        return joined, np.concatenate(norms)
+            yield stored.codes(rows), self.rows(segment)[rows]
 
     def rows(self, segment: Segment) -> np.ndarray:
         """The rows of a sealed segment, segments.ROW."""

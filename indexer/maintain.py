@@ -255,7 +255,8 @@ def commit(
     """
     index, facts = contents.root, contents.manifest
     listed = {**facts.files, **new_files}
-    files = {name: one for name, one in listed.items() if name.startswith("curvature/")}
+    files = {name: one for name, one in listed.items()
+             if name.startswith("curvature/") or name == manifest.BACKGROUND}
     files |= {name: listed[name] for segment in chosen for name in segment_files(segment)}
     if rows is None:
         rows = Contents(index, replace(facts, segments=chosen, files=files, **changes)).rows

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from gradindex import locks, manifest, records, segments
+from gradindex import background, locks, manifest, records, segments
+from gradindex.background import BackgroundQueries
 from gradindex.contents import Contents
 from gradindex.curvature import load as load_curvature
 from gradindex.errors import DamagedIndexError
@@ -25,13 +26,15 @@ from gradindex.progress import Progress
 from gradindex.records import Record
 from gradindex.segments import PARTIAL, SegmentFacts
 from gradindex.vectors import CodeIndex
-from indexer.calibrate import exact_influence
+from indexer.background import unit
+from indexer.calibrate import as_query, exact_influence
 from indexer.encode import encode_batch, encode_segment
 from indexer.fit import choose_sequences
 from indexer.ingest import sealed_files
 from indexer.maintain import commit, refuse_unfinished, writing
 
 SAMPLE = 64  # sequences encoded again
+AGAIN = 8  # background queries made again
 SAME_BITS = 0.99  # share of a code's bits that must come out again on another machine
 SAME_SCORE = {"float64": 1e-6, "float32": 1e-3, "bfloat16": 0.1, "float16": 0.05}
 
@@ -124,7 +127,7 @@ def _core_damaged(bad: _Bad) -> bool:
 
 
 def _check_files(root: Path, facts: Manifest, found: Verified, say: Progress) -> _Bad:
-    """Digest every file, and read the curvature."""
+    """Digest every file, and read the curvature and the background queries."""
     contents = Contents(root, facts)
     bad: _Bad = {}
     say.start("digest", len(facts.files), "files")
@@ -146,7 +149,17 @@ def _check_files(root: Path, facts: Manifest, found: Verified, say: Progress) ->
                                torch.device("cpu"), torch.float32)
             except DamagedIndexError as error:
                 bad.setdefault(name, []).append((name, error.wrong))
+    if facts.background is not None and manifest.BACKGROUND not in bad:
+        try:
+            _background(root / manifest.BACKGROUND, facts)
+        except DamagedIndexError as error:
+            bad.setdefault(manifest.BACKGROUND, []).append((manifest.BACKGROUND, error.wrong))
     return bad
+
+
+def _background(path: Path, facts: Manifest) -> BackgroundQueries:
+    assert facts.background is not None
+    return background.load(path, facts.background["queries"], facts.code["length"])
 
 
 def _check_rows(root: Path, facts: Manifest, bad: _Bad, found: Verified, say: Progress) -> None:
@@ -260,6 +273,7 @@ def _check_model(
     if members:
         _compare_codes(contents, chosen, members, again, found)
     _compare_anchors(contents, fitted, found, say)
+    _compare_background(contents, fitted, found)
 
 
 def _compare_codes(
@@ -314,6 +328,25 @@ def _compare_anchors(
             f"sequence {other}", f"its influence on sequence {query} was {score:.6g} at the build "
             f"and is {measured[query, other]:.6g} now",
             "The model or the curvature is another than the build's: build again."))
+
+
+def _compare_background(contents: Contents, fitted: FittedModel, found: Verified) -> None:
+    """Make some background queries again whose sequences are still there."""
+    facts = contents.manifest
+    if facts.background is None:
+        return
+    queries = _background(contents.files.path(manifest.BACKGROUND), facts)
+    there = np.flatnonzero(np.isin(queries.ids, contents.rows["id"]))[:AGAIN]
+    rows = np.searchsorted(contents.rows["id"], queries.ids[there])
+    for number, record in zip(there, contents.records(rows), strict=True):
+        vector = as_query(fitted.model, fitted.codes, fitted.ekfac, record)[1]
+        stored = queries.vectors[number].astype(np.float64)
+        if (queries.digests[number] != segments.digest_of(record)).any() or \
+                not np.linalg.norm(unit(vector) - stored) <= 10 * SAME_SCORE[facts.dtype] + 1e-3:
+            found.findings.append(Finding(
+                manifest.BACKGROUND, f"the query made of sequence {record.id} comes out otherwise",
+                "The model or the curvature is another than the build's: build again."))
+            return
 
 
 # ---- mending

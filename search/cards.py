@@ -10,7 +10,6 @@ from gradindex.terminal import json_text
 
 WINDOW = 48  # tokens of text shown around the strongest of them
 BINS = 7  # shades of a sign
-GENERIC = 0.25  # of the background queries: from here on a sequence is marked as generic
 LITTLE_OVERLAP = 0.1
 MOST_GROUPS = 20  # shown at once
 UNSURE = 2  # standard errors from zero, within which a total may be nothing
@@ -91,7 +90,7 @@ def marks(hit: Hit) -> list[Mark]:
     if hit.near_duplicates:
         found.append(Mark("near", f"+{len(hit.near_duplicates)} alike",
                           "so many hits below share most of its wording and are folded into it"))
-    if hit.generic_rate is not None and hit.generic_rate >= GENERIC:
+    if hit.generic and hit.generic_rate is not None:
         found.append(Mark("generic", "generic",
                           f"among the top 1% for {hit.generic_rate:.0%} of unrelated queries"))
     if hit.lexical is not None and hit.lexical < LITTLE_OVERLAP and hit.exact:

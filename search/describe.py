@@ -7,11 +7,12 @@ from typing import Any
 from gradindex import locks, manifest
 from gradindex.contents import Contents
 from gradindex.progress import size
+from gradindex.results import GENERIC
 from gradindex.terminal import visible
 from gradindex.vectors import code_bytes
 
 KINDS = {"records.lmdb": "text", "vectors.faiss": "codes", "rows.npy": "codes",
-         "segment.json": "codes", "tokens.npz": "words"}
+         "segment.json": "codes", "tokens.npz": "words", manifest.BACKGROUND: "background"}
 SHOWN = 10  # quarantined sequences
 
 
@@ -46,7 +47,8 @@ def describe(index: Path) -> dict[str, Any]:
         "effective_dimension": sum(facts.effective_dimension.values()),
         "damping": facts.damping,
         "code": {**facts.code, "bytes": code_bytes(facts.code["length"])},
-        "calibration": facts.calibration, "segments": len(facts.segments), "bytes": dict(sizes),
+        "calibration": facts.calibration, "background": facts.background,
+        "segments": len(facts.segments), "bytes": dict(sizes),
         "data": facts.plan["data"], "versions": facts.versions,
     }
 
@@ -94,6 +96,7 @@ def summary(facts: dict[str, Any]) -> str:
         ("codes", f"{code['length']:,} bits, {code['bytes']:,} bytes a sequence, "
                   f"error constant c = {facts['calibration']['c']}, "
                   f"slope {facts['calibration']['slope']}"),
+        ("generic", _background(facts["background"], bytes_["background"])),
         ("size", f"{size(bytes_['codes'])} of codes, {size(bytes_['curvature'])} of curvature, "
                  f"{size(bytes_['words'])} of TF-IDF, {size(bytes_['text'])} of training text (the "
                  "index holds the text itself)"),
@@ -105,6 +108,13 @@ def _few(quarantined: dict[int, str]) -> str:
     shown = "; ".join(f"{one} ({why})" for one, why in list(quarantined.items())[:SHOWN])
     more = f"; and {len(quarantined) - SHOWN} more" if len(quarantined) > SHOWN else ""
     return f"{len(quarantined):,} sequences have no code: {shown}{more}"
+
+
+def _background(facts: dict[str, int] | None, bytes_: int) -> str:
+    if facts is None:
+        return "background queries: none (built by an earlier version)"
+    return (f"background queries: {facts['queries']} of the index's own sequences, thresholds of "
+            f"{facts['sample']:,} ({size(bytes_)}); what comes up for {GENERIC:.0%} is generic")
 
 
 def _appended(appends: list[dict[str, Any]]) -> str:

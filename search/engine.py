@@ -18,6 +18,7 @@ from gradindex.manifest import Manifest
 from gradindex.model import LanguageModel
 from gradindex.results import Comparison, Hit, Query, Result
 from search.controls import Controls, settle
+from search.generic import add_rates
 from search.hits import make_hit
 from search.journey import Journey
 from search.opened import OpenIndex
@@ -206,6 +207,7 @@ class Searcher:
             for place, hit in zip(chunk, hits, strict=True):
                 hit.duplicates = self.index.copies(place)
                 hit.lexical = self.index.wording.overlap(words, hit.token_ids)
+            add_rates(self.index, hits)
             yield hits
 
     def make_query(

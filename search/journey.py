@@ -10,6 +10,7 @@ from gradindex.influence import Preconditioned, precondition
 from gradindex.records import Record
 from gradindex.results import Group, Hit, Recall, Result
 from search.controls import Settings
+from search.generic import add_rates
 from search.groups import total_groups
 from search.hits import make_hit, normalized
 from search.likeness import fold_near
@@ -167,9 +168,10 @@ class Journey:
         own = first == np.arange(len(first))  # equal sequences are one hit
         statistic = np.where(own, self.shortlists[number].statistic, -np.inf)
         places = best(statistic, min(self.settings.k, int(own.sum()))).tolist()
-        return fold_near([
-            self._hit(number, place, record, None, rank) for rank, (place, record) in
-            enumerate(zip(places, self.index.records(places), strict=True), 1)])
+        hits = [self._hit(number, place, record, None, rank) for rank, (place, record) in
+                enumerate(zip(places, self.index.records(places), strict=True), 1)]
+        add_rates(self.index, hits)
+        return fold_near(hits)
 
     def provisional(self, number: int) -> Result:
         """The best k by code alone, of which nothing is known yet."""
@@ -248,8 +250,9 @@ class Journey:
             if len(sample):
                 hit.percentile = float(np.mean(sample <= self._value(number, place)) * 100)
             ranked.append((-value, record.id, hit))
-        return fold_near(
-            [hit for _, _, hit in sorted(ranked, key=lambda one: one[:2])[: settings.k]])
+        hits = [hit for _, _, hit in sorted(ranked, key=lambda one: one[:2])[: settings.k]]
+        add_rates(self.index, hits)
+        return fold_near(hits)
 
     def _error_here(self, number: int) -> float | None:
         """c measured on a query's background sample, or None where that says too little."""

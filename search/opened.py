@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from gradindex import locks, manifest, tfidf, vectors
+from gradindex import background, locks, manifest, tfidf, vectors
+from gradindex.background import BackgroundQueries
 from gradindex.contents import Contents
 from gradindex.errors import DamagedIndexError
 from gradindex.fitted import FittedModel
@@ -68,6 +69,7 @@ class OpenIndex(FittedModel):
         self._tokens: tfidf.TokenMatrix | None = None
         self._wording: Wording | None = None
         self._groupings: dict[str, Grouping] = {}
+        self._background_queries: BackgroundQueries | None = None
 
     def load(self) -> None:
         """Read the model, the curvature and the codes now."""
@@ -121,6 +123,28 @@ class OpenIndex(FittedModel):
         if by not in self._groupings:
             self._groupings[by] = read_grouping(self.contents, self.segments(), by)
         return self._groupings[by]
+
+    @property
+    def background_queries(self) -> BackgroundQueries | None:
+        """The background queries, read at first use; None where an earlier version built this."""
+        facts = self.manifest.background
+        if self._background_queries is None and facts is not None:
+            self._background_queries = background.load(
+                self.contents.files.path(manifest.BACKGROUND), facts["queries"],
+                self.manifest.code["length"])
+        return self._background_queries
+
+    def codes_at(self, places: Sequence[int]) -> vectors.CodeIndex:
+        """The codes at these places, in that order."""
+        rows = self.contents.places[np.asarray(places, dtype=np.int64)]
+        homes = np.searchsorted(self.contents.starts, rows, side="right") - 1
+        found = np.zeros((len(rows), vectors.code_bytes(self.manifest.code["length"])), np.uint8)
+        for home in np.unique(homes).tolist():
+            own = rows[homes == home] - self.contents.starts[home]
+            found[homes == home] = self.segments()[home].codes(own.tolist())
+        codes = vectors.CodeIndex(self.manifest.code["length"])
+        codes.add(found)
+        return codes
 
     def records(self, places: Sequence[int]) -> list[Record]:
         """What the sequences at these places are, in that order."""

@@ -184,6 +184,7 @@ def test_a_sequence_without_a_gradient_leaves_the_calibration_finite(tmp_path):
                             bits=512)
     assert index.index.norms[3] == 0 and (np.delete(index.index.norms, 3) > 0).all()
     assert 0 < index.manifest.calibration["c"] < 10
+    assert index.manifest.background == {"queries": 19, "sample": 20}
     result = index.search(token_ids=tokens[5], k=20)
     assert json.loads(result.to_json())["hits"]
     assert next(hit for hit in result if hit.id == 3).influence == 0

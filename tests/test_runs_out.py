@@ -28,7 +28,7 @@ from gradindex import files, gradients, manifest, segments
 from gradindex.errors import GradindexError, InputError, ResourceError
 from gradindex.gradients import Splits
 from gradindex.progress import Progress
-from indexer import calibrate
+from indexer import background, calibrate
 from indexer import fit as fit_module
 from indexer.fit import FitNotes, choose_sequences, eigenvectors
 from search.describe import describe, summary
@@ -38,8 +38,9 @@ QUESTION = {"token_ids": [3, 1, 4, 1, 5]}
 
 @pytest.fixture(autouse=True)
 def few_queries(monkeypatch):
-    """A build calibrates on two queries and computes in one thread, for time."""
+    """A build asks two queries each and computes in one thread, for time."""
     monkeypatch.setattr(calibrate, "QUERIES", 2)
+    monkeypatch.setattr(background, "QUERIES", 2)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

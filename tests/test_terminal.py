@@ -311,7 +311,8 @@ def hostile_facts():
         "modules": [ALL], "layers": [0], "parameter_share": 0.5,
         "fit": {"sequences": 4, "labels": ALL}, "effective_dimension": 3.0, "damping": ALL,
         "code": {"length": 64, "bytes": 16}, "calibration": {"c": ALL, "slope": ALL},
-        "segments": 1, "bytes": {"codes": 1, "curvature": 2, "words": 3, "text": 4},
+        "background": {"queries": 4, "sample": 5}, "segments": 1,
+        "bytes": {"codes": 1, "curvature": 2, "background": 2, "words": 3, "text": 4},
         "data": [{"name": ALL}] * 2, "versions": {ALL: ALL},
     }
 

@@ -160,7 +160,8 @@ def test_damage_of_a_segment_is_named_with_what_to_do(index, file, damage):
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_of_what_every_search_needs_is_named(index, damage):
     facts = manifest.load(index)
-    for name in (manifest.curvature_file(facts.modules[1]), manifest.FIT, facts.deleted_file):
+    for name in (manifest.curvature_file(facts.modules[1]), manifest.FIT, manifest.BACKGROUND,
+                 facts.deleted_file):
         assert (index / name).is_file()
         kept = (index / name).read_bytes()
         damage(index / name)

@@ -4,6 +4,7 @@ A job gets plain arguments and returns a plain dictionary. `probe` opens an inde
 and returns the answer; `bare_*` read one file as the library alone would.
 """
 
+import contextlib
 import hashlib
 import json
 import random
@@ -21,7 +22,8 @@ import safetensors.torch
 import scipy.sparse
 
 import gradindex
-from gradindex import manifest, records, segments, signed, tfidf, vectors
+from gradindex import background, manifest, records, segments, signed, tfidf, vectors
+from gradindex.curvature import write_tensors
 from gradindex.errors import GradindexError
 from gradindex.model import ModelSource
 from indexer.corpus import Corpus, CorpusSettings
@@ -121,7 +123,7 @@ def fuzz(target: str, seed: str, number: int, count: int) -> dict[str, Any]:
     content, refused = Path(seed).read_bytes(), 0
     read = {"manifest": fuzz_manifest, "record": fuzz_record, "jsonl": fuzz_jsonl,
             "segment.json": fuzz_segment, "rows.npy": fuzz_rows, "tokens.npz": fuzz_tokens,
-            "vectors.faiss": fuzz_vectors}[target]
+            "vectors.faiss": fuzz_vectors, manifest.BACKGROUND: fuzz_background}[target]
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(count):
             try:
@@ -199,6 +201,18 @@ def fuzz_tokens(content: bytes, folder: Path, dice: random.Random) -> None:
 def fuzz_vectors(content: bytes, folder: Path, dice: random.Random) -> None:
     codes = vectors.CodeIndex.parse(content, 512, 18, Path("vectors.faiss"))
     codes.scores(np.ones(512, np.float32))
+
+
+def fuzz_background(content: bytes, folder: Path, dice: random.Random) -> None:
+    path = folder / manifest.BACKGROUND
+    path.write_bytes(content)
+    if dice.random() < 0.8:
+        with contextlib.suppress(Exception):  # past its own digest, where it is a file of tensors
+            write_tensors(path, safetensors.torch.load_file(path))
+    queries = background.load(path, 52, 512)
+    codes = vectors.CodeIndex(512)
+    codes.add(codes.encode(np.ones((3, 512), np.float32)))
+    queries.rates(codes, np.zeros((3, 2), np.uint64))
 
 
 def files_of(folder: str) -> dict[str, str]:

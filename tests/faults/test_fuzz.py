@@ -2,17 +2,18 @@
 
 import pytest
 
-from gradindex import records
+from gradindex import manifest, records
 
-TARGETS = ["manifest", "record", "jsonl", "segment.json", "rows.npy", "tokens.npz", "vectors.faiss"]
+TARGETS = ["manifest", "record", "jsonl", "segment.json", "rows.npy", "tokens.npz", "vectors.faiss",
+           "background.safetensors"]
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_readers_take_anything(faults, index_of_faults, tmp_path, target):
     first = index_of_faults / "segments" / "000000"
     seed = first / target
-    if target == "manifest":
-        seed = index_of_faults / "manifest.json"
+    if target in ("manifest", manifest.BACKGROUND):
+        seed = index_of_faults / (manifest.NAME if target == "manifest" else target)
     if target == "jsonl":
         seed = tmp_path / "few.jsonl"
         seed.write_text("".join(faults.data.read_text().splitlines(keepends=True)[:3]))

@@ -1,9 +1,10 @@
-"""Make `format-1/`: a small index of format 1 with its model, which every later version must open.
+"""Make `format-N/`: a small index of the newest format N with its model, which every later version
+must open.
 
-    PYTHONPATH=.:tests python tests/golden/make_format_1.py
+    PYTHONPATH=.:tests python tests/golden/make_format.py
 
-It is never made again for format 1: that would hide a change of the format. The model is given as
-an object and the data as rows, so that no path is in it.
+It is made once for each format: making it again would hide a change of the format. The model is
+given as an object and the data as rows, so that no path is in it.
 """
 
 import json
@@ -15,8 +16,9 @@ from conftest import SMALL, random_network, small_documents
 
 import gradindex
 from demo.prepare import train_tokenizer
+from gradindex import manifest
 
-OUT = Path(__file__).parent / "format-1"
+OUT = Path(__file__).parent / f"format-{manifest.FORMAT}"
 QUESTION = {"prompt": "The apple number", "completion": " 8 grows"}
 
 
@@ -37,7 +39,8 @@ def main() -> None:
     found = gradindex.open(OUT / "index", **model).search(**QUESTION, shortlist="all", k=10)
     (OUT / "answer.json").write_text(json.dumps([
         {"id": hit.id, "influence": hit.influence, "code_score": hit.code_score, "text": hit.text,
-         "user_id": hit.user_id, "fields": hit.fields, "duplicates": hit.duplicates}
+         "user_id": hit.user_id, "fields": hit.fields, "duplicates": hit.duplicates,
+         "generic_rate": hit.generic_rate}
         for hit in found], indent=1) + "\n")
 
 
