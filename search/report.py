@@ -13,12 +13,13 @@ import numpy as np
 from markupsafe import Markup
 
 import gradindex
+from gradindex.background import ONE_IN
 from gradindex.modules import Module
 from gradindex.results import UNITS, Query
 from gradindex.terminal import visible, visible_lines
 from gradindex.vectors import code_bytes
 from search import html, plots
-from search.survey import FENCE, GENERIC, TOP, Asked, Kept, Source, Survey
+from search.survey import FENCE, TOP, Asked, Kept, Source, Survey
 from search.tail import DRAWS, FEWEST, REJECTED
 
 STYLES = ("plots.css", "report.css")
@@ -45,7 +46,7 @@ def render(found: Survey) -> str:
         units=UNITS.format(how="exact"), model=_model_name(found),
         code_bytes=code_bytes(found.manifest.code["length"]),
         limits={"bars": MOST_BARS, "tails": MOST_TAILS, "rows": MOST_ROWS, "top": TOP,
-                "generic": GENERIC, "fewest": FEWEST, "rejected": REJECTED, "draws": DRAWS,
+                "generic": 1 / ONE_IN, "fewest": FEWEST, "rejected": REJECTED, "draws": DRAWS,
                 "fence": FENCE},
         documents=sum(source.documents for source in found.texts.sources),
         tracked=sum(o * i for o, i in (module.shape for module in found.manifest.modules)),

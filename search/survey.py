@@ -6,13 +6,13 @@ given the first); such a sequence and its equals are left out of what is said of
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from gradindex import text
+from gradindex import background, text
 from gradindex.errors import InputError
 from gradindex.influence import Preconditioned
 from gradindex.manifest import Manifest
@@ -24,6 +24,7 @@ from gradindex.results import Query
 from gradindex.terminal import json_text
 from search.controls import Controls, Settings, settle
 from search.engine import Searcher
+from search.generic import all_rates
 from search.opened import Coverage, OpenIndex
 from search.rescore import Rescorer, rescore
 from search.shortlist import best
@@ -33,7 +34,6 @@ from search.target import Target, make_targets
 QUERIES = 16  # of the index's own sequences
 SAMPLE = 4096  # sequences scored exactly, where the index has more
 TOP = 100  # sequences by code that are scored exactly for each query besides
-GENERIC = 0.01  # share of the index that counts as the top of a query
 LISTED = 10  # sequences shown of a kind
 READ = 4096  # records held at once
 EXCERPT = 400  # letters of a text
@@ -134,8 +134,9 @@ class Asked:
 class Survey:
     """Everything a report says. `sample` sequences were drawn and scored exactly, N is `total`.
 
-    `groups` are (layer, kind) of modules. `generic` are listed with the number of queries whose
-    top they are in; `rank` is that which the queries' gradients were reduced to, if they were.
+    `groups` are (layer, kind) of modules. `generic` are listed with their generic rate (None
+    where the index keeps no background queries); `rank` is that which the queries' gradients were
+    reduced to, if they were.
     """
 
     name: str
@@ -151,7 +152,7 @@ class Survey:
     rank: int | None
     groups: list[tuple[int, str]]
     asked: list[Asked]
-    generic: list[tuple[Listed, int]] = field(default_factory=list)
+    generic: list[tuple[Listed, float]] | None = None
 
     def shares(self, what: str) -> np.ndarray:
         """Mean share of each group over queries, [groups]: of "absolute" or "proponents"."""
@@ -218,7 +219,7 @@ def survey(
         name=index.path.resolve().name, digest=index.digest, manifest=manifest,
         coverage=index.coverage, settings=settings, texts=texts, sizes=sizes, total=len(index),
         sample=len(scores.sample), scored=len(scores.places), rank=preconditioned.rank,
-        groups=scores.groups, asked=asked, generic=scores.generic(),
+        groups=scores.groups, asked=asked, generic=most_generic(index),
     )
 
 
@@ -443,19 +444,21 @@ class Scores:
             proponents=self._proponents[number],
         )
 
-    def generic(self) -> list[tuple[Listed, int]]:
-        """The sequences most often among the best by code, with the number of queries."""
-        total = len(self.index)
-        count, high = np.zeros(total, dtype=np.int64), np.zeros(total)
-        for number in range(len(self.own)):
-            top = self._best(number, -(-total // round(1 / GENERIC)))
-            count[top] += 1
-            high[top] += 1 / np.arange(1, len(top) + 1)
-        count[self.index.contents.first_equal != np.arange(total)] = 0  # equal ones are shown once
-        order = np.lexsort((np.arange(total), -high, -count))[:LISTED]
-        places = [int(place) for place in order if count[place] > 1]
-        return [(one, int(count[place])) for one, place in
-                zip(listed(self.index, places), places, strict=True)]
+
+def most_generic(index: OpenIndex) -> list[tuple[Listed, float]] | None:
+    """The sequences with the highest generic rate as proponents, and that rate, above chance.
+
+    Equal ones are one. None where the index keeps no background queries.
+    """
+    rates = all_rates(index)
+    if rates is None:
+        return None
+    first = index.contents.first_equal == np.arange(len(index))
+    upper = np.where(first & ~np.isnan(rates[0]), rates[0], 0.0)
+    places = [int(place) for place in np.argsort(-upper, kind="stable")[:LISTED]
+              if upper[place] > 1 / background.ONE_IN]
+    return [(one, float(upper[place])) for one, place in
+            zip(listed(index, places), places, strict=True)]
 
 
 def _indicator(modules: list[Module], groups: list[tuple[int, str]]) -> np.ndarray:

@@ -143,7 +143,8 @@ def test_every_hit_has_its_rate(built, network):
     content = json.loads(result.to_json())["hits"][0]
     assert content["generic_rate"] == rates[int(content["influence"] < 0), content["id"]]
     stages = searcher.stages([searcher.make_query(**QUESTION)], Controls(k=3))
-    approximate = next(stage.hits for stage in stages if stage.name == "approximate")
+    approximate = next(stage.provisional for stage in stages
+                       if stage.name == "approximate").hits
     assert all(hit.generic_rate is not None for hit in approximate)
 
 
