@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shlex
 from typing import Annotated, Any, Literal
 from urllib.parse import urlencode
@@ -13,8 +14,21 @@ from search.controls import Controls
 LONGEST_TEXT = 65_536  # characters
 MOST_HITS = 200
 MOST_RESCORED = 100_000
+MOST_NUMBERS = 100_000  # in the ranges of a field
+# layers, kinds, or a regular expression that can't take for ever: no groups, few repetitions
+MODULES = r"^[ \w.,|^$\\-]*([*+?][ \w.,|^$\\-]*){0,3}$"
+
+
+def _few_numbers(text: str) -> str:
+    """Raises ValueError where ranges such as 8-15 hold too many numbers."""
+    ranges = re.findall(r"(\d{1,9})-(\d{1,9})", text)
+    if sum(max(0, int(last) - int(first)) for first, last in ranges) > MOST_NUMBERS:
+        raise ValueError(f"more than {MOST_NUMBERS:,} numbers")
+    return text
+
 
 Text = Annotated[str, pydantic.Field(max_length=LONGEST_TEXT)]
+Numbers = pydantic.AfterValidator(_few_numbers)
 
 
 class Asked(pydantic.BaseModel):
@@ -30,15 +44,18 @@ class Asked(pydantic.BaseModel):
         description="Another completion: explain log p(completion) − log p(versus).")] = ""
     compare: Annotated[Text, pydantic.Field(
         description="Another completion, explained side by side with the first.")] = ""
-    score_on: Annotated[str, pydantic.Field(
+    score_on: Annotated[str, Numbers, pydantic.Field(
         max_length=4096, description="Tokens of the completion to score, such as 0-2,5.")] = ""
     k: Annotated[int, pydantic.Field(ge=1, le=MOST_HITS)] | None = None
     shortlist: Annotated[int, pydantic.Field(ge=1, le=MOST_RESCORED)] | Literal["all"] | None = None
     recall: Annotated[float, pydantic.Field(gt=0, le=1)] | None = None
     opponents: bool = False
     rescore: bool = True
-    damping: Annotated[float, pydantic.Field(gt=0)] | None = None
-    modules: Annotated[str, pydantic.Field(max_length=256)] | None = None
+    damping: Annotated[float, pydantic.Field(ge=1e-12, le=1e12)] | None = None
+    modules: Annotated[str, Numbers, pydantic.Field(
+        max_length=256, pattern=MODULES,
+        description="Layers (8-15), kinds (mlp, attention), or a regular expression of letters, "
+                    "digits and . , | ^ $ \\ - with at most three of * + ?.")] | None = None
     normalize: Literal["none", "cosine", "relatif"] = "none"
     candidates: Literal["code", "tfidf", "both"] = "code"
     group_by: Annotated[str, pydantic.Field(

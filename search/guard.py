@@ -37,11 +37,14 @@ class Guard:
     """An ASGI application that lets requests through to another.
 
     `hosts` are the values of Host that are this server; `token`, where it isn't None, must come
-    with every request.
+    with every request, and a body within `slowest_body` seconds.
     """
 
-    def __init__(self, app: Any, hosts: set[str], token: str | None = None):
-        self.app, self.token = app, token
+    def __init__(
+        self, app: Any, hosts: set[str], token: str | None = None,
+        slowest_body: float = SLOWEST_BODY,
+    ):
+        self.app, self.token, self.slowest_body = app, token, slowest_body
         self.hosts = {host.lower() for host in hosts}
         self.origins = {f"{scheme}://{host}" for host in self.hosts for scheme in ("http", "https")}
 
@@ -63,7 +66,7 @@ class Guard:
                 message["headers"] = [*message["headers"], *HEADERS]
             await send(message)
 
-        await self.app(scope, _Body(receive), guarded)
+        await self.app(scope, _Body(receive, self.slowest_body), guarded)
 
     def _refused(self, scope: Message) -> tuple[int, str, list[tuple[bytes, bytes]]] | None:
         hosts = _all(scope, b"host")
@@ -72,9 +75,8 @@ class Guard:
         origins = _all(scope, b"origin")
         if len(origins) > 1 or (origins and origins[0].lower() not in self.origins):
             return 403, "Requests from other sites are refused (Origin).", []
-        site = _all(scope, b"sec-fetch-site")
         api = scope["path"].startswith("/api/") or scope["method"] not in ("GET", "HEAD")
-        if api and site and site[0] not in ("same-origin", "none"):
+        if api and not _same(_all(scope, b"sec-fetch-site")):
             return 403, "Requests from other sites are refused (Sec-Fetch-Site).", []
         if self.token is not None and not self._knows(scope):
             return 401, "A token is needed: the password that the server printed.", [
@@ -104,7 +106,7 @@ class Guard:
         """Whether this page was asked for by one of its own, or typed in."""
         site, referer = _all(scope, b"sec-fetch-site"), _all(scope, b"referer")
         if site:
-            return site[0] in ("same-origin", "none")
+            return _same(site)
         return bool(referer) and any(
             referer[0].lower().startswith(origin + "/") for origin in self.origins)
 
@@ -113,21 +115,28 @@ def _all(scope: Message, name: bytes) -> list[str]:
     return [value.decode("latin-1") for key, value in scope["headers"] if key == name]
 
 
+def _same(sites: list[str]) -> bool:
+    """Whether Sec-Fetch-Site, where it is sent, says a page of ours or the address bar."""
+    return all(site in ("same-origin", "none") for site in sites)
+
+
 class _Body:
     """`receive` of a request; raises HTTPException once its body is too long or too slow."""
 
-    def __init__(self, receive: Receive):
+    def __init__(self, receive: Receive, seconds: float):
         self._receive, self._size = receive, 0
+        self._until = asyncio.get_running_loop().time() + seconds
         self._whole = False
 
     async def __call__(self) -> Message:
         if self._whole:
             return await self._receive()  # waits for the client to leave
         try:
-            async with asyncio.timeout(SLOWEST_BODY):
+            async with asyncio.timeout_at(self._until):
                 message = await self._receive()
         except TimeoutError:
-            raise HTTPException(408, "The body did not come in time.") from None
+            raise HTTPException(408, "The body did not come in time.",
+                                {"Connection": "close"}) from None
         if message["type"] == "http.request":
             self._size += len(message.get("body", b""))
             self._whole = not message.get("more_body", False)

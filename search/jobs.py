@@ -2,11 +2,14 @@
 
 One search runs at a time: it has the model, and all threads. Asking for the same search twice gives
 the same job; finished ones are kept until there are too many. A job whose watchers have all left is
-given up.
+given up. While the model can't be loaded, and once the worker has ended, jobs fail at once and say
+why.
 """
 
+import contextlib
 import logging
 import queue
+import re
 import secrets
 import threading
 import time
@@ -24,19 +27,23 @@ from search.tail import Tail, fit_tail
 
 QUEUE = 16  # jobs that may wait
 KEPT = 48  # finished jobs
+KEPT_VALUES = 10_000_000  # influences by token and layer in all of them together: 320 MB
 FORGOTTEN = 60.0  # seconds without a watcher, after which a job is given up
+RETRY = 10.0  # seconds between attempts at loading the model
+ENDED = "searches are not answered any more: the server has to be started again."
 _LOG = logging.getLogger("gradindex")
 
 
 class BusyError(GradindexError):
-    """The queue is full."""
+    """No further search can be taken on: the queue is full, or nobody works on it any more."""
 
 
 @dataclass
 class Job:
     """A search and where it stands. `state` goes from waiting to running to done or failed.
 
-    `changes` counts what happened; `wake` are called, from the worker's thread, at every change.
+    `found` are the exact influences so far, as (id, influence). `wake` are called, from the
+    worker's thread, at every change.
     """
 
     id: str
@@ -47,7 +54,7 @@ class Job:
     total: int = 0
     seconds_left: float | None = None
     provisional: Result | None = None
-    found: dict[int, float] = field(default_factory=dict)
+    found: list[tuple[int, float]] = field(default_factory=list)
     result: Result | Comparison | None = None
     tail: Tail | None = None  # of the result's exact scores
     error: str = ""
@@ -55,7 +62,6 @@ class Job:
     stopping: bool = False
     seen: float = field(default_factory=time.monotonic)
     watchers: int = 0
-    changes: int = 0
     wake: set[Callable[[], None]] = field(default_factory=set)
 
     @property
@@ -63,16 +69,30 @@ class Job:
         return self.state in ("done", "failed")
 
     @property
-    def forgotten(self) -> bool:
-        return not self.watchers and time.monotonic() - self.seen > FORGOTTEN
+    def values(self) -> int:
+        """How many influences by token and layer the result holds."""
+        results = self.result.results if isinstance(self.result, Comparison) else \
+            [self.result] if self.result is not None else []
+        return sum(len(hit.tokens) * (1 + len(hit.layer_influence))
+                   for result in results for hit in result)
 
 
 class Jobs:
-    """The queue, its worker, and the jobs by id. Made and asked from one thread (the server's)."""
+    """The queue, its worker, and the jobs by id. Made and asked from one thread (the server's).
 
-    def __init__(self, searcher: Searcher, train_sequences: int | None = None):
+    A job without a watcher for `forgotten` seconds is given up; loading that failed is tried again
+    after `retry` seconds. `problem` says why no search is answered now, if so.
+    """
+
+    def __init__(
+        self, searcher: Searcher, train_sequences: int | None = None,
+        forgotten: float = FORGOTTEN, retry: float = RETRY,
+    ):
         self.searcher, self._train_sequences = searcher, train_sequences
+        self._forgotten, self._retry = forgotten, retry
         self.ready = threading.Event()  # the model and the codes are loaded
+        self.problem = ""
+        self._over = False  # the worker has ended
         self._waiting: queue.Queue[Job] = queue.Queue(QUEUE)
         self._jobs: OrderedDict[str, Job] = OrderedDict()
         self._guard = threading.Lock()
@@ -82,15 +102,11 @@ class Jobs:
         self._worker.start()
 
     @property
-    def alive(self) -> bool:
-        return self._worker.is_alive()
-
-    @property
     def queued(self) -> int:
         return self._waiting.qsize()
 
     def ask(self, asked: Asked) -> Job:
-        """The job of a search, new or not. Raises BusyError where too many wait."""
+        """The job of a search, new or not. Raises BusyError where none can be taken on."""
         name = asked.id(self.searcher.index.digest)
         with self._guard:
             job = self._jobs.get(name)
@@ -98,54 +114,82 @@ class Jobs:
                 self._jobs.move_to_end(name)
                 job.seen = time.monotonic()
                 return job
+            if self._over:
+                raise BusyError(ENDED)
             job = Job(name, asked)
             try:
                 self._waiting.put_nowait(job)
             except queue.Full:
                 raise BusyError(f"{QUEUE} searches wait already.") from None
             self._jobs[name] = job
-            ended = [one for one, other in self._jobs.items() if other.ended]
-            for one in ended[: max(0, len(ended) - KEPT)]:
-                del self._jobs[one]
+            self._jobs.move_to_end(name)
             return job
 
     def get(self, name: str) -> Job | None:
         with self._guard:
             job = self._jobs.get(name)
             if job is not None:
+                self._jobs.move_to_end(name)
                 job.seen = time.monotonic()
             return job
 
     # ---- the worker
 
     def _work(self) -> None:
+        try:
+            self._load()
+            while True:
+                self._answer(self._waiting.get())
+        finally:  # nobody is left waiting
+            with self._guard:
+                self._over, self.problem = True, ENDED
+                left = [job for job in self._jobs.values() if not job.ended]
+            for job in left:
+                self._fail(job, ENDED, 503)
+
+    def _load(self) -> None:
+        """Load the model and the codes, trying again and again; meanwhile searches fail."""
         while True:
             try:
                 self.searcher.index.load()
-                break
-            except Exception:
-                _LOG.exception("the model or the index can't be loaded; trying again")
-                time.sleep(10)
-        self.ready.set()
-        while True:
-            job = self._waiting.get()
-            if job.forgotten:
-                self._drop(job)
-                continue
-            job.state = "running"
-            self._changed(job)
-            try:
-                self._run(job)
-            except _ForgottenError:
-                self._drop(job)
-            except InputError as error:
-                self._fail(job, str(error), 422)
+                self.problem = ""
+                self.ready.set()
+                return
             except Exception as error:
-                number = secrets.token_hex(4)
-                _LOG.exception("error %s in a search", number)
-                own = str(error) if isinstance(error, MemoryError) else type(error).__name__
-                self._fail(job, f"the search failed ({own}); the server's log has it under "
-                                f"{number}.", 500)
+                why = self._without_folders(str(error)) if isinstance(error, GradindexError) \
+                    else f"{type(error).__name__}; the server's log says more."
+                if why != self.problem:
+                    _LOG.exception("the model or the index can't be loaded; trying again")
+                self.problem = why
+            until = time.monotonic() + self._retry
+            with contextlib.suppress(queue.Empty):
+                while (left := until - time.monotonic()) > 0:
+                    self._fail(self._waiting.get(timeout=left),
+                               f"the model or the index can't be loaded: {self.problem}", 503)
+
+    def _without_folders(self, message: str) -> str:
+        """An error without where on this machine its files are."""
+        message = message.replace(f"{self.searcher.index.path.absolute().parent}/", "")
+        return re.sub(r"(?<![\w.:/])/(?:[^/\s'\"]+/)+", "", message)
+
+    def _answer(self, job: Job) -> None:
+        if self._is_forgotten(job):
+            self._drop(job)
+            return
+        job.state = "running"
+        self._changed(job)
+        try:
+            self._run(job)
+        except _ForgottenError:
+            self._drop(job)
+        except InputError as error:
+            self._fail(job, str(error), 422)
+        except Exception as error:
+            number = secrets.token_hex(4)
+            _LOG.exception("error %s in a search", number)
+            own = str(error) if isinstance(error, MemoryError) else type(error).__name__
+            self._fail(job, f"the search failed ({own}); the server's log has it under "
+                            f"{number}.", 500)
 
     def _run(self, job: Job) -> None:
         asked = job.asked
@@ -155,7 +199,7 @@ class Jobs:
         results: list[Result] = []
         started = 0.0
         for stage in _until_stopped(stages, job):
-            if job.forgotten:
+            if self._is_forgotten(job):
                 stages.close()  # type: ignore[attr-defined]
                 raise _ForgottenError
             if stage.name == "approximate":
@@ -166,17 +210,19 @@ class Jobs:
             if stage.name == "exact" and stage.done:
                 spent = time.monotonic() - started
                 job.seconds_left = spent / stage.done * (stage.total - stage.done)
-            job.found.update(stage.found)
+            job.found.extend(stage.found.items())
             if stage.result is not None:
                 results.append(stage.result)
             self._changed(job)
-        job.result = results[0] if not asked.compare else \
+        found = results[0] if not asked.compare else \
             self.searcher.compared(results, queries, controls)
-        if isinstance(job.result, Result):
-            job.tail = fit_tail(upper_tail(job.result))
-        job.state, job.provisional = "done", None
-        job.found.clear()
-        self._changed(job)
+        if isinstance(found, Result):
+            job.tail = fit_tail(upper_tail(found))
+        job.result = found
+        self._end(job, "done")
+
+    def _is_forgotten(self, job: Job) -> bool:
+        return not job.watchers and time.monotonic() - job.seen > self._forgotten
 
     def _drop(self, job: Job) -> None:
         self._fail(job, "nobody waited for this search any more, so it was given up.", 503)
@@ -185,12 +231,20 @@ class Jobs:
                 del self._jobs[job.id]
 
     def _fail(self, job: Job, error: str, status: int) -> None:
-        job.state, job.error, job.error_status = "failed", error, status
-        job.provisional = None
+        job.error, job.error_status = error, status
+        self._end(job, "failed")
+
+    def _end(self, job: Job, state: str) -> None:
+        job.state, job.provisional, job.found = state, None, []
         self._changed(job)
+        with self._guard:
+            ended = [one for one in self._jobs.values() if one.ended]
+            values = sum(one.values for one in ended)
+            while len(ended) > KEPT or (values > KEPT_VALUES and len(ended) > 1):
+                values -= ended[0].values
+                del self._jobs[ended.pop(0).id]
 
     def _changed(self, job: Job) -> None:
-        job.changes += 1
         for wake in list(job.wake):
             wake()
 
@@ -200,12 +254,10 @@ class _ForgottenError(Exception):
 
 
 def _until_stopped(stages: Any, job: Job) -> Generator[Stage, None, None]:
-    """The stages; where the job is to stop, the search concludes from what is exact by then."""
-    stopped = False
+    """The stages; where the job is to stop, each query concludes from what is exact by then."""
     while True:
         try:
-            if job.stopping and not stopped and job.stage == "exact":
-                stopped = True
+            if job.stopping and job.stage == "exact":
                 yield stages.throw(KeyboardInterrupt())
             else:
                 yield next(stages)

@@ -21,10 +21,14 @@ def openapi() -> dict[str, Any]:
                        {"$ref": "#/components/schemas/Comparison"}]}
     texts = {"type": "object", "additionalProperties": False, "properties": {
         name: {"type": "string", "maxLength": 65_536} for name in ("prompt", "completion")}}
-    problem = {"400": "not JSON", "403": "another site, or another name of this server",
-               "404": "no such result or sequence", "413": "too large",
+    problem = {"400": "not JSON", "401": "the token is missing or wrong",
+               "403": "another site, or another name of this server",
+               "404": "no such result or sequence", "405": "another method",
+               "408": "the body did not come in time", "413": "too large",
                "415": "not sent as JSON", "422": "a query or control that can't be used",
-               "503": "too many searches wait, or this one was given up"}
+               "500": "a failure, with its number in the server's log",
+               "503": "too many searches wait, this one was given up (nobody asked for a minute), "
+                      "or the model can't be loaded; Retry-After says when to ask again"}
     problems = {code: _answer(why, {"$ref": "#/components/schemas/Problem"})
                 for code, why in problem.items()}
     name = _parameter("job", {"type": "string"})
@@ -41,7 +45,10 @@ def openapi() -> dict[str, Any]:
                    name)
     result["responses"]["202"] = _answer("The search runs", job)
     events = route("The stages as server-sent events", "200", {}, None, name)
-    events["responses"]["200"]["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+    event = {"type": "object", "required": ["event", "data"], "properties": {
+        "event": {"enum": ["stage", "end"]},
+        "data": {"type": "string", "contentMediaType": "application/json"}}}
+    events["responses"]["200"]["content"] = {"text/event-stream": {"schema": event}}
     return {
         "openapi": "3.1.0",
         "info": {"title": "gradindex", "version": gradindex.__version__,
@@ -66,7 +73,7 @@ def openapi() -> dict[str, Any]:
             "/healthz": {"get": route("Whether searches are answered", "200", {
                 "type": "object", "required": ["status", "ready", "queued"], "properties": {
                     "status": {"enum": ["ok", "failed"]}, "ready": {"type": "boolean"},
-                    "queued": {"type": "integer"}}})},
+                    "error": {"type": "string"}, "queued": {"type": "integer"}}})},
         },
     }
 

@@ -5,6 +5,7 @@ filters its hits. Training text may be anything, and so may who asks: every requ
 """
 
 import asyncio
+import copy
 import json
 import logging
 import secrets
@@ -12,10 +13,10 @@ import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 from urllib.parse import parse_qsl, quote
 
+import h11
 import pydantic
 import uvicorn
 from markupsafe import Markup
@@ -30,15 +31,17 @@ from starlette.responses import (
     StreamingResponse,
 )
 from starlette.routing import Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from gradindex import text
 from gradindex.errors import GradindexError, InputError
 from gradindex.results import Comparison, Result
+from gradindex.terminal import visible
 from search import cards, html, plots, render
 from search.asked import Asked
 from search.controls import settle
 from search.engine import Searcher
-from search.guard import Guard
+from search.guard import HEADERS, Guard
 from search.jobs import BusyError, Job, Jobs
 from search.schema import openapi
 from search.tail import Tail
@@ -74,7 +77,7 @@ class Site:
     def routes(self) -> list[Route]:
         return [
             Route("/", self.page), Route("/search", self.page),
-            Route("/map/{job}/{hit:int}", self.map),
+            Route("/map/{job}/{hit}", self.map),
             Route("/download/{name}", self.download), Route("/static/{name}", self.asset),
             Route("/healthz", self.health), Route("/api/schema", self.schema),
             Route("/api/search", self.search, methods=["POST"]),
@@ -103,7 +106,7 @@ class Site:
 
     async def page(self, request: Request) -> Response:
         """The form; with a query, its search as far as it is."""
-        asked, error, job, held = Asked(), "", None, False
+        asked, error, status, job, held = Asked(), "", 200, None, False
         try:
             fields = parse_qsl(request.url.query, keep_blank_values=True)
             asked = _from_form(fields)
@@ -114,22 +117,28 @@ class Site:
                 if not held:
                     job = await self._asked(asked)
                     await _wait(job, QUICK)
-        except (InputError, BusyError) as problem:
-            error = str(problem)
-        status = 200 if not error else 503 if "wait already" in error else 422
-        content = self._content(asked, job) | {
-            "asked": asked, "error": error, "job": job, "held": held,
-            "tokens": await asyncio.to_thread(self._tokens_of, asked),
-        }
-        return _html(await asyncio.to_thread(html.fill, "search.html", **content), status)
+        except InputError as problem:
+            error, status = str(problem), 422
+        except BusyError as problem:
+            error, status = str(problem), 503
+        # a copy, for the worker goes on while the page is filled
+        content = await asyncio.to_thread(self._page, asked, copy.copy(job), error, held)
+        return HTMLResponse(content, status, _retry(status))
+
+    def _page(self, asked: Asked, job: Job | None, error: str, held: bool) -> str:
+        return html.fill("search.html", **self._content(asked, job), asked=asked, error=error,
+                         job=job, held=held, tokens=self._tokens_of(asked))
 
     async def _asked(self, asked: Asked) -> Job:
         """The job of a search, after what can be checked at once. Raises InputError, BusyError."""
+        await asyncio.to_thread(self._check, asked)
+        return self.jobs.ask(asked)
+
+    def _check(self, asked: Asked) -> None:
         settle(asked.controls(), self.searcher.manifest)
         for query in asked.queries():
             if query["completion"] is not None:  # a continuation needs the model: later
-                await asyncio.to_thread(partial(self.searcher.make_query, **query))
-        return self.jobs.ask(asked)
+                self.searcher.make_query(**query)
 
     def _tokens_of(self, asked: Asked) -> list[tuple[str, bool]]:
         """The completion's tokens, and which are scored."""
@@ -170,12 +179,12 @@ class Site:
     async def map(self, request: Request) -> Response:
         """A hit's token × layer map."""
         job = self._job(request)
-        result = job.result
+        result, number = job.result, _number(request.path_params["hit"])
         hit = None if not isinstance(result, Result) else next(
-            (one for one in result if one.id == request.path_params["hit"]), None)
+            (one for one in result if one.id == number), None)
         if hit is None or not hit.token_layer_influence:
             raise HTTPException(404, "There is no such map. Search again, and open it from there.")
-        return _html(await asyncio.to_thread(
+        return HTMLResponse(await asyncio.to_thread(
             html.fill, "map.html", hit=hit, result=result, about=self.about,
             back=job.asked.url() + f"#hit={hit.id}"))
 
@@ -195,7 +204,7 @@ class Site:
         if isinstance(result, Comparison):
             if form != "json":
                 raise HTTPException(404, "A comparison can be downloaded as JSON only.")
-            content = result.to_json().encode()
+            content = (await asyncio.to_thread(result.to_json)).encode()
         else:
             content = await asyncio.to_thread(render.render, result, form)
         return Response(content, media_type=TYPES[form], headers={
@@ -205,16 +214,18 @@ class Site:
 
     async def health(self, request: Request) -> Response:
         """Whether searches are answered; `ready` once the model is loaded."""
-        return JSONResponse({"status": "ok" if self.jobs.alive else "failed",
-                             "ready": self.jobs.ready.is_set(), "queued": self.jobs.queued},
-                            status_code=200 if self.jobs.alive else 503)
+        problem = self.jobs.problem
+        status = 503 if problem else 200
+        return JSONResponse({
+            "status": "failed" if problem else "ok", "error": problem, "queued": self.jobs.queued,
+            "ready": self.jobs.ready.is_set() and not problem}, status, _retry(status))
 
     async def schema(self, request: Request) -> Response:
         return JSONResponse(openapi())
 
     async def search(self, request: Request) -> Response:
         """Start a search; its result is at the URL of the answer."""
-        asked = Asked.model_validate(await _body(request))
+        asked = Asked.model_validate(await _body(request), strict=True)
         if not asked.prompt and not asked.completion:
             raise InputError("give a prompt, a completion, or both.")
         job = await self._asked(asked)
@@ -225,7 +236,7 @@ class Site:
         body = await _body(request)
         if body.keys() - {"prompt", "completion"}:
             raise InputError("expected prompt and completion, and nothing else.")
-        asked = Asked.model_validate(body)
+        asked = Asked.model_validate(body, strict=True)
         found = await asyncio.to_thread(self._tokens_of, asked)
         return JSONResponse({"tokens": [piece for piece, _ in found]})
 
@@ -255,20 +266,23 @@ class Site:
     async def sequence(self, request: Request) -> Response:
         """A sequence of the index: its text, tokens and where it comes from."""
         given = request.path_params["id"]
-        if not (given.isascii() and given.isdecimal() and len(given) < 19):
-            raise HTTPException(404, f"no sequence has the id {given!r:.40}.")
+        number = _number(given)
         try:
-            place, = self.searcher.known([int(given)])
+            place, = self.searcher.known([-1 if number is None else number])
         except InputError as error:
-            raise HTTPException(404, str(error)) from None
-        record, = await asyncio.to_thread(self.searcher.index.records, [place])
+            raise HTTPException(404, str(error) if number is not None else
+                                f"no sequence has the id {given!r:.40}.") from None
+        return JSONResponse(await asyncio.to_thread(self._sequence, place))
+
+    def _sequence(self, place: int) -> dict[str, Any]:
+        record, = self.searcher.index.records([place])
         pieces = text.pieces(self.searcher.index.tokenizer, record.ids.tolist())
-        return JSONResponse({
+        return {
             "id": record.id, "text": "".join(pieces), "tokens": pieces,
             "token_ids": record.ids.tolist(), "scored": record.scored.tolist(),
             "parts": [asdict(part) for part in record.parts],
             "duplicates": self.searcher.index.copies(place),
-        })
+        }
 
     def _job(self, request: Request) -> Job:
         job = self.jobs.get(request.path_params["job"])
@@ -304,7 +318,8 @@ def _from_form(fields: list[tuple[str, str]]) -> Asked:
         # browsers send a text area's lines with \r\n
         value = value.replace("\r\n", "\n")
         if value and name not in ("score", "scored_of"):
-            content[name] = value if name != "shortlist" or not value.isdecimal() else int(value)
+            number = _number(value) if name == "shortlist" else None
+            content[name] = value if number is None else number
     if scored_of is not None and scored_of.replace("\r\n", "\n") == content.get("completion"):
         content["score_on"] = ",".join(scores)
     try:
@@ -316,10 +331,15 @@ def _from_form(fields: list[tuple[str, str]]) -> Asked:
     return asked
 
 
+def _number(text: str) -> int | None:
+    """A whole number of 64 bits, or None."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 19 else None
+
+
 def _first(error: pydantic.ValidationError) -> str:
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     where = ".".join(map(str, first["loc"])) or "the request"
-    return f"{where}: {first['msg']}"[:300]
+    return visible(f"{where}: {first['msg']}"[:300])
 
 
 def _state(job: Job) -> dict[str, Any]:
@@ -330,7 +350,8 @@ def _state(job: Job) -> dict[str, Any]:
 
 async def _body(request: Request) -> dict[str, Any]:
     """A request's JSON object. Raises HTTPException."""
-    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
         raise HTTPException(415, "Send Content-Type: application/json.")
     try:
         content = json.loads(await request.body())
@@ -369,16 +390,18 @@ def _listen(job: Job) -> tuple[asyncio.Event, Callable[[], None]]:
 async def _follow(job: Job) -> AsyncIterator[bytes]:
     changed, forget = _listen(job)
     job.watchers += 1
-    sent: set[int] = set()
+    sent = 0
     try:
         yield b"retry: 2000\n\n"
         while True:
-            found = {one: value for one, value in list(job.found.items()) if one not in sent}
-            sent |= set(found)
-            content = {**_state(job), "found": found, "hits": job.provisional is not None,
-                       "seconds_left": job.seconds_left}
+            ended, found = job.ended, job.found[sent:]
+            sent += len(found)
+            content = {
+                "state": job.state, "stage": job.stage, "done": job.done, "total": job.total,
+                "found": dict(found), "hits": job.provisional is not None,
+                "seconds_left": job.seconds_left}
             yield f"event: stage\ndata: {json.dumps(content)}\n\n".encode()
-            if job.ended:
+            if ended:
                 yield b"event: end\ndata: {}\n\n"
                 return
             try:
@@ -394,13 +417,12 @@ async def _follow(job: Job) -> AsyncIterator[bytes]:
         forget()
 
 
-def _html(content: str, status: int = 200) -> Response:
-    return HTMLResponse(content, status)
+def _retry(status: int) -> dict[str, str] | None:
+    return {"Retry-After": "5"} if status == 503 else None
 
 
 def _problem(status: int, message: str) -> JSONResponse:
-    headers = {"Retry-After": "5"} if status == 503 else None
-    return JSONResponse({"error": message}, status, headers)
+    return JSONResponse({"error": message}, status, _retry(status))
 
 
 def application(searcher: Searcher, jobs: Jobs, guard: dict[str, Any]) -> Guard:
@@ -408,6 +430,7 @@ def application(searcher: Searcher, jobs: Jobs, guard: dict[str, Any]) -> Guard:
     site = Site(searcher, jobs)
 
     async def failed(request: Request, error: Exception) -> Response:
+        path = request.scope["path"]
         if isinstance(error, HTTPException):
             status, message = error.status_code, str(error.detail)
         elif isinstance(error, pydantic.ValidationError):
@@ -420,13 +443,13 @@ def application(searcher: Searcher, jobs: Jobs, guard: dict[str, Any]) -> Guard:
             status, message = 400, "The request ended early."
         else:
             number = secrets.token_hex(4)
-            _LOG.error("error %s at %s", number, request.url.path, exc_info=error)
+            _LOG.error("error %s at %s", number, visible(path), exc_info=error)
             status, message = 500, f"Something failed; the server's log has it under {number}."
-        if request.url.path.startswith(("/api/", "/healthz")):
+        if path.startswith(("/api/", "/healthz")):
             answer: Response = _problem(status, message)
-        else:
-            answer = HTMLResponse(html.fill("problem.html", about=site.about, error=message),
-                                  status)
+        else:  # `version` is told to nobody who makes errors
+            answer = HTMLResponse(html.fill("problem.html", about=site.about, error=message,
+                                            version=""), status, _retry(status))
         for name, value in (getattr(error, "headers", None) or {}).items():
             answer.headers[name] = value
         return answer
@@ -435,7 +458,9 @@ def application(searcher: Searcher, jobs: Jobs, guard: dict[str, Any]) -> Guard:
                               ClientDisconnect, Exception)
     handlers: dict[Any, Callable[[Request, Exception], Awaitable[Response]]] = {
         kind: failed for kind in kinds}
-    return Guard(Starlette(routes=site.routes(), exception_handlers=handlers), **guard)
+    app = Starlette(routes=site.routes(), exception_handlers=handlers)
+    app.router.redirect_slashes = False
+    return Guard(app, **guard)
 
 
 # ---- serving
@@ -444,14 +469,20 @@ def application(searcher: Searcher, jobs: Jobs, guard: dict[str, Any]) -> Guard:
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PORTS = range(8765, 8785)  # tried in order where none was asked for
 SHORTEST_TOKEN = 22  # characters, for 128 bits
+FEWEST_LETTERS = 8  # different ones; so many random digits or letters have more
+SLOWEST_REQUEST = 15.0  # seconds; a connection without a whole request ends before twice this
+MOST_CONNECTIONS = 512  # half of the usual limit on open files
 
 
 def names(host: str, port: int, others: Iterable[str] = ()) -> set[str]:
     """The values of Host by which a server on that address is asked for."""
     own = {"127.0.0.1", "localhost", "[::1]"} if host in LOOPBACK else \
         {bracketed(host), socket.gethostname(), socket.getfqdn()}
-    return {f"{name}:{port}" for name in own} | set(others) | \
-        {f"{name}:{port}" for name in others if ":" not in name}
+    if port in (80, 443):  # which browsers leave out
+        own |= {f"{name}:{port}" for name in own}
+    else:
+        own = {f"{name}:{port}" for name in own}
+    return own | set(others) | {f"{name}:{port}" for name in others if ":" not in name}
 
 
 def listen(host: str, port: int | None) -> socket.socket:
@@ -472,9 +503,11 @@ def token_for(host: str, given: str | None) -> str | None:
 
     Raises InputError for one that can be guessed.
     """
-    if given is not None and len(given) < SHORTEST_TOKEN:
-        raise InputError(f"GRADINDEX_TOKEN has {len(given)} characters; expected at least "
-                         f"{SHORTEST_TOKEN} random ones, such as `openssl rand -base64 24` gives.")
+    if given is not None and (len(given) < SHORTEST_TOKEN or len(set(given)) < FEWEST_LETTERS):
+        raise InputError(
+            f"GRADINDEX_TOKEN has {len(given)} characters, {len(set(given))} different ones; "
+            f"expected at least {SHORTEST_TOKEN} random ones, such as `openssl rand -base64 24` "
+            "gives.")
     return given if given is not None or host in LOOPBACK else secrets.token_urlsafe(24)
 
 
@@ -483,12 +516,54 @@ def server(
 ) -> uvicorn.Server:
     """A server to `run`; `token` is asked of everybody, if it isn't None."""
     jobs = Jobs(searcher, train_sequences)
+    site = application(searcher, jobs, {"hosts": hosts, "token": token})
     jobs.start()
-    return uvicorn.Server(uvicorn.Config(
-        application(searcher, jobs, {"hosts": hosts, "token": token}), log_level="warning",
-        lifespan="off", ws="none", server_header=False, date_header=False, timeout_keep_alive=15,
-        access_log=False, proxy_headers=False, timeout_graceful_shutdown=2,
-        h11_max_incomplete_event_size=1 << 16))
+    return uvicorn.Server(configuration(site))
+
+
+class Connection(H11Protocol):
+    """uvicorn's connection, which by itself waits for ever for a request's head."""
+
+    patience = SLOWEST_REQUEST
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        if len(self.connections) > MOST_CONNECTIONS:
+            transport.abort()
+        self._look(None)
+
+    def _look(self, before: Any) -> None:
+        """Close where no request has begun, or none has become whole, since the look before."""
+        if self.transport.is_closing():
+            return
+        now = (self.cycle, self.conn.their_state)
+        if now == before and now[1] in (h11.IDLE, h11.SEND_BODY):
+            self.transport.abort()
+        else:
+            self.loop.call_later(self.patience, self._look, now)
+
+    def send_400_response(self, msg: str) -> None:
+        """uvicorn's answer to what is not HTTP, with our headers."""
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            self.transport.close()
+            return
+        body = json.dumps({"error": "That is not a request of HTTP."}).encode()
+        for event in (
+            h11.Response(status_code=400, headers=[
+                (b"content-type", b"application/json"),
+                (b"content-length", str(len(body)).encode()), (b"connection", b"close"), *HEADERS,
+            ]), h11.Data(data=body), h11.EndOfMessage(),
+        ):
+            self.transport.write(self.conn.send(event))
+        self.transport.close()
+
+
+def configuration(site: Guard, connection: type[Connection] = Connection) -> uvicorn.Config:
+    """How uvicorn serves the site: it says nothing of itself, and believes no proxy."""
+    return uvicorn.Config(
+        site, http=connection, log_level="warning", lifespan="off", ws="none", server_header=False,
+        date_header=False, timeout_keep_alive=15, access_log=False, proxy_headers=False,
+        timeout_graceful_shutdown=2, h11_max_incomplete_event_size=1 << 16)
 
 
 def bracketed(host: str) -> str:
