@@ -24,6 +24,7 @@ from gradindex.records import Record
 from gradindex.segments import PARTIAL, SegmentFacts
 from indexer.corpus import Corpus
 from indexer.encode import encode_segment
+from indexer.fit import disk_bytes
 from indexer.quarantine import check_quarantine
 
 
@@ -122,6 +123,14 @@ def write_records(corpus: Corpus, run: Run, say: Progress) -> dict[str, Any]:
     if pending:
         flush()
     say.finish()
+    return check_read(corpus, facts)
+
+
+def check_read(corpus: Corpus, facts: dict[str, Any]) -> dict[str, Any]:
+    """What was read of a corpus: `facts` (sequences, tokens, scored tokens) and what it counted.
+
+    Raises InputError where there is nothing to index, or no record has a field to keep.
+    """
     if not facts["sequences"]:
         skipped = [f"Skipped: {counted(corpus.skipped.counts)}."] if corpus.skipped.counts else []
         raise InputError(" ".join([
@@ -172,8 +181,7 @@ def counted(counts: dict[str, int]) -> str:
 def check_disk(index: Path, sequences: int, length: int, tracked: list[Module]) -> None:
     """Raise ResourceError where the codes, and a fit of `tracked`, don't fit on the disk."""
     codes = sequences * (vectors.code_bytes(length) + segments.ROW.itemsize)
-    # The fit's running sums are float64 and replaced as a whole: twice their size for a moment.
-    fit = sum(16 * (o * o + i * i) for o, i in (module.shape for module in tracked))
+    fit = disk_bytes(tracked)
     free = shutil.disk_usage(index).free
     if codes + fit > free:
         raise ResourceError(
