@@ -17,6 +17,7 @@ from gradindex.gradients import Batch, make_batch
 from gradindex.influence import Preconditioned, exact_scores, precondition, query_coordinates
 from gradindex.manifest import Calibration
 from gradindex.model import LanguageModel
+from gradindex.modules import Module
 from gradindex.progress import Progress
 from gradindex.records import Record
 from gradindex.vectors import CodeIndex
@@ -79,19 +80,30 @@ def exact_influence(
 
     Yields, for some queries at a time, their vectors [q, K], the influence [q, sample] and them.
     """
-    stack = max(1, LARGEST_STACK // sum(m.shape[0] * m.shape[1] for m in codes.modules))
+    stack = stacked_queries(codes.modules)
     for first in range(0, len(queries), stack):
         chunk = queries[first : first + stack]
-        vectors, preconditioned = [], []
-        for record in chunk:
-            coordinates, _ = query_coordinates(
-                model, codes.modules, ekfac, _second_half(record, model), codes.settings.damping
-            )
-            vectors.append(codes.query_vectors(coordinates)[0].float().cpu().numpy())
-            preconditioned.append(Preconditioned(precondition(ekfac, coordinates)))
-        together = Preconditioned.join(preconditioned)
+        vectors, preconditioned = zip(
+            *(prepare_query(model, codes, ekfac, record) for record in chunk), strict=True)
+        together = Preconditioned.join(list(preconditioned))
         exact = exact_scores(model, codes.modules, together, sample, batch_tokens)
         yield np.stack(vectors), exact, chunk
+
+
+def stacked_queries(modules: list[Module]) -> int:
+    """How many queries are scored together at most."""
+    return max(1, LARGEST_STACK // sum(m.shape[0] * m.shape[1] for m in modules))
+
+
+def prepare_query(
+    model: LanguageModel, codes: Codes, ekfac: Ekfac, record: Record
+) -> tuple[np.ndarray, Preconditioned]:
+    """The vector [K] of a record's second half as a query, and its preconditioned gradient."""
+    coordinates, _ = query_coordinates(
+        model, codes.modules, ekfac, _second_half(record, model), codes.settings.damping
+    )
+    vector = codes.query_vectors(coordinates)[0].float().cpu().numpy()
+    return vector, Preconditioned(precondition(ekfac, coordinates))
 
 
 def _second_half(record: Record, model: LanguageModel) -> Batch:

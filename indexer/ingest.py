@@ -123,15 +123,19 @@ def write_records(corpus: Corpus, run: Run, say: Progress) -> dict[str, Any]:
     if pending:
         flush()
     say.finish()
-    return check_read(corpus, facts)
+    check_read(corpus, facts["sequences"])
+    return {**facts, **read_facts(corpus)}
 
 
-def check_read(corpus: Corpus, facts: dict[str, Any]) -> dict[str, Any]:
-    """What was read of a corpus: `facts` (sequences, tokens, scored tokens) and what it counted.
+def read_facts(corpus: Corpus) -> dict[str, Any]:
+    """What a corpus counted while it was read."""
+    return {"documents": corpus.documents, "skipped": dict(corpus.skipped.counts),
+            "examples": corpus.skipped.examples}
 
-    Raises InputError where there is nothing to index, or no record has a field to keep.
-    """
-    if not facts["sequences"]:
+
+def check_read(corpus: Corpus, sequences: int) -> None:
+    """Raise InputError where a corpus, read, gave nothing to index, or lacks a field to keep."""
+    if not sequences:
         skipped = [f"Skipped: {counted(corpus.skipped.counts)}."] if corpus.skipped.counts else []
         raise InputError(" ".join([
             "the data holds no sequence with a token to predict; expected at least one text of two "
@@ -142,8 +146,6 @@ def check_read(corpus: Corpus, facts: dict[str, Any]) -> dict[str, Any]:
             f"--keep-fields: no record has a field {sorted(absent)[0]!r}; found "
             f"{', '.join(sorted(corpus.fields_seen)) or 'none'}."
         )
-    return {**facts, "documents": corpus.documents, "skipped": dict(corpus.skipped.counts),
-            "examples": corpus.skipped.examples}
 
 
 def remove_unsealed(index: Path, number: int) -> None:
