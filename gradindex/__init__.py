@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gradindex.results import Group, Hit, Query, Recall, Result
     from indexer.append import append
     from indexer.build import build
+    from indexer.estimate import Estimate, estimate
     from indexer.maintain import compact, delete
     from indexer.verify import verify
     from search.engine import Searcher, open
@@ -31,7 +32,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "append": "indexer.append", "build": "indexer.build", "compact": "indexer.maintain",
-    "delete": "indexer.maintain", "verify": "indexer.verify",
+    "delete": "indexer.maintain", "estimate": "indexer.estimate",
+    "Estimate": "indexer.estimate", "verify": "indexer.verify",
     "open": "search.engine", "Searcher": "search.engine",
     "render_html": "search.render",
     "Query": "gradindex.results", "Group": "gradindex.results", "Hit": "gradindex.results",
@@ -42,9 +44,9 @@ _HOMES = {
 }
 
 __all__ = [
-    "DamagedIndexError", "GradindexError", "Group", "Hit", "IndexMismatchError", "InputError",
-    "Query", "Recall", "ResourceError", "Result", "Searcher", "append", "build", "compact",
-    "delete", "open", "render_html", "verify",
+    "DamagedIndexError", "Estimate", "GradindexError", "Group", "Hit", "IndexMismatchError",
+    "InputError", "Query", "Recall", "ResourceError", "Result", "Searcher", "append", "build",
+    "compact", "delete", "estimate", "open", "render_html", "verify",
 ]
 
 

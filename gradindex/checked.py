@@ -110,10 +110,11 @@ def refuse_links(root: Path) -> None:
                    root / "curvature.partial", *root.glob("segments/*.partial")):
         if not folder.is_dir():
             continue
-        for entry in os.scandir(folder):
-            if entry.is_symlink():
-                raise damaged(root, str(Path(entry.path).relative_to(root)),
-                              "is a link; an index holds none")
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_symlink():
+                    raise damaged(root, str(Path(entry.path).relative_to(root)),
+                                  "is a link; an index holds none")
 
 
 def open_inside(root: Path, name: str) -> int:

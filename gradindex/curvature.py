@@ -64,6 +64,14 @@ def save(folder: Path, module: Module, curvature: Curvature) -> FileFacts:
     })
 
 
+def file_bytes(module: Module, dtype: torch.dtype) -> int:
+    """Bytes of one module's file, but for some digits of its header."""
+    o, i = module.shape
+    small = {name: torch.zeros(1, dtype=dtype)
+             for name in ("eigenvectors_a", "eigenvectors_s", "eigenvalues")}
+    return len(pack_tensors(small, {})) + (i * i + o * o + o * i - 3) * dtype.itemsize
+
+
 def load(
     path: Callable[[Module], Path], modules: list[Module], device: torch.device,
     dtype: torch.dtype,
@@ -96,9 +104,14 @@ def write_tensors(
     path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> FileFacts:
     """Write a safetensors file with its own digest. Raises ResourceError."""
+    return atomic_write(path, pack_tensors(tensors, metadata or {}))
+
+
+def pack_tensors(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """The content of a safetensors file with its own digest."""
     plain = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-    metadata = {**(metadata or {}), "digest": _digest(plain, metadata or {})}
-    return atomic_write(path, safetensors.torch.save(plain, metadata))
+    metadata = {**metadata, "digest": _digest(plain, metadata)}
+    return safetensors.torch.save(plain, metadata)
 
 
 def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:

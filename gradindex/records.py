@@ -30,6 +30,8 @@ from gradindex.files import BROKEN, FULL, TEMPORARY, FileFacts, adopt, disk_erro
 
 _HEADER = struct.Struct("<III")
 _KEY = struct.Struct(">I")
+_PAGE, _PAGE_HEADER, _LARGEST_NODE = 4096, 16, 2038  # bytes, in liblmdb
+_CHILDREN = (_PAGE - _PAGE_HEADER) // 14  # of a branch page
 # py-lmdb refuses a second environment on the same file in one process, so readers take turns.
 _ONE_AT_A_TIME = threading.Lock()
 
@@ -94,6 +96,34 @@ def write(path: Path, records: Iterable[Record]) -> FileFacts:
         if (found := temporary.stat().st_size) != whole:
             raise OSError(errno.EIO, f"{found} of {whole} bytes arrived")
         return adopt(temporary, path)
+
+
+def file_bytes(sizes: Iterable[int]) -> int:
+    """The size of a segment's file, from those of its values (`value_bytes`), in order.
+
+    LMDB fills leaf pages in order; a value of about half a page or more has pages of its own.
+    Two pages say where the tree's root is, and branch pages hold 14 bytes a child.
+    """
+    leaves, own, room = 0, 0, 0
+    for size in sizes:
+        node = 8 + _KEY.size + size
+        if node > _LARGEST_NODE:
+            own += -(-(_PAGE_HEADER + size) // _PAGE)
+            node = 8 + _KEY.size + 8
+        node += node % 2 + 2
+        if node > room:
+            leaves, room = leaves + 1, _PAGE - _PAGE_HEADER
+        room -= node
+    branches, level = 0, leaves
+    while level > 1:
+        level = -(-level // _CHILDREN)
+        branches += level
+    return (2 + leaves + own + branches) * _PAGE
+
+
+def value_bytes(record: Record) -> int:
+    """The size of a record as a value."""
+    return len(_pack(record))
 
 
 @contextlib.contextmanager

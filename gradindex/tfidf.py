@@ -28,6 +28,11 @@ def write(path: Path, sequences: Sequence[np.ndarray], vocabulary: int) -> FileF
 
     Raises ResourceError.
     """
+    return atomic_write(path, pack(sequences, vocabulary))
+
+
+def pack(sequences: Sequence[np.ndarray], vocabulary: int) -> bytes:
+    """The content of a segment's file, for token ids [n] of each sequence."""
     held = [np.unique(ids) for ids in sequences]
     starts = np.cumsum([0, *map(len, held)])
     matrix = scipy.sparse.csr_matrix(
@@ -36,7 +41,7 @@ def write(path: Path, sequences: Sequence[np.ndarray], vocabulary: int) -> FileF
     )
     buffer = io.BytesIO()
     scipy.sparse.save_npz(buffer, matrix)
-    return atomic_write(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def parse(content: bytes, rows: int, length: int, vocabulary: int, where: Path) -> Matrix:

@@ -37,6 +37,12 @@ def code_bytes(length: int) -> int:
     return length // 8 + 8
 
 
+def file_bytes(length: int, rows: int) -> int:
+    """Bytes of a segment's file of so many codes of K = `length` bits."""
+    empty = faiss.serialize_index(CodeIndex(length)._index)
+    return len(empty) + rows * code_bytes(length)
+
+
 class CodeIndex:
     """The codes of one segment: row i belongs to record i."""
 

@@ -10,13 +10,15 @@
 The same command run again goes on where the last one stopped; a different one is refused.
 """
 
+import functools
+import inspect
 import math
 import platform
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -66,7 +68,23 @@ if TYPE_CHECKING:
 LONGEST_DEFAULT = 512  # tokens, where the model's context is longer
 
 
-def build(
+@dataclass
+class Asked:
+    """What a build was asked for: the plan, which decides the bytes, and what doesn't."""
+
+    index: Path
+    source: ModelSource
+    corpus: Corpus
+    plan: dict[str, Any]
+    device: str
+    dtype: str
+    train_sequences: int | None
+    max_bad: float
+    tokenizer_name: str | None
+    say: Progress
+
+
+def ask(
     model: Any,
     data: Any,
     out: str | Path,
@@ -97,21 +115,9 @@ def build(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     progress: Progress | None = None,
-) -> "Searcher":
-    """Fit curvature, encode every training sequence, write the index folder `out`; resumable.
-
-    `model` is a hub id (`id@revision`), a folder or a loaded model; `data` a path, a list of paths,
-    or rows (dictionaries; a `datasets.Dataset`). Lengths are in tokens, `bits` is K, the bits of a
-    code; the other arguments are the flags of `gradindex build`. Returns the index, open.
-    `max_bad` is the share of sequences that may be quarantined, their gradient not being finite.
-    Raises InputError for unusable input before anything expensive, ResourceError when disk or
-    memory don't suffice, IndexMismatchError when the model changed since the build began,
-    GradindexError while another process writes to the index or where too much is not finite.
-    """
-    say = progress or Progress()
+) -> Asked:
+    """1) What is asked for, resolved, before anything expensive. Raises InputError."""
     index = Path(out)
-
-    # 1) what is asked for, resolved, before anything expensive
     source = ModelSource(model, tokenizer, trust_remote_code, allow_pickle)
     config = source.load_config()
     settings = CorpusSettings(
@@ -142,40 +148,67 @@ def build(
         "seed": seed, "tokenizer": tokenizer_digest(corpus.tokenizer),
     }
     tokenizer_name = None if tokenizer is None or loaded(tokenizer) else _where(str(tokenizer))
-    asked = _Asked(source, corpus, plan, device, dtype, train_sequences, max_bad, tokenizer_name)
     if index.exists() and not index.is_dir():
         raise InputError(f"-o {index} is a file; expected a folder to make or to go on with.")
+    return Asked(index, source, corpus, plan, device, dtype, train_sequences, max_bad,
+                 tokenizer_name, progress or Progress())
+
+
+Arguments = ParamSpec("Arguments")
+Made = TypeVar("Made")
+
+
+def takes_arguments_of(
+    asks: Callable[Arguments, Asked]
+) -> Callable[[Callable[[Asked], Made]], Callable[Arguments, Made]]:
+    """A decorator: a function of what is asked for becomes one of the arguments of `asks`.
+
+    So the long list of a build's arguments and defaults stands once.
+    """
+    def decorate(function: Callable[[Asked], Made]) -> Callable[Arguments, Made]:
+        @functools.wraps(function)
+        def call(*positional: Arguments.args, **named: Arguments.kwargs) -> Made:
+            return function(asks(*positional, **named))
+
+        returns = inspect.signature(function).return_annotation
+        call.__signature__ = inspect.signature(asks).replace(  # type: ignore[attr-defined]
+            return_annotation=returns)
+        return call
+
+    return decorate
+
+
+@takes_arguments_of(ask)
+def build(asked: Asked) -> "Searcher":
+    """Fit curvature, encode every training sequence, write the index folder `out`; resumable.
+
+    `model` is a hub id (`id@revision`), a folder or a loaded model; `data` a path, a list of paths,
+    or rows (dictionaries; a `datasets.Dataset`). Lengths are in tokens, `bits` is K, the bits of a
+    code; the other arguments are the flags of `gradindex build`. Returns the index, open.
+    `max_bad` is the share of sequences that may be quarantined, their gradient not being finite.
+    Raises InputError for unusable input before anything expensive, ResourceError when disk or
+    memory don't suffice, IndexMismatchError when the model changed since the build began,
+    GradindexError while another process writes to the index or where too much is not finite.
+    """
+    index, say = asked.index, asked.say
     with disk_errors(index):
         make_folders(index)
     with only_writer(index, "gradindex build"), disk_errors(index):
         refuse_links(index)
-        state = State.open(index, plan, say)
+        state = State.open(index, asked.plan, say)
         if manifest.exists(index):
             _check_finished(index, asked)
             say.say(f"{index} is complete; nothing to do.")
         else:
             _build(index, asked, state, say)
+    source = asked.source
     return gradindex.open(
-        index, model=loaded(model), tokenizer=tokenizer, device=device,
-        trust_remote_code=trust_remote_code, allow_pickle=allow_pickle,
+        index, model=loaded(source.model), tokenizer=source.tokenizer, device=asked.device,
+        trust_remote_code=source.trust_remote_code, allow_pickle=source.allow_pickle,
     )
 
 
-@dataclass
-class _Asked:
-    """What a build was asked for: the plan, which decides the bytes, and what doesn't."""
-
-    source: ModelSource
-    corpus: Corpus
-    plan: dict[str, Any]
-    device: str
-    dtype: str
-    train_sequences: int | None
-    max_bad: float
-    tokenizer_name: str | None
-
-
-def _build(index: Path, asked: _Asked, state: State, say: Progress) -> None:
+def _build(index: Path, asked: Asked, state: State, say: Progress) -> None:
     """Steps 2 to 7."""
     plan = asked.plan
     torch.set_num_threads(state.threads)
@@ -195,8 +228,7 @@ def _build(index: Path, asked: _Asked, state: State, say: Progress) -> None:
     model = asked.source.load(asked.device, asked.dtype)
     state.check_model(model)
     tracked = tracked_modules(model.network, plan["modules"])
-    say.say(f"modules: {len(tracked)} linear maps tracked, {_names(tracked)}: "
-            f"{parameter_share(model.network, tracked):.1%} of the model's parameters")
+    say.say(f"modules: {describe(model, tracked)}")
     ingest.check_disk(index, run.count, plan["bits"], tracked)
 
     # 4) EK-FAC curvature
@@ -238,7 +270,7 @@ def _build(index: Path, asked: _Asked, state: State, say: Progress) -> None:
 
 
 def _manifest(
-    asked: _Asked, state: State, run: Run, model: LanguageModel, tracked: list[Module],
+    asked: Asked, state: State, run: Run, model: LanguageModel, tracked: list[Module],
     ekfac: Ekfac, notes: FitNotes, codes: Codes, calibration: Calibration,
     queries: BackgroundFacts, fitted: int, quarantined: int,
 ) -> Manifest:
@@ -282,7 +314,7 @@ def _manifest(
     )
 
 
-def _check_finished(index: Path, asked: _Asked) -> None:
+def _check_finished(index: Path, asked: Asked) -> None:
     """Raise IndexMismatchError if the weights changed; take over a new N_train."""
     (index / BUILD).unlink(missing_ok=True)  # killed right after the commit
     built = manifest.load(index)
@@ -353,9 +385,11 @@ def check_numbers(**numbers: float | None) -> None:
             raise InputError(f"--{name.replace('_', '-')} {value}: expected a number above 0.")
 
 
-def _names(tracked: list[Module]) -> str:
+def describe(model: LanguageModel, tracked: list[Module]) -> str:
+    """Which modules are tracked, and their share of the model."""
     kinds = dict.fromkeys(module.name.split(f".{module.layer}.", 1)[1] for module in tracked)
-    return ", ".join(kinds)
+    return (f"{len(tracked)} linear maps tracked, {', '.join(kinds)}: "
+            f"{parameter_share(model.network, tracked):.1%} of the model's parameters")
 
 
 def _versions() -> dict[str, str]:

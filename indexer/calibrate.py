@@ -23,6 +23,7 @@ from gradindex.influence import (
 )
 from gradindex.manifest import Calibration
 from gradindex.model import LanguageModel
+from gradindex.modules import Module
 from gradindex.progress import Progress
 from gradindex.records import Record, second_half
 from gradindex.vectors import CodeIndex
@@ -85,15 +86,12 @@ def exact_influence(
 
     Yields, for some queries at a time, their vectors [q, K], the influence [q, sample] and them.
     """
-    stack = max(1, LARGEST_STACK // sum(m.shape[0] * m.shape[1] for m in codes.modules))
+    stack = stacked_queries(codes.modules)
     for first in range(0, len(queries), stack):
         chunk = queries[first : first + stack]
-        vectors, preconditioned = [], []
-        for record in chunk:
-            coordinates, vector = as_query(model, codes, ekfac, record)
-            vectors.append(vector)
-            preconditioned.append(Preconditioned(precondition(ekfac, coordinates)))
-        together = Preconditioned.join(preconditioned)
+        vectors, preconditioned = zip(
+            *(prepare_query(model, codes, ekfac, record) for record in chunk), strict=True)
+        together = Preconditioned.join(list(preconditioned))
         exact = exact_scores(model, codes.modules, together, sample, batch_tokens)
         yield np.stack(vectors), exact, chunk
 
@@ -106,3 +104,16 @@ def as_query(
     coordinates, _ = query_coordinates(
         model, codes.modules, ekfac, batch, codes.settings.damping)
     return coordinates, codes.query_vectors(coordinates)[0].float().cpu().numpy()
+
+
+def stacked_queries(modules: list[Module]) -> int:
+    """How many queries are scored together at most."""
+    return max(1, LARGEST_STACK // sum(m.shape[0] * m.shape[1] for m in modules))
+
+
+def prepare_query(
+    model: LanguageModel, codes: Codes, ekfac: Ekfac, record: Record
+) -> tuple[np.ndarray, Preconditioned]:
+    """The vector [K] of a record's second half as a query, and its preconditioned gradient."""
+    coordinates, vector = as_query(model, codes, ekfac, record)
+    return vector, Preconditioned(precondition(ekfac, coordinates))

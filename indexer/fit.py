@@ -196,27 +196,10 @@ class _Fit:
         return read_tensors(path)[0]
 
     def _covariance_sums(self) -> tuple[dict[str, Tensor], int]:
-        zeros = {}
-        for module in self.modules:
-            o, i = module.shape
-            zeros[f"{module.name}/A"] = (i, i)
-            zeros[f"{module.name}/S"] = (o, o)
-
         def add(sums: dict[str, Tensor], batch: Batch, numbers: Tensor | None) -> None:
-            real = batch.real.flatten()
+            add_covariances(self.model, self.modules, sums, batch, numbers)
 
-            def each(module: Module, a: Tensor, d: Tensor) -> None:
-                wide = self.model.accumulate
-                rows = a.flatten(0, 1)[real].to(wide)
-                if module.bias:
-                    rows = torch.nn.functional.pad(rows, (0, 1), value=1.0)
-                sums[f"{module.name}/A"].addmm_(rows.T, rows)
-                rows = d.flatten(0, 1).to(wide)  # zero where nothing real is
-                sums[f"{module.name}/S"].addmm_(rows.T, rows)
-
-            backward(self.model, self.modules, batch, each, numbers)
-
-        return self._sum_blocks("covariance", 2, zeros, add)
+        return self._sum_blocks("covariance", 2, covariance_shapes(self.modules), add)
 
     def eigenvalues(self, vectors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Λ [o, i] of every module, float64."""
@@ -226,16 +209,7 @@ class _Fit:
         }
 
         def add(sums: dict[str, Tensor], batch: Batch, numbers: Tensor | None) -> None:
-            def each(module: Module, a: Tensor, d: Tensor) -> None:
-                wide = self.model.accumulate
-                rotated_a = apply_inputs(a.to(wide), place[f"{module.name}/A"].T, module.bias)
-                rotated_d = d.to(wide) @ place[f"{module.name}/S"]
-                total = sums[module.name]
-                for one_a, one_d in zip(rotated_a, rotated_d, strict=True):
-                    g = one_d.T @ one_a
-                    total.addcmul_(g, g)
-
-            backward(self.model, self.modules, batch, each, numbers)
+            add_eigenvalues(self.model, self.modules, place, sums, batch, numbers)
 
         zeros = {module.name: module.shape for module in self.modules}
         sums, _ = self._sum_blocks("eigenvalues", 3, zeros, add)
@@ -324,15 +298,7 @@ class _Fit:
         return None
 
     def _batch(self, members: list[Record], step: int) -> tuple[Batch, Tensor | None]:
-        """The batch of some sequences, and the numbers that draw their labels."""
-        batch = make_batch([(m.ids, m.scored) for m in members], self.model.device)
-        if self.settings.labels != "model":
-            return batch, None
-        numbers = torch.zeros(batch.tokens.shape, dtype=torch.float64)
-        for row, member in enumerate(members):
-            drawn = uniforms(self.settings.seed, step, member.id, len(member.ids))
-            numbers[row, : len(member.ids)] = torch.from_numpy(drawn)
-        return batch, numbers.to(self.model.device)
+        return fit_batch(self.model, members, self.settings.labels, self.settings.seed, step)
 
     def _quarantine(self, records: list[Record], step: int, what: str) -> None:
         """Note the sequences that make a sum not finite. Raises GradindexError."""
@@ -349,6 +315,77 @@ class _Fit:
         check_quarantine(self.notes.quarantined, len(self.settings.ids), self.settings.bad,
                          "of the fit")
         self.notes.write(self.folder)
+
+
+def covariance_shapes(modules: list[Module]) -> dict[str, tuple[int, int]]:
+    """The shapes of A [i, i] and S [o, o] by `name/A` and `name/S`."""
+    shapes = {}
+    for module in modules:
+        o, i = module.shape
+        shapes[f"{module.name}/A"] = (i, i)
+        shapes[f"{module.name}/S"] = (o, o)
+    return shapes
+
+
+def add_covariances(
+    model: LanguageModel, modules: list[Module], sums: dict[str, Tensor], batch: Batch,
+    numbers: Tensor | None,
+) -> None:
+    """Add a batch's Σ a aᵀ and Σ d dᵀ to the sums, by `name/A` and `name/S`."""
+    real = batch.real.flatten()
+
+    def each(module: Module, a: Tensor, d: Tensor) -> None:
+        wide = model.accumulate
+        rows = a.flatten(0, 1)[real].to(wide)
+        if module.bias:
+            rows = torch.nn.functional.pad(rows, (0, 1), value=1.0)
+        sums[f"{module.name}/A"].addmm_(rows.T, rows)
+        rows = d.flatten(0, 1).to(wide)  # zero where nothing real is
+        sums[f"{module.name}/S"].addmm_(rows.T, rows)
+
+    backward(model, modules, batch, each, numbers)
+
+
+def add_eigenvalues(
+    model: LanguageModel, modules: list[Module], vectors: dict[str, Tensor],
+    sums: dict[str, Tensor], batch: Batch, numbers: Tensor | None,
+) -> None:
+    """Add a batch's Σ_m (Q_Sᵀ G_m Q_A)² [o, i] to the sums, by module name."""
+    def each(module: Module, a: Tensor, d: Tensor) -> None:
+        wide = model.accumulate
+        rotated_a = apply_inputs(a.to(wide), vectors[f"{module.name}/A"].T, module.bias)
+        rotated_d = d.to(wide) @ vectors[f"{module.name}/S"]
+        total = sums[module.name]
+        for one_a, one_d in zip(rotated_a, rotated_d, strict=True):
+            g = one_d.T @ one_a
+            total.addcmul_(g, g)
+
+    backward(model, modules, batch, each, numbers)
+
+
+def fit_batch(
+    model: LanguageModel, members: list[Record], labels: str, seed: int, step: int
+) -> tuple[Batch, Tensor | None]:
+    """The batch of some sequences, and the numbers that draw their labels in a step of the fit."""
+    batch = make_batch([(m.ids, m.scored) for m in members], model.device)
+    if labels != "model":
+        return batch, None
+    numbers = torch.zeros(batch.tokens.shape, dtype=torch.float64)
+    for row, member in enumerate(members):
+        drawn = uniforms(seed, step, member.id, len(member.ids))
+        numbers[row, : len(member.ids)] = torch.from_numpy(drawn)
+    return batch, numbers.to(model.device)
+
+
+def disk_bytes(modules: list[Module]) -> int:
+    """The most that the fit holds on the disk at once.
+
+    Its running sums, and eigenvectors, are float64 until its end, and a file is replaced as a
+    whole: A and S beside Q_A and Q_S, then Λ twice, or once beside the curvature.
+    """
+    square = sum(o * o + i * i for o, i in (module.shape for module in modules))
+    table = sum(o * i for o, i in (module.shape for module in modules))
+    return 16 * square + max(16 * table, 4 * square + 12 * table)
 
 
 class _SumAgainError(Exception):

@@ -25,6 +25,7 @@ from gradindex.records import Record
 from gradindex.segments import PARTIAL, SegmentFacts
 from indexer.corpus import Corpus
 from indexer.encode import encode_segment
+from indexer.fit import disk_bytes
 from indexer.quarantine import check_quarantine
 
 
@@ -128,7 +129,19 @@ def write_records(corpus: Corpus, run: Run, say: Progress) -> dict[str, Any]:
     if pending:
         flush()
     say.finish()
-    if not facts["sequences"]:
+    check_read(corpus, facts["sequences"])
+    return {**facts, **read_facts(corpus)}
+
+
+def read_facts(corpus: Corpus) -> dict[str, Any]:
+    """What a corpus counted while it was read."""
+    return {"documents": corpus.documents, "skipped": dict(corpus.skipped.counts),
+            "examples": corpus.skipped.examples}
+
+
+def check_read(corpus: Corpus, sequences: int) -> None:
+    """Raise InputError where a corpus, read, gave nothing to index, or lacks a field to keep."""
+    if not sequences:
         skipped = [f"Skipped: {counted(corpus.skipped.counts)}."] if corpus.skipped.counts else []
         raise InputError(" ".join([
             "the data holds no sequence with a token to predict; expected at least one text of two "
@@ -139,8 +152,6 @@ def write_records(corpus: Corpus, run: Run, say: Progress) -> dict[str, Any]:
             f"--keep-fields: no record has a field {sorted(absent)[0]!r}; found "
             f"{', '.join(sorted(corpus.fields_seen)) or 'none'}."
         )
-    return {**facts, "documents": corpus.documents, "skipped": dict(corpus.skipped.counts),
-            "examples": corpus.skipped.examples}
 
 
 def remove_unsealed(index: Path, number: int) -> None:
@@ -178,8 +189,7 @@ def counted(counts: dict[str, int]) -> str:
 def check_disk(index: Path, sequences: int, length: int, tracked: list[Module]) -> None:
     """Raise ResourceError where the codes, and a fit of `tracked`, don't fit on the disk."""
     codes = sequences * (vectors.code_bytes(length) + segments.ROW.itemsize)
-    # The fit's running sums are float64 and replaced as a whole: twice their size for a moment.
-    fit = sum(16 * (o * o + i * i) for o, i in (module.shape for module in tracked))
+    fit = disk_bytes(tracked)
     free = shutil.disk_usage(index).free
     if codes + fit > free:
         raise ResourceError(

@@ -36,10 +36,19 @@ class State:
 
     @classmethod
     def open(cls, index: Path, plan: dict[str, Any], say: Progress) -> "State":
-        """The state of the build in `index`, or a new one.
+        """The state of the build in `index`, or a new one. Raises as `find` does; ResourceError."""
+        state = cls.find(index, plan, say)
+        if state is None:
+            state = cls(index / BUILD, plan, torch.get_num_threads())
+            state.save()
+        return state
+
+    @classmethod
+    def find(cls, index: Path, plan: dict[str, Any], say: Progress) -> "State | None":
+        """The state of the build in `index`, which may not exist; None where it begins anew.
 
         Another plan is adopted as long as nothing was fitted, so that a command that failed early
-        can be corrected; afterwards it is refused. Raises InputError, ResourceError.
+        can be corrected; afterwards it is refused. Raises InputError.
         """
         path = index / BUILD
         if manifest.exists(index):
@@ -54,13 +63,12 @@ class State:
                 return stored
             say.say(f"starting over in {index}, where nothing was fitted yet: "
                     + "; ".join(_differences(stored.plan, plan)))
-        elif any(entry.name not in (BUILD + TEMPORARY, NOTE) for entry in index.iterdir()):
+        elif index.is_dir() and any(
+                entry.name not in (BUILD + TEMPORARY, NOTE) for entry in index.iterdir()):
             raise InputError(
                 f"{index} is not empty and holds no index. Give a new folder with -o, or empty it."
             )
-        state = cls(path, plan, torch.get_num_threads())
-        state.save()
-        return state
+        return None
 
     @classmethod
     def open_append(cls, index: Path, plan: dict[str, Any], threads: int) -> "State":

@@ -1,0 +1,339 @@
+"""What a build will take, before it is begun: `gradindex build --dry-run`.
+
+It checks what a build checks, reads the data, loads the model and runs two batches of each stage
+(`measure.py`). Nothing is written, and no folder made.
+
+Documents, sequences and tokens are exact where reading takes no more than 30 s; else that much is
+read, the rest is counted in rows, and everything is scaled. Every stage's batches follow from the
+lengths. Added to the stages: loading and digesting the model, reading and tokenising (as measured),
+writing records, digesting and writing every file (SHA-256 as measured; the disk is taken to write
+300 MB/s). Importing the libraries, a few seconds, is not counted.
+
+On the disk: records, codes and curvature to within a few bytes, the token matrices from a sample.
+While the build runs, the fit's float64 sums lie beside the records.
+"""
+
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gradindex import background, curvature, manifest, records, segments, signed, tfidf, vectors
+from gradindex.checked import refuse_links
+from gradindex.codes import CodeSettings, default_width
+from gradindex.model import LanguageModel, check_identity, identify, tracked_modules
+from gradindex.modules import Module
+from gradindex.progress import duration, size
+from gradindex.records import Record
+from indexer import ingest
+from indexer.background import QUERIES as BACKGROUND
+from indexer.build import Asked, ask, describe, takes_arguments_of
+from indexer.calibrate import QUERIES, SAMPLE
+from indexer.corpus import Corpus
+from indexer.fit import LARGEST_BLOCK, FitSettings, choose_sequences, disk_bytes
+from indexer.measure import WRITING, Bench, Memory, Work, available, gpu_available, hashing
+from indexer.sources import count_rows
+from indexer.state import State
+
+READING = 30.0  # seconds; data that take longer are read in part
+UNCERTAIN = 0.3
+WRITE_RECORD, READ_RECORD = 8e-5, 4e-5  # seconds, as LMDB took elsewhere: it needs a file
+TOKEN_SAMPLE = 512  # sequences whose token matrix is made, to measure its size
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a build will take. Bytes, seconds; `read` is the share of the data that was read.
+
+    `disk` says by part what the finished index holds, `disk_most` what the build holds at once.
+    `memory` is the most on the host and on the GPU (0 without one), `stages` has every stage's
+    seconds and its sequences (0 where that says nothing). `note` says what else is to be known.
+    """
+
+    model: str
+    data: str
+    documents: int
+    sequences: int
+    tokens: int
+    read: float
+    stages: dict[str, tuple[float, int]]
+    disk: dict[str, int]
+    disk_most: int
+    disk_free: int
+    place: str
+    memory: Memory
+    memory_free: Memory
+    threads: int
+    device: str
+    note: str
+
+    @property
+    def seconds(self) -> float:
+        return sum(seconds for seconds, _ in self.stages.values())
+
+    @property
+    def lacking(self) -> list[str]:
+        """What will not suffice and what to do, a line each; empty where all does."""
+        lines = []
+        if self.disk_most > self.disk_free:
+            fits = self.disk_most > sum(self.disk.values())  # it is the fit that takes most
+            largest = "curvature" if fits else max(self.disk, key=lambda part: self.disk[part])
+            remedy = {"codes": "fewer --bits", "curvature": "fewer --modules"}.get(
+                largest, "fewer documents (--limit)")
+            lines.append(f"not enough disk: the build needs {size(self.disk_most)}, {self.place} "
+                         f"has {size(self.disk_free)} free. Free some space, use {remedy}, or "
+                         "another folder.")
+        for what, needed, free in (("memory", self.memory.host, self.memory_free.host),
+                                   ("GPU memory", self.memory.device, self.memory_free.device)):
+            if needed > free:
+                lines.append(f"not enough {what}: the build needs {size(needed)}, {size(free)} can "
+                             "be had. Use smaller --batch-tokens, fewer --modules, smaller "
+                             "--segment-size, or --dtype bfloat16.")
+        return lines
+
+    def lines(self) -> list[str]:
+        """The estimate as a short table."""
+        stages = [f"{name} {duration(seconds)}" + (f" ({count:,} sequences)" if count else "")
+                  for name, (seconds, count) in self.stages.items()]
+        parts = " + ".join(f"{name} {size(count)}" for name, count in self.disk.items())
+        memory = [f"{size(self.memory.host)} of {size(self.memory_free.host)} to be had"]
+        if self.memory.device:
+            memory.append(f"GPU {size(self.memory.device)} of {size(self.memory_free.device)}")
+        part = "" if self.read == 1 else f", scaled from {self.read:.1%} of the rows"
+        table = [
+            ("model", self.model), ("data", self.data + part), ("stages", ", ".join(stages)),
+            ("disk", f"{parts} = {size(sum(self.disk.values()))}; at most {size(self.disk_most)} "
+                     f"during the build, {size(self.disk_free)} free"),
+            ("memory", "at most " + ", ".join(memory)),
+            ("estimate", f"about {duration(self.seconds)} ± {UNCERTAIN:.0%} on this machine "
+                         f"({self.device}, {self.threads} "
+                         f"thread{'s' * (self.threads > 1)}; two batches of each stage measured)"),
+        ]
+        note = [("note", self.note)] if self.note else []
+        return [f"{name:<10}{text}" for name, text in table + note] + self.lacking
+
+
+@takes_arguments_of(ask)
+def estimate(asked: Asked) -> Estimate:
+    """What `build` of the same arguments will take in time, disk and memory; writes nothing.
+
+    Raises what a build raises before anything expensive: InputError, IndexMismatchError;
+    ResourceError where memory doesn't suffice for a batch. A disk or memory that is too small for
+    the whole is not raised: see `Estimate.lacking`.
+    """
+    plan, say = asked.plan, asked.say
+
+    # 1) what is there already
+    refuse_links(asked.index)
+    state = State.find(asked.index, plan, say)
+    note = _note_on(asked.index, state)
+
+    # 2) text → lengths
+    read = _read(asked)
+    ingest.report(read.facts, plan["sequence_length"], say)
+
+    # 3) the model and its tracked modules
+    begun = time.perf_counter()
+    model = asked.source.load(asked.device, asked.dtype)
+    if state is not None and state.model is not None:
+        check_identity(model, state.model)
+    identify(model)
+    start = time.perf_counter() - begun
+    tracked = tracked_modules(model.network, plan["modules"])
+
+    # 4) two batches of each stage
+    say.say("measuring two batches of each stage")
+    bench = Bench(
+        model, tracked, read.sample,
+        FitSettings([], plan["fit_labels"], min(plan["segment_size"], LARGEST_BLOCK),
+                    plan["batch_tokens"], plan["seed"]),
+        CodeSettings(plan["bits"], default_width(plan["bits"], len(tracked)), plan["seed"],
+                     plan["damping"]),
+        min(plan["segment_size"], len(read.lengths)),
+    )
+    disk = _disk(read, model, tracked, plan)
+    stages = {"start": (start, 0), **_stages(bench, read, disk, plan)}
+
+    # 5) what there is of it
+    existing = _bytes_in(asked.index)
+    place = next(one for one in (asked.index, *asked.index.absolute().parents) if one.is_dir())
+    text = disk["records"]
+    return Estimate(
+        model=f"{asked.source.name}: {model.network.num_parameters() / 1e6:,.1f} M parameters in "
+              f"{plan['dtype']}; {describe(model, tracked)}",
+        data=f"{read.facts['documents']:,} documents → {read.facts['sequences']:,} sequences of at "
+             f"most {plan['sequence_length']} tokens, {read.facts['tokens']:,} tokens",
+        documents=read.facts["documents"], sequences=read.facts["sequences"],
+        tokens=read.facts["tokens"], read=read.share, stages=stages, disk=disk,
+        disk_most=max(sum(disk.values()), text + disk_bytes(tracked)),
+        disk_free=shutil.disk_usage(place).free + existing, place=str(place),
+        memory=Memory(max(one.host for one in bench.memory.values()),
+                      max(one.device for one in bench.memory.values())),
+        memory_free=Memory(available(), gpu_available(model.device)),
+        threads=torch.get_num_threads(), device=str(model.device), note=note,
+    )
+
+
+def _note_on(index: Path, state: State | None) -> str:
+    if manifest.exists(index):
+        return f"{index} is complete: the same command has nothing to do"
+    if state is not None:
+        return f"{index} holds a part of this build: less than estimated is left to do"
+    return ""
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+# ---- reading
+
+
+@dataclass
+class _Read:
+    """The data: counted, and where they were read in part (`share`), scaled.
+
+    `lengths` are the tokens of every sequence, `sizes` the bytes of its record, in order; `seconds`
+    those of reading all. `sample` are sequences drawn from all that were read, at most a segment.
+    """
+
+    facts: dict[str, Any]
+    lengths: list[int]
+    sizes: list[int]
+    sample: list[Record]
+    share: float
+    seconds: float
+
+
+def _read(asked: Asked) -> _Read:
+    """Raises InputError where a build would."""
+    corpus, most = asked.corpus, asked.plan["segment_size"]
+    lengths: list[int] = []
+    sizes: list[int] = []
+    scored = 0
+    sample: list[Record] = []
+    random = np.random.default_rng(asked.plan["seed"])
+    asked.say.start("read", 0, "sequences")
+    begun = time.perf_counter()
+    share = 1.0
+    for record in corpus.sequences():
+        lengths.append(len(record.ids))
+        sizes.append(records.value_bytes(record))
+        scored += int(record.scored[1:].sum())
+        if len(sample) < most:
+            sample.append(record)
+        elif (place := int(random.integers(len(lengths)))) < most:  # each with equal chance
+            sample[place] = record
+        asked.say.update(1)
+        if time.perf_counter() - begun > READING:
+            share = _share(corpus, record)
+            break
+    seconds = time.perf_counter() - begun
+    asked.say.finish()
+    if share == 1:
+        ingest.check_read(corpus, len(lengths))
+    facts = {"sequences": len(lengths), "tokens": sum(lengths), "scored_tokens": scored,
+             **ingest.read_facts(corpus)}
+    sample = [sample[one] for one in random.permutation(len(sample))]
+    if share < 1:
+        count = round(len(lengths) / share)
+        facts |= {name: round(facts[name] / share) for name in (
+            "sequences", "tokens", "scored_tokens", "documents")}
+        lengths, sizes = (np.resize(np.array(one), count).tolist() for one in (lengths, sizes))
+    return _Read(facts, lengths, sizes, sample, share, seconds / share)
+
+
+def _share(corpus: Corpus, last: Record) -> float:
+    """How much of the data, in rows, was read up to a sequence."""
+    part = last.parts[-1]
+    done = total = 0
+    for source in corpus.sources:
+        if source.name == part.source:
+            done = total + part.row
+        total += count_rows(source, corpus.settings.sequence_length)
+    limit = corpus.settings.limit
+    return min(1.0, max(done / total, corpus.documents / limit if limit else 0.0))
+
+
+# ---- disk
+
+
+def _disk(
+    read: _Read, model: LanguageModel, tracked: list[Module], plan: dict[str, Any]
+) -> dict[str, int]:
+    """Bytes of the finished index by part."""
+    cut = list(_groups(read.sizes, plan["segment_size"]))
+    vocabulary = model.network.config.get_text_config().vocab_size
+    sequences = [record.ids for record in read.sample[:TOKEN_SAMPLE]]
+    one = len(tfidf.pack(sequences[:1], vocabulary))
+    more = (len(tfidf.pack(sequences, vocabulary)) - one) / max(1, len(sequences) - 1)
+    return {
+        "records": sum(records.file_bytes(sizes) for sizes in cut),
+        "codes": sum(vectors.file_bytes(plan["bits"], len(sizes))
+                     + len(segments.array_bytes(np.zeros(len(sizes), segments.ROW)))
+                     for sizes in cut),
+        "token matrices": round(sum(one + more * (len(sizes) - 1) for sizes in cut)),
+        "curvature": sum(curvature.file_bytes(module, model.accumulate) for module in tracked),
+        "background": background.file_bytes(min(BACKGROUND, len(read.sizes)), plan["bits"]),
+        # manifest.json, fit.json and segment.json: a few hundred bytes a file that they name
+        "notes": 4000 + len(signed.sign(plan)) + 1400 * len(cut) + 500 * len(tracked),
+    }
+
+
+# ---- time
+
+
+def _stages(
+    bench: Bench, read: _Read, disk: dict[str, int], plan: dict[str, Any]
+) -> dict[str, tuple[float, int]]:
+    """Seconds and sequences of each stage after the model is loaded."""
+    count, tokens = len(read.lengths), plan["batch_tokens"]
+    rate = hashing()
+
+    def kept(name: str, digests: int) -> float:
+        """To write files, and to digest them so many times."""
+        return disk[name] * (1 / WRITING + digests / rate)
+
+    chosen = choose_sequences(count, plan["fit_sequences"], plan["seed"])
+    blocks = list(_groups([read.lengths[one] for one in chosen], bench.settings.block))
+    fitting = Work.of(blocks, tokens)
+    covariance, sums = bench.covariance()
+    decompositions = bench.decompositions(sums)
+    del sums
+    eigenvalues = bench.eigenvalues()
+    encode, drawn, codes, ekfac = bench.encode()
+    exact, prepare = bench.calibrate(codes, ekfac)
+    del codes, ekfac
+    sum_a_s, sum_table = bench.commits()
+    matrices = bench.token_matrices()
+
+    reading = 2 * READ_RECORD * len(chosen)  # a block's records are read again to be counted
+    sealing = count * (READ_RECORD + matrices)
+    sample = choose_sequences(count, SAMPLE, plan["seed"])
+    queries = min(QUERIES, count)
+    passes = -(-queries // bench.together)
+    asked = min(BACKGROUND, count)
+    pairs = Work.of([[read.lengths[one] for one in sample]], tokens)
+    return {
+        "read": (read.seconds + count * WRITE_RECORD + kept("records", 2), 0),
+        "covariance": (covariance * fitting + len(blocks) * sum_a_s + reading, len(chosen)),
+        "eigenvectors": (decompositions + 2 * sum_a_s, 0),
+        "eigenvalues": (eigenvalues * fitting + len(blocks) * sum_table + reading
+                        + kept("curvature", 4), len(chosen)),
+        "encode": (drawn + encode * Work.of(list(_groups(read.lengths, plan["segment_size"])),
+                                            tokens)
+                   + sealing + kept("codes", 2), count),
+        "calibrate": (queries * prepare + passes * (exact * pairs), 0),
+        "background": (asked * prepare + count * bench.background(asked, plan["bits"])
+                       + kept("background", 2), 0),
+    }
+
+
+def _groups(values: list[int], most: int) -> Iterator[list[int]]:
+    for first in range(0, len(values), most):
+        yield values[first : first + most]

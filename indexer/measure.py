@@ -1,0 +1,370 @@
+"""What the stages of a build take, from two batches of each: seconds, and memory at the worst.
+
+A batch's seconds are x · (padded tokens) + y · (sequences) with x, y ≥ 0, from two batches of the
+stage's own plan of batches: one at a quarter of its padded tokens, longest sequences first, one at
+three quarters. The first run of a stage warms up and doesn't count. The whole stage's tokens and
+sequences come from its plan, which depends on the lengths alone.
+
+Memory, in each stage: the process with the model loaded, as measured; what the stage holds, which
+follows from the modules' shapes (below); what a batch takes on top (activations, logits), measured
+as the peak while batches ran, less the other two; and, on the host, what is still taken when they
+are done: the C library keeps freed pieces below 32 MB, into which batches of other shapes, still
+to come, don't fit. The peak is the process's own, so one that held more before sees too much.
+With c = Σ (i² + o²) and e = Σ o·i entries over modules, w bytes an entry of sums and curvature (4;
+8 for a float64 model):
+- covariance: sums w·c, their totals 8·c, and once a block 8·c as bytes to be written;
+- eigenvectors: totals 8·c, eigenvectors 8·c, 8·c as bytes, and the solver's work;
+- eigenvalues: eigenvectors 8·c + w·c, sums w·e, totals 8·e, once a block 8·e as bytes;
+- encode: curvature w·(c + e), the codes' projections, a segment's records and codes;
+- calibrate: curvature, projections, and P_u of all queries twice while they are joined.
+What is kept on the model's device and what in the host's memory is told apart.
+"""
+
+import hashlib
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradindex import tfidf
+from gradindex.codes import Codes, CodeSettings
+from gradindex.curvature import Curvature, Ekfac, pack_tensors
+from gradindex.gradients import Batch, plan_batches
+from gradindex.influence import Preconditioned, exact_scores
+from gradindex.model import LanguageModel
+from gradindex.modules import Module
+from gradindex.records import Record
+from gradindex.vectors import UNPACKED_ROWS, CodeIndex, code_bytes
+from indexer.calibrate import QUERIES, prepare_query, stacked_queries
+from indexer.encode import encode_batch
+from indexer.fit import (
+    FitSettings,
+    add_covariances,
+    add_eigenvalues,
+    covariance_shapes,
+    eigenvectors,
+    fit_batch,
+)
+
+LARGEST_MATRIX = 1024  # decomposed to be timed; larger ones take (n / 1024)³ times that
+ENOUGH = 2.0  # seconds: a batch is run again until it took so long, or REPEATS times
+REPEATS = 5
+WRITING = 300e6  # bytes a second, assumed of the disk: to measure it, something would be written
+RECORD_BYTES = 2000  # of a Record in memory besides its tokens
+
+
+@dataclass(frozen=True)
+class Work:
+    """Padded tokens and sequences of some batches."""
+
+    tokens: int
+    sequences: int
+
+    @classmethod
+    def of(cls, groups: Sequence[Sequence[int]], batch_tokens: int) -> "Work":
+        """Of groups of lengths, each put into batches by itself."""
+        tokens = sequences = 0
+        for lengths in groups:
+            tokens += sum(lengths[batch[0]] * len(batch)
+                          for batch in plan_batches(lengths, batch_tokens))
+            sequences += len(lengths)
+        return cls(tokens, sequences)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds a padded token and a sequence."""
+
+    token: float
+    sequence: float
+
+    def __mul__(self, work: Work) -> float:
+        return self.token * work.tokens + self.sequence * work.sequences
+
+
+@dataclass
+class Memory:
+    """Bytes on the host and on the model's device, which is the host where there is no GPU."""
+
+    host: int = 0
+    device: int = 0
+
+
+class Bench:
+    """Runs two batches of each stage, and keeps what they took.
+
+    Raises ResourceError where memory runs out on one.
+    """
+
+    def __init__(
+        self, model: LanguageModel, modules: list[Module], sample: list[Record],
+        settings: FitSettings, code: CodeSettings, segment: int,
+    ):
+        self.model, self.modules, self.sample = model, modules, sample
+        self.settings, self.code, self.segment = settings, code, segment
+        self.together = min(QUERIES, stacked_queries(modules))  # queries scored in a pass
+        self.memory: dict[str, Memory] = {}
+        self._square = sum(o * o + i * i for o, i in (module.shape for module in modules))
+        self._table = sum(o * i for o, i in (module.shape for module in modules))
+        self._width = model.accumulate.itemsize
+        self._base = _used(model.device)
+        self._host = resident()
+
+    # ---- the stages
+
+    def covariance(self) -> tuple[Speed, dict[str, Tensor]]:
+        """Of the pass for A and S; and their sums over the batches that were run."""
+        sums = self._zeros(covariance_shapes(self.modules))
+
+        def run(records: list[Record]) -> None:
+            add_covariances(self.model, self.modules, sums, *self._batch(records, 2))
+
+        square, wide = self._square, self._width * self._square
+        speed, batch = self._two(run, self.settings.block, wide)
+        self._note("covariance", [(8 * square, wide + batch), (16 * square, wide)])
+        return speed, sums
+
+    def decompositions(self, sums: dict[str, Tensor]) -> float:
+        """Seconds of all eigendecompositions, from one of each size (a part of a large one)."""
+        seconds: dict[int, float] = {}
+        total = 0.0
+        for name, matrix in sums.items():
+            n = min(len(matrix), LARGEST_MATRIX)
+            if n not in seconds:
+                part = matrix[:n, :n].to("cpu", torch.float64).nan_to_num()
+                seconds[n] = _seconds(partial(eigenvectors, part, name))
+            total += seconds[n] * (len(matrix) / n) ** 3
+        work = 48 * max(len(matrix) for matrix in sums.values()) ** 2
+        self._note("eigenvectors", [(16 * self._square + work, 0), (24 * self._square, 0)])
+        return total
+
+    def eigenvalues(self) -> Speed:
+        """Of the pass for Λ; any eigenvectors will do, so the identity."""
+        vectors = {name: torch.eye(n, dtype=self.model.accumulate, device=self.model.device)
+                   for name, (n, _) in covariance_shapes(self.modules).items()}
+        sums = self._zeros({module.name: module.shape for module in self.modules})
+
+        def run(records: list[Record]) -> None:
+            add_eigenvalues(self.model, self.modules, vectors, sums, *self._batch(records, 3))
+
+        held = self._width * (self._square + self._table)
+        speed, batch = self._two(run, self.settings.block, held)
+        host = 8 * self._square + 8 * self._table
+        self._note("eigenvalues", [(host, held + batch), (host + 8 * self._table, held)])
+        return speed
+
+    def encode(self) -> tuple[Speed, float, Codes, Ekfac]:
+        """Of gradients → codes; and the seconds to draw the codes' projections, and these."""
+        ekfac = {}
+        for module in self.modules:
+            o, i = module.shape
+            eye_s, eye_a, ones = (
+                make(*shape, dtype=self.model.accumulate, device=self.model.device)
+                for make, shape in ((torch.eye, (o,)), (torch.eye, (i,)), (torch.ones, (o, i))))
+            ekfac[module.name] = Curvature(eye_a, eye_s, ones)
+        begun = time.perf_counter()
+        codes = Codes(self.modules, ekfac, self.code)
+        drawn = time.perf_counter() - begun
+        index = CodeIndex(self.code.length)
+
+        def run(records: list[Record]) -> None:
+            vectors = encode_batch(self.model, codes, records).float().cpu().numpy()
+            norms = np.linalg.norm(vectors.astype(np.float64), axis=1)
+            index.encode(vectors[np.isfinite(norms)])
+
+        held = self._held_by_codes()
+        speed, batch = self._two(run, self.segment, held)
+        longest = max(len(record.ids) for record in self.sample)
+        texts = self.segment * (RECORD_BYTES + 5 * longest)
+        coded = self.segment * code_bytes(self.code.length)
+        self._note("encode", [(texts + coded, held + batch), (texts + 3 * coded, held)])
+        return speed, drawn, codes, ekfac
+
+    def calibrate(self, codes: Codes, ekfac: Ekfac) -> tuple[Speed, float]:
+        """Of exact scores of as many queries as are scored together, and seconds of a query."""
+        typical = sorted(self.sample, key=lambda record: len(record.ids))[len(self.sample) // 2]
+        with torch.no_grad():
+            seconds = _seconds(lambda: prepare_query(self.model, codes, ekfac, typical))
+            _, one = prepare_query(self.model, codes, ekfac, typical)
+        queries = Preconditioned.join([one] * self.together)
+        stack = self.together * self._width * self._table
+
+        def run(records: list[Record]) -> None:
+            exact_scores(self.model, self.modules, queries, records,
+                         sum(len(record.ids) for record in records) * len(records))
+
+        held = self._held_by_codes() + stack
+        speed, batch = self._two(run, min(128, len(self.sample)), held)
+        self._note("calibrate", [(0, held + max(batch, stack))])
+        return speed, seconds
+
+    def background(self, queries: int, length: int) -> float:
+        """Seconds a row of scoring codes of K = `length` for so many queries together."""
+        index = CodeIndex(length)
+        index.add(np.zeros((UNPACKED_ROWS, code_bytes(length)), dtype=np.uint8))
+        vectors = np.zeros((queries, length), dtype=np.float32)
+        return _seconds(lambda: index.many_scores(vectors)) / UNPACKED_ROWS
+
+    def commits(self) -> tuple[float, float]:
+        """Seconds of adding up and writing a block's sums: of A and S, and of Λ."""
+        shapes = {module.name: module.shape for module in self.modules}
+        return self._commit(covariance_shapes(self.modules)), self._commit(shapes)
+
+    def token_matrices(self) -> float:
+        """Seconds a sequence of making a segment's token matrix."""
+        some = [record.ids for record in self.sample[:512]]
+        vocabulary = self.model.network.config.get_text_config().vocab_size
+        return _seconds(lambda: tfidf.pack(some, vocabulary)) / len(some)
+
+    # ---- measuring
+
+    def _two(
+        self, run: Callable[[list[Record]], None], group: int, held: int
+    ) -> tuple[Speed, int]:
+        """The speed of a stage on two batches, and the bytes that batches take beyond `held`.
+
+        The batches are those of `group` sequences of the sample.
+        """
+        records = self.sample[:group]
+        lengths = [len(record.ids) for record in records]
+        plan = plan_batches(lengths, self.settings.batch_tokens)
+        padded = np.array([lengths[batch[0]] * len(batch) for batch in plan])
+        middle = (np.cumsum(padded) - padded / 2) / padded.sum()
+        if self.model.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.model.device)
+        with torch.no_grad():
+            for extreme in (plan[0], max(plan, key=len)):  # warm up; memory is largest at the ends
+                run([records[row] for row in extreme])
+            shapes, seconds = [], []
+            for place in (0.25, 0.75):
+                number = int(np.abs(middle - place).argmin())
+                batch = [records[row] for row in plan[number]]
+                shapes.append((padded[number], len(batch)))
+                seconds.append(_seconds(partial(self._finished, run, batch)))
+        over = max(0, _peak(self.model.device) - self._base - held)
+        if self.model.device.type != "cuda":
+            over += max(0, resident() - self._base - held)  # freed, and kept by the C library
+        return _fit_speed(shapes, seconds), over
+
+    def _finished(self, run: Callable[[list[Record]], None], batch: list[Record]) -> None:
+        run(batch)
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+
+    def _note(self, stage: str, moments: list[tuple[int, int]]) -> None:
+        """Keep the most that a stage takes, of (host, device) bytes at several moments."""
+        gpu = self.model.device.type == "cuda"
+        self.memory[stage] = Memory(
+            self._host + max(host + (0 if gpu else device) for host, device in moments),
+            self._base + max(device for _, device in moments) if gpu else 0,
+        )
+
+    def _held_by_codes(self) -> int:
+        """Curvature, and the projections: R and P of both sides, [k, o] and [k, i]."""
+        entries = self._square + self._table
+        for module in self.modules:
+            o, i = module.shape
+            k = min(self.code.width, o, i)
+            entries += 2 * k * (o + i) + k * k
+        return self._width * entries
+
+    def _zeros(self, shapes: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
+        return {name: torch.zeros(shape, dtype=self.model.accumulate, device=self.model.device)
+                for name, shape in shapes.items()}
+
+    def _batch(self, records: list[Record], step: int) -> tuple[Batch, Tensor | None]:
+        own = self.settings
+        return fit_batch(self.model, records, own.labels, own.seed, step)
+
+    def _commit(self, shapes: dict[str, tuple[int, int]]) -> float:
+        totals = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
+        begun = time.perf_counter()
+        sums = self._zeros(shapes)
+        for name, part in sums.items():
+            torch.isfinite(part).all()
+            totals[name] += part.to("cpu", torch.float64)
+        content = pack_tensors(totals, {})
+        hashlib.sha256(content).digest()
+        return time.perf_counter() - begun + len(content) / WRITING
+
+
+def _fit_speed(shapes: list[tuple[int, int]], seconds: list[float]) -> Speed:
+    """x, y ≥ 0 with x · tokens + y · sequences nearest to the seconds, both batches counting alike.
+
+    Two unknowns: where the free solution has a negative one, that is 0.
+    """
+    rows = np.array(shapes, dtype=np.float64) / np.array(seconds)[:, None]
+    ones = np.ones(len(rows))
+    free = np.linalg.lstsq(rows, ones, rcond=1e-9)[0]
+    if (free >= 0).all():
+        return Speed(float(free[0]), float(free[1]))
+    alone = [rows[:, side] @ ones / (rows[:, side] @ rows[:, side]) for side in (0, 1)]
+    wrong = [float(((rows[:, side] * alone[side] - 1) ** 2).sum()) for side in (0, 1)]
+    return Speed(alone[0], 0.0) if wrong[0] <= wrong[1] else Speed(0.0, alone[1])
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    """The median of some runs, one where that takes long."""
+    taken: list[float] = []
+    while len(taken) < REPEATS and sum(taken) < ENOUGH:
+        begun = time.perf_counter()
+        run()
+        taken.append(time.perf_counter() - begun)
+    return statistics.median(taken)
+
+
+def hashing() -> float:
+    """Bytes a second of SHA-256."""
+    content = bytes(1 << 25)
+    return len(content) / _seconds(lambda: hashlib.sha256(content).digest())
+
+
+# ---- memory
+
+
+def resident() -> int:
+    """Bytes of this process in memory now; where there is no /proc, the most there ever were."""
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * resource.getpagesize()
+    return _most()
+
+
+def available() -> int:
+    """Bytes of memory that this process may have in all, on this machine or in its container."""
+    meminfo, limit = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
+    if not meminfo.exists():
+        return os.sysconf("SC_PHYS_PAGES") * resource.getpagesize()
+    facts = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    free = int(facts["MemAvailable"].split()[0]) * 1024 + resident()
+    text = limit.read_text().strip() if limit.exists() else "max"
+    return free if text == "max" else min(free, int(text))
+
+
+def gpu_available(device: torch.device) -> int:
+    """Bytes of GPU memory that this process may have in all; 0 where the model is on the host."""
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+
+
+def _most() -> int:
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+def _used(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else resident()
+
+
+def _peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _most()
