@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 import gradindex
 from demo.prepare import QUERIES
-from search import server
+from search import serving
 
 WIDTH, HEIGHT = 1240, 1250
 COLUMNS = 104
@@ -61,10 +61,10 @@ def main(folder: Path, out: Path) -> None:
 
 
 def _serve(index: Path) -> str:
-    listening = server.listen("127.0.0.1", None)
+    listening = serving.listen("127.0.0.1", None)
     port = listening.getsockname()[1]
-    serving = server.server(gradindex.open(index), server.names("127.0.0.1", port), None)
-    threading.Thread(target=serving.run, kwargs={"sockets": [listening]}, daemon=True).start()
+    running = serving.server(gradindex.open(index), serving.names("127.0.0.1", port), None)
+    threading.Thread(target=running.run, kwargs={"sockets": [listening]}, daemon=True).start()
     return f"http://127.0.0.1:{port}/"
 
 

@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any
 
 import pydantic
@@ -220,6 +220,13 @@ def segment_files(segment: Segment) -> list[str]:
 def curvature_file(module: Module) -> str:
     """The name of a module's file of curvature."""
     return f"curvature/{module.name}.safetensors"
+
+
+def model_name(manifest: Manifest) -> str:
+    """The hub's name and revision, or a folder's own name without where it was."""
+    name, revision = str(manifest.model["name"]), manifest.model["revision"]
+    short = PurePath(name).name if name.startswith(("/", ".", "~")) else name
+    return short if revision is None else f"{short} @ {revision[:12]}"
 
 
 def exists(index: Path) -> bool:

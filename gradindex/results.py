@@ -309,6 +309,12 @@ class Comparison:
     results: list[Result]
     influence: dict[int, tuple[float, float]]
 
+    def pairs(self) -> list[tuple[Hit, float, float]]:
+        """Every hit once, with its influence on both, what is most for the first rather first."""
+        hits = {hit.id: hit for result in self.results for hit in result}
+        found = [(hit, *self.influence[one]) for one, hit in hits.items()]
+        return sorted(found, key=lambda one: one[2] - one[1])
+
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain JSON types."""
         return {"schema": SCHEMA, "results": [result.to_dict() for result in self.results],

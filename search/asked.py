@@ -9,6 +9,7 @@ from urllib.parse import urlencode
 
 import pydantic
 
+from gradindex.terminal import visible_lines
 from search.controls import Controls
 
 LONGEST_TEXT = 65_536  # characters
@@ -43,7 +44,8 @@ class Asked(pydantic.BaseModel):
     versus: Annotated[Text, pydantic.Field(
         description="Another completion: explain log p(completion) − log p(versus).")] = ""
     compare: Annotated[Text, pydantic.Field(
-        description="Another completion, explained side by side with the first.")] = ""
+        description="Another completion, explained side by side with the first; score_on then "
+                    "chooses of both, by number.")] = ""
     score_on: Annotated[str, Numbers, pydantic.Field(
         max_length=4096, description="Tokens of the completion to score, such as 0-2,5.")] = ""
     k: Annotated[int, pydantic.Field(ge=1, le=MOST_HITS)] | None = None
@@ -90,31 +92,42 @@ class Asked(pydantic.BaseModel):
     def changed(self, **fields: Any) -> "Asked":
         return self.model_copy(update=fields)
 
-    def command(self, index: str) -> str:
-        """The same as a command line."""
-        parts = ["gradindex", "search", index, "-p", self.prompt]
-        parts += ["-c", self.completion] * bool(self.completion)
-        parts += ["--versus", self.versus] * bool(self.versus)
+    def command(self, index: str, train_sequences: int | None = None) -> str:
+        """The same as a command line; of a comparison, its first side."""
+        parts = ["gradindex", "search", _quoted(index), "-p", _text(self.prompt)]
+        for flag, value in (("-c", self.completion), ("--versus", self.versus)):
+            parts += [flag, _text(value)] * bool(value)
         parts += ["--score-on", self.score_on] * bool(self.score_on)
-        for name, value in self.given().items():
-            if name in ("opponents",):
-                parts.append("--opponents")
-            elif name == "rescore":
-                parts.append("--no-rescore")
-            elif name == "k":
-                parts += ["-k", str(value)]
-            elif name in ("shortlist", "recall", "damping", "modules", "normalize", "candidates",
-                          "group_by"):
-                parts += [f"--{name.replace('_', '-')}", str(value)]
-        return shlex.join(parts)
+        parts += ["-k", str(self.k)] * (self.k is not None)
+        parts += ["--opponents"] * self.opponents + ["--no-rescore"] * (not self.rescore)
+        for name in ("shortlist", "recall", "damping", "modules", "normalize", "candidates",
+                     "group_by"):
+            if name in self.given():
+                parts += [f"--{name.replace('_', '-')}", _quoted(str(getattr(self, name)))]
+        parts += ["--train-sequences", str(train_sequences)] * (train_sequences is not None)
+        return " ".join(parts)
 
-    def python(self, index: str) -> str:
+    def python(self, index: str, train_sequences: int | None = None) -> str:
         """The same as Python."""
-        own = {name: value for name, value in self.given().items() if name != "compare"}
-        arguments = ", ".join(f"{name}={value!r}" for name, value in own.items())
-        if not self.compare:
-            return f"import gradindex\nresult = gradindex.open({index!r}).search({arguments})"
-        own.pop("completion", None)
-        arguments = ", ".join(f"{name}={value!r}" for name, value in own.items())
-        return (f"import gradindex\nboth = gradindex.open({index!r}).compare(\n"
-                f"    completions={[self.completion, self.compare]!r}, {arguments})")
+        own = self.given()
+        if train_sequences is not None:
+            own["train_sequences"] = train_sequences
+        both = [own.pop("completion", ""), own.pop("compare", "")]
+        if self.compare:
+            first, verb = [f"completions={both!r}"], "compare"
+        else:
+            first, verb = [f"completion={both[0]!r}"] * bool(both[0]), "search"
+        arguments = ", ".join(first + [f"{name}={value!r}" for name, value in own.items()])
+        return f"import gradindex\nresult = gradindex.open({index!r}).{verb}({arguments})"
+
+
+def _text(value: str) -> str:
+    """A text for -p and the like: @ opens a file's name there, and a text's own is doubled."""
+    return _quoted("@" + value if value.startswith("@") else value)
+
+
+def _quoted(value: str) -> str:
+    """For a shell; what can't be seen as an escape, in quotes that read it ($'…')."""
+    if visible_lines(value) == value:
+        return shlex.quote(value)
+    return "$'" + visible_lines(value.replace("\\", "\\\\").replace("'", "\\'")) + "'"

@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from gradindex.progress import duration
 from gradindex.results import Group, Hit, Query, Result
 from gradindex.terminal import json_text
@@ -47,11 +45,21 @@ def shade(value: float, scale: float) -> int:
 
 
 def kind_shares(hit: Hit) -> dict[str, float]:
-    """Each kind of module's share of the absolute influence, where there are several kinds."""
+    """What each kind of module adds, in parts of the sum of their sizes, with its sign.
+
+    Empty where there is one kind only.
+    """
     total = sum(map(abs, hit.kind_influence.values()))
     if len(hit.kind_influence) < 2 or not total:
         return {}
-    return {kind: abs(value) / total for kind, value in hit.kind_influence.items()}
+    return {kind: value / total for kind, value in hit.kind_influence.items()}
+
+
+def moved(result: Result) -> dict[int, int]:
+    """How many places each hit rose (above 0) or fell among these hits by rescoring, by id."""
+    before = sorted(result.hits, key=lambda hit: hit.code_rank)
+    places = {hit.id: place for place, hit in enumerate(before)}
+    return {hit.id: places[hit.id] - place for place, hit in enumerate(result.hits)}
 
 
 def folded(result: Result) -> list[tuple[int, Hit]]:
@@ -70,10 +78,9 @@ def percentile(hit: Hit, result: Result) -> str:
     """Where a hit stands in the random sample."""
     if hit.percentile is None:
         return ""
-    sample = len(result.sample_influence)
-    if hit.percentile >= 100:
-        return f"above all of {sample} random sequences"
-    return f"percentile {hit.percentile:.0f} of {sample} random sequences"
+    side = "below" if result.opponents else "above"
+    part = "all" if hit.percentile >= 100 else f"{hit.percentile:.0f}%"
+    return f"{side} {part} of {len(result.sample_influence)} random sequences"
 
 
 def rank_before(hit: Hit) -> str:
@@ -92,7 +99,8 @@ def marks(hit: Hit) -> list[Mark]:
                           "so many hits below share most of its wording and are folded into it"))
     if hit.generic and hit.generic_rate is not None:
         found.append(Mark("generic", "generic",
-                          f"among the top 1% for {hit.generic_rate:.0%} of unrelated queries"))
+                          f"among the {'lowest' if hit.influence < 0 else 'highest'} 1% for "
+                          f"{hit.generic_rate:.0%} of the index's background queries"))
     if hit.lexical is not None and hit.lexical < LITTLE_OVERLAP and hit.exact:
         found.append(Mark("unlike", "other words",
                           "it shares hardly any of the query's rarer tokens"))
@@ -109,12 +117,6 @@ def group_name(group: Group, by: str) -> str:
 def unsure(groups: list[Group]) -> int:
     """How many totals may be nothing."""
     return sum(abs(group.influence) < UNSURE * group.standard_error for group in groups)
-
-
-def upper_tail(result: Result) -> np.ndarray:
-    """The exact scores of the side that was searched, made positive: float64 [n]."""
-    scores = np.array(result.exact_influence) * (-1 if result.opponents else 1)
-    return scores[scores > 0]
 
 
 def logarithm(query: Query) -> str:
@@ -156,7 +158,12 @@ def meaning(result: Result) -> str:
 
 def number(value: float) -> str:
     """A score with its sign: three digits, or whole with commas where it is large."""
-    return f"{value:+.3g}" if abs(value) < 999.5 else f"{value:+,.0f}"
+    return f"{'' if value < 0 else '+'}{unsigned(value)}"
+
+
+def unsigned(value: float) -> str:
+    """The same without a plus."""
+    return f"{value:.3g}" if abs(value) < 999.5 else f"{value:,.0f}"
 
 
 def recall_statement(result: Result) -> str:

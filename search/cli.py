@@ -1,4 +1,4 @@
-"""`gradindex search`, `rescore`, `eval`, `info` and `report`: flags → Searcher → a rendering."""
+"""`gradindex search`, `rescore`, `eval`, `report`, `view`, `export`, `info`: flags → functions."""
 
 import json
 import os
@@ -35,7 +35,8 @@ _GRADIENT = [
 ]
 FORMS = {".json": "json", ".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet", ".html": "html"}
 _QUERY = [
-    click.option("-p", "--prompt", metavar="TEXT", help="Prompt; @FILE and - read it."),
+    click.option("-p", "--prompt", metavar="TEXT",
+                 help="Prompt; @FILE and - read it, @@ stands for @."),
     click.option("-c", "--completion", metavar="TEXT",
                  help="Completion to explain, with its leading space; @FILE reads it [the model's "
                       "own continuation]."),
@@ -115,14 +116,14 @@ def search(
 
 
 def _finish(result: "Result", form: str, output: Path | None) -> int:
-    from search.cards import recall_statement
+    from search.cards import meaning, recall_statement
 
     to_terminal = output is None and sys.stdout.isatty()
     if form == "auto" and output is not None:
         form = FORMS.get(output.suffix.lower(), "auto")
     content = _render(result, form, color=to_terminal and _color())
     if form in ("jsonl", "csv"):  # which hold hits alone
-        for line in (recall_statement(result), *result.warnings):
+        for line in (recall_statement(result), meaning(result), *result.warnings):
             click.echo(visible_lines(line), err=True)
     if output is None:
         click.echo(content, nl=False)
@@ -208,6 +209,7 @@ def rescore(
       gradindex search train.index -p "2 +" -c " 2" --format jsonl |
         gradindex rescore train.index -p "2 +" -c " 3" --ids -
     """
+    from gradindex.results import UNITS
     from search.controls import settle
     from search.render import json_lines
 
@@ -219,7 +221,7 @@ def rescore(
     query = searcher.make_query(**question)
     progress.start("exact", len(wanted), "sequences")
     for hits in searcher.rescore_stream(query, wanted, controls):
-        click.echo(json_lines(hits), nl=False)
+        click.echo(json_lines(hits, UNITS.format(how="exact")), nl=False)
         progress.update(len(hits))
     progress.finish()
     return 0
@@ -361,13 +363,13 @@ def view(
     Example:
       gradindex view train.index
     """
-    from search import server
+    from search import serving
 
     train_sequences = where.pop("train_sequences")
-    token = server.token_for(host, os.environ.get("GRADINDEX_TOKEN"))
+    token = serving.token_for(host, os.environ.get("GRADINDEX_TOKEN"))
     searcher, progress = _open(index, where)
-    listening = server.listen(host, port)
-    address = f"http://{server.bracketed(host)}:{listening.getsockname()[1]}/"
+    listening = serving.listen(host, port)
+    address = f"http://{serving.bracketed(host)}:{listening.getsockname()[1]}/"
     if token is not None:
         if "GRADINDEX_TOKEN" not in os.environ:
             progress.say(f"token, the password of any user: {token}")
@@ -376,8 +378,8 @@ def view(
     progress.say(f"the page: {address} (Ctrl-C ends it)")
     if not no_open:
         click.launch(address)
-    hosts = server.names(host, listening.getsockname()[1], others)
-    server.server(searcher, hosts, token, train_sequences).run(sockets=[listening])
+    hosts = serving.names(host, listening.getsockname()[1], others)
+    serving.server(searcher, hosts, token, train_sequences).run(sockets=[listening])
     return 0
 
 
@@ -472,6 +474,8 @@ def _question(
 def _text(value: str | None) -> str | None:
     if value == "-":
         return sys.stdin.read()
+    if value is not None and value.startswith("@@"):
+        return value[1:]
     if value is not None and value.startswith("@"):
         return read_text(Path(value[1:]), value)
     return value

@@ -71,7 +71,8 @@ class Guard:
     def _refused(self, scope: Message) -> tuple[int, str, list[tuple[bytes, bytes]]] | None:
         hosts = _all(scope, b"host")
         if len(hosts) != 1 or hosts[0].lower() not in self.hosts:
-            return 403, "This server does not go by that name (Host).", []
+            return 403, "This server does not go by that name (Host). Use the address that it " \
+                "printed, or start it with `gradindex view --name NAME:PORT`.", []
         origins = _all(scope, b"origin")
         if len(origins) > 1 or (origins and origins[0].lower() not in self.origins):
             return 403, "Requests from other sites are refused (Origin).", []

@@ -16,7 +16,7 @@ import jinja2
 from markupsafe import Markup, escape
 
 import gradindex
-from gradindex.results import Comparison, Hit, Query, Result
+from gradindex.results import Hit, Query, Result
 from gradindex.terminal import visible, visible_lines
 from search import cards
 
@@ -45,7 +45,7 @@ def environment(**filters: Any) -> jinja2.Environment:
 
 @cache
 def _environment() -> jinja2.Environment:
-    made = environment(number=cards.number, one_line=visible, as_is=_as_is)
+    made = environment(number=cards.number, unsigned=cards.unsigned, one_line=visible, as_is=_as_is)
     made.globals.update(cards=cards, runs=runs, strip=strip, columns=columns, query=query,
                         version=gradindex.__version__)
     return made
@@ -70,15 +70,13 @@ def fill(template: str, **content: Any) -> str:
 def document(result: Result) -> str:
     """The result as one file that needs nothing else: styles and script inside, no request out."""
     styles, script = style(), asset("page.js")
-    policy = (f"default-src 'none'; style-src 'sha256-{digest(styles)}'; "
-              f"script-src 'sha256-{digest(script)}'; base-uri 'none'; form-action 'none'")
     mapped, cells = set(), 0
     for hit in result.hits:
         cells += len(hit.tokens) * len(hit.layer_influence)
         if cells <= MOST_CELLS:
             mapped.add(hit.id)
     return fill("document.html", result=result, style=Markup(styles), script=Markup(script),
-                policy=policy, scale=cards.strongest(result.hits), mapped=mapped)
+                policy=policy(styles, script), scale=cards.strongest(result.hits), mapped=mapped)
 
 
 def fragment(result: Result) -> str:
@@ -87,8 +85,14 @@ def fragment(result: Result) -> str:
                 scale=cards.strongest(result.hits), mapped=set())
 
 
-def digest(text: str) -> str:
-    """What a Content-Security-Policy names a style or a script by."""
+def policy(styles: str, script: str | None = None) -> str:
+    """The Content-Security-Policy of a file that holds these and asks for nothing else."""
+    script_source = "" if script is None else f"script-src 'sha256-{_digest(script)}'; "
+    return (f"default-src 'none'; style-src 'sha256-{_digest(styles)}'; {script_source}"
+            "base-uri 'none'; form-action 'none'")
+
+
+def _digest(text: str) -> str:
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
@@ -159,11 +163,3 @@ def columns(hit: Hit, layers: list[int]) -> Iterator[tuple[str, Markup, str]]:
                 f"layer {layer}: {cards.number(value)}"
                 for layer, value in zip(layers, row, strict=True) if cards.shade(value, top))
         yield token, Markup(f'<svg height="{high * len(row)}">{cells}</svg>'), said
-
-
-
-
-def pairs(comparison: Comparison) -> list[tuple[Hit, float, float]]:
-    """Every hit of a comparison once, with its influence on both completions."""
-    hits = {hit.id: hit for result in comparison.results for hit in result}
-    return [(hit, *comparison.influence[one]) for one, hit in hits.items()]

@@ -21,9 +21,8 @@ from typing import Any
 from gradindex.errors import GradindexError, InputError
 from gradindex.results import Comparison, Result
 from search.asked import Asked
-from search.cards import upper_tail
 from search.engine import Searcher, Stage
-from search.tail import Tail, fit_tail
+from search.tail import Tail, fit_tail, upper_tail
 
 QUEUE = 16  # jobs that may wait
 KEPT = 48  # finished jobs
@@ -65,6 +64,17 @@ class Job:
     wake: set[Callable[[], None]] = field(default_factory=set)
 
     @property
+    def whole(self) -> bool:
+        """Whether who asks for the same search may have this job: it wasn't stopped."""
+        return self.error_status < 500 and not self.stopping and not (
+            isinstance(self.result, Result) and self.result.interrupted)
+
+    @property
+    def step(self) -> int:
+        """How many of the stages gradient, shortlist and exact are past."""
+        return 3 if self.ended else {"": 0, "gradient": 1}.get(self.stage, 2)
+
+    @property
     def ended(self) -> bool:
         return self.state in ("done", "failed")
 
@@ -88,7 +98,7 @@ class Jobs:
         self, searcher: Searcher, train_sequences: int | None = None,
         forgotten: float = FORGOTTEN, retry: float = RETRY,
     ):
-        self.searcher, self._train_sequences = searcher, train_sequences
+        self.searcher, self.train_sequences = searcher, train_sequences
         self._forgotten, self._retry = forgotten, retry
         self.ready = threading.Event()  # the model and the codes are loaded
         self.problem = ""
@@ -110,7 +120,7 @@ class Jobs:
         name = asked.id(self.searcher.index.digest)
         with self._guard:
             job = self._jobs.get(name)
-            if job is not None and job.error_status < 500:
+            if job is not None and job.whole:
                 self._jobs.move_to_end(name)
                 job.seen = time.monotonic()
                 return job
@@ -193,7 +203,7 @@ class Jobs:
 
     def _run(self, job: Job) -> None:
         asked = job.asked
-        controls = replace(asked.controls(), train_sequences=self._train_sequences)
+        controls = replace(asked.controls(), train_sequences=self.train_sequences)
         queries = [self.searcher.make_query(**one) for one in asked.queries()]
         stages = self.searcher.stages(queries, controls, conclude_early=True)
         results: list[Result] = []

@@ -7,6 +7,7 @@ import numpy as np
 
 from gradindex.codes import score_error
 from gradindex.influence import Preconditioned, precondition
+from gradindex.manifest import model_name
 from gradindex.records import Record
 from gradindex.results import Group, Hit, Recall, Result
 from search.controls import Settings
@@ -304,7 +305,9 @@ class Journey:
     def _what_would_help(self, number: int, last: Hit, length: int | None) -> str:
         """Said of a search whose answer drowns in the code's noise."""
         total = len(self.index.norms)
-        error = self.noise(number) * self.index.norms[last.id]
+        place = self.index.contents.place_of(last.id)
+        assert place is not None
+        error = self.noise(number) * self.index.norms[place]
         means = ["only --shortlist all would hold 95% of it" if not length or length >= total else
                  f"--shortlist {_round_up(length, total)} would hold about 95% of it",
                  "or an index with more --bits"]
@@ -339,7 +342,7 @@ class Journey:
             coverage=self.index.coverage.share, damaged=list(self.index.coverage.damaged),
             layers=sorted({module.layer for module in settings.modules}),
             controls=settings.facts(), seconds={}, warnings=warnings,
-            model=self.index.model.source.name, index=self.index.digest, groups=groups,
+            model=model_name(facts), index=self.index.digest, groups=groups,
             group_count=count, total=total,
         )
 

@@ -313,7 +313,7 @@ def _axes(x: Axis, y: Axis, x_label: str, y_label: str) -> list[str]:
 
 
 def _svg(title: str, said: str, parts: list[str], height: float) -> str:
-    return (f'<svg class="plot" viewBox="0 0 {WIDTH} {height:.0f}" role="img" '
+    return (f'<svg class="gradindex-plot" viewBox="0 0 {WIDTH} {height:.0f}" role="img" '
             f'aria-label="{_safe(said)}"><title>{_safe(title)}</title>{"".join(parts)}</svg>')
 
 

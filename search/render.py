@@ -5,8 +5,10 @@ Sign and units are said on each. Text of training data is never trusted: hidden 
 made visible in all of them, everything is escaped in HTML.
 """
 
+import contextlib
 import csv
 import io
+import json
 import re
 import shutil
 from collections.abc import Iterable, Iterator
@@ -30,7 +32,7 @@ def render(result: Result, form: str) -> bytes:
     if form == "parquet":
         return parquet(result)
     text = result.to_json() + "\n" if form == "json" else \
-        json_lines(result.hits) if form == "jsonl" else \
+        json_lines(result.hits, result.units) if form == "jsonl" else \
         csv_table(result) if form == "csv" else html.document(result)
     return text.encode()
 
@@ -45,6 +47,8 @@ def read(path: Path, number: int | None = None) -> Result:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} can't be read: {error}.") from None
     lines = [line for line in text.split("\n") if line.strip()]
+    with contextlib.suppress(ValueError):  # one object over several lines
+        lines = [json.dumps(json.loads(text))]
     if len(lines) > 1 and number is None:
         raise InputError(f"{path} holds {len(lines)} results; choose one with --query, from 1 on.")
     number = number or 1
@@ -122,7 +126,7 @@ def _hit_lines(rank: int, hit: Hit, result: Result, width: int, color: bool) -> 
     lines += ["     " + line for line in _wrap(", ".join(filter(None, facts)), width - 5)]
     lines.append(f"     {_clip(cards.where(hit), width - 5)}")
     if hit.layer_influence:
-        shares = ", ".join(f"{kind} {share:.0%}" for kind, share in cards.kind_shares(hit).items())
+        shares = ", ".join(f"{kind} {share:+.0%}" for kind, share in cards.kind_shares(hit).items())
         first, last = result.layers[0], result.layers[-1]
         lines.append(f"     layers {first}–{last} {layer_strip(hit.layer_influence)}"
                      + f"  {shares}" * bool(shares))
@@ -194,7 +198,7 @@ def group_lines(result: Result, width: int) -> list[str]:
 
 
 def _group_line(group: Group, name: str) -> str:
-    return (f"{cards.number(group.influence):>14} {cards.number(group.standard_error)[1:]:>9} "
+    return (f"{cards.number(group.influence):>14} {cards.unsigned(group.standard_error):>9} "
             f"{cards.number(group.nats):>11} {group.sequences:>10,} {len(group.hits):>5}  {name}")
 
 
@@ -223,15 +227,16 @@ def _wrap(text: str, width: int) -> list[str]:
 # ---- data
 
 
-def json_lines(hits: Iterable[Hit]) -> str:
-    """One JSON object a hit and line."""
-    return "".join(json_text(asdict(hit)) + "\n" for hit in hits)
+def json_lines(hits: Iterable[Hit], units: str) -> str:
+    """One JSON object a hit and line, each with what its numbers mean."""
+    return "".join(json_text({**asdict(hit), "units": units}) + "\n" for hit in hits)
 
 
 CSV_COLUMNS = (
     "rank", "id", "influence", "nats", "exact", "percentile", "lexical", "generic_rate", "cosine",
     "relatif", "self_influence", "code_score", "code_rank", "tfidf_rank", "source", "row",
-    "document", "start", "end", "user_id", "duplicates", "near_duplicates", "near", "text",
+    "document", "start", "end", "user_id", "duplicates", "near_duplicates", "near",
+    "layer_influence", "kind_influence", "text", "units",
 )
 
 
@@ -242,8 +247,8 @@ def csv_table(result: Result) -> str:
     fields = sorted({name for hit in result for name in hit.fields})
     writer.writerow([*CSV_COLUMNS, *(_defuse(f"field:{name}") for name in fields)])
     for rank, hit in enumerate(result.hits, 1):
-        content = {**asdict(hit), "rank": rank}
-        for name in ("duplicates", "near_duplicates"):
+        content = {**asdict(hit), "rank": rank, "units": result.units}
+        for name in ("duplicates", "near_duplicates", "layer_influence"):
             content[name] = " ".join(map(str, content[name]))
         own = [_plain(hit.fields.get(name)) for name in fields]
         writer.writerow([_defuse(value) for value in

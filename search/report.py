@@ -6,7 +6,6 @@ allows nothing but its style sheet, named by digest.
 """
 
 from collections.abc import Callable
-from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -14,12 +13,13 @@ from markupsafe import Markup
 
 import gradindex
 from gradindex.background import ONE_IN
+from gradindex.manifest import model_name
 from gradindex.modules import Module
 from gradindex.results import UNITS, Query
 from gradindex.terminal import visible, visible_lines
 from gradindex.vectors import code_bytes
-from search import html, plots
-from search.survey import FENCE, TOP, Asked, Kept, Source, Survey
+from search import cards, html, plots
+from search.survey import FENCE, TOP, Kept, QuerySurvey, Source, Survey
 from search.tail import DRAWS, FEWEST, REJECTED
 
 STYLES = ("plots.css", "report.css")
@@ -35,15 +35,14 @@ SHOWN = 220  # letters of a query's prompt, and of its completion
 def render(found: Survey) -> str:
     """The page."""
     environment = html.environment(
-        line=visible, lines=visible_lines, whole=_whole, number=_number, percent=_percent,
+        line=visible, lines=visible_lines, whole=_whole, number=cards.unsigned, percent=_percent,
         short=plots.short)
     style = "".join(map(html.asset, STYLES))
     return environment.get_template("report.html").render(
         found=found, manifest=found.manifest, version=gradindex.__version__,
         style=Markup(style),  # ours; escaping it would change what the digest is of
-        policy=f"default-src 'none'; style-src 'sha256-{html.digest(style)}'; base-uri 'none'; "
-               "form-action 'none'",
-        units=UNITS.format(how="exact"), model=_model_name(found),
+        policy=html.policy(style),
+        units=UNITS.format(how="exact"), model=model_name(found.manifest),
         code_bytes=code_bytes(found.manifest.code["length"]),
         limits={"bars": MOST_BARS, "tails": MOST_TAILS, "rows": MOST_ROWS, "top": TOP,
                 "generic": 1 / ONE_IN, "fewest": FEWEST, "rejected": REJECTED, "draws": DRAWS,
@@ -192,7 +191,7 @@ def _within(module: Module) -> str:
 KINDS = {"mlp": "MLP", "attention": "attention", "adapter": "adapter"}
 
 
-def _tail_plot(number: int, one: Asked) -> tuple[int, Markup]:
+def _tail_plot(number: int, one: QuerySurvey) -> tuple[int, Markup]:
     law = None if one.tail is None else plots.Law(
         one.tail.x_min, one.tail.alpha, one.tail.points / one.tail.total)
     return number, _svg(plots.tail(one.values, law, f"Positive influence on query {number}",
@@ -200,14 +199,6 @@ def _tail_plot(number: int, one: Asked) -> tuple[int, Markup]:
 
 
 # ---- words
-
-
-def _model_name(found: Survey) -> str:
-    """The hub's name, or a folder's own name without where it was."""
-    name = str(found.manifest.model["name"])
-    revision = found.manifest.model["revision"]
-    short = PurePath(name).name if name.startswith(("/", ".", "~")) else name
-    return short if revision is None else f"{short} @ {revision[:12]}"
 
 
 def _query(query: Query) -> dict[str, Any]:
@@ -225,11 +216,6 @@ def _query(query: Query) -> dict[str, Any]:
 
 def _whole(value: float) -> str:
     return f"{value:,.0f}"
-
-
-def _number(value: float) -> str:
-    """Three digits, or all before the point."""
-    return f"{value:.3g}" if abs(value) < 999.5 else f"{value:,.0f}"
 
 
 def _percent(value: float) -> str:

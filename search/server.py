@@ -9,16 +9,13 @@ import copy
 import json
 import logging
 import secrets
-import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import asdict
 from typing import Any
 from urllib.parse import parse_qsl, quote
 
-import h11
 import pydantic
-import uvicorn
 from markupsafe import Markup
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -31,20 +28,20 @@ from starlette.responses import (
     StreamingResponse,
 )
 from starlette.routing import Route
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from gradindex import text
 from gradindex.errors import GradindexError, InputError
+from gradindex.manifest import model_name
 from gradindex.results import Comparison, Result
 from gradindex.terminal import visible
 from search import cards, html, plots, render
 from search.asked import Asked
 from search.controls import settle
 from search.engine import Searcher
-from search.guard import HEADERS, Guard
+from search.guard import Guard
 from search.jobs import BusyError, Job, Jobs
 from search.schema import openapi
-from search.tail import Tail
+from search.tail import Tail, upper_tail
 
 EXAMPLES = 3
 HEARTBEAT = 10.0  # seconds between signs of life to who follows a search
@@ -59,13 +56,13 @@ _LOG = logging.getLogger("gradindex")
 class Site:
     """The routes. `jobs` runs the searches; what is said of the index is read once."""
 
-    def __init__(self, searcher: Searcher, jobs: Jobs):
+    def __init__(self, searcher: Searcher, jobs: Jobs, shared: bool):
         self.searcher, self.jobs = searcher, jobs
         index = searcher.index
+        name = "/".join(index.path.resolve().parts[-2:])
         self.about = {
-            "name": "/".join(index.path.resolve().parts[-2:]), "path": str(index.path),
-            "sequences": len(searcher),
-            "model": searcher.manifest.model["name"].rstrip("/").rpartition("/")[2],
+            "name": name, "path": name if shared else str(index.path), "sequences": len(searcher),
+            "model": model_name(searcher.manifest), "train_sequences": jobs.train_sequences,
             "damping": f"{searcher.manifest.damping:g}",
             "fields": ["document", "source", *searcher.manifest.plan["keep_fields"]],
             "warning": str(index.coverage) if index.coverage.damaged else "",
@@ -121,6 +118,8 @@ class Site:
             error, status = str(problem), 422
         except BusyError as problem:
             error, status = str(problem), 503
+        if job is not None and job.state == "failed":
+            status = job.error_status
         # a copy, for the worker goes on while the page is filled
         content = await asyncio.to_thread(self._page, asked, copy.copy(job), error, held)
         return HTMLResponse(content, status, _retry(status))
@@ -135,6 +134,9 @@ class Site:
         return self.jobs.ask(asked)
 
     def _check(self, asked: Asked) -> None:
+        if asked.compare and (asked.versus or not asked.rescore):
+            raise InputError("a comparison is of two completions, scored exactly: it can't go with "
+                             "versus or rescore=false.")
         settle(asked.controls(), self.searcher.manifest)
         for query in asked.queries():
             if query["completion"] is not None:  # a continuation needs the model: later
@@ -155,19 +157,18 @@ class Site:
 
     def _content(self, asked: Asked, job: Job | None) -> dict[str, Any]:
         """What a search page shows of a job."""
-        found = None if job is None else job.result or job.provisional
+        found = None if job is None else \
+            job.provisional if job.result is None else job.result
         content: dict[str, Any] = {
             "about": self.about, "examples": self.examples, "result": None, "comparison": None,
             "advanced": bool(asked.given().keys()
                              - {"prompt", "completion", "score_on", "opponents", "k"}),
-            "scale": 1.0, "step": 0, "tail": None, "scatter": None, "pairs": [],
+            "scale": 1.0, "tail": None, "scatter": None, "pairs": [],
         }
-        if job is not None and job.stage:
-            content["step"] = {"gradient": 1, "approximate": 2, "exact": 2}.get(job.stage, 3)
         if isinstance(found, Comparison):
             content["comparison"] = found
             content["scale"] = cards.strongest([hit for one in found.results for hit in one])
-            content["pairs"] = pairs = sorted(html.pairs(found), key=lambda one: one[2] - one[1])
+            content["pairs"] = pairs = found.pairs()
             content["scatter"] = Markup(plots.scatter(
                 [a for _, a, _ in pairs], [b for _, _, b in pairs],
                 "Influence on A and on B", "on A", "on B"))
@@ -293,11 +294,11 @@ class Site:
 
 def _tail(result: Result, tail: Tail | None) -> dict[str, Any] | None:
     """The plot of a result's exact scores, and what it shows."""
-    values = cards.upper_tail(result)
+    values = upper_tail(result)
     if len(values) < 2:
         return None
     law = None if tail is None else plots.Law(tail.x_min, tail.alpha, tail.points / tail.total)
-    side = "negative" if result.opponents else "positive"
+    side, label = ("negative", "−influence") if result.opponents else ("positive", "influence")
     said = (f"The {len(values):,} exact scores that are {side}, of the {result.rescored:,} "
             "sequences that were rescored; no approximate score is in it.")
     if tail is not None:
@@ -305,7 +306,7 @@ def _tail(result: Result, tail: Tail | None) -> dict[str, Any] | None:
         said += (f" The line is a power law fitted by maximum likelihood to the largest "
                  f"{tail.points:,}: density exponent α = {tail.alpha:.2f} ± {tail.error:.2f} from "
                  f"{plots.short(tail.x_min)} on; it {verdict} (p = {tail.p:.2f}).")
-    return {"svg": Markup(plots.tail(values, law, "Tail of the exact scores", "influence")),
+    return {"svg": Markup(plots.tail(values, law, f"Tail of the exact {side} scores", label)),
             "said": said}
 
 
@@ -367,7 +368,7 @@ async def _wait(job: Job, seconds: float) -> None:
     changed, forget = _listen(job)
     try:
         async with asyncio.timeout(seconds):
-            while not (job.ended or job.provisional):
+            while not (job.ended or job.provisional is not None):
                 await changed.wait()
                 changed.clear()
     except TimeoutError:
@@ -397,7 +398,8 @@ async def _follow(job: Job) -> AsyncIterator[bytes]:
             ended, found = job.ended, job.found[sent:]
             sent += len(found)
             content = {
-                "state": job.state, "stage": job.stage, "done": job.done, "total": job.total,
+                "state": job.state, "stage": job.stage, "step": job.step, "done": job.done,
+                "total": job.total,
                 "found": dict(found), "hits": job.provisional is not None,
                 "seconds_left": job.seconds_left}
             yield f"event: stage\ndata: {json.dumps(content)}\n\n".encode()
@@ -427,7 +429,7 @@ def _problem(status: int, message: str) -> JSONResponse:
 
 def application(searcher: Searcher, jobs: Jobs, guard: dict[str, Any]) -> Guard:
     """The ASGI application: the site behind its guard."""
-    site = Site(searcher, jobs)
+    site = Site(searcher, jobs, shared=guard["token"] is not None)
 
     async def failed(request: Request, error: Exception) -> Response:
         path = request.scope["path"]
@@ -461,111 +463,3 @@ def application(searcher: Searcher, jobs: Jobs, guard: dict[str, Any]) -> Guard:
     app = Starlette(routes=site.routes(), exception_handlers=handlers)
     app.router.redirect_slashes = False
     return Guard(app, **guard)
-
-
-# ---- serving
-
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-PORTS = range(8765, 8785)  # tried in order where none was asked for
-SHORTEST_TOKEN = 22  # characters, for 128 bits
-FEWEST_LETTERS = 8  # different ones; so many random digits or letters have more
-SLOWEST_REQUEST = 15.0  # seconds; a connection without a whole request ends before twice this
-MOST_CONNECTIONS = 512  # half of the usual limit on open files
-
-
-def names(host: str, port: int, others: Iterable[str] = ()) -> set[str]:
-    """The values of Host by which a server on that address is asked for."""
-    own = {"127.0.0.1", "localhost", "[::1]"} if host in LOOPBACK else \
-        {bracketed(host), socket.gethostname(), socket.getfqdn()}
-    if port in (80, 443):  # which browsers leave out
-        own |= {f"{name}:{port}" for name in own}
-    else:
-        own = {f"{name}:{port}" for name in own}
-    return own | set(others) | {f"{name}:{port}" for name in others if ":" not in name}
-
-
-def listen(host: str, port: int | None) -> socket.socket:
-    """A socket that listens. Raises InputError where the address or the port can't be had."""
-    problem: OSError | None = None
-    for one in PORTS if port is None else [port]:
-        try:
-            family = socket.getaddrinfo(host, one, type=socket.SOCK_STREAM)[0][0]
-            return socket.create_server((host, one), family=family)
-        except OSError as error:
-            problem = error
-    asked = f"ports {PORTS[0]} to {PORTS[-1]}" if port is None else f"--port {port}"
-    raise InputError(f"{host}, {asked}: {problem}. Give another --port or --host.")
-
-
-def token_for(host: str, given: str | None) -> str | None:
-    """The token to ask for: none on the loopback, else the given one or a new one.
-
-    Raises InputError for one that can be guessed.
-    """
-    if given is not None and (len(given) < SHORTEST_TOKEN or len(set(given)) < FEWEST_LETTERS):
-        raise InputError(
-            f"GRADINDEX_TOKEN has {len(given)} characters, {len(set(given))} different ones; "
-            f"expected at least {SHORTEST_TOKEN} random ones, such as `openssl rand -base64 24` "
-            "gives.")
-    return given if given is not None or host in LOOPBACK else secrets.token_urlsafe(24)
-
-
-def server(
-    searcher: Searcher, hosts: set[str], token: str | None, train_sequences: int | None = None
-) -> uvicorn.Server:
-    """A server to `run`; `token` is asked of everybody, if it isn't None."""
-    jobs = Jobs(searcher, train_sequences)
-    site = application(searcher, jobs, {"hosts": hosts, "token": token})
-    jobs.start()
-    return uvicorn.Server(configuration(site))
-
-
-class Connection(H11Protocol):
-    """uvicorn's connection, which by itself waits for ever for a request's head."""
-
-    patience = SLOWEST_REQUEST
-
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        if len(self.connections) > MOST_CONNECTIONS:
-            transport.abort()
-        self._look(None)
-
-    def _look(self, before: Any) -> None:
-        """Close where no request has begun, or none has become whole, since the look before."""
-        if self.transport.is_closing():
-            return
-        now = (self.cycle, self.conn.their_state)
-        if now == before and now[1] in (h11.IDLE, h11.SEND_BODY):
-            self.transport.abort()
-        else:
-            self.loop.call_later(self.patience, self._look, now)
-
-    def send_400_response(self, msg: str) -> None:
-        """uvicorn's answer to what is not HTTP, with our headers."""
-        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
-            self.transport.close()
-            return
-        body = json.dumps({"error": "That is not a request of HTTP."}).encode()
-        for event in (
-            h11.Response(status_code=400, headers=[
-                (b"content-type", b"application/json"),
-                (b"content-length", str(len(body)).encode()), (b"connection", b"close"), *HEADERS,
-            ]), h11.Data(data=body), h11.EndOfMessage(),
-        ):
-            self.transport.write(self.conn.send(event))
-        self.transport.close()
-
-
-def configuration(site: Guard, connection: type[Connection] = Connection) -> uvicorn.Config:
-    """How uvicorn serves the site: it says nothing of itself, and believes no proxy."""
-    return uvicorn.Config(
-        site, http=connection, log_level="warning", lifespan="off", ws="none", server_header=False,
-        date_header=False, timeout_keep_alive=15, access_log=False, proxy_headers=False,
-        timeout_graceful_shutdown=2, h11_max_incomplete_event_size=1 << 16)
-
-
-def bracketed(host: str) -> str:
-    """An address as URLs have it."""
-    return f"[{host}]" if ":" in host else host

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from gradindex import background, text
+from gradindex import text
+from gradindex.background import ONE_IN
 from gradindex.errors import InputError
 from gradindex.influence import Preconditioned
 from gradindex.manifest import Manifest
@@ -110,7 +111,7 @@ class Sizes:
 
 
 @dataclass
-class Asked:
+class QuerySurvey:
     """A query and its exact scores.
 
     `others` is how many sequences there are but for the query's own; `values` [n] are the influence
@@ -151,7 +152,7 @@ class Survey:
     scored: int
     rank: int | None
     groups: list[tuple[int, str]]
-    asked: list[Asked]
+    asked: list[QuerySurvey]
     generic: list[tuple[Listed, float]] | None = None
 
     def shares(self, what: str) -> np.ndarray:
@@ -416,7 +417,7 @@ class Scores:
                     progress.say_expected(progress.seconds_each() * (len(self.places) - done))
         progress.finish()
 
-    def asked(self, number: int, target: Target) -> Asked:
+    def asked(self, number: int, target: Target) -> QuerySurvey:
         """What is said of a query."""
         allowed, place = self.allowed[number], self.own[number]
         certain = np.isin(self.places, self.top[number])
@@ -436,7 +437,7 @@ class Scores:
             interval = half_interval(values[known], weights[known], certain[known])
         else:
             known = drawn
-        return Asked(
+        return QuerySurvey(
             query=target.query,
             own=None if place is None else int(self.index.contents.ids[place]), others=others,
             values=different, tail=fit_tail(different), half=half(values[known], weights[known]),
@@ -456,7 +457,7 @@ def most_generic(index: OpenIndex) -> list[tuple[Listed, float]] | None:
     first = index.contents.first_equal == np.arange(len(index))
     upper = np.where(first & ~np.isnan(rates[0]), rates[0], 0.0)
     places = [int(place) for place in np.argsort(-upper, kind="stable")[:LISTED]
-              if upper[place] > 1 / background.ONE_IN]
+              if upper[place] > 1 / ONE_IN]
     return [(one, float(upper[place])) for one, place in
             zip(listed(index, places), places, strict=True)]
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gradindex.results import Result
+
 FEWEST = 50  # values in a tail: below, the estimate of α is biased (Clauset et al., section 3.5)
 LARGEST = 10_000  # values looked at
 CANDIDATES = 48  # values of x_min tried
@@ -38,6 +40,12 @@ class Tail:
     @property
     def rejected(self) -> bool:
         return self.p <= REJECTED
+
+
+def upper_tail(result: Result) -> np.ndarray:
+    """The exact scores of the side that a search was for, made positive: float64 [n]."""
+    scores = np.array(result.exact_influence) * (-1 if result.opponents else 1)
+    return scores[scores > 0]
 
 
 def fit_tail(values: np.ndarray, draws: int = DRAWS, seed: int = 0) -> Tail | None:

@@ -16,7 +16,7 @@ DOORS = {
     "transformers": {"gradindex/model.py"}, "lmdb": {"gradindex/records.py"},
     "faiss": {"gradindex/vectors.py"}, "safetensors": {"gradindex/curvature.py"},
     "pyarrow": {"indexer/sources.py", "search/render.py"}, "jinja2": {"search/html.py"},
-    "starlette": {"search/server.py", "search/guard.py"}, "uvicorn": {"search/server.py"},
+    "starlette": {"search/server.py", "search/guard.py"}, "uvicorn": {"search/serving.py"},
     "scipy": {"gradindex/tfidf.py", "indexer/fit.py"}, "sklearn": {"search/evaluate.py"},
     "matplotlib": {"search/evaluate.py"}, "peft": set(),
     "tqdm": {"gradindex/progress.py"},

@@ -11,7 +11,7 @@ from conftest import SMALL, small_documents
 
 import gradindex
 from gradindex.results import Result
-from search import html, server
+from search import html, serving
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install "
@@ -42,13 +42,13 @@ def address(model_folder, tmp_path_factory):
     gradindex.build(model_folder, data, out=folder / "an.index",
                     **{**SMALL, "seq_len": 60, "batch_tokens": 240, "modules": "all"})
     searcher = gradindex.open(folder / "an.index")
-    listening = server.listen("127.0.0.1", None)
+    listening = serving.listen("127.0.0.1", None)
     port = listening.getsockname()[1]
-    serving = server.server(searcher, server.names("127.0.0.1", port), None)
-    thread = threading.Thread(target=serving.run, kwargs={"sockets": [listening]}, daemon=True)
+    running = serving.server(searcher, serving.names("127.0.0.1", port), None)
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     yield f"http://127.0.0.1:{port}"
-    serving.should_exit = True
+    running.should_exit = True
     thread.join(10)
 
 

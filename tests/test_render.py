@@ -120,7 +120,7 @@ def test_shares_of_kinds(index_folder, model_folder, data_file, tmp_path):
     assert sum(hit.kind_influence.values()) == pytest.approx(hit.influence, rel=1e-5)
     total = sum(map(abs, sums.values()))
     assert cards.kind_shares(hit) == pytest.approx(
-        {kind: abs(value) / total for kind, value in sums.items()})
+        {kind: value / total for kind, value in sums.items()})
 
 
 def test_layer_strip_and_map(result):
@@ -137,7 +137,9 @@ def test_layer_strip_and_map(result):
 
 def test_the_units_and_the_sign_are_said_everywhere(result):
     for shown in (render.terminal(result), result._repr_html_(), html.document(result),
-                  result.to_json()):
+                  result.to_json(), render.csv_table(result),
+                  *render.json_lines(result.hits, result.units).splitlines(),
+                  render.parquet(result).decode("utf-8", "ignore")):
         together = " ".join(shown.split())
         assert "positive means that one more copy of the sequence would make" in together
 
@@ -196,6 +198,8 @@ def test_several_results_in_a_file(index, result, tmp_path):
     path.write_text(json.dumps({"asked": "x", **result.to_dict()}) + "\n" + other.to_json() + "\n")
     with pytest.raises(gradindex.InputError, match="holds 2 results"):
         render.read(path)
+    (tmp_path / "pretty.json").write_text(json.dumps(json.loads(result.to_json()), indent=2))
+    assert render.read(tmp_path / "pretty.json") == result
     assert render.read(path, 1) == result and render.read(path, 2) == other
     with pytest.raises(gradindex.InputError, match="--query 3"):
         render.read(path, 3)
@@ -244,6 +248,26 @@ def test_a_search_as_address_command_and_python(index, index_folder):
     assert [hit["id"] for hit in json.loads(done.stdout)["hits"]] == [hit.id for hit in expected]
 
 
+@pytest.mark.parametrize("text", [
+    "plain", "two\nlines", "it's \\ back", "zero\u200dwidth and 'quotes' \\n", "\x1b[2J", "@file",
+    "@@file", "$HOME `x` \"y\"", "\U000e0001 end"])
+def test_a_shell_reads_what_was_quoted(text):
+    """The argument as bash hands it on, and as the command then takes it."""
+    import subprocess
+
+    from search.cli import _text
+
+    command = Asked(prompt=text, completion=" x").command("an index")
+    shown = subprocess.run(["bash", "-c", command.replace("gradindex", "printf '%s\\0'", 1)],
+                           capture_output=True, check=True, env={"LC_ALL": "C.UTF-8"}).stdout
+    assert [*map(_text, shown.decode().split("\0")[3:4])] == [text]
+
+
+def test_hits_that_rose_and_fell(result):
+    hits = [replace(result[0], id=n, code_rank=rank) for n, rank in enumerate((5, 1, 9, 2))]
+    assert cards.moved(replace(result, hits=hits)) == {0: 2, 1: -1, 2: 1, 3: -2}
+
+
 def test_a_comparison(index):
     both = index.compare(QUESTION["prompt"], [QUESTION["completion"], " 5 falls."], k=4)
     alone = [index.search(QUESTION["prompt"], one, k=4)
@@ -256,6 +280,8 @@ def test_a_comparison(index):
         exact = index.rescore(QUESTION["prompt"], completion, ids=ids)
         assert [both.influence[one][place] for one in ids] == pytest.approx(
             [hit.influence for hit in exact], rel=1e-4, abs=1e-4)
+    first = [(a - b) for _, a, b in both.pairs()]
+    assert first == sorted((a - b for a, b in both.influence.values()), reverse=True)
     assert json.loads(both.to_json())["influence"] == {
         str(one): list(pair) for one, pair in both.influence.items()}
     with pytest.raises(gradindex.InputError, match="two to compare"):

@@ -324,7 +324,7 @@ def test_classes_of_the_page_have_a_style(found):
     content = render(found)
     style = Page(content).styles[0]
     used = {name for classes in re.findall(r'class="([^"]*)"', content) for name in classes.split()}
-    assert all(name == "plot" or name.startswith(("r-", "plot-")) for name in used)
+    assert all(name == "gradindex-plot" or name.startswith(("r-", "plot-")) for name in used)
     assert {name for name in used if f".{name}" not in style} <= {"plot-value", "plot-name"}
 
 

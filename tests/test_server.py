@@ -42,7 +42,7 @@ from schemathesis.specs.openapi import checks
 import gradindex
 from gradindex.errors import InputError
 from gradindex.results import Result
-from search import guard, jobs, server
+from search import guard, jobs, server, serving
 from search.engine import Searcher
 from search.schema import openapi
 
@@ -80,16 +80,16 @@ class Running:
 
     def __init__(
         self, searcher: Searcher, token: str | None = None, work: bool = True,
-        slowest_body: float = 10.0, connection: type[server.Connection] = server.Connection,
+        slowest_body: float = 10.0, connection: type[serving.Connection] = serving.Connection,
         **settings: Any,
     ):
-        listening = server.listen("127.0.0.1", 0)
+        listening = serving.listen("127.0.0.1", 0)
         self.port = listening.getsockname()[1]
         self.jobs = jobs.Jobs(searcher, **settings)
         site = server.application(searcher, self.jobs, {
-            "hosts": server.names("127.0.0.1", self.port), "token": token,
+            "hosts": serving.names("127.0.0.1", self.port), "token": token,
             "slowest_body": slowest_body})
-        self.server = uvicorn.Server(server.configuration(site, connection))
+        self.server = uvicorn.Server(serving.configuration(site, connection))
         self.thread = threading.Thread(target=self.server.run, args=([listening],))
         self.thread.start()
         if work:
@@ -320,19 +320,19 @@ def test_tokens_that_can_be_guessed_are_refused() -> None:
     for given in ("", "x", "short", "a" * 40, "passwordpasswordpassword", "0123" * 10,
                   TOKEN[:-1]):
         with pytest.raises(InputError, match=r"GRADINDEX_TOKEN has .* at least 22 random"):
-            server.token_for("127.0.0.1", given)
-    assert server.token_for("127.0.0.1", None) is None
-    assert server.token_for("0.0.0.0", TOKEN) == server.token_for("localhost", TOKEN) == TOKEN
-    made = {server.token_for("0.0.0.0", None) for _ in range(50)}
+            serving.token_for("127.0.0.1", given)
+    assert serving.token_for("127.0.0.1", None) is None
+    assert serving.token_for("0.0.0.0", TOKEN) == serving.token_for("localhost", TOKEN) == TOKEN
+    made = {serving.token_for("0.0.0.0", None) for _ in range(50)}
     assert len(made) == 50
     for one in made:  # one of ours may be given as well
-        assert one is not None and server.token_for("::", one) == one
+        assert one is not None and serving.token_for("::", one) == one
 
 
 def test_names_of_the_server() -> None:
-    assert server.names("::1", 8765) == {"127.0.0.1:8765", "localhost:8765", "[::1]:8765"}
-    assert server.names("127.0.0.1", 80) >= {"localhost", "localhost:80"}  # browsers leave it out
-    assert server.names("10.0.0.7", 9000, ["lab.example", "a.example:1"]) == {
+    assert serving.names("::1", 8765) == {"127.0.0.1:8765", "localhost:8765", "[::1]:8765"}
+    assert serving.names("127.0.0.1", 80) >= {"localhost", "localhost:80"}  # browsers leave it out
+    assert serving.names("10.0.0.7", 9000, ["lab.example", "a.example:1"]) == {
         "10.0.0.7:9000", f"{socket.gethostname()}:9000", f"{socket.getfqdn()}:9000",
         "lab.example", "lab.example:9000", "a.example:1"}
 
@@ -456,7 +456,7 @@ def test_bodies_are_cut_off_by_size_while_they_come(start: Callable[..., Running
 
 
 def test_connections_that_send_no_request_are_closed(start: Callable[..., Running]) -> None:
-    class Hasty(server.Connection):
+    class Hasty(serving.Connection):
         patience = 0.2
 
     running = start(work=False, connection=Hasty)

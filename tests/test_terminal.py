@@ -175,9 +175,10 @@ def test_json_of_a_result(result):
     written = result.to_json()
     assert_inert(written, keep="")
     assert json.loads(written) == result.to_dict()
-    lines = render.json_lines(result.hits)
+    lines = render.json_lines(result.hits, result.units)
     assert_inert(lines)
-    assert [json.loads(line) for line in lines.split("\n")[:-1]] == result.to_list()
+    assert [json.loads(line) for line in lines.split("\n")[:-1]] == [
+        {**hit, "units": result.units} for hit in result.to_list()]
 
 
 def test_csv(result):

@@ -4,10 +4,13 @@
 (() => {
   const all = (what, root = document) => [...root.querySelectorAll(what)];
   const one = (what, root = document) => root.querySelector(what);
-  const shown = (value) => {
-    const text = Math.abs(value) < 999.5 ? String(Number(value.toPrecision(3))) : Math.round(value).toLocaleString("en");
+  const shown = (value) => { // three digits, as the server writes them
+    const rounded = Number(value.toPrecision(3));
+    let text = Math.abs(value) < 999.5 ? String(rounded) : Math.round(value).toLocaleString("en");
+    if (rounded && Math.abs(rounded) < 1e-4) text = rounded.toExponential().replace(/e-(\d)$/, "e-0$1");
     return (value < 0 ? "" : "+") + text;
   };
+  const exact = new Map(); // id → influence, as a search under way tells them
 
   // ---- state that is only a view: layers, filters, the open hit; in the URL's fragment
   const state = new URLSearchParams(location.hash.slice(1));
@@ -39,8 +42,9 @@
     const list = one(".hits");
     if (!form || !list) { keep(); return; }
     const layers = (one("[data-layers]").dataset.layers || "").split(" ").filter(Boolean).map(Number);
-    const cards = all(".hit", list).map((card, rank) => ({
-      card, rank, text: card.textContent.toLowerCase(), own: Number(card.dataset.influence),
+    const cards = all(".hit", list).map((card) => ({
+      card, text: all(".text, .own, .where, .field", card).map((part) => part.textContent).join(" ").toLowerCase(),
+      own: Number(card.dataset.influence),
       layers: (card.dataset.layers || "").split(" ").filter(Boolean).map(Number),
     }));
     const fields = form.elements;
@@ -52,35 +56,39 @@
     if (state.has("fold")) fields.fold.checked = false;
     if (state.has("generic")) fields.generic.checked = true;
 
-    function apply() {
+    const end = (field, otherwise) => !field || field.value === "" ? otherwise : Number(field.value);
+    let summed = false; // some layers only are shown
+    function apply(event) {
       const wanted = fields.text.value.trim().toLowerCase();
       const source = fields.source.value;
-      const from = fields.first ? Math.max(first, Number(fields.first.value) || first) : first;
-      const to = fields.last ? Math.min(last, Number(fields.last.value) || last) : last;
+      const from = Math.max(first, end(fields.first, first));
+      const to = Math.min(last, end(fields.last, last));
       const partly = from > first || to < last;
       let visible = 0;
       for (const item of cards) {
         const card = item.card;
         item.value = partly && item.layers.length ?
           item.layers.reduce((sum, value, at) => layers[at] >= from && layers[at] <= to ? sum + value : sum, 0) : item.own;
-        if (item.layers.length || item.exact) show(item, item.value);
+        if (item.layers.length && (partly || summed)) show(item, item.value);
         const near = card.dataset.near;
         card.classList.toggle("shown", !fields.fold.checked);
         card.hidden = (wanted && !item.text.includes(wanted)) || (source && card.dataset.source !== source) ||
           (fields.generic.checked && card.dataset.generic === "1");
         if (!card.hidden && !(near && !card.matches(".shown, .unfolded"))) visible += 1;
       }
-      const sign = cards.length && cards[0].own < 0 ? -1 : 1;
+      summed = partly;
+      const sign = list.dataset.side === "opponents" ? -1 : 1;
       const order = partly ? [...cards].sort((a, b) => sign * (b.value - a.value)) : cards;
       for (const item of order) list.append(item.card);
       one(".shown", form).textContent = `${visible} of ${cards.length} hits` +
         (partly ? `; influence of layers ${from} to ${to}, exact, among these hits` : "");
+      if (!event) return; // what an address asks for stays in it, though these hits may lack it yet
       set("text", wanted); set("source", source);
       set("first", from > first ? from : ""); set("last", to < last ? to : "");
       set("fold", fields.fold.checked ? "" : "0"); set("generic", fields.generic.checked ? "1" : "");
       keep();
     }
-    const set = (name, value) => value === "" || value === undefined ? state.delete(name) : state.set(name, value);
+    const set = (name, value) => value === "" ? state.delete(name) : state.set(name, String(value));
 
     form.addEventListener("input", apply);
     form.addEventListener("submit", (event) => event.preventDefault());
@@ -90,12 +98,16 @@
       if (!card) return;
       if (one("details[open]", card)) state.set("hit", card.dataset.id);
       else if (state.get("hit") === card.dataset.id) state.delete("hit");
+      if (one(".mapped[open]", card)) state.set("map", "1"); else state.delete("map");
       keep();
     }, true);
     apply();
-    if (state.has("hit")) {
-      const card = document.getElementById("h" + state.get("hit"));
-      if (card) { toggle(card, true); card.scrollIntoView(); }
+    for (const [id, value] of exact) becomeExact(id, value);
+    const opened = document.getElementById("h" + state.get("hit"));
+    if (opened) {
+      const link = one("a.to-map", opened);
+      if (state.has("map") && link) link.click(); else toggle(opened, true);
+      opened.scrollIntoView();
     }
     all(".share pre").slice(0, 1).forEach((pre) => { pre.dataset.link = ""; pre.textContent = location.href; });
   }
@@ -106,6 +118,13 @@
     label.classList.toggle("plus", value >= 0);
     label.classList.toggle("minus", value < 0);
     one(".nats", item.card).textContent = shown(value / Number(item.card.dataset.scale)) + " nats";
+  }
+
+  function becomeExact(id, value) {
+    const card = document.getElementById("h" + id);
+    if (!card || !card.matches(".approximate")) return;
+    show({ card }, value);
+    card.classList.remove("approximate");
   }
 
   function toggle(card, open) {
@@ -157,23 +176,20 @@
     });
     events.addEventListener("stage", (event) => {
       const now = JSON.parse(event.data);
-      const names = ["gradient", "approximate", "exact"];
-      const step = now.stage ? names.indexOf(now.stage) + (now.stage === "exact" ? 0 : 1) : 0;
-      for (const item of all("[data-stage]")) {
-        const place = names.indexOf(item.dataset.stage);
-        item.className = place < step ? "past" : place === step ? "now" : "";
-      }
+      all("[data-stage]").forEach((item, place) => {
+        item.className = place < now.step ? "past" : place === now.step ? "now" : "";
+      });
       const bar = one("progress");
       if (now.total) { bar.max = now.total; bar.value = now.done; }
       if (now.total) one(".count").textContent = `${now.done.toLocaleString("en")} of ${now.total.toLocaleString("en")} exact` +
         (now.seconds_left > 1 ? `, about ${Math.ceil(now.seconds_left)} s left` : "");
-      for (const [id, value] of Object.entries(now.found)) {
-        const card = document.getElementById("h" + id);
-        if (card) { show({ card }, value); card.classList.remove("approximate"); card.dataset.influence = value; }
-      }
+      for (const [id, value] of Object.entries(now.found)) { exact.set(id, value); becomeExact(id, value); }
       if (now.hits && !hadHits) { hadHits = true; renew(false); }
     });
-    events.addEventListener("end", () => { events.close(); renew(true); });
+    events.addEventListener("end", () => { events.close(); exact.clear(); renew(true); });
+    events.addEventListener("error", () => {
+      if (events.readyState === EventSource.CLOSED) one(".count").textContent = "the server has forgotten this search: load the page again";
+    });
   }
 
   async function renew(ended) {
