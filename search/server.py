@@ -112,7 +112,7 @@ class Site:
             if asked.prompt or asked.completion:
                 held = not request.state.trusted
                 if not held:
-                    job = await self._asked(asked)
+                    job = self._shown(asked, fields) or await self._asked(asked)
                     await _wait(job, QUICK)
         except InputError as problem:
             error, status = str(problem), 422
@@ -123,6 +123,11 @@ class Site:
         # a copy, for the worker goes on while the page is filled
         content = await asyncio.to_thread(self._page, asked, copy.copy(job), error, held)
         return HTMLResponse(content, status, _retry(status))
+
+    def _shown(self, asked: Asked, fields: list[tuple[str, str]]) -> Job | None:
+        """The job that a page shows already and names, though others wouldn't get it: stopped."""
+        job = self.jobs.get(next((value for name, value in fields if name == "job"), ""))
+        return job if job is not None and job.asked == asked else None
 
     def _page(self, asked: Asked, job: Job | None, error: str, held: bool) -> str:
         return html.fill("search.html", **self._content(asked, job), asked=asked, error=error,
@@ -318,7 +323,7 @@ def _from_form(fields: list[tuple[str, str]]) -> Asked:
     for name, value in fields:
         # browsers send a text area's lines with \r\n
         value = value.replace("\r\n", "\n")
-        if value and name not in ("score", "scored_of"):
+        if value and name not in ("score", "scored_of", "job"):
             number = _number(value) if name == "shortlist" else None
             content[name] = value if number is None else number
     if scored_of is not None and scored_of.replace("\r\n", "\n") == content.get("completion"):

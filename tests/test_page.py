@@ -137,8 +137,9 @@ def test_a_search_from_typing_to_exact_results(visit):
         [hit.influence for hit in result]
     assert not page.locator(".approximate").count()
     first = result[0]
-    assert text_of(cards.first) == "".join(
-        html.visible_lines(token) for token in first.tokens) or len(first.tokens) > 48
+    start, end = html.cards.window(first)
+    assert text_of(cards.first) == "…" * (start > 0) + html.visible_lines(
+        "".join(first.tokens[start:end])) + "…" * (end < len(first.tokens))
     tinted = cards.first.locator(".text").first.locator("span[title]")
     strongest = max(range(len(first.tokens)), key=lambda place: abs(first.token_influence[place]))
     assert html.cards.number(first.token_influence[strongest]) in [
@@ -162,8 +163,7 @@ def test_layers_are_summed_again_and_kept_in_the_address(visit):
         layers = [float(one) for one in cards.nth(rank).get_attribute("data-layers").split()]
         value = sum(layers[1:])
         shown.append(value)
-        assert cards.nth(rank).locator(".influence").inner_text() == html.cards.number(value) or \
-            abs(value) < 1
+        assert cards.nth(rank).locator(".influence").inner_text() == html.cards.number(value)
     assert shown == sorted(shown, reverse=True)
     assert "layers 1 to 1" in page.inner_text(".filters .shown") and page.url.endswith("#first=1")
     order = [cards.nth(rank).get_attribute("data-id") for rank in range(cards.count())]
@@ -171,6 +171,25 @@ def test_layers_are_summed_again_and_kept_in_the_address(visit):
     visit.wait()
     page.wait_for_function("document.querySelector('.filters .shown').textContent !== ''")
     assert [cards.nth(rank).get_attribute("data-id") for rank in range(cards.count())] == order
+
+
+def test_a_shared_link_opens_where_nobody_asked_before(visit):
+    """Its layers, and its opened map, are kept while the search is under way; layer 0 is one."""
+    page = visit.page
+    link = visit.address + "/search?" + urllib.parse.urlencode(
+        {"prompt": "The quince number", "completion": " 7 grows", "k": "9"})
+    page.goto(link + "#last=0")
+    visit.wait()
+    page.wait_for_function("document.querySelector('.filters .shown').textContent.includes('layers')")
+    assert "layers 0 to 0" in page.inner_text(".filters .shown") and page.url.endswith("#last=0")
+    cards = page.locator(".hit")
+    shown = [float(one.get_attribute("data-layers").split()[0]) for one in cards.all()]
+    assert shown == sorted(shown, reverse=True) and len(shown) == 9
+    first = visit.result()[3].id
+    page.goto(visit.address)
+    page.goto(f"{link}&opponents=false#hit={first}&map=1")
+    visit.wait()
+    page.wait_for_selector(f"#h{first} .map")
 
 
 def test_filters_folding_and_keys(visit):
@@ -257,7 +276,7 @@ def test_totals_by_field(visit):
         group, cells = result.groups[place], rows.nth(place).locator("td")
         assert cells.nth(0).inner_text() == html.visible_lines(group.value)
         assert cells.nth(1).inner_text() == html.cards.number(group.influence)
-        assert cells.nth(2).inner_text() == html.cards.number(group.standard_error)[1:]
+        assert cells.nth(2).inner_text() == html.cards.unsigned(group.standard_error)
         assert cells.nth(5).inner_text().split() == [str(one) for one in group.hits[:8]] + \
             ["…"] * (len(group.hits) > 8)
 

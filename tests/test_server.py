@@ -705,6 +705,14 @@ def test_stop_concludes_from_what_is_exact(
         assert 0 <= result["recall"]["estimate"] < 1
         assert any(warning.startswith("interrupted: ") for warning in result["warnings"])
         assert all(hit["exact"] for hit in result["hits"])
+    # who stopped it may look again; who asks anew gets all of it
+    address = found.get("results", [found]) and job.asked.url()
+    own = {"Sec-Fetch-Site": "same-origin"}
+    assert "interrupted: " in running.ask("GET", f"{address}&job={job.id}", headers=own).text
+    running.ask("POST", "/api/search", body={**QUERY, "k": 2, **more})
+    again = running.wait(asked["id"]).json
+    for result in again.get("results", [again]):
+        assert not result["interrupted"] and result["recall"]["estimate"] == 1
 
 
 # ---- what goes wrong

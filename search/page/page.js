@@ -194,7 +194,7 @@
 
   async function renew(ended) {
     try {
-      const page = await fetchPage(location.pathname + location.search);
+      const page = await fetchPage(`${location.pathname}${location.search}&job=${one("main").dataset.job}`);
       const answer = one("#answer", page);
       const there = one("#answer");
       if (!answer || !there) { location.reload(); return; }
