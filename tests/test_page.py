@@ -180,7 +180,7 @@ def test_a_shared_link_opens_where_nobody_asked_before(visit):
         {"prompt": "The quince number", "completion": " 7 grows", "k": "9"})
     page.goto(link + "#last=0")
     visit.wait()
-    page.wait_for_function("document.querySelector('.filters .shown').textContent.includes('layers')")
+    page.wait_for_selector(".filters .shown:has-text('layers')")
     assert "layers 0 to 0" in page.inner_text(".filters .shown") and page.url.endswith("#last=0")
     cards = page.locator(".hit")
     shown = [float(one.get_attribute("data-layers").split()[0]) for one in cards.all()]
