@@ -25,7 +25,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 KINDS = {"page": 0.4, "tokens": 0.15, "events": 0.2, "search": 0.2, "sequence": 0.05}
-SHORTLIST = 200
+SHORTLIST = 100
 FILLED = 50  # searches before the measurement, more than are kept
 PAUSE = 0.02  # seconds between two health checks
 
@@ -39,7 +39,7 @@ def main() -> None:
     asked = flags.parse_args()
     server = subprocess.Popen(
         [sys.executable, "-m", "gradindex.cli", "view", str(asked.index), "--no-open"],
-        stderr=subprocess.PIPE, text=True)
+        stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_WAIT_POLICY": "passive"})
     try:
         assert server.stderr is not None
         port = next(int(found[1]) for line in server.stderr

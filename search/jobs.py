@@ -7,6 +7,7 @@ why.
 """
 
 import contextlib
+import gc
 import logging
 import queue
 import re
@@ -162,6 +163,8 @@ class Jobs:
         while True:
             try:
                 self.searcher.index.load()
+                gc.collect()
+                gc.freeze()  # what stays for good would stop every thread for 0.3 s now and then
                 self.problem = ""
                 self.ready.set()
                 return

@@ -11,7 +11,9 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 from urllib.parse import parse_qsl, quote
 
@@ -58,6 +60,7 @@ class Site:
 
     def __init__(self, searcher: Searcher, jobs: Jobs, shared: bool):
         self.searcher, self.jobs = searcher, jobs
+        self._thread = ThreadPoolExecutor(1, "page")
         index = searcher.index
         name = "/".join(index.path.resolve().parts[-2:])
         self.about = {
@@ -99,6 +102,12 @@ class Site:
                 found.append(Asked(prompt=prompt, completion=completion))
         return found[:EXAMPLES]
 
+    async def _aside(self, function: Callable[..., Any], *given: Any, **named: Any) -> Any:
+        """What a function returns that would hold up other requests; they run one after another,
+        for each further thread would make the server wait longer for its turn."""
+        return await asyncio.get_running_loop().run_in_executor(
+            self._thread, partial(function, *given, **named))
+
     # ---- pages
 
     async def page(self, request: Request) -> Response:
@@ -121,7 +130,7 @@ class Site:
         if job is not None and job.state == "failed":
             status = job.error_status
         # a copy, for the worker goes on while the page is filled
-        content = await asyncio.to_thread(self._page, asked, copy.copy(job), error, held)
+        content = await self._aside(self._page, asked, copy.copy(job), error, held)
         return HTMLResponse(content, status, _retry(status))
 
     def _shown(self, asked: Asked, fields: list[tuple[str, str]]) -> Job | None:
@@ -135,7 +144,7 @@ class Site:
 
     async def _asked(self, asked: Asked) -> Job:
         """The job of a search, after what can be checked at once. Raises InputError, BusyError."""
-        await asyncio.to_thread(self._check, asked)
+        await self._aside(self._check, asked)
         return self.jobs.ask(asked)
 
     def _check(self, asked: Asked) -> None:
@@ -190,7 +199,7 @@ class Site:
             (one for one in result if one.id == number), None)
         if hit is None or not hit.token_layer_influence:
             raise HTTPException(404, "There is no such map. Search again, and open it from there.")
-        return HTMLResponse(await asyncio.to_thread(
+        return HTMLResponse(await self._aside(
             html.fill, "map.html", hit=hit, result=result, about=self.about,
             back=job.asked.url() + f"#hit={hit.id}"))
 
@@ -210,9 +219,9 @@ class Site:
         if isinstance(result, Comparison):
             if form != "json":
                 raise HTTPException(404, "A comparison can be downloaded as JSON only.")
-            content = (await asyncio.to_thread(result.to_json)).encode()
+            content = (await self._aside(result.to_json)).encode()
         else:
-            content = await asyncio.to_thread(render.render, result, form)
+            content = await self._aside(render.render, result, form)
         return Response(content, media_type=TYPES[form], headers={
             "Content-Disposition": f'attachment; filename="gradindex-{quote(name)}.{form}"'})
 
@@ -243,7 +252,7 @@ class Site:
         if body.keys() - {"prompt", "completion"}:
             raise InputError("expected prompt and completion, and nothing else.")
         asked = Asked.model_validate(body, strict=True)
-        found = await asyncio.to_thread(self._tokens_of, asked)
+        found = await self._aside(self._tokens_of, asked)
         return JSONResponse({"tokens": [piece for piece, _ in found]})
 
     async def result(self, request: Request) -> Response:
@@ -253,7 +262,7 @@ class Site:
             return _problem(job.error_status, job.error)
         if job.result is None:
             return JSONResponse(_state(job), status_code=202)
-        content = await asyncio.to_thread(job.result.to_json)
+        content = await self._aside(job.result.to_json)
         return Response(content, media_type="application/json")
 
     async def stop(self, request: Request) -> Response:
@@ -278,7 +287,7 @@ class Site:
         except InputError as error:
             raise HTTPException(404, str(error) if number is not None else
                                 f"no sequence has the id {given!r:.40}.") from None
-        return JSONResponse(await asyncio.to_thread(self._sequence, place))
+        return JSONResponse(await self._aside(self._sequence, place))
 
     def _sequence(self, place: int) -> dict[str, Any]:
         record, = self.searcher.index.records([place])
