@@ -259,6 +259,8 @@ class Result:
         if found != SCHEMA:
             raise ValueError(f"it has schema {str(found)[:20]}, this gradindex reads {SCHEMA}; "
                              "search again.")
+        if "results" in content:
+            raise ValueError("it is a comparison; expected one search's result.")
         for added in ("schema", "units", "asked"):
             content.pop(added, None)
         query = content.get("query")

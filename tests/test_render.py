@@ -176,6 +176,7 @@ def test_exact_scores_of_all_that_was_rescored(index, result):
 @pytest.mark.parametrize("change, said", [
     (lambda c: c.pop("schema"), "no schema"),
     (lambda c: c.update(schema=1), "schema 1"),
+    (lambda c: c.update(results=[]), "is a comparison"),
     (lambda c: c["hits"][0].update(influence="many"), "hits.0.influence"),
     (lambda c: c["hits"][0]["token_influence"].pop(), "don't fit"),
     (lambda c: c["query"]["labels"].pop(), "differ in number"),
