@@ -187,7 +187,7 @@ def test_a_shared_link_opens_where_nobody_asked_before(visit):
     assert shown == sorted(shown, reverse=True) and len(shown) == 9
     first = visit.result()[3].id
     page.goto(visit.address)
-    page.goto(f"{link}&opponents=false#hit={first}&map=1")
+    page.goto(f"{link}&shortlist=all#hit={first}&map=1")  # another search
     visit.wait()
     page.wait_for_selector(f"#h{first} .map")
 

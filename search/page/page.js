@@ -104,9 +104,11 @@
     apply();
     for (const [id, value] of exact) becomeExact(id, value);
     const opened = document.getElementById("h" + state.get("hit"));
-    if (opened) {
-      const link = one("a.to-map", opened);
-      if (state.has("map") && link) link.click(); else toggle(opened, true);
+    if (opened && !one(".stages")) { // once the list is settled
+      const [link, map] = [one("a.to-map", opened), one("details.mapped", opened)];
+      if (state.has("map") && link) link.click();
+      else if (state.has("map") && map) map.open = true;
+      else toggle(opened, true);
       opened.scrollIntoView();
     }
     all(".share pre").slice(0, 1).forEach((pre) => { pre.dataset.link = ""; pre.textContent = location.href; });
