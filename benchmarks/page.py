@@ -39,7 +39,7 @@ def main() -> None:
     said("gradindex --help", times, 150)
     searcher = gradindex.open(index)
     said("gradient to approximate hits", first_hits(searcher), 1000)
-    site = server.Site(searcher, Jobs(searcher))
+    site = server.Site(searcher, Jobs(searcher), shared=False)
     asked = Asked(prompt="Write a message with severity", completion=" 'ERROR' on the root logger",
                   k=HITS)
     job = Job("0" * 16, asked, "done", "result", result=heavy(searcher, asked))

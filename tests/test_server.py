@@ -692,7 +692,7 @@ def test_stop_concludes_from_what_is_exact(
     reached, go = threading.Event(), threading.Event()
 
     def hold() -> None:
-        if job.stage == "exact" and not go.is_set():
+        if job.stage == "exact" and job.done > 12 and not go.is_set():  # some of the best are there
             reached.set()
             go.wait(30)
 
@@ -704,7 +704,7 @@ def test_stop_concludes_from_what_is_exact(
     found = running.wait(asked["id"]).json
     for result in found.get("results", [found]):
         assert result["interrupted"] and result["rescored"] < result["sequences"]
-        assert 0 <= result["recall"]["estimate"] < 1
+        assert result["hits"] and 0 < result["recall"]["estimate"] < 1
         assert any(warning.startswith("interrupted: ") for warning in result["warnings"])
         assert all(hit["exact"] for hit in result["hits"])
     # who stopped it may look again; who asks anew gets all of it
