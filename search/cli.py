@@ -363,6 +363,7 @@ def view(
     Example:
       gradindex view train.index
     """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads leave pages their turn
     from search import serving
 
     train_sequences = where.pop("train_sequences")
