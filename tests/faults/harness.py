@@ -54,7 +54,8 @@ class Zygote:
     def __init__(self, model: Path):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
                        "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}",
-                       "PYTHONWARNINGS": "ignore"}
+                       "PYTHONWARNINGS": "ignore",
+                       "JE_ARROW_MALLOC_CONF": "background_thread:false"}
         self._process = subprocess.Popen(
             [sys.executable, str(HERE / "zygote.py")], stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)

@@ -1,9 +1,11 @@
 """A process that has everything imported and forks a child for every job it is told.
 
 Importing torch takes seconds; thousands of children that are to be killed can't each do it. The
-zygote never runs a thread, so forking it is safe. It reads a JSON line per job from standard input
-and answers with one: how the child ended, and what it reported. A child may be attached to strace
-before it begins, be killed after some time, or be limited in memory and file size.
+zygote runs no thread, or a child could be forked while one of them holds a lock, and wait for ever
+(tqdm's monitor and Arrow's allocator start threads unless they are told not to). It reads a JSON
+line per job from standard input and answers with one: how the child ended, and what it reported. A
+child may be attached to strace before it begins, be killed after some time, or be limited in memory
+and file size.
 """
 
 import json
@@ -22,7 +24,9 @@ from typing import Any
 def main() -> None:
     import jobs
     import torch
+    import tqdm
 
+    tqdm.tqdm.monitor_interval = 0
     torch.set_num_threads(1)
     for line in sys.stdin:
         told = json.loads(line)
@@ -34,6 +38,8 @@ def main() -> None:
 
 
 def _run(told: dict[str, Any], jobs: Any) -> dict[str, Any]:
+    threads = list(Path("/proc/self/task").iterdir())
+    assert len(threads) == 1, f"{len(threads)} threads where a child is to be forked"
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
