@@ -46,7 +46,11 @@ class Query:
     @property
     def scored(self) -> int:
         """How many tokens log p sums over (a first token is never predicted)."""
-        return sum(label != -100 for label in self.labels[1:])
+        return sum(map(self.is_scored, range(len(self.labels))))
+
+    def is_scored(self, place: int) -> bool:
+        """Whether log p counts the token at a place."""
+        return place > 0 and self.labels[place] != -100
 
     @property
     def scored_tokens(self) -> list[int]:

@@ -124,8 +124,8 @@ def _tint(shade: int) -> str:
 def query(text: Query) -> Iterator[tuple[str, bool, int]]:
     """A query's text as (piece, scored, place of the piece among the completion's tokens)."""
     place = -1
-    for at, (piece, label) in enumerate(zip(text.token_texts, text.labels, strict=True)):
-        scored = at > 0 and label != -100
+    for at, piece in enumerate(text.token_texts):
+        scored = text.is_scored(at)
         place += scored
         yield piece, scored, place
 

@@ -98,8 +98,8 @@ def _heading(result: Result, width: int) -> list[str]:
 def _query_lines(query: Query, label: str, width: int) -> list[str]:
     """The text with what is scored in ⟦brackets⟧."""
     shown, inside = "", False
-    for place, (piece, target) in enumerate(zip(query.token_texts, query.labels, strict=True)):
-        scored = place > 0 and target != -100
+    for place, piece in enumerate(query.token_texts):
+        scored = query.is_scored(place)
         shown += ("⟦" if scored else "⟧") * (scored != inside) + visible(piece)
         inside = scored
     own = " (the model's own continuation)" if query.generated else ""

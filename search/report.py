@@ -203,7 +203,7 @@ def _tail_plot(number: int, one: QuerySurvey) -> tuple[int, Markup]:
 
 def _query(query: Query) -> dict[str, Any]:
     """The end of what comes before, and the beginning of what is scored, from there on."""
-    scored = [place for place, label in enumerate(query.labels) if place and label != -100]
+    scored = list(filter(query.is_scored, range(len(query.labels))))
     first = scored[0] if scored else len(query.tokens)
     before, after = "".join(query.token_texts[:first]), "".join(query.token_texts[first:])
     return {
