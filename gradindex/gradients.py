@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gradindex.errors import InputError, ResourceError
-from gradindex.model import UNSCORED, LanguageModel, log_probability, sample_targets
+from gradindex.model import UNSCORED, LanguageModel, log_probability
 from gradindex.modules import Module
 
 Each = Callable[[Module, Tensor, Tensor], None]
@@ -191,10 +191,7 @@ def _backward(
     finally:
         for handle in handles:
             handle.remove()
-    targets = batch.targets
-    if uniforms is not None:
-        targets = sample_targets(logits, uniforms, targets != UNSCORED)
-    log_p, gradient = log_probability(logits, targets)
+    log_p, gradient = log_probability(logits, batch.targets, uniforms)
     logits.backward(gradient)
     if inputs:
         missing = ", ".join(sorted(inputs)[:3])

@@ -33,6 +33,8 @@ from gradindex.loading import DTYPES, device_called, dtype_called, readable_erro
 from gradindex.modules import Module, choose_modules
 
 UNSCORED = -100  # a position whose next token is not scored, as in transformers
+CACHED_LOGITS = 1 << 20  # logits turned into probabilities at a time: they stay in a CPU's cache
+RUN = 64  # labels that are summed up before one of them is drawn
 
 
 @dataclass
@@ -298,36 +300,61 @@ def parameter_share(network: nn.Module, modules: list[Module]) -> float:
 # ---- logits → log p ----------------------------------------------------------------------------
 
 
-def log_probability(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def log_probability(
+    logits: Tensor, targets: Tensor, uniforms: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """log p of the targets and its gradient with respect to the logits.
 
-    logits [b, t, v]; targets [b, t], the token to predict at each position or UNSCORED.
+    logits [b, t, v]; targets [b, t], the token to predict at each position or UNSCORED. With
+    `uniforms` [b, t] in [0, 1), a label drawn from the model takes the place of each target.
     Returns log p per position [b, t] in nats (0 where unscored; float32 or better) and
     ∂(Σ log p)/∂logits = onehot(target) − softmax(logits), zero where unscored, [b, t, v].
     """
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    log_p = torch.log_softmax(logits.detach().to(wide), dim=-1)
-    scored = targets != UNSCORED
-    index = targets.clamp(min=0).unsqueeze(-1)
-    token_log_p = log_p.gather(-1, index).squeeze(-1).masked_fill(~scored, 0)
-    gradient = log_p.exp_().neg_()
-    gradient.scatter_add_(-1, index, torch.ones_like(index, dtype=wide))
-    gradient.masked_fill_(~scored.unsqueeze(-1), 0)
-    return token_log_p, gradient.to(logits.dtype)
+    flat, flat_targets = logits.detach().flatten(0, 1), targets.flatten()
+    gradient = torch.empty_like(flat)
+    token_log_p = torch.zeros(flat_targets.shape, dtype=wide, device=flat.device)
+    rows = max(1, CACHED_LOGITS // flat.shape[1])
+    for here in map(slice, range(0, len(flat), rows), range(rows, len(flat) + rows, rows)):
+        log_p = torch.log_softmax(flat[here].to(wide), dim=-1)
+        scored = flat_targets[here] != UNSCORED
+        if uniforms is None:
+            labels = flat_targets[here].clamp(min=0).unsqueeze(-1)
+            token = log_p.gather(-1, labels)
+            p = log_p.exp_()
+        else:
+            p = log_p.exp()
+            labels = sample_labels(p, uniforms.flatten()[here]).unsqueeze(-1)
+            token = log_p.gather(-1, labels)
+        token_log_p[here] = token.squeeze(-1).masked_fill_(~scored, 0)
+        p.neg_().scatter_add_(-1, labels, torch.ones_like(labels, dtype=wide))
+        gradient[here] = p.masked_fill_(~scored.unsqueeze(-1), 0)
+    return token_log_p.view(targets.shape), gradient.view(logits.shape)
 
 
-def sample_targets(logits: Tensor, uniforms: Tensor, scored: Tensor) -> Tensor:
-    """One label per position drawn from the model, by inverting its cumulative distribution.
+def sample_labels(p: Tensor, uniforms: Tensor) -> Tensor:
+    """One label per row drawn from p [n, v], by inverting its cumulative distribution: int64 [n].
 
-    logits [b, t, v]; uniforms [b, t] in [0, 1); scored [b, t] bool. Returns [b, t] int64, UNSCORED
-    where not scored. Depends on nothing but each position's logits and its uniform number.
+    Depends on nothing but the row and its uniform number in [0, 1). First comes the run of labels
+    it falls into, then the label within: the sum of all is read once, and only a run is summed up
+    step by step.
     """
-    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    cumulative = torch.softmax(logits.detach().to(wide), dim=-1).cumsum(-1)
-    below_one = 1 - torch.finfo(wide).eps / 2  # or rounding could draw a token of probability 0
-    threshold = uniforms.to(wide).clamp(max=below_one).unsqueeze(-1) * cumulative[..., -1:]
-    drawn = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
-    return drawn.clamp_(max=logits.shape[-1] - 1).masked_fill_(~scored, UNSCORED)
+    v = p.shape[1]
+    whole = v // RUN * RUN
+    sums = p[:, :whole].unflatten(1, (-1, RUN)).sum(-1)
+    if whole < v:
+        sums = torch.cat([sums, p[:, whole:].sum(-1, keepdim=True)], dim=1)
+    ends = sums.cumsum(-1)
+    below_one = 1 - torch.finfo(p.dtype).eps / 2  # or rounding could draw a label of probability 0
+    threshold = uniforms.to(p.dtype).clamp(max=below_one).unsqueeze(-1) * ends[:, -1:]
+    run = torch.searchsorted(ends, threshold, right=True).clamp_(max=ends.shape[1] - 1)
+    threshold -= (ends - sums).gather(-1, run)
+    members = run * RUN + torch.arange(RUN, device=p.device)
+    inside = p.gather(-1, members.clamp(max=v - 1)).masked_fill_(members >= v, 0).cumsum(-1)
+    place = torch.searchsorted(inside, threshold, right=True)
+    # Rounding can put the threshold at the end of its run: the run's last possible label is meant.
+    last = torch.searchsorted(inside, inside[:, -1:].contiguous())
+    return (run * RUN + torch.minimum(place, last)).squeeze(-1).clamp_(max=v - 1)  # NaN: beyond
 
 
 # ---- identity -----------------------------------------------------------------------------------

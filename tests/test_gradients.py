@@ -8,7 +8,7 @@ from reference import log_likelihood, sequence_gradient
 
 from gradindex.errors import InputError
 from gradindex.gradients import apply_inputs, backward, gradient, make_batch, plan_batches
-from gradindex.model import log_probability, sample_targets, tracked_modules
+from gradindex.model import log_probability, sample_labels, tracked_modules
 
 
 def by_hooks(model, modules, batch, uniforms=None):
@@ -117,20 +117,42 @@ def test_log_probability_gradient_equals_autograd():
     assert (log_p[targets == -100] == 0).all()
 
 
-def test_sampled_targets_follow_the_model():
+@pytest.mark.parametrize("v", [4, 64, 100, 128, 1000])
+def test_sampled_labels_invert_the_cumulative_distribution(v):
     torch.manual_seed(1)
-    logits = torch.tensor([0.0, 1.0, -1.0, 2.0], dtype=torch.float64)
-    draws = 200_000
-    uniforms = torch.rand(1, draws, dtype=torch.float64)
-    scored = torch.ones(1, draws, dtype=torch.bool)
-    scored[0, -5:] = False
-    drawn = sample_targets(logits.expand(1, draws, 4), uniforms, scored)
-    assert (drawn[0, -5:] == -100).all()
-    shares = torch.bincount(drawn[0, :-5], minlength=4) / (draws - 5)
-    torch.testing.assert_close(shares, torch.softmax(logits, 0).float(), rtol=0, atol=4e-3)
-    extremes = torch.tensor([[0.0, 1 - 2.0**-53]], dtype=torch.float64)
-    edge = sample_targets(logits.expand(1, 2, 4), extremes, torch.ones(1, 2, dtype=torch.bool))
-    assert edge.tolist() == [[0, 3]]
+    p = torch.softmax(3 * torch.randn(500, v, dtype=torch.float64), dim=-1)
+    p[:, 1::3] = 0  # labels that can't be drawn
+    p[:250, v // 2:] = 0
+    p /= p.sum(-1, keepdim=True)
+    uniforms = torch.rand(500, dtype=torch.float64)
+    uniforms[::50], uniforms[1::50] = 0, 1 - 2.0**-53
+    drawn = sample_labels(p, uniforms)
+    ends = np.cumsum(p.numpy(), axis=1)
+    expected = [int(np.searchsorted(row, u * row[-1], side="right"))
+                for row, u in zip(ends, uniforms.numpy(), strict=True)]
+    last = [int(np.flatnonzero(row)[-1]) for row in p.numpy()]
+    assert drawn.tolist() == np.minimum(expected, last).tolist()
+    assert (p.gather(1, drawn[:, None]) > 0).all()
+    narrow = sample_labels(p.float(), uniforms)  # may differ where a number falls on a border
+    assert (narrow == drawn).float().mean() > 0.99
+    assert (p.gather(1, narrow[:, None]) > 0).all()
+
+
+def test_labels_of_a_position_do_not_depend_on_the_others():
+    torch.manual_seed(2)
+    logits, uniforms = torch.randn(3, 7, 300), torch.rand(3, 7)
+    targets = torch.zeros(3, 7, dtype=torch.int64)
+    targets[1, 2] = -100
+    log_p, gradient = log_probability(logits, targets, uniforms)
+    for row in range(3):
+        alone = log_probability(logits[row:row + 1], targets[row:row + 1], uniforms[row:row + 1])
+        assert torch.equal(alone[0][0], log_p[row]) and torch.equal(alone[1][0], gradient[row])
+    p = torch.softmax(logits.double(), dim=-1)
+    labels = sample_labels(p.flatten(0, 1), uniforms.flatten()).view(3, 7)
+    expected = torch.nn.functional.one_hot(labels, 300) - p
+    expected[1, 2] = 0
+    torch.testing.assert_close(gradient.double(), expected, rtol=0, atol=1e-6)
+    assert log_p[1, 2] == 0
 
 
 def test_plan_batches_is_a_function_of_lengths():
