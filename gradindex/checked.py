@@ -7,6 +7,7 @@ since.
 """
 
 import hashlib
+import mmap
 import os
 import stat
 from collections.abc import Callable, Mapping
@@ -51,6 +52,17 @@ class CheckedFiles:
         finally:
             os.close(descriptor)
         return content
+
+    def map(self, name: str) -> mmap.mmap:
+        """A file's content, checked, and mapped: for one that memory doesn't hold."""
+        descriptor = self._open(name)
+        try:
+            self._digest(name, descriptor)
+            mapping = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+        finally:
+            os.close(descriptor)
+        mapping.madvise(mmap.MADV_SEQUENTIAL)  # scans read ahead
+        return mapping
 
     def path(self, name: str, audit: Callable[[Path], None] | None = None) -> Path:
         """The path of a file whose content was checked; `audit` sees it when that is new."""

@@ -113,10 +113,11 @@ class Contents:
 
     # ---- files
 
-    def codes(self, segment: Segment) -> CodeIndex:
-        """The codes of a segment, all rows."""
+    def codes(self, segment: Segment, mapped: bool = False) -> CodeIndex:
+        """The codes of a segment, all rows: in memory, or `mapped` from the disk."""
         name = self.file(segment, "vectors.faiss")
-        return CodeIndex.parse(self.files.read(name), self.manifest.code["length"], segment.rows,
+        content = self.files.map(name) if mapped else self.files.read(name)
+        return CodeIndex.parse(content, self.manifest.code["length"], segment.rows,
                                self.root / name)
 
     def codes_of(self, rows: np.ndarray) -> np.ndarray:

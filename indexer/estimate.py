@@ -26,6 +26,7 @@ import torch
 from gradindex import background, curvature, manifest, records, segments, signed, tfidf, vectors
 from gradindex.checked import refuse_links
 from gradindex.codes import CodeSettings, default_width
+from gradindex.memory import available
 from gradindex.model import LanguageModel, check_identity, identify, tracked_modules
 from gradindex.modules import Module
 from gradindex.progress import duration, size
@@ -36,7 +37,7 @@ from indexer.build import Asked, ask, describe, takes_arguments_of
 from indexer.calibrate import QUERIES, SAMPLE
 from indexer.corpus import Corpus
 from indexer.fit import LARGEST_BLOCK, FitSettings, choose_sequences, disk_bytes
-from indexer.measure import WRITING, Bench, Memory, Work, available, gpu_available, hashing
+from indexer.measure import WRITING, Bench, Memory, Work, gpu_available, hashing
 from indexer.sources import count_rows
 from indexer.state import State
 

@@ -21,15 +21,11 @@ What is kept on the model's device and what in the host's memory is told apart.
 """
 
 import hashlib
-import os
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -40,6 +36,7 @@ from gradindex.codes import Codes, CodeSettings
 from gradindex.curvature import Curvature, Ekfac, pack_tensors
 from gradindex.gradients import Batch, plan_batches
 from gradindex.influence import Preconditioned, exact_scores
+from gradindex.memory import most, resident
 from gradindex.model import LanguageModel
 from gradindex.modules import Module
 from gradindex.records import Record
@@ -331,25 +328,6 @@ def hashing() -> float:
 # ---- memory
 
 
-def resident() -> int:
-    """Bytes of this process in memory now; where there is no /proc, the most there ever were."""
-    statm = Path("/proc/self/statm")
-    if statm.exists():
-        return int(statm.read_text().split()[1]) * resource.getpagesize()
-    return _most()
-
-
-def available() -> int:
-    """Bytes of memory that this process may have in all, on this machine or in its container."""
-    meminfo, limit = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
-    if not meminfo.exists():
-        return os.sysconf("SC_PHYS_PAGES") * resource.getpagesize()
-    facts = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-    free = int(facts["MemAvailable"].split()[0]) * 1024 + resident()
-    text = limit.read_text().strip() if limit.exists() else "max"
-    return free if text == "max" else min(free, int(text))
-
-
 def gpu_available(device: torch.device) -> int:
     """Bytes of GPU memory that this process may have in all; 0 where the model is on the host."""
     if device.type != "cuda":
@@ -357,14 +335,9 @@ def gpu_available(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
 
 
-def _most() -> int:
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
-
-
 def _used(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else resident()
 
 
 def _peak(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _most()
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else most()

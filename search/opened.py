@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from gradindex import background, locks, manifest, tfidf, vectors
+from gradindex import background, locks, manifest, memory, tfidf, vectors
 from gradindex.background import BackgroundQueries
 from gradindex.contents import Contents
 from gradindex.errors import DamagedIndexError
@@ -19,7 +20,6 @@ from search.groups import Grouping, read_grouping
 from search.likeness import Wording
 
 BACKGROUND = 64  # random sequences rescored with every query
-UNPACK_FROM = 4  # queries: from here on unpacking the codes once is faster than scanning for each
 
 
 @dataclass(frozen=True)
@@ -80,22 +80,18 @@ class OpenIndex(FittedModel):
         return self.coverage.sequences
 
     def segments(self) -> list[vectors.CodeIndex]:
-        """The codes of every segment, read at first use."""
+        """The codes of every segment, read at first use; mapped where they would fill memory."""
         if self._segments is None:
-            with _pool() as pool:
-                self._segments = list(pool.map(self.contents.codes, self.contents.segments))
+            each = vectors.code_bytes(self.manifest.code["length"])
+            mapped = each * int(self.contents.starts[-1]) > memory.available() // 2
+            with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
+                self._segments = list(pool.map(
+                    partial(self.contents.codes, mapped=mapped), self.contents.segments))
         return self._segments
 
     def code_scores(self, queries: np.ndarray) -> np.ndarray:
         """The code score of every place for query vectors [q, K]: float32 [q, N]."""
-        codes = self.segments()
-        if len(queries) < UNPACK_FROM:
-            with _pool() as pool:
-                parts = list(pool.map(
-                    lambda one: np.stack([one.scores(query) for query in queries]), codes))
-        else:  # a matrix product, which has threads of its own
-            parts = [one.many_scores(queries) for one in codes]
-        scores = np.concatenate(parts, axis=1)
+        scores = vectors.scan(self.segments(), queries, max(1, torch.get_num_threads()))
         if not np.isfinite(scores).all():  # rightly digested, but no code that was encoded here
             raise DamagedIndexError(
                 f"the codes of {self.path} give scores that are not finite. `gradindex verify "
@@ -169,10 +165,6 @@ class OpenIndex(FittedModel):
         if self._wording is None:
             self._wording = Wording([one.ids for one in self.records(self.background())])
         return self._wording
-
-
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max(1, torch.get_num_threads()))
 
 
 def _whole(path: Path, facts: manifest.Manifest) -> tuple[Contents, Coverage]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_curvature import fitted
 
+from gradindex.checked import CheckedFiles
 from gradindex.codes import (
     Codes,
     CodeSettings,
@@ -21,7 +22,7 @@ from gradindex.files import facts_of
 from gradindex.gradients import backward, gradient, make_batch
 from gradindex.model import tracked_modules
 from gradindex.modules import Module
-from gradindex.vectors import CodeIndex, code_bytes
+from gradindex.vectors import CodeIndex, code_bytes, scan
 
 
 @pytest.fixture
@@ -171,6 +172,40 @@ def test_codes_survive_the_disk_and_joining(tmp_path):
         CodeIndex.parse(b"not an index", 256, 7, path)
     assert limits == (faiss.get_deserialization_vector_byte_limit(),
                       faiss.get_deserialization_loop_limit())
+
+
+def test_a_scan_shares_out_rows_and_changes_nothing(tmp_path, monkeypatch):
+    """Segments of any size, one query or many, read or mapped: the scores of each code alone."""
+    monkeypatch.setattr("gradindex.vectors.SCANNED_ROWS", 5)
+    random = np.random.default_rng(2)
+    segments, alone = [], []
+    queries = random.standard_normal((3, 256)).astype(np.float32)
+    for rows in (1, 5, 23, 64):
+        codes = CodeIndex(256).encode(random.standard_normal((rows, 256)))
+        path = tmp_path / f"{rows}.faiss"
+        whole = CodeIndex(256)
+        whole.add(codes)
+        facts = {path.name: whole.write(path)}
+        segments.append(CodeIndex.parse(CheckedFiles(tmp_path, facts).map(path.name), 256, rows,
+                                        path) if rows % 2 else whole)
+        for code in codes:
+            single = CodeIndex(256)
+            single.add(code[None])
+            alone.append([single.scores(query)[0] for query in queries])
+    for threads in (1, 3):
+        np.testing.assert_array_equal(scan(segments, queries, threads), np.array(alone).T)
+        np.testing.assert_array_equal(scan(segments, queries[1:2], threads)[0],
+                                      np.array(alone)[:, 1])
+    exact = np.concatenate([segment.many_scores(queries) for segment in segments], axis=1)
+    octets = np.arange(32)
+    signs, steps = (np.concatenate(part) for part in zip(
+        *(segment.some_signs(octets) for segment in segments), strict=True))
+    truth = queries.astype(np.float64) @ (
+        2.0 * np.unpackbits(signs, axis=1, bitorder="little") - 1).T * steps
+    np.testing.assert_allclose(exact, truth, rtol=1e-4, atol=1e-4 * np.abs(truth).max())
+    # a query is kept in 16 levels: a uniform error of sd a level / √12 for each of 256 coordinates
+    error = np.ptp(queries, axis=1)[:, None] / 15 / 12**0.5 * 16 * steps
+    assert 0.5 < ((scan(segments, queries, 2) - truth) / error).std() < 1.5
 
 
 def test_digest_names_the_random_numbers(fitted_model):

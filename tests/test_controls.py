@@ -318,8 +318,7 @@ QUERIES = [{**QUESTION, "id": "a"}, {**OTHER, "id": 7}, {"prompt": "The lime", "
 @pytest.mark.parametrize("controls", [
     dict(k=4, shortlist=15), dict(k=4, recall=0.9), dict(k=3, shortlist=10, normalize="cosine"),
     dict(k=3, shortlist=9, candidates="both", opponents=True)])
-def test_many_queries_are_answered_as_one_by_one(index, controls, monkeypatch):
-    monkeypatch.setattr("search.opened.UNPACK_FROM", 99)  # the same scan to the last bit
+def test_many_queries_are_answered_as_one_by_one(index, controls):
     results = list(index.search_many(QUERIES, **controls))
     assert [result.query.id for result in results] == [one["id"] for one in QUERIES]
     for one, result in zip(QUERIES, results, strict=True):

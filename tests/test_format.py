@@ -41,7 +41,8 @@ def test_it_answers_as_when_it_was_written(golden):
         for name in ("id", "text", "user_id", "fields", "duplicates"):
             assert getattr(hit, name) == was[name]
         assert hit.influence == pytest.approx(was["influence"], rel=1e-3)
-        assert hit.code_score == pytest.approx(was["code_score"], rel=1e-2, abs=1)
+        # the query was quantised more finely when the answer was written
+        assert hit.code_score == pytest.approx(was["code_score"], rel=5e-2, abs=1)
         assert hit.generic_rate == was.get("generic_rate")  # format 1 has none
 
 
