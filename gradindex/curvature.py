@@ -6,10 +6,12 @@ A = E_t[a aᵀ] = Q_A · Q_Aᵀ,  S = E_t[d dᵀ] = Q_S · Q_Sᵀ,  Λ = E_m[(Q_
 `indexer/fit.py` estimates them; here they are kept and applied.
 """
 
+import contextlib
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -122,14 +124,26 @@ def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
     return digest.hexdigest()
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file. Raises DamagedIndexError, also if it changed."""
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file alone, not checked. Raises DamagedIndexError."""
+    with _opened(path) as file:
+        return file.metadata() or {}
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            metadata = file.metadata() or {}
+            yield file
     except (OSError, safetensors.SafetensorError) as error:
         raise DamagedIndexError(f"{path} can't be read: {error}. Build again.") from error
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file. Raises DamagedIndexError, also if it changed."""
+    with _opened(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata() or {}
     digest = metadata.pop("digest", None)
     if digest != _digest(tensors, metadata):
         raise DamagedIndexError(

@@ -7,14 +7,17 @@ Three steps over the same sequences (Grosse et al. 2023, §2.3 and App. A):
 Labels are sampled from the model (the Fisher, not the empirical Fisher), independently in 1 and 3,
 by numbers keyed by (seed, step, sequence id): nothing depends on batching.
 
-Sums are taken in float32 (float64 for a float64 model) within a block of sequences and added in
-order in float64. The running sum is committed after every block, so a kill costs one block and
-the resumed fit ends with the same bytes. What had to be done otherwise on the way (a batch halved
-because memory ran out, a sequence or a module left out) is noted in fit.json, before it is tried.
+Sums are taken within blocks of sequences and added up in order (`sums.py`), so a kill costs one
+block and the resumed fit ends with the same bytes. Where not all modules' matrices fit in memory,
+partitions of the modules are fitted one after the other, each in passes of its own. Several
+processes can share the blocks and the eigenvectors (`distribute.py`). What had to be done otherwise
+on the way (a batch halved because memory ran out, a sequence or a module left out) is noted in
+fit.json, before it is tried.
 """
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +30,7 @@ from gradindex import curvature, signed
 from gradindex.checked import CheckedFiles
 from gradindex.curvature import Curvature, Ekfac, read_tensors, write_tensors
 from gradindex.errors import DamagedIndexError, GradindexError
-from gradindex.files import FileFacts, atomic_write, make_folder, rename_folder
+from gradindex.files import FileFacts, atomic_write, facts_of, make_folder, rename_folder
 from gradindex.gradients import (
     Batch,
     Splits,
@@ -41,20 +44,24 @@ from gradindex.model import LanguageModel
 from gradindex.modules import Module
 from gradindex.progress import Progress
 from gradindex.records import Record
+from indexer.distribute import Shard
 from indexer.quarantine import SHARE, check_quarantine
+from indexer.sums import Block, BlockNotes, Sums
 
 LARGEST_BLOCK = 256  # sequences
 NOTES = "fit.json"
 SOUND = 1e-8  # of eigenvectors in float64: residual and departure from orthogonality, relative
 
 Read = Callable[[list[int]], list[Record]]
+Add = Callable[[dict[str, Tensor], Batch, Tensor | None], None]  # a batch, to sums by name
 
 
 @dataclass(frozen=True)
 class FitSettings:
     """Which sequences (ids in order), whose labels ("model" or "data"), block and batch size.
 
-    `bad` is the share of sequences that may be left out, their gradient not being finite.
+    `bad` is the share of sequences that may be left out, their gradient not being finite. `held`
+    bounds the bytes that modules fitted together hold, see `partitions`.
     """
 
     ids: list[int]
@@ -63,6 +70,7 @@ class FitSettings:
     batch_tokens: int
     seed: int
     bad: float = SHARE
+    held: int | None = None
 
 
 @dataclass
@@ -79,8 +87,10 @@ class FitNotes:
     files: dict[str, FileFacts] = field(default_factory=dict)
 
     def write(self, folder: Path) -> FileFacts:
-        content = {**asdict(self), "quarantined": {str(one): why for one, why in
-                                                   sorted(self.quarantined.items())}}
+        content = {
+            **asdict(self), "splits": dict(sorted(self.splits.items())),
+            "quarantined": {str(one): why for one, why in sorted(self.quarantined.items())},
+        }
         return atomic_write(folder / NOTES, signed.sign(content))
 
     @classmethod
@@ -117,38 +127,26 @@ def uniforms(seed: int, step: int, sequence: int, count: int) -> np.ndarray:
 
 def fit(
     model: LanguageModel, modules: list[Module], read: Read, settings: FitSettings, index: Path,
-    progress: Progress, after: int,
+    progress: Progress, after: int, shard: Shard | None = None,
 ) -> tuple[Ekfac, FitNotes]:
     """Fit, or go on fitting, and write `index/curvature`; returns what is on disk there.
 
     Modules without a gradient are left out of it, and noted. `after` is the number of sequences to
-    be encoded afterwards, for the expected time. Raises GradindexError where no module is left, too
-    many sequences are not finite, or eigenvectors can't be found; ResourceError.
+    be encoded afterwards, for the expected time. A `shard` does its share, and waits for the
+    others'. Raises GradindexError where no module is left, too many sequences are not finite,
+    eigenvectors can't be found, or other shards don't come; ResourceError.
     """
     folder = index / "curvature"
+    shard = shard or Shard()
     if not folder.is_dir():
-        partial = index / "curvature.partial"
-        if not partial.is_dir():
-            make_folder(partial)
-        notes = FitNotes.read(partial)
-        if not notes.files:
-            fitting = _Fit(model, modules, read, settings, partial, progress, after, notes)
-            vectors = fitting.eigenvectors()
-            eigenvalues = fitting.eigenvalues(vectors)
-            stored = torch.float64 if model.dtype == torch.float64 else torch.float32
-            files = {}
-            for module in modules:
-                if module.name in notes.left_out:
-                    continue
-                q_a, q_s = vectors[f"{module.name}/A"], vectors[f"{module.name}/S"]
-                files[curvature.path_of(Path(), module).name] = curvature.save(
-                    partial, module, Curvature(
-                        q_a.to(stored), q_s.to(stored), eigenvalues[module.name].to(stored)))
-            notes.files = files
-            notes.write(partial)
-        for name in ("covariance", "eigenvectors", "eigenvalues"):
-            (partial / f"{name}.safetensors").unlink(missing_ok=True)
-        rename_folder(partial, folder)
+        unfinished = index / "curvature.partial"
+        if shard.first and not unfinished.is_dir():
+            make_folder(unfinished)
+        shard.wait("the fit", lambda: [] if unfinished.is_dir() or folder.is_dir() else [0])
+        _Fit(model, modules, read, settings, unfinished, progress, after, shard).run()
+        if shard.first:
+            rename_folder(unfinished, folder)
+        shard.wait("the curvature", lambda: [] if folder.is_dir() else [0])
     notes = FitNotes.read(folder)
     _report(notes, progress)
     kept = [module for module in modules if module.name not in notes.left_out]
@@ -170,138 +168,193 @@ def _report(notes: FitNotes, progress: Progress) -> None:
                      "--batch-tokens avoid that")
 
 
-@dataclass
+def partitions(modules: list[Module], held: int | None) -> list[list[Module]]:
+    """Modules that follow each other, fitted together: what they hold is at most `held` bytes.
+
+    One that holds more is alone. None: all together.
+    """
+    found: list[list[Module]] = []
+    used = 0
+    for module in modules:
+        own = held_bytes(module)
+        if found and (held is None or used + own <= held):
+            found[-1].append(module)
+            used += own
+        else:
+            found.append([module])
+            used = own
+    return found
+
+
+def held_bytes(module: Module, width: int = 4) -> int:
+    """The most that fitting a module holds besides model and batch, in bytes.
+
+    First A and S: a block's sums in `width` bytes an entry, all blocks' in 8, and those again as
+    they are written. Then Q_A and Q_S in 8 (as read) and `width`, and Λ like A and S.
+    """
+    o, i = module.shape
+    square, table = o * o + i * i, o * i
+    return max((width + 16) * square, (width + 8) * square + (width + 16) * table)
+
+
+STEPS = {"covariance": 2, "eigenvalues": 3}  # stage: whose labels, see `uniforms`
+
+
 class _Fit:
-    model: LanguageModel
-    modules: list[Module]
-    read: Read
-    settings: FitSettings
-    folder: Path
-    progress: Progress
-    after: int
-    notes: FitNotes
+    """A fit in `folder`, one partition of modules after the other.
 
-    def eigenvectors(self) -> dict[str, Tensor]:
-        """Q_A and Q_S of every module, float64 or as stored, by `name/A` and `name/S`."""
-        path = self.folder / "eigenvectors.safetensors"
-        if not path.is_file():
-            sums, positions = self._covariance_sums()
-            self.progress.start("eigenvectors", len(sums), "matrices")
-            vectors = {}
-            for name, total in sums.items():
-                vectors[name] = eigenvectors(total / positions, name)
-                self.progress.update(1)
-            self.progress.finish()
-            write_tensors(path, vectors)
-        return read_tensors(path)[0]
+    What is there is not done again. The first shard alone writes fit.json and the running sums.
+    """
 
-    def _covariance_sums(self) -> tuple[dict[str, Tensor], int]:
-        def add(sums: dict[str, Tensor], batch: Batch, numbers: Tensor | None) -> None:
-            add_covariances(self.model, self.modules, sums, batch, numbers)
+    def __init__(
+        self, model: LanguageModel, modules: list[Module], read: Read, settings: FitSettings,
+        folder: Path, progress: Progress, after: int, shard: Shard,
+    ):
+        self.model, self.modules, self.read, self.settings = model, modules, read, settings
+        self.folder, self.progress, self.after, self.shard = folder, progress, after, shard
+        self.notes = FitNotes.read(folder)
+        ids, size = settings.ids, settings.block
+        self.blocks = [ids[start : start + size] for start in range(0, len(ids), size)]
 
-        return self._sum_blocks("covariance", 2, covariance_shapes(self.modules), add)
+    def run(self) -> None:
+        """Fit everything; the folder then holds curvature and notes alone."""
+        if self.notes.files:
+            return
+        for number, modules in enumerate(partitions(self.modules, self.settings.held)):
+            if self._unfitted(modules):
+                self._fit(str(number), modules)
+        if self.shard.first:
+            self._finish()
 
-    def eigenvalues(self, vectors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Λ [o, i] of every module, float64."""
-        place = {
-            name: tensor.to(self.model.device, self.model.accumulate)
-            for name, tensor in vectors.items()
-        }
+    def _fit(self, number: str, modules: list[Module]) -> None:
+        covariance = Sums(self.folder, f"covariance-{number}", covariance_shapes(modules),
+                          len(self.blocks))
+        eigenvalues = Sums(self.folder, f"eigenvalues-{number}",
+                           {module.name: module.shape for module in modules}, len(self.blocks))
+        if self._undecomposed(modules):
+            self._sum("covariance", number, covariance, self._undecomposed, modules)
+            self._decompose(covariance, modules)
+        self._sum("eigenvalues", number, eigenvalues, self._unfitted, modules)
+        if self.shard.first:
+            self._save(eigenvalues, modules)
+            for sums in (covariance, eigenvalues):
+                sums.remove()
+            for module in modules:
+                self._vectors_path(module).unlink(missing_ok=True)
+        self.shard.wait("the curvature", lambda: [0] * bool(self._unfitted(modules)))
 
-        def add(sums: dict[str, Tensor], batch: Batch, numbers: Tensor | None) -> None:
-            add_eigenvalues(self.model, self.modules, place, sums, batch, numbers)
+    # ---- sums over blocks of sequences
 
-        zeros = {module.name: module.shape for module in self.modules}
-        sums, _ = self._sum_blocks("eigenvalues", 3, zeros, add)
-        count = len(self.settings.ids) - len(self.notes.quarantined)
-        self.notes.left_out = {
-            name: f"it has no gradient on any of the {count} fit sequences, so no curvature"
-            for name, total in sums.items() if not total.any()
-        }
-        if len(self.notes.left_out) == len(sums):
-            raise GradindexError(
-                f"no tracked module has a gradient on any of the {count} fit sequences. Is the "
-                "model the one that was trained on this data? Choose others with --modules."
-            )
-        return {name: total / count for name, total in sums.items()}
-
-    def _sum_blocks(
-        self, stage: str, step: int, shapes: dict[str, tuple[int, int]],
-        add: Callable[[dict[str, Tensor], Batch, Tensor | None], None],
-    ) -> tuple[dict[str, Tensor], int]:
-        """Sums over all fit sequences in float64, and the number of real positions."""
-        path = self.folder / f"{stage}.safetensors"
-        totals = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
-        blocks = positions = 0
-        if path.is_file():
-            totals, about = read_tensors(path)
-            blocks, positions = int(about["blocks"]), int(about["positions"])
-        ids, size = self.settings.ids, self.settings.block
-        self.progress.start(stage, len(ids), "sequences", done=min(blocks * size, len(ids)))
-        for start in range(blocks * size, len(ids), size):
-            here = ids[start : start + size]
-            sums = None
-            while sums is None:
-                sums = self._sum_block(stage, blocks, step, here, shapes, add)
-            for name, part in sums.items():
-                totals[name] += part.to("cpu", torch.float64)
-            positions += sum(len(record.ids) for record in self._records(here))
-            blocks += 1
-            write_tensors(path, totals, {"blocks": str(blocks), "positions": str(positions)})
+    def _sum(
+        self, stage: str, number: str, sums: Sums, undone: Callable[[list[Module]], list[int]],
+        modules: list[Module],
+    ) -> None:
+        """Sum up this shard's blocks, and wait until the running sum has all, or `undone` tells
+        that what is made of it is there."""
+        if not self.shard.first:
+            self.notes = FitNotes.read(self.folder)
+        key = stage if number == "0" else f"{stage} {number}"
+        add = self._adder(stage, modules)
+        own = [block for block in range(len(self.blocks)) if self.shard.takes(block)]
+        left = [block for block in own if not sums.has(block)]
+        sequences = sum(len(self.blocks[block]) for block in own)
+        self.progress.start(stage, sequences, "sequences", done=sequences - sum(
+            len(self.blocks[block]) for block in left))
+        for block in left:
+            found = self._sum_block(stage, f"{key} {block}", self.blocks[block], sums, add)
+            self._add_waiting(key, sums)
+            if self.shard.first and sums.added() == block:
+                self._add(f"{key} {block}", block, found, sums)
+            else:
+                sums.keep(block, found)
         self.progress.finish()
-        return totals, positions
 
-    def _records(self, ids: list[int]) -> list[Record]:
-        return self.read([one for one in ids if one not in self.notes.quarantined])
+        def missing() -> list[int]:
+            self._add_waiting(key, sums)
+            if sums.added() == len(self.blocks) or not undone(modules):
+                return []
+            there = [block for block in range(len(self.blocks)) if not sums.has(block)]
+            return there or [0]  # else the first has yet to add them
 
-    def _sum_block(
-        self, stage: str, block: int, step: int, ids: list[int],
-        shapes: dict[str, tuple[int, int]],
-        add: Callable[[dict[str, Tensor], Batch, Tensor | None], None],
-    ) -> dict[str, Tensor] | None:
-        """A block's sums; None where it has to be summed again, as the notes now say.
+        self.shard.wait(f"{stage} of {len(self.blocks)} blocks", missing)
 
-        A batch adds to the sums as it goes, so one that fails half-way spoils them.
+    def _add_waiting(self, key: str, sums: Sums) -> None:
+        if self.shard.first:
+            for block, found in sums.waiting():
+                self._add(f"{key} {block}", block, found, sums)
+
+    def _add(self, key: str, block: int, found: Block, sums: Sums) -> None:
+        if found.notes.splits:
+            self.notes.splits[key] = found.notes.splits
+        self._note_quarantined(found.notes.quarantined)
+        sums.add(block, found)
+
+    def _note_quarantined(self, found: dict[int, str]) -> None:
+        """Raises GradindexError where they are too many."""
+        self.notes.quarantined.update(found)
+        check_quarantine(self.notes.quarantined, len(self.settings.ids), self.settings.bad,
+                         "of the fit")
+        if self.notes.quarantined or self.notes.splits:
+            self.notes.write(self.folder)
+
+    def _sum_block(self, stage: str, key: str, ids: list[int], sums: Sums, add: Add) -> Block:
+        """A block's sums.
+
+        A batch adds to the sums as it goes, so where one fails half-way, or they are not finite,
+        the block is summed again, as its notes then say. The first shard writes those down at once.
         """
-        sums = {
-            name: torch.zeros(shape, dtype=self.model.accumulate, device=self.model.device)
-            for name, shape in shapes.items()
-        }
-        records, done = self._records(ids), 0
+        notes, found = BlockNotes(self.notes.splits.get(key, [])), None
+        while found is None:
+            kept = [one for one in ids
+                    if one not in self.notes.quarantined and one not in notes.quarantined]
+            records = self.read(kept)
+            found = self._try_block(stage, key, records, sums, add, notes)
+        return Block(found, sum(len(record.ids) for record in records), notes)
+
+    def _try_block(
+        self, stage: str, key: str, records: list[Record], sums: Sums, add: Add, notes: BlockNotes,
+    ) -> dict[str, Tensor] | None:
+        found = sums.zeros(self.model.accumulate, self.model.device)
+        done, step = 0, STEPS[stage]
 
         def run(rows: list[int]) -> int:
-            add(sums, *self._batch([records[row] for row in rows], step))
+            add(found, *self._batch([records[row] for row in rows], step))
             return len(rows)
 
         def keep(made: list[tuple[int, int]]) -> None:
-            self.notes.splits[f"{stage} {block}"] = made
-            self.notes.write(self.folder)
+            notes.splits = made
+            if self.shard.first:
+                self.notes.splits[key] = made
+                self.notes.write(self.folder)
             raise _SumAgainError
 
-        splits = Splits(self.notes.splits.get(f"{stage} {block}", []), keep)
+        splits = Splits(notes.splits, keep)
         lengths = [len(record.ids) for record in records]
         try:
             for _, count in in_batches(lengths, self.settings.batch_tokens, splits, run):
                 done += count
                 self.progress.update(count)
-                if self.progress.measured and step == 2:
-                    each = self.progress.seconds_each()
-                    self.progress.say_expected(each * (2 * len(self.settings.ids) + self.after))
+                if self.progress.measured and stage == "covariance":
+                    left = 2 * len(self.settings.ids) + self.after
+                    self.progress.say_expected(
+                        self.progress.seconds_each() * left / self.shard.of)
         except _SumAgainError:
             self.progress.update(-done)
             return None
-        odd = [name for name, part in sums.items() if not torch.isfinite(part).all()]
+        odd = [name for name, part in found.items() if not torch.isfinite(part).all()]
         if not odd:
-            return sums
-        self._quarantine(records, step, f"the {stage} of {odd[0]}")
+            return found
+        notes.quarantined.update(self._why_not_finite(records, step, f"the {stage} of {odd[0]}"))
+        if self.shard.first:
+            self._note_quarantined(notes.quarantined)
         self.progress.update(-done)
         return None
 
     def _batch(self, members: list[Record], step: int) -> tuple[Batch, Tensor | None]:
         return fit_batch(self.model, members, self.settings.labels, self.settings.seed, step)
 
-    def _quarantine(self, records: list[Record], step: int, what: str) -> None:
-        """Note the sequences that make a sum not finite. Raises GradindexError."""
+    def _why_not_finite(self, records: list[Record], step: int, what: str) -> dict[int, str]:
+        """The sequences that make a sum not finite, and why. Raises GradindexError for none."""
         found = {
             record.id: reason for record in records
             if (reason := why_not_finite(self.model, self.modules, *self._batch([record], step)))
@@ -311,9 +364,95 @@ class _Fit:
                 f"{what} is not finite within sequences {records[0].id} to {records[-1].id}, "
                 "though each gradient is. Try --dtype float32."
             )
-        self.notes.quarantined.update(found)
-        check_quarantine(self.notes.quarantined, len(self.settings.ids), self.settings.bad,
-                         "of the fit")
+        return found
+
+    def _adder(self, stage: str, modules: list[Module]) -> Add:
+        if stage == "covariance":
+            return partial(add_covariances, self.model, modules)
+        vectors: dict[str, Tensor] = {}
+
+        def add(sums: dict[str, Tensor], batch: Batch, numbers: Tensor | None) -> None:
+            if not vectors:  # read by who has something to sum up
+                for module in modules:
+                    for side, tensor in self._vectors(module).items():
+                        vectors[f"{module.name}/{side}"] = tensor.to(
+                            self.model.device, self.model.accumulate)
+            add_eigenvalues(self.model, modules, vectors, sums, batch, numbers)
+
+        return add
+
+    # ---- what is made of the sums
+
+    def _vectors_path(self, module: Module) -> Path:
+        return self.folder / f"{module.name}.eigenvectors.safetensors"
+
+    def _vectors(self, module: Module) -> dict[str, Tensor]:
+        """Q_A and Q_S of a module by side, "A" and "S", float64."""
+        return read_tensors(self._vectors_path(module))[0]
+
+    def _decompose(self, covariance: Sums, modules: list[Module]) -> None:
+        """The eigenvectors of this shard's modules; then wait for the others'."""
+        own = [number for number in self._undecomposed(modules) if self.shard.takes(number)]
+        self.progress.start("eigenvectors", 2 * len(own), "matrices")
+        if own:
+            sums, positions = covariance.totals()
+        for number in own:
+            module, found = self.modules[number], {}
+            for side in ("A", "S"):
+                name = f"{module.name}/{side}"
+                found[side] = eigenvectors(sums[name] / positions, name)
+                self.progress.update(1)
+            write_tensors(self._vectors_path(module), found)
+        self.progress.finish()
+        self.shard.wait("eigenvectors", lambda: self._undecomposed(modules))
+
+    def _undecomposed(self, modules: list[Module]) -> list[int]:
+        """The numbers of modules whose eigenvectors aren't there, and are still needed."""
+        if not self._unfitted(modules):
+            return []
+        return [self.modules.index(module) for module in modules
+                if not self._vectors_path(module).is_file()]
+
+    def _save(self, eigenvalues: Sums, modules: list[Module]) -> None:
+        sums, _ = eigenvalues.totals()
+        stored = torch.float64 if self.model.dtype == torch.float64 else torch.float32
+        count = len(self.settings.ids) - len(self.notes.quarantined)
+        for module in modules:
+            total = sums[module.name]
+            if not total.any():
+                self.notes.left_out[module.name] = (
+                    f"it has no gradient on any of the {count} fit sequences, so no curvature")
+                continue
+            vectors = self._vectors(module)
+            curvature.save(self.folder, module, Curvature(
+                vectors["A"].to(stored), vectors["S"].to(stored), (total / count).to(stored)))
+        if self.notes.left_out:
+            self.notes.write(self.folder)
+
+    def _unfitted(self, modules: list[Module]) -> list[int]:
+        """The numbers of modules whose curvature isn't there; none once the folder has its name."""
+        left = [module for module in modules
+                if not curvature.path_of(self.folder, module).is_file()]
+        if left and not self.shard.first and self.folder.is_dir():
+            self.notes = FitNotes.read(self.folder)
+        return [self.modules.index(module) for module in left
+                if module.name not in self.notes.left_out and self.folder.is_dir()]
+
+    def _finish(self) -> None:
+        """Note the files, and remove all others."""
+        kept = [module for module in self.modules if module.name not in self.notes.left_out]
+        if not kept:
+            raise GradindexError(
+                f"no tracked module has a gradient on any of the {len(self.settings.ids)} fit "
+                "sequences. Is the model the one that was trained on this data? Choose others with "
+                "--modules."
+            )
+        files = {(path := curvature.path_of(self.folder, module)).name: facts_of(path)
+                 for module in kept}
+        for path in self.folder.iterdir():
+            if path.name not in (*files, NOTES):
+                path.unlink()
+        self.notes.files = files
         self.notes.write(self.folder)
 
 

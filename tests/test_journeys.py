@@ -353,7 +353,7 @@ def test_killed_and_run_again(trained, tmp_path):
     for sign, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 130)):
         child = subprocess.Popen([*COMMAND, *arguments, str(out)], stderr=subprocess.PIPE,
                                  text=True, env=environment)
-        waited_for = out / "curvature.partial" / "covariance.safetensors" \
+        waited_for = out / "curvature.partial" / "covariance-0.safetensors" \
             if sign == signal.SIGKILL else out / "segments" / "000001"
         while not waited_for.exists() and child.poll() is None:
             time.sleep(0.005)

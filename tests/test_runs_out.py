@@ -548,7 +548,7 @@ def test_a_disk_that_fills_while_a_file_is_written_says_the_bytes_needed(
             build(data, out, **LEAST)
             assert files_of(out) == expected, which
         shutil.rmtree(out)
-    assert {"build.json", "covariance.safetensors", "eigenvectors.safetensors", "fit.json",
+    assert {"build.json", "covariance-0.safetensors", "eigenvalues-0.safetensors", "fit.json",
             "vectors.faiss", "rows.npy", "tokens.npz", "segment.json", "manifest.json"} <= names
 
 

@@ -1,0 +1,100 @@
+"""One build shared out to several processes, which meet in the index's folder and nowhere else.
+
+A build is made of units: a block of fit sequences to sum up, a module's eigenvectors, a segment to
+encode. Each is committed by a rename and comes out with the same bytes whoever does it, so doing
+one twice is harmless. Shard i of n does the units whose number leaves i when divided by n, then
+waits for the others' where a stage needs all of them. Shard 0 also does what can't be shared: it
+reads the data, and adds up the blocks in order.
+"""
+
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from gradindex.errors import GradindexError, InputError
+from gradindex.progress import Progress, duration
+
+POLL = 0.5  # seconds between looks at what the others did
+SAID = 60.0  # seconds until it is said again whom a shard waits for
+
+# What starts several processes tells each its number and how many there are, by these names; a
+# SLURM array's first number need not be 0.
+STARTERS = (("RANK", "WORLD_SIZE", None), ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT",
+            "SLURM_ARRAY_TASK_MIN"), ("SLURM_PROCID", "SLURM_NTASKS", None))
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Shard `number` (from 0) of `of`; the only one of a build that isn't shared.
+
+    `patience` is how many seconds it waits at most for others who do nothing.
+    """
+
+    number: int = 0
+    of: int = 1
+    patience: float = math.inf
+    progress: Progress = field(default_factory=Progress, compare=False)
+
+    @property
+    def first(self) -> bool:
+        """Whether this one does what can't be shared."""
+        return self.number == 0
+
+    def takes(self, unit: int) -> bool:
+        return unit % self.of == self.number
+
+    def wait(self, what: str, missing: Callable[[], list[int]]) -> None:
+        """Wait until `missing`, the numbers of units that aren't there, is empty.
+
+        Raises GradindexError where nothing new came for `patience` seconds.
+        """
+        left = missing()
+        begun = said = time.monotonic()
+        first = True
+        while left:
+            now = time.monotonic()
+            if first or now - said > SAID:
+                self.progress.say(f"waiting for {self._shards(left)}: {what}")
+                first, said = False, now
+            if now - begun > self.patience:
+                raise GradindexError(
+                    f"waited {duration(self.patience)} in vain for {self._shards(left)}: {what} "
+                    f"({len(left)} missing). Is it running? Start it with the same command and "
+                    f"--shard {left[0] % self.of}/{self.of}, then this one again; what is done "
+                    "stays done."
+                )
+            time.sleep(POLL)
+            before, left = left, missing()
+            if left != before:
+                begun = now
+
+    def _shards(self, units: list[int]) -> str:
+        numbers = sorted({unit % self.of for unit in units})
+        shown = ", ".join(map(str, numbers[:5])) + ", …" * (len(numbers) > 5)
+        return f"shard{'s' if len(numbers) > 1 else ''} {shown} of {self.of}"
+
+
+def parse_shard(
+    text: str, patience: float | None = None, progress: Progress | None = None,
+    environment: Mapping[str, str] = os.environ,
+) -> Shard:
+    """The shard called "2/8", or "auto": what torchrun or SLURM say. Raises InputError."""
+    number, separator, of = text.partition("/")
+    if text == "auto":
+        for own, count, least in STARTERS:
+            if own in environment and count in environment:
+                start = int(environment.get(least, "0")) if least else 0
+                number, separator, of = str(int(environment[own]) - start), "/", environment[count]
+                break
+        else:
+            raise InputError(
+                "--shard auto: found none of RANK, SLURM_ARRAY_TASK_ID and SLURM_PROCID in the "
+                "environment, by which torchrun and SLURM number processes. Say --shard i/n."
+            )
+    if not (separator and number.isdecimal() and of.isdecimal() and int(number) < int(of)):
+        raise InputError(f"--shard {text}: expected i/n, such as 0/8, with i from 0 to n - 1.")
+    return Shard(int(number), int(of), math.inf if patience is None else patience,
+                 progress or Progress())
+

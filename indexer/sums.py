@@ -1,0 +1,119 @@
+"""Sums over blocks of sequences, added up in order on the disk.
+
+A block's sums are taken in float32 (float64 for a float64 model); the running sum adds them in
+order in float64, whoever took them, so it ends with the same bytes. It is committed after every
+block. A block that is summed out of turn, by one of several processes, waits in a file of its own.
+
+    covariance-0.safetensors           the running sum of the first partition of modules
+    covariance-0.000012.safetensors    a block that waits for those before it
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gradindex.curvature import read_metadata, read_tensors, write_tensors
+
+
+@dataclass
+class BlockNotes:
+    """What happened in a block: batches that were halved, as (first row, rows), and the ids of
+    sequences that are left out, with the reason."""
+
+    splits: list[tuple[int, int]] = field(default_factory=list)
+    quarantined: dict[int, str] = field(default_factory=dict)
+
+
+@dataclass
+class Block:
+    """A block's sums by name, of `positions` real positions, and what happened."""
+
+    sums: dict[str, Tensor]
+    positions: int
+    notes: BlockNotes
+
+
+class Sums:
+    """The sums of one stage and partition in `folder`: `count` blocks of tensors of `shapes`."""
+
+    def __init__(
+        self, folder: Path, name: str, shapes: dict[str, tuple[int, int]], count: int
+    ):
+        self.count = count
+        self._folder, self._name, self._shapes = folder, name, shapes
+        self._path = folder / f"{name}.safetensors"
+        self._totals: dict[str, Tensor] | None = None
+        self._blocks = self._positions = 0
+
+    def zeros(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        """The sums of no sequence."""
+        return {name: torch.zeros(shape, dtype=dtype, device=device)
+                for name, shape in self._shapes.items()}
+
+    def added(self) -> int:
+        """How many blocks the running sum has."""
+        if self._totals is not None:
+            return self._blocks
+        return int(read_metadata(self._path)["blocks"]) if self._path.is_file() else 0
+
+    def has(self, block: int) -> bool:
+        """Whether a block is in the running sum, or waits for those before it."""
+        return self._waiting(block).is_file() or block < self.added()
+
+    def keep(self, block: int, found: Block) -> None:
+        """Write a block that comes out of turn, or that another process is to add."""
+        about = {"positions": str(found.positions), "splits": json.dumps(found.notes.splits),
+                 "quarantined": json.dumps(found.notes.quarantined)}
+        write_tensors(self._waiting(block), found.sums, about)
+
+    def waiting(self) -> Iterator[tuple[int, Block]]:
+        """The blocks whose turn it is, as long as each is added: for the process that adds."""
+        while self._waiting(block := self.added()).is_file():
+            yield block, self._read(block)
+
+    def add(self, block: int, found: Block) -> None:
+        """Add a block, whose turn it is, to the running sum, and commit it."""
+        totals = self._load()
+        assert block == self._blocks
+        for name, part in found.sums.items():
+            totals[name] += part.to("cpu", torch.float64)
+        self._blocks += 1
+        self._positions += found.positions
+        write_tensors(self._path, totals, {"blocks": str(self._blocks),
+                                           "positions": str(self._positions)})
+        self._waiting(block).unlink(missing_ok=True)
+
+    def totals(self) -> tuple[dict[str, Tensor], int]:
+        """The sums of all blocks, float64, and the number of real positions."""
+        totals = self._load()
+        assert self._blocks == self.count
+        return totals, self._positions
+
+    def remove(self) -> None:
+        """Remove the files, once something took their place."""
+        self._totals = None
+        for path in self._folder.glob(f"{self._name}.*safetensors"):
+            path.unlink(missing_ok=True)
+
+    def _load(self) -> dict[str, Tensor]:
+        if self._totals is None:
+            if self._path.is_file():
+                self._totals, about = read_tensors(self._path)
+                self._blocks, self._positions = int(about["blocks"]), int(about["positions"])
+            else:
+                self._totals = self.zeros(torch.float64, torch.device("cpu"))
+        return self._totals
+
+    def _waiting(self, block: int) -> Path:
+        return self._folder / f"{self._name}.{block:06d}.safetensors"
+
+    def _read(self, block: int) -> Block:
+        sums, about = read_tensors(self._waiting(block))
+        notes = BlockNotes([(first, rows) for first, rows in json.loads(about["splits"])],
+                           {int(one): why for one, why in
+                            json.loads(about["quarantined"]).items()})
+        return Block(sums, int(about["positions"]), notes)
