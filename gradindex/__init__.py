@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     )
     from gradindex.results import Group, Hit, Query, Recall, Result
     from indexer.append import append
-    from indexer.build import build
+    from indexer.build import build, merge
     from indexer.estimate import Estimate, estimate
     from indexer.maintain import compact, delete
     from indexer.verify import verify
@@ -33,7 +33,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "append": "indexer.append", "build": "indexer.build", "compact": "indexer.maintain",
     "delete": "indexer.maintain", "estimate": "indexer.estimate",
-    "Estimate": "indexer.estimate", "verify": "indexer.verify",
+    "Estimate": "indexer.estimate", "merge": "indexer.build", "verify": "indexer.verify",
     "open": "search.engine", "Searcher": "search.engine",
     "render_html": "search.render",
     "Query": "gradindex.results", "Group": "gradindex.results", "Hit": "gradindex.results",
@@ -46,7 +46,7 @@ _HOMES = {
 __all__ = [
     "DamagedIndexError", "Estimate", "GradindexError", "Group", "Hit", "IndexMismatchError",
     "InputError", "Query", "Recall", "ResourceError", "Result", "Searcher", "append", "build",
-    "compact", "delete", "estimate", "open", "render_html", "verify",
+    "compact", "delete", "estimate", "merge", "open", "render_html", "verify",
 ]
 
 

@@ -27,6 +27,7 @@ COMMANDS = {
     "view": "search.cli:view",
     "export": "search.cli:export",
     "report": "search.cli:report",
+    "merge": "indexer.cli:merge",
     "verify": "indexer.cli:verify",
     "append": "indexer.cli:append",
     "delete": "indexer.cli:delete",

@@ -1,7 +1,8 @@
 """Who may touch an index now: one writer, and readers whose files stay where they are.
 
 A writer holds an exclusive `flock` on the index folder, a reader a shared one on its `segments`
-folder. The kernel lets go of both when a process ends, however it ends. A writer never waits for
+folder. The shards of a build hold a shared one on the index folder, and each one on a file of its
+own. The kernel lets go of both when a process ends, however it ends. A writer never waits for
 readers: it adds files and replaces the manifest. Only files that no manifest lists any more wait,
 until no reader is left (`free_of_readers`).
 """
@@ -20,7 +21,9 @@ from pathlib import Path
 from gradindex.errors import GradindexError
 
 FOLDER = os.O_RDONLY | os.O_DIRECTORY
-UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+# EBADF: NFS locks exclusively only what is open for writing, which a folder can't be
+UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF)
+_LOCK = "shard."
 NOTE = "writer.json"  # who is writing: read by others for their message, trusted by nobody
 
 
@@ -49,6 +52,38 @@ def only_writer(index: Path, doing: str) -> Iterator[None]:
         finally:
             with contextlib.suppress(OSError):
                 note.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def one_of_writers(index: Path, number: int) -> Iterator[None]:
+    """Be shard `number` of the processes that write to `index` together.
+
+    Raises GradindexError while another process is, or one that wants to write alone.
+    """
+    lock = index / f"{_LOCK}{number}"
+    with _locked(index, fcntl.LOCK_SH) as got:
+        if got is False:
+            raise GradindexError(
+                f"another process is writing to {index}: {_who(index)}. Wait for it, or stop it "
+                "first."
+            )
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        with _held(descriptor, fcntl.LOCK_EX) as own:
+            if own is False:
+                raise GradindexError(
+                    f"another process is shard {number} of the build in {index}. Every shard runs "
+                    "once; stop one of the two."
+                )
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):
+                    lock.unlink(missing_ok=True)
+
+
+def is_lock(path: Path) -> bool:
+    """Whether this is a shard's lock, which a killed one leaves."""
+    return path.name.startswith(_LOCK) and path.name.removeprefix(_LOCK).isdecimal()
 
 
 def _who(index: Path) -> str:
@@ -91,7 +126,13 @@ def free_of_readers(index: Path) -> Iterator[bool]:
 @contextlib.contextmanager
 def _locked(folder: Path, how: int) -> Iterator[bool | None]:
     """Whether the lock was had; None where the file system has none."""
-    descriptor = os.open(folder, FOLDER)
+    with _held(os.open(folder, FOLDER), how) as got:
+        yield got
+
+
+@contextlib.contextmanager
+def _held(descriptor: int, how: int) -> Iterator[bool | None]:
+    """The same of an open file, which is closed in the end."""
     try:
         got: bool | None = True
         try:

@@ -263,7 +263,7 @@ def load(index: Path) -> Manifest:
     if not (index / NAME).is_symlink() and not exists(index):
         if (index / "build.json").is_file():
             raise InputError(f"{index} is an unfinished build; run the same build command again to "
-                             "finish it.")
+                             "finish it (or gradindex merge, where shards built it).")
         if any((index / part).is_dir() for part in ("segments", "curvature")):
             raise damaged(index, NAME, "is missing: the index was not copied whole, or lost it")
         raise InputError(f"{index} is no index (there is no manifest.json in it); give the folder "

@@ -119,7 +119,8 @@ def _append(
     ingest.check_disk(contents.root, run.count, facts.code["length"], [])
 
     codes = fitted.codes
-    quarantined = ingest.encode_run(fitted.model, codes, run, facts.batch_tokens, max_bad, say)
+    ingest.encode_run(fitted.model, codes, run, facts.batch_tokens, max_bad, say)
+    quarantined = ingest.quarantined(run, max_bad, say)
     good = [run.first + place for place in range(run.count) if run.first + place not in quarantined]
     drift = measure_drift(fitted, codes, _some(contents.places, facts.code["seed"]),
                           _some(np.array(good), facts.code["seed"]), contents, run)

@@ -7,9 +7,11 @@
     background.safetensors         done, though a killed build makes it again
     manifest.json                  the index exists; build.json goes
 
-The same command run again goes on where the last one stopped; a different one is refused.
+The same command run again goes on where the last one stopped; a different one is refused. Several
+processes can share the fit and the encoding (`distribute.py`); `merge` does what comes after.
 """
 
+import contextlib
 import functools
 import inspect
 import math
@@ -30,7 +32,7 @@ from gradindex.codes import Codes, CodeSettings, default_length, default_width
 from gradindex.curvature import Ekfac
 from gradindex.errors import InputError
 from gradindex.files import disk_errors, facts_of, make_folder, make_folders
-from gradindex.locks import only_writer
+from gradindex.locks import is_lock, one_of_writers, only_writer
 from gradindex.manifest import (
     BackgroundFacts,
     Calibration,
@@ -56,6 +58,7 @@ from indexer import ingest
 from indexer.background import make_background
 from indexer.calibrate import calibrate
 from indexer.corpus import Corpus, CorpusSettings
+from indexer.distribute import Shard, parse_shard
 from indexer.fit import LARGEST_BLOCK, FitNotes, FitSettings, choose_sequences, fit
 from indexer.ingest import Run
 from indexer.quarantine import SHARE
@@ -82,6 +85,12 @@ class Asked:
     max_bad: float
     tokenizer_name: str | None
     say: Progress
+    shard: Shard
+
+    def facts(self) -> dict[str, Any]:
+        """What the manifest takes over besides the plan."""
+        return {"task": self.corpus.task, "train_sequences": self.train_sequences,
+                "max_bad": self.max_bad, "tokenizer_name": self.tokenizer_name}
 
 
 def ask(
@@ -114,6 +123,8 @@ def ask(
     seed: int = 0,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    shard: str | None = None,
+    wait: float | None = None,
     progress: Progress | None = None,
 ) -> Asked:
     """1) What is asked for, resolved, before anything expensive. Raises InputError."""
@@ -128,7 +139,9 @@ def ask(
     )
     check_numbers(fit_sequences=fit_sequences, batch_tokens=batch_tokens, damping=damping,
                   segment_size=segment_size, limit=limit, train_sequences=train_sequences,
-                  max_bad=max_bad)
+                  max_bad=max_bad, wait=wait)
+    say = progress or Progress()
+    own = Shard() if shard is None else parse_shard(shard, wait, say)
     if not 0 <= seed < 1 << 63:
         raise InputError(f"--seed {seed}: expected a number from 0 on.")
     if isinstance(keep_fields, str):
@@ -151,7 +164,7 @@ def ask(
     if index.exists() and not index.is_dir():
         raise InputError(f"-o {index} is a file; expected a folder to make or to go on with.")
     return Asked(index, source, corpus, plan, device, dtype, train_sequences, max_bad,
-                 tokenizer_name, progress or Progress())
+                 tokenizer_name, say, own)
 
 
 Arguments = ParamSpec("Arguments")
@@ -179,53 +192,155 @@ def takes_arguments_of(
 
 
 @takes_arguments_of(ask)
-def build(asked: Asked) -> "Searcher":
+def build(asked: Asked) -> "Searcher | None":
     """Fit curvature, encode every training sequence, write the index folder `out`; resumable.
 
     `model` is a hub id (`id@revision`), a folder or a loaded model; `data` a path, a list of paths,
     or rows (dictionaries; a `datasets.Dataset`). Lengths are in tokens, `bits` is K, the bits of a
     code; the other arguments are the flags of `gradindex build`. Returns the index, open.
     `max_bad` is the share of sequences that may be quarantined, their gradient not being finite.
+    With `shard` ("2/8") this process does one of several shares, waiting at most `wait` seconds for
+    the others; it returns None, and `merge` makes the index when all are done.
     Raises InputError for unusable input before anything expensive, ResourceError when disk or
     memory don't suffice, IndexMismatchError when the model changed since the build began,
-    GradindexError while another process writes to the index or where too much is not finite.
+    GradindexError while another process writes to the index, where too much is not finite, or where
+    other shards don't come.
     """
-    index, say = asked.index, asked.say
-    with disk_errors(index):
-        make_folders(index)
-    with only_writer(index, "gradindex build"), disk_errors(index):
+    index, say, shard = asked.index, asked.say, asked.shard
+    shared = shard.of > 1
+    if shard.first:
+        with disk_errors(index):
+            make_folders(index)
+    else:
+        shard.wait("the data and the model", lambda: [] if manifest.exists(index) or
+                   State.joined(index, asked.plan) else [0])
+    alone = contextlib.nullcontext() if shared else only_writer(index, "gradindex build")
+    together = one_of_writers(index, shard.number) if shared else contextlib.nullcontext()
+    with alone, together, disk_errors(index):
         refuse_links(index)
         state = State.open(index, asked.plan, say)
         if manifest.exists(index):
             _check_finished(index, asked)
             say.say(f"{index} is complete; nothing to do.")
         else:
-            _build(index, asked, state, say)
-    source = asked.source
+            if shard.first:
+                state.asked = asked.facts()
+                state.save()
+            fitted = _build(index, asked, state, say)
+            if shared:
+                say.say(f"shard {shard.number}/{shard.of} is done; when all are: gradindex merge "
+                        f"{index}")
+                return None
+            _complete(index, fitted, state, say)
+    return None if shared else _opened(index, asked.source, asked.device)
+
+
+def merge(
+    index: str | Path, model: Any = None, tokenizer: Any = None, device: str = "auto",
+    trust_remote_code: bool = False, allow_pickle: bool = False, progress: Progress | None = None,
+) -> "Searcher":
+    """Make an index of what the shards of a build did, once all are done. Returns it, open.
+
+    `model` (a folder, hub id or loaded model) is where the weights are now, if not where they were.
+    Raises InputError where there is nothing to merge or something is missing, IndexMismatchError
+    for another model, GradindexError while another process writes to the index; ResourceError.
+    """
+    folder, say = Path(index), progress or Progress()
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder; expected one that gradindex build --shard wrote.")
+    with only_writer(folder, "gradindex merge"), disk_errors(folder):
+        refuse_links(folder)
+        state = State.resumed(folder)
+        if state is None and not manifest.exists(folder):
+            raise InputError(f"{folder} holds no unfinished build. Run gradindex build … --shard "
+                             "i/n first, once for each i.")
+        own = manifest.load(folder).plan if state is None else state.plan
+        name = own["model"] if own["revision"] is None else f"{own['model']}@{own['revision']}"
+        source = ModelSource(name if model is None else model, tokenizer, trust_remote_code,
+                             allow_pickle)
+        if state is None or manifest.exists(folder):
+            say.say(f"{folder} is complete; nothing to do.")
+        else:
+            _refuse_unfinished(folder, state)
+            fitted = _prepare(folder, source, device, state, Shard(), None, say)
+            _complete(folder, fitted, state, say)
+    return _opened(folder, source, device)
+
+
+def _opened(index: Path, source: ModelSource, device: str) -> "Searcher":
     return gradindex.open(
-        index, model=loaded(source.model), tokenizer=source.tokenizer, device=asked.device,
+        index, model=loaded(source.model), tokenizer=source.tokenizer, device=device,
         trust_remote_code=source.trust_remote_code, allow_pickle=source.allow_pickle,
     )
 
 
-def _build(index: Path, asked: Asked, state: State, say: Progress) -> None:
-    """Steps 2 to 7."""
-    plan = asked.plan
-    torch.set_num_threads(state.threads)
+def _refuse_unfinished(index: Path, state: State) -> None:
+    """Raise InputError for shards that are not done."""
+    run = Run(index, 0, 0, (state.corpus or {"sequences": 0})["sequences"],
+              state.plan["segment_size"])
+    missing = "the data are not read" if state.corpus is None else \
+        "the curvature is not fitted" if not (index / "curvature").is_dir() else None
+    left = [one.name for one in run.segments if not ingest.is_sealed(index, one)]
+    if missing is None and left:
+        shown = ", ".join(left[:5]) + ", …" * (len(left) > 5)
+        missing = f"{len(left)} of {len(run.segments)} segments are not encoded ({shown}; shard " \
+                  "i of n does those whose number leaves i when divided by n)"
+    if missing:
+        raise InputError(
+            f"{index} can't be merged yet: {missing}. Wait for the shards that run, and start "
+            "those that were stopped again, or finish all with gradindex build … without --shard."
+        )
+
+
+@dataclass
+class _Fitted:
+    """A build on its way: what was read, the model, and what was fitted to it."""
+
+    run: Run
+    source: ModelSource
+    model: LanguageModel
+    modules: list[Module]
+    ekfac: Ekfac
+    notes: FitNotes
+    chosen: list[int]
+
+
+def _build(index: Path, asked: Asked, state: State, say: Progress) -> _Fitted:
+    """Steps 2 to 5: this shard's share of them."""
+    shard = asked.shard
 
     # 2) text → sequences, on disk as records
     if state.corpus is None:
+        assert shard.first  # the others began when this was done
         if not (index / "segments").is_dir():
             make_folder(index / "segments")
-        empty = Run(index, 0, 0, 0, plan["segment_size"])
+        empty = Run(index, 0, 0, 0, asked.plan["segment_size"])
         state.corpus = ingest.write_records(asked.corpus, empty, say)
         state.save()
-    run = Run(index, 0, 0, state.corpus["sequences"], plan["segment_size"])
-    ingest.report(state.corpus, plan["sequence_length"], say)
+
+    # 3) and 4) the model, its curvature
+    fitted = _prepare(index, asked.source, asked.device, state, shard, asked, say)
+
+    # 5) every sequence → a code
+    ingest.encode_run(fitted.model, _codes(fitted, state), fitted.run, state.plan["batch_tokens"],
+                      asked.max_bad, say, shard)
+    return fitted
+
+
+def _prepare(
+    index: Path, source: ModelSource, device: str, state: State, shard: Shard,
+    asked: Asked | None, say: Progress,
+) -> _Fitted:
+    """The model and its modules, and their curvature, fitted if it isn't there."""
+    plan, facts = state.plan, state.corpus
+    assert facts is not None and state.asked is not None
+    torch.set_num_threads(state.threads)
+    run = Run(index, 0, 0, facts["sequences"], plan["segment_size"])
+    ingest.report(facts, plan["sequence_length"], say)
 
     # 3) the model and its tracked modules
-    say.say(f"model: loading {asked.source.name} as {plan['dtype']} on {plan['device']}")
-    model = asked.source.load(asked.device, asked.dtype)
+    say.say(f"model: loading {source.name} as {plan['dtype']} on {plan['device']}")
+    model = source.load(device, asked.dtype if asked else plan["dtype"])
     state.check_model(model)
     tracked = tracked_modules(model.network, plan["modules"])
     say.say(f"modules: {describe(model, tracked)}")
@@ -235,15 +350,24 @@ def _build(index: Path, asked: Asked, state: State, say: Progress) -> None:
     chosen = choose_sequences(run.count, plan["fit_sequences"], plan["seed"])
     ekfac, notes = fit(model, tracked, run.records, FitSettings(
         chosen, plan["fit_labels"], min(plan["segment_size"], LARGEST_BLOCK),
-        plan["batch_tokens"], plan["seed"], asked.max_bad,
-    ), index, say, run.count)
-    tracked = [module for module in tracked if module.name in ekfac]
+        plan["batch_tokens"], plan["seed"], state.asked["max_bad"],
+    ), index, say, run.count, shard)
+    kept = [module for module in tracked if module.name in ekfac]
+    return _Fitted(run, source, model, kept, ekfac, notes, chosen)
 
-    # 5) every sequence → a code
-    length = plan["bits"]
-    codes = Codes(tracked, ekfac, CodeSettings(
-        length, default_width(length, len(tracked)), plan["seed"], plan["damping"]))
-    quarantined = ingest.encode_run(model, codes, run, plan["batch_tokens"], asked.max_bad, say)
+
+def _codes(fitted: _Fitted, state: State) -> Codes:
+    plan, modules = state.plan, fitted.modules
+    return Codes(modules, fitted.ekfac, CodeSettings(
+        plan["bits"], default_width(plan["bits"], len(modules)), plan["seed"], plan["damping"]))
+
+
+def _complete(index: Path, fitted: _Fitted, state: State, say: Progress) -> None:
+    """Steps 6 and 7, once every segment is encoded."""
+    plan, run, model, ekfac = state.plan, fitted.run, fitted.model, fitted.ekfac
+    assert state.asked is not None
+    codes, length = _codes(fitted, state), plan["bits"]
+    quarantined = ingest.quarantined(run, state.asked["max_bad"], say)
 
     # 6) how far a code's score is from the exact one, and what comes up whatever is asked
     coded = [one for one in range(run.count) if one not in quarantined]
@@ -256,27 +380,28 @@ def _build(index: Path, asked: Asked, state: State, say: Progress) -> None:
     background.save(index / manifest.BACKGROUND, queries)
 
     # 7) the commit
-    made = _manifest(asked, state, run, model, tracked, ekfac, notes, codes, calibration,
-                     BackgroundFacts(queries=len(queries), sample=sample), len(chosen),
-                     len(quarantined))
+    made = _manifest(state, fitted, codes, calibration,
+                     BackgroundFacts(queries=len(queries), sample=sample), len(quarantined))
     if made.duplicates:
         say.say(f"duplicates: {made.duplicates:,} sequences equal an earlier one; they are shown "
                 "as one hit with a count")
     manifest.commit(index, made)
     (index / BUILD).unlink()
+    for path in filter(is_lock, index.iterdir()):  # of shards that were killed
+        path.unlink()
     total = sum(file.stat().st_size for file in index.rglob("*") if file.is_file())
     say.say(f"index: {index}, {made.sequences:,} sequences, {size(total)} (it holds the training "
             "text)")
 
 
 def _manifest(
-    asked: Asked, state: State, run: Run, model: LanguageModel, tracked: list[Module],
-    ekfac: Ekfac, notes: FitNotes, codes: Codes, calibration: Calibration,
-    queries: BackgroundFacts, fitted: int, quarantined: int,
+    state: State, fitted: _Fitted, codes: Codes, calibration: Calibration,
+    queries: BackgroundFacts, quarantined: int,
 ) -> Manifest:
     """What the build made."""
-    plan, facts = asked.plan, state.corpus
-    assert facts is not None and state.model is not None
+    run, model, tracked, notes = fitted.run, fitted.model, fitted.modules, fitted.notes
+    plan, facts, asked = state.plan, state.corpus, state.asked
+    assert facts is not None and asked is not None and state.model is not None
     files = {f"curvature/{name}": one for name, one in notes.files.items()}
     for name in (manifest.FIT, manifest.BACKGROUND):
         files[name] = facts_of(run.index / name)
@@ -284,23 +409,23 @@ def _manifest(
     return Manifest(
         format=manifest.FORMAT, generation=1, versions=_versions(),
         model=ModelFacts(
-            name=_where(asked.source.name), revision=asked.source.revision,
+            name=_where(plan["model"]), revision=plan["revision"],
             files=state.model["files"], tensors=state.model["tensors"],
             config=state.model["config"], tokenizer=plan["tokenizer"],
-            tokenizer_name=asked.tokenizer_name,
+            tokenizer_name=asked["tokenizer_name"],
         ),
         dtype=plan["dtype"], device=plan["device"], threads=state.threads,
-        task=asked.corpus.task, vocabulary=model.network.config.get_text_config().vocab_size,
+        task=asked["task"], vocabulary=model.network.config.get_text_config().vocab_size,
         sequence_length=plan["sequence_length"],
         documents=facts["documents"], sequences=run.count - quarantined, tokens=facts["tokens"],
         scored_tokens=facts["scored_tokens"], skipped=facts["skipped"],
         duplicates=segments.count_equal(rows["digest"][~np.isnan(rows["norm"])]),
-        train_sequences=asked.train_sequences, modules=tracked,
+        train_sequences=asked["train_sequences"], modules=tracked,
         parameter_share=parameter_share(model.network, tracked),
         effective_dimension={name: round(one.effective_dimension(plan["damping"]), 1)
-                             for name, one in ekfac.items()},
-        fit=FitFacts(sequences=fitted - len(notes.quarantined), labels=plan["fit_labels"],
-                     left_out=notes.left_out),
+                             for name, one in fitted.ekfac.items()},
+        fit=FitFacts(sequences=len(fitted.chosen) - len(notes.quarantined),
+                     labels=plan["fit_labels"], left_out=notes.left_out),
         damping=plan["damping"], code=CodeFacts(
             length=codes.settings.length, width=codes.settings.width, seed=codes.settings.seed,
             damping=codes.settings.damping, digest=codes.digest,

@@ -55,6 +55,12 @@ _MAX_BAD = click.option(
 @click.option("--tokenizer", metavar="PATH", help="Folder or hub id [the model's].")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
 @click.option("--allow-pickle", is_flag=True, help="Load weights that aren't safetensors.")
+@click.option("--shard", metavar="I/N",
+              help="Do share I (from 0) of N, beside others that run the same command with their "
+                   "own I on the same folder; then: gradindex merge. auto: as torchrun or SLURM "
+                   "number them.")
+@click.option("--wait", type=float, metavar="SECONDS",
+              help="How long a shard waits for others that do nothing [for ever].")
 @click.option("--dry-run", is_flag=True,
               help="Say what time, disk and memory the build will take, measured on two batches of "
                    "each stage; write nothing. Exit code 4 where disk or memory won't suffice.")
@@ -82,10 +88,32 @@ def build(
         found = estimate(model, list(data), progress=stderr_progress(), keep_fields=names, **others)
         click.echo(visible_lines("\n".join(found.lines())))
         return ResourceError.exit_code if found.lacking else 0
-    run(model, list(data), progress=stderr_progress(), keep_fields=names, **others)
+    if run(model, list(data), progress=stderr_progress(), keep_fields=names, **others) is None:
+        return 0
     click.echo(visible_lines(f'next: gradindex search {others["out"]} -p "PROMPT" '
                              '-c " COMPLETION"'), err=True)
     return 0
+
+
+@click.command()
+@click.argument("index", type=click.Path(path_type=Path))
+@options(MODEL)
+def merge(index: Path, **others: Any) -> None:
+    """Make an index of what the shards of a build did.
+
+    Run it once all of them are done; it says what is missing.
+
+    \b
+    Example (SLURM):
+      sbatch --array=0-7 --wrap "gradindex build ./my-model train.jsonl -o my.index --shard auto"
+      sbatch --dependency=afterok:JOB --wrap "gradindex merge my.index"
+    """
+    from gradindex.model import quiet_transformers
+    from gradindex.progress import stderr_progress
+    from indexer.build import merge as run
+
+    quiet_transformers()
+    run(index, progress=stderr_progress(), **others)
 
 
 @click.command()

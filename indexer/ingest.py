@@ -24,6 +24,7 @@ from gradindex.progress import Progress, size
 from gradindex.records import Record
 from gradindex.segments import PARTIAL, SegmentFacts
 from indexer.corpus import Corpus
+from indexer.distribute import Shard
 from indexer.encode import encode_segment
 from indexer.fit import disk_bytes
 from indexer.quarantine import check_quarantine
@@ -200,17 +201,19 @@ def check_disk(index: Path, sequences: int, length: int, tracked: list[Module]) 
 
 
 def encode_run(
-    model: LanguageModel, codes: Codes, run: Run, batch_tokens: int, bad: float, say: Progress
-) -> dict[int, str]:
-    """Encode what isn't encoded yet, and seal it; returns who was quarantined, and why.
+    model: LanguageModel, codes: Codes, run: Run, batch_tokens: int, bad: float, say: Progress,
+    shard: Shard | None = None,
+) -> None:
+    """Encode what isn't encoded yet, and seal it; a `shard` does so with its own segments.
 
-    Raises GradindexError where they are more than the share `bad`, ResourceError.
+    Raises GradindexError where more than the share `bad` is quarantined, ResourceError.
     """
-    quarantined: dict[int, str] = {}
-    halved = 0
-    sealed = [one for one in run.segments if segment_folder(run.index, one.name).is_dir()]
-    say.start("encode", run.count, "sequences", done=sum(one.rows for one in sealed))
-    for segment in run.segments:
+    kept_out: dict[int, str] = {}
+    own = [one for number, one in enumerate(run.segments) if (shard or Shard()).takes(number)]
+    sealed = [one for one in own if is_sealed(run.index, one)]
+    say.start("encode", sum(one.rows for one in own), "sequences",
+              done=sum(one.rows for one in sealed))
+    for segment in own:
         if segment in sealed:
             facts = segments.read_facts(run.folder(segment))
         else:
@@ -218,19 +221,33 @@ def encode_run(
             path = run.files(segment).path("records.lmdb", records.audit)
             batch = records.read(path, range(segment.rows))
             facts = encode_segment(model, codes, batch, folder, batch_tokens, say)
-        quarantined |= facts.quarantined
-        halved += len(facts.splits)
-        check_quarantine(quarantined, run.count, bad, "to be indexed")
+        kept_out |= facts.quarantined
+        check_quarantine(kept_out, run.count, bad, "to be indexed")
     say.finish()
-    for one, reason in list(quarantined.items())[:20]:
+
+
+def quarantined(run: Run, bad: float, say: Progress) -> dict[int, str]:
+    """Who was quarantined while a run was encoded, and why; says so.
+
+    Raises GradindexError where they are more than the share `bad`.
+    """
+    every = [segments.read_facts(run.folder(segment)) for segment in run.segments]
+    found = {one: why for facts in every for one, why in facts.quarantined.items()}
+    check_quarantine(found, run.count, bad, "to be indexed")
+    for one, reason in list(found.items())[:20]:
         say.say(f"sequence {one} is quarantined: {reason}")
-    if quarantined:
-        say.say(f"{len(quarantined)} sequences are quarantined; they are in no answer (`gradindex "
-                "info` lists them)")
-    if halved:
+    if found:
+        say.say(f"{len(found)} sequences are quarantined; they are in no answer (`gradindex info` "
+                "lists them)")
+    if halved := sum(len(facts.splits) for facts in every):
         say.say(f"memory ran out on {halved} batches, which were halved; smaller --batch-tokens "
                 "avoid that")
-    return quarantined
+    return found
+
+
+def is_sealed(index: Path, segment: Segment) -> bool:
+    """Whether a segment is whole."""
+    return segment_folder(index, segment.name).is_dir()
 
 
 def file_facts(run: Run) -> dict[str, FileFacts]:

@@ -6,7 +6,7 @@ It holds the plan (what was asked for, resolved) until the manifest takes its pl
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NotRequired
 
 import pydantic
 import torch
@@ -16,7 +16,7 @@ from gradindex import manifest, signed
 from gradindex.checked import open_inside
 from gradindex.errors import DamagedIndexError, InputError
 from gradindex.files import TEMPORARY, atomic_write
-from gradindex.locks import NOTE
+from gradindex.locks import NOTE, is_lock
 from gradindex.model import LanguageModel, check_identity, identify
 from gradindex.progress import Progress
 
@@ -33,6 +33,7 @@ class State:
     threads: int
     corpus: dict[str, Any] | None = None
     model: dict[str, Any] | None = None
+    asked: dict[str, Any] | None = None  # besides the plan: what doesn't decide the codes
 
     @classmethod
     def open(cls, index: Path, plan: dict[str, Any], say: Progress) -> "State":
@@ -42,6 +43,26 @@ class State:
             state = cls(index / BUILD, plan, torch.get_num_threads())
             state.save()
         return state
+
+    @classmethod
+    def resumed(cls, index: Path) -> "State | None":
+        """The state of the build in `index` as it is now, whatever its plan; None for none."""
+        path = index / BUILD
+        return _stored(path) if path.is_file() else None
+
+    @classmethod
+    def joined(cls, index: Path, plan: dict[str, Any]) -> "State | None":
+        """The state of a build that another process began, once its data and model are known.
+
+        Raises InputError for another plan, if something was fitted: else it may yet begin anew.
+        """
+        state = cls.resumed(index)
+        if state is None:
+            return None
+        if _fitted(index):
+            refuse_difference(index, state.plan, plan)
+        known = state.corpus is not None and state.model is not None
+        return state if known and not _differences(state.plan, plan) else None
 
     @classmethod
     def find(cls, index: Path, plan: dict[str, Any], say: Progress) -> "State | None":
@@ -56,15 +77,14 @@ class State:
             return cls(path, plan, torch.get_num_threads())
         if path.is_file():
             stored = _stored(path)
-            fitted = (index / "curvature").is_dir() or any(
-                (index / "curvature.partial").glob("*.safetensors"))
-            if fitted or not _differences(stored.plan, plan):
+            if _fitted(index) or not _differences(stored.plan, plan):
                 refuse_difference(index, stored.plan, plan)
                 return stored
             say.say(f"starting over in {index}, where nothing was fitted yet: "
                     + "; ".join(_differences(stored.plan, plan)))
         elif index.is_dir() and any(
-                entry.name not in (BUILD + TEMPORARY, NOTE) for entry in index.iterdir()):
+                entry.name not in (BUILD + TEMPORARY, NOTE) and not is_lock(entry)
+                for entry in index.iterdir()):
             raise InputError(
                 f"{index} is not empty and holds no index. Give a new folder with -o, or empty it."
             )
@@ -88,7 +108,7 @@ class State:
 
     def save(self) -> None:
         content = {"plan": self.plan, "threads": self.threads, "corpus": self.corpus,
-                   "model": self.model}
+                   "model": self.model, "asked": self.asked}
         atomic_write(self.path, signed.sign(content))
 
     def check_model(self, model: LanguageModel) -> None:
@@ -98,6 +118,12 @@ class State:
             self.save()
         else:
             check_identity(model, self.model)
+
+
+def _fitted(index: Path) -> bool:
+    """Whether a build has fitted anything."""
+    return (index / "curvature").is_dir() or any(
+        (index / "curvature.partial").glob("*.safetensors"))
 
 
 def unfinished_append(index: Path, next_id: int) -> State | None:
@@ -126,6 +152,7 @@ class _Stored(TypedDict):
     threads: Annotated[int, pydantic.Field(gt=0, le=1 << 16)]
     corpus: dict[str, Any] | None
     model: dict[str, Any] | None
+    asked: NotRequired[dict[str, Any] | None]
 
 
 _ADAPTER: pydantic.TypeAdapter[_Stored] = pydantic.TypeAdapter(_Stored)

@@ -24,7 +24,14 @@ from gradindex.model import tracked_modules
 from gradindex.modules import Module
 from gradindex.progress import Progress, stderr_progress
 from gradindex.records import Part, Record
-from indexer.fit import FitSettings, choose_sequences, eigenvectors, fit, uniforms
+from indexer.fit import (
+    FitSettings,
+    choose_sequences,
+    eigenvectors,
+    fit,
+    held_bytes,
+    uniforms,
+)
 
 
 def records_of(sequences):
@@ -34,9 +41,22 @@ def records_of(sequences):
 
 def fitted(model, modules, sequences, folder, labels="data", block=2, **changes):
     records = records_of(sequences)
-    settings = FitSettings(list(range(len(records))), labels, block, 24, 5)
+    settings = FitSettings(list(range(len(records))), labels, block, 24, 5, **changes)
     return fit(model, modules, lambda ids: [records[n] for n in ids], settings, folder,
                Progress(), 0)[0]
+
+
+def test_partitions_of_modules_give_the_same_bytes(make_model, sequences, tmp_path):
+    model = make_model("gpt2")
+    modules = tracked_modules(model.network, "all")
+    folders = [tmp_path / str(held) for held in (None, 1, 3 * held_bytes(modules[0]))]
+    for folder, held in zip(folders, (None, 1, 3 * held_bytes(modules[0])), strict=True):
+        folder.mkdir()
+        fitted(model, modules, sequences, folder, "model", held=held)
+    whole, *others = ({path.name: path.read_bytes() for path in (folder / "curvature").iterdir()}
+                      for folder in folders)
+    assert len(whole) == len(modules) + 1
+    assert all(other == whole for other in others)
 
 
 def test_fit_equals_dense_averages(make_model, sequences, tmp_path):

@@ -1,0 +1,250 @@
+"""A build that several processes share: the same bytes, whoever does what, and clear refusals."""
+
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from conftest import SMALL
+from test_build import files_of
+
+import gradindex
+from gradindex.errors import GradindexError, InputError
+from gradindex.locks import one_of_writers, only_writer
+from gradindex.modules import Module
+from gradindex.progress import Progress
+from indexer import distribute
+from indexer.distribute import Shard, parse_shard
+from indexer.fit import held_bytes, partitions
+from indexer.sums import Block, BlockNotes, Sums
+
+
+@pytest.fixture(autouse=True)
+def short_naps(monkeypatch):
+    monkeypatch.setattr(distribute, "POLL", 0.01)
+
+
+def share(model_folder, data_file, out, of, **changes):
+    """Run all shards at once, in threads; what each returned."""
+    def one(number):
+        return gradindex.build(str(model_folder), data_file, out, **{**SMALL, **changes},
+                               shard=f"{number}/{of}", wait=60)
+
+    with ThreadPoolExecutor(of) as pool:
+        return list(pool.map(one, range(of)))
+
+
+@pytest.mark.parametrize("of", [2, 3])
+def test_shards_and_merge_give_the_bytes_of_one_process(
+    of, model_folder, data_file, index_folder, tmp_path
+):
+    out = tmp_path / "index"
+    assert share(model_folder, data_file, out, of) == [None] * of
+    with pytest.raises(InputError, match=r"unfinished build.*gradindex merge"):
+        gradindex.open(out)
+    found = gradindex.merge(out)
+    assert files_of(out) == files_of(index_folder)
+    assert len(found) == len(gradindex.open(index_folder))
+    assert gradindex.build(str(model_folder), data_file, out, **SMALL, shard="1/9") is None
+    gradindex.merge(out)
+    assert files_of(out) == files_of(index_folder)
+
+
+def test_one_process_finishes_what_shards_began(model_folder, data_file, index_folder, tmp_path):
+    """Shard 0 of 2 alone comes as far as the first sum; the blocks of both are used."""
+    out = tmp_path / "index"
+    with pytest.raises(GradindexError, match=r"in vain for shard 1 of 2: covariance.*--shard 1/2"):
+        gradindex.build(str(model_folder), data_file, out, **SMALL, shard="0/2", wait=0.1)
+    with pytest.raises(GradindexError, match="in vain for shard 0 of 2"):
+        gradindex.build(str(model_folder), data_file, out, **SMALL, shard="1/2", wait=0.1)
+    waiting = sorted(path.name for path in (out / "curvature.partial").iterdir())
+    assert waiting == ["covariance-0.000001.safetensors", "covariance-0.000002.safetensors",
+                       "covariance-0.000003.safetensors", "covariance-0.safetensors"]
+    with pytest.raises(InputError, match="can't be merged yet: the curvature is not fitted"):
+        gradindex.merge(out)
+    gradindex.build(str(model_folder), data_file, out, **SMALL)
+    assert files_of(out) == files_of(index_folder)
+
+
+def test_merge_names_what_is_missing(model_folder, data_file, tmp_path):
+    out = tmp_path / "index"
+    with pytest.raises(InputError, match="is no folder"):
+        gradindex.merge(out)
+    out.mkdir()
+    with pytest.raises(InputError, match="holds no unfinished build"):
+        gradindex.merge(out)
+    share(model_folder, data_file, out, 2)
+    shutil.move(out / "segments" / "000002", out / "segments" / "000002.partial")
+    with pytest.raises(InputError, match=r"1 of 4 segments are not encoded \(000002"):
+        gradindex.merge(out)
+
+
+def test_another_plan_is_refused(model_folder, data_file, tmp_path):
+    out = tmp_path / "index"
+    share(model_folder, data_file, out, 2)
+    for shard in ("0/2", "1/2"):
+        with pytest.raises(InputError, match=r"damping: 0\.1 before, 0\.2 now"):
+            gradindex.build(str(model_folder), data_file, out, **SMALL, damping=0.2, shard=shard)
+
+
+def test_a_later_shard_waits_for_a_build_that_may_begin_anew(model_folder, data_file, tmp_path):
+    """What the first shard read for another command, without fitting, is not joined."""
+    out = tmp_path / "index"
+    for bits, shard in ((2048, "0/2"), (4096, "1/2")):
+        with pytest.raises(GradindexError, match="in vain for"):
+            gradindex.build(str(model_folder), data_file, out, **{**SMALL, "bits": bits},
+                            shard=shard, wait=0.1)
+        shutil.rmtree(out / "curvature.partial", ignore_errors=True)
+
+
+def test_who_may_write_beside_whom(tmp_path):
+    with one_of_writers(tmp_path, 0), one_of_writers(tmp_path, 1):
+        with pytest.raises(GradindexError, match="another process is shard 1"), \
+                one_of_writers(tmp_path, 1):
+            pass
+        with pytest.raises(GradindexError, match="another process is writing"), \
+                only_writer(tmp_path, "a test"):
+            pass
+    with only_writer(tmp_path, "a test"), \
+            pytest.raises(GradindexError, match=r"another process is writing.*a test"), \
+            one_of_writers(tmp_path, 0):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_killed_shard_runs_again(model_folder, data_file, tmp_path):
+    """SIGKILL of one of two processes in the fit; the other waits, and both end."""
+    out, threads = tmp_path / "index", torch.get_num_threads()
+    flags = [part for name, value in SMALL.items()
+             for part in (f"--{name.replace('_', '-')}",
+                          ",".join(value) if isinstance(value, list) else str(value))]
+
+    def start(number):
+        return subprocess.Popen(
+            [sys.executable, "-m", "gradindex", "build", str(model_folder), str(data_file), "-o",
+             str(out), *flags, "--shard", "auto"], stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "RANK": str(number), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"})
+
+    first, second = start(0), start(1)
+    while not list(out.glob("curvature.partial/covariance-0.*")):
+        assert first.poll() is None and second.poll() is None
+        time.sleep(0.002)
+    second.send_signal(signal.SIGKILL)
+    second.communicate()
+    assert second.returncode == -signal.SIGKILL
+    again = start(1)
+    said = [child.communicate(timeout=120)[1] for child in (first, again)]
+    assert [first.returncode, again.returncode] == [0, 0], said
+    assert f"shard 0/2 is done; when all are: gradindex merge {out}" in said[0]
+    gradindex.merge(out)
+    alone = tmp_path / "alone"
+    torch.set_num_threads(1)  # as the shards
+    try:
+        gradindex.build(str(model_folder), data_file, alone, **SMALL)
+    finally:
+        torch.set_num_threads(threads)
+    assert files_of(out) == files_of(alone)
+
+
+# ---- waiting
+
+
+def test_waiting_ends_when_nothing_is_missing_and_counts_from_the_last_news():
+    left = [[3, 5], [3, 5], [5], []]
+    shard = Shard(0, 4, patience=math.inf)
+    shard.wait("blocks", lambda: left.pop(0))
+    assert not left
+    begun = time.monotonic()
+    states = iter([[1], [1], [1, 2]])
+    with pytest.raises(GradindexError, match=r"shards 1, 2 of 4: blocks \(2 missing\)"):
+        Shard(0, 4, patience=0.05).wait("blocks", lambda: next(states, [1, 2]))
+    assert time.monotonic() - begun >= 0.05
+
+
+def test_a_shard_says_whom_it_waits_for(monkeypatch):
+    said = []
+    monkeypatch.setattr(Progress, "say", lambda self, line: said.append(line))
+    done = threading.Event()
+    threading.Timer(0.05, done.set).start()
+    Shard(1, 3).wait("eigenvectors", lambda: [] if done.is_set() else [3, 2])
+    assert said == ["waiting for shards 0, 2 of 3: eigenvectors"]
+
+
+@pytest.mark.parametrize("text, environment, expected", [
+    ("2/8", {}, (2, 8)), ("0/1", {}, (0, 1)),
+    ("auto", {"RANK": "3", "WORLD_SIZE": "4", "SLURM_PROCID": "0", "SLURM_NTASKS": "9"}, (3, 4)),
+    ("auto", {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_COUNT": "5",
+              "SLURM_ARRAY_TASK_MIN": "4"}, (3, 5)),
+    ("auto", {"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, (1, 2)),
+])
+def test_a_shards_number(text, environment, expected):
+    shard = parse_shard(text, environment=environment)
+    assert (shard.number, shard.of) == expected
+
+
+@pytest.mark.parametrize("text", ["8/8", "-1/8", "1", "a/b", "1/0", "", "1/2/3"])
+def test_a_number_that_is_none(text):
+    with pytest.raises(InputError, match="expected i/n"):
+        parse_shard(text)
+
+
+def test_auto_without_a_starter():
+    with pytest.raises(InputError, match="Say --shard i/n"):
+        parse_shard("auto", environment={"RANK": "1"})
+
+
+# ---- sums
+
+
+def test_sums_are_added_in_order_whoever_took_them(tmp_path):
+    """In float64, block by block: equal to the last bit, in any order of arrival."""
+    torch.manual_seed(0)
+    parts = [{"x": torch.randn(3, 4)} for _ in range(4)]
+    expected = torch.zeros(3, 4, dtype=torch.float64)
+    for part in parts:
+        expected = expected + part["x"].double()
+
+    def block(number):
+        notes = BlockNotes([(0, number)], {number: "odd"}) if number == 2 else BlockNotes()
+        return Block(parts[number], 10 + number, notes)
+
+    adding, other = (Sums(tmp_path, "a-0", {"x": (3, 4)}, 4) for _ in range(2))
+    for number in (2, 1):
+        other.keep(number, block(number))
+    assert [other.has(number) for number in range(4)] == [False, True, True, False]
+    assert list(adding.waiting()) == []
+    adding.add(0, block(0))
+    noted = []
+    for number, found in adding.waiting():
+        noted.append((number, found.notes))
+        adding.add(number, found)
+    assert noted == [(1, BlockNotes()), (2, BlockNotes([(0, 2)], {2: "odd"}))]
+    assert other.added() == 3 and [path.name for path in tmp_path.iterdir()] == ["a-0.safetensors"]
+    again = Sums(tmp_path, "a-0", {"x": (3, 4)}, 4)
+    again.add(3, block(3))
+    totals, positions = again.totals()
+    assert torch.equal(totals["x"], expected) and positions == 10 + 11 + 12 + 13
+    again.remove()
+    assert not list(tmp_path.iterdir())
+
+
+def test_partitions_hold_no_more_than_they_may():
+    modules = [Module(f"m{n}", n, "mlp", 3 + n, 5, n % 2 == 0) for n in range(6)]
+    sizes = [held_bytes(module) for module in modules]
+    assert sizes[0] == max(20 * (9 + 36), 12 * (9 + 36) + 20 * 18)
+    assert partitions(modules, None) == [modules]
+    assert partitions(modules, 1) == [[module] for module in modules]
+    for held in (sizes[0] + sizes[1], sum(sizes[:4]), sum(sizes)):
+        found = partitions(modules, held)
+        assert [one for part in found for one in part] == modules
+        for part, after in zip(found, [*found[1:], None], strict=True):
+            own = sum(held_bytes(module) for module in part)
+            assert own <= held or len(part) == 1
+            assert after is None or own + held_bytes(after[0]) > held
