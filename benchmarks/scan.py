@@ -131,7 +131,7 @@ def large(work: Workload, length: int, rows: int, threads: int, room: float) -> 
         scaled = f"; {rows:,} codes: {seconds * rows / held:.2f} s" if held < rows else ""
         print(f"{count:>2} {'query' if count == 1 else 'queries'}: {seconds:.3f} s, "
               f"{count * size / seconds / threads / 1e9:.1f} GB/s a core{scaled}", flush=True)
-    whole = [resampled(own, held, 0)] if held <= 1 << 18 else segments[:1]
+    whole = [resampled(own, min(held, 1 << 16), 0)]
     seconds = median(lambda: scan(whole, asked[:1], threads), 3)
     print(f"a single segment of {len(whole[0]):,}: "
           f"{len(whole[0]) * code_bytes(length) / seconds / threads / 1e9:.1f} GB/s a core")
