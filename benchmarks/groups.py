@@ -41,7 +41,6 @@ from gradindex.progress import Progress, stderr_progress
 from gradindex.records import Record
 from gradindex.results import Query
 from gradindex.vectors import CodeIndex, code_bytes
-from search.controls import Controls, settle
 from search.engine import Searcher
 from search.groups import Grouping, chosen_signs, make_grouping, read_grouping
 from search.recall import inclusion_probability
@@ -106,7 +105,8 @@ def _pass(
     made = {seed: Codes(facts.modules, index.index.ekfac, CodeSettings(
         facts.code["length"], facts.code["width"], seed, facts.code["damping"]))
         for seed in SEEDS}
-    coordinates = coordinates_of(index.index, queries, settle(Controls(), facts), BATCH_TOKENS)
+    coordinates = coordinates_of(index.index, queries, facts.modules, facts.damping,
+                                 BATCH_TOKENS)
     p = Preconditioned(precondition(index.index.ekfac, coordinates))
     found = {"truth": np.zeros((len(queries), len(records)))}
     for seed, codes in made.items():

@@ -76,8 +76,8 @@ def random_signs(seed: int, name: str, count: int) -> np.ndarray:
 class _Side:
     """What one module contributes: its mixing matrices, whitening, projections and signs."""
 
-    mix_s: Tensor  # [k, o]
-    mix_a: Tensor  # [k, i]
+    mix_s: Tensor  # ±1, int8 [k, o]: R_S = mix_s / √k
+    mix_a: Tensor  # ±1, int8 [k, i]
     w_s: Tensor  # [o]
     w_a: Tensor  # [i]
     project_s: Tensor  # P_S [k, o]
@@ -117,13 +117,13 @@ class Codes:
             part: random_signs(self.settings.seed, f"{module.name}/{part}", count)
             for part, count in (("output", k * o), ("input", k * i), ("bucket", k * k))
         }
-        mix_s = torch.from_numpy(drawn["output"]).view(k, o).to(like) / k**0.5
-        mix_a = torch.from_numpy(drawn["input"]).view(k, i).to(like) / k**0.5
+        mix_s = torch.from_numpy(drawn["output"]).view(k, o).to(like.device, torch.int8)
+        mix_a = torch.from_numpy(drawn["input"]).view(k, i).to(like.device, torch.int8)
         w_s, w_a = whitening(curvature, self.settings.damping)
         side = _Side(
             mix_s, mix_a, w_s, w_a,
-            project_s=(mix_s * w_s) @ curvature.eigenvectors_s.T,
-            project_a=(mix_a * w_a) @ curvature.eigenvectors_a.T,
+            project_s=(_mixing(mix_s, like) * w_s) @ curvature.eigenvectors_s.T,
+            project_a=(_mixing(mix_a, like) * w_a) @ curvature.eigenvectors_a.T,
             signs=torch.from_numpy(drawn["bucket"]).to(like), offset=offset,
         )
         content = hashlib.sha256(module.name.encode())
@@ -148,10 +148,20 @@ class Codes:
         """v_q [q, K] from C_q [q, o, i] per module; modules left out are left out of the score."""
         vectors = self.empty(len(next(iter(coordinates.values()))))
         for name, c in coordinates.items():
-            side = self._sides[name]
-            x = side.mix_s @ (c / torch.outer(side.w_s, side.w_a)) @ side.mix_a.T
-            _sketch(vectors, x.flatten(1), side.signs, side.offset)
+            self.add_query(vectors, name, c)
         return vectors
+
+    def add_query(self, vectors: Tensor, name: str, c: Tensor) -> None:
+        """Add one module's part to v_q [q, K], from its C_q [q, o, i]."""
+        side = self._sides[name]
+        x = _mixing(side.mix_s, c) @ (c / torch.outer(side.w_s, side.w_a)) @ \
+            _mixing(side.mix_a, c).T
+        _sketch(vectors, x.flatten(1), side.signs, side.offset)
+
+
+def _mixing(signs: Tensor, like: Tensor) -> Tensor:
+    """R [k, n] = signs / √k, in the dtype of `like`."""
+    return signs.to(like.dtype) / len(signs) ** 0.5
 
 
 def _sketch(vectors: Tensor, x: Tensor, signs: Tensor, offset: int) -> None:

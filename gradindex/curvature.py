@@ -8,7 +8,8 @@ A = E_t[a aᵀ] = Q_A · Q_Aᵀ,  S = E_t[d dᵀ] = Q_S · Q_Sᵀ,  Λ = E_m[(Q_
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ class Curvature:
         return float((self.eigenvalues.double() / self.damped(factor).double()).sum())
 
 
-Ekfac = dict[str, Curvature]  # by module name
+Ekfac = Mapping[str, Curvature]  # by module name
 
 
 def path_of(folder: Path, module: Module) -> Path:
@@ -66,40 +67,76 @@ def save(folder: Path, module: Module, curvature: Curvature) -> FileFacts:
     })
 
 
+def file_entries(module: Module) -> int:
+    """How many numbers one module's curvature has."""
+    o, i = module.shape
+    return i * i + o * o + o * i
+
+
 def file_bytes(module: Module, dtype: torch.dtype) -> int:
     """Bytes of one module's file, but for some digits of its header."""
-    o, i = module.shape
     small = {name: torch.zeros(1, dtype=dtype)
              for name in ("eigenvectors_a", "eigenvectors_s", "eigenvalues")}
-    return len(pack_tensors(small, {})) + (i * i + o * o + o * i - 3) * dtype.itemsize
+    return len(pack_tensors(small, {})) + (file_entries(module) - 3) * dtype.itemsize
 
 
-def load(
-    path: Callable[[Module], Path], modules: list[Module], device: torch.device,
-    dtype: torch.dtype,
-) -> Ekfac:
-    """Every module's curvature, from the file that `path` gives of it.
+class FiledEkfac(Mapping[str, Curvature]):
+    """The curvature of some modules, each read from its file when it is asked for.
 
-    Raises DamagedIndexError for a missing or unreadable file, or one that is no curvature.
+    `path` gives a module's file. On a CPU that is mapped, not copied. What was read is kept as long
+    as all that is kept together takes at most `held` bytes [any number]; other modules are read
+    again each time. Raises DamagedIndexError, at the first reading, for a missing or unreadable
+    file, or one that is no curvature.
     """
-    ekfac = {}
-    for module in modules:
-        where = path(module)
-        tensors, _ = read_tensors(where)
-        o, i = module.shape
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        expected = {"eigenvectors_a": (i, i), "eigenvectors_s": (o, o), "eigenvalues": (o, i)}
-        if shapes != expected or not all(
-                tensor.is_floating_point() and bool(tensor.isfinite().all())
-                for tensor in tensors.values()) or bool((tensors["eigenvalues"] < 0).any()):
-            raise DamagedIndexError(
-                f"{where} holds {shapes}, expected finite {expected}. Copy the index again, or "
-                "build again."
-            )
-        ekfac[module.name] = Curvature(
-            **{name: tensor.to(device, dtype) for name, tensor in tensors.items()}
+
+    def __init__(
+        self, path: Callable[[Module], Path], modules: Sequence[Module], device: torch.device,
+        dtype: torch.dtype, held: int | None = None,
+    ):
+        self._path, self._device, self._dtype = path, device, dtype
+        self._modules = {module.name: module for module in modules}
+        self._room = math.inf if held is None else held
+        self._kept: dict[str, Curvature] = {}
+        self._checked: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._modules
+
+    def __getitem__(self, name: str) -> Curvature:
+        if name in self._kept:
+            return self._kept[name]
+        module = self._modules[name]
+        where = self._path(module)
+        tensors = read_tensors(where, name not in self._checked)[0]
+        if name not in self._checked:
+            _check(module, tensors, where)
+            self._checked.add(name)
+        curvature = Curvature(
+            **{name: tensor.to(self._device, self._dtype) for name, tensor in tensors.items()})
+        if (size := file_entries(module) * self._dtype.itemsize) <= self._room:
+            self._room -= size
+            self._kept[name] = curvature
+        return curvature
+
+
+def _check(module: Module, tensors: dict[str, Tensor], where: Path) -> None:
+    """Raise DamagedIndexError for what is no curvature of the module."""
+    o, i = module.shape
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    expected = {"eigenvectors_a": (i, i), "eigenvectors_s": (o, o), "eigenvalues": (o, i)}
+    if shapes != expected or not all(
+            tensor.is_floating_point() and bool(tensor.isfinite().all())
+            for tensor in tensors.values()) or bool((tensors["eigenvalues"] < 0).any()):
+        raise DamagedIndexError(
+            f"{where} holds {shapes}, expected finite {expected}. Copy the index again, or build "
+            "again."
         )
-    return ekfac
 
 
 def write_tensors(
@@ -120,7 +157,7 @@ def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
     digest = hashlib.sha256(repr(sorted(metadata.items())).encode())
     for name in sorted(tensors):
         digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}\n".encode())
-        digest.update(tensors[name].view(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensors[name].view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -139,13 +176,16 @@ def _opened(path: Path) -> Iterator[Any]:
         raise DamagedIndexError(f"{path} can't be read: {error}. Build again.") from error
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file. Raises DamagedIndexError, also if it changed."""
+def read_tensors(path: Path, check: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file, mapped from it.
+
+    Raises DamagedIndexError, where `check` is asked for also if it changed.
+    """
     with _opened(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         metadata = file.metadata() or {}
     digest = metadata.pop("digest", None)
-    if digest != _digest(tensors, metadata):
+    if check and digest != _digest(tensors, metadata):
         raise DamagedIndexError(
             f"{path} was changed after it was written (its own digest differs). Remove it, and run "
             "the build again."

@@ -8,9 +8,10 @@ from typing import Any
 from gradindex import curvature as ekfac_files
 from gradindex.checked import CheckedFiles
 from gradindex.codes import Codes, CodeSettings
-from gradindex.curvature import Ekfac
+from gradindex.curvature import Ekfac, FiledEkfac
 from gradindex.errors import DamagedIndexError, IndexMismatchError, InputError
 from gradindex.manifest import Manifest, curvature_file
+from gradindex.memory import Allowance
 from gradindex.model import LanguageModel, ModelSource, check_identity, tokenizer_digest
 
 
@@ -18,14 +19,16 @@ class FittedModel:
     """The model of an index, loaded and checked at first use; so are its curvature and codes.
 
     `model` (a folder, hub id or loaded model) is where the weights are now, if not where they were
-    at the build.
+    at the build. `max_memory` bounds the bytes of memory (`allowance`).
     """
 
     def __init__(
         self, facts: Manifest, files: CheckedFiles, model: Any = None, tokenizer: Any = None,
         device: str = "auto", trust_remote_code: bool = False, allow_pickle: bool = False,
+        max_memory: int | None = None,
     ):
         self.manifest = facts
+        self._max_memory = max_memory
         self._files = files
         self._device = device
         self._model_given = model is not None
@@ -40,6 +43,7 @@ class FittedModel:
         self._tokenizer: Any | None = None
         self._tokenizer_read = False
         self._config: Any = None
+        self._allowance: Allowance | None = None
         self._ekfac: Ekfac | None = None
         self._codes: Codes | None = None
 
@@ -119,12 +123,26 @@ class FittedModel:
             ) from None
 
     @property
+    def allowance(self) -> Allowance:
+        """What may be used beside the model. Raises ResourceError where that is too little."""
+        if self._max_memory is None:
+            return Allowance()
+        if self._allowance is None:
+            width = self.model.accumulate.itemsize
+            largest = max(self.manifest.modules, key=ekfac_files.file_entries)
+            self._allowance = Allowance.beside(
+                self.model.bytes, self._max_memory, width * ekfac_files.file_entries(largest),
+                f"the curvature of {largest.name}")
+        return self._allowance
+
+    @property
     def ekfac(self) -> Ekfac:
-        """The curvature of every tracked module."""
+        """The curvature of every tracked module, read when it is first used."""
         if self._ekfac is None:
-            self._ekfac = ekfac_files.load(
+            self._ekfac = FiledEkfac(
                 lambda module: self._files.path(curvature_file(module)), self.manifest.modules,
                 self.model.device, self.model.accumulate,
+                self.allowance.curvature,
             )
         return self._ekfac
 

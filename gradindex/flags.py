@@ -15,6 +15,10 @@ MODEL = [
     click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model."),
     click.option("--allow-pickle", is_flag=True, help="Load weights that aren't safetensors."),
 ]
+MAX_MEMORY = click.option(
+    "--max-memory", metavar="SIZE",
+    help="Memory to use at most, such as 8GB: the GPU's where the model is on one, else the host's "
+         "[what there is].")
 
 
 def options(flags: list[Callable[..., Any]]) -> Callable[..., Any]:

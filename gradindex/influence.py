@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradindex.codes import Codes
 from gradindex.curvature import Ekfac
 from gradindex.gradients import (
     Batch,
@@ -61,6 +62,22 @@ def query_norms(ekfac: Ekfac, coordinates: Gradients, damping: float) -> Tensor:
     return total.sqrt()
 
 
+def prepare(
+    codes: Codes, ekfac: Ekfac, coordinates: Gradients, damping: float, vectors: Tensor,
+    squares: Tensor, preconditioned: "Preconditioned",
+) -> None:
+    """Make queries ready, module by module, and empty `coordinates` (C_u [q, o, i]) on the way.
+
+    Adds to their vectors v_q [q, K], to ‖q̃‖² [q], and to their preconditioned gradients. So no more
+    than one module is there twice.
+    """
+    for name in list(coordinates):
+        one = {name: coordinates.pop(name)}
+        codes.add_query(vectors, name, one[name])
+        squares += query_norms(ekfac, one, damping).square()
+        preconditioned.add(precondition(ekfac, one))
+
+
 def _rotated(ekfac: Ekfac, module: Module, a: Tensor, d: Tensor) -> Tensor:
     """Q_Sᵀ G Q_A of each sequence [b, o, i], rotating tokens before they are multiplied."""
     c = ekfac[module.name]
@@ -78,10 +95,17 @@ class Preconditioned:
 
     def __init__(self, gradients: Gradients, rank: int | None = None):
         self._parts: dict[str, tuple[Tensor, Tensor] | Tensor] = {}
+        self._rank = rank
+        self.rank: int | None = None  # of what was reduced to it, if anything was
+        self.add(gradients)
+
+    def add(self, gradients: Gradients) -> None:
+        """More modules of the same queries."""
         for name, p in gradients.items():
-            self._parts[name] = p if rank is None or rank >= min(p.shape[1:]) else _factors(p, rank)
-        whole = all(isinstance(part, Tensor) for part in self._parts.values())
-        self.rank = None if whole else rank  # None: nothing was reduced
+            if self._rank is None or self._rank >= min(p.shape[1:]):
+                self._parts[name] = p
+            else:
+                self._parts[name], self.rank = _factors(p, self._rank), self._rank
 
     def __len__(self) -> int:
         part = next(iter(self._parts.values()))

@@ -1,9 +1,14 @@
-"""How much memory this process has, and may have."""
+"""How much memory this process has, may have, and uses for what."""
 
 import os
+import re
 import resource
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+
+from gradindex.errors import InputError, ResourceError
+from gradindex.progress import size
 
 
 def resident() -> int:
@@ -29,3 +34,58 @@ def most() -> int:
     """Bytes: the most of this process in memory at once so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+         "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of "8GB", "512MB", "16GiB", or of a number of bytes. Raises InputError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(text).strip())
+    unit = (found[2].upper() or "B") if found else ""
+    if not found or unit not in {"B": 1, **UNITS} or float(found[1]) == 0:
+        raise InputError(f"--max-memory {text}: expected a size such as 8GB or 512MB.")
+    return int(float(found[1]) * {"B": 1, **UNITS}[unit])
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """How `bytes` beside the model may be used; None: as much as there is.
+
+    Of the GPU's memory where the model is on one, else of the host's. What isn't named here is for
+    batches.
+    """
+
+    bytes: int | None = None
+
+    @classmethod
+    def beside(cls, model_bytes: int, most: int | None, needed: int, what: str) -> "Allowance":
+        """What `most` bytes in all leave beside the model.
+
+        Raises ResourceError where that is less than twice the `needed` bytes of `what`.
+        """
+        if most is None:
+            return cls()
+        if most - model_bytes < 2 * needed:
+            raise ResourceError(
+                f"--max-memory {size(most)} does not suffice: the model takes {size(model_bytes)} "
+                f"and {what} {size(needed)}, and as much is left for batches; expected "
+                f"{size(model_bytes + 2 * needed)} at least. Allow more, or track smaller "
+                "--modules."
+            )
+        return cls(most - model_bytes)
+
+    def part(self, share: float, most: int) -> int:
+        """A share of the bytes, `most` at most."""
+        return most if self.bytes is None else min(most, int(share * self.bytes))
+
+    @property
+    def fit(self) -> int | None:
+        """Bytes of sums and eigenvectors held at once by a fit."""
+        return None if self.bytes is None else int(self.bytes / 2)
+
+    @property
+    def curvature(self) -> int | None:
+        """Bytes of curvature kept once it was read."""
+        return None if self.bytes is None else int(self.bytes / 4)

@@ -202,6 +202,13 @@ class LanguageModel:
         return next(self.network.parameters()).dtype
 
     @property
+    def bytes(self) -> int:
+        """Bytes of the weights and buffers in memory; shared ones count once."""
+        kept = {one.data_ptr(): one.nbytes
+                for one in (*self.network.parameters(), *self.network.buffers())}
+        return sum(kept.values())
+
+    @property
     def accumulate(self) -> torch.dtype:
         """The dtype of sums, curvature and scores: float32, or float64 for a float64 model."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32

@@ -19,6 +19,7 @@ from gradindex.errors import InputError
 from gradindex.fitted import FittedModel
 from gradindex.gradients import Splits, in_batches, make_batch
 from gradindex.influence import Sizes, collect
+from gradindex.memory import parse_size
 from gradindex.model import LanguageModel
 from gradindex.progress import Progress
 from gradindex.records import Record
@@ -52,6 +53,7 @@ def append(
     discard: bool = False,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    max_memory: str | int | None = None,
     progress: Progress | None = None,
 ) -> "Searcher | None":
     """Encode new documents into the index; resumable. Returns the index, open.
@@ -64,13 +66,14 @@ def append(
     say = progress or Progress()
     folder = Path(index)
     check_numbers(limit=limit, max_bad=max_bad)
+    most = None if max_memory is None else parse_size(max_memory)
     only_discard = discard and data is None  # which a damaged index allows
     with writing(folder, "gradindex append", say, only_discard, discard) as contents:
         if data is None and not discard:
             raise InputError("no data given; expected files to append.")
         if data is not None:
             fitted = FittedModel(contents.manifest, contents.files, model, tokenizer, device,
-                                 trust_remote_code, allow_pickle)
+                                 trust_remote_code, allow_pickle, most)
             _append(contents, fitted, data, limit, strict, max_bad, say)
     return None if only_discard else gradindex.open(
         folder, model=model, tokenizer=tokenizer, device=device,

@@ -11,7 +11,7 @@ from gradindex.model import LanguageModel
 from gradindex.progress import Progress
 from gradindex.segments import digest_of
 from gradindex.vectors import CodeIndex
-from indexer.calibrate import as_query
+from indexer.calibrate import prepare_query
 from indexer.fit import Read, choose_sequences
 
 QUERIES = 64
@@ -35,7 +35,7 @@ def make_background(
     progress.start("background", len(chosen), "queries")
     vectors = np.zeros((len(chosen), length), dtype=np.float16)
     for number, record in enumerate(chosen):
-        vectors[number] = unit(as_query(model, codes, ekfac, record)[1])
+        vectors[number] = unit(prepare_query(model, codes, ekfac, record)[0])
         progress.update(1)
     progress.finish()
     sample = [ids[one] for one in choose_sequences(len(ids), LARGEST_SAMPLE, seed + 7)]

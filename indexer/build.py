@@ -42,6 +42,7 @@ from gradindex.manifest import (
     ModelFacts,
     Plan,
 )
+from gradindex.memory import Allowance, parse_size
 from gradindex.model import (
     LanguageModel,
     ModelSource,
@@ -59,7 +60,14 @@ from indexer.background import make_background
 from indexer.calibrate import calibrate
 from indexer.corpus import Corpus, CorpusSettings
 from indexer.distribute import Shard, parse_shard
-from indexer.fit import LARGEST_BLOCK, FitNotes, FitSettings, choose_sequences, fit
+from indexer.fit import (
+    LARGEST_BLOCK,
+    FitNotes,
+    FitSettings,
+    choose_sequences,
+    fit,
+    held_bytes,
+)
 from indexer.ingest import Run
 from indexer.quarantine import SHARE
 from indexer.sources import token_file_width
@@ -86,6 +94,7 @@ class Asked:
     tokenizer_name: str | None
     say: Progress
     shard: Shard
+    max_memory: int | None
 
     def facts(self) -> dict[str, Any]:
         """What the manifest takes over besides the plan."""
@@ -125,6 +134,7 @@ def ask(
     allow_pickle: bool = False,
     shard: str | None = None,
     wait: float | None = None,
+    max_memory: str | int | None = None,
     progress: Progress | None = None,
 ) -> Asked:
     """1) What is asked for, resolved, before anything expensive. Raises InputError."""
@@ -164,7 +174,7 @@ def ask(
     if index.exists() and not index.is_dir():
         raise InputError(f"-o {index} is a file; expected a folder to make or to go on with.")
     return Asked(index, source, corpus, plan, device, dtype, train_sequences, max_bad,
-                 tokenizer_name, say, own)
+                 tokenizer_name, say, own, _bytes(max_memory))
 
 
 Arguments = ParamSpec("Arguments")
@@ -200,7 +210,8 @@ def build(asked: Asked) -> "Searcher | None":
     code; the other arguments are the flags of `gradindex build`. Returns the index, open.
     `max_bad` is the share of sequences that may be quarantined, their gradient not being finite.
     With `shard` ("2/8") this process does one of several shares, waiting at most `wait` seconds for
-    the others; it returns None, and `merge` makes the index when all are done.
+    the others; it returns None, and `merge` makes the index when all are done. `max_memory` ("8GB")
+    bounds the memory, of the GPU where the model is on one; curvature and codes come out the same.
     Raises InputError for unusable input before anything expensive, ResourceError when disk or
     memory don't suffice, IndexMismatchError when the model changed since the build began,
     GradindexError while another process writes to the index, where too much is not finite, or where
@@ -237,7 +248,8 @@ def build(asked: Asked) -> "Searcher | None":
 
 def merge(
     index: str | Path, model: Any = None, tokenizer: Any = None, device: str = "auto",
-    trust_remote_code: bool = False, allow_pickle: bool = False, progress: Progress | None = None,
+    trust_remote_code: bool = False, allow_pickle: bool = False,
+    max_memory: str | int | None = None, progress: Progress | None = None,
 ) -> "Searcher":
     """Make an index of what the shards of a build did, once all are done. Returns it, open.
 
@@ -262,7 +274,8 @@ def merge(
             say.say(f"{folder} is complete; nothing to do.")
         else:
             _refuse_unfinished(folder, state)
-            fitted = _prepare(folder, source, device, state, Shard(), None, say)
+            fitted = _prepare(folder, source, device, own["dtype"], state, Shard(),
+                              _bytes(max_memory), say)
             _complete(folder, fitted, state, say)
     return _opened(folder, source, device)
 
@@ -297,12 +310,12 @@ class _Fitted:
     """A build on its way: what was read, the model, and what was fitted to it."""
 
     run: Run
-    source: ModelSource
     model: LanguageModel
     modules: list[Module]
     ekfac: Ekfac
     notes: FitNotes
     chosen: list[int]
+    allowance: Allowance
 
 
 def _build(index: Path, asked: Asked, state: State, say: Progress) -> _Fitted:
@@ -319,7 +332,8 @@ def _build(index: Path, asked: Asked, state: State, say: Progress) -> _Fitted:
         state.save()
 
     # 3) and 4) the model, its curvature
-    fitted = _prepare(index, asked.source, asked.device, state, shard, asked, say)
+    fitted = _prepare(index, asked.source, asked.device, asked.dtype, state, shard,
+                      asked.max_memory, say)
 
     # 5) every sequence → a code
     ingest.encode_run(fitted.model, _codes(fitted, state), fitted.run, state.plan["batch_tokens"],
@@ -328,8 +342,8 @@ def _build(index: Path, asked: Asked, state: State, say: Progress) -> _Fitted:
 
 
 def _prepare(
-    index: Path, source: ModelSource, device: str, state: State, shard: Shard,
-    asked: Asked | None, say: Progress,
+    index: Path, source: ModelSource, device: str, dtype: str, state: State, shard: Shard,
+    max_memory: int | None, say: Progress,
 ) -> _Fitted:
     """The model and its modules, and their curvature, fitted if it isn't there."""
     plan, facts = state.plan, state.corpus
@@ -340,20 +354,23 @@ def _prepare(
 
     # 3) the model and its tracked modules
     say.say(f"model: loading {source.name} as {plan['dtype']} on {plan['device']}")
-    model = source.load(device, asked.dtype if asked else plan["dtype"])
+    model = source.load(device, dtype)
     state.check_model(model)
     tracked = tracked_modules(model.network, plan["modules"])
     say.say(f"modules: {describe(model, tracked)}")
     ingest.check_disk(index, run.count, plan["bits"], tracked)
+    largest = max(tracked, key=held_bytes)
+    allowance = Allowance.beside(model.bytes, max_memory, held_bytes(largest),
+                                 f"fitting {largest.name}")
 
     # 4) EK-FAC curvature
     chosen = choose_sequences(run.count, plan["fit_sequences"], plan["seed"])
     ekfac, notes = fit(model, tracked, run.records, FitSettings(
         chosen, plan["fit_labels"], min(plan["segment_size"], LARGEST_BLOCK),
         plan["batch_tokens"], plan["seed"], state.asked["max_bad"],
-    ), index, say, run.count, shard)
+    ), index, say, run.count, shard, allowance)
     kept = [module for module in tracked if module.name in ekfac]
-    return _Fitted(run, source, model, kept, ekfac, notes, chosen)
+    return _Fitted(run, model, kept, ekfac, notes, chosen, allowance)
 
 
 def _codes(fitted: _Fitted, state: State) -> Codes:
@@ -373,7 +390,7 @@ def _complete(index: Path, fitted: _Fitted, state: State, say: Progress) -> None
     coded = [one for one in range(run.count) if one not in quarantined]
     calibration = calibrate(
         model, codes, ekfac, run.records, lambda ids: run.codes(ids, length), coded,
-        plan["batch_tokens"], say,
+        plan["batch_tokens"], say, fitted.allowance,
     )
     queries, sample = make_background(
         model, codes, ekfac, run.records, lambda ids: run.coded(ids, length), coded, say)
@@ -508,6 +525,10 @@ def check_numbers(**numbers: float | None) -> None:
     for name, value in numbers.items():
         if value is not None and not 0 < value < math.inf:
             raise InputError(f"--{name.replace('_', '-')} {value}: expected a number above 0.")
+
+
+def _bytes(max_memory: str | int | None) -> int | None:
+    return None if max_memory is None else parse_size(max_memory)
 
 
 def describe(model: LanguageModel, tracked: list[Module]) -> str:

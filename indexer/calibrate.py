@@ -15,13 +15,13 @@ from gradindex.curvature import Ekfac
 from gradindex.errors import GradindexError
 from gradindex.gradients import make_batch
 from gradindex.influence import (
-    Gradients,
     Preconditioned,
     exact_scores,
-    precondition,
+    prepare,
     query_coordinates,
 )
 from gradindex.manifest import Calibration
+from gradindex.memory import Allowance
 from gradindex.model import LanguageModel
 from gradindex.modules import Module
 from gradindex.progress import Progress
@@ -38,7 +38,7 @@ LARGEST_STACK = 1 << 29  # entries of preconditioned query gradients held at onc
 def calibrate(
     model: LanguageModel, codes: Codes, ekfac: Ekfac, read: Read,
     stored: Callable[[list[int]], tuple[CodeIndex, np.ndarray]], ids: list[int], batch_tokens: int,
-    progress: Progress,
+    progress: Progress, allowance: Allowance,
 ) -> Calibration:
     """c, the slope, the number of (query, sequence) pairs they were measured on, and anchors.
 
@@ -54,7 +54,7 @@ def calibrate(
     errors, weights = [], []
     anchors: list[tuple[int, int, float]] = []
     for vectors, exact, records in exact_influence(
-            model, codes, ekfac, queries, sample, batch_tokens):
+            model, codes, ekfac, queries, sample, batch_tokens, allowance):
         for vector, truth, query in zip(vectors, exact, records, strict=True):
             scale = score_error(1.0, float(np.linalg.norm(vector)), norms, len(vector))
             real = scale > 0  # a gradient that rounds to zero has a code without error
@@ -80,13 +80,13 @@ def calibrate(
 
 def exact_influence(
     model: LanguageModel, codes: Codes, ekfac: Ekfac, queries: list[Record],
-    sample: list[Record], batch_tokens: int,
+    sample: list[Record], batch_tokens: int, allowance: Allowance,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, list[Record]]]:
     """Exact influence of every sequence of a sample on queries made of sequences' second halves.
 
     Yields, for some queries at a time, their vectors [q, K], the influence [q, sample] and them.
     """
-    stack = stacked_queries(codes.modules)
+    stack = stacked_queries(codes.modules, allowance)
     for first in range(0, len(queries), stack):
         chunk = queries[first : first + stack]
         vectors, preconditioned = zip(
@@ -96,24 +96,19 @@ def exact_influence(
         yield np.stack(vectors), exact, chunk
 
 
-def as_query(
-    model: LanguageModel, codes: Codes, ekfac: Ekfac, record: Record
-) -> tuple[Gradients, np.ndarray]:
-    """C_u [1, o, i] by module name of the record as a query, and its vector v_q float32 [K]."""
-    batch = make_batch([(record.ids, second_half(record))], model.device)
-    coordinates, _ = query_coordinates(
-        model, codes.modules, ekfac, batch, codes.settings.damping)
-    return coordinates, codes.query_vectors(coordinates)[0].float().cpu().numpy()
-
-
-def stacked_queries(modules: list[Module]) -> int:
+def stacked_queries(modules: list[Module], allowance: Allowance) -> int:
     """How many queries are scored together at most."""
-    return max(1, LARGEST_STACK // sum(m.shape[0] * m.shape[1] for m in modules))
+    entries = allowance.part(1 / 16, 4 * LARGEST_STACK) // 4
+    return max(1, entries // sum(m.shape[0] * m.shape[1] for m in modules))
 
 
 def prepare_query(
     model: LanguageModel, codes: Codes, ekfac: Ekfac, record: Record
 ) -> tuple[np.ndarray, Preconditioned]:
     """The vector [K] of a record's second half as a query, and its preconditioned gradient."""
-    coordinates, vector = as_query(model, codes, ekfac, record)
-    return vector, Preconditioned(precondition(ekfac, coordinates))
+    batch = make_batch([(record.ids, second_half(record))], model.device)
+    coordinates, _ = query_coordinates(
+        model, codes.modules, ekfac, batch, codes.settings.damping)
+    vectors, squares, found = codes.empty(1), codes.empty(1)[:, 0], Preconditioned({})
+    prepare(codes, ekfac, coordinates, codes.settings.damping, vectors, squares, found)
+    return vectors[0].float().cpu().numpy(), found

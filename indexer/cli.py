@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from gradindex.errors import ResourceError
-from gradindex.flags import MODEL, options, read_ids, read_lines
+from gradindex.flags import MAX_MEMORY, MODEL, options, read_ids, read_lines
 from gradindex.terminal import json_text, visible_lines
 
 _MAX_BAD = click.option(
@@ -46,6 +46,7 @@ _MAX_BAD = click.option(
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--batch-tokens", type=int, default=4096, show_default=True,
               help="Padded tokens a batch.")
+@MAX_MEMORY
 @click.option("--segment-size", type=int, default=4096, show_default=True,
               help="Sequences a segment, the unit of work and of resuming.")
 @click.option("--train-sequences", type=int,
@@ -97,16 +98,17 @@ def build(
 
 @click.command()
 @click.argument("index", type=click.Path(path_type=Path))
-@options(MODEL)
+@options([*MODEL, MAX_MEMORY])
 def merge(index: Path, **others: Any) -> None:
     """Make an index of what the shards of a build did.
 
     Run it once all of them are done; it says what is missing.
 
     \b
-    Example (SLURM):
-      sbatch --array=0-7 --wrap "gradindex build ./my-model train.jsonl -o my.index --shard auto"
-      sbatch --dependency=afterok:JOB --wrap "gradindex merge my.index"
+    Example:
+      gradindex build ./my-model train.jsonl -o train.index --shard 0/2 &
+      gradindex build ./my-model train.jsonl -o train.index --shard 1/2
+      wait; gradindex merge train.index
     """
     from gradindex.model import quiet_transformers
     from gradindex.progress import stderr_progress
@@ -119,7 +121,7 @@ def merge(index: Path, **others: Any) -> None:
 @click.command()
 @click.argument("index", type=click.Path(path_type=Path))
 @click.argument("data", nargs=-1)
-@options(MODEL)
+@options([*MODEL, MAX_MEMORY])
 @click.option("--limit", type=int, help="Read only the first documents.")
 @click.option("--strict", is_flag=True, help="Stop at the first row that can't be used.")
 @_MAX_BAD

@@ -40,6 +40,7 @@ from gradindex.gradients import (
     make_batch,
     why_not_finite,
 )
+from gradindex.memory import Allowance
 from gradindex.model import LanguageModel
 from gradindex.modules import Module
 from gradindex.progress import Progress
@@ -60,8 +61,7 @@ Add = Callable[[dict[str, Tensor], Batch, Tensor | None], None]  # a batch, to s
 class FitSettings:
     """Which sequences (ids in order), whose labels ("model" or "data"), block and batch size.
 
-    `bad` is the share of sequences that may be left out, their gradient not being finite. `held`
-    bounds the bytes that modules fitted together hold, see `partitions`.
+    `bad` is the share of sequences that may be left out, their gradient not being finite.
     """
 
     ids: list[int]
@@ -70,7 +70,6 @@ class FitSettings:
     batch_tokens: int
     seed: int
     bad: float = SHARE
-    held: int | None = None
 
 
 @dataclass
@@ -127,23 +126,25 @@ def uniforms(seed: int, step: int, sequence: int, count: int) -> np.ndarray:
 
 def fit(
     model: LanguageModel, modules: list[Module], read: Read, settings: FitSettings, index: Path,
-    progress: Progress, after: int, shard: Shard | None = None,
+    progress: Progress, after: int, shard: Shard | None = None, allowance: Allowance | None = None,
 ) -> tuple[Ekfac, FitNotes]:
     """Fit, or go on fitting, and write `index/curvature`; returns what is on disk there.
 
     Modules without a gradient are left out of it, and noted. `after` is the number of sequences to
     be encoded afterwards, for the expected time. A `shard` does its share, and waits for the
-    others'. Raises GradindexError where no module is left, too many sequences are not finite,
-    eigenvectors can't be found, or other shards don't come; ResourceError.
+    others'. `allowance` bounds the memory.
+    Raises GradindexError where no module is left, too many sequences are not finite, eigenvectors
+    can't be found, or other shards don't come; ResourceError.
     """
     folder = index / "curvature"
-    shard = shard or Shard()
+    shard, may = shard or Shard(), allowance or Allowance()
     if not folder.is_dir():
         unfinished = index / "curvature.partial"
         if shard.first and not unfinished.is_dir():
             make_folder(unfinished)
         shard.wait("the fit", lambda: [] if unfinished.is_dir() or folder.is_dir() else [0])
-        _Fit(model, modules, read, settings, unfinished, progress, after, shard).run()
+        every = partitions(modules, may.fit)
+        _Fit(model, every, read, settings, unfinished, progress, after, shard).run()
         if shard.first:
             rename_folder(unfinished, folder)
         shard.wait("the curvature", lambda: [] if folder.is_dir() else [0])
@@ -155,7 +156,7 @@ def fit(
     def where(module: Module) -> Path:
         return checked.path(curvature.path_of(Path(), module).name)
 
-    return curvature.load(where, kept, model.device, model.accumulate), notes
+    return curvature.FiledEkfac(where, kept, model.device, model.accumulate, may.curvature), notes
 
 
 def _report(notes: FitNotes, progress: Progress) -> None:
@@ -207,10 +208,12 @@ class _Fit:
     """
 
     def __init__(
-        self, model: LanguageModel, modules: list[Module], read: Read, settings: FitSettings,
-        folder: Path, progress: Progress, after: int, shard: Shard,
+        self, model: LanguageModel, partitions: list[list[Module]], read: Read,
+        settings: FitSettings, folder: Path, progress: Progress, after: int, shard: Shard,
     ):
-        self.model, self.modules, self.read, self.settings = model, modules, read, settings
+        self.model, self.read, self.settings = model, read, settings
+        self.partitions = partitions
+        self.modules = [module for some in partitions for module in some]
         self.folder, self.progress, self.after, self.shard = folder, progress, after, shard
         self.notes = FitNotes.read(folder)
         ids, size = settings.ids, settings.block
@@ -220,7 +223,7 @@ class _Fit:
         """Fit everything; the folder then holds curvature and notes alone."""
         if self.notes.files:
             return
-        for number, modules in enumerate(partitions(self.modules, self.settings.held)):
+        for number, modules in enumerate(self.partitions):
             if self._unfitted(modules):
                 self._fit(str(number), modules)
         if self.shard.first:

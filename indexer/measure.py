@@ -36,7 +36,7 @@ from gradindex.codes import Codes, CodeSettings
 from gradindex.curvature import Curvature, Ekfac, pack_tensors
 from gradindex.gradients import Batch, plan_batches
 from gradindex.influence import Preconditioned, exact_scores
-from gradindex.memory import most, resident
+from gradindex.memory import Allowance, most, resident
 from gradindex.model import LanguageModel
 from gradindex.modules import Module
 from gradindex.records import Record
@@ -108,7 +108,7 @@ class Bench:
     ):
         self.model, self.modules, self.sample = model, modules, sample
         self.settings, self.code, self.segment = settings, code, segment
-        self.together = min(QUERIES, stacked_queries(modules))  # queries scored in a pass
+        self.together = min(QUERIES, stacked_queries(modules, Allowance()))  # scored in a pass
         self.memory: dict[str, Memory] = {}
         self._square = sum(o * o + i * i for o, i in (module.shape for module in modules))
         self._table = sum(o * i for o, i in (module.shape for module in modules))

@@ -15,7 +15,7 @@ import torch
 from gradindex import background, locks, manifest, records, segments
 from gradindex.background import BackgroundQueries
 from gradindex.contents import Contents
-from gradindex.curvature import load as load_curvature
+from gradindex.curvature import FiledEkfac
 from gradindex.errors import DamagedIndexError
 from gradindex.files import FileFacts, make_folder
 from gradindex.fitted import FittedModel
@@ -27,7 +27,7 @@ from gradindex.records import Record
 from gradindex.segments import PARTIAL, SegmentFacts
 from gradindex.vectors import CodeIndex
 from indexer.background import unit
-from indexer.calibrate import as_query, exact_influence
+from indexer.calibrate import exact_influence, prepare_query
 from indexer.encode import encode_batch, encode_segment
 from indexer.fit import choose_sequences
 from indexer.ingest import sealed_files
@@ -145,8 +145,8 @@ def _check_files(root: Path, facts: Manifest, found: Verified, say: Progress) ->
         name = curvature_file(module)
         if name not in bad:
             try:
-                load_curvature(lambda one: root / curvature_file(one), [module],
-                               torch.device("cpu"), torch.float32)
+                _ = FiledEkfac(lambda one: root / curvature_file(one), [module],
+                               torch.device("cpu"), torch.float32)[module.name]
             except DamagedIndexError as error:
                 bad.setdefault(name, []).append((name, error.wrong))
     if facts.background is not None and manifest.BACKGROUND not in bad:
@@ -313,7 +313,8 @@ def _compare_anchors(
     for _, exact, records_ in exact_influence(
             fitted.model, fitted.codes, fitted.ekfac,
             contents.records([rows[one] for one in queries]),
-            contents.records([rows[one] for one in sample]), facts.batch_tokens):
+            contents.records([rows[one] for one in sample]), facts.batch_tokens,
+            fitted.allowance):
         for record, scores in zip(records_, exact, strict=True):
             measured |= {(record.id, other): float(score)
                          for other, score in zip(sample, scores, strict=True)}
@@ -339,7 +340,7 @@ def _compare_background(contents: Contents, fitted: FittedModel, found: Verified
     there = np.flatnonzero(np.isin(queries.ids, contents.rows["id"]))[:AGAIN]
     rows = np.searchsorted(contents.rows["id"], queries.ids[there])
     for number, record in zip(there, contents.records(rows), strict=True):
-        vector = as_query(fitted.model, fitted.codes, fitted.ekfac, record)[1]
+        vector = prepare_query(fitted.model, fitted.codes, fitted.ekfac, record)[0]
         stored = queries.vectors[number].astype(np.float64)
         if (queries.digests[number] != segments.digest_of(record)).any() or \
                 not np.linalg.norm(unit(vector) - stored) <= 10 * SAME_SCORE[facts.dtype] + 1e-3:

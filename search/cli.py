@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gradindex.flags import MODEL, options, read_ids, read_text
+from gradindex.flags import MAX_MEMORY, MODEL, options, read_ids, read_text
 from gradindex.terminal import json_text, visible_lines
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ _INDEX = [
     click.argument("index", type=click.Path(path_type=Path)),
     *MODEL,
     click.option("--batch-tokens", type=int, help="Padded tokens a batch [the build's]."),
+    MAX_MEMORY,
     click.option("--train-sequences", type=int, help="N_train [the build's, or all ever indexed]."),
     click.option("--allow-damaged", is_flag=True,
                  help="Digest every file and leave damaged segments out; the coverage is said."),

@@ -15,6 +15,7 @@ from typing import Any
 
 from gradindex.errors import InputError
 from gradindex.manifest import Manifest
+from gradindex.memory import parse_size
 from gradindex.model import LanguageModel
 from gradindex.results import Comparison, Hit, Query, Result
 from search.controls import Controls, settle
@@ -51,21 +52,23 @@ class Stage:
 def open(
     index: str | Path, model: Any = None, tokenizer: Any = None, device: str = "auto",
     trust_remote_code: bool = False, allow_pickle: bool = False, batch_tokens: int | None = None,
-    allow_damaged: bool = False,
+    allow_damaged: bool = False, max_memory: str | int | None = None,
 ) -> "Searcher":
     """Open an index for searching. Nothing heavy is loaded before the first search.
 
     `model` (a folder, hub id or loaded model) is where the weights are now, if not where they were
     at the build; other weights are refused. `batch_tokens` bounds the memory of a batch [the
-    build's]. With `allow_damaged` every file is digested first and segments with a damaged one are
-    left out; results say so (`Result.coverage`). What is appended or deleted later is seen by who
-    opens later. Raises InputError where there is no index, DamagedIndexError for missing or changed
+    build's], `max_memory` ("8GB") all of it, of the GPU where the model is on one. With
+    `allow_damaged` every file is digested first and segments with a damaged one are left out;
+    results say so (`Result.coverage`). What is appended or deleted later is seen by who opens
+    later. Raises InputError where there is no index, DamagedIndexError for missing or changed
     files.
     """
     if batch_tokens is not None and batch_tokens < 1:
         raise InputError(f"--batch-tokens {batch_tokens}: expected a number above 0.")
+    most = None if max_memory is None else parse_size(max_memory)
     opened = OpenIndex(Path(index), model, tokenizer, device, trust_remote_code, allow_pickle,
-                       allow_damaged)
+                       allow_damaged, most)
     return Searcher(opened, batch_tokens or opened.manifest.batch_tokens)
 
 

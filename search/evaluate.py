@@ -96,7 +96,7 @@ def evaluate(
         ids = np.sort(np.random.default_rng(0).choice(total, sample, replace=False))
     found = Evaluation(len(queries), total, len(ids), settings.damping, len(settings.modules))
     compared = []
-    together = min(searcher.group_size, fits_in_full(searcher.index, settings))
+    together = min(searcher.group_size, max(1, fits_in_full(searcher.index, settings)))
     for first in range(0, len(queries), together):
         group = queries[first : first + together]
         targets, preconditioned = make_targets(searcher.index, group, settings,

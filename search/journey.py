@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from gradindex.codes import score_error
-from gradindex.influence import Preconditioned, precondition
+from gradindex.influence import Preconditioned
 from gradindex.manifest import model_name
 from gradindex.records import Record
 from gradindex.results import Group, Hit, Recall, Result
@@ -17,9 +17,9 @@ from search.hits import make_hit, normalized
 from search.likeness import fold_near
 from search.opened import OpenIndex
 from search.recall import estimated_recall
-from search.rescore import Exact, Rescorer, rescore
+from search.rescore import Exact, Rescorer, rescore, rescored
 from search.shortlist import Shortlist, best, longer
-from search.target import Target, coordinates_of
+from search.target import Target, rescore_in_full
 
 SMALLEST_SAMPLE = 32  # of the background, before anything is said of the error on a query
 ODD_CALIBRATION = 1.5  # c on this query's background, as a factor of the index's: warn beyond it
@@ -227,16 +227,11 @@ class Journey:
         settings = self.settings
         low = self.preconditioned.rank is not None
         chosen = groups[: 2 * settings.k if low else settings.k]
-        if low:
-            again = coordinates_of(self.index, [self.targets[number].query], settings,
-                                   self.by.batch_tokens)
-            whole = Preconditioned(precondition(self.index.ekfac, again))
-        else:
-            whole = self.preconditioned.one(number)
-        found: dict[int, Exact] = {}
         records = [self.records[group[0]] for group in chosen]
-        for part in rescore(self.by, whole, records, sizes=True, terms=True):
-            found.update(part)
+        if low:
+            found = rescore_in_full(self.index, self.by, self.targets[number].query, records)
+        else:
+            found = dict(rescored(self.by, self.preconditioned.one(number), records))
         # equal sequences differ by rounding, which must not rank a copy above its original
         same = {int(self.index.contents.first_equal[group[0]]): group[0] for group in chosen}
         sample = np.array([

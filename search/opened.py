@@ -55,7 +55,7 @@ class OpenIndex(FittedModel):
 
     def __init__(
         self, path: Path, model: Any, tokenizer: Any, device: str, trust_remote_code: bool,
-        allow_pickle: bool, allow_damaged: bool,
+        allow_pickle: bool, allow_damaged: bool, max_memory: int | None = None,
     ):
         self.path = path
         locks.hold_for_reading(path, self)
@@ -64,7 +64,7 @@ class OpenIndex(FittedModel):
         self.contents, self.coverage = \
             _undamaged(path, facts) if allow_damaged else _whole(path, facts)
         super().__init__(replace(facts, sequences=self.coverage.sequences), self.contents.files,
-                         model, tokenizer, device, trust_remote_code, allow_pickle)
+                         model, tokenizer, device, trust_remote_code, allow_pickle, max_memory)
         self._segments: list[vectors.CodeIndex] | None = None
         self._tokens: tfidf.TokenMatrix | None = None
         self._wording: Wording | None = None
@@ -82,8 +82,8 @@ class OpenIndex(FittedModel):
     def segments(self) -> list[vectors.CodeIndex]:
         """The codes of every segment, read at first use; mapped where they would fill memory."""
         if self._segments is None:
-            each = vectors.code_bytes(self.manifest.code["length"])
-            mapped = each * int(self.contents.starts[-1]) > memory.available() // 2
+            every = vectors.code_bytes(self.manifest.code["length"]) * int(self.contents.starts[-1])
+            mapped = every > self.allowance.part(1 / 4, memory.available() // 2)
             with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
                 self._segments = list(pool.map(
                     partial(self.contents.codes, mapped=mapped), self.contents.segments))

@@ -77,6 +77,24 @@ def rescore(
         first = end
 
 
+def rescored(
+    by: Rescorer, preconditioned: Preconditioned, sequences: Sequence[Record]
+) -> Iterator[tuple[int, Exact]]:
+    """(place in `sequences`, score) with terms and sizes, for one query."""
+    for part in rescore(by, preconditioned, sequences, sizes=True, terms=True):
+        yield from part
+
+
+def joined(parts: Sequence[Exact]) -> Exact:
+    """One sequence's score from those by parts of the modules, in order; with terms and sizes."""
+    return Exact(
+        np.sum([part.influence for part in parts], axis=0),
+        sum(part.self_influence or 0.0 for part in parts),
+        sum(part.squared_step or 0.0 for part in parts),
+        np.concatenate([part.terms for part in parts if part.terms is not None], axis=1),
+    )
+
+
 def _score_batch(
     by: Rescorer, preconditioned: Preconditioned, members: list[Record], sizes: bool, terms: bool,
     by_module: bool,

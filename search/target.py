@@ -1,7 +1,7 @@
 """Queries made ready: the gradient of each, preconditioned, as a code's vector and in full."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,13 +13,16 @@ from gradindex.influence import (
     Gradients,
     Preconditioned,
     precondition,
+    prepare,
     query_coordinates,
-    query_norms,
 )
 from gradindex.model import UNSCORED
+from gradindex.modules import Module
+from gradindex.records import Record
 from gradindex.results import Query
 from search.controls import Settings
 from search.opened import OpenIndex
+from search.rescore import Exact, Rescorer, joined, rescored
 
 LARGEST_STACK = 1 << 31  # bytes of preconditioned gradients kept in full
 LOW_RANK = 32  # what they are reduced to beyond that (Grosse et al. 2023, §3.2.2)
@@ -36,8 +39,11 @@ class Target:
 
 
 def fits_in_full(index: OpenIndex, settings: Settings) -> int:
-    """How many queries' preconditioned gradients are kept in full, at least one."""
-    return max(1, LARGEST_STACK // (_entries(settings) * index.model.accumulate.itemsize))
+    """How many queries' preconditioned gradients are kept in full: one at least, unless memory is
+    bounded."""
+    room = index.allowance.part(1 / 4, LARGEST_STACK)
+    count = room // (_entries(settings.modules) * index.model.accumulate.itemsize)
+    return count if index.allowance.bytes is not None else max(1, count)
 
 
 def make_targets(
@@ -49,17 +55,39 @@ def make_targets(
     """
     targets, parts = [], []
     rank = rank_for(index, len(queries), settings)
-    for some in _groups(queries, settings):
-        coordinates = coordinates_of(index, some, settings, batch_tokens)
-        vectors = index.codes.query_vectors(coordinates).float().cpu().numpy()
-        norms = query_norms(index.ekfac, coordinates, settings.damping).tolist()
-        for query, vector, norm in zip(some, vectors, norms, strict=True):
+    for some in _groups(index, queries, settings.modules):
+        vectors, squares = index.codes.empty(len(some)), index.codes.empty(len(some))[:, 0]
+        preconditioned = Preconditioned({}, rank)
+        for modules in together(index, settings.modules):
+            coordinates = coordinates_of(index, some, modules, settings.damping, batch_tokens)
+            prepare(index.codes, index.ekfac, coordinates, settings.damping, vectors, squares,
+                    preconditioned)
+        for query, vector, norm in zip(some, vectors.float().cpu().numpy(),
+                                       squares.sqrt().tolist(), strict=True):
             if not np.isfinite(vector).all():
                 raise InputError("the query's gradient is not finite. Try an index with "
                                  "--dtype float32.")
             targets.append(Target(query, vector, norm))
-        parts.append(Preconditioned(precondition(index.ekfac, coordinates), rank))
+        parts.append(preconditioned)
     return targets, Preconditioned.join(parts) if len(parts) > 1 else parts[0]
+
+
+def rescore_in_full(
+    index: OpenIndex, by: Rescorer, query: Query, sequences: list[Record]
+) -> dict[int, Exact]:
+    """Scores of sequences on one query at full rank, by place, with terms and sizes.
+
+    Where memory doesn't hold the query's gradient, in one pass for each part of the modules.
+    """
+    found: list[list[Exact]] = [[] for _ in sequences]
+    for modules in together(index, by.modules):
+        coordinates = coordinates_of(index, [query], modules, by.damping, by.batch_tokens)
+        whole = Preconditioned(precondition(index.ekfac, coordinates))
+        own = replace(by, modules=modules, halved=0)
+        for place, exact in rescored(own, whole, sequences):
+            found[place].append(exact)
+        by.halved += own.halved
+    return {place: joined(parts) for place, parts in enumerate(found)}
 
 
 def rank_for(index: OpenIndex, queries: int, settings: Settings) -> int | None:
@@ -69,15 +97,32 @@ def rank_for(index: OpenIndex, queries: int, settings: Settings) -> int | None:
     return None if queries <= fits_in_full(index, settings) else LOW_RANK
 
 
+def together(index: OpenIndex, modules: list[Module]) -> Iterator[list[Module]]:
+    """Modules that follow each other whose gradients, of one query, are held together."""
+    some: list[Module] = []
+    room, used = _room(index), 0
+    for module in modules:
+        own = _entries([module])
+        if some and used + own > room:
+            yield some
+            some, used = [], 0
+        some.append(module)
+        used += own
+    yield some
+
+
 def coordinates_of(
-    index: OpenIndex, queries: list[Query], settings: Settings, batch_tokens: int
+    index: OpenIndex, queries: list[Query], modules: list[Module], damping: float,
+    batch_tokens: int,
 ) -> Gradients:
     """C_u [q, o, i] of each query, the weighted sum over its texts; sets their token_log_p."""
     texts = [(place, text) for place, query in enumerate(queries) for text in query.texts]
     total: Gradients = {
-        module.name: index.ekfac[module.name].eigenvalues.new_zeros(len(queries), *module.shape)
-        for module in settings.modules
+        module.name: torch.zeros(len(queries), *module.shape, dtype=index.model.accumulate,
+                                 device=index.model.device)
+        for module in modules
     }
+
     def run(rows: list[int]) -> tuple[Gradients, Tensor]:
         batch = make_batch([
             (np.array(text.tokens, np.int32), np.array(text.labels) != UNSCORED)
@@ -85,9 +130,9 @@ def coordinates_of(
         ], index.model.device)
         with torch.no_grad():
             return query_coordinates(
-                index.model, settings.modules, index.ekfac, batch, settings.damping)
+                index.model, modules, index.ekfac, batch, damping)
 
-    lengths, most = [len(text.tokens) for _, text in texts], max(1, AT_ONCE // _entries(settings))
+    lengths, most = [len(text.tokens) for _, text in texts], _at_once(index, modules)
     for rows, (coordinates, log_p) in in_batches(lengths, batch_tokens, Splits(), run, most):
         members = [texts[row] for row in rows]
         for (_, text), own in zip(members, log_p.tolist(), strict=True):
@@ -100,12 +145,26 @@ def coordinates_of(
     return total
 
 
-def _groups(queries: list[Query], settings: Settings) -> Iterator[list[Query]]:
+def _groups(
+    index: OpenIndex, queries: list[Query], modules: list[Module]
+) -> Iterator[list[Query]]:
     """Queries whose gradients are formed together."""
-    size = max(1, AT_ONCE // _entries(settings))
+    size = _at_once(index, modules)
     for first in range(0, len(queries), size):
         yield queries[first : first + size]
 
 
-def _entries(settings: Settings) -> int:
-    return sum(module.shape[0] * module.shape[1] for module in settings.modules)
+def _at_once(index: OpenIndex, modules: list[Module]) -> int:
+    return max(1, _room(index) // _entries(modules))
+
+
+def _room(index: OpenIndex) -> int:
+    """Entries of gradients held together while they are formed; without a bound, one query's."""
+    width = index.model.accumulate.itemsize
+    if index.allowance.bytes is None:
+        return max(AT_ONCE, _entries(index.manifest.modules))
+    return index.allowance.part(1 / 8, AT_ONCE * width) // width
+
+
+def _entries(modules: list[Module]) -> int:
+    return sum(module.shape[0] * module.shape[1] for module in modules)

@@ -7,7 +7,7 @@ from conftest import labels_of
 from reference import covariances, ekfac_matrix, sequence_gradient
 
 from gradindex import curvature
-from gradindex.curvature import Curvature
+from gradindex.curvature import Curvature, FiledEkfac
 from gradindex.errors import DamagedIndexError, GradindexError
 from gradindex.gradients import backward, make_batch
 from gradindex.influence import (
@@ -20,6 +20,7 @@ from gradindex.influence import (
     query_norms,
     score,
 )
+from gradindex.memory import Allowance
 from gradindex.model import tracked_modules
 from gradindex.modules import Module
 from gradindex.progress import Progress, stderr_progress
@@ -39,20 +40,21 @@ def records_of(sequences):
             for n, (ids, scored) in enumerate(sequences)]
 
 
-def fitted(model, modules, sequences, folder, labels="data", block=2, **changes):
+def fitted(model, modules, sequences, folder, labels="data", block=2, allowance=None):
     records = records_of(sequences)
-    settings = FitSettings(list(range(len(records))), labels, block, 24, 5, **changes)
+    settings = FitSettings(list(range(len(records))), labels, block, 24, 5)
     return fit(model, modules, lambda ids: [records[n] for n in ids], settings, folder,
-               Progress(), 0)[0]
+               Progress(), 0, allowance=allowance)[0]
 
 
 def test_partitions_of_modules_give_the_same_bytes(make_model, sequences, tmp_path):
     model = make_model("gpt2")
     modules = tracked_modules(model.network, "all")
-    folders = [tmp_path / str(held) for held in (None, 1, 3 * held_bytes(modules[0]))]
-    for folder, held in zip(folders, (None, 1, 3 * held_bytes(modules[0])), strict=True):
+    every = (None, 1, 6 * held_bytes(modules[0]))
+    folders = [tmp_path / str(allowed) for allowed in every]
+    for folder, allowed in zip(folders, every, strict=True):
         folder.mkdir()
-        fitted(model, modules, sequences, folder, "model", held=held)
+        fitted(model, modules, sequences, folder, "model", allowance=Allowance(allowed))
     whole, *others = ({path.name: path.read_bytes() for path in (folder / "curvature").iterdir()}
                       for folder in folders)
     assert len(whole) == len(modules) + 1
@@ -281,24 +283,53 @@ def test_choose_sequences_is_a_sample_without_replacement():
     assert 350 < np.mean(chosen) < 650
 
 
+def test_no_more_curvature_is_kept_than_may_be(tmp_path):
+    """Whatever is kept, the numbers are the same, and a file is checked the first time."""
+    modules = [Module(f"block.{n}.mlp", n, "mlp", 2, 3, True) for n in range(3)]
+    whole = {}
+    for n, module in enumerate(modules):
+        whole[module.name] = Curvature(torch.randn(4, 4), torch.randn(2, 2), torch.rand(2, 4) + n)
+        curvature.save(tmp_path, module, whole[module.name])
+    read = []
+
+    def where(module):
+        read.append(module.name)
+        return curvature.path_of(tmp_path, module)
+
+    size = 4 * curvature.file_entries(modules[0])
+    assert size == 4 * (16 + 4 + 8)
+    for held, times in ((None, 1), (2 * size, 4), (0, 9)):
+        read.clear()
+        ekfac = FiledEkfac(where, modules, torch.device("cpu"), torch.float32, held)
+        assert not read and list(ekfac) == list(whole) and len(ekfac) == 3
+        for _ in range(3):
+            for name, found in ekfac.items():
+                for part in ("eigenvectors_a", "eigenvectors_s", "eigenvalues"):
+                    assert torch.equal(getattr(found, part), getattr(whole[name], part))
+        assert len(read) == {1: 3, 4: 2 + 3, 9: 9}[times]
+    with pytest.raises(KeyError):
+        _ = ekfac["block.3.mlp"]
+
+
 def test_curvature_files_are_checked(tmp_path):
     module = Module("block.0.mlp", 0, "mlp", 2, 3, True)
     whole = Curvature(torch.eye(4), torch.eye(2), torch.ones(2, 4))
     curvature.save(tmp_path, module, whole)
-    place = torch.device("cpu")
-    def where(one):
-        return curvature.path_of(tmp_path, one)
 
-    found = curvature.load(where, [module], place, torch.float32)["block.0.mlp"]
+    def load(module):
+        return FiledEkfac(lambda one: curvature.path_of(tmp_path, one), [module],
+                          torch.device("cpu"), torch.float32)["block.0.mlp"]
+
+    found = load(module)
     assert torch.equal(found.eigenvalues, whole.eigenvalues)
     other = Module("block.0.mlp", 0, "mlp", 2, 4, True)
     with pytest.raises(DamagedIndexError, match=r"expected .*\(5, 5\)"):
-        curvature.load(where, [other], place, torch.float32)
+        load(other)
     path = curvature.path_of(tmp_path, module)
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(DamagedIndexError, match="can't be read"):
-        curvature.load(where, [module], place, torch.float32)
+        load(module)
     for spoiled in (torch.full((2, 4), float("nan")), torch.full((2, 4), -1.0)):
         curvature.save(tmp_path, module, Curvature(torch.eye(4), torch.eye(2), spoiled))
         with pytest.raises(DamagedIndexError, match="expected finite"):
-            curvature.load(where, [module], place, torch.float32)
+            load(module)
