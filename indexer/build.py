@@ -16,7 +16,7 @@ import functools
 import inspect
 import math
 import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -59,7 +59,7 @@ from indexer import ingest
 from indexer.background import make_background
 from indexer.calibrate import calibrate
 from indexer.corpus import Corpus, CorpusSettings
-from indexer.distribute import Shard, parse_shard
+from indexer.distribute import Shard, Share, Stage, parse_shard
 from indexer.fit import (
     LARGEST_BLOCK,
     FitNotes,
@@ -95,6 +95,8 @@ class Asked:
     say: Progress
     shard: Shard
     max_memory: int | None
+    ray: str | None
+    ray_workers: int | None
 
     def facts(self) -> dict[str, Any]:
         """What the manifest takes over besides the plan."""
@@ -135,6 +137,8 @@ def ask(
     shard: str | None = None,
     wait: float | None = None,
     max_memory: str | int | None = None,
+    ray: str | None = None,
+    ray_workers: int | None = None,
     progress: Progress | None = None,
 ) -> Asked:
     """1) What is asked for, resolved, before anything expensive. Raises InputError."""
@@ -149,7 +153,9 @@ def ask(
     )
     check_numbers(fit_sequences=fit_sequences, batch_tokens=batch_tokens, damping=damping,
                   segment_size=segment_size, limit=limit, train_sequences=train_sequences,
-                  max_bad=max_bad, wait=wait)
+                  max_bad=max_bad, wait=wait, ray_workers=ray_workers)
+    if ray is not None:
+        _check_ray(ray, model, shard)
     say = progress or Progress()
     own = Shard() if shard is None else parse_shard(shard, wait, say)
     if not 0 <= seed < 1 << 63:
@@ -174,7 +180,7 @@ def ask(
     if index.exists() and not index.is_dir():
         raise InputError(f"-o {index} is a file; expected a folder to make or to go on with.")
     return Asked(index, source, corpus, plan, device, dtype, train_sequences, max_bad,
-                 tokenizer_name, say, own, _bytes(max_memory))
+                 tokenizer_name, say, own, _bytes(max_memory), ray, ray_workers)
 
 
 Arguments = ParamSpec("Arguments")
@@ -212,22 +218,24 @@ def build(asked: Asked) -> "Searcher | None":
     With `shard` ("2/8") this process does one of several shares, waiting at most `wait` seconds for
     the others; it returns None, and `merge` makes the index when all are done. `max_memory` ("8GB")
     bounds the memory, of the GPU where the model is on one; curvature and codes come out the same.
+    With `ray` the units of work are handed out to a cluster ("auto", "host:port") or to workers on
+    this machine ("local"), `ray_workers` of them [one a GPU, or as many as there are cores for].
     Raises InputError for unusable input before anything expensive, ResourceError when disk or
     memory don't suffice, IndexMismatchError when the model changed since the build began,
     GradindexError while another process writes to the index, where too much is not finite, or where
     other shards don't come.
     """
     index, say, shard = asked.index, asked.say, asked.shard
-    shared = shard.of > 1
+    shared, together = shard.of > 1, shard.of > 1 or asked.ray is not None
     if shard.first:
         with disk_errors(index):
             make_folders(index)
     else:
-        shard.wait("the data and the model", lambda: [] if manifest.exists(index) or
+        shard.wait(Stage("reading the data"), lambda: [] if manifest.exists(index) or
                    State.joined(index, asked.plan) else [0])
-    alone = contextlib.nullcontext() if shared else only_writer(index, "gradindex build")
-    together = one_of_writers(index, shard.number) if shared else contextlib.nullcontext()
-    with alone, together, disk_errors(index):
+    writing = one_of_writers(index, shard.number) if together else \
+        only_writer(index, "gradindex build")
+    with writing, disk_errors(index):
         refuse_links(index)
         state = State.open(index, asked.plan, say)
         if manifest.exists(index):
@@ -274,9 +282,8 @@ def merge(
             say.say(f"{folder} is complete; nothing to do.")
         else:
             _refuse_unfinished(folder, state)
-            fitted = _prepare(folder, source, device, own["dtype"], state, Shard(),
-                              _bytes(max_memory), say)
-            _complete(folder, fitted, state, say)
+            about = prepare(folder, source, device, own["dtype"], state, _bytes(max_memory), say)
+            _complete(folder, _fit(folder, about, Shard(), say), state, say)
     return _opened(folder, source, device)
 
 
@@ -293,7 +300,7 @@ def _refuse_unfinished(index: Path, state: State) -> None:
               state.plan["segment_size"])
     missing = "the data are not read" if state.corpus is None else \
         "the curvature is not fitted" if not (index / "curvature").is_dir() else None
-    left = [one.name for one in run.segments if not ingest.is_sealed(index, one)]
+    left = [run.segments[number].name for number in ingest.unsealed(run)]
     if missing is None and left:
         shown = ", ".join(left[:5]) + ", …" * (len(left) > 5)
         missing = f"{len(left)} of {len(run.segments)} segments are not encoded ({shown}; shard " \
@@ -306,53 +313,68 @@ def _refuse_unfinished(index: Path, state: State) -> None:
 
 
 @dataclass
-class _Fitted:
-    """A build on its way: what was read, the model, and what was fitted to it."""
+class Prepared:
+    """What every process of a build has: the sequences, the model, how it is to be fitted."""
 
     run: Run
     model: LanguageModel
-    modules: list[Module]
-    ekfac: Ekfac
-    notes: FitNotes
-    chosen: list[int]
+    tracked: list[Module]
+    settings: FitSettings
     allowance: Allowance
 
 
-def _build(index: Path, asked: Asked, state: State, say: Progress) -> _Fitted:
-    """Steps 2 to 5: this shard's share of them."""
-    shard = asked.shard
+@dataclass
+class _Fitted:
+    """A build whose curvature is there, of those modules that have one."""
 
+    about: Prepared
+    modules: list[Module]
+    ekfac: Ekfac
+    notes: FitNotes
+
+
+def _build(index: Path, asked: Asked, state: State, say: Progress) -> _Fitted:
+    """Steps 2 to 5: this process's share of them."""
     # 2) text → sequences, on disk as records
     if state.corpus is None:
-        assert shard.first  # the others began when this was done
+        assert asked.shard.first  # the others began when this was done
         if not (index / "segments").is_dir():
             make_folder(index / "segments")
         empty = Run(index, 0, 0, 0, asked.plan["segment_size"])
         state.corpus = ingest.write_records(asked.corpus, empty, say)
         state.save()
+    ingest.report(state.corpus, state.plan["sequence_length"], say)
 
-    # 3) and 4) the model, its curvature
-    fitted = _prepare(index, asked.source, asked.device, asked.dtype, state, shard,
-                      asked.max_memory, say)
+    # 3) the model and its tracked modules
+    about = prepare(index, asked.source, asked.device, asked.dtype, state, asked.max_memory, say)
+    with contextlib.ExitStack() as until_here:
+        share: Share = asked.shard
+        if asked.ray is not None:
+            from indexer.crew import Crew, Job
 
-    # 5) every sequence → a code
-    ingest.encode_run(fitted.model, _codes(fitted, state), fitted.run, state.plan["batch_tokens"],
-                      asked.max_bad, say, shard)
+            share = until_here.enter_context(Crew(asked.ray, asked.ray_workers, Job.of(asked), say))
+
+        # 4) EK-FAC curvature
+        fitted = _fit(index, about, share, say)
+
+        # 5) every sequence → a code
+        if asked.ray is None:
+            ingest.encode_run(about.model, _codes(fitted, state), about.run,
+                              state.plan["batch_tokens"], asked.max_bad, say, share)
+        else:
+            share.wait(Stage("encode"), lambda: ingest.unsealed(about.run))
     return fitted
 
 
-def _prepare(
-    index: Path, source: ModelSource, device: str, dtype: str, state: State, shard: Shard,
+def prepare(
+    index: Path, source: ModelSource, device: str, dtype: str, state: State,
     max_memory: int | None, say: Progress,
-) -> _Fitted:
-    """The model and its modules, and their curvature, fitted if it isn't there."""
+) -> Prepared:
+    """Load and check the model. Raises ResourceError where disk or memory don't suffice."""
     plan, facts = state.plan, state.corpus
     assert facts is not None and state.asked is not None
     torch.set_num_threads(state.threads)
     run = Run(index, 0, 0, facts["sequences"], plan["segment_size"])
-    ingest.report(facts, plan["sequence_length"], say)
-
-    # 3) the model and its tracked modules
     say.say(f"model: loading {source.name} as {plan['dtype']} on {plan['device']}")
     model = source.load(device, dtype)
     state.check_model(model)
@@ -362,26 +384,33 @@ def _prepare(
     largest = max(tracked, key=held_bytes)
     allowance = Allowance.beside(model.bytes, max_memory, held_bytes(largest),
                                  f"fitting {largest.name}")
+    settings = FitSettings(
+        choose_sequences(run.count, plan["fit_sequences"], plan["seed"]), plan["fit_labels"],
+        min(plan["segment_size"], LARGEST_BLOCK), plan["batch_tokens"], plan["seed"],
+        state.asked["max_bad"],
+    )
+    return Prepared(run, model, tracked, settings, allowance)
 
-    # 4) EK-FAC curvature
-    chosen = choose_sequences(run.count, plan["fit_sequences"], plan["seed"])
-    ekfac, notes = fit(model, tracked, run.records, FitSettings(
-        chosen, plan["fit_labels"], min(plan["segment_size"], LARGEST_BLOCK),
-        plan["batch_tokens"], plan["seed"], state.asked["max_bad"],
-    ), index, say, run.count, shard, allowance)
-    kept = [module for module in tracked if module.name in ekfac]
-    return _Fitted(run, model, kept, ekfac, notes, chosen, allowance)
+
+def _fit(index: Path, about: Prepared, share: Share, say: Progress) -> _Fitted:
+    ekfac, notes = fit(about.model, about.tracked, about.run.records, about.settings, index, say,
+                       about.run.count, share, about.allowance)
+    return _Fitted(about, [one for one in about.tracked if one.name in ekfac], ekfac, notes)
 
 
 def _codes(fitted: _Fitted, state: State) -> Codes:
-    plan, modules = state.plan, fitted.modules
-    return Codes(modules, fitted.ekfac, CodeSettings(
+    return make_codes(fitted.modules, fitted.ekfac, state.plan)
+
+
+def make_codes(modules: list[Module], ekfac: Ekfac, plan: Mapping[str, Any]) -> Codes:
+    """The codes that a plan asks for, of modules that have curvature."""
+    return Codes(modules, ekfac, CodeSettings(
         plan["bits"], default_width(plan["bits"], len(modules)), plan["seed"], plan["damping"]))
 
 
 def _complete(index: Path, fitted: _Fitted, state: State, say: Progress) -> None:
     """Steps 6 and 7, once every segment is encoded."""
-    plan, run, model, ekfac = state.plan, fitted.run, fitted.model, fitted.ekfac
+    plan, run, model, ekfac = state.plan, fitted.about.run, fitted.about.model, fitted.ekfac
     assert state.asked is not None
     codes, length = _codes(fitted, state), plan["bits"]
     quarantined = ingest.quarantined(run, state.asked["max_bad"], say)
@@ -390,7 +419,7 @@ def _complete(index: Path, fitted: _Fitted, state: State, say: Progress) -> None
     coded = [one for one in range(run.count) if one not in quarantined]
     calibration = calibrate(
         model, codes, ekfac, run.records, lambda ids: run.codes(ids, length), coded,
-        plan["batch_tokens"], say, fitted.allowance,
+        plan["batch_tokens"], say, fitted.about.allowance,
     )
     queries, sample = make_background(
         model, codes, ekfac, run.records, lambda ids: run.coded(ids, length), coded, say)
@@ -416,7 +445,8 @@ def _manifest(
     queries: BackgroundFacts, quarantined: int,
 ) -> Manifest:
     """What the build made."""
-    run, model, tracked, notes = fitted.run, fitted.model, fitted.modules, fitted.notes
+    run, model = fitted.about.run, fitted.about.model
+    tracked, notes = fitted.modules, fitted.notes
     plan, facts, asked = state.plan, state.corpus, state.asked
     assert facts is not None and asked is not None and state.model is not None
     files = {f"curvature/{name}": one for name, one in notes.files.items()}
@@ -441,7 +471,7 @@ def _manifest(
         parameter_share=parameter_share(model.network, tracked),
         effective_dimension={name: round(one.effective_dimension(plan["damping"]), 1)
                              for name, one in fitted.ekfac.items()},
-        fit=FitFacts(sequences=len(fitted.chosen) - len(notes.quarantined),
+        fit=FitFacts(sequences=len(fitted.about.settings.ids) - len(notes.quarantined),
                      labels=plan["fit_labels"], left_out=notes.left_out),
         damping=plan["damping"], code=CodeFacts(
             length=codes.settings.length, width=codes.settings.width, seed=codes.settings.seed,
@@ -525,6 +555,19 @@ def check_numbers(**numbers: float | None) -> None:
     for name, value in numbers.items():
         if value is not None and not 0 < value < math.inf:
             raise InputError(f"--{name.replace('_', '-')} {value}: expected a number above 0.")
+
+
+def _check_ray(address: str, model: Any, shard: str | None) -> None:
+    """Raise InputError for what can't be handed out, or a cluster that isn't there."""
+    if not isinstance(model, (str, Path)):
+        raise InputError("ray= hands the work to other processes, which load the model themselves; "
+                         "expected its folder or hub id, got an object. Save it "
+                         "(save_pretrained) and give the folder.")
+    if shard is not None:
+        raise InputError("--ray and --shard exclude each other: give one.")
+    from indexer.crew import check_address
+
+    check_address(address)
 
 
 def _bytes(max_memory: str | int | None) -> int | None:

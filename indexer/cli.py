@@ -62,6 +62,11 @@ _MAX_BAD = click.option(
                    "number them.")
 @click.option("--wait", type=float, metavar="SECONDS",
               help="How long a shard waits for others that do nothing [for ever].")
+@click.option("--ray", is_flag=False, flag_value="local", metavar="[ADDRESS]",
+              help="Hand the work to a Ray cluster (auto, host:port); without ADDRESS, to workers "
+                   "on this machine.")
+@click.option("--ray-workers", type=int, metavar="N",
+              help="Workers, each with the model [one a GPU, or what the cores suffice for].")
 @click.option("--dry-run", is_flag=True,
               help="Say what time, disk and memory the build will take, measured on two batches of "
                    "each stage; write nothing. Exit code 4 where disk or memory won't suffice.")

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from gradindex.errors import GradindexError, InputError
 from gradindex.progress import Progress, duration
@@ -23,6 +24,39 @@ SAID = 60.0  # seconds until it is said again whom a shard waits for
 # SLURM array's first number need not be 0.
 STARTERS = (("RANK", "WORLD_SIZE", None), ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT",
             "SLURM_ARRAY_TASK_MIN"), ("SLURM_PROCID", "SLURM_NTASKS", None))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of a build whose units can be shared out: `name` and, of a fit, the partition.
+
+    covariance and eigenvalues have a unit a block, eigenvectors a module, encode a segment.
+    """
+
+    name: str
+    partition: int = 0
+
+    def __str__(self) -> str:
+        return self.name if not self.partition else f"{self.name} of partition {self.partition}"
+
+
+class Share(Protocol):
+    """What of a build this process does itself, and how the rest comes about.
+
+    `first`: whether it does what can't be shared out.
+    """
+
+    @property
+    def first(self) -> bool: ...
+
+    @property
+    def of(self) -> int: ...
+
+    def takes(self, unit: int) -> bool:
+        """Whether a unit is this process's own."""
+
+    def wait(self, stage: Stage, missing: Callable[[], list[int]]) -> None:
+        """Come back when no unit is missing any more. Raises GradindexError."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +79,8 @@ class Shard:
     def takes(self, unit: int) -> bool:
         return unit % self.of == self.number
 
-    def wait(self, what: str, missing: Callable[[], list[int]]) -> None:
-        """Wait until `missing`, the numbers of units that aren't there, is empty.
+    def wait(self, stage: Stage, missing: Callable[[], list[int]]) -> None:
+        """Wait until `missing`, the numbers of units that others have yet to do, is empty.
 
         Raises GradindexError where nothing new came for `patience` seconds.
         """
@@ -56,11 +90,11 @@ class Shard:
         while left:
             now = time.monotonic()
             if first or now - said > SAID:
-                self.progress.say(f"waiting for {self._shards(left)}: {what}")
+                self.progress.say(f"waiting for {self._shards(left)}: {stage}")
                 first, said = False, now
             if now - begun > self.patience:
                 raise GradindexError(
-                    f"waited {duration(self.patience)} in vain for {self._shards(left)}: {what} "
+                    f"waited {duration(self.patience)} in vain for {self._shards(left)}: {stage} "
                     f"({len(left)} missing). Is it running? Start it with the same command and "
                     f"--shard {left[0] % self.of}/{self.of}, then this one again; what is done "
                     "stays done."

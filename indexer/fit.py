@@ -45,7 +45,7 @@ from gradindex.model import LanguageModel
 from gradindex.modules import Module
 from gradindex.progress import Progress
 from gradindex.records import Record
-from indexer.distribute import Shard
+from indexer.distribute import Shard, Share, Stage
 from indexer.quarantine import SHARE, check_quarantine
 from indexer.sums import Block, BlockNotes, Sums
 
@@ -126,28 +126,37 @@ def uniforms(seed: int, step: int, sequence: int, count: int) -> np.ndarray:
 
 def fit(
     model: LanguageModel, modules: list[Module], read: Read, settings: FitSettings, index: Path,
-    progress: Progress, after: int, shard: Shard | None = None, allowance: Allowance | None = None,
+    progress: Progress, after: int, share: Share | None = None, allowance: Allowance | None = None,
 ) -> tuple[Ekfac, FitNotes]:
     """Fit, or go on fitting, and write `index/curvature`; returns what is on disk there.
 
     Modules without a gradient are left out of it, and noted. `after` is the number of sequences to
-    be encoded afterwards, for the expected time. A `shard` does its share, and waits for the
-    others'. `allowance` bounds the memory.
+    be encoded afterwards, for the expected time. A process that has but a `share` of the units
+    waits for the others. `allowance` bounds the memory.
     Raises GradindexError where no module is left, too many sequences are not finite, eigenvectors
     can't be found, or other shards don't come; ResourceError.
     """
     folder = index / "curvature"
-    shard, may = shard or Shard(), allowance or Allowance()
+    share, may = share or Shard(), allowance or Allowance()
     if not folder.is_dir():
         unfinished = index / "curvature.partial"
-        if shard.first and not unfinished.is_dir():
+        if share.first and not unfinished.is_dir():
             make_folder(unfinished)
-        shard.wait("the fit", lambda: [] if unfinished.is_dir() or folder.is_dir() else [0])
+        share.wait(Stage("fit"), lambda: [] if unfinished.is_dir() or folder.is_dir() else [0])
         every = partitions(modules, may.fit)
-        _Fit(model, every, read, settings, unfinished, progress, after, shard).run()
-        if shard.first:
+        Fit(model, every, read, settings, unfinished, progress, after, share).run()
+        if share.first:
             rename_folder(unfinished, folder)
-        shard.wait("the curvature", lambda: [] if folder.is_dir() else [0])
+        share.wait(Stage("fit"), lambda: [] if folder.is_dir() else [0])
+    return fitted(model, modules, index, progress, may)
+
+
+def fitted(
+    model: LanguageModel, modules: list[Module], index: Path, progress: Progress,
+    allowance: Allowance,
+) -> tuple[Ekfac, FitNotes]:
+    """The curvature that was fitted, and what was done otherwise than planned; says so."""
+    folder = index / "curvature"
     notes = FitNotes.read(folder)
     _report(notes, progress)
     kept = [module for module in modules if module.name not in notes.left_out]
@@ -156,7 +165,8 @@ def fit(
     def where(module: Module) -> Path:
         return checked.path(curvature.path_of(Path(), module).name)
 
-    return curvature.FiledEkfac(where, kept, model.device, model.accumulate, may.curvature), notes
+    return curvature.FiledEkfac(
+        where, kept, model.device, model.accumulate, allowance.curvature), notes
 
 
 def _report(notes: FitNotes, progress: Progress) -> None:
@@ -201,7 +211,7 @@ def held_bytes(module: Module, width: int = 4) -> int:
 STEPS = {"covariance": 2, "eigenvalues": 3}  # stage: whose labels, see `uniforms`
 
 
-class _Fit:
+class Fit:
     """A fit in `folder`, one partition of modules after the other.
 
     What is there is not done again. The first shard alone writes fit.json and the running sums.
@@ -209,12 +219,12 @@ class _Fit:
 
     def __init__(
         self, model: LanguageModel, partitions: list[list[Module]], read: Read,
-        settings: FitSettings, folder: Path, progress: Progress, after: int, shard: Shard,
+        settings: FitSettings, folder: Path, progress: Progress, after: int, share: Share,
     ):
         self.model, self.read, self.settings = model, read, settings
         self.partitions = partitions
         self.modules = [module for some in partitions for module in some]
-        self.folder, self.progress, self.after, self.shard = folder, progress, after, shard
+        self.folder, self.progress, self.after, self.share = folder, progress, after, share
         self.notes = FitNotes.read(folder)
         ids, size = settings.ids, settings.block
         self.blocks = [ids[start : start + size] for start in range(0, len(ids), size)]
@@ -225,70 +235,82 @@ class _Fit:
             return
         for number, modules in enumerate(self.partitions):
             if self._unfitted(modules):
-                self._fit(str(number), modules)
-        if self.shard.first:
+                self._fit(number, modules)
+        if self.share.first:
             self._finish()
 
-    def _fit(self, number: str, modules: list[Module]) -> None:
-        covariance = Sums(self.folder, f"covariance-{number}", covariance_shapes(modules),
-                          len(self.blocks))
-        eigenvalues = Sums(self.folder, f"eigenvalues-{number}",
-                           {module.name: module.shape for module in modules}, len(self.blocks))
+    def do(self, stage: Stage, unit: int) -> None:
+        """Do one unit and leave it for the process that goes through the stages."""
+        modules, sums = self.partitions[stage.partition], self._sums(stage)
+        self.notes = FitNotes.read(self.folder)
+        if stage.name == "eigenvectors":
+            self._decompose_one(unit, self._sums(Stage("covariance", stage.partition)))
+        elif not sums.has(unit):
+            sums.keep(unit, self._sum_block(stage, unit, sums, self._adder(stage.name, modules)))
+
+    def _sums(self, stage: Stage) -> Sums:
+        modules = self.partitions[stage.partition]
+        shapes = covariance_shapes(modules) if stage.name == "covariance" else \
+            {module.name: module.shape for module in modules}
+        return Sums(self.folder, f"{stage.name}-{stage.partition}", shapes, len(self.blocks))
+
+    def _fit(self, number: int, modules: list[Module]) -> None:
+        stages = [Stage("covariance", number), Stage("eigenvalues", number)]
+        covariance, eigenvalues = map(self._sums, stages)
         if self._undecomposed(modules):
-            self._sum("covariance", number, covariance, self._undecomposed, modules)
-            self._decompose(covariance, modules)
-        self._sum("eigenvalues", number, eigenvalues, self._unfitted, modules)
-        if self.shard.first:
+            self._sum(stages[0], covariance, self._undecomposed)
+            self._decompose(Stage("eigenvectors", number), covariance, modules)
+        self._sum(stages[1], eigenvalues, self._unfitted)
+        if self.share.first:
             self._save(eigenvalues, modules)
             for sums in (covariance, eigenvalues):
                 sums.remove()
             for module in modules:
                 self._vectors_path(module).unlink(missing_ok=True)
-        self.shard.wait("the curvature", lambda: [0] * bool(self._unfitted(modules)))
+        self.share.wait(Stage("curvature", number), lambda: [0] * bool(self._unfitted(modules)))
 
     # ---- sums over blocks of sequences
 
-    def _sum(
-        self, stage: str, number: str, sums: Sums, undone: Callable[[list[Module]], list[int]],
-        modules: list[Module],
-    ) -> None:
+    def _sum(self, stage: Stage, sums: Sums, undone: Callable[[list[Module]], list[int]]) -> None:
         """Sum up this shard's blocks, and wait until the running sum has all, or `undone` tells
         that what is made of it is there."""
-        if not self.shard.first:
+        if not self.share.first:
             self.notes = FitNotes.read(self.folder)
-        key = stage if number == "0" else f"{stage} {number}"
-        add = self._adder(stage, modules)
-        own = [block for block in range(len(self.blocks)) if self.shard.takes(block)]
+        modules = self.partitions[stage.partition]
+        add = self._adder(stage.name, modules)
+        own = [block for block in range(len(self.blocks)) if self.share.takes(block)]
         left = [block for block in own if not sums.has(block)]
         sequences = sum(len(self.blocks[block]) for block in own)
-        self.progress.start(stage, sequences, "sequences", done=sequences - sum(
-            len(self.blocks[block]) for block in left))
+        if own:
+            self.progress.start(str(stage), sequences, "sequences", done=sequences - sum(
+                len(self.blocks[block]) for block in left))
         for block in left:
-            found = self._sum_block(stage, f"{key} {block}", self.blocks[block], sums, add)
-            self._add_waiting(key, sums)
-            if self.shard.first and sums.added() == block:
-                self._add(f"{key} {block}", block, found, sums)
+            found = self._sum_block(stage, block, sums, add)
+            self._add_waiting(stage, sums)
+            if self.share.first and sums.added() == block:
+                self._add(stage, block, found, sums)
             else:
                 sums.keep(block, found)
-        self.progress.finish()
+        if own:
+            self.progress.finish()
 
         def missing() -> list[int]:
-            self._add_waiting(key, sums)
+            self._add_waiting(stage, sums)
             if sums.added() == len(self.blocks) or not undone(modules):
                 return []
             there = [block for block in range(len(self.blocks)) if not sums.has(block)]
             return there or [0]  # else the first has yet to add them
 
-        self.shard.wait(f"{stage} of {len(self.blocks)} blocks", missing)
+        self.share.wait(stage, missing)
 
-    def _add_waiting(self, key: str, sums: Sums) -> None:
-        if self.shard.first:
+    def _add_waiting(self, stage: Stage, sums: Sums) -> None:
+        if self.share.first:
             for block, found in sums.waiting():
-                self._add(f"{key} {block}", block, found, sums)
+                self._add(stage, block, found, sums)
 
-    def _add(self, key: str, block: int, found: Block, sums: Sums) -> None:
+    def _add(self, stage: Stage, block: int, found: Block, sums: Sums) -> None:
         if found.notes.splits:
-            self.notes.splits[key] = found.notes.splits
+            self.notes.splits[f"{stage} {block}"] = found.notes.splits
         self._note_quarantined(found.notes.quarantined)
         sums.add(block, found)
 
@@ -300,18 +322,19 @@ class _Fit:
         if self.notes.quarantined or self.notes.splits:
             self.notes.write(self.folder)
 
-    def _sum_block(self, stage: str, key: str, ids: list[int], sums: Sums, add: Add) -> Block:
+    def _sum_block(self, stage: Stage, block: int, sums: Sums, add: Add) -> Block:
         """A block's sums.
 
         A batch adds to the sums as it goes, so where one fails half-way, or they are not finite,
         the block is summed again, as its notes then say. The first shard writes those down at once.
         """
+        key, ids = f"{stage} {block}", self.blocks[block]
         notes, found = BlockNotes(self.notes.splits.get(key, [])), None
         while found is None:
             kept = [one for one in ids
                     if one not in self.notes.quarantined and one not in notes.quarantined]
             records = self.read(kept)
-            found = self._try_block(stage, key, records, sums, add, notes)
+            found = self._try_block(stage.name, key, records, sums, add, notes)
         return Block(found, sum(len(record.ids) for record in records), notes)
 
     def _try_block(
@@ -326,7 +349,7 @@ class _Fit:
 
         def keep(made: list[tuple[int, int]]) -> None:
             notes.splits = made
-            if self.shard.first:
+            if self.share.first:
                 self.notes.splits[key] = made
                 self.notes.write(self.folder)
             raise _SumAgainError
@@ -340,7 +363,7 @@ class _Fit:
                 if self.progress.measured and stage == "covariance":
                     left = 2 * len(self.settings.ids) + self.after
                     self.progress.say_expected(
-                        self.progress.seconds_each() * left / self.shard.of)
+                        self.progress.seconds_each() * left / self.share.of)
         except _SumAgainError:
             self.progress.update(-done)
             return None
@@ -348,7 +371,7 @@ class _Fit:
         if not odd:
             return found
         notes.quarantined.update(self._why_not_finite(records, step, f"the {stage} of {odd[0]}"))
-        if self.shard.first:
+        if self.share.first:
             self._note_quarantined(notes.quarantined)
         self.progress.update(-done)
         return None
@@ -393,21 +416,25 @@ class _Fit:
         """Q_A and Q_S of a module by side, "A" and "S", float64."""
         return read_tensors(self._vectors_path(module))[0]
 
-    def _decompose(self, covariance: Sums, modules: list[Module]) -> None:
+    def _decompose(self, stage: Stage, covariance: Sums, modules: list[Module]) -> None:
         """The eigenvectors of this shard's modules; then wait for the others'."""
-        own = [number for number in self._undecomposed(modules) if self.shard.takes(number)]
-        self.progress.start("eigenvectors", 2 * len(own), "matrices")
+        own = [number for number in self._undecomposed(modules) if self.share.takes(number)]
         if own:
-            sums, positions = covariance.totals()
+            self.progress.start(str(stage), 2 * len(own), "matrices")
         for number in own:
-            module, found = self.modules[number], {}
-            for side in ("A", "S"):
-                name = f"{module.name}/{side}"
-                found[side] = eigenvectors(sums[name] / positions, name)
-                self.progress.update(1)
-            write_tensors(self._vectors_path(module), found)
-        self.progress.finish()
-        self.shard.wait("eigenvectors", lambda: self._undecomposed(modules))
+            self._decompose_one(number, covariance)
+        if own:
+            self.progress.finish()
+        self.share.wait(stage, lambda: self._undecomposed(modules))
+
+    def _decompose_one(self, number: int, covariance: Sums) -> None:
+        sums, positions = covariance.totals()
+        module, found = self.modules[number], {}
+        for side in ("A", "S"):
+            name = f"{module.name}/{side}"
+            found[side] = eigenvectors(sums[name] / positions, name)
+            self.progress.update(1)
+        write_tensors(self._vectors_path(module), found)
 
     def _undecomposed(self, modules: list[Module]) -> list[int]:
         """The numbers of modules whose eigenvectors aren't there, and are still needed."""
@@ -436,7 +463,7 @@ class _Fit:
         """The numbers of modules whose curvature isn't there; none once the folder has its name."""
         left = [module for module in modules
                 if not curvature.path_of(self.folder, module).is_file()]
-        if left and not self.shard.first and self.folder.is_dir():
+        if left and not self.share.first and self.folder.is_dir():
             self.notes = FitNotes.read(self.folder)
         return [self.modules.index(module) for module in left
                 if module.name not in self.notes.left_out and self.folder.is_dir()]

@@ -24,7 +24,7 @@ from gradindex.progress import Progress, size
 from gradindex.records import Record
 from gradindex.segments import PARTIAL, SegmentFacts
 from indexer.corpus import Corpus
-from indexer.distribute import Shard
+from indexer.distribute import Shard, Share
 from indexer.encode import encode_segment
 from indexer.fit import disk_bytes
 from indexer.quarantine import check_quarantine
@@ -202,14 +202,14 @@ def check_disk(index: Path, sequences: int, length: int, tracked: list[Module]) 
 
 def encode_run(
     model: LanguageModel, codes: Codes, run: Run, batch_tokens: int, bad: float, say: Progress,
-    shard: Shard | None = None,
+    share: Share | None = None,
 ) -> None:
-    """Encode what isn't encoded yet, and seal it; a `shard` does so with its own segments.
+    """Encode what isn't encoded yet of this process's `share` [all], and seal it.
 
     Raises GradindexError where more than the share `bad` is quarantined, ResourceError.
     """
     kept_out: dict[int, str] = {}
-    own = [one for number, one in enumerate(run.segments) if (shard or Shard()).takes(number)]
+    own = [one for number, one in enumerate(run.segments) if (share or Shard()).takes(number)]
     sealed = [one for one in own if is_sealed(run.index, one)]
     say.start("encode", sum(one.rows for one in own), "sequences",
               done=sum(one.rows for one in sealed))
@@ -217,13 +217,20 @@ def encode_run(
         if segment in sealed:
             facts = segments.read_facts(run.folder(segment))
         else:
-            folder = run.folder(segment)
-            path = run.files(segment).path("records.lmdb", records.audit)
-            batch = records.read(path, range(segment.rows))
-            facts = encode_segment(model, codes, batch, folder, batch_tokens, say)
+            facts = encode_one(model, codes, run, segment, batch_tokens, say)
         kept_out |= facts.quarantined
         check_quarantine(kept_out, run.count, bad, "to be indexed")
     say.finish()
+
+
+def encode_one(
+    model: LanguageModel, codes: Codes, run: Run, segment: Segment, batch_tokens: int,
+    say: Progress,
+) -> SegmentFacts:
+    """Encode and seal a segment. Raises ResourceError."""
+    path = run.files(segment).path("records.lmdb", records.audit)
+    batch = records.read(path, range(segment.rows))
+    return encode_segment(model, codes, batch, run.folder(segment), batch_tokens, say)
 
 
 def quarantined(run: Run, bad: float, say: Progress) -> dict[int, str]:
@@ -248,6 +255,11 @@ def quarantined(run: Run, bad: float, say: Progress) -> dict[int, str]:
 def is_sealed(index: Path, segment: Segment) -> bool:
     """Whether a segment is whole."""
     return segment_folder(index, segment.name).is_dir()
+
+
+def unsealed(run: Run) -> list[int]:
+    """Which of a run's segments are not whole yet, by place."""
+    return [place for place, one in enumerate(run.segments) if not is_sealed(run.index, one)]
 
 
 def file_facts(run: Run) -> dict[str, FileFacts]:

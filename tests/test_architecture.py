@@ -19,7 +19,7 @@ DOORS = {
     "starlette": {"search/server.py", "search/guard.py"}, "uvicorn": {"search/serving.py"},
     "scipy": {"gradindex/tfidf.py", "indexer/fit.py"}, "sklearn": {"search/evaluate.py"},
     "matplotlib": {"search/evaluate.py"}, "peft": set(),
-    "tqdm": {"gradindex/progress.py"},
+    "tqdm": {"gradindex/progress.py"}, "ray": {"indexer/crew.py", "search/distribute.py"},
 }
 
 

@@ -21,7 +21,7 @@ from gradindex.locks import one_of_writers, only_writer
 from gradindex.modules import Module
 from gradindex.progress import Progress
 from indexer import distribute
-from indexer.distribute import Shard, parse_shard
+from indexer.distribute import Shard, Stage, parse_shard
 from indexer.fit import held_bytes, partitions
 from indexer.sums import Block, BlockNotes, Sums
 
@@ -159,12 +159,12 @@ def test_a_killed_shard_runs_again(model_folder, data_file, tmp_path):
 def test_waiting_ends_when_nothing_is_missing_and_counts_from_the_last_news():
     left = [[3, 5], [3, 5], [5], []]
     shard = Shard(0, 4, patience=math.inf)
-    shard.wait("blocks", lambda: left.pop(0))
+    shard.wait(Stage("blocks"), lambda: left.pop(0))
     assert not left
     begun = time.monotonic()
     states = iter([[1], [1], [1, 2]])
     with pytest.raises(GradindexError, match=r"shards 1, 2 of 4: blocks \(2 missing\)"):
-        Shard(0, 4, patience=0.05).wait("blocks", lambda: next(states, [1, 2]))
+        Shard(0, 4, patience=0.05).wait(Stage("blocks"), lambda: next(states, [1, 2]))
     assert time.monotonic() - begun >= 0.05
 
 
@@ -173,8 +173,8 @@ def test_a_shard_says_whom_it_waits_for(monkeypatch):
     monkeypatch.setattr(Progress, "say", lambda self, line: said.append(line))
     done = threading.Event()
     threading.Timer(0.05, done.set).start()
-    Shard(1, 3).wait("eigenvectors", lambda: [] if done.is_set() else [3, 2])
-    assert said == ["waiting for shards 0, 2 of 3: eigenvectors"]
+    Shard(1, 3).wait(Stage("eigenvectors", 2), lambda: [] if done.is_set() else [3, 2])
+    assert said == ["waiting for shards 0, 2 of 3: eigenvectors of partition 2"]
 
 
 @pytest.mark.parametrize("text, environment, expected", [
