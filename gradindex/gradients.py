@@ -10,15 +10,17 @@ computes no weight gradients and ends at the first tracked module.
 import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from gradindex.errors import InputError, ResourceError
+from gradindex.experts import ExpertMap, pack
 from gradindex.model import UNSCORED, LanguageModel, log_probability
 from gradindex.modules import Module
 
@@ -31,11 +33,32 @@ _ONE_AT_A_TIME = threading.Lock()
 
 @dataclass
 class Batch:
-    """Right-padded sequences: tokens [b, t], targets [b, t] (next token or −100), real [b, t]."""
+    """Right-padded sequences: tokens [b, t], targets [b, t] (next token or −100), real [b, t].
+
+    `positions` [b, m] belongs to modules that saw other than every token once, in order: fused
+    experts, and maps that ran more than once. It says at which position of its sequence each of the
+    m inputs stood, −1 for padding.
+    """
 
     tokens: Tensor
     targets: Tensor
     real: Tensor
+    positions: dict[str, Tensor] = field(default_factory=dict)
+
+    def real_inputs(self, module: Module) -> Tensor:
+        """Which of the inputs that a module had were real tokens: [b, t], or [b, m]."""
+        positions = self.positions.get(module.name)
+        if positions is None:
+            return self.real
+        return self.real.gather(1, positions.clamp(min=0)) & (positions >= 0)
+
+    def by_position(self, module: Module, terms: Tensor) -> Tensor:
+        """A term of each input of a module, [b, m], added up by its position: [b, t]."""
+        positions = self.positions.get(module.name)
+        if positions is None:
+            return terms
+        return torch.zeros_like(self.tokens, dtype=terms.dtype).scatter_add_(
+            1, positions.clamp(min=0), terms)  # the terms of padding are zero
 
 
 def make_batch(
@@ -54,7 +77,9 @@ def make_batch(
         tokens[row, : len(ids)] = ids
         targets[row, : len(ids) - 1] = np.where(scored[1:], ids[1:], UNSCORED)
         real[row, : len(ids)] = True
-    return Batch(*(torch.from_numpy(array).to(device) for array in (tokens, targets, real)))
+    tokens_, targets_, real_ = (
+        torch.from_numpy(array).to(device) for array in (tokens, targets, real))
+    return Batch(tokens_, targets_, real_)
 
 
 def plan_batches(
@@ -82,11 +107,13 @@ def backward(
 ) -> Tensor:
     """Run a batch and call `each(module, a [b, t, i], d [b, t, o])` for every tracked module.
 
-    a comes without the bias's 1; d is the gradient of Σ log p of each sequence's targets. With
-    `uniforms` [b, t], labels are sampled from the model in place of the targets (same positions).
-    Returns log p per position [b, t], in nats. Modules arrive from the last to the first.
-    Raises InputError for a module that isn't run exactly once per pass on [b, t, i],
-    BatchTooLargeError where memory runs out. Threads take turns.
+    a comes without the bias's 1; d is the gradient of Σ log p of each sequence's targets. A map
+    that runs several times has its inputs side by side, an expert only those routed to it, padded
+    with zeros (`Batch.positions`). With `uniforms` [b, t], labels are sampled from the model in
+    place of the targets (same positions). Returns log p per position [b, t], in nats. Modules
+    arrive from the last to the first.
+    Raises InputError for a module that runs on anything but [b, t, i], or whose output doesn't
+    matter, BatchTooLargeError where memory runs out. Threads take turns.
     """
     with _ONE_AT_A_TIME, _out_of_memory(*batch.tokens.shape):
         return _backward(model, modules, batch, each, uniforms)
@@ -161,31 +188,49 @@ def in_batches(
             yield rows, found
 
 
+@dataclass
+class _Run:
+    """One run of a module: its inputs, for an expert their places in the batch, and in the end its
+    output gradients."""
+
+    a: Tensor
+    places: Tensor | None
+    d: Tensor | None = None
+
+
 def _backward(
     model: LanguageModel, modules: Sequence[Module], batch: Batch, each: Each,
     uniforms: Tensor | None,
 ) -> Tensor:
-    inputs: dict[str, Tensor] = {}
+    runs: dict[str, list[_Run]] = {}
+    ran: set[str] = set()
     handles = []
 
     def keep(module: Module) -> Callable[..., None]:
-        def hook(_: object, args: tuple[Tensor, ...], output: Tensor) -> None:
-            if module.name in inputs or args[0].dim() != 3:
+        def hook(submodule: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            run = _Run(args[0].detach(), args[1] if isinstance(submodule, ExpertMap) else None)
+            if run.places is None and args[0].shape[:-1] != batch.tokens.shape:
                 raise InputError(
-                    f"module {module.name} ran more than once, or on something else than "
-                    f"[batch, token, feature] (last input: {tuple(args[0].shape)}); its "
-                    "per-sequence gradient is undefined. Leave it out with --modules REGEX."
+                    f"module {module.name} ran on something else than [batch, token, feature] "
+                    f"(its input: {tuple(args[0].shape)}); its per-sequence gradient is undefined. "
+                    "Leave it out with --modules REGEX."
                 )
-            inputs[module.name] = args[0].detach()
+            runs.setdefault(module.name, []).append(run)
+            ran.add(module.name)
             if not output.requires_grad:  # the first tracked module: the graph begins here
                 output.requires_grad_()
-            output.register_hook(lambda d: each(module, inputs.pop(module.name), d))
+            output.register_hook(partial(arrived, module, run))
         return hook
+
+    def arrived(module: Module, run: _Run, d: Tensor) -> None:
+        run.d = d
+        if all(one.d is not None for one in runs[module.name]):
+            each(module, *_joined(module, runs.pop(module.name), batch))
 
     try:
         for module in modules:
-            submodule = model.network.get_submodule(module.name)
-            handles.append(submodule.register_forward_hook(keep(module)))
+            for submodule in model.sharing(module.name):
+                handles.append(submodule.register_forward_hook(keep(module)))
         with torch.enable_grad():
             logits = model.logits(batch.tokens)
     finally:
@@ -193,13 +238,41 @@ def _backward(
             handle.remove()
     log_p, gradient = log_probability(logits, batch.targets, uniforms)
     logits.backward(gradient)
-    if inputs:
-        missing = ", ".join(sorted(inputs)[:3])
+    if runs:
+        missing = ", ".join(sorted(runs)[:3])
         raise InputError(
             f"the output of {missing} doesn't influence the logits, so it has no gradient. Leave "
             "it out with --modules REGEX."
         )
+    for module in modules:  # experts to which nothing was routed
+        if module.name not in ran and isinstance(model.sharing(module.name)[0], ExpertMap):
+            batch.positions[module.name] = batch.tokens[:, :0]
+            each(module, gradient.new_zeros(len(batch.tokens), 0, module.d_in),
+                 gradient.new_zeros(len(batch.tokens), 0, module.d_out))
     return log_p
+
+
+def _joined(module: Module, runs: list[_Run], batch: Batch) -> tuple[Tensor, Tensor]:
+    """a [b, m, i] and d [b, m, o] of all runs of a module; their positions go to the batch."""
+    if len(runs) == 1 and runs[0].places is None:
+        assert runs[0].d is not None
+        return runs[0].a, runs[0].d
+    parts = []
+    for run in runs:
+        assert run.d is not None
+        if run.places is None:
+            every = torch.arange(batch.tokens.shape[1], device=run.a.device)
+            parts.append((run.a, run.d, every.expand(batch.tokens.shape)))
+            continue
+        shape = (batch.tokens.shape[0], batch.tokens.shape[1])
+        a = run.a
+        if module.d_in > a.shape[-1]:  # a bias is a column of W here: it counts where a token came
+            a = functional.pad(a, (0, 1), value=1.0)
+        packed, positions = pack(a, run.places, shape)
+        parts.append((packed, pack(run.d, run.places, shape)[0], positions))
+    a, d, positions = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+    batch.positions[module.name] = positions
+    return a, d
 
 
 def why_not_finite(

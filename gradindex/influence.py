@@ -194,13 +194,14 @@ class Influences:
 class Terms:
     """Keeps the terms of I on one query: [b, t] by module name."""
 
-    def __init__(self, preconditioned: Preconditioned):
-        self._preconditioned = preconditioned
+    def __init__(self, preconditioned: Preconditioned, batch: Batch):
+        self._preconditioned, self._batch = preconditioned, batch
         self._parts: dict[str, Tensor] = {}
 
     def __call__(self, module: Module, a: Tensor, d: Tensor) -> None:
         [(_, p)] = self._preconditioned.blocks(module)
-        self._parts[module.name] = terms(module, a.to(p.dtype), d.to(p.dtype), p[0])
+        self._parts[module.name] = self._batch.by_position(
+            module, terms(module, a.to(p.dtype), d.to(p.dtype), p[0]))
 
     def stacked(self, modules: list[Module]) -> Tensor:
         """[b, t, u], summing to I over t and u."""
@@ -248,7 +249,7 @@ def score(
     model: LanguageModel, modules: list[Module], preconditioned: Preconditioned, batch: Batch
 ) -> Tensor:
     """The terms of each sequence's influence on one query: [b, t, u], summing to I over t, u."""
-    collector = Terms(preconditioned)
+    collector = Terms(preconditioned, batch)
     collect(model, modules, batch, collector)
     return collector.stacked(modules)
 

@@ -71,9 +71,12 @@ def one_of_writers(index: Path, number: int) -> Iterator[None]:
         with _held(descriptor, fcntl.LOCK_EX) as own:
             if own is False:
                 raise GradindexError(
-                    f"another process is shard {number} of the build in {index}. Every shard runs "
-                    "once; stop one of the two."
+                    f"another process is shard {number} of the build in {index}: "
+                    f"{os.read(descriptor, 100).decode(errors='replace')}. Every shard runs once; "
+                    "stop one of the two."
                 )
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
             try:
                 yield
             finally:

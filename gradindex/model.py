@@ -17,8 +17,10 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
+from gradindex import experts
 from gradindex.adapters import (
     WEIGHTS,
     Adapter,
@@ -31,6 +33,9 @@ from gradindex.errors import IndexMismatchError, InputError
 from gradindex.identity import digest_of_files, tensors_digest
 from gradindex.loading import DTYPES, device_called, dtype_called, readable_errors
 from gradindex.modules import Module, choose_modules
+
+EXPERTS = "gradindex"  # what our way of running fused experts is called in transformers
+ALL_EXPERTS_FUNCTIONS.register(EXPERTS, experts.forward)
 
 UNSCORED = -100  # a position whose next token is not scored, as in transformers
 CACHED_LOGITS = 1 << 20  # logits turned into probabilities at a time: they stay in a CPU's cache
@@ -150,7 +155,11 @@ class ModelSource:
         place, wanted = self.resolve(device, dtype)
         network = self._read(wanted) if isinstance(self.model, (str, Path)) else self.model
         network = unwrapped(network)
-        network = network.to(place, wanted).eval().requires_grad_(False)
+        if getattr(network, "quantization_method", None) is None:
+            network = network.to(place, wanted)
+        elif network.device.type != place.type:
+            network = network.to(place)  # packed weights are cast by nobody
+        network = network.eval().requires_grad_(False)
         return LanguageModel(network, self.load_tokenizer(), self)
 
     def _read(self, dtype: torch.dtype) -> Any:
@@ -192,6 +201,23 @@ class LanguageModel:
     network: Any
     tokenizer: Any | None
     source: ModelSource
+
+    def __post_init__(self) -> None:
+        for fused in experts.open_experts(self.network):
+            fused.config._experts_implementation = EXPERTS  # type: ignore[union-attr]
+
+    def sharing(self, name: str) -> list[nn.Module]:
+        """The module of this name, and others that are the same map: with its weight and bias."""
+        own = self.network.get_submodule(name)
+        return self._maps.get(_identity(own), [own])
+
+    @cached_property
+    def _maps(self) -> dict[tuple[int, int], list[nn.Module]]:
+        found: dict[tuple[int, int], list[nn.Module]] = {}
+        for module in self.network.modules():
+            if isinstance(module, (nn.Linear, Conv1D)):
+                found.setdefault(_identity(module), []).append(module)
+        return found
 
     @property
     def device(self) -> torch.device:
@@ -235,6 +261,13 @@ class LanguageModel:
         return [int(token) for token in output[0, len(tokens):]]
 
 
+def _identity(module: nn.Module) -> tuple[int, int]:
+    """What map this is: equal for modules that share weight and bias."""
+    if isinstance(module, experts.ExpertMap):
+        return id(module), 0
+    return id(module.weight), id(module.bias)
+
+
 def context_length(config: Any) -> int | None:
     """The longest sequence the model takes, in tokens, where its configuration says so."""
     length = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -257,23 +290,27 @@ def tracked_modules(network: nn.Module, choice: str = "mlp") -> list[Module]:
 
     `choice` is one of `choose_modules`; "mlp" as in Grosse et al. 2023, §5. Embeddings and the LM
     head lie outside the blocks and are never tracked.
-    Raises InputError when nothing matches, no adapter runs, or one that isn't plain LoRA matches.
+    Fused experts count one map each, "….experts.down_proj_5"; modules that share weight and bias
+    count once. Raises InputError when nothing matches, no adapter runs, or one that isn't plain
+    LoRA matches.
     """
     prefix, blocks = _blocks(network)
     parts = adapter_parts(network)
     found: list[Module] = []
+    seen: set[tuple[int, int]] = set()
     for layer, block in enumerate(blocks):
         for name, linear in block.named_modules():
-            if not isinstance(linear, (nn.Linear, Conv1D)) or linear in parts.idle:
+            if not isinstance(linear, _LINEAR) or linear in parts.idle or \
+                    _identity(linear) in seen:
                 continue
-            if isinstance(linear, Conv1D):
-                d_in, d_out = linear.weight.shape
-            else:
-                d_in, d_out = linear.in_features, linear.out_features
+            seen.add(_identity(linear))
             kind = "adapter" if linear in parts.own else \
                 "attention" if _ATTENTION.search(name) else "mlp"
-            found.append(Module(f"{prefix}.{layer}.{name}", layer, kind, int(d_out), int(d_in),
-                                linear.bias is not None))
+            d_out, d_in = _shape(linear)
+            bias = linear.bias is not None
+            if bias and isinstance(linear, experts.ExpertMap):  # then a column of W
+                d_in, bias = d_in + 1, False
+            found.append(Module(f"{prefix}.{layer}.{name}", layer, kind, d_out, d_in, bias))
     if "adapter" in map(str.strip, choice.split(",")) and not parts.own:
         raise InputError(f"--modules {choice}: {no_adapter(network)}.")
     chosen = choose_modules(found, choice, f"the linear modules of the {len(blocks)} blocks")
@@ -285,6 +322,17 @@ def tracked_modules(network: nn.Module, choice: str = "mlp") -> list[Module]:
                 "be read from its inputs and outputs. Leave it out with --modules REGEX."
             )
     return chosen
+
+
+_LINEAR = (nn.Linear, Conv1D, experts.ExpertMap)
+
+
+def _shape(linear: Any) -> tuple[int, int]:
+    """[o, i] of a linear map, whatever its weight is stored as."""
+    if isinstance(linear, nn.Linear):
+        return int(linear.out_features), int(linear.in_features)
+    o, i = linear.weight.shape
+    return (int(i), int(o)) if isinstance(linear, Conv1D) else (int(o), int(i))
 
 
 def _blocks(network: Any) -> tuple[str, nn.ModuleList]:
@@ -299,9 +347,70 @@ def _blocks(network: Any) -> tuple[str, nn.ModuleList]:
 
 
 def parameter_share(network: nn.Module, modules: list[Module]) -> float:
-    """Tracked weights and biases as a share of all parameters of the model."""
+    """Tracked weights and biases as a share of all parameters of the model; shared ones count
+    once, quantised ones as what they stand for."""
     tracked = sum(module.shape[0] * module.shape[1] for module in modules)
-    return tracked / sum(parameter.numel() for parameter in network.parameters())
+    return tracked / sum(_own_parameters(network).values())
+
+
+def untracked(network: nn.Module, modules: list[Module]) -> dict[str, float]:
+    """What isn't tracked: shares of all parameters, largest first.
+
+    By what it is (attention, linear maps, experts, embeddings, LM head, norms), or by the class of
+    the module for what can't be tracked.
+    """
+    every = _own_parameters(network)
+    tracked: dict[nn.Module, int] = {}
+    for module in modules:
+        own = network.get_submodule(module.name)
+        if isinstance(own, experts.ExpertMap):
+            own = own.experts
+        tracked[own] = tracked.get(own, 0) + module.shape[0] * module.shape[1]
+    total, left = sum(every.values()), dict[str, float]()
+    prefix, _ = _blocks(network)
+    for name, own in network.named_modules():
+        if rest := every.get(own, 0) - tracked.get(own, 0):
+            what = _what(own, name.removeprefix(prefix), name.startswith(f"{prefix}."))
+            left[what] = left.get(what, 0.0) + rest / total
+    return dict(sorted(left.items(), key=lambda one: -one[1]))
+
+
+TRACKABLE = ("attention", "linear maps", "experts")  # of a choice of modules
+SMALL_PARTS = ("embeddings", "LM head", "norms")  # never tracked, as in Grosse et al. 2023
+
+
+def _what(module: nn.Module, name: str, in_block: bool) -> str:
+    kind = type(module).__name__
+    if isinstance(module, nn.Embedding):
+        return "embeddings"
+    if "norm" in kind.lower():
+        return "norms"
+    if experts.is_fused(module):
+        return "experts"
+    if isinstance(module, _LINEAR):
+        if not in_block:
+            return "LM head"
+        return "attention" if _ATTENTION.search(name) else "linear maps"
+    return kind
+
+
+def _own_parameters(network: nn.Module) -> dict[nn.Module, int]:
+    """How many parameters each module has besides its children's; shared ones count once."""
+    seen: set[int] = set()
+    found: dict[nn.Module, int] = {}
+    for module in network.modules():
+        count = 0
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            if isinstance(module, nn.Linear) and parameter.ndim > 1:  # or it could be packed
+                count += module.out_features * module.in_features
+            else:
+                count += parameter.numel()
+        if count:
+            found[module] = count
+    return found
 
 
 # ---- logits → log p ----------------------------------------------------------------------------

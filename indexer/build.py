@@ -16,6 +16,7 @@ import functools
 import inspect
 import math
 import platform
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -44,6 +45,8 @@ from gradindex.manifest import (
 )
 from gradindex.memory import Allowance, parse_size
 from gradindex.model import (
+    SMALL_PARTS,
+    TRACKABLE,
     LanguageModel,
     ModelSource,
     check_identity,
@@ -52,6 +55,7 @@ from gradindex.model import (
     parameter_share,
     tokenizer_digest,
     tracked_modules,
+    untracked,
 )
 from gradindex.modules import Module
 from gradindex.progress import Progress, size
@@ -76,6 +80,7 @@ from indexer.state import BUILD, State
 if TYPE_CHECKING:
     from gradindex import Searcher
 
+NOTABLE = 0.05  # share of parameters that can't be tracked: said loudly from here on
 LONGEST_DEFAULT = 512  # tokens, where the model's context is longer
 
 
@@ -380,6 +385,10 @@ def prepare(
     state.check_model(model)
     tracked = tracked_modules(model.network, plan["modules"])
     say.say(f"modules: {describe(model, tracked)}")
+    for name, share in untracked(model.network, tracked).items():
+        if name not in (*TRACKABLE, *SMALL_PARTS) and share > NOTABLE:
+            say.say(f"warning: {share:.0%} of the model's parameters are in modules {name}, which "
+                    "gradindex can't track; their influence is in no score")
     ingest.check_disk(index, run.count, plan["bits"], tracked)
     largest = max(tracked, key=held_bytes)
     allowance = Allowance.beside(model.bytes, max_memory, held_bytes(largest),
@@ -575,10 +584,17 @@ def _bytes(max_memory: str | int | None) -> int | None:
 
 
 def describe(model: LanguageModel, tracked: list[Module]) -> str:
-    """Which modules are tracked, and their share of the model."""
-    kinds = dict.fromkeys(module.name.split(f".{module.layer}.", 1)[1] for module in tracked)
-    return (f"{len(tracked)} linear maps tracked, {', '.join(kinds)}: "
-            f"{parameter_share(model.network, tracked):.1%} of the model's parameters")
+    """Which modules are tracked, their share of the model, and what isn't tracked."""
+    kinds: dict[str, int] = {}
+    for module in tracked:
+        kind = re.sub(r"_\d+$", "_*", module.name.split(f".{module.layer}.", 1)[1])
+        kinds[kind] = kinds.get(kind, 0) + 1
+    left = {name: share for name, share in untracked(model.network, tracked).items()
+            if share >= 0.0005}
+    rest = ", ".join(f"{name} {share:.1%}" for name, share in left.items())
+    return (f"{len(tracked):,} linear maps tracked, {', '.join(kinds)}: "
+            f"{parameter_share(model.network, tracked):.1%} of the model's parameters"
+            + (f"; not tracked: {rest}" if rest else ""))
 
 
 def _versions() -> dict[str, str]:

@@ -500,12 +500,14 @@ def add_covariances(
     model: LanguageModel, modules: list[Module], sums: dict[str, Tensor], batch: Batch,
     numbers: Tensor | None,
 ) -> None:
-    """Add a batch's Σ a aᵀ and Σ d dᵀ to the sums, by `name/A` and `name/S`."""
-    real = batch.real.flatten()
+    """Add a batch's Σ a aᵀ and Σ d dᵀ to the sums, by `name/A` and `name/S`.
 
+    The average that is taken of them runs over all real positions, also for an expert that saw a
+    part of them: a factor of A and S changes neither their eigenvectors nor Λ.
+    """
     def each(module: Module, a: Tensor, d: Tensor) -> None:
         wide = model.accumulate
-        rows = a.flatten(0, 1)[real].to(wide)
+        rows = a.flatten(0, 1)[batch.real_inputs(module).flatten()].to(wide)
         if module.bias:
             rows = torch.nn.functional.pad(rows, (0, 1), value=1.0)
         sums[f"{module.name}/A"].addmm_(rows.T, rows)

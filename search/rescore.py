@@ -103,7 +103,7 @@ def _score_batch(
     own = Sizes(by.ekfac, by.damping, len(members))
     extra = [own] if sizes else []
     if terms:
-        parts = Terms(preconditioned)
+        parts = Terms(preconditioned, batch)
         collect(by.model, by.modules, batch, parts, *extra)
         stacked = parts.stacked(by.modules).cpu().numpy()
         found = [

@@ -48,10 +48,20 @@ def alone(model_folder, data_file, tmp_path, one_thread):
     return files_of(tmp_path / "alone")
 
 
-def workers():
-    """The processes of the workers."""
-    found = subprocess.run(["pgrep", "-f", "ray::_Worker"], capture_output=True, text=True)
-    return [int(line) for line in found.stdout.split()]
+def process_of(lock):
+    """The process of the worker that holds a lock."""
+    return int(lock.read_text().split()[1])
+
+
+def gone(process):
+    """Whether a process ended, in ten seconds at most."""
+    for _ in range(1000):
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.01)
+    return False
 
 
 def test_the_bytes_of_one_process_though_a_worker_is_killed(
@@ -60,10 +70,11 @@ def test_the_bytes_of_one_process_though_a_worker_is_killed(
     out, killed = tmp_path / "index", []
 
     def kill():
-        """One of the two, as soon as a block is summed."""
-        while not list(out.glob("curvature.partial/covariance-0.*")):
+        """One of the two, as soon as a block is summed; the other is watched."""
+        while not (list(out.glob("curvature.partial/covariance-0.*")) and
+                   all((out / f"shard.{number}").exists() for number in (1, 2))):
             time.sleep(0.002)
-        killed.extend(workers()[:1])
+        killed.extend(process_of(out / f"shard.{number}") for number in (1, 2))
         os.kill(killed[0], signal.SIGKILL)
 
     killer = threading.Thread(target=kill)
@@ -71,10 +82,9 @@ def test_the_bytes_of_one_process_though_a_worker_is_killed(
     found = gradindex.build(str(model_folder), data_file, out, **SMALL, ray=cluster.address,
                             ray_workers=2)
     killer.join()
-    assert killed
     assert files_of(out) == alone
     assert len(found) == 52
-    assert not ray.is_initialized() and not workers()
+    assert not ray.is_initialized() and all(map(gone, killed))
 
 
 def test_a_killed_driver_goes_on(cluster, alone, model_folder, data_file, tmp_path):

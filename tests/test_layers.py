@@ -1,0 +1,331 @@
+"""Fused experts, shared maps, quantised bases: exact gradients, and what isn't covered is said."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import SIZES, SMALL, VOCABULARY, labels_of, random_network
+from reference import log_likelihood
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import gradindex
+from demo.prepare import train_tokenizer
+from gradindex import experts
+from gradindex.gradients import backward, gradient, make_batch
+from gradindex.influence import Influences, Preconditioned, Terms, collect
+from gradindex.model import LanguageModel, ModelSource, parameter_share, tracked_modules, untracked
+from indexer.build import describe
+from indexer.fit import add_covariances, covariance_shapes
+
+LLAMA = SIZES["llama"]
+MIXTURES = {
+    "mixtral": dict(LLAMA, num_local_experts=4, num_experts_per_tok=2),
+    "qwen3_moe": dict(LLAMA, moe_intermediate_size=8, num_experts=5, num_experts_per_tok=2,
+                      head_dim=6, decoder_sparse_step=1),
+    "olmoe": dict(LLAMA, num_experts=4, num_experts_per_tok=2),
+    "gpt_oss": dict(LLAMA, num_local_experts=4, num_experts_per_tok=2, head_dim=6,
+                    layer_types=["full_attention"] * 2, rope_parameters={
+                        "rope_type": "default", "rope_theta": 10000.0}),
+}
+
+
+@pytest.fixture(params=list(MIXTURES))
+def mixture(request, monkeypatch):
+    """A small random mixture of experts, run in transformers' own eager way."""
+    monkeypatch.setitem(SIZES, request.param, MIXTURES[request.param])
+    network = random_network(request.param)
+    network.config._experts_implementation = "eager"
+    return network
+
+
+def captured(model, modules, batch):
+    found = {}
+    log_p = backward(model, modules, batch,
+                     lambda m, a, d: found.__setitem__(m.name, gradient(m, a, d)))
+    return found, log_p
+
+
+def dense(network, module, ids, scored):
+    """∂ log-likelihood / ∂ W of one expert, the bias last, by autograd on the fused tensors."""
+    part, _, number = module.name.rpartition("_")
+    block, _, tensor = part.rpartition(".")
+    fused = network.get_submodule(block)
+    names = [tensor, f"{tensor}_bias"] if fused.has_bias else [tensor]
+    wanted = [getattr(fused, name).requires_grad_() for name in names]
+    loss = log_likelihood(network, torch.from_numpy(ids).long(), labels_of(ids, scored))
+    found = [g[int(number)] for g in torch.autograd.grad(loss, wanted)]
+    for one in wanted:
+        one.requires_grad_(False)
+    weight = found[0].T if fused.is_transposed else found[0]
+    return torch.cat([weight, found[1][:, None]], 1) if fused.has_bias else weight
+
+
+def test_experts_have_exact_gradients(mixture, sequences):
+    ids = torch.from_numpy(sequences[0][0]).long()[None]
+    with torch.no_grad():
+        eager = mixture(input_ids=ids, use_cache=False).logits
+    model = LanguageModel(mixture.requires_grad_(False), None, ModelSource(mixture))
+    with torch.no_grad():
+        assert torch.equal(model.logits(ids), eager)
+    modules = tracked_modules(mixture)
+    assert all(isinstance(mixture.get_submodule(m.name), experts.ExpertMap) for m in modules)
+    found, _ = captured(model, modules, make_batch(sequences, model.device))
+    mixture.config._experts_implementation = "eager"
+    assert found.keys() == {module.name for module in modules}
+    for row, (ids, scored) in enumerate(sequences):
+        for module in modules:
+            torch.testing.assert_close(found[module.name][row],
+                                       dense(mixture, module, ids, scored), rtol=1e-9, atol=1e-10)
+
+
+def test_terms_and_covariances_of_experts(mixture, sequences):
+    """Terms lie at their tokens and add up; A and S are sums over routed tokens alone."""
+    model = LanguageModel(mixture.requires_grad_(False), None, ModelSource(mixture))
+    modules = tracked_modules(mixture)
+    batch = make_batch(sequences, model.device)
+    torch.manual_seed(1)
+    p = Preconditioned({m.name: torch.randn(1, *m.shape, dtype=torch.float64) for m in modules})
+    terms, totals = Terms(p, batch), Influences(p, len(sequences))
+    collect(model, modules, batch, terms, totals)
+    stacked = terms.stacked(modules)
+    assert stacked.shape == (*batch.tokens.shape, len(modules))
+    torch.testing.assert_close(stacked.sum((1, 2)), totals.total[0], rtol=1e-9, atol=1e-10)
+    assert (stacked[~batch.real] == 0).all()
+    sums = {name: torch.zeros(shape, dtype=torch.float64)
+            for name, shape in covariance_shapes(modules).items()}
+    with torch.no_grad():
+        add_covariances(model, modules, sums, batch, None)
+    seen = {m.name: [] for m in modules}
+    for sequence in sequences:  # one at a time there is no padding between sequences
+        alone = make_batch([sequence], model.device)
+        backward(model, modules, alone, lambda m, a, d: seen[m.name].append((a[0], d[0])))
+    for module in modules:
+        for side, place in (("A", 0), ("S", 1)):
+            rows = torch.cat([pair[place] for pair in seen[module.name]])
+            torch.testing.assert_close(sums[f"{module.name}/{side}"], rows.T @ rows,
+                                       rtol=1e-9, atol=1e-10)
+
+
+def test_packing_keeps_every_token_at_its_place():
+    torch.manual_seed(0)
+    places = torch.tensor([7, 0, 2, 11, 3, 9])  # of a batch of 3 × 4
+    x = torch.randn(6, 5)
+    packed, positions = experts.pack(x, places, (3, 4))
+    assert positions.tolist() == [[0, 2, -1], [3, 3, -1], [3, 1, -1]] or \
+        positions.tolist() == [[0, 2, 3], [3, -1, -1], [3, 1, -1]]
+    for row in range(3):
+        for slot, position in enumerate(positions[row].tolist()):
+            if position < 0:
+                assert (packed[row, slot] == 0).all()
+            else:
+                [index] = (places == 4 * row + position).nonzero()[0].tolist()
+                assert torch.equal(packed[row, slot], x[index])
+    empty, none = experts.pack(x[:0], places[:0], (3, 4))
+    assert empty.shape == (3, 0, 5) and none.shape == (3, 0)
+
+
+def test_a_mixture_is_built_and_searched(tmp_path, monkeypatch):
+    """End to end; an expert that no token reaches is left out, with a note."""
+    monkeypatch.setitem(SIZES, "mixtral", MIXTURES["mixtral"])
+    texts = [f"The plum number {n} grows by the river." for n in range(30)]
+    tokenizer = train_tokenizer(texts, 300)
+    network = random_network("mixtral", torch.float64, vocab_size=len(tokenizer))
+    with torch.no_grad():  # the last expert of the first block never is among the best two
+        gate = network.model.layers[0].mlp.gate.weight
+        gate[3] = 0
+        gate[:3] *= 50
+    network.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    index = gradindex.build(str(tmp_path / "model"), [{"text": text} for text in texts],
+                            tmp_path / "index", **{**SMALL, "id_field": None, "keep_fields": ()},
+                            dtype="float64")
+    names = {module.name for module in index.manifest.modules}
+    left = index.manifest.fit["left_out"]
+    assert names.isdisjoint(left) and len(names) + len(left) == 16
+    result = index.search(prompt="The plum number 7 grows", completion=" by the river.",
+                          k=3, shortlist="all")
+    hit = result[0]
+    assert sum(hit.token_influence) == pytest.approx(hit.influence, rel=1e-6)
+    query = index.make_query(prompt="The plum number 7 grows", completion=" by the river.")
+    truth = 0.0
+    model = index.model
+    model.network.config._experts_implementation = "eager"
+    [text], [record] = query.texts, index.index.records([hit.id])
+    for module in index.manifest.modules:
+        asked = dense(model.network, module, np.array(text.tokens, np.int32),
+                      np.array(text.labels) != -100)
+        own = dense(model.network, module, record.ids, record.scored)
+        curvature = index.index.ekfac[module.name]
+        truth += float((curvature.leave_eigenbasis(curvature.coordinates(asked, 0.1)) * own).sum())
+    assert hit.influence == pytest.approx(truth, rel=1e-6)
+
+
+# ---- maps that run more than once, or share their weights
+
+
+def test_a_map_that_runs_twice_has_the_sum_of_its_runs(make_model, sequences):
+    """The same MLP in both blocks: by autograd on its weight, and token by token."""
+    model = make_model("gpt_neox")
+    layers = model.network.gpt_neox.layers
+    layers[1].mlp = layers[0].mlp
+    model = LanguageModel(model.network, None, model.source)
+    modules = tracked_modules(model.network)
+    assert [m.name.split("layers.")[1] for m in modules] == [
+        "0.mlp.dense_h_to_4h", "0.mlp.dense_4h_to_h"]
+    batch = make_batch(sequences, model.device)
+    found, _ = captured(model, modules, batch)
+    check_shared(model.network, modules, found, sequences)
+    torch.manual_seed(1)
+    p = Preconditioned({m.name: torch.randn(1, *m.shape, dtype=torch.float64) for m in modules})
+    terms, totals = Terms(p, batch), Influences(p, len(sequences))
+    collect(model, modules, batch, terms, totals)
+    torch.testing.assert_close(terms.stacked(modules).sum((1, 2)), totals.total[0],
+                               rtol=1e-9, atol=1e-10)
+    share = parameter_share(model.network, modules)
+    every = sum(p.numel() for p in model.network.parameters())
+    assert share == sum(m.shape[0] * m.shape[1] for m in modules) / every
+
+
+def test_two_maps_that_share_weight_and_bias_are_one(make_model, sequences):
+    network = make_model("gpt_neox").network
+    first, second = (layer.mlp.dense_h_to_4h for layer in network.gpt_neox.layers)
+    second.weight, second.bias = first.weight, first.bias
+    model = LanguageModel(network, None, ModelSource(network))
+    modules = tracked_modules(network, "dense_h_to_4h")
+    assert len(modules) == 1
+    found, _ = captured(model, modules, make_batch(sequences, model.device))
+    check_shared(network, modules, found, sequences)
+
+
+def check_shared(network, modules, found, sequences):
+    """G of every sequence against autograd on the shared parameters."""
+    for row, (ids, scored) in enumerate(sequences):
+        for module in modules:
+            own = network.get_submodule(module.name)
+            wanted = [own.weight.requires_grad_(), own.bias.requires_grad_()]
+            loss = log_likelihood(network, torch.from_numpy(ids).long(), labels_of(ids, scored))
+            weight, bias = torch.autograd.grad(loss, wanted)
+            for one in wanted:
+                one.requires_grad_(False)
+            torch.testing.assert_close(found[module.name][row],
+                                       torch.cat([weight, bias[:, None]], 1),
+                                       rtol=1e-9, atol=1e-10)
+
+
+# ---- quantised bases
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantised_base(bits, tmp_path, sequences):
+    """Gradients against those of the float model with the dequantised weights."""
+    library = pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    network = random_network("llama", torch.float32, hidden_size=64, intermediate_size=128)
+    with torch.no_grad():  # so that rounding isn't blown up on its way through the blocks
+        for parameter in network.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(0.3)
+    network.save_pretrained(tmp_path / "whole")
+    settings = BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4)
+    AutoModelForCausalLM.from_pretrained(
+        tmp_path / "whole", quantization_config=settings).save_pretrained(tmp_path / "packed")
+    model = ModelSource(str(tmp_path / "packed")).load()
+    modules = tracked_modules(model.network)
+    kind = library.nn.Linear8bitLt if bits == 8 else library.nn.Linear4bit
+    assert all(isinstance(model.network.get_submodule(m.name), kind) for m in modules)
+    assert [m.shape for m in modules] == [m.shape for m in tracked_modules(network)]
+    assert parameter_share(model.network, modules) == pytest.approx(
+        parameter_share(network, tracked_modules(network)))
+    with torch.no_grad():
+        for name, own in model.network.named_modules():
+            if isinstance(own, kind):
+                packed = own.weight
+                weight = packed.data.float() * packed.SCB[:, None] / 127 if bits == 8 else \
+                    library.functional.dequantize_4bit(packed.data, packed.quant_state)
+                network.get_submodule(name).weight.copy_(weight)
+    same = LanguageModel(network.requires_grad_(False), None, ModelSource(network))
+    batch = make_batch(sequences, model.device)
+    found, _ = captured(model, modules, batch)
+    expected, _ = captured(same, modules, batch)
+    for module in modules:
+        error = (found[module.name] - expected[module.name]).norm()
+        # the products round their inputs: to 8 bits, or to bfloat16
+        assert error < (0.05 if bits == 8 else 0.02) * expected[module.name].norm()
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # in peft
+def test_an_adapter_over_a_four_bit_base(tmp_path, sequences):
+    """QLoRA: the adapter's own maps, against autograd on their weights."""
+    pytest.importorskip("bitsandbytes")
+    from peft import LoraConfig, get_peft_model
+    from transformers import BitsAndBytesConfig
+
+    random_network("llama", torch.float32, hidden_size=64, intermediate_size=128).save_pretrained(
+        tmp_path / "whole")
+    base = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "whole", quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+    torch.manual_seed(0)
+    tuned = get_peft_model(base, LoraConfig(r=3, target_modules=["up_proj"],
+                                            init_lora_weights=False))
+    model = ModelSource(tuned).load()
+    modules = tracked_modules(model.network, "adapter")
+    assert len(modules) == 4 and {min(m.shape) for m in modules} == {3}
+    found, _ = captured(model, modules, make_batch(sequences[:1], model.device))
+    for module in modules:
+        weight = model.network.get_submodule(module.name).weight.requires_grad_()
+        loss = log_likelihood(model.network, torch.from_numpy(sequences[0][0]).long(),
+                              labels_of(*sequences[0]))
+        [expected] = torch.autograd.grad(loss, [weight])
+        weight.requires_grad_(False)
+        # where nothing requires a gradient the library multiplies in another, rougher way
+        assert (found[module.name][0] - expected).norm() < 0.03 * expected.norm()
+
+
+# ---- what is not covered
+
+
+class Odd(nn.Module):
+    """An MLP whose weights no hook can see."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.kernel = nn.Parameter(torch.eye(size) * 0.1)
+
+    def forward(self, x):
+        return x @ self.kernel
+
+
+def test_what_is_not_tracked_is_said(make_model):
+    network = make_model("llama").network
+    modules = tracked_modules(network)
+    every = sum(p.numel() for p in network.parameters())
+    left = untracked(network, modules)
+    assert left == pytest.approx({
+        "attention": sum(m.shape[0] * m.shape[1] for m in tracked_modules(network, "attention")) /
+        every, "embeddings": 37 * 12 / every, "LM head": 37 * 12 / every, "norms": 5 * 12 / every})
+    assert sum(left.values()) + parameter_share(network, modules) == pytest.approx(1)
+    network.model.layers[1].mlp = Odd(12)
+    model = LanguageModel(network, None, ModelSource(network))
+    modules = tracked_modules(network)
+    assert untracked(network, modules)["Odd"] == pytest.approx(
+        144 / sum(p.numel() for p in network.parameters()))
+    assert "not tracked: " in describe(model, modules) and "Odd" in describe(model, modules)
+
+
+def test_a_build_warns_of_what_it_can_not_track(tmp_path, capsys, make_model):
+    from gradindex.progress import stderr_progress
+
+    texts = [f"The plum number {n} grows." for n in range(8)]
+    tokenizer = train_tokenizer(texts, 300)
+    config = AutoConfig.for_model("llama", **{**LLAMA, "vocab_size": len(tokenizer)})
+    network = AutoModelForCausalLM.from_config(config)
+    network.model.layers[1].mlp = Odd(12)
+    network.model.layers[1].mlp.kernel = nn.Parameter(torch.eye(12).repeat(1, 12)[:, :12])
+    gradindex.build(network, [{"text": text} for text in texts], tmp_path / "index",
+                    tokenizer=tokenizer, seq_len=16, bits=512, progress=stderr_progress())
+    said = capsys.readouterr().err
+    assert "not tracked: " in said and VOCABULARY
+    share = 144 / sum(p.numel() for p in network.parameters())
+    assert ("warning: " in said and "modules Odd, which gradindex can't track" in said) == \
+        (share > 0.05)
