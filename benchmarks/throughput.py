@@ -1,43 +1,39 @@
-"""Speed of encoding, scanning and rescoring; both sides of each ratio in one run.
+"""Speed of fitting, encoding and rescoring beside a training step and the machine's limit.
 
-    python benchmarks/throughput.py
+    python -m benchmarks.throughput
+    python -m benchmarks.throughput --peer     # also kronfluence's fit of the same factors
 
-A training step is forward and backward with weight gradients, no optimiser. Each pair alternates,
-and the median of the repetitions counts.
+A training step is forward and backward with weight gradients, no optimiser. All functions run in
+turn on the same batch, and the median of the repetitions counts. A function's limit is the
+arithmetic of its matrix products (counted while it runs) at the speed that the machine multiplies
+large square matrices with. `benchmarks/scan.py` has the speed of scans.
 """
 
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import click
 import numpy as np
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from torch.utils.flop_counter import FlopCounterMode
 
 from demo.prepare import Settings, new_model
-from gradindex.codes import Codes, CodeSettings, default_width
+from gradindex.codes import Codes, CodeSettings, default_length, default_width
 from gradindex.curvature import Curvature, Ekfac
-from gradindex.gradients import Batch, make_batch
-from gradindex.influence import (
-    Influences,
-    Preconditioned,
-    collect,
-    precondition,
-    query_coordinates,
-    score,
-)
+from gradindex.gradients import Batch, backward, make_batch
+from gradindex.influence import Influences, Preconditioned, collect, query_coordinates
 from gradindex.model import LanguageModel, ModelSource, tracked_modules
+from gradindex.modules import Module
 from gradindex.records import Part, Record
-from gradindex.vectors import CodeIndex, code_bytes
+from gradindex.vectors import CodeIndex
 from indexer.encode import encode_batch
+from indexer.fit import add_covariances, add_eigenvalues, covariance_shapes, eigenvectors, fit_batch
 
-LENGTH = 128
-CODE = 32768
+VOCABULARY = 4096
 
 
 def alternate(repeats: int, *functions: Callable[[], object]) -> list[float]:
@@ -52,125 +48,170 @@ def alternate(repeats: int, *functions: Callable[[], object]) -> list[float]:
     return [statistics.median(own) for own in times]
 
 
+def flops(function: Callable[[], object]) -> int:
+    """Arithmetic of the matrix products in a call."""
+    in_place = {torch.ops.aten.addmm_: lambda _, a, b, **__: 2 * a[0] * a[1] * b[1]}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        function()
+    return int(counter.get_total_flops())
+
+
+def matmul_speed(repeats: int, dtype: torch.dtype) -> float:
+    """FLOP a second of large square matrix products."""
+    a, b = torch.randn(2, 2048, 2048).to(dtype)
+    [seconds] = alternate(repeats, lambda: a @ b)
+    return 2 * 2048**3 / seconds
+
+
+class Bench:
+    """A random model, a batch of random sequences, random curvature, and what runs on them."""
+
+    def __init__(self, settings: Settings, batch: int, dtype: str):
+        self.trained = new_model(settings).train().to(getattr(torch, dtype))
+        self.model: LanguageModel = ModelSource(new_model(settings)).load(dtype=dtype)
+        self.modules: list[Module] = tracked_modules(self.model.network)
+        random = np.random.default_rng(0)
+        self.records = [
+            Record(n, random.integers(0, VOCABULARY, settings.length).astype(np.int32),
+                   np.ones(settings.length, bool), [Part(n, "", n, -1, -1, 0)])
+            for n in range(batch)
+        ]
+        self.data: Batch = make_batch([(one.ids, one.scored) for one in self.records],
+                                      self.model.device)
+        torch.manual_seed(0)
+        self.ekfac: Ekfac = {
+            m.name: Curvature(torch.linalg.qr(torch.randn(m.shape[1], m.shape[1]))[0],
+                              torch.linalg.qr(torch.randn(m.shape[0], m.shape[0]))[0],
+                              torch.rand(m.shape)) for m in self.modules
+        }
+        length = default_length(settings.length)
+        self.codes = Codes(self.modules, self.ekfac, CodeSettings(
+            length, default_width(length, len(self.modules)), 0, 0.1))
+        self.index = CodeIndex(length)
+        shapes = covariance_shapes(self.modules)
+        self._sums = {name: torch.zeros(shape) for name, shape in shapes.items()}
+        self._tables = {m.name: torch.zeros(m.shape) for m in self.modules}
+        self._vectors = {f"{m.name}/{side}": getattr(self.ekfac[m.name], f"eigenvectors_{side}"
+                                                     .lower())
+                         for m in self.modules for side in ("A", "S")}
+        self._stacks: dict[int, Preconditioned] = {}
+
+    def training_step(self) -> None:
+        self.trained.zero_grad()
+        self.trained(input_ids=self.data.tokens, labels=self.data.tokens,
+                     use_cache=False).loss.backward()
+
+    @torch.no_grad()
+    def activations(self) -> None:
+        """Forward, and backward to activations alone."""
+        backward(self.model, self.modules, self.data, lambda module, a, d: None)
+
+    def encode(self) -> None:
+        self.index.encode(encode_batch(self.model, self.codes, self.records).float().numpy())
+
+    @torch.no_grad()
+    def covariance(self) -> None:
+        batch, numbers = fit_batch(self.model, self.records, "model", 0, 2)
+        add_covariances(self.model, self.modules, self._sums, batch, numbers)
+
+    @torch.no_grad()
+    def eigenvalues(self) -> None:
+        batch, numbers = fit_batch(self.model, self.records, "model", 0, 3)
+        add_eigenvalues(self.model, self.modules, self._vectors, self._tables, batch, numbers)
+
+    def rescore(self, queries: int) -> None:
+        if queries not in self._stacks:
+            self._stacks[queries] = Preconditioned(
+                {m.name: torch.randn(queries, *m.shape) for m in self.modules})
+        collect(self.model, self.modules, self.data,
+                Influences(self._stacks[queries], len(self.records)))
+
+    @torch.no_grad()
+    def query(self) -> None:
+        one = make_batch([(self.records[0].ids, np.arange(len(self.records[0].ids)) >= 64)],
+                         self.model.device)
+        coordinates, _ = query_coordinates(self.model, self.modules, self.ekfac, one, 0.1)
+        self.codes.query_vectors(coordinates)
+
+
+def table(bench: Bench, repeats: int, speed: float) -> None:
+    """Every function beside a training step and its own limit."""
+    functions: dict[str, Callable[[], object]] = {
+        "training step": bench.training_step, "forward and activation-backward": bench.activations,
+        "covariance (fit)": bench.covariance, "eigenvalues (fit)": bench.eigenvalues,
+        "encode": bench.encode, "rescore, 1 query": lambda: bench.rescore(1),
+        "rescore, 32 queries": lambda: bench.rescore(32),
+    }
+    seconds = dict(zip(functions, alternate(repeats, *functions.values()), strict=True))
+    count = len(bench.records)
+    step, limit = seconds["training step"], seconds["forward and activation-backward"]
+    print("| | sequences/s | × training step | × forward and activation-backward | GFLOP a "
+          "sequence | share of its limit |\n|---|---|---|---|---|---|")
+    for name, taken in seconds.items():
+        work = flops(functions[name])
+        print(f"| {name} | {count / taken:.1f} | {step / taken:.2f} | {limit / taken:.2f} | "
+              f"{work / count / 1e9:.2f} | {work / taken / speed:.2f} |", flush=True)
+    print(f"rescoring for 32 queries takes "
+          f"{seconds['rescore, 32 queries'] / seconds['rescore, 1 query']:.2f} times that for one")
+
+
 @click.command()
 @click.option("--threads", type=int, default=2, show_default=True)
-@click.option("--batch", type=int, default=32, show_default=True, help="Sequences of 128 tokens.")
-@click.option("--repeats", type=int, default=11, show_default=True)
-@click.option("--rows", type=int, default=20000, show_default=True, help="Codes to scan.")
-def main(threads: int, batch: int, repeats: int, rows: int) -> None:
-    """Print sequences a second and ratios, then nanoseconds a code."""
+@click.option("--repeats", type=int, default=9, show_default=True)
+@click.option("--dtype", default="float32", show_default=True)
+@click.option("--peer", is_flag=True, help="Also time kronfluence's fit; installs it.")
+def main(threads: int, repeats: int, dtype: str, peer: bool) -> None:
+    """Print a table for each of two sizes, and the fit beside kronfluence's."""
     torch.set_num_threads(threads)
-    network = new_model(Settings(length=LENGTH, layers=4, hidden=192))
-    trained = new_model(Settings(length=LENGTH, layers=4, hidden=192)).train()
-    model = ModelSource(network).load()
-    modules = tracked_modules(model.network)
-    random = np.random.default_rng(0)
-    records = [
-        Record(n, random.integers(0, 4096, LENGTH).astype(np.int32), np.ones(LENGTH, bool),
-               [Part(n, "", n, -1, -1, 0)]) for n in range(batch)
-    ]
-    data = make_batch([(record.ids, record.scored) for record in records], model.device)
-    torch.manual_seed(0)
-    ekfac = {
-        m.name: Curvature(torch.linalg.qr(torch.randn(m.shape[1], m.shape[1]))[0],
-                          torch.linalg.qr(torch.randn(m.shape[0], m.shape[0]))[0],
-                          torch.rand(m.shape)) for m in modules
-    }
-    codes = Codes(modules, ekfac, CodeSettings(CODE, default_width(CODE, len(modules)), 0, 0.1))
-    index = CodeIndex(CODE)
-    preconditioned = Preconditioned({m.name: torch.randn(1, *m.shape) for m in modules})
-
-    def train_step() -> None:
-        trained.zero_grad()
-        trained(input_ids=data.tokens, labels=data.tokens, use_cache=False).loss.backward()
-
-    def encode() -> None:
-        index.encode(encode_batch(model, codes, records).numpy())
-
-    def rescore() -> None:
-        score(model, modules, preconditioned, data)
-
-    print(f"GPT-NeoX of {network.num_parameters() / 1e6:.1f} M parameters, {len(modules)} tracked "
-          f"modules, K = {CODE}, k = {codes.settings.width}, {batch} × {LENGTH} tokens, "
-          f"{threads} threads, median of {repeats}")
-    step, coded, scored = alternate(repeats, train_step, encode, rescore)
-    for name, seconds in (("training step", step), ("encode", coded), ("rescore", scored)):
-        print(f"{name:<14} {batch / seconds:7.1f} sequences/s   {step / seconds:.2f} of a training "
-              "step's speed")
-    scan(rows, repeats)
-    many(model, codes, ekfac, data, rows, repeats)
+    speed = matmul_speed(repeats, getattr(torch, dtype))
+    print(f"{threads} threads, {dtype}, median of {repeats}; matrix products of 2,048: "
+          f"{speed / 1e9:.0f} GFLOP/s")
+    for hidden, layers, batch in ((192, 4, 32), (512, 6, 8)):
+        settings = Settings(length=128, layers=layers, hidden=hidden, vocabulary=VOCABULARY)
+        bench = Bench(settings, batch, dtype)
+        print(f"\nGPT-NeoX of {bench.model.network.num_parameters() / 1e6:.1f} M parameters "
+              f"({hidden} wide, {layers} layers, MLPs tracked), {batch} × 128 tokens, K = "
+              f"{bench.codes.settings.length:,}, k = {bench.codes.settings.width}")
+        table(bench, repeats, speed)
+    if peer:
+        folder = Path(".demo/kronfluence")
+        if not folder.is_dir():
+            for names in (["kronfluence==1.0.1"], ["accelerate", "einops", "einconv",
+                                                   "opt_einsum"]):
+                subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps",
+                                "--target", str(folder), *names], check=True)
+        sys.path.append(str(folder))
+        against_kronfluence()
 
 
-def many(
-    model: LanguageModel, codes: Codes, ekfac: Ekfac, data: Batch, rows: int, repeats: int
-) -> None:
-    """64 queries together against one alone: gradient, scan; and rescoring for 32 against one."""
-    modules, queries = codes.modules, 64
-    random = np.random.default_rng(2)
-    texts = [(random.integers(0, 4096, 96).astype(np.int32), np.arange(96) >= 64)
-             for _ in range(queries)]
+def against_kronfluence() -> None:
+    """The same factors, of the same model and sequences, by both."""
+    from benchmarks.peer import fit_by_kronfluence
 
-    def gradient(count: int) -> np.ndarray:
-        with torch.no_grad():
-            c, _ = query_coordinates(model, modules, ekfac, make_batch(texts[:count], model.device),
-                                     0.1)
-            precondition(ekfac, c)
-            return codes.query_vectors(c).numpy()
-
-    index = random_codes(rows)
-    segments = [CodeIndex(CODE) for _ in range(max(1, rows // 4096))]
-    for number, segment in enumerate(segments):
-        first = number * 4096
-        segment.add(index.codes(list(range(first, min(first + 4096, rows)))))
-    vectors = gradient(queries)
-
-    def scan_one() -> None:
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            list(pool.map(lambda segment: segment.scores(vectors[0]), segments))
-
-    def scan_many() -> None:
-        for segment in segments:
-            segment.many_scores(vectors)
-
-    one, together, alone, shared = alternate(
-        repeats, lambda: gradient(1), lambda: gradient(queries), scan_one, scan_many)
-    for name, single, joint in (("gradient", one, together), ("scan", alone, shared),
-                                ("both", one + alone, together + shared)):
-        print(f"{name} of {queries} queries, N = {rows:,}: {joint / queries * 1000:.1f} ms a query "
-              f"together, {single * 1000:.1f} ms alone: {joint / queries / single:.2f}")
-    extrapolated = 100_000 / rows
-    print(f"both at N = 100,000 (scans scaled by {extrapolated:.0f}): "
-          f"{(together + extrapolated * shared) / queries / (one + extrapolated * alone):.2f}")
-
-    def stack(count: int) -> Preconditioned:
-        return Preconditioned({m.name: torch.randn(count, *m.shape) for m in modules})
-
-    single, several = stack(1), stack(32)
-    for_one, for_32 = alternate(
-        repeats, lambda: collect(model, modules, data, Influences(single, len(data.tokens))),
-        lambda: collect(model, modules, data, Influences(several, len(data.tokens))))
-    print(f"rescoring a sequence: {for_one / len(data.tokens) * 1000:.1f} ms for one query, "
-          f"{for_32 / len(data.tokens) * 1000:.1f} ms for 32: {for_32 / for_one:.2f} times")
-
-
-def random_codes(rows: int) -> CodeIndex:
-    random = np.random.default_rng(1)
-    index = CodeIndex(CODE)
-    for _ in range(rows // 1000):
-        index.add(index.encode(random.standard_normal((1000, CODE), dtype=np.float32)))
-    return index
-
-
-def scan(rows: int, repeats: int) -> None:
-    """Nanoseconds a code, one query on one core, at both settings of the query's quantisation."""
-    index = random_codes(rows)
-    query = np.random.default_rng(3).standard_normal(CODE).astype(np.float32)
-    for bits in (4, 8):
-        index._index.qb = bits
-        [seconds] = alternate(repeats, lambda: index.scores(query))
-        each = seconds / len(index)
-        print(f"scan, qb = {bits}: {each * 1e9:.0f} ns a code, "
-              f"{code_bytes(CODE) / each / 1e9:.1f} GB/s a core")
+    settings = Settings(length=128, layers=4, hidden=192, vocabulary=VOCABULARY)
+    bench = Bench(settings, 512, "float32")
+    theirs = fit_by_kronfluence(new_model(settings), bench.modules, bench.data.tokens)
+    sums = {name: torch.zeros(shape) for name, shape in covariance_shapes(bench.modules).items()}
+    begun = time.perf_counter()
+    groups = [bench.records[first : first + 32] for first in range(0, 512, 32)]
+    with torch.no_grad():
+        for some in groups:
+            batch, numbers = fit_batch(bench.model, some, "model", 0, 2)
+            add_covariances(bench.model, bench.modules, sums, batch, numbers)
+        covariance = time.perf_counter()
+        vectors = {name: eigenvectors(total.double() / (512 * 128), name).float()
+                   for name, total in sums.items()}
+        decomposed = time.perf_counter()
+        tables = {m.name: torch.zeros(m.shape) for m in bench.modules}
+        for some in groups:
+            batch, numbers = fit_batch(bench.model, some, "model", 0, 3)
+            add_eigenvalues(bench.model, bench.modules, vectors, tables, batch, numbers)
+    ours = (covariance - begun, decomposed - covariance, time.perf_counter() - decomposed)
+    print("\nthe fit of 512 × 128 tokens, labels sampled from the model, batches of 32, seconds:")
+    print("| | covariance | eigenvectors | eigenvalues | all |\n|---|---|---|---|---|")
+    for name, parts in (("gradindex", ours), ("kronfluence 1.0.1", theirs)):
+        print(f"| {name} | " + " | ".join(f"{part:.1f}" for part in (*parts, sum(parts))) + " |")
+    print(f"gradindex takes {sum(ours) / sum(theirs):.2f} of kronfluence's time")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from gradindex.gradients import (
     gradient,
     in_batches,
     make_batch,
+    rotated,
 )
 from gradindex.model import LanguageModel
 from gradindex.modules import Module
@@ -43,7 +44,8 @@ def query_coordinates(
 
     def each(module: Module, a: Tensor, d: Tensor) -> None:
         c = ekfac[module.name]
-        coordinates[module.name] = _rotated(ekfac, module, a, d) / c.damped(damping)
+        g = rotated(module, a, d, c.eigenvectors_a, c.eigenvectors_s)
+        coordinates[module.name] = g / c.damped(damping)
 
     log_p = backward(model, modules, batch, each)
     return {module.name: coordinates[module.name] for module in modules}, log_p
@@ -76,14 +78,6 @@ def prepare(
         codes.add_query(vectors, name, one[name])
         squares += query_norms(ekfac, one, damping).square()
         preconditioned.add(precondition(ekfac, one))
-
-
-def _rotated(ekfac: Ekfac, module: Module, a: Tensor, d: Tensor) -> Tensor:
-    """Q_Sᵀ G Q_A of each sequence [b, o, i], rotating tokens before they are multiplied."""
-    c = ekfac[module.name]
-    wide = c.eigenvalues.dtype
-    rotated_a = apply_inputs(a.to(wide), c.eigenvectors_a.T, module.bias)
-    return (d.to(wide) @ c.eigenvectors_s).transpose(1, 2) @ rotated_a
 
 
 class Preconditioned:
@@ -139,11 +133,11 @@ class Preconditioned:
             yield slice(0, len(part)), part
             return
         left, right = part
-        for here in _slices(module, len(left)):
+        for here in slices(module, len(left)):
             yield here, left[here] @ right[here]
 
 
-def _slices(module: Module, rows: int) -> Iterator[slice]:
+def slices(module: Module, rows: int) -> Iterator[slice]:
     """Some of `rows` at a time, whose gradients [n, o, i] fit in memory together."""
     size = max(1, LARGEST_BLOCK // (module.shape[0] * module.shape[1]))
     for first in range(0, rows, size):
@@ -179,7 +173,7 @@ class Influences:
             [(_, p)] = self._preconditioned.blocks(module)
             own[0] = terms(module, a, d, p[0]).sum(-1).cpu()
         else:
-            for rows in _slices(module, len(a)):
+            for rows in slices(module, len(a)):
                 g = gradient(module, a[rows], d[rows]).flatten(1)
                 for here, p in self._preconditioned.blocks(module):
                     own[here, rows] = (p.flatten(1) @ g.T).cpu()
@@ -222,9 +216,11 @@ class Sizes:
         self.squared_step = torch.zeros(rows, dtype=torch.float64)
 
     def __call__(self, module: Module, a: Tensor, d: Tensor) -> None:
-        damped = self._ekfac[module.name].damped(self._damping)
-        for rows in _slices(module, len(a)):
-            part = _rotated(self._ekfac, module, a[rows], d[rows]).square_().div_(damped)
+        c = self._ekfac[module.name]
+        damped = c.damped(self._damping)
+        for rows in slices(module, len(a)):
+            part = rotated(module, a[rows], d[rows], c.eigenvectors_a, c.eigenvectors_s)
+            part.square_().div_(damped)
             self.self_influence[rows] += part.sum((1, 2)).cpu()
             self.squared_step[rows] += part.div_(damped).sum((1, 2)).cpu()
 

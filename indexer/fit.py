@@ -34,12 +34,13 @@ from gradindex.files import FileFacts, atomic_write, facts_of, make_folder, rena
 from gradindex.gradients import (
     Batch,
     Splits,
-    apply_inputs,
     backward,
     in_batches,
     make_batch,
+    rotated,
     why_not_finite,
 )
+from gradindex.influence import slices
 from gradindex.memory import Allowance
 from gradindex.model import LanguageModel
 from gradindex.modules import Module
@@ -523,13 +524,9 @@ def add_eigenvalues(
 ) -> None:
     """Add a batch's Σ_m (Q_Sᵀ G_m Q_A)² [o, i] to the sums, by module name."""
     def each(module: Module, a: Tensor, d: Tensor) -> None:
-        wide = model.accumulate
-        rotated_a = apply_inputs(a.to(wide), vectors[f"{module.name}/A"].T, module.bias)
-        rotated_d = d.to(wide) @ vectors[f"{module.name}/S"]
-        total = sums[module.name]
-        for one_a, one_d in zip(rotated_a, rotated_d, strict=True):
-            g = one_d.T @ one_a
-            total.addcmul_(g, g)
+        q_a, q_s = (vectors[f"{module.name}/{side}"] for side in ("A", "S"))
+        for rows in slices(module, len(a)):
+            sums[module.name] += rotated(module, a[rows], d[rows], q_a, q_s).square_().sum(0)
 
     backward(model, modules, batch, each, numbers)
 

@@ -7,8 +7,9 @@ from conftest import labels_of
 from reference import log_likelihood, sequence_gradient
 
 from gradindex.errors import InputError
-from gradindex.gradients import apply_inputs, backward, gradient, make_batch, plan_batches
+from gradindex.gradients import apply_inputs, backward, gradient, make_batch, plan_batches, rotated
 from gradindex.model import log_probability, sample_labels, tracked_modules
+from gradindex.modules import Module
 
 
 def by_hooks(model, modules, batch, uniforms=None):
@@ -165,6 +166,20 @@ def test_apply_inputs_is_the_matrix_on_inputs_with_a_one():
     a, matrix = torch.randn(2, 3, 4), torch.randn(5, 5)
     padded = torch.cat([a, torch.ones(2, 3, 1)], dim=-1)
     torch.testing.assert_close(apply_inputs(a, matrix, True), padded @ matrix.T)
+
+
+@pytest.mark.parametrize("tokens", [2, 40])
+def test_rotated_gradients_either_way(tokens):
+    """Few tokens are rotated before they are multiplied, many after: the same numbers."""
+    torch.manual_seed(0)
+    module = Module("m", 0, "mlp", 4, 6, True)
+    a, d = (torch.randn(3, tokens, n, dtype=torch.float64) for n in (6, 4))
+    q_a, q_s = (torch.linalg.qr(torch.randn(n, n, dtype=torch.float64))[0] for n in (7, 4))
+    assert (tokens * (16 + 49) <= 4 * 7 * 11) == (tokens == 2)
+    ones = torch.ones(3, tokens, 1, dtype=torch.float64)
+    expected = torch.stack([q_s.T @ (one_d.T @ one_a) @ q_a for one_a, one_d in
+                            zip(torch.cat([a, ones], -1), d, strict=True)])
+    torch.testing.assert_close(rotated(module, a, d, q_a, q_s), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_module_choice(make_model):
