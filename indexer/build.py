@@ -71,6 +71,7 @@ from indexer.fit import (
     choose_sequences,
     fit,
     held_bytes,
+    partitions,
 )
 from indexer.ingest import Run
 from indexer.quarantine import SHARE
@@ -389,16 +390,21 @@ def prepare(
         if name not in (*TRACKABLE, *SMALL_PARTS) and share > NOTABLE:
             say.say(f"warning: {share:.0%} of the model's parameters are in modules {name}, which "
                     "gradindex can't track; their influence is in no score")
-    ingest.check_disk(index, run.count, plan["bits"], tracked)
-    largest = max(tracked, key=held_bytes)
-    allowance = Allowance.beside(model.bytes, max_memory, held_bytes(largest),
-                                 f"fitting {largest.name}")
+    allowance = allow(model, tracked, max_memory)
+    ingest.check_disk(index, run.count, plan["bits"], partitions(tracked, allowance.fit))
     settings = FitSettings(
         choose_sequences(run.count, plan["fit_sequences"], plan["seed"]), plan["fit_labels"],
         min(plan["segment_size"], LARGEST_BLOCK), plan["batch_tokens"], plan["seed"],
         state.asked["max_bad"],
     )
     return Prepared(run, model, tracked, settings, allowance)
+
+
+def allow(model: LanguageModel, tracked: list[Module], max_memory: int | None) -> Allowance:
+    """What a build may use beside the model. Raises ResourceError where that is too little."""
+    largest = max(tracked, key=held_bytes)
+    return Allowance.beside(model.bytes, max_memory, held_bytes(largest),
+                            f"fitting {largest.name}")
 
 
 def _fit(index: Path, about: Prepared, share: Share, say: Progress) -> _Fitted:

@@ -33,10 +33,11 @@ from gradindex.progress import duration, size
 from gradindex.records import Record
 from indexer import ingest
 from indexer.background import QUERIES as BACKGROUND
-from indexer.build import Asked, ask, describe, takes_arguments_of
+from indexer.budget import budget
+from indexer.build import Asked, allow, ask, describe, takes_arguments_of
 from indexer.calibrate import QUERIES, SAMPLE
 from indexer.corpus import Corpus
-from indexer.fit import LARGEST_BLOCK, FitSettings, choose_sequences, disk_bytes
+from indexer.fit import LARGEST_BLOCK, FitSettings, choose_sequences
 from indexer.measure import WRITING, Bench, Memory, Work, gpu_available, hashing
 from indexer.sources import count_rows
 from indexer.state import State
@@ -52,7 +53,8 @@ class Estimate:
     """What a build will take. Bytes, seconds; `read` is the share of the data that was read.
 
     `disk` says by part what the finished index holds, `disk_most` what the build holds at once.
-    `memory` is the most on the host and on the GPU (0 without one), `stages` has every stage's
+    `memory` is the most on the host and on the GPU (0 without one), `memory_parts` what it goes to
+    at one time or another, `stages` has every stage's
     seconds and its sequences (0 where that says nothing). `note` says what else is to be known.
     """
 
@@ -69,6 +71,7 @@ class Estimate:
     place: str
     memory: Memory
     memory_free: Memory
+    memory_parts: dict[str, int]
     threads: int
     device: str
     note: str
@@ -111,6 +114,8 @@ class Estimate:
             ("disk", f"{parts} = {size(sum(self.disk.values()))}; at most {size(self.disk_most)} "
                      f"during the build, {size(self.disk_free)} free"),
             ("memory", "at most " + ", ".join(memory)),
+            ("of it", ", ".join(f"{name} {size(count)}"
+                                for name, count in self.memory_parts.items())),
             ("estimate", f"about {duration(self.seconds)} ± {UNCERTAIN:.0%} on this machine "
                          f"({self.device}, {self.threads} "
                          f"thread{'s' * (self.threads > 1)}; two batches of each stage measured)"),
@@ -146,6 +151,9 @@ def estimate(asked: Asked) -> Estimate:
     identify(model)
     start = time.perf_counter() - begun
     tracked = tracked_modules(model.network, plan["modules"])
+    inner, width = default_width(plan["bits"], len(tracked)), model.accumulate.itemsize
+    allowed = allow(model, tracked, asked.max_memory)
+    needs = budget(model.bytes, tracked, width, allowed.fit, inner)
 
     # 4) two batches of each stage
     say.say("measuring two batches of each stage")
@@ -153,8 +161,7 @@ def estimate(asked: Asked) -> Estimate:
         model, tracked, read.sample,
         FitSettings([], plan["fit_labels"], min(plan["segment_size"], LARGEST_BLOCK),
                     plan["batch_tokens"], plan["seed"]),
-        CodeSettings(plan["bits"], default_width(plan["bits"], len(tracked)), plan["seed"],
-                     plan["damping"]),
+        CodeSettings(plan["bits"], inner, plan["seed"], plan["damping"]),
         min(plan["segment_size"], len(read.lengths)),
     )
     disk = _disk(read, model, tracked, plan)
@@ -171,11 +178,12 @@ def estimate(asked: Asked) -> Estimate:
              f"most {plan['sequence_length']} tokens, {read.facts['tokens']:,} tokens",
         documents=read.facts["documents"], sequences=read.facts["sequences"],
         tokens=read.facts["tokens"], read=read.share, stages=stages, disk=disk,
-        disk_most=max(sum(disk.values()), text + disk_bytes(tracked)),
+        disk_most=max(sum(disk.values()), text + needs.fit_disk),
         disk_free=shutil.disk_usage(place).free + existing, place=str(place),
         memory=Memory(max(one.host for one in bench.memory.values()),
                       max(one.device for one in bench.memory.values())),
         memory_free=Memory(available(), gpu_available(model.device)),
+        memory_parts=needs.parts | {"a batch": bench.batch},
         threads=torch.get_num_threads(), device=str(model.device), note=note,
     )
 

@@ -545,15 +545,21 @@ def fit_batch(
     return batch, numbers.to(model.device)
 
 
-def disk_bytes(modules: list[Module]) -> int:
-    """The most that the fit holds on the disk at once.
+def disk_bytes(every: list[list[Module]], width: int = 4) -> int:
+    """The most that a fit of some partitions holds on the disk at once.
 
-    Its running sums, and eigenvectors, are float64 until its end, and a file is replaced as a
-    whole: A and S beside Q_A and Q_S, then Λ twice, or once beside the curvature.
+    Of the partition under way its running sums, and eigenvectors, float64 until its end, and a file
+    is replaced as a whole: A and S beside Q_A and Q_S, then Λ twice, or once beside the curvature.
+    Of those before it the curvature, `width` bytes a number.
     """
-    square = sum(o * o + i * i for o, i in (module.shape for module in modules))
-    table = sum(o * i for o, i in (module.shape for module in modules))
-    return 16 * square + max(16 * table, 4 * square + 12 * table)
+    most = before = 0
+    for some in every:
+        square = sum(o * o + i * i for o, i in (module.shape for module in some))
+        table = sum(o * i for o, i in (module.shape for module in some))
+        own = width * (square + table)
+        most = max(most, before + 16 * square + max(16 * table, 8 * table + own))
+        before += own
+    return most
 
 
 class _SumAgainError(Exception):

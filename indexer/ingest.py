@@ -187,8 +187,11 @@ def counted(counts: dict[str, int]) -> str:
     return ", ".join(f"{count:,} × {reason}" for reason, count in sorted(counts.items()))
 
 
-def check_disk(index: Path, sequences: int, length: int, tracked: list[Module]) -> None:
-    """Raise ResourceError where the codes, and a fit of `tracked`, don't fit on the disk."""
+def check_disk(
+    index: Path, sequences: int, length: int, tracked: list[list[Module]]
+) -> None:
+    """Raise ResourceError where the codes, and a fit of `tracked` partitions, don't fit on the
+    disk."""
     codes = sequences * (vectors.code_bytes(length) + segments.ROW.itemsize)
     fit = disk_bytes(tracked)
     free = shutil.disk_usage(index).free

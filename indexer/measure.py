@@ -110,6 +110,7 @@ class Bench:
         self.settings, self.code, self.segment = settings, code, segment
         self.together = min(QUERIES, stacked_queries(modules, Allowance()))  # scored in a pass
         self.memory: dict[str, Memory] = {}
+        self.batch = 0  # the most bytes that a batch took
         self._square = sum(o * o + i * i for o, i in (module.shape for module in modules))
         self._table = sum(o * i for o, i in (module.shape for module in modules))
         self._width = model.accumulate.itemsize
@@ -250,6 +251,7 @@ class Bench:
         over = max(0, _peak(self.model.device) - self._base - held)
         if self.model.device.type != "cuda":
             over += max(0, resident() - self._base - held)  # freed, and kept by the C library
+        self.batch = max(self.batch, over)
         return _fit_speed(shapes, seconds), over
 
     def _finished(self, run: Callable[[list[Record]], None], batch: list[Record]) -> None:

@@ -83,7 +83,7 @@ def test_the_most_on_the_disk_while_it_is_fitted(model_folder, data_file, tmp_pa
     monkeypatch.setattr(files, "atomic_write", write)
     index = gradindex.build(str(model_folder), data_file, out, **SMALL)
     text = sum(count for name, count in files_of(out).items() if name.endswith(".lmdb"))
-    assert text + disk_bytes(index.manifest.modules) == pytest.approx(most, rel=0.12)
+    assert text + disk_bytes([index.manifest.modules]) == pytest.approx(most, rel=0.12)
 
 
 @pytest.mark.parametrize("count, low, high",
@@ -174,7 +174,7 @@ def test_the_command(model_folder, data_file, tmp_path, monkeypatch, capsys):
     assert run_cli(monkeypatch, *command) == 0
     shown = capsys.readouterr()
     assert [line.split()[0] for line in shown.out.splitlines()] == [
-        "model", "data", "stages", "disk", "memory", "estimate"]
+        "model", "data", "stages", "disk", "memory", "of", "estimate"]
     assert "40 documents → " in shown.out and "± 30%" in shown.out
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
