@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SIZES, SMALL, VOCABULARY, labels_of, random_network
-from reference import log_likelihood
+from reference import log_likelihood, sequence_gradient
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -158,6 +158,26 @@ def test_a_mixture_is_built_and_searched(tmp_path, monkeypatch):
         curvature = index.index.ekfac[module.name]
         truth += float((curvature.leave_eigenbasis(curvature.coordinates(asked, 0.1)) * own).sum())
     assert hit.influence == pytest.approx(truth, rel=1e-6)
+
+
+def test_a_map_that_sees_flattened_tokens(monkeypatch, sequences):
+    """Beside Qwen2-MoE's experts there is one for all tokens, which come as [b·t, i]."""
+    monkeypatch.setitem(SIZES, "qwen2_moe", dict(
+        LLAMA, moe_intermediate_size=8, num_experts=5, num_experts_per_tok=2,
+        shared_expert_intermediate_size=10, decoder_sparse_step=1))
+    network = random_network("qwen2_moe").requires_grad_(False)
+    model = LanguageModel(network, None, ModelSource(network))
+    modules = tracked_modules(network, r"shared_expert")
+    names = [module.name for module in modules]
+    assert sum("shared_expert.down_proj" in name for name in names) == 2
+    assert sum("shared_expert_gate" in name for name in names) == 2
+    found, _ = captured(model, modules, make_batch(sequences, model.device))
+    for row, (ids, scored) in enumerate(sequences):
+        truth = sequence_gradient(network, names, torch.from_numpy(ids).long(),
+                                  labels_of(ids, scored))
+        for module in modules:
+            torch.testing.assert_close(found[module.name][row], truth[module.name],
+                                       rtol=1e-9, atol=1e-10)
 
 
 # ---- maps that run more than once, or share their weights
