@@ -92,7 +92,7 @@ def forward(
         if getattr(experts, "has_post_expert_norm", False):
             outer = experts.post_expert_norm(outer)
         outer = outer * weights[places, rank, None]
-        total = total.index_add(0, places, outer.to(total.dtype))
+        total.index_add_(0, places, outer.to(total.dtype))
     return total
 
 

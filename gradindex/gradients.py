@@ -112,8 +112,8 @@ def backward(
     with zeros (`Batch.positions`). With `uniforms` [b, t], labels are sampled from the model in
     place of the targets (same positions). Returns log p per position [b, t], in nats. Modules
     arrive from the last to the first.
-    Raises InputError for a module that runs on anything but [b, t, i], or whose output doesn't
-    matter, BatchTooLargeError where memory runs out. Threads take turns.
+    Raises InputError for a module that runs on anything but [b, t, i] or [b·t, i], or whose output
+    doesn't matter, BatchTooLargeError where memory runs out. Threads take turns.
     """
     with _ONE_AT_A_TIME, _out_of_memory(*batch.tokens.shape):
         return _backward(model, modules, batch, each, uniforms)
@@ -208,13 +208,10 @@ def _backward(
 
     def keep(module: Module) -> Callable[..., None]:
         def hook(submodule: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            run = _Run(args[0].detach(), args[1] if isinstance(submodule, ExpertMap) else None)
-            if run.places is None and args[0].shape[:-1] != batch.tokens.shape:
-                raise InputError(
-                    f"module {module.name} ran on something else than [batch, token, feature] "
-                    f"(its input: {tuple(args[0].shape)}); its per-sequence gradient is undefined. "
-                    "Leave it out with --modules REGEX."
-                )
+            if isinstance(submodule, ExpertMap):
+                run = _Run(args[0].detach(), args[1])
+            else:
+                run = _Run(_by_sequence(module, args[0].detach(), batch), None)
             runs.setdefault(module.name, []).append(run)
             ran.add(module.name)
             if not output.requires_grad:  # the first tracked module: the graph begins here
@@ -223,7 +220,7 @@ def _backward(
         return hook
 
     def arrived(module: Module, run: _Run, d: Tensor) -> None:
-        run.d = d
+        run.d = d if run.places is not None else d.reshape(*batch.tokens.shape, -1)
         if all(one.d is not None for one in runs[module.name]):
             each(module, *_joined(module, runs.pop(module.name), batch))
 
@@ -250,6 +247,20 @@ def _backward(
             each(module, gradient.new_zeros(len(batch.tokens), 0, module.d_in),
                  gradient.new_zeros(len(batch.tokens), 0, module.d_out))
     return log_p
+
+
+def _by_sequence(module: Module, a: Tensor, batch: Batch) -> Tensor:
+    """Inputs [b, t, i] from such, or from [b·t, i], as a block of a mixture flattens them.
+
+    Raises InputError for others.
+    """
+    if a.shape[:-1] not in (batch.tokens.shape, (batch.tokens.numel(),)):
+        raise InputError(
+            f"module {module.name} ran on something else than [batch, token, feature] (its input: "
+            f"{tuple(a.shape)}, the batch: {tuple(batch.tokens.shape)}); its per-sequence gradient "
+            "is undefined. Leave it out with --modules REGEX."
+        )
+    return a.reshape(*batch.tokens.shape, -1)
 
 
 def _joined(module: Module, runs: list[_Run], batch: Batch) -> tuple[Tensor, Tensor]:

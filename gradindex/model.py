@@ -24,6 +24,7 @@ from gradindex import experts
 from gradindex.adapters import (
     WEIGHTS,
     Adapter,
+    Parts,
     adapter_parts,
     no_adapter,
     read_adapter,
@@ -207,13 +208,13 @@ class LanguageModel:
             fused.config._experts_implementation = EXPERTS  # type: ignore[union-attr]
 
     def sharing(self, name: str) -> list[nn.Module]:
-        """The module of this name, and others that are the same map: with its weight and bias."""
+        """The module of this name, and the others that share its weight."""
         own = self.network.get_submodule(name)
         return self._maps.get(_identity(own), [own])
 
     @cached_property
-    def _maps(self) -> dict[tuple[int, int], list[nn.Module]]:
-        found: dict[tuple[int, int], list[nn.Module]] = {}
+    def _maps(self) -> dict[int, list[nn.Module]]:
+        found: dict[int, list[nn.Module]] = {}
         for module in self.network.modules():
             if isinstance(module, (nn.Linear, Conv1D)):
                 found.setdefault(_identity(module), []).append(module)
@@ -261,11 +262,18 @@ class LanguageModel:
         return [int(token) for token in output[0, len(tokens):]]
 
 
-def _identity(module: nn.Module) -> tuple[int, int]:
-    """What map this is: equal for modules that share weight and bias."""
-    if isinstance(module, experts.ExpertMap):
-        return id(module), 0
-    return id(module.weight), id(module.bias)
+def _identity(module: nn.Module) -> int:
+    """Which weight a linear map has: equal for those that share it."""
+    weight = module._parameters.get("weight")  # one computed from others has no place of its own
+    return id(module) if weight is None else _place(weight)
+
+
+def _place(parameter: Tensor) -> int:
+    """Where a parameter lies in memory: equal for tied ones, be they one object or several."""
+    try:
+        return parameter.data_ptr() or id(parameter)  # 0: its content isn't loaded
+    except RuntimeError:  # a wrapper of other tensors
+        return id(parameter)
 
 
 def context_length(config: Any) -> int | None:
@@ -289,30 +297,16 @@ def tracked_modules(network: nn.Module, choice: str = "mlp") -> list[Module]:
     """The linear maps of the transformer blocks to take gradients of, in model order.
 
     `choice` is one of `choose_modules`; "mlp" as in Grosse et al. 2023, §5. Embeddings and the LM
-    head lie outside the blocks and are never tracked.
-    Fused experts count one map each, "….experts.down_proj_5"; modules that share weight and bias
-    count once. Raises InputError when nothing matches, no adapter runs, or one that isn't plain
-    LoRA matches.
+    head lie outside the blocks and are never tracked. Fused experts count one map each,
+    "….experts.down_proj_5". Maps that share a weight are one module, with a bias if they share that
+    too. Raises InputError when nothing matches, no adapter runs, or one that isn't plain LoRA
+    matches.
     """
-    prefix, blocks = _blocks(network)
     parts = adapter_parts(network)
-    found: list[Module] = []
-    seen: set[tuple[int, int]] = set()
-    for layer, block in enumerate(blocks):
-        for name, linear in block.named_modules():
-            if not isinstance(linear, _LINEAR) or linear in parts.idle or \
-                    _identity(linear) in seen:
-                continue
-            seen.add(_identity(linear))
-            kind = "adapter" if linear in parts.own else \
-                "attention" if _ATTENTION.search(name) else "mlp"
-            d_out, d_in = _shape(linear)
-            bias = linear.bias is not None
-            if bias and isinstance(linear, experts.ExpertMap):  # then a column of W
-                d_in, bias = d_in + 1, False
-            found.append(Module(f"{prefix}.{layer}.{name}", layer, kind, d_out, d_in, bias))
+    found = _linear_maps(network, parts)
     if "adapter" in map(str.strip, choice.split(",")) and not parts.own:
         raise InputError(f"--modules {choice}: {no_adapter(network)}.")
+    _, blocks = _blocks(network)
     chosen = choose_modules(found, choice, f"the linear modules of the {len(blocks)} blocks")
     for module in chosen:
         if network.get_submodule(module.name) in parts.odd:
@@ -322,6 +316,47 @@ def tracked_modules(network: nn.Module, choice: str = "mlp") -> list[Module]:
                 "be read from its inputs and outputs. Leave it out with --modules REGEX."
             )
     return chosen
+
+
+def _linear_maps(network: nn.Module, parts: Parts) -> list[Module]:
+    """All that can be tracked."""
+    prefix, blocks = _blocks(network)
+    owners, inside = _owners(network), set(blocks.modules())
+    found: list[Module] = []
+    seen: set[int] = set()
+    for layer, block in enumerate(blocks):
+        for name, linear in block.named_modules():
+            if not isinstance(linear, _LINEAR) or linear in parts.idle or \
+                    _identity(linear) in seen:
+                continue
+            seen.add(_identity(linear))
+            sharing = owners.get(_identity(linear), [linear])
+            if any(one not in inside or _form(one) != _form(linear) for one in sharing):
+                continue  # a hook on linear maps would miss a part of the gradient
+            kind = "adapter" if linear in parts.own else \
+                "attention" if _ATTENTION.search(name) else "mlp"
+            d_out, d_in = _shape(linear)
+            bias = linear.bias is not None
+            if bias and isinstance(linear, experts.ExpertMap):  # then a column of W
+                d_in, bias = d_in + 1, False
+            elif bias and len(sharing) > 1:
+                bias = owners[_place(linear.bias)] == sharing  # type: ignore[arg-type]
+            found.append(Module(f"{prefix}.{layer}.{name}", layer, kind, d_out, d_in, bias))
+    return found
+
+
+def _owners(network: nn.Module) -> dict[int, list[nn.Module]]:
+    """The modules that have a parameter as their own, by its place."""
+    found: dict[int, list[nn.Module]] = {}
+    for module in network.modules():
+        for parameter in module.parameters(recurse=False):
+            found.setdefault(_place(parameter), []).append(module)
+    return found
+
+
+def _form(module: Any) -> tuple[Any, ...]:
+    """What modules that share a weight must have in common to be one linear map."""
+    return (type(module), *(_shape(module) if isinstance(module, _LINEAR) else ()))
 
 
 _LINEAR = (nn.Linear, Conv1D, experts.ExpertMap)
@@ -336,10 +371,16 @@ def _shape(linear: Any) -> tuple[int, int]:
 
 
 def _blocks(network: Any) -> tuple[str, nn.ModuleList]:
+    """The list of blocks and its name; a shorter one where each runs several times (ALBERT)."""
     layers = getattr(network.config.get_text_config(), "num_hidden_layers", None)
-    for name, module in network.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == layers:
+    lists = [(name, module) for name, module in network.named_modules()
+             if isinstance(module, nn.ModuleList) and len(module)]
+    for name, module in lists:
+        if len(module) == layers:
             return name, module
+    shared = [one for one in lists if layers and layers % len(one[1]) == 0]
+    if shared:  # the outermost of them comes first
+        return shared[0]
     raise InputError(
         f"{type(network).__name__}: found no list of {layers} transformer blocks "
         "(config.num_hidden_layers); expected a causal language model made of blocks."
@@ -368,9 +409,13 @@ def untracked(network: nn.Module, modules: list[Module]) -> dict[str, float]:
         tracked[own] = tracked.get(own, 0) + module.shape[0] * module.shape[1]
     total, left = sum(every.values()), dict[str, float]()
     prefix, _ = _blocks(network)
+    found = _linear_maps(network, adapter_parts(network))
+    maps = {network.get_submodule(one.name) for one in found}
     for name, own in network.named_modules():
         if rest := every.get(own, 0) - tracked.get(own, 0):
             what = _what(own, name.removeprefix(prefix), name.startswith(f"{prefix}."))
+            if what in TRACKABLE and own not in maps and not experts.is_fused(own):
+                what = f"{what} that don't run, or share a weight with something else"
             left[what] = left.get(what, 0.0) + rest / total
     return dict(sorted(left.items(), key=lambda one: -one[1]))
 
@@ -401,9 +446,9 @@ def _own_parameters(network: nn.Module) -> dict[nn.Module, int]:
     for module in network.modules():
         count = 0
         for parameter in module.parameters(recurse=False):
-            if id(parameter) in seen:
+            if _place(parameter) in seen:
                 continue
-            seen.add(id(parameter))
+            seen.add(_place(parameter))
             if isinstance(module, nn.Linear) and parameter.ndim > 1:  # or it could be packed
                 count += module.out_features * module.in_features
             else:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SIZES, SMALL, VOCABULARY, labels_of, random_network
-from reference import log_likelihood
+from reference import log_likelihood, sequence_gradient
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -160,6 +160,26 @@ def test_a_mixture_is_built_and_searched(tmp_path, monkeypatch):
     assert hit.influence == pytest.approx(truth, rel=1e-6)
 
 
+def test_a_map_that_sees_flattened_tokens(monkeypatch, sequences):
+    """Beside Qwen2-MoE's experts there is one for all tokens, which come as [b·t, i]."""
+    monkeypatch.setitem(SIZES, "qwen2_moe", dict(
+        LLAMA, moe_intermediate_size=8, num_experts=5, num_experts_per_tok=2,
+        shared_expert_intermediate_size=10, decoder_sparse_step=1))
+    network = random_network("qwen2_moe").requires_grad_(False)
+    model = LanguageModel(network, None, ModelSource(network))
+    modules = tracked_modules(network, r"shared_expert")
+    names = [module.name for module in modules]
+    assert sum("shared_expert.down_proj" in name for name in names) == 2
+    assert sum("shared_expert_gate" in name for name in names) == 2
+    found, _ = captured(model, modules, make_batch(sequences, model.device))
+    for row, (ids, scored) in enumerate(sequences):
+        truth = sequence_gradient(network, names, torch.from_numpy(ids).long(),
+                                  labels_of(ids, scored))
+        for module in modules:
+            torch.testing.assert_close(found[module.name][row], truth[module.name],
+                                       rtol=1e-9, atol=1e-10)
+
+
 # ---- maps that run more than once, or share their weights
 
 
@@ -195,6 +215,65 @@ def test_two_maps_that_share_weight_and_bias_are_one(make_model, sequences):
     assert len(modules) == 1
     found, _ = captured(model, modules, make_batch(sequences, model.device))
     check_shared(network, modules, found, sequences)
+
+
+def test_a_shared_weight_under_two_biases(make_model, sequences):
+    """The weight is one parameter, the biases are two: they aren't tracked."""
+    network = make_model("gpt2").network
+    first, second = (block.mlp.c_fc for block in network.transformer.h)
+    second.weight = nn.Parameter(first.weight.data, requires_grad=False)  # another object
+    model = LanguageModel(network, None, ModelSource(network))
+    modules = tracked_modules(network, "c_fc")
+    assert [(m.name, m.shape) for m in modules] == [("transformer.h.0.mlp.c_fc", (20, 12))]
+    found, _ = captured(model, modules, make_batch(sequences, model.device))
+    for row, (ids, scored) in enumerate(sequences):
+        wanted = [first.weight.requires_grad_(), second.weight.requires_grad_()]
+        loss = log_likelihood(network, torch.from_numpy(ids).long(), labels_of(ids, scored))
+        truth = sum(torch.autograd.grad(loss, wanted)).T
+        for one in wanted:
+            one.requires_grad_(False)
+        torch.testing.assert_close(found[modules[0].name][row], truth, rtol=1e-10, atol=1e-12)
+    every = sum(p.numel() for p in network.parameters()) - first.weight.numel()
+    assert parameter_share(network, modules) == 20 * 12 / every
+    left = untracked(network, modules)
+    assert sum(left.values()) + 20 * 12 / every == pytest.approx(1)
+
+
+def test_a_weight_shared_with_something_else_is_not_tracked(make_model):
+    """Its gradient has a part that no linear map of a block sees; that is said."""
+    network = make_model("llama", intermediate_size=VOCABULARY).network
+    network.model.layers[0].mlp.up_proj.weight = network.model.embed_tokens.weight
+    network.model.layers[1].mlp.gate_proj.weight = network.model.layers[1].mlp.down_proj.weight
+    network.model.layers[1].mlp.gate_proj.weight.data = \
+        network.model.layers[1].mlp.down_proj.weight.data
+    names = [module.name for module in tracked_modules(network)]
+    assert names == [f"model.layers.0.mlp.{name}" for name in ("gate_proj", "down_proj")] + [
+        "model.layers.1.mlp.up_proj"]
+    left = untracked(network, tracked_modules(network))
+    every = sum(p.numel() for p in network.parameters())
+    assert left["linear maps that don't run, or share a weight with something else"] == \
+        pytest.approx(VOCABULARY * 12 / every)
+
+
+def test_blocks_that_run_several_times(make_model, sequences):
+    """One list of blocks, run twice over, as ALBERT does: the sum of both runs."""
+    model = make_model("gpt_neox")
+    inner, blocks = model.network.gpt_neox, model.network.gpt_neox.layers
+    model.network.config.num_hidden_layers = 4
+    inner.config.num_hidden_layers = 4
+
+    class Twice(nn.ModuleList):
+        def __iter__(self):
+            return iter([*self._modules.values(), *self._modules.values()])
+
+        def __getitem__(self, index):
+            return [*self._modules.values(), *self._modules.values()][index]
+
+    inner.layers = Twice(blocks._modules.values())
+    modules = tracked_modules(model.network)
+    assert [m.layer for m in modules] == [0, 0, 1, 1]
+    found, _ = captured(model, modules, make_batch(sequences, model.device))
+    check_shared(model.network, modules, found, sequences)
 
 
 def check_shared(network, modules, found, sequences):
