@@ -325,6 +325,13 @@ def tracked_modules(network: nn.Module, choice: str = "mlp") -> list[Module]:
     """
     parts = adapter_parts(network)
     found = _linear_maps(network, parts)
+    if not found:
+        odd = ", ".join(list(untracked(network, []))[:5])
+        raise InputError(
+            f"{type(network).__name__} has no linear map that can be tracked: its weights are in "
+            f"{odd}. Expected nn.Linear, Conv1D or transformers' fused experts in its blocks; give "
+            "the model in its whole form (not quantised by GPTQ, AWQ and the like)."
+        )
     if "adapter" in map(str.strip, choice.split(",")) and not parts.own:
         raise InputError(f"--modules {choice}: {no_adapter(network)}.")
     _, blocks = _blocks(network)
@@ -438,7 +445,7 @@ def untracked(network: nn.Module, modules: list[Module]) -> dict[str, float]:
             if what in TRACKABLE and own not in maps and not experts.is_fused(own):
                 what = f"{what} that don't run, or share a weight with something else"
             left[what] = left.get(what, 0.0) + rest / total
-    return dict(sorted(left.items(), key=lambda one: -one[1]))
+    return dict(sorted(left.items(), key=lambda one: (-one[1], one[0])))
 
 
 TRACKABLE = ("attention", "linear maps", "experts")  # of a choice of modules
@@ -461,22 +468,31 @@ def _what(module: nn.Module, name: str, in_block: bool) -> str:
 
 
 def _own_parameters(network: nn.Module) -> dict[nn.Module, int]:
-    """How many parameters each module has besides its children's; shared ones count once."""
+    """How many parameters each module has besides its children's; shared ones count once, packed
+    ones as what they stand for."""
     seen: set[int] = set()
     found: dict[nn.Module, int] = {}
     for module in network.modules():
-        count = 0
+        packed = _is_packed(module)
+        count = module.in_features * module.out_features if packed else 0  # type: ignore[operator]
         for parameter in module.parameters(recurse=False):
-            if _place(parameter) in seen:
-                continue
+            known = _place(parameter) in seen
             seen.add(_place(parameter))
-            if isinstance(module, nn.Linear) and parameter.ndim > 1:  # or it could be packed
-                count += module.out_features * module.in_features
-            else:
+            if packed and parameter.ndim > 1:
+                count = 0 if known else count
+            elif not known:
                 count += parameter.numel()
         if count:
-            found[module] = count
+            found[module] = count  # type: ignore[assignment]
     return found
+
+
+def _is_packed(module: nn.Module) -> bool:
+    """Whether a module is a linear map whose weight is quantised, be it a parameter or a buffer."""
+    own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    return isinstance(getattr(module, "in_features", None), int) and \
+        isinstance(getattr(module, "out_features", None), int) and \
+        any(not tensor.is_floating_point() for tensor in own)
 
 
 # ---- logits → log p ----------------------------------------------------------------------------

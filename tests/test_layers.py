@@ -8,7 +8,7 @@ import torch
 from conftest import SIZES, SMALL, VOCABULARY, labels_of, random_network, small_documents
 from reference import log_likelihood, sequence_gradient
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 import gradindex
 from demo.prepare import train_tokenizer
@@ -18,8 +18,11 @@ from gradindex.gradients import backward, gradient, make_batch
 from gradindex.identity import tensors_digest
 from gradindex.influence import Influences, Preconditioned, Terms, collect
 from gradindex.model import LanguageModel, ModelSource, parameter_share, tracked_modules, untracked
-from indexer.build import describe
+from gradindex.progress import shares, stderr_progress
+from indexer.build import NOTABLE, describe
 from indexer.fit import add_covariances, covariance_shapes
+from search.describe import describe as info
+from search.describe import summary
 
 LLAMA = SIZES["llama"]
 MIXTURES = {
@@ -476,19 +479,66 @@ def test_what_is_not_tracked_is_said(make_model):
     assert "not tracked: " in describe(model, modules) and "Odd" in describe(model, modules)
 
 
-def test_a_build_warns_of_what_it_can_not_track(tmp_path, capsys, make_model):
-    from gradindex.progress import stderr_progress
+class Packed(nn.Module):
+    """A map as other quantisers keep it: no nn.Linear, the weight in a buffer."""
 
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.register_buffer("qweight", torch.zeros(linear.out_features, 2, dtype=torch.int32))
+        self.bias = nn.Parameter(torch.zeros(linear.out_features))
+
+    def forward(self, x):
+        return torch.zeros(*x.shape[:-1], self.out_features, dtype=x.dtype) + self.bias
+
+
+def test_weights_that_others_packed_are_named(make_model):
+    network = make_model("llama").network
+    whole = sum(p.numel() for p in network.parameters())
+    for layer in network.model.layers:
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            setattr(layer.mlp, name, Packed(getattr(layer.mlp, name)))
+    with pytest.raises(InputError, match=r"'mlp' matches none of the linear modules"):
+        tracked_modules(network)
+    modules = tracked_modules(network, "attention")
+    left = untracked(network, modules)
+    biases = 2 * (20 + 20 + 12)
+    assert left["Packed"] == pytest.approx((2 * 3 * 20 * 12 + biases) / (whole + biases))
+    assert sum(left.values()) + parameter_share(network, modules) == pytest.approx(1)
+    for layer in network.model.layers:
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            setattr(layer.self_attn, name, Packed(getattr(layer.self_attn, name)))
+    with pytest.raises(InputError, match=r"no linear map that can be tracked: its .* in Packed, "):
+        tracked_modules(network)
+
+
+def test_a_build_says_what_it_can_not_track(tmp_path, capsys):
+    """In the build's lines, in the index, in `info`; loudly where it is much."""
     texts = [f"The plum number {n} grows." for n in range(8)]
     tokenizer = train_tokenizer(texts, 300)
-    config = AutoConfig.for_model("llama", **{**LLAMA, "vocab_size": len(tokenizer)})
-    network = AutoModelForCausalLM.from_config(config)
-    network.model.layers[1].mlp = Odd(12)
-    network.model.layers[1].mlp.kernel = nn.Parameter(torch.eye(12).repeat(1, 12)[:, :12])
+    network = random_network("llama", torch.float32, vocab_size=len(tokenizer), hidden_size=24)
+    network.model.layers[1].mlp = Odd(24)
     gradindex.build(network, [{"text": text} for text in texts], tmp_path / "index",
                     tokenizer=tokenizer, seq_len=16, bits=512, progress=stderr_progress())
     said = capsys.readouterr().err
-    assert "not tracked: " in said and VOCABULARY
-    share = 144 / sum(p.numel() for p in network.parameters())
-    assert ("warning: " in said and "modules Odd, which gradindex can't track" in said) == \
-        (share > 0.05)
+    modules = tracked_modules(network)
+    left = untracked(network, modules)
+    assert set(left) == {"attention", "embeddings", "LM head", "norms", "Odd"}
+    assert list(left.values()) == sorted(left.values(), reverse=True)
+    attention = f"attention (not chosen) {left['attention']:.1%}"
+    assert "of the model's parameters; not tracked: " in said
+    assert attention in said and f"Odd {left['Odd']:.1%}" in said
+    assert ("warning: " in said) == (left["Odd"] > NOTABLE)
+    facts = info(tmp_path / "index")
+    assert facts["untracked"] == pytest.approx(left, abs=1e-6)
+    assert f"\nnot tracked {shares(left)}\n" in summary(facts)
+
+    network.model.layers[1].mlp.kernel = nn.Parameter(torch.eye(24).repeat(9, 1) * 0.01)
+    network.model.layers[1].mlp.forward = lambda x: x @ network.model.layers[1].mlp.kernel[:24]
+    capsys.readouterr()
+    gradindex.build(network, [{"text": text} for text in texts], tmp_path / "second",
+                    tokenizer=tokenizer, seq_len=16, bits=512, progress=stderr_progress())
+    share = untracked(network, modules)["Odd"]
+    assert share > NOTABLE
+    assert (f"warning: {share:.0%} of the model's parameters can't be tracked, so their influence "
+            f"is in no score: Odd {share:.1%}") in capsys.readouterr().err
