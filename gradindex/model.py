@@ -8,6 +8,7 @@ only.
 
 import hashlib
 import json
+import logging
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,6 +35,7 @@ from gradindex.errors import IndexMismatchError, InputError
 from gradindex.identity import digest_of_files, tensors_digest
 from gradindex.loading import DTYPES, device_called, dtype_called, readable_errors
 from gradindex.modules import Module, choose_modules
+from gradindex.quantised import as_dequantised, quantised_dtype
 
 EXPERTS = "gradindex"  # what our way of running fused experts is called in transformers
 ALL_EXPERTS_FUNCTIONS.register(EXPERTS, experts.forward)
@@ -134,39 +136,47 @@ class ModelSource:
     def resolve(self, device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
         """What "auto" means: a GPU if there is one; float32 on a CPU, the checkpoint's own there.
 
-        A loaded model is used where and as what it is. Raises InputError for what can't be had.
+        A loaded model is used where and as what it is, a quantised one as what it is. Raises
+        InputError for what can't be had.
         """
-        if not isinstance(self.model, (str, Path)):
-            own = next(self.model.parameters())
-            return (own.device if device == "auto" else device_called(device),
-                    own.dtype if dtype == "auto" else dtype_called(dtype))
-        place = device_called(device)
+        config = self.load_config()
+        if isinstance(self.model, (str, Path)):
+            place, own = device_called(device), getattr(config, "dtype", None)
+            own = (DTYPES.get(own) if isinstance(own, str) else own) or torch.float32
+        else:
+            place, own = next(self.model.parameters()).device, _dtype_of(self.model)
+            place = place if device == "auto" else device_called(device)
+        if _quantised(config):
+            return place, quantised_dtype(self.name, own, dtype)
         if dtype != "auto":
             return place, dtype_called(dtype)
-        own = getattr(self.load_config(), "dtype", None)
-        own = DTYPES.get(own) if isinstance(own, str) else own
-        return place, torch.float32 if place.type == "cpu" or own is None else own
+        cast = isinstance(self.model, (str, Path)) and place.type == "cpu"
+        return place, torch.float32 if cast else own
 
     def load(self, device: str = "auto", dtype: str = "auto") -> "LanguageModel":
         """Load the weights (safetensors, unless `allow_pickle`) in evaluation mode, frozen.
 
-        A model object is put in that state itself, and moved if device or dtype say so.
-        Raises InputError for a model, device or dtype that can't be had.
+        A model object is put in that state itself, and moved if device or dtype say so. Raises
+        InputError for a model, device or dtype that can't be had.
         """
         place, wanted = self.resolve(device, dtype)
-        network = self._read(wanted) if isinstance(self.model, (str, Path)) else self.model
+        network = self.model
+        if isinstance(network, (str, Path)):
+            network = self._read(place, wanted)
         network = unwrapped(network)
-        if getattr(network, "quantization_method", None) is None:
+        if not _quantised(network.config):
             network = network.to(place, wanted)
-        elif network.device.type != place.type:
-            network = network.to(place)  # packed weights are cast by nobody
+        else:
+            if network.device.type != place.type:
+                network = network.to(place)
+            as_dequantised(network)
         network = network.eval().requires_grad_(False)
         return LanguageModel(network, self.load_tokenizer(), self)
 
-    def _read(self, dtype: torch.dtype) -> Any:
+    def _read(self, device: torch.device, dtype: torch.dtype) -> Any:
         if self.adapter is not None:
             with self.adapter.explain_base():
-                network = self.base._read(dtype)
+                network = self.base._read(device, dtype)
             place = {"revision": self.revision}
             with readable_errors(self.name, self.adapter):
                 # by itself transformers may go on to a pickled file
@@ -179,9 +189,10 @@ class ModelSource:
                 )
             missing = loading.missing_keys
         else:
-            with readable_errors(self.name):
+            at = {"device_map": {"": device}} if _quantised(self.load_config()) else {}
+            with readable_errors(self.name):  # quantised weights can't be moved later on
                 network, loading = transformers.AutoModelForCausalLM.from_pretrained(
-                    self.name, dtype=dtype, **self._arguments(), output_loading_info=True,
+                    self.name, dtype=dtype, **at, **self._arguments(), output_loading_info=True,
                     use_safetensors=None if self.allow_pickle else True,
                 )
             missing = loading["missing_keys"]
@@ -226,7 +237,8 @@ class LanguageModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.network.parameters()).dtype
+        """What it computes in; quantised weights are kept in integers."""
+        return _dtype_of(self.network)
 
     @property
     def bytes(self) -> int:
@@ -262,6 +274,14 @@ class LanguageModel:
         return [int(token) for token in output[0, len(tokens):]]
 
 
+def _dtype_of(network: Any) -> torch.dtype:
+    return next(one.dtype for one in network.parameters() if one.is_floating_point())
+
+
+def _quantised(config: Any) -> bool:
+    return getattr(config, "quantization_config", None) is not None
+
+
 def _identity(module: nn.Module) -> int:
     """Which weight a linear map has: equal for those that share it."""
     weight = module._parameters.get("weight")  # one computed from others has no place of its own
@@ -283,7 +303,8 @@ def context_length(config: Any) -> int | None:
 
 
 def quiet_transformers() -> None:
-    """Silence transformers' own log lines and bars; the command line shows its own."""
+    """Silence other libraries' log lines and bars; the command line shows its own."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
@@ -304,6 +325,13 @@ def tracked_modules(network: nn.Module, choice: str = "mlp") -> list[Module]:
     """
     parts = adapter_parts(network)
     found = _linear_maps(network, parts)
+    if not found:
+        odd = ", ".join(list(untracked(network, []))[:5])
+        raise InputError(
+            f"{type(network).__name__} has no linear map that can be tracked: its weights are in "
+            f"{odd}. Expected nn.Linear, Conv1D or transformers' fused experts in its blocks; give "
+            "the model in its whole form (not quantised by GPTQ, AWQ and the like)."
+        )
     if "adapter" in map(str.strip, choice.split(",")) and not parts.own:
         raise InputError(f"--modules {choice}: {no_adapter(network)}.")
     _, blocks = _blocks(network)
@@ -417,7 +445,7 @@ def untracked(network: nn.Module, modules: list[Module]) -> dict[str, float]:
             if what in TRACKABLE and own not in maps and not experts.is_fused(own):
                 what = f"{what} that don't run, or share a weight with something else"
             left[what] = left.get(what, 0.0) + rest / total
-    return dict(sorted(left.items(), key=lambda one: -one[1]))
+    return dict(sorted(left.items(), key=lambda one: (-one[1], one[0])))
 
 
 TRACKABLE = ("attention", "linear maps", "experts")  # of a choice of modules
@@ -440,22 +468,31 @@ def _what(module: nn.Module, name: str, in_block: bool) -> str:
 
 
 def _own_parameters(network: nn.Module) -> dict[nn.Module, int]:
-    """How many parameters each module has besides its children's; shared ones count once."""
+    """How many parameters each module has besides its children's; shared ones count once, packed
+    ones as what they stand for."""
     seen: set[int] = set()
     found: dict[nn.Module, int] = {}
     for module in network.modules():
-        count = 0
+        packed = _is_packed(module)
+        count = module.in_features * module.out_features if packed else 0  # type: ignore[operator]
         for parameter in module.parameters(recurse=False):
-            if _place(parameter) in seen:
-                continue
+            known = _place(parameter) in seen
             seen.add(_place(parameter))
-            if isinstance(module, nn.Linear) and parameter.ndim > 1:  # or it could be packed
-                count += module.out_features * module.in_features
-            else:
+            if packed and parameter.ndim > 1:
+                count = 0 if known else count
+            elif not known:
                 count += parameter.numel()
         if count:
-            found[module] = count
+            found[module] = count  # type: ignore[assignment]
     return found
+
+
+def _is_packed(module: nn.Module) -> bool:
+    """Whether a module is a linear map whose weight is quantised, be it a parameter or a buffer."""
+    own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    return isinstance(getattr(module, "in_features", None), int) and \
+        isinstance(getattr(module, "out_features", None), int) and \
+        any(not tensor.is_floating_point() for tensor in own)
 
 
 # ---- logits → log p ----------------------------------------------------------------------------

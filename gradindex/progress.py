@@ -119,3 +119,8 @@ def size(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} TB"
+
+
+def shares(parts: dict[str, float]) -> str:
+    """Parts of a whole by name as people say them; those below 0.05% aren't worth it."""
+    return ", ".join(f"{name} {share:.1%}" for name, share in parts.items() if share >= 0.0005)

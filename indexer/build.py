@@ -58,7 +58,7 @@ from gradindex.model import (
     untracked,
 )
 from gradindex.modules import Module
-from gradindex.progress import Progress, size
+from gradindex.progress import Progress, shares, size
 from indexer import ingest
 from indexer.background import make_background
 from indexer.calibrate import calibrate
@@ -386,10 +386,11 @@ def prepare(
     state.check_model(model)
     tracked = tracked_modules(model.network, plan["modules"])
     say.say(f"modules: {describe(model, tracked)}")
-    for name, share in untracked(model.network, tracked).items():
-        if name not in (*TRACKABLE, *SMALL_PARTS) and share > NOTABLE:
-            say.say(f"warning: {share:.0%} of the model's parameters are in modules {name}, which "
-                    "gradindex can't track; their influence is in no score")
+    odd = {what: share for what, share in untracked(model.network, tracked).items()
+           if what not in (*TRACKABLE, *SMALL_PARTS)}
+    if (total := sum(odd.values())) > NOTABLE:
+        say.say(f"warning: {total:.0%} of the model's parameters can't be tracked, so their "
+                f"influence is in no score: {shares(odd)}")
     allowance = allow(model, tracked, max_memory)
     ingest.check_disk(index, run.count, plan["bits"], partitions(tracked, allowance.fit))
     settings = FitSettings(
@@ -595,9 +596,8 @@ def describe(model: LanguageModel, tracked: list[Module]) -> str:
     for module in tracked:
         kind = re.sub(r"_\d+$", "_*", module.name.split(f".{module.layer}.", 1)[1])
         kinds[kind] = kinds.get(kind, 0) + 1
-    left = {name: share for name, share in untracked(model.network, tracked).items()
-            if share >= 0.0005}
-    rest = ", ".join(f"{name} {share:.1%}" for name, share in left.items())
+    rest = shares({f"{what} (not chosen)" if what in TRACKABLE else what: share for what, share
+                   in untracked(model.network, tracked).items()})
     return (f"{len(tracked):,} linear maps tracked, {', '.join(kinds)}: "
             f"{parameter_share(model.network, tracked):.1%} of the model's parameters"
             + (f"; not tracked: {rest}" if rest else ""))

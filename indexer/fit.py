@@ -42,7 +42,7 @@ from gradindex.gradients import (
 )
 from gradindex.influence import slices
 from gradindex.memory import Allowance
-from gradindex.model import LanguageModel
+from gradindex.model import LanguageModel, untracked
 from gradindex.modules import Module
 from gradindex.progress import Progress
 from gradindex.records import Record
@@ -78,13 +78,15 @@ class FitNotes:
     """`fit.json`: what was done otherwise than planned, and the facts of the files of curvature.
 
     `splits` are batches that were halved, as (first row, rows), by "stage block"; `quarantined`
-    says of ids why they were left out, `left_out` of modules.
+    says of ids why they were left out, `left_out` of modules. `untracked` are shares of the model's
+    parameters that have no curvature, by what they are.
     """
 
     splits: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     quarantined: dict[int, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     files: dict[str, FileFacts] = field(default_factory=dict)
+    untracked: dict[str, float] = field(default_factory=dict)
 
     def write(self, folder: Path) -> FileFacts:
         content = {
@@ -484,6 +486,8 @@ class Fit:
             if path.name not in (*files, NOTES):
                 path.unlink()
         self.notes.files = files
+        self.notes.untracked = {what: round(share, 6) for what, share
+                                in untracked(self.model.network, kept).items()}
         self.notes.write(self.folder)
 
 

@@ -4,9 +4,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from gradindex import locks, manifest
+import pydantic
+
+from gradindex import locks, manifest, signed
 from gradindex.contents import Contents
-from gradindex.progress import size
+from gradindex.progress import shares, size
 from gradindex.results import GENERIC
 from gradindex.terminal import visible
 from gradindex.vectors import code_bytes
@@ -27,6 +29,7 @@ def describe(index: Path) -> dict[str, Any]:
     for problem in manifest.problems(contents.files, facts):
         raise problem.error
     quarantined = _quarantined(contents)
+    untracked = _untracked(contents)
     del reader
     sizes = Counter(dict.fromkeys((*KINDS.values(), "curvature"), 0))
     for name, about in facts.files.items():
@@ -43,7 +46,8 @@ def describe(index: Path) -> dict[str, Any]:
         "quarantined": quarantined, "appended": facts.appended,
         "train_sequences": facts.train_sequences, "next_id": facts.next_id,
         "modules": [module.name for module in facts.modules],
-        "layers": facts.layers, "parameter_share": facts.parameter_share, "fit": facts.fit,
+        "layers": facts.layers, "parameter_share": facts.parameter_share,
+        "untracked": untracked, "fit": facts.fit,
         "effective_dimension": sum(facts.effective_dimension.values()),
         "damping": facts.damping,
         "code": {**facts.code, "bytes": code_bytes(facts.code["length"])},
@@ -51,6 +55,16 @@ def describe(index: Path) -> dict[str, Any]:
         "segments": len(facts.segments), "bytes": dict(sizes),
         "data": facts.plan["data"], "versions": facts.versions,
     }
+
+
+def _untracked(contents: Contents) -> dict[str, float]:
+    """Shares of the model's parameters without curvature, largest first; {} of earlier versions."""
+    try:
+        found = signed.parse(contents.files.read(manifest.FIT)).get("untracked", {})
+        known = pydantic.TypeAdapter(dict[str, float]).validate_python(found, strict=True)
+    except ValueError:
+        raise contents.files.damaged(manifest.FIT, "can't be read") from None
+    return dict(sorted(known.items(), key=lambda one: (-one[1], one[0])))
 
 
 def _quarantined(contents: Contents) -> dict[int, str]:
@@ -90,6 +104,7 @@ def summary(facts: dict[str, Any]) -> str:
         ("N_train", n_train),
         ("modules", f"{len(facts['modules'])} linear maps in {len(facts['layers'])} layers, "
                     f"{facts['parameter_share']:.1%} of the parameters"),
+        *([("not tracked", shares(facts["untracked"]))] if facts["untracked"] else []),
         ("curvature", f"EK-FAC on {facts['fit']['sequences']:,} sequences, labels of the "
                       f"{facts['fit']['labels']}, damping {facts['damping']} × mean eigenvalue, "
                       f"effective dimension {facts['effective_dimension']:,.0f}"),

@@ -1,21 +1,28 @@
 """Fused experts, shared maps, quantised bases: exact gradients, and what isn't covered is said."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
-from conftest import SIZES, SMALL, VOCABULARY, labels_of, random_network
+from conftest import SIZES, SMALL, VOCABULARY, labels_of, random_network, small_documents
 from reference import log_likelihood, sequence_gradient
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 import gradindex
 from demo.prepare import train_tokenizer
 from gradindex import experts
+from gradindex.errors import InputError
 from gradindex.gradients import backward, gradient, make_batch
+from gradindex.identity import tensors_digest
 from gradindex.influence import Influences, Preconditioned, Terms, collect
 from gradindex.model import LanguageModel, ModelSource, parameter_share, tracked_modules, untracked
-from indexer.build import describe
+from gradindex.progress import shares, stderr_progress
+from indexer.build import NOTABLE, describe
 from indexer.fit import add_covariances, covariance_shapes
+from search.describe import describe as info
+from search.describe import summary
 
 LLAMA = SIZES["llama"]
 MIXTURES = {
@@ -294,71 +301,151 @@ def check_shared(network, modules, found, sequences):
 # ---- quantised bases
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_a_quantised_base(bits, tmp_path, sequences):
-    """Gradients against those of the float model with the dequantised weights."""
-    library = pytest.importorskip("bitsandbytes")
+@pytest.fixture(params=[8, 4], scope="module")
+def quantised(request, tmp_path_factory):
+    """Bits, a whole model in float32 and a folder with it quantised, and its tokenizer."""
+    pytest.importorskip("bitsandbytes")
     from transformers import BitsAndBytesConfig
 
-    network = random_network("llama", torch.float32, hidden_size=64, intermediate_size=128)
+    folder = tmp_path_factory.mktemp("quantised")
+    tokenizer = train_tokenizer([document["text"] for document in small_documents()], 300)
+    network = random_network("llama", torch.float32, hidden_size=64, intermediate_size=128,
+                             vocab_size=len(tokenizer))
     with torch.no_grad():  # so that rounding isn't blown up on its way through the blocks
         for parameter in network.parameters():
             if parameter.ndim == 2:
                 parameter.mul_(0.3)
-    network.save_pretrained(tmp_path / "whole")
-    settings = BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4)
+    network.save_pretrained(folder / "whole")
+    settings = BitsAndBytesConfig(load_in_8bit=request.param == 8, load_in_4bit=request.param == 4,
+                                  bnb_4bit_quant_type="nf4")
     AutoModelForCausalLM.from_pretrained(
-        tmp_path / "whole", quantization_config=settings).save_pretrained(tmp_path / "packed")
-    model = ModelSource(str(tmp_path / "packed")).load()
-    modules = tracked_modules(model.network)
-    kind = library.nn.Linear8bitLt if bits == 8 else library.nn.Linear4bit
-    assert all(isinstance(model.network.get_submodule(m.name), kind) for m in modules)
-    assert [m.shape for m in modules] == [m.shape for m in tracked_modules(network)]
+        folder / "whole", quantization_config=settings).save_pretrained(folder / "packed")
+    tokenizer.save_pretrained(folder / "packed")
+    return request.param, network, folder / "packed"
+
+
+def dequantised(network, packed):
+    """The network with the weights that a packed one stands for."""
+    import bitsandbytes
+
+    same = copy.deepcopy(network).requires_grad_(False)
+    count = 0
+    for name, own in packed.named_modules():
+        if isinstance(own, bitsandbytes.nn.Linear8bitLt):
+            weight = own.weight.data.float() * own.weight.SCB[:, None] / 127
+        elif isinstance(own, bitsandbytes.nn.Linear4bit):
+            weight = bitsandbytes.functional.dequantize_4bit(
+                own.weight.data, own.weight.quant_state)
+        else:
+            continue
+        same.get_submodule(name).weight.copy_(weight)
+        count += 1
+    assert count == 14
+    return same
+
+
+def test_a_quantised_base(quantised, sequences):
+    """Gradients of the dequantised weights, also after other passes, whatever the batch."""
+    _, network, packed = quantised
+    model = ModelSource(str(packed)).load("cpu")
+    assert model.dtype == model.accumulate == torch.float32
+    modules = tracked_modules(model.network, "all")
+    assert [m.shape for m in modules] == [m.shape for m in tracked_modules(network, "all")]
     assert parameter_share(model.network, modules) == pytest.approx(
-        parameter_share(network, tracked_modules(network)))
+        parameter_share(network, tracked_modules(network, "all")), rel=1e-12)
+    same = dequantised(network, model.network)
+    before = tensors_digest(model.network)
+    assert before == tensors_digest(ModelSource(str(packed)).load("cpu").network)
+    model.continuation([1, 2, 3], 3)  # passes without gradients, which pack 4-bit weights anew
+    batch = make_batch(sequences, model.device)
+    found, log_p = captured(model, modules, batch)
+    assert tensors_digest(model.network) == before
+    expected, truth = captured(LanguageModel(same, None, ModelSource(same)), modules, batch)
+    torch.testing.assert_close(log_p, truth, rtol=1e-4, atol=1e-4)
+    for module in modules:
+        wanted = expected[module.name]
+        assert (found[module.name] - wanted).norm() < 1e-4 * wanted.norm(), module.name
+    for row, sequence in enumerate(sequences):
+        alone, _ = captured(model, modules, make_batch([sequence], model.device))
+        for module in modules:
+            one = alone[module.name][0]
+            assert (found[module.name][row] - one).norm() < 1e-4 * one.norm() + 1e-5
+    quantised_far = captured(LanguageModel(network.requires_grad_(False), None, model.source),
+                             modules, batch)[0]
+    assert any((found[m.name] - quantised_far[m.name]).norm() > 1e-3 * found[m.name].norm()
+               for m in modules)
+
+
+def test_a_quantised_model_given_after_it_ran(quantised, sequences):
+    """The same gradients, or, where the CPU made bitsandbytes change the weights, none."""
+    _, _, packed = quantised
+    used = AutoModelForCausalLM.from_pretrained(packed).eval()
     with torch.no_grad():
-        for name, own in model.network.named_modules():
-            if isinstance(own, kind):
-                packed = own.weight
-                weight = packed.data.float() * packed.SCB[:, None] / 127 if bits == 8 else \
-                    library.functional.dequantize_4bit(packed.data, packed.quant_state)
-                network.get_submodule(name).weight.copy_(weight)
-    same = LanguageModel(network.requires_grad_(False), None, ModelSource(network))
+        used(torch.arange(7)[None])
+    states = [getattr(own.weight, "quant_state", None) for own in used.modules()
+              if isinstance(own, nn.Linear)]
+    if any(state is not None and state.absmax.ndim > 1 for state in states):
+        for _ in range(2):
+            with pytest.raises(InputError, match=r"packed model\.layers\.0\.self_attn\.q_proj"):
+                ModelSource(used).load()
+            used.state_dict()  # unpacks the weights, and leaves their scales in the wrong order
+        return
+    model, again = ModelSource(used).load(), ModelSource(str(packed)).load("cpu")
+    modules = tracked_modules(model.network)
+    found, _ = captured(model, modules, make_batch(sequences, model.device))
+    expected, _ = captured(again, modules, make_batch(sequences, model.device))
+    for module in modules:
+        assert torch.equal(found[module.name], expected[module.name])
+
+
+def test_a_quantised_model_has_the_dtype_it_has(quantised):
+    _, _, packed = quantised
+    for source in (AutoModelForCausalLM.from_pretrained(packed), str(packed)):
+        for dtype in ("bfloat16", "float64"):
+            with pytest.raises(InputError, match=rf"--dtype {dtype}: the weights of .* quantised"):
+                ModelSource(source).load("cpu", dtype)
+        for dtype in ("float32", "auto"):
+            assert ModelSource(source).resolve("cpu", dtype)[1] == torch.float32
+            assert ModelSource(source).load("cpu", dtype).dtype == torch.float32
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers by an old name
+def test_an_adapter_over_a_quantised_base(quantised, sequences, tmp_path):
+    """QLoRA: gradients as over the dequantised base, then an index over the adapter alone."""
+    peft = pytest.importorskip("peft")
+    _, network, packed = quantised
+    wrapped = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(packed), peft.LoraConfig(
+        r=2, lora_alpha=3, target_modules=["q_proj", "gate_proj"], task_type="CAUSAL_LM"))
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.3 * torch.randn_like(parameter))
+    wrapped.save_pretrained(tmp_path / "adapter")
+    model = ModelSource(str(tmp_path / "adapter")).load("cpu")
+    base = ModelSource(str(packed)).load("cpu").network
+    dequantised(network, base).save_pretrained(tmp_path / "base")
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    whole.load_adapter(str(tmp_path / "adapter"))
+    modules = tracked_modules(model.network, "all,adapter")
+    assert sum(module.kind == "adapter" for module in modules) == 8
     batch = make_batch(sequences, model.device)
     found, _ = captured(model, modules, batch)
-    expected, _ = captured(same, modules, batch)
+    expected, _ = captured(ModelSource(whole).load("cpu"), modules, batch)
     for module in modules:
-        error = (found[module.name] - expected[module.name]).norm()
-        # the products round their inputs: to 8 bits, or to bfloat16
-        assert error < (0.05 if bits == 8 else 0.02) * expected[module.name].norm()
+        wanted = expected[module.name]
+        assert (found[module.name] - wanted).norm() < 1e-4 * wanted.norm(), module.name
 
-
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # in peft
-def test_an_adapter_over_a_four_bit_base(tmp_path, sequences):
-    """QLoRA: the adapter's own maps, against autograd on their weights."""
-    pytest.importorskip("bitsandbytes")
-    from peft import LoraConfig, get_peft_model
-    from transformers import BitsAndBytesConfig
-
-    random_network("llama", torch.float32, hidden_size=64, intermediate_size=128).save_pretrained(
-        tmp_path / "whole")
-    base = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "whole", quantization_config=BitsAndBytesConfig(load_in_4bit=True))
-    torch.manual_seed(0)
-    tuned = get_peft_model(base, LoraConfig(r=3, target_modules=["up_proj"],
-                                            init_lora_weights=False))
-    model = ModelSource(tuned).load()
-    modules = tracked_modules(model.network, "adapter")
-    assert len(modules) == 4 and {min(m.shape) for m in modules} == {3}
-    found, _ = captured(model, modules, make_batch(sequences[:1], model.device))
-    for module in modules:
-        weight = model.network.get_submodule(module.name).weight.requires_grad_()
-        loss = log_likelihood(model.network, torch.from_numpy(sequences[0][0]).long(),
-                              labels_of(*sequences[0]))
-        [expected] = torch.autograd.grad(loss, [weight])
-        weight.requires_grad_(False)
-        # where nothing requires a gradient the library multiplies in another, rougher way
-        assert (found[module.name][0] - expected).norm() < 0.03 * expected.norm()
+    index = gradindex.build(str(tmp_path / "adapter"), small_documents(), tmp_path / "index",
+                            **SMALL, modules="adapter")
+    own = tracked_modules(model.network, "adapter")
+    assert index.manifest.modules == own and len(own) == 8
+    assert index.manifest.parameter_share == parameter_share(model.network, own)
+    result = index.search(prompt="The apple number", k=5, shortlist="all")  # its own continuation
+    assert [hit.influence for hit in result] == sorted(
+        (hit.influence for hit in result), reverse=True) and result[0].influence > 0
+    found = gradindex.verify(tmp_path / "index", str(tmp_path / "adapter"))
+    assert found.sound, found.findings
 
 
 # ---- what is not covered
@@ -392,19 +479,66 @@ def test_what_is_not_tracked_is_said(make_model):
     assert "not tracked: " in describe(model, modules) and "Odd" in describe(model, modules)
 
 
-def test_a_build_warns_of_what_it_can_not_track(tmp_path, capsys, make_model):
-    from gradindex.progress import stderr_progress
+class Packed(nn.Module):
+    """A map as other quantisers keep it: no nn.Linear, the weight in a buffer."""
 
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.register_buffer("qweight", torch.zeros(linear.out_features, 2, dtype=torch.int32))
+        self.bias = nn.Parameter(torch.zeros(linear.out_features))
+
+    def forward(self, x):
+        return torch.zeros(*x.shape[:-1], self.out_features, dtype=x.dtype) + self.bias
+
+
+def test_weights_that_others_packed_are_named(make_model):
+    network = make_model("llama").network
+    whole = sum(p.numel() for p in network.parameters())
+    for layer in network.model.layers:
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            setattr(layer.mlp, name, Packed(getattr(layer.mlp, name)))
+    with pytest.raises(InputError, match=r"'mlp' matches none of the linear modules"):
+        tracked_modules(network)
+    modules = tracked_modules(network, "attention")
+    left = untracked(network, modules)
+    biases = 2 * (20 + 20 + 12)
+    assert left["Packed"] == pytest.approx((2 * 3 * 20 * 12 + biases) / (whole + biases))
+    assert sum(left.values()) + parameter_share(network, modules) == pytest.approx(1)
+    for layer in network.model.layers:
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            setattr(layer.self_attn, name, Packed(getattr(layer.self_attn, name)))
+    with pytest.raises(InputError, match=r"no linear map that can be tracked: its .* in Packed, "):
+        tracked_modules(network)
+
+
+def test_a_build_says_what_it_can_not_track(tmp_path, capsys):
+    """In the build's lines, in the index, in `info`; loudly where it is much."""
     texts = [f"The plum number {n} grows." for n in range(8)]
     tokenizer = train_tokenizer(texts, 300)
-    config = AutoConfig.for_model("llama", **{**LLAMA, "vocab_size": len(tokenizer)})
-    network = AutoModelForCausalLM.from_config(config)
-    network.model.layers[1].mlp = Odd(12)
-    network.model.layers[1].mlp.kernel = nn.Parameter(torch.eye(12).repeat(1, 12)[:, :12])
+    network = random_network("llama", torch.float32, vocab_size=len(tokenizer), hidden_size=24)
+    network.model.layers[1].mlp = Odd(24)
     gradindex.build(network, [{"text": text} for text in texts], tmp_path / "index",
                     tokenizer=tokenizer, seq_len=16, bits=512, progress=stderr_progress())
     said = capsys.readouterr().err
-    assert "not tracked: " in said and VOCABULARY
-    share = 144 / sum(p.numel() for p in network.parameters())
-    assert ("warning: " in said and "modules Odd, which gradindex can't track" in said) == \
-        (share > 0.05)
+    modules = tracked_modules(network)
+    left = untracked(network, modules)
+    assert set(left) == {"attention", "embeddings", "LM head", "norms", "Odd"}
+    assert list(left.values()) == sorted(left.values(), reverse=True)
+    attention = f"attention (not chosen) {left['attention']:.1%}"
+    assert "of the model's parameters; not tracked: " in said
+    assert attention in said and f"Odd {left['Odd']:.1%}" in said
+    assert ("warning: " in said) == (left["Odd"] > NOTABLE)
+    facts = info(tmp_path / "index")
+    assert facts["untracked"] == pytest.approx(left, abs=1e-6)
+    assert f"\nnot tracked {shares(left)}\n" in summary(facts)
+
+    network.model.layers[1].mlp.kernel = nn.Parameter(torch.eye(24).repeat(9, 1) * 0.01)
+    network.model.layers[1].mlp.forward = lambda x: x @ network.model.layers[1].mlp.kernel[:24]
+    capsys.readouterr()
+    gradindex.build(network, [{"text": text} for text in texts], tmp_path / "second",
+                    tokenizer=tokenizer, seq_len=16, bits=512, progress=stderr_progress())
+    share = untracked(network, modules)["Odd"]
+    assert share > NOTABLE
+    assert (f"warning: {share:.0%} of the model's parameters can't be tracked, so their influence "
+            f"is in no score: Odd {share:.1%}") in capsys.readouterr().err

@@ -309,7 +309,7 @@ def hostile_facts():
         "tokens": 6, "scored_tokens": 6, "skipped": {ALL: 3}, "train_sequences": None, "next_id": 7,
         "duplicates": 1, "deleted": 2, "quarantined": {"7": ALL},
         "appended": [{"data": [{"name": ALL}], "sequences": 2, "drift": 1.0, "drift_error": 0.1}],
-        "modules": [ALL], "layers": [0], "parameter_share": 0.5,
+        "modules": [ALL], "layers": [0], "parameter_share": 0.5, "untracked": {ALL: 0.5},
         "fit": {"sequences": 4, "labels": ALL}, "effective_dimension": 3.0, "damping": ALL,
         "code": {"length": 64, "bytes": 16}, "calibration": {"c": ALL, "slope": ALL},
         "background": {"queries": 4, "sample": 5}, "segments": 1,
@@ -323,7 +323,7 @@ def test_summary():
     assert_inert(said)
     for line in said.splitlines():  # a newline in a name begins no row
         assert re.match(r"[A-Za-z_ ]{11} \S", line)
-    assert said.count(ALL_SHOWN) == 14
+    assert said.count(ALL_SHOWN) == 15
 
 
 @pytest.mark.parametrize("form", ["auto", "json"])
