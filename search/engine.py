@@ -24,7 +24,7 @@ from search.hits import make_hit
 from search.journey import Journey
 from search.opened import OpenIndex
 from search.query import aggregate, make_query
-from search.rescore import LARGEST_CHUNK, Exact, Rescorer, rescore
+from search.rescore import LARGEST_CHUNK, Exact, Rescorer
 from search.target import make_targets
 
 LARGEST_GROUP = 64  # queries of one journey
@@ -193,19 +193,19 @@ class Searcher:
         [target], preconditioned = make_targets(self.index, [query], settings, self.batch_tokens)
         by = Rescorer(self.model, settings.modules, self.index.ekfac, settings.damping,
                       self.batch_tokens)
-        all_codes = self.index.code_scores(target.vector[None])[0]
         words = [token for text in query.texts for token in text.tokens]
         for first in range(0, len(places), LARGEST_CHUNK):
             chunk = places[first : first + LARGEST_CHUNK]
-            sequences = self.index.records(chunk)
+            scores = self.index.code_scores_at(chunk, target.vector).tolist()
             found: dict[int, Exact] = {}
-            for part in rescore(by, preconditioned, sequences, terms=True,
-                                sizes=settings.normalize != "none"):
+            for part in self.index.rescore(by, preconditioned, chunk, terms=True,
+                                           sizes=settings.normalize != "none"):
                 found.update(part)
             hits = [
-                make_hit(self.index.tokenizer, record, found[number], float(all_codes[place]),
-                         -1, settings.train_sequences, settings.modules, target.norm)
-                for number, (place, record) in enumerate(zip(chunk, sequences, strict=True))
+                make_hit(self.index.tokenizer, record, found[place], score, -1,
+                         settings.train_sequences, settings.modules, target.norm)
+                for place, record, score in zip(chunk, self.index.records(chunk), scores,
+                                                strict=True)
             ]
             for place, hit in zip(chunk, hits, strict=True):
                 hit.duplicates = self.index.copies(place)

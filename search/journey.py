@@ -17,7 +17,7 @@ from search.hits import make_hit, normalized
 from search.likeness import fold_near
 from search.opened import OpenIndex
 from search.recall import estimated_recall
-from search.rescore import Exact, Rescorer, rescore, rescored
+from search.rescore import Exact, Rescorer
 from search.shortlist import Shortlist, best, longer
 from search.target import Target, rescore_in_full
 
@@ -45,7 +45,6 @@ class Journey:
         self.codes = index.code_scores(np.stack([target.vector for target in targets]))
         self.shortlists = [self._shortlist(number) for number in range(len(targets))]
         self.exact: dict[int, Exact] = {}
-        self.records: dict[int, Record] = {}
         self.timed_out = False  # the query that is rescored now
         self._background: list[int] = []
         self._lengths = [settings.first] * len(targets)
@@ -102,13 +101,11 @@ class Journey:
         ids = self.shortlists[number].ids(self._lengths[number])
         return [one for one in ids if one not in self.exact]
 
-    def _score(self, ids: list[int]) -> Iterator[list[int]]:
-        records = self.index.records(ids)
-        self.records.update(zip(ids, records, strict=True))
+    def _score(self, places: list[int]) -> Iterator[list[int]]:
         sizes = self.settings.normalize != "none"
-        for found in rescore(self.by, self.preconditioned, records, sizes=sizes):
-            self.exact.update((ids[place], one) for place, one in found)
-            yield [ids[place] for place, _ in found]
+        for found in self.index.rescore(self.by, self.preconditioned, places, sizes=sizes):
+            self.exact.update(found)
+            yield [place for place, _ in found]
 
     def _grow(self, number: int) -> None:
         """Lengthen a query's shortlist if its statement is short of the goal and it may grow."""
@@ -227,19 +224,21 @@ class Journey:
         settings = self.settings
         low = self.preconditioned.rank is not None
         chosen = groups[: 2 * settings.k if low else settings.k]
-        records = [self.records[group[0]] for group in chosen]
+        places = [group[0] for group in chosen]
         if low:
-            found = rescore_in_full(self.index, self.by, self.targets[number].query, records)
+            found = rescore_in_full(self.index, self.by, self.targets[number].query, places)
         else:
-            found = dict(rescored(self.by, self.preconditioned.one(number), records))
+            found = {place: exact for part in self.index.rescore(
+                self.by, self.preconditioned.one(number), places, sizes=True, terms=True)
+                for place, exact in part}
         # equal sequences differ by rounding, which must not rank a copy above its original
         same = {int(self.index.contents.first_equal[group[0]]): group[0] for group in chosen}
         sample = np.array([
             self._value(number, same.get(int(self.index.contents.first_equal[one]), one))
             for one in self._background])
         ranked = []
-        for order, (group, record) in enumerate(zip(chosen, records, strict=True)):
-            exact, place = found[order], group[0]
+        for place, record in zip(places, self.index.records(places), strict=True):
+            exact = found[place]
             value = settings.sign * normalized(
                 float(exact.influence[0]), exact, settings.normalize)
             hit = self._hit(number, place, record, exact, self.shortlists[number].rank(place))

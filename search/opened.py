@@ -1,6 +1,6 @@
 """What a search reads: the manifest at once, model, curvature, codes and records at first use."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,9 +15,11 @@ from gradindex.background import BackgroundQueries
 from gradindex.contents import Contents
 from gradindex.errors import DamagedIndexError
 from gradindex.fitted import FittedModel
+from gradindex.influence import Preconditioned
 from gradindex.records import Record
 from search.groups import Grouping, read_grouping
 from search.likeness import Wording
+from search.rescore import Exact, Rescorer, rescore
 
 BACKGROUND = 64  # random sequences rescored with every query
 
@@ -91,14 +93,23 @@ class OpenIndex(FittedModel):
 
     def code_scores(self, queries: np.ndarray) -> np.ndarray:
         """The code score of every place for query vectors [q, K]: float32 [q, N]."""
-        scores = vectors.scan(self.segments(), queries, max(1, torch.get_num_threads()))
-        if not np.isfinite(scores).all():  # rightly digested, but no code that was encoded here
+        scores = self._finite(
+            vectors.scan(self.segments(), queries, max(1, torch.get_num_threads())))
+        places = self.contents.places
+        return scores if len(places) == scores.shape[1] else scores[:, places]
+
+    def code_scores_at(self, places: Sequence[int], query: np.ndarray) -> np.ndarray:
+        """The code scores of some places for one query vector [K]: float32 [places]."""
+        return self._finite(self.codes_at(places).scores(query))
+
+    def _finite(self, scores: np.ndarray) -> np.ndarray:
+        """These code scores. Raises DamagedIndexError for what no code encoded here gives."""
+        if not np.isfinite(scores).all():  # in a file that is rightly digested
             raise DamagedIndexError(
                 f"the codes of {self.path} give scores that are not finite. `gradindex verify "
                 f"{self.path}` says which segment; don't trust it if it comes from a stranger."
             )
-        places = self.contents.places
-        return scores if len(places) == scores.shape[1] else scores[:, places]
+        return scores
 
     @property
     def norms(self) -> np.ndarray:
@@ -132,15 +143,27 @@ class OpenIndex(FittedModel):
 
     def codes_at(self, places: Sequence[int]) -> vectors.CodeIndex:
         """The codes at these places, in that order."""
+        codes = vectors.CodeIndex(self.manifest.code["length"])
+        codes.add(self.stored_codes(places))
+        return codes
+
+    def stored_codes(self, places: Sequence[int]) -> np.ndarray:
+        """The codes at these places as they are kept, in that order: uint8 [places, bytes]."""
         rows = self.contents.places[np.asarray(places, dtype=np.int64)]
         homes = np.searchsorted(self.contents.starts, rows, side="right") - 1
         found = np.zeros((len(rows), vectors.code_bytes(self.manifest.code["length"])), np.uint8)
         for home in np.unique(homes).tolist():
             own = rows[homes == home] - self.contents.starts[home]
             found[homes == home] = self.segments()[home].codes(own.tolist())
-        codes = vectors.CodeIndex(self.manifest.code["length"])
-        codes.add(found)
-        return codes
+        return found
+
+    def rescore(
+        self, by: Rescorer, preconditioned: Preconditioned, places: Sequence[int],
+        sizes: bool = False, terms: bool = False,
+    ) -> Iterator[list[tuple[int, Exact]]]:
+        """Yield, batch by batch, (place, score), the first places first; see `rescore.rescore`."""
+        for found in rescore(by, preconditioned, self.records(places), sizes, terms):
+            yield [(places[number], one) for number, one in found]
 
     def records(self, places: Sequence[int]) -> list[Record]:
         """What the sequences at these places are, in that order."""
