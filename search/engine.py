@@ -19,6 +19,7 @@ from gradindex.memory import parse_size
 from gradindex.model import LanguageModel
 from gradindex.results import Comparison, Hit, Query, Result
 from search.controls import Controls, settle
+from search.distribute import LOCAL, SharedIndex, connect
 from search.generic import add_rates
 from search.hits import make_hit
 from search.journey import Journey
@@ -52,7 +53,8 @@ class Stage:
 def open(
     index: str | Path, model: Any = None, tokenizer: Any = None, device: str = "auto",
     trust_remote_code: bool = False, allow_pickle: bool = False, batch_tokens: int | None = None,
-    allow_damaged: bool = False, max_memory: str | int | None = None,
+    allow_damaged: bool = False, max_memory: str | int | None = None, ray: str | bool = False,
+    ray_workers: int | None = None,
 ) -> "Searcher":
     """Open an index for searching. Nothing heavy is loaded before the first search.
 
@@ -60,16 +62,24 @@ def open(
     at the build; other weights are refused. `batch_tokens` bounds the memory of a batch [the
     build's], `max_memory` ("8GB") all of it, of the GPU where the model is on one. With
     `allow_damaged` every file is digested first and segments with a damaged one are left out;
-    results say so (`Result.coverage`). What is appended or deleted later is seen by who opens
-    later. Raises InputError where there is no index, DamagedIndexError for missing or changed
-    files.
+    results say so (`Result.coverage`). With `ray`, workers of a Ray cluster score the sequences:
+    "auto" or host:port says where it is, True starts one here; `ray_workers` is how many [one for
+    each GPU of the cluster, or for each machine if it has none]. What is appended or deleted later
+    is seen by who opens later. Raises InputError where there is no index or no cluster,
+    DamagedIndexError for missing or changed files.
     """
     if batch_tokens is not None and batch_tokens < 1:
         raise InputError(f"--batch-tokens {batch_tokens}: expected a number above 0.")
-    most = None if max_memory is None else parse_size(max_memory)
-    opened = OpenIndex(Path(index), model, tokenizer, device, trust_remote_code, allow_pickle,
-                       allow_damaged, most)
+    if ray_workers is not None and (ray_workers < 1 or not ray):
+        raise InputError(f"--ray-workers {ray_workers}: expected a number above 0, and --ray.")
+    where = (Path(index), model, tokenizer, device, trust_remote_code, allow_pickle, allow_damaged,
+             None if max_memory is None else parse_size(max_memory))
+    opened = _shared(ray, ray_workers, where) if ray else OpenIndex(*where)
     return Searcher(opened, batch_tokens or opened.manifest.batch_tokens)
+
+
+def _shared(ray: str | bool, workers: int | None, where: tuple[Any, ...]) -> SharedIndex:
+    return SharedIndex(connect(LOCAL if ray is True else str(ray)), workers, *where)
 
 
 class Searcher:
@@ -283,7 +293,7 @@ class Searcher:
             if settings.rescore:
                 try:
                     for places in journey.rescore(number):
-                        found = dict(zip(self.index.contents.ids[places].tolist(),
+                        found = dict(zip(journey.index.contents.ids[places].tolist(),
                                          journey.influence(number, places), strict=True))
                         yield Stage("exact", len(journey.exact), journey.planned, query,
                                     found=found)
