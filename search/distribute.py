@@ -51,6 +51,8 @@ def connect(address: str) -> Any:
         own: dict[str, Any] = {"include_dashboard": False} if address == LOCAL else {}
         try:
             ray.init(address, log_to_driver=False, logging_level="error", **own)
+            # or Ray's thread says on standard output, which is data, what it thinks of dead workers
+            ray._private.worker._worker_logs_enabled = False
         except (OSError, RuntimeError, ValueError) as error:
             raise InputError(
                 f"--ray {address}: no cluster can be reached there "
