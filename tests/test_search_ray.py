@@ -1,8 +1,11 @@
 """A search over Ray, two machines on this one: the answers of one process, whoever dies."""
 
+import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -29,7 +32,7 @@ MANY = {"k": 5, "shortlist": 20}
 def cluster():
     from ray.cluster_utils import Cluster
 
-    node = {"num_cpus": 2, "num_gpus": 0, "object_store_memory": 80 << 20}
+    node = {"num_cpus": 3, "num_gpus": 0, "object_store_memory": 80 << 20}
     cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
     cluster.add_node(**node)
     yield cluster
@@ -179,6 +182,18 @@ def test_the_page_asks_the_workers(shared, alone):
                                [hit.influence for hit in expected], rtol=1e-5)
 
 
+def test_the_command_line_starts_workers_here(alone, index_folder, tmp_path):
+    out = tmp_path / "result.json"
+    ended = subprocess.run(
+        [sys.executable, "-m", "gradindex.cli", "search", str(index_folder), "-o", str(out),
+         "-p", QUESTION["prompt"], "-c", QUESTION["completion"], "-k", "5", "--shortlist", "20",
+         "--ray", "--ray-workers", "2"], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0 and ended.stdout == "", ended.stderr
+    assert "ray" not in ended.stderr.lower(), ended.stderr
+    found, expected = json.loads(out.read_text()), alone.search(**QUESTION, **MANY)
+    assert [hit["id"] for hit in found["hits"]] == [hit.id for hit in expected]
+
+
 # ---- whoever dies
 
 
@@ -206,8 +221,9 @@ def test_a_worker_killed_between_searches(shared, alone, index_folder, workers, 
     assert capsys.readouterr().out == ""  # where the command line writes results
 
 
-@pytest.mark.parametrize("controls", [MANY, {**MANY, "recall": 0.9, "group_by": "place"},
-                                      {**MANY, "candidates": "both", "opponents": True}], ids=str)
+@pytest.mark.parametrize("controls", [
+    {**MANY, "recall": 0.9, "group_by": "place"},
+    {**MANY, "candidates": "both", "opponents": True}], ids=str)
 def test_a_worker_killed_while_it_rescores(shared, alone, index_folder, workers, controls):
     result, killed = None, False
     for stage in shared.stages([shared.make_query(**QUESTION)], Controls(**controls)):
@@ -280,7 +296,6 @@ def test_a_damaged_segment(cluster, index_folder, tmp_path):
     for _ in range(2):
         with pytest.raises(DamagedIndexError, match=r"^worker 1 of 2 on .*/vectors.faiss was cha"):
             searcher.search(**QUESTION)
-    del searcher  # its workers have the CPUs that the next ones need
     found, expected = (
         gradindex.open(copy, allow_damaged=True, ray=where).search(**QUESTION, **MANY)
         for where in (cluster.address, False))
@@ -296,8 +311,8 @@ def test_what_is_refused_before_anything_starts(cluster, index_folder, alone):
             gradindex.open(index_folder, ray=address)
     with pytest.raises(InputError, match=r"--ray 127\.0\.0\.1:1: no cluster is there"):
         gradindex.open(index_folder, ray="127.0.0.1:1")
-    with pytest.raises(InputError, match="--ray-workers 5: the cluster has 4 CPUs"):
-        gradindex.open(index_folder, ray=cluster.address, ray_workers=5).search(**QUESTION)
+    with pytest.raises(InputError, match="--ray-workers 7: the cluster has 6 CPUs"):
+        gradindex.open(index_folder, ray=cluster.address, ray_workers=7).search(**QUESTION)
     for number, where in ((0, cluster.address), (2, False)):
         with pytest.raises(InputError, match=r"--ray-workers .: expected a number above 0, and"):
             gradindex.open(index_folder, ray=where, ray_workers=number)
