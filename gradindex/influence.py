@@ -31,6 +31,7 @@ from gradindex.modules import Module
 from gradindex.records import Record
 
 Gradients = dict[str, Tensor]  # [q, o, i] by module name, a row a query
+Arrays = dict[str, np.ndarray | tuple[np.ndarray, np.ndarray]]  # whole, or L and R, by module name
 
 OVERSAMPLING = 8  # directions beyond the rank, so that the best come out right (Halko et al. 2011)
 LARGEST_BLOCK = 1 << 26  # entries of gradients, of sequences or of queries, formed at once
@@ -116,9 +117,30 @@ class Preconditioned:
                 torch.cat([one[0] for one in own]), torch.cat([one[1] for one in own]))
         return joined
 
+    def arrays(self) -> Arrays:
+        """All of it in NumPy's arrays, for another process."""
+        return {name: part.cpu().numpy() if isinstance(part, Tensor) else
+                (part[0].cpu().numpy(), part[1].cpu().numpy())
+                for name, part in self._parts.items()}
+
+    @classmethod
+    def from_arrays(
+        cls, arrays: Arrays, rank: int | None, device: torch.device
+    ) -> "Preconditioned":
+        """What `arrays` was called on, on another device; the arrays are copied."""
+        made = cls({})
+        made.rank = rank
+        for name, part in arrays.items():
+            made._parts[name] = torch.tensor(part, device=device) \
+                if isinstance(part, np.ndarray) else (
+                    torch.tensor(part[0], device=device), torch.tensor(part[1], device=device))
+        return made
+
     def one(self, query: int) -> "Preconditioned":
         """One query's, whole gradients only."""
         assert self.rank is None
+        if len(self) == 1:
+            return self
         return Preconditioned({name: part[query : query + 1]  # type: ignore[misc]
                                for name, part in self._parts.items()})
 

@@ -176,7 +176,8 @@ class Result:
 
     `rescored` counts the sequences scored exactly for this query's shortlist. `seconds` by step:
     queries searched together share load, gradient and scan. `coverage` is the share of the index's
-    sequences that was searched, below 1 where `damaged` segments were left out.
+    sequences that was searched, below 1 where `damaged` segments were left out, or some that were
+    lost with their worker (a warning names them).
     `exact_influence` are the exact scores of all that was rescored for the shortlist, most positive
     first (opponents: most negative first), equal sequences once: the tail of their distribution.
     `sample_influence` are those of the random sample.

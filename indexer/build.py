@@ -13,6 +13,7 @@ processes can share the fit and the encoding (`distribute.py`); `merge` does wha
 
 import contextlib
 import functools
+import importlib
 import inspect
 import math
 import platform
@@ -29,6 +30,7 @@ import torch
 import gradindex
 from gradindex import background, curvature, manifest, segments, vectors
 from gradindex.checked import refuse_links
+from gradindex.cluster import check_address
 from gradindex.codes import Codes, CodeSettings, default_length, default_width
 from gradindex.curvature import Ekfac
 from gradindex.errors import InputError
@@ -581,8 +583,7 @@ def _check_ray(address: str, model: Any, shard: str | None) -> None:
                          "(save_pretrained) and give the folder.")
     if shard is not None:
         raise InputError("--ray and --shard exclude each other: give one.")
-    from indexer.crew import check_address
-
+    importlib.import_module("indexer.crew")  # which says so, where Ray isn't installed
     check_address(address)
 
 

@@ -7,7 +7,6 @@ A unit whose worker died goes to another: each is committed by a rename, so twic
 
 import contextlib
 import os
-import socket
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -28,7 +27,7 @@ except ImportError as error:
 
 from gradindex import errors
 from gradindex.codes import Codes
-from gradindex.errors import GradindexError, InputError
+from gradindex.errors import GradindexError
 from gradindex.locks import one_of_writers
 from gradindex.model import ModelSource
 from gradindex.progress import Progress
@@ -241,23 +240,6 @@ class Crew:
                 f"{TRIES} workers died, one after the other, on unit {unit} of {stage}: out of "
                 "memory? Use --max-memory or smaller --batch-tokens; what is done stays done."
             )
-
-
-def check_address(address: str) -> None:
-    """Raise InputError for an address where nobody listens: Ray itself tries for minutes."""
-    host, _, port = address.rpartition(":")
-    if address in ("local", "auto"):
-        return
-    if not host or not port.isdecimal():
-        raise InputError(f"--ray {address}: expected auto or host:port, or no address for workers "
-                         "on this machine.")
-    try:
-        socket.create_connection((host, int(port)), timeout=10).close()
-    except (OSError, OverflowError) as error:
-        raise InputError(
-            f"--ray {address}: no cluster is there ({error}). Start one with ray start --head, or "
-            "leave the address out for workers on this machine."
-        ) from None
 
 
 def _connect(address: str) -> None:

@@ -34,6 +34,13 @@ _GRADIENT = [
     click.option("--modules", metavar="RANGE|KIND|REGEX",
                  help="Layers (8-15), mlp, attention, adapter, or names that match [all indexed]."),
 ]
+_RAY = [
+    click.option("--ray", is_flag=False, flag_value="local", default=None, metavar="[ADDRESS]",
+                 help="Let workers of a Ray cluster score the sequences: the one at ADDRESS (auto, "
+                      "host:port), or one that is started here."),
+    click.option("--ray-workers", type=click.IntRange(min=1), metavar="N",
+                 help="How many [one for each GPU of the cluster, else for each machine]."),
+]
 FORMS = {".json": "json", ".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet", ".html": "html"}
 _QUERY = [
     click.option("-p", "--prompt", metavar="TEXT",
@@ -54,6 +61,7 @@ _QUERY = [
 
 @click.command()
 @options(_INDEX)
+@options(_RAY)
 @options(_QUERY)
 @options(_GRADIENT)
 @click.option("-k", type=int, help="Hits [20].")
@@ -346,6 +354,7 @@ def info(index: Path, form: str) -> int:
 
 @click.command()
 @options(_INDEX)
+@options(_RAY)
 @click.option("--host", default="127.0.0.1", show_default=True,
               help="Address to listen on; off the loopback a token is asked for.")
 @click.option("--name", "others", multiple=True, metavar="NAME[:PORT]",
@@ -446,7 +455,7 @@ def _open(index: Path, where: dict[str, Any]) -> tuple["Searcher", "Progress"]:
 
     quiet_transformers()
     searcher, progress = open_index(index, **where), stderr_progress()
-    if searcher.index.coverage.damaged:
+    if not searcher.index.coverage.whole:
         progress.say(f"warning: {searcher.index.coverage}")
     return searcher, progress
 

@@ -1,7 +1,7 @@
 """What a search may be asked besides its query, checked before any model is loaded."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gradindex.errors import InputError
@@ -115,6 +115,12 @@ def settle(controls: Controls, index: Manifest) -> Settings:
         train_sequences_given=bool(controls.train_sequences or index.train_sequences),
         group_by=_grouping(controls.group_by, index.plan["keep_fields"]),
     )
+
+
+def bounded(settings: Settings, total: int) -> Settings:
+    """Settings for fewer sequences than they were made for."""
+    return replace(settings, k=min(settings.k, total), first=min(settings.first, total),
+                   most=min(settings.most, total))
 
 
 def _grouping(asked: str | None, kept: list[str]) -> str | None:

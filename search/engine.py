@@ -19,12 +19,13 @@ from gradindex.memory import parse_size
 from gradindex.model import LanguageModel
 from gradindex.results import Comparison, Hit, Query, Result
 from search.controls import Controls, settle
+from search.distribute import LOCAL, SharedIndex, connect
 from search.generic import add_rates
 from search.hits import make_hit
 from search.journey import Journey
 from search.opened import OpenIndex
 from search.query import aggregate, make_query
-from search.rescore import LARGEST_CHUNK, Exact, Rescorer, rescore
+from search.rescore import LARGEST_CHUNK, Exact, Rescorer
 from search.target import make_targets
 
 LARGEST_GROUP = 64  # queries of one journey
@@ -52,7 +53,8 @@ class Stage:
 def open(
     index: str | Path, model: Any = None, tokenizer: Any = None, device: str = "auto",
     trust_remote_code: bool = False, allow_pickle: bool = False, batch_tokens: int | None = None,
-    allow_damaged: bool = False, max_memory: str | int | None = None,
+    allow_damaged: bool = False, max_memory: str | int | None = None, ray: str | bool = False,
+    ray_workers: int | None = None,
 ) -> "Searcher":
     """Open an index for searching. Nothing heavy is loaded before the first search.
 
@@ -60,16 +62,24 @@ def open(
     at the build; other weights are refused. `batch_tokens` bounds the memory of a batch [the
     build's], `max_memory` ("8GB") all of it, of the GPU where the model is on one. With
     `allow_damaged` every file is digested first and segments with a damaged one are left out;
-    results say so (`Result.coverage`). What is appended or deleted later is seen by who opens
-    later. Raises InputError where there is no index, DamagedIndexError for missing or changed
-    files.
+    results say so (`Result.coverage`). With `ray`, workers of a Ray cluster score the sequences:
+    "auto" or host:port says where it is, True starts one here; `ray_workers` is how many [one for
+    each GPU of the cluster, or for each machine if it has none]. What is appended or deleted later
+    is seen by who opens later. Raises InputError where there is no index or no cluster,
+    DamagedIndexError for missing or changed files.
     """
     if batch_tokens is not None and batch_tokens < 1:
         raise InputError(f"--batch-tokens {batch_tokens}: expected a number above 0.")
-    most = None if max_memory is None else parse_size(max_memory)
-    opened = OpenIndex(Path(index), model, tokenizer, device, trust_remote_code, allow_pickle,
-                       allow_damaged, most)
+    if ray_workers is not None and (ray_workers < 1 or not ray):
+        raise InputError(f"--ray-workers {ray_workers}: expected a number above 0, and --ray.")
+    where = (Path(index), model, tokenizer, device, trust_remote_code, allow_pickle, allow_damaged,
+             None if max_memory is None else parse_size(max_memory))
+    opened = _shared(ray, ray_workers, where) if ray else OpenIndex(*where)
     return Searcher(opened, batch_tokens or opened.manifest.batch_tokens)
+
+
+def _shared(ray: str | bool, workers: int | None, where: tuple[Any, ...]) -> SharedIndex:
+    return SharedIndex(connect(LOCAL if ray is True else str(ray)), workers, *where)
 
 
 class Searcher:
@@ -193,19 +203,19 @@ class Searcher:
         [target], preconditioned = make_targets(self.index, [query], settings, self.batch_tokens)
         by = Rescorer(self.model, settings.modules, self.index.ekfac, settings.damping,
                       self.batch_tokens)
-        all_codes = self.index.code_scores(target.vector[None])[0]
         words = [token for text in query.texts for token in text.tokens]
         for first in range(0, len(places), LARGEST_CHUNK):
             chunk = places[first : first + LARGEST_CHUNK]
-            sequences = self.index.records(chunk)
+            scores = self.index.code_scores_at(chunk, target.vector).tolist()
             found: dict[int, Exact] = {}
-            for part in rescore(by, preconditioned, sequences, terms=True,
-                                sizes=settings.normalize != "none"):
+            for part in self.index.rescore(by, preconditioned, chunk, terms=True,
+                                           sizes=settings.normalize != "none"):
                 found.update(part)
             hits = [
-                make_hit(self.index.tokenizer, record, found[number], float(all_codes[place]),
-                         -1, settings.train_sequences, settings.modules, target.norm)
-                for number, (place, record) in enumerate(zip(chunk, sequences, strict=True))
+                make_hit(self.index.tokenizer, record, found[place], score, -1,
+                         settings.train_sequences, settings.modules, target.norm)
+                for place, record, score in zip(chunk, self.index.records(chunk), scores,
+                                                strict=True)
             ]
             for place, hit in zip(chunk, hits, strict=True):
                 hit.duplicates = self.index.copies(place)
@@ -283,7 +293,7 @@ class Searcher:
             if settings.rescore:
                 try:
                     for places in journey.rescore(number):
-                        found = dict(zip(self.index.contents.ids[places].tolist(),
+                        found = dict(zip(journey.index.contents.ids[places].tolist(),
                                          journey.influence(number, places), strict=True))
                         yield Stage("exact", len(journey.exact), journey.planned, query,
                                     found=found)

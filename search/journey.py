@@ -10,14 +10,14 @@ from gradindex.influence import Preconditioned
 from gradindex.manifest import model_name
 from gradindex.records import Record
 from gradindex.results import Group, Hit, Recall, Result
-from search.controls import Settings
+from search.controls import Settings, bounded
 from search.generic import add_rates
 from search.groups import total_groups
 from search.hits import make_hit, normalized
 from search.likeness import fold_near
-from search.opened import OpenIndex
+from search.opened import LostError, OpenIndex
 from search.recall import estimated_recall
-from search.rescore import Exact, Rescorer, rescore, rescored
+from search.rescore import Exact, Rescorer
 from search.shortlist import Shortlist, best, longer
 from search.target import Target, rescore_in_full
 
@@ -38,19 +38,37 @@ class Journey:
         self, index: OpenIndex, settings: Settings, targets: list[Target],
         preconditioned: Preconditioned, batch_tokens: int,
     ):
-        self.index, self.settings, self.targets = index, settings, targets
-        self.preconditioned = preconditioned
+        self.targets, self.preconditioned = targets, preconditioned
         self.by = Rescorer(index.model, settings.modules, index.ekfac, settings.damping,
                            batch_tokens)
-        self.codes = index.code_scores(np.stack([target.vector for target in targets]))
-        self.shortlists = [self._shortlist(number) for number in range(len(targets))]
+        self.index, self.codes = _scan(index, np.stack([target.vector for target in targets]))
+        self.settings = bounded(settings, len(self.index))
         self.exact: dict[int, Exact] = {}
-        self.records: dict[int, Record] = {}
         self.timed_out = False  # the query that is rescored now
         self._background: list[int] = []
-        self._lengths = [settings.first] * len(targets)
-        self._planned = {one for shortlist in self.shortlists if settings.rescore
-                         for one in shortlist.ids(settings.first)}
+        self._lengths = [self.settings.first] * len(targets)
+        self._make_shortlists()
+
+    def _make_shortlists(self) -> None:
+        self.shortlists = [self._shortlist(number) for number in range(len(self.targets))]
+        self._planned = {*self.exact, *(
+            one for shortlist, length in zip(self.shortlists, self._lengths, strict=True)
+            if self.settings.rescore for one in shortlist.ids(length))}
+
+    def _go_on_without(self, lost: LostError) -> None:
+        """Leave segments out that can't be reached any more; what is known of the others stays.
+
+        Raises LostError where nothing is left.
+        """
+        before, self.index = self.index, self.index.without(lost)
+        kept = np.flatnonzero(np.isin(before.contents.ids, self.index.contents.ids))
+        places = dict(zip(kept.tolist(), range(len(kept)), strict=True))
+        self.codes = self.codes[:, kept]
+        self.exact = {places[one]: found for one, found in self.exact.items() if one in places}
+        self._background = [places[one] for one in self._background if one in places]
+        self.settings = bounded(self.settings, len(kept))
+        self._lengths = [min(length, len(kept)) for length in self._lengths]
+        self._make_shortlists()
 
     @property
     def planned(self) -> int:
@@ -88,7 +106,8 @@ class Journey:
                 if time.monotonic() > deadline and wanted[-1] not in self.exact:
                     self.timed_out = True
                     return
-            self._grow(number)
+            if not self.unfinished(number):  # or else some were lost, and others moved up
+                self._grow(number)
             if time.monotonic() > deadline and self._wanted(number):
                 self.timed_out = True
                 return
@@ -102,13 +121,15 @@ class Journey:
         ids = self.shortlists[number].ids(self._lengths[number])
         return [one for one in ids if one not in self.exact]
 
-    def _score(self, ids: list[int]) -> Iterator[list[int]]:
-        records = self.index.records(ids)
-        self.records.update(zip(ids, records, strict=True))
+    def _score(self, places: list[int]) -> Iterator[list[int]]:
+        """Score places; what is lost on the way is left out in the end, which moves the others."""
         sizes = self.settings.normalize != "none"
-        for found in rescore(self.by, self.preconditioned, records, sizes=sizes):
-            self.exact.update((ids[place], one) for place, one in found)
-            yield [ids[place] for place, _ in found]
+        try:
+            for found in self.index.rescore(self.by, self.preconditioned, places, sizes=sizes):
+                self.exact.update(found)
+                yield [place for place, _ in found]
+        except LostError as lost:
+            self._go_on_without(lost)
 
     def _grow(self, number: int) -> None:
         """Lengthen a query's shortlist if its statement is short of the goal and it may grow."""
@@ -124,11 +145,11 @@ class Journey:
     def score_background(self) -> None:
         """A fixed random sample, for percentiles and for the code's error on each query; once."""
         if not self._background:
-            ids = self.index.background()
-            for _ in self._score([one for one in ids if one not in self.exact]):
-                pass
-            self._background = ids
-            self._planned |= set(ids)
+            while missing := [one for one in self.index.background() if one not in self.exact]:
+                for _ in self._score(missing):
+                    pass
+            self._background = self.index.background()
+            self._planned |= set(self._background)
 
     # ---- what follows
 
@@ -176,6 +197,13 @@ class Journey:
 
     def provisional(self, number: int) -> Result:
         """The best k by code alone, of which nothing is known yet."""
+        while True:
+            try:
+                return self._provisional(number)
+            except LostError as lost:
+                self._go_on_without(lost)
+
+    def _provisional(self, number: int) -> Result:
         unknown = Recall(self.settings.k, None, None, self.index.manifest.calibration["c"])
         result = self._result(
             number, self.approximate_hits(number), unknown, 0, self._about(number))
@@ -184,14 +212,24 @@ class Journey:
 
     def _about(self, number: int) -> list[str]:
         """What to know before any score: what is not searched, how the query was read."""
-        missing = [str(self.index.coverage)] if self.index.coverage.damaged else []
+        missing = [str(self.index.coverage)] if not self.index.coverage.whole else []
         return missing + [note for text in self.targets[number].query.texts for note in text.notes]
 
     def conclude(self, number: int, interrupted: bool) -> Result:
         """A query's top k, exact by token and module, and how complete it is."""
+        while True:
+            try:
+                return self._conclude(number, interrupted)
+            except LostError as lost:
+                self._go_on_without(lost)
+            if not (interrupted or self.timed_out):
+                for _ in self.rescore(number):  # who moved up
+                    pass
+
+    def _conclude(self, number: int, interrupted: bool) -> Result:
         settings, c = self.settings, self.index.manifest.calibration["c"]
         if not settings.rescore:
-            return self.provisional(number)
+            return self._provisional(number)
         warnings = self._about(number)
         groups, estimate = self._statement(number)
         counted = sum(map(len, groups))
@@ -227,19 +265,21 @@ class Journey:
         settings = self.settings
         low = self.preconditioned.rank is not None
         chosen = groups[: 2 * settings.k if low else settings.k]
-        records = [self.records[group[0]] for group in chosen]
+        places = [group[0] for group in chosen]
         if low:
-            found = rescore_in_full(self.index, self.by, self.targets[number].query, records)
+            found = rescore_in_full(self.index, self.by, self.targets[number].query, places)
         else:
-            found = dict(rescored(self.by, self.preconditioned.one(number), records))
+            found = {place: exact for part in self.index.rescore(
+                self.by, self.preconditioned.one(number), places, sizes=True, terms=True)
+                for place, exact in part}
         # equal sequences differ by rounding, which must not rank a copy above its original
         same = {int(self.index.contents.first_equal[group[0]]): group[0] for group in chosen}
         sample = np.array([
             self._value(number, same.get(int(self.index.contents.first_equal[one]), one))
             for one in self._background])
         ranked = []
-        for order, (group, record) in enumerate(zip(chosen, records, strict=True)):
-            exact, place = found[order], group[0]
+        for place, record in zip(places, self.index.records(places), strict=True):
+            exact = found[place]
             value = settings.sign * normalized(
                 float(exact.influence[0]), exact, settings.normalize)
             hit = self._hit(number, place, record, exact, self.shortlists[number].rank(place))
@@ -358,6 +398,15 @@ class Journey:
             grouping, estimate, variance, settings.sign, dict(zip(ids, places, strict=True)),
             settings.train_sequences)
         return groups, total, len(grouping.values)
+
+
+def _scan(index: OpenIndex, vectors: np.ndarray) -> tuple[OpenIndex, np.ndarray]:
+    """What can be searched now of an index, and its code scores [q, N]."""
+    while True:
+        try:
+            return index, index.code_scores(vectors)
+        except LostError as lost:
+            index = index.without(lost)
 
 
 def _round_up(length: int, total: int) -> str:

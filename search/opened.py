@@ -1,11 +1,12 @@
 """What a search reads: the manifest at once, model, curvature, codes and records at first use."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -13,35 +14,64 @@ import torch
 from gradindex import background, locks, manifest, memory, tfidf, vectors
 from gradindex.background import BackgroundQueries
 from gradindex.contents import Contents
-from gradindex.errors import DamagedIndexError
+from gradindex.errors import DamagedIndexError, GradindexError
 from gradindex.fitted import FittedModel
+from gradindex.influence import Preconditioned
+from gradindex.manifest import Manifest
 from gradindex.records import Record
 from search.groups import Grouping, read_grouping
 from search.likeness import Wording
+from search.rescore import Exact, Rescorer, rescore
 
 BACKGROUND = 64  # random sequences rescored with every query
 
 
+class LostError(GradindexError):
+    """Segments can't be reached any more, by name, and `why`; the others can be searched."""
+
+    def __init__(self, segments: frozenset[str], why: str):
+        super().__init__(f"{why}. Try again, when it is back.")
+        self.segments, self.why = segments, why
+
+
 @dataclass(frozen=True)
 class Coverage:
-    """How much of an index is searched, where damaged segments are left out."""
+    """How much of an index is searched, where damaged or lost segments are left out."""
 
     sequences: int
     of_sequences: int  # the index's, when it was whole
     damaged: tuple[str, ...]  # the names of the segments left out
+    lost: tuple[str, ...] = ()  # the names of those that can't be reached, see LostError
+    why: str = ""
 
     @property
     def share(self) -> float:
         return self.sequences / self.of_sequences if self.of_sequences else 1.0
 
+    @property
+    def whole(self) -> bool:
+        return not (self.damaged or self.lost)
+
     def __str__(self) -> str:
         """What to say of it where it isn't all."""
-        one = len(self.damaged) == 1
-        shown = ", ".join(self.damaged[:3]) + ", …" * (len(self.damaged) > 3)
+        left_out = [f"{_named(names)} {'is' if len(names) == 1 else 'are'} {what} and left out"
+                    for names, what in ((self.damaged, "damaged"),
+                                        (self.lost, f"out of reach ({self.why})")) if names]
         return (f"coverage {self.share:.1%}: {self.sequences:,} of {self.of_sequences:,} sequences "
-                f"are searched; {'segment' if one else 'segments'} {shown} "
-                f"{'is' if one else 'are'} damaged and left out, and the recall statement is about "
-                "the rest")
+                f"are searched; {', '.join(left_out)}, and the recall statement is about the rest")
+
+
+def _named(segments: tuple[str, ...]) -> str:
+    shown = ", ".join(segments[:3]) + ", …" * (len(segments) > 3)
+    return f"{'segment' if len(segments) == 1 else 'segments'} {shown}"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some segments of an index, by name, and the manifest that they are listed in."""
+
+    manifest: Manifest
+    segments: tuple[str, ...]
 
 
 class OpenIndex(FittedModel):
@@ -49,27 +79,53 @@ class OpenIndex(FittedModel):
 
     It keeps seeing what was there when it was opened: appending, deleting and compacting leave the
     files it reads. Small files are digested at once, each other one when it is first used;
-    with `allow_damaged` all are at once, and segments with a damaged file are left out.
-    Raises DamagedIndexError for missing or changed files, InputError where there is no index.
+    with `allow_damaged` all are at once, and segments with a damaged file are left out. With `part`
+    it is as if the index held no more. Raises DamagedIndexError for missing or changed files,
+    InputError where there is no index.
     """
 
     def __init__(
         self, path: Path, model: Any, tokenizer: Any, device: str, trust_remote_code: bool,
         allow_pickle: bool, allow_damaged: bool, max_memory: int | None = None,
+        part: Part | None = None,
     ):
         self.path = path
         locks.hold_for_reading(path, self)
-        facts = manifest.load(path)
+        facts = manifest.load(path) if part is None else part.manifest
         self.digest = manifest.digest_of(facts)[:16]
-        self.contents, self.coverage = \
+        self.contents, self.coverage = _part(path, part) if part is not None else \
             _undamaged(path, facts) if allow_damaged else _whole(path, facts)
         super().__init__(replace(facts, sequences=self.coverage.sequences), self.contents.files,
                          model, tokenizer, device, trust_remote_code, allow_pickle, max_memory)
+        self._background_queries: BackgroundQueries | None = None
+        self._read_nothing()
+
+    def _read_nothing(self) -> None:
+        """Forget what was read of the segments."""
         self._segments: list[vectors.CodeIndex] | None = None
         self._tokens: tfidf.TokenMatrix | None = None
         self._wording: Wording | None = None
         self._groupings: dict[str, Grouping] = {}
-        self._background_queries: BackgroundQueries | None = None
+
+    def without(self, lost: LostError) -> Self:
+        """This index but for the segments that were lost; it has the same model.
+
+        Raises LostError where no sequence is left.
+        """
+        left = [segment for segment in self.contents.segments if segment.name not in lost.segments]
+        contents = Contents(self.path, self.contents.manifest, left)
+        contents.files = self.contents.files  # which knows what was digested
+        why = "; ".join(filter(None, [self.coverage.why, lost.why]))
+        if not left or not len(contents):
+            raise LostError(lost.segments, f"nothing is left to search: {why}")
+        rest = copy.copy(self)
+        gone = {segment.name for segment in self.contents.segments} & lost.segments
+        rest.contents, rest.coverage = contents, replace(
+            self.coverage, sequences=len(contents), lost=(*self.coverage.lost, *sorted(gone)),
+            why=why)
+        rest.manifest = replace(self.manifest, sequences=len(contents))
+        rest._read_nothing()
+        return rest
 
     def load(self) -> None:
         """Read the model, the curvature and the codes now."""
@@ -91,14 +147,23 @@ class OpenIndex(FittedModel):
 
     def code_scores(self, queries: np.ndarray) -> np.ndarray:
         """The code score of every place for query vectors [q, K]: float32 [q, N]."""
-        scores = vectors.scan(self.segments(), queries, max(1, torch.get_num_threads()))
-        if not np.isfinite(scores).all():  # rightly digested, but no code that was encoded here
+        scores = self._finite(
+            vectors.scan(self.segments(), queries, max(1, torch.get_num_threads())))
+        places = self.contents.places
+        return scores if len(places) == scores.shape[1] else scores[:, places]
+
+    def code_scores_at(self, places: Sequence[int], query: np.ndarray) -> np.ndarray:
+        """The code scores of some places for one query vector [K]: float32 [places]."""
+        return self._finite(self.codes_at(places).scores(query))
+
+    def _finite(self, scores: np.ndarray) -> np.ndarray:
+        """These code scores. Raises DamagedIndexError for what no code encoded here gives."""
+        if not np.isfinite(scores).all():  # in a file that is rightly digested
             raise DamagedIndexError(
                 f"the codes of {self.path} give scores that are not finite. `gradindex verify "
                 f"{self.path}` says which segment; don't trust it if it comes from a stranger."
             )
-        places = self.contents.places
-        return scores if len(places) == scores.shape[1] else scores[:, places]
+        return scores
 
     @property
     def norms(self) -> np.ndarray:
@@ -132,15 +197,27 @@ class OpenIndex(FittedModel):
 
     def codes_at(self, places: Sequence[int]) -> vectors.CodeIndex:
         """The codes at these places, in that order."""
+        codes = vectors.CodeIndex(self.manifest.code["length"])
+        codes.add(self.stored_codes(places))
+        return codes
+
+    def stored_codes(self, places: Sequence[int]) -> np.ndarray:
+        """The codes at these places as they are kept, in that order: uint8 [places, bytes]."""
         rows = self.contents.places[np.asarray(places, dtype=np.int64)]
         homes = np.searchsorted(self.contents.starts, rows, side="right") - 1
         found = np.zeros((len(rows), vectors.code_bytes(self.manifest.code["length"])), np.uint8)
         for home in np.unique(homes).tolist():
             own = rows[homes == home] - self.contents.starts[home]
             found[homes == home] = self.segments()[home].codes(own.tolist())
-        codes = vectors.CodeIndex(self.manifest.code["length"])
-        codes.add(found)
-        return codes
+        return found
+
+    def rescore(
+        self, by: Rescorer, preconditioned: Preconditioned, places: Sequence[int],
+        sizes: bool = False, terms: bool = False,
+    ) -> Iterator[list[tuple[int, Exact]]]:
+        """Yield, batch by batch, (place, score), the first places first; see `rescore.rescore`."""
+        for found in rescore(by, preconditioned, self.records(places), sizes, terms):
+            yield [(places[number], one) for number, one in found]
 
     def records(self, places: Sequence[int]) -> list[Record]:
         """What the sequences at these places are, in that order."""
@@ -167,7 +244,14 @@ class OpenIndex(FittedModel):
         return self._wording
 
 
-def _whole(path: Path, facts: manifest.Manifest) -> tuple[Contents, Coverage]:
+def _part(path: Path, part: Part) -> tuple[Contents, Coverage]:
+    """Some segments, whose files are checked when they are read."""
+    chosen = [one for one in part.manifest.segments if one.name in part.segments]
+    contents = Contents(path, part.manifest, chosen)
+    return contents, Coverage(len(contents), len(contents), ())
+
+
+def _whole(path: Path, facts: Manifest) -> tuple[Contents, Coverage]:
     """Everything. Raises DamagedIndexError for the first file that is missing or changed."""
     contents = Contents(path, facts)
     for problem in manifest.problems(contents.files, facts):
@@ -175,7 +259,7 @@ def _whole(path: Path, facts: manifest.Manifest) -> tuple[Contents, Coverage]:
     return contents, Coverage(facts.sequences, facts.sequences, ())
 
 
-def _undamaged(path: Path, facts: manifest.Manifest) -> tuple[Contents, Coverage]:
+def _undamaged(path: Path, facts: Manifest) -> tuple[Contents, Coverage]:
     """Every segment without a damaged file.
 
     Raises DamagedIndexError where none is left, or a file is damaged that every search needs.

@@ -77,14 +77,6 @@ def rescore(
         first = end
 
 
-def rescored(
-    by: Rescorer, preconditioned: Preconditioned, sequences: Sequence[Record]
-) -> Iterator[tuple[int, Exact]]:
-    """(place in `sequences`, score) with terms and sizes, for one query."""
-    for part in rescore(by, preconditioned, sequences, sizes=True, terms=True):
-        yield from part
-
-
 def joined(parts: Sequence[Exact]) -> Exact:
     """One sequence's score from those by parts of the modules, in order; with terms and sizes."""
     return Exact(

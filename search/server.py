@@ -68,7 +68,7 @@ class Site:
             "model": model_name(searcher.manifest), "train_sequences": jobs.train_sequences,
             "damping": f"{searcher.manifest.damping:g}",
             "fields": ["document", "source", *searcher.manifest.plan["keep_fields"]],
-            "warning": str(index.coverage) if index.coverage.damaged else "",
+            "warning": "" if index.coverage.whole else str(index.coverage),
         }
         self.examples = self._examples()
         self.static = {name: html.asset(name).encode() for name in STATIC} | {

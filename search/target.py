@@ -18,11 +18,10 @@ from gradindex.influence import (
 )
 from gradindex.model import UNSCORED
 from gradindex.modules import Module
-from gradindex.records import Record
 from gradindex.results import Query
 from search.controls import Settings
 from search.opened import OpenIndex
-from search.rescore import Exact, Rescorer, joined, rescored
+from search.rescore import Exact, Rescorer, joined
 
 LARGEST_STACK = 1 << 31  # bytes of preconditioned gradients kept in full
 LOW_RANK = 32  # what they are reduced to beyond that (Grosse et al. 2023, §3.2.2)
@@ -73,21 +72,22 @@ def make_targets(
 
 
 def rescore_in_full(
-    index: OpenIndex, by: Rescorer, query: Query, sequences: list[Record]
+    index: OpenIndex, by: Rescorer, query: Query, places: list[int]
 ) -> dict[int, Exact]:
-    """Scores of sequences on one query at full rank, by place, with terms and sizes.
+    """Scores of some places on one query at full rank, by place, with terms and sizes.
 
     Where memory doesn't hold the query's gradient, in one pass for each part of the modules.
     """
-    found: list[list[Exact]] = [[] for _ in sequences]
+    found: dict[int, list[Exact]] = {place: [] for place in places}
     for modules in together(index, by.modules):
         coordinates = coordinates_of(index, [query], modules, by.damping, by.batch_tokens)
         whole = Preconditioned(precondition(index.ekfac, coordinates))
         own = replace(by, modules=modules, halved=0)
-        for place, exact in rescored(own, whole, sequences):
-            found[place].append(exact)
+        for part in index.rescore(own, whole, places, sizes=True, terms=True):
+            for place, exact in part:
+                found[place].append(exact)
         by.halved += own.halved
-    return {place: joined(parts) for place, parts in enumerate(found)}
+    return {place: joined(parts) for place, parts in found.items()}
 
 
 def rank_for(index: OpenIndex, queries: int, settings: Settings) -> int | None:
