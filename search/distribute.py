@@ -9,6 +9,8 @@ again for the next one. Arrays, records and dataclasses go to and fro, never obj
 
 import gc
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -49,10 +51,13 @@ def connect(address: str) -> Any:
                          ) from None
     if not ray.is_initialized():
         own: dict[str, Any] = {"include_dashboard": False} if address == LOCAL else {}
+        terminated = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(address, log_to_driver=False, logging_level="error", **own)
             # or Ray's thread says on standard output, which is data, what it thinks of dead workers
             ray._private.worker._worker_logs_enabled = False
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, terminated)  # which Ray has taken
         except (OSError, RuntimeError, ValueError) as error:
             raise InputError(
                 f"--ray {address}: no cluster can be reached there "
