@@ -1,6 +1,6 @@
 """What Ray costs and brings a search: one process beside workers of one thread, on this machine.
 
-    python -m benchmarks.ray_search [--sequences 1024]
+    python -m benchmarks.ray_search [--sequences 2048]
 
 Builds an index of random sequences with a random model (which ones doesn't change how long a search
 takes), then asks the same query of one process with one thread and of one or two workers with one
@@ -23,16 +23,15 @@ from gradindex.model import quiet_transformers
 from search.engine import Searcher
 
 LENGTH, VOCABULARY = 128, 4096
-REPEATS = 5
-SEARCHES = {"--no-rescore": {"rescore": False}, "--shortlist 50": {"shortlist": 50},
-            "--shortlist 200": {"shortlist": 200}}
+REPEATS = 7
+SEARCHES = {"--no-rescore": {"rescore": False}, "--shortlist 100": {"shortlist": 100}}
 STEPS = ("gradient", "scan", "rescore", "conclude")
 
 
 def main() -> None:
     """Build, then measure."""
     flags = argparse.ArgumentParser()
-    flags.add_argument("--sequences", type=int, default=1024)
+    flags.add_argument("--sequences", type=int, default=2048)
     asked = flags.parse_args()
     quiet_transformers()
     torch.set_num_threads(1)
