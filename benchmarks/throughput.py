@@ -56,13 +56,6 @@ def flops(function: Callable[[], object]) -> int:
     return int(counter.get_total_flops())
 
 
-def matmul_speed(repeats: int, dtype: torch.dtype) -> float:
-    """FLOP a second of large square matrix products."""
-    a, b = torch.randn(2, 2048, 2048).to(dtype)
-    [seconds] = alternate(repeats, lambda: a @ b)
-    return 2 * 2048**3 / seconds
-
-
 class Bench:
     """A random model, a batch of random sequences, random curvature, and what runs on them."""
 
@@ -134,7 +127,7 @@ class Bench:
         self.codes.query_vectors(coordinates)
 
 
-def table(bench: Bench, repeats: int, speed: float) -> None:
+def table(bench: Bench, repeats: int, dtype: str) -> None:
     """Every function beside a training step and its own limit."""
     functions: dict[str, Callable[[], object]] = {
         "training step": bench.training_step, "forward and activation-backward": bench.activations,
@@ -142,15 +135,18 @@ def table(bench: Bench, repeats: int, speed: float) -> None:
         "encode": bench.encode, "rescore, 1 query": lambda: bench.rescore(1),
         "rescore, 32 queries": lambda: bench.rescore(32),
     }
-    seconds = dict(zip(functions, alternate(repeats, *functions.values()), strict=True))
+    a, b = torch.randn(2, 2048, 2048).to(getattr(torch, dtype))
+    *taken, product = alternate(repeats, *functions.values(), lambda: a @ b)
+    seconds, speed = dict(zip(functions, taken, strict=True)), 2 * 2048**3 / product
+    print(f"matrix products of 2,048: {speed / 1e9:.0f} GFLOP/s")
     count = len(bench.records)
     step, limit = seconds["training step"], seconds["forward and activation-backward"]
     print("| | sequences/s | × training step | × forward and activation-backward | GFLOP a "
           "sequence | share of its limit |\n|---|---|---|---|---|---|")
-    for name, taken in seconds.items():
+    for name, own in seconds.items():
         work = flops(functions[name])
-        print(f"| {name} | {count / taken:.1f} | {step / taken:.2f} | {limit / taken:.2f} | "
-              f"{work / count / 1e9:.2f} | {work / taken / speed:.2f} |", flush=True)
+        print(f"| {name} | {count / own:.1f} | {step / own:.2f} | {limit / own:.2f} | "
+              f"{work / count / 1e9:.2f} | {work / own / speed:.2f} |", flush=True)
     print(f"rescoring for 32 queries takes "
           f"{seconds['rescore, 32 queries'] / seconds['rescore, 1 query']:.2f} times that for one")
 
@@ -163,16 +159,14 @@ def table(bench: Bench, repeats: int, speed: float) -> None:
 def main(threads: int, repeats: int, dtype: str, peer: bool) -> None:
     """Print a table for each of two sizes, and the fit beside kronfluence's."""
     torch.set_num_threads(threads)
-    speed = matmul_speed(repeats, getattr(torch, dtype))
-    print(f"{threads} threads, {dtype}, median of {repeats}; matrix products of 2,048: "
-          f"{speed / 1e9:.0f} GFLOP/s")
+    print(f"{threads} threads, {dtype}, median of {repeats}")
     for hidden, layers, batch in ((192, 4, 32), (512, 6, 8)):
         settings = Settings(length=128, layers=layers, hidden=hidden, vocabulary=VOCABULARY)
         bench = Bench(settings, batch, dtype)
         print(f"\nGPT-NeoX of {bench.model.network.num_parameters() / 1e6:.1f} M parameters "
               f"({hidden} wide, {layers} layers, MLPs tracked), {batch} × 128 tokens, K = "
               f"{bench.codes.settings.length:,}, k = {bench.codes.settings.width}")
-        table(bench, repeats, speed)
+        table(bench, repeats, dtype)
     if peer:
         folder = Path(".demo/kronfluence")
         if not folder.is_dir():
