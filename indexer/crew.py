@@ -147,6 +147,7 @@ class Crew:
         self._count = count or _room(gpu, state.threads)
         self._starting: dict[Any, tuple[Any, int]] = {}  # what tells that it is ready: who
         self._idle: list[tuple[Any, int]] = []
+        self._failed: Counter[int] = Counter()  # starts, by number
 
     def __enter__(self) -> "Crew":
         return self
@@ -218,7 +219,12 @@ class Crew:
         try:
             ray.get(reference)
         except RayActorError as error:
-            raise GradindexError(f"a worker could not start: {_last_line(error)}") from None
+            self._failed[who[1]] += 1
+            if "creation task" in str(error) or self._failed[who[1]] == TRIES:
+                raise GradindexError(f"a worker could not start: {_last_line(error)}") from None
+            self._progress.say("a worker died while it started; another takes its place")
+            self._start(who[1])
+            return
         self._idle.append(who)
 
     def _came_of(self, reference: Any, who: tuple[Any, int]) -> bool:

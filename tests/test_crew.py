@@ -64,15 +64,18 @@ def gone(process):
     return False
 
 
+@pytest.mark.parametrize("moment", ["while it starts", "once a block is summed"])
 def test_the_bytes_of_one_process_though_a_worker_is_killed(
-    cluster, alone, model_folder, data_file, tmp_path
+    moment, cluster, alone, model_folder, data_file, tmp_path
 ):
     out, killed = tmp_path / "index", []
 
     def kill():
-        """One of the two, as soon as a block is summed; the other is watched."""
-        while not (list(out.glob("curvature.partial/covariance-0.*")) and
-                   all((out / f"shard.{number}").exists() for number in (1, 2))):
+        """One of the two; the other is watched."""
+        while not (all((out / f"shard.{number}").is_file() and
+                       (out / f"shard.{number}").stat().st_size for number in (1, 2)) and
+                   (moment == "while it starts" or
+                    list(out.glob("curvature.partial/covariance-0.*")))):
             time.sleep(0.002)
         killed.extend(process_of(out / f"shard.{number}") for number in (1, 2))
         os.kill(killed[0], signal.SIGKILL)
