@@ -247,7 +247,8 @@ def build(asked: Asked) -> "Searcher | None":
         refuse_links(index)
         state = State.open(index, asked.plan, say)
         if manifest.exists(index):
-            _check_finished(index, asked)
+            if shard.first:
+                _check_finished(index, asked)
             say.say(f"{index} is complete; nothing to do.")
         else:
             if shard.first:
