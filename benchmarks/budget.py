@@ -22,8 +22,7 @@ from gradindex.codes import default_length, default_width
 from gradindex.memory import Allowance
 from gradindex.model import ModelSource, tracked_modules
 from gradindex.modules import Module
-from indexer.budget import Budget, budget
-from indexer.fit import held_bytes
+from indexer.budget import Budget, budget, held_bytes
 
 LENGTH = 512  # tokens a sequence
 ROOMS = (24, 80, 141)  # GB
@@ -81,14 +80,14 @@ def on_paper() -> None:
         modules, shown = shape.modules(), []
         for room in (*ROOMS, 512):
             left = room * 1e9 - 2 * shape.parameters
-            fits = left >= 2 * max(map(held_bytes, modules))
+            fits = left >= 2 * max(held_bytes([one], 1) for one in modules)
             shown.append(str(_budget(shape, modules, int(left / 2), length).partitions)
                          if fits else "–")
         print(f"| {shape.name} | " + " | ".join(shown) + " |")
 
 
 def _budget(shape: Shape, modules: list[Module], held: int | None, length: int) -> Budget:
-    return budget(int(2 * shape.parameters), modules, 4, held,
+    return budget(int(2 * shape.parameters), modules, 1, 4, held,
                   default_width(length, len(modules)))
 
 
@@ -129,16 +128,17 @@ def measured(hidden: int, layers: int) -> None:
         model = ModelSource(network).load()
         modules = tracked_modules(network)
         width = default_width(16384, len(modules))
+        largest = max(held_bytes([one], 1) for one in modules)
         print(f"\n{network.num_parameters() / 1e6:.0f} M random parameters, {layers} layers of "
               f"{hidden}, {len(modules)} maps tracked, float32; weights {gb(model.bytes)} GB, "
-              f"largest module's sums {gb(max(map(held_bytes, modules)))} GB; GB beyond the "
+              f"largest module's sums {gb(largest)} GB; GB beyond the "
               "libraries and the weights")
         print("| stage | --max-memory | partitions | budget | measured | ratio |\n"
               "|---|---|---|---|---|---|")
-        least = model.bytes + 2 * max(map(held_bytes, modules))
+        least = model.bytes + 2 * largest
         for most in (None, int(least * 2), int(least * 1.02)):
             allowed = Allowance.beside(model.bytes, most, 0, "nothing")
-            found = budget(model.bytes, modules, 4, allowed.fit, width)
+            found = budget(model.bytes, modules, 1, 4, allowed.fit, width)
             kept = min(found.curvature, allowed.curvature or found.curvature)
             full = allowed.bytes is None or found.query <= allowed.bytes / 4
             for stage in ("build", "search"):

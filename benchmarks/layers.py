@@ -29,10 +29,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gradindex import experts
+from gradindex.blockwise import covariance_shapes
 from gradindex.gradients import Batch, backward, make_batch
 from gradindex.model import EXPERTS, LanguageModel, ModelSource, quiet_transformers, tracked_modules
 from gradindex.modules import Module
-from indexer.fit import add_covariances, covariance_shapes
+from indexer.fit import add_covariances
 
 MIXTURE = dict(vocab_size=4096, hidden_size=256, intermediate_size=512, num_hidden_layers=4,
                num_attention_heads=4, num_key_value_heads=4, num_experts=16, num_experts_per_tok=2)
@@ -148,7 +149,7 @@ def compare_passes(repeats: int) -> None:
              "gradindex, inputs and gradients of every map": lambda: backward(
                  model, modules, batch, nothing)}))
 
-    sums = {name: torch.zeros(shape) for name, shape in covariance_shapes(modules).items()}
+    sums = {name: torch.zeros(shape) for name, shape in covariance_shapes(modules, 1).items()}
 
     def spread(module: Module, a: torch.Tensor, d: torch.Tensor) -> None:
         places = batch.positions[module.name].clamp(min=0).unsqueeze(-1)

@@ -22,6 +22,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from demo.prepare import Settings, new_model
+from gradindex.blockwise import covariance_shapes
 from gradindex.codes import Codes, CodeSettings, default_length, default_width
 from gradindex.curvature import Curvature, Ekfac
 from gradindex.gradients import Batch, backward, make_batch
@@ -31,7 +32,7 @@ from gradindex.modules import Module
 from gradindex.records import Part, Record
 from gradindex.vectors import CodeIndex
 from indexer.encode import encode_batch
-from indexer.fit import add_covariances, add_eigenvalues, covariance_shapes, eigenvectors, fit_batch
+from indexer.fit import add_covariances, add_eigenvalues, eigenvectors, fit_batch
 
 VOCABULARY = 4096
 
@@ -81,7 +82,7 @@ class Bench:
         self.codes = Codes(self.modules, self.ekfac, CodeSettings(
             length, default_width(length, len(self.modules)), 0, 0.1))
         self.index = CodeIndex(length)
-        shapes = covariance_shapes(self.modules)
+        shapes = covariance_shapes(self.modules, 1)
         self._sums = {name: torch.zeros(shape) for name, shape in shapes.items()}
         self._tables = {m.name: torch.zeros(m.shape) for m in self.modules}
         self._vectors = {f"{m.name}/{side}": getattr(self.ekfac[m.name], f"eigenvectors_{side}"
@@ -185,7 +186,7 @@ def against_kronfluence() -> None:
     settings = Settings(length=128, layers=4, hidden=192, vocabulary=VOCABULARY)
     bench = Bench(settings, 512, "float32")
     theirs = fit_by_kronfluence(new_model(settings), bench.modules, bench.data.tokens)
-    sums = {name: torch.zeros(shape) for name, shape in covariance_shapes(bench.modules).items()}
+    sums = {name: torch.zeros(shape) for name, shape in covariance_shapes(bench.modules, 1).items()}
     begun = time.perf_counter()
     groups = [bench.records[first : first + 32] for first in range(0, 512, 32)]
     with torch.no_grad():

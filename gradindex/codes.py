@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradindex.blockwise import right_transposed
 from gradindex.curvature import Curvature, Ekfac
 from gradindex.gradients import apply_inputs
 from gradindex.modules import Module
@@ -122,8 +123,8 @@ class Codes:
         w_s, w_a = whitening(curvature, self.settings.damping)
         side = _Side(
             mix_s, mix_a, w_s, w_a,
-            project_s=(_mixing(mix_s, like) * w_s) @ curvature.eigenvectors_s.T,
-            project_a=(_mixing(mix_a, like) * w_a) @ curvature.eigenvectors_a.T,
+            project_s=right_transposed(_mixing(mix_s, like) * w_s, curvature.eigenvectors_s),
+            project_a=right_transposed(_mixing(mix_a, like) * w_a, curvature.eigenvectors_a),
             signs=torch.from_numpy(drawn["bucket"]).to(like), offset=offset,
         )
         content = hashlib.sha256(module.name.encode())

@@ -3,6 +3,7 @@
 For a module with inputs a and output gradients d (George et al. 2018; Grosse et al. 2023, §2.3):
 A = E_t[a aᵀ] = Q_A · Q_Aᵀ,  S = E_t[d dᵀ] = Q_S · Q_Sᵀ,  Λ = E_m[(Q_Sᵀ G_m Q_A)²], per sequence.
 (G+λI)⁻¹ V = Q_S [(Q_Sᵀ V Q_A) / (Λ+λ)] Q_Aᵀ  (eq. 21), λ = factor · mean(Λ) for each module.
+Large A and S may be split in blocks (`blockwise.py`).
 `indexer/fit.py` estimates them; here they are kept and applied.
 """
 
@@ -19,6 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from gradindex.blockwise import block_rows, enter, leave, square_entries
 from gradindex.errors import DamagedIndexError
 from gradindex.files import FileFacts, atomic_write
 from gradindex.modules import Module
@@ -28,7 +30,10 @@ DAMPING = 0.1  # of mean(Λ), as in Grosse et al. 2023, §5
 
 @dataclass
 class Curvature:
-    """One module's eigenvectors Q_A [i, i] and Q_S [o, o] (columns) and eigenvalues Λ [o, i]."""
+    """One module's eigenvectors Q_A [i, m] and Q_S [o, m] (columns) and eigenvalues Λ [o, i].
+
+    The eigenvectors are in blocks of m rows; m = i, and m = o, where there is but one.
+    """
 
     eigenvectors_a: Tensor
     eigenvectors_s: Tensor
@@ -40,12 +45,12 @@ class Curvature:
 
     def coordinates(self, gradient: Tensor, factor: float) -> Tensor:
         """C = (Q_Sᵀ G Q_A) / (Λ+λ)  [o, i]: the preconditioned gradient in the eigenbasis."""
-        rotated = self.eigenvectors_s.T @ gradient @ self.eigenvectors_a
-        return rotated / self.damped(factor)
+        return enter(gradient, self.eigenvectors_a, self.eigenvectors_s) / \
+            self.damped(factor)
 
     def leave_eigenbasis(self, coordinates: Tensor) -> Tensor:
         """Q_S C Q_Aᵀ  [o, i]."""
-        return self.eigenvectors_s @ coordinates @ self.eigenvectors_a.T
+        return leave(coordinates, self.eigenvectors_a, self.eigenvectors_s)
 
     def effective_dimension(self, factor: float = DAMPING) -> float:
         """Σ Λ/(Λ+λ): how many directions the damping leaves."""
@@ -67,17 +72,18 @@ def save(folder: Path, module: Module, curvature: Curvature) -> FileFacts:
     })
 
 
-def file_entries(module: Module) -> int:
-    """How many numbers one module's curvature has."""
+def file_entries(module: Module, covariance_blocks: int) -> int:
+    """How many numbers one module's curvature has, A and S in so many blocks."""
     o, i = module.shape
-    return i * i + o * o + o * i
+    return square_entries(module, covariance_blocks) + o * i
 
 
-def file_bytes(module: Module, dtype: torch.dtype) -> int:
+def file_bytes(module: Module, dtype: torch.dtype, covariance_blocks: int) -> int:
     """Bytes of one module's file, but for some digits of its header."""
     small = {name: torch.zeros(1, dtype=dtype)
              for name in ("eigenvectors_a", "eigenvectors_s", "eigenvalues")}
-    return len(pack_tensors(small, {})) + (file_entries(module) - 3) * dtype.itemsize
+    entries = file_entries(module, covariance_blocks)
+    return len(pack_tensors(small, {})) + (entries - 3) * dtype.itemsize
 
 
 class FiledEkfac(Mapping[str, Curvature]):
@@ -86,14 +92,15 @@ class FiledEkfac(Mapping[str, Curvature]):
     `path` gives a module's file. On a CPU that is mapped, not copied. What was read is kept as long
     as all that is kept together takes at most `held` bytes [any number]; other modules are read
     again each time. Raises DamagedIndexError, at the first reading, for a missing or unreadable
-    file, or one that is no curvature.
+    file, or one that is no curvature of A and S in so many blocks.
     """
 
     def __init__(
         self, path: Callable[[Module], Path], modules: Sequence[Module], device: torch.device,
-        dtype: torch.dtype, held: int | None = None,
+        dtype: torch.dtype, covariance_blocks: int, held: int | None = None,
     ):
         self._path, self._device, self._dtype = path, device, dtype
+        self._covariance_blocks = covariance_blocks
         self._modules = {module.name: module for module in modules}
         self._room = math.inf if held is None else held
         self._kept: dict[str, Curvature] = {}
@@ -115,21 +122,23 @@ class FiledEkfac(Mapping[str, Curvature]):
         where = self._path(module)
         tensors = read_tensors(where, name not in self._checked)[0]
         if name not in self._checked:
-            _check(module, tensors, where)
+            _check(module, self._covariance_blocks, tensors, where)
             self._checked.add(name)
         curvature = Curvature(
             **{name: tensor.to(self._device, self._dtype) for name, tensor in tensors.items()})
-        if (size := file_entries(module) * self._dtype.itemsize) <= self._room:
+        size = file_entries(module, self._covariance_blocks) * self._dtype.itemsize
+        if size <= self._room:
             self._room -= size
             self._kept[name] = curvature
         return curvature
 
 
-def _check(module: Module, tensors: dict[str, Tensor], where: Path) -> None:
+def _check(module: Module, covariance_blocks: int, tensors: dict[str, Tensor], where: Path) -> None:
     """Raise DamagedIndexError for what is no curvature of the module."""
     o, i = module.shape
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    expected = {"eigenvectors_a": (i, i), "eigenvectors_s": (o, o), "eigenvalues": (o, i)}
+    expected = {"eigenvectors_a": (i, block_rows(i, covariance_blocks)),
+                "eigenvectors_s": (o, block_rows(o, covariance_blocks)), "eigenvalues": (o, i)}
     if shapes != expected or not all(
             tensor.is_floating_point() and bool(tensor.isfinite().all())
             for tensor in tensors.values()) or bool((tensors["eigenvalues"] < 0).any()):

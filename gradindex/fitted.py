@@ -129,11 +129,17 @@ class FittedModel:
             return Allowance()
         if self._allowance is None:
             width = self.model.accumulate.itemsize
-            largest = max(self.manifest.modules, key=ekfac_files.file_entries)
+            largest, entries = max(
+                ((module, ekfac_files.file_entries(module, self._covariance_blocks))
+                 for module in self.manifest.modules), key=lambda one: one[1])
             self._allowance = Allowance.beside(
-                self.model.bytes, self._max_memory, width * ekfac_files.file_entries(largest),
+                self.model.bytes, self._max_memory, width * entries,
                 f"the curvature of {largest.name}")
         return self._allowance
+
+    @property
+    def _covariance_blocks(self) -> int:
+        return self.manifest.plan["covariance_blocks"]
 
     @property
     def ekfac(self) -> Ekfac:
@@ -141,7 +147,7 @@ class FittedModel:
         if self._ekfac is None:
             self._ekfac = FiledEkfac(
                 lambda module: self._files.path(curvature_file(module)), self.manifest.modules,
-                self.model.device, self.model.accumulate,
+                self.model.device, self.model.accumulate, self._covariance_blocks,
                 self.allowance.curvature,
             )
         return self._ekfac

@@ -316,15 +316,3 @@ def gradient(module: Module, a: Tensor, d: Tensor) -> Tensor:
     if module.bias:
         a = functional.pad(a, (0, 1), value=1.0)
     return torch.einsum("bto,bti->boi", d, a)
-
-
-def rotated(module: Module, a: Tensor, d: Tensor, q_a: Tensor, q_s: Tensor) -> Tensor:
-    """Q_Sᵀ G Q_A of each sequence, [b, o, i], in the dtype of the eigenvectors.
-
-    Either the tokens are rotated or their gradient, whichever takes less arithmetic: few long
-    sequences of a narrow module are better multiplied first.
-    """
-    (o, i), a, d = module.shape, a.to(q_a.dtype), d.to(q_a.dtype)
-    if a.shape[1] * (o * o + i * i) <= o * i * (o + i):
-        return (d @ q_s).transpose(1, 2) @ apply_inputs(a, q_a.T, module.bias)
-    return q_s.T @ gradient(module, a, d) @ q_a

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradindex.blockwise import rotated
 from gradindex.codes import Codes
 from gradindex.curvature import Ekfac
 from gradindex.gradients import (
@@ -24,7 +25,6 @@ from gradindex.gradients import (
     gradient,
     in_batches,
     make_batch,
-    rotated,
 )
 from gradindex.model import LanguageModel
 from gradindex.modules import Module

@@ -27,13 +27,14 @@ from gradindex.files import FileFacts, atomic_write
 from gradindex.modules import Module
 from gradindex.segments import FILES, ROW
 
-FORMAT = 2
-OLDEST = 1  # that is read; it had no background queries
+FORMAT = 3
+OLDEST = 1  # that is read; 1 had no background queries, 1 and 2 no split covariances
 NAME = "manifest.json"
 LARGEST = 1 << 28  # bytes of a manifest: a million segments
 MARGIN = 1 << 16  # bytes of a file for what isn't counted
 LARGEST_SIDE = 1 << 20  # of a module
 LARGEST_LENGTH = 1 << 24  # bits of a code
+MOST_BLOCKS = 1024  # of A and of S
 FIT = "curvature/fit.json"
 BACKGROUND = "background.safetensors"
 
@@ -118,6 +119,7 @@ class Plan(TypedDict):
     modules: str
     fit_sequences: Count
     fit_labels: str
+    covariance_blocks: Annotated[int, pydantic.Field(gt=0, le=MOST_BLOCKS)]
     damping: Positive
     bits: Count
     dtype: str
@@ -241,7 +243,9 @@ def digest_of(manifest: Manifest) -> str:
 def _content(manifest: Manifest) -> dict[str, Any]:
     """What the manifest's file says, in its own format."""
     content = asdict(manifest)
-    if manifest.format == OLDEST:
+    if manifest.format < 3:
+        del content["plan"]["covariance_blocks"]
+    if manifest.format < 2:
         del content["background"]
     return content
 
@@ -289,11 +293,18 @@ def load(index: Path) -> Manifest:
 def _checked(content: dict[str, Any]) -> bytes:
     """The JSON of a manifest in the newest format. Raises ValueError if it was changed."""
     checked = signed.check(content)
-    if content["format"] != OLDEST:
+    if content["format"] == FORMAT:
         return checked
-    if "background" in content:
-        raise ValueError(f"format {OLDEST} has no background queries")
-    return signed.canonical({**signed.parse(checked), "background": None})
+    own = signed.parse(checked)
+    if content["format"] < 2:
+        if "background" in own:
+            raise ValueError("format 1 has no background queries")
+        own["background"] = None
+    if isinstance(own.get("plan"), dict):
+        if "covariance_blocks" in own["plan"]:
+            raise ValueError("formats 1 and 2 have no split covariances")
+        own["plan"]["covariance_blocks"] = 1
+    return signed.canonical(own)
 
 
 def _parse(index: Path) -> dict[str, Any]:

@@ -1,24 +1,116 @@
 """What memory and disk a model's parts take, from the shapes of its modules alone.
 
-The dry run measures a batch; everything else that a build or a search holds follows from shapes.
+A batch is measured; everything else that a build or a search holds follows from shapes.
 `benchmarks/budget.py` compares it with real peaks.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gradindex.blockwise import block_rows, square_entries
 from gradindex.curvature import file_entries
 from gradindex.modules import Module
-from indexer.fit import disk_bytes, held_bytes, partitions
 
 LOW_RANK = 32  # of a query's gradient, where all of it doesn't fit
+SOLVER = 48  # bytes of an eigendecomposition's work for each entry of its matrix, as measured
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Bytes held on the host and on the model's device, besides model and batch."""
+
+    host: int
+    device: int
+
+    @property
+    def both(self) -> int:
+        return self.host + self.device
+
+
+@dataclass(frozen=True)
+class FitMoments:
+    """The moments of a fit of some modules at which it holds most.
+
+    covariance: sums A and S, their totals in float64, and once a block those again as they are
+    written. eigenvectors: the totals, the work on the largest matrix, a module's eigenvectors in
+    float64 and as they are written. eigenvalues: eigenvectors and sums Λ, their totals in float64,
+    and once a block those again; at the end a module's curvature, made and as it is written.
+    """
+
+    covariance: Moment
+    covariance_commit: Moment
+    eigenvectors: Moment
+    eigenvalues: Moment
+    eigenvalues_commit: Moment
+    curvature: Moment
+
+    @classmethod
+    def of(cls, modules: Sequence[Module], covariance_blocks: int, width: int) -> "FitMoments":
+        """`width` is the bytes of a number of curvature (4; 8 for a float64 model)."""
+        squares = [square_entries(module, covariance_blocks) for module in modules]
+        tables = [module.shape[0] * module.shape[1] for module in modules]
+        square, table = sum(squares), sum(tables)
+        largest = max(block_rows(n, covariance_blocks) for module in modules
+                      for n in module.shape)
+        made = max((8 + 2 * width) * s + 2 * width * t
+                   for s, t in zip(squares, tables, strict=True))
+        turned = width * (square + table)
+        return cls(
+            Moment(8 * square, width * square), Moment(16 * square, width * square),
+            Moment(8 * square + SOLVER * largest**2 + 16 * max(squares), 0),
+            Moment(8 * table, turned), Moment(16 * table, turned), Moment(8 * table + made, 0))
+
+    @property
+    def most(self) -> Moment:
+        """The one that holds most."""
+        return max((self.covariance_commit, self.eigenvectors, self.eigenvalues_commit,
+                    self.curvature), key=lambda moment: moment.both)
+
+
+def held_bytes(modules: Sequence[Module], covariance_blocks: int, width: int = 4) -> int:
+    """The most that fitting some modules together holds besides model and batch, in bytes."""
+    return FitMoments.of(modules, covariance_blocks, width).most.both
+
+
+def partitions(
+    modules: list[Module], covariance_blocks: int, held: int | None
+) -> list[list[Module]]:
+    """Modules that follow each other, fitted together: what they hold is at most `held` bytes.
+
+    One that holds more is alone. None: all together.
+    """
+    found: list[list[Module]] = []
+    for module in modules:
+        if found and (held is None or held_bytes([*found[-1], module], covariance_blocks) <= held):
+            found[-1].append(module)
+        else:
+            found.append([module])
+    return found
+
+
+def disk_bytes(every: list[list[Module]], covariance_blocks: int, width: int = 4) -> int:
+    """The most that a fit of some partitions holds on the disk at once.
+
+    Of the partition under way its running sums, and eigenvectors, float64 until its end, and a file
+    is replaced as a whole: A and S beside Q_A and Q_S, then Λ twice, or once beside the curvature.
+    Of those before it the curvature, `width` bytes a number.
+    """
+    most = before = 0
+    for some in every:
+        square = sum(square_entries(module, covariance_blocks) for module in some)
+        table = sum(o * i for o, i in (module.shape for module in some))
+        own = width * (square + table)
+        most = max(most, before + 16 * square + max(16 * table, 8 * table + own))
+        before += own
+    return most
 
 
 @dataclass(frozen=True)
 class Budget:
     """Bytes of each part, on the model's device but for `host_sums`.
 
-    `model`; `sums`, the most that a partition of the fit holds (float32, its share of it on the
-    host in float64 as `host_sums`), in `partitions`; `module`, the largest module's curvature, and
+    `model`; `sums`, the most that a partition of the fit holds, and `host_sums` of it on the host
+    whatever the device, in `partitions`; `module`, the largest module's curvature, and
     `curvature` all of it; `projections` of the codes; `query`, one query's preconditioned gradient,
     and at rank 32; `code` of a sequence; `fit_disk`, the most that the fit holds on disk.
     """
@@ -47,31 +139,25 @@ class Budget:
 
 
 def budget(
-    model_bytes: int, modules: list[Module], width: int, held: int | None, inner: int
+    model_bytes: int, modules: list[Module], covariance_blocks: int, width: int, held: int | None,
+    inner: int,
 ) -> Budget:
     """The budget of a model with these modules tracked.
 
     `width` is the bytes of a number of curvature (4, or 8 for a float64 model), `held` what a
     partition of the fit may hold, `inner` the codes' k.
     """
-    every = partitions(modules, held)
+    every = partitions(modules, covariance_blocks, held)
     shapes = [module.shape for module in modules]
-
-    def square(some: list[Module]) -> int:
-        return sum(o * o + i * i for o, i in (module.shape for module in some))
-
-    def table(some: list[Module]) -> int:
-        return sum(o * i for o, i in (module.shape for module in some))
-
-    on_device = max(width * max(square(some), square(some) + table(some)) for some in every)
-    on_host = max(sum(map(held_bytes, some)) for some in every) - on_device
+    most = max((FitMoments.of(some, covariance_blocks, width).most for some in every),
+               key=lambda moment: moment.both)
+    entries = [file_entries(module, covariance_blocks) for module in modules]
     return Budget(
-        model=model_bytes, sums=on_device, host_sums=max(0, on_host), partitions=len(every),
-        module=width * max(map(file_entries, modules)),
-        curvature=width * sum(map(file_entries, modules)),
+        model=model_bytes, sums=most.device, host_sums=most.host, partitions=len(every),
+        module=width * max(entries), curvature=width * sum(entries),
         projections=sum((width + 1) * min(inner, o, i) * (o + i) + width * min(inner, o, i) ** 2
                         for o, i in shapes),
-        query=width * table(modules),
+        query=width * sum(o * i for o, i in shapes),
         query_low_rank=width * sum(min(LOW_RANK * (o + i), o * i) for o, i in shapes),
-        fit_disk=disk_bytes(every, width),
+        fit_disk=disk_bytes(every, covariance_blocks, width),
     )

@@ -37,6 +37,7 @@ from gradindex.errors import InputError
 from gradindex.files import disk_errors, facts_of, make_folder, make_folders
 from gradindex.locks import is_lock, one_of_writers, only_writer
 from gradindex.manifest import (
+    MOST_BLOCKS,
     BackgroundFacts,
     Calibration,
     CodeFacts,
@@ -63,6 +64,7 @@ from gradindex.modules import Module
 from gradindex.progress import Progress, shares, size
 from indexer import ingest
 from indexer.background import make_background
+from indexer.budget import disk_bytes, held_bytes, partitions
 from indexer.calibrate import calibrate
 from indexer.corpus import Corpus, CorpusSettings
 from indexer.distribute import Shard, Share, Stage, parse_shard
@@ -72,8 +74,6 @@ from indexer.fit import (
     FitSettings,
     choose_sequences,
     fit,
-    held_bytes,
-    partitions,
 )
 from indexer.ingest import Run
 from indexer.quarantine import SHARE
@@ -131,6 +131,7 @@ def ask(
     modules: str = "mlp",
     fit_sequences: int = 4096,
     fit_labels: str = "model",
+    covariance_blocks: int = 1,
     damping: float = curvature.DAMPING,
     bits: int | None = None,
     dtype: str = "auto",
@@ -159,15 +160,18 @@ def ask(
         messages_field=messages_field, id_field=id_field, keep_fields=tuple(keep_fields),
         limit=limit, strict=strict,
     )
-    check_numbers(fit_sequences=fit_sequences, batch_tokens=batch_tokens, damping=damping,
-                  segment_size=segment_size, limit=limit, train_sequences=train_sequences,
-                  max_bad=max_bad, wait=wait, ray_workers=ray_workers)
+    check_numbers(fit_sequences=fit_sequences, covariance_blocks=covariance_blocks,
+                  batch_tokens=batch_tokens, damping=damping, segment_size=segment_size,
+                  limit=limit, train_sequences=train_sequences, max_bad=max_bad, wait=wait,
+                  ray_workers=ray_workers)
     if ray is not None:
         _check_ray(ray, model, shard)
     say = progress or Progress()
     own = Shard() if shard is None else parse_shard(shard, wait, say)
     if not 0 <= seed < 1 << 63:
         raise InputError(f"--seed {seed}: expected a number from 0 on.")
+    if covariance_blocks > MOST_BLOCKS:
+        raise InputError(f"--covariance-blocks {covariance_blocks}: expected 1 to {MOST_BLOCKS}.")
     if isinstance(keep_fields, str):
         raise InputError(f"keep_fields={keep_fields!r}: expected a list of field names.")
     if fit_labels not in ("model", "data"):
@@ -178,7 +182,8 @@ def ask(
         "model": source.name, "revision": source.revision, "data": corpus.data_facts(),
         **{name: value for name, value in asdict(settings).items() if name != "strict"},
         "keep_fields": list(settings.keep_fields), "modules": modules,
-        "fit_sequences": fit_sequences, "fit_labels": fit_labels, "damping": damping,
+        "fit_sequences": fit_sequences, "fit_labels": fit_labels,
+        "covariance_blocks": covariance_blocks, "damping": damping,
         "bits": _code_length(bits, settings.sequence_length),
         "dtype": str(resolved).removeprefix("torch."),
         "device": place.type, "batch_tokens": batch_tokens, "segment_size": segment_size,
@@ -394,21 +399,25 @@ def prepare(
     if (total := sum(odd.values())) > NOTABLE:
         say.say(f"warning: {total:.0%} of the model's parameters can't be tracked, so their "
                 f"influence is in no score: {shares(odd)}")
-    allowance = allow(model, tracked, max_memory)
-    ingest.check_disk(index, run.count, plan["bits"], partitions(tracked, allowance.fit))
+    blocks = plan["covariance_blocks"]
+    allowance = allow(model, tracked, blocks, max_memory)
+    ingest.check_disk(index, run.count, plan["bits"],
+                      disk_bytes(partitions(tracked, blocks, allowance.fit), blocks))
     settings = FitSettings(
         choose_sequences(run.count, plan["fit_sequences"], plan["seed"]), plan["fit_labels"],
         min(plan["segment_size"], LARGEST_BLOCK), plan["batch_tokens"], plan["seed"],
-        state.asked["max_bad"],
+        state.asked["max_bad"], plan["covariance_blocks"],
     )
     return Prepared(run, model, tracked, settings, allowance)
 
 
-def allow(model: LanguageModel, tracked: list[Module], max_memory: int | None) -> Allowance:
+def allow(
+    model: LanguageModel, tracked: list[Module], covariance_blocks: int, max_memory: int | None
+) -> Allowance:
     """What a build may use beside the model. Raises ResourceError where that is too little."""
-    largest = max(tracked, key=held_bytes)
-    return Allowance.beside(model.bytes, max_memory, held_bytes(largest),
-                            f"fitting {largest.name}")
+    held, largest = max((held_bytes([module], covariance_blocks), module.name)
+                        for module in tracked)
+    return Allowance.beside(model.bytes, max_memory, held, f"fitting {largest}")
 
 
 def _fit(index: Path, about: Prepared, share: Share, say: Progress) -> _Fitted:

@@ -32,8 +32,9 @@ from gradindex.locks import one_of_writers
 from gradindex.model import ModelSource
 from gradindex.progress import Progress
 from indexer import build, ingest
+from indexer.budget import partitions
 from indexer.distribute import Shard, Stage
-from indexer.fit import Fit, fitted, partitions
+from indexer.fit import Fit, fitted
 from indexer.state import State
 
 TRIES = 4  # of a unit whose worker dies
@@ -83,7 +84,8 @@ class _Worker:
         self._about = build.prepare(self._index, source, job.device, job.dtype, state,
                                     job.max_memory, Progress())
         about = self._about
-        self._fit = Fit(about.model, partitions(about.tracked, about.allowance.fit),
+        every = partitions(about.tracked, about.settings.covariance_blocks, about.allowance.fit)
+        self._fit = Fit(about.model, every,
                         about.run.records, about.settings, self._index / "curvature.partial",
                         Progress(), 0, Shard(1, 2))
         self._codes: Codes | None = None
@@ -120,7 +122,8 @@ class _Worker:
     def _made_codes(self) -> Codes:
         if self._codes is None:
             about = self._about
-            ekfac, _ = fitted(about.model, about.tracked, self._index, Progress(), about.allowance)
+            ekfac, _ = fitted(about.model, about.tracked, about.settings.covariance_blocks,
+                              self._index, Progress(), about.allowance)
             kept = [module for module in about.tracked if module.name in ekfac]
             self._codes = build.make_codes(kept, ekfac, self._plan)
         return self._codes

@@ -152,15 +152,16 @@ def estimate(asked: Asked) -> Estimate:
     start = time.perf_counter() - begun
     tracked = tracked_modules(model.network, plan["modules"])
     inner, width = default_width(plan["bits"], len(tracked)), model.accumulate.itemsize
-    allowed = allow(model, tracked, asked.max_memory)
-    needs = budget(model.bytes, tracked, width, allowed.fit, inner)
+    allowed = allow(model, tracked, plan["covariance_blocks"], asked.max_memory)
+    needs = budget(model.bytes, tracked, plan["covariance_blocks"], width, allowed.fit, inner)
 
     # 4) two batches of each stage
     say.say("measuring two batches of each stage")
     bench = Bench(
         model, tracked, read.sample,
         FitSettings([], plan["fit_labels"], min(plan["segment_size"], LARGEST_BLOCK),
-                    plan["batch_tokens"], plan["seed"]),
+                    plan["batch_tokens"], plan["seed"],
+                    covariance_blocks=plan["covariance_blocks"]),
         CodeSettings(plan["bits"], inner, plan["seed"], plan["damping"]),
         min(plan["segment_size"], len(read.lengths)),
     )
@@ -287,7 +288,8 @@ def _disk(
                      + len(segments.array_bytes(np.zeros(len(sizes), segments.ROW)))
                      for sizes in cut),
         "token matrices": round(sum(one + more * (len(sizes) - 1) for sizes in cut)),
-        "curvature": sum(curvature.file_bytes(module, model.accumulate) for module in tracked),
+        "curvature": sum(curvature.file_bytes(module, model.accumulate, plan["covariance_blocks"])
+                         for module in tracked),
         "background": background.file_bytes(min(BACKGROUND, len(read.sizes)), plan["bits"]),
         # manifest.json, fit.json and segment.json: a few hundred bytes a file that they name
         "notes": 4000 + len(signed.sign(plan)) + 1400 * len(cut) + 500 * len(tracked),

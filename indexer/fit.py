@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from gradindex import curvature, signed
+from gradindex.blockwise import add_outer, covariance_shapes, rotated, square_blocks
 from gradindex.checked import CheckedFiles
 from gradindex.curvature import Curvature, Ekfac, read_tensors, write_tensors
 from gradindex.errors import DamagedIndexError, GradindexError
@@ -37,7 +38,6 @@ from gradindex.gradients import (
     backward,
     in_batches,
     make_batch,
-    rotated,
     why_not_finite,
 )
 from gradindex.influence import slices
@@ -46,6 +46,7 @@ from gradindex.model import LanguageModel, untracked
 from gradindex.modules import Module
 from gradindex.progress import Progress
 from gradindex.records import Record
+from indexer.budget import partitions
 from indexer.distribute import Shard, Share, Stage
 from indexer.quarantine import SHARE, check_quarantine
 from indexer.sums import Block, BlockNotes, Sums
@@ -62,7 +63,8 @@ Add = Callable[[dict[str, Tensor], Batch, Tensor | None], None]  # a batch, to s
 class FitSettings:
     """Which sequences (ids in order), whose labels ("model" or "data"), block and batch size.
 
-    `bad` is the share of sequences that may be left out, their gradient not being finite.
+    `covariance_blocks` are those of A and of S; `bad` is the share of sequences that may be left
+    out, their gradient not being finite.
     """
 
     ids: list[int]
@@ -71,6 +73,7 @@ class FitSettings:
     batch_tokens: int
     seed: int
     bad: float = SHARE
+    covariance_blocks: int = 1
 
 
 @dataclass
@@ -146,17 +149,17 @@ def fit(
         if share.first and not unfinished.is_dir():
             make_folder(unfinished)
         share.wait(Stage("fit"), lambda: [] if unfinished.is_dir() or folder.is_dir() else [0])
-        every = partitions(modules, may.fit)
+        every = partitions(modules, settings.covariance_blocks, may.fit)
         Fit(model, every, read, settings, unfinished, progress, after, share).run()
         if share.first:
             rename_folder(unfinished, folder)
         share.wait(Stage("fit"), lambda: [] if folder.is_dir() else [0])
-    return fitted(model, modules, index, progress, may)
+    return fitted(model, modules, settings.covariance_blocks, index, progress, may)
 
 
 def fitted(
-    model: LanguageModel, modules: list[Module], index: Path, progress: Progress,
-    allowance: Allowance,
+    model: LanguageModel, modules: list[Module], covariance_blocks: int, index: Path,
+    progress: Progress, allowance: Allowance,
 ) -> tuple[Ekfac, FitNotes]:
     """The curvature that was fitted, and what was done otherwise than planned; says so."""
     folder = index / "curvature"
@@ -169,7 +172,7 @@ def fitted(
         return checked.path(curvature.path_of(Path(), module).name)
 
     return curvature.FiledEkfac(
-        where, kept, model.device, model.accumulate, allowance.curvature), notes
+        where, kept, model.device, model.accumulate, covariance_blocks, allowance.curvature), notes
 
 
 def _report(notes: FitNotes, progress: Progress) -> None:
@@ -180,35 +183,6 @@ def _report(notes: FitNotes, progress: Progress) -> None:
     if halved := sum(map(len, notes.splits.values())):
         progress.say(f"memory ran out on {halved} batches of the fit, which were halved; smaller "
                      "--batch-tokens avoid that")
-
-
-def partitions(modules: list[Module], held: int | None) -> list[list[Module]]:
-    """Modules that follow each other, fitted together: what they hold is at most `held` bytes.
-
-    One that holds more is alone. None: all together.
-    """
-    found: list[list[Module]] = []
-    used = 0
-    for module in modules:
-        own = held_bytes(module)
-        if found and (held is None or used + own <= held):
-            found[-1].append(module)
-            used += own
-        else:
-            found.append([module])
-            used = own
-    return found
-
-
-def held_bytes(module: Module, width: int = 4) -> int:
-    """The most that fitting a module holds besides model and batch, in bytes.
-
-    First A and S: a block's sums in `width` bytes an entry, all blocks' in 8, and those again as
-    they are written. Then Q_A and Q_S in 8 (as read) and `width`, and Λ like A and S.
-    """
-    o, i = module.shape
-    square, table = o * o + i * i, o * i
-    return max((width + 16) * square, (width + 8) * square + (width + 16) * table)
 
 
 STEPS = {"covariance": 2, "eigenvalues": 3}  # stage: whose labels, see `uniforms`
@@ -253,8 +227,8 @@ class Fit:
 
     def _sums(self, stage: Stage) -> Sums:
         modules = self.partitions[stage.partition]
-        shapes = covariance_shapes(modules) if stage.name == "covariance" else \
-            {module.name: module.shape for module in modules}
+        shapes = covariance_shapes(modules, self.settings.covariance_blocks) \
+            if stage.name == "covariance" else {module.name: module.shape for module in modules}
         return Sums(self.folder, f"{stage.name}-{stage.partition}", shapes, len(self.blocks))
 
     def _fit(self, number: int, modules: list[Module]) -> None:
@@ -416,7 +390,7 @@ class Fit:
         return self.folder / f"{module.name}.eigenvectors.safetensors"
 
     def _vectors(self, module: Module) -> dict[str, Tensor]:
-        """Q_A and Q_S of a module by side, "A" and "S", float64."""
+        """Q_A and Q_S of a module, in blocks, by side, "A" and "S", float64."""
         return read_tensors(self._vectors_path(module))[0]
 
     def _decompose(self, stage: Stage, covariance: Sums, modules: list[Module]) -> None:
@@ -435,7 +409,11 @@ class Fit:
         module, found = self.modules[number], {}
         for side in ("A", "S"):
             name = f"{module.name}/{side}"
-            found[side] = eigenvectors(sums[name] / positions, name)
+            total = sums[name]
+            found[side] = torch.zeros_like(total)
+            for own, block in zip(square_blocks(found[side]), square_blocks(total),
+                                  strict=True):
+                own.copy_(eigenvectors(block / positions, name))
             self.progress.update(1)
         write_tensors(self._vectors_path(module), found)
 
@@ -491,21 +469,11 @@ class Fit:
         self.notes.write(self.folder)
 
 
-def covariance_shapes(modules: list[Module]) -> dict[str, tuple[int, int]]:
-    """The shapes of A [i, i] and S [o, o] by `name/A` and `name/S`."""
-    shapes = {}
-    for module in modules:
-        o, i = module.shape
-        shapes[f"{module.name}/A"] = (i, i)
-        shapes[f"{module.name}/S"] = (o, o)
-    return shapes
-
-
 def add_covariances(
     model: LanguageModel, modules: list[Module], sums: dict[str, Tensor], batch: Batch,
     numbers: Tensor | None,
 ) -> None:
-    """Add a batch's Σ a aᵀ and Σ d dᵀ to the sums, by `name/A` and `name/S`.
+    """Add a batch's Σ a aᵀ and Σ d dᵀ to the sums, in blocks, by `name/A` and `name/S`.
 
     The average that is taken of them runs over all real positions, also for an expert that saw a
     part of them: a factor of A and S changes neither their eigenvectors nor Λ.
@@ -515,9 +483,9 @@ def add_covariances(
         rows = a.flatten(0, 1)[batch.real_inputs(module).flatten()].to(wide)
         if module.bias:
             rows = torch.nn.functional.pad(rows, (0, 1), value=1.0)
-        sums[f"{module.name}/A"].addmm_(rows.T, rows)
+        add_outer(sums[f"{module.name}/A"], rows)
         rows = d.flatten(0, 1).to(wide)  # zero where nothing real is
-        sums[f"{module.name}/S"].addmm_(rows.T, rows)
+        add_outer(sums[f"{module.name}/S"], rows)
 
     backward(model, modules, batch, each, numbers)
 
@@ -549,23 +517,6 @@ def fit_batch(
     return batch, numbers.to(model.device)
 
 
-def disk_bytes(every: list[list[Module]], width: int = 4) -> int:
-    """The most that a fit of some partitions holds on the disk at once.
-
-    Of the partition under way its running sums, and eigenvectors, float64 until its end, and a file
-    is replaced as a whole: A and S beside Q_A and Q_S, then Λ twice, or once beside the curvature.
-    Of those before it the curvature, `width` bytes a number.
-    """
-    most = before = 0
-    for some in every:
-        square = sum(o * o + i * i for o, i in (module.shape for module in some))
-        table = sum(o * i for o, i in (module.shape for module in some))
-        own = width * (square + table)
-        most = max(most, before + 16 * square + max(16 * table, 8 * table + own))
-        before += own
-    return most
-
-
 class _SumAgainError(Exception):
     """A block has to be summed again, with a batch halved."""
 
@@ -577,11 +528,11 @@ def eigenvectors(covariance: Tensor, name: str) -> Tensor:
     (divide and conquer) fails or gives something unsound, QR iteration is tried, then once more on
     the matrix with 1e-12 of its mean eigenvalue added. Raises GradindexError, naming the matrix.
     """
-    symmetric = (covariance + covariance.T) / 2
-    jitter = 1e-12 * symmetric.diagonal().mean() * torch.eye(len(symmetric), dtype=torch.float64)
+    matrix = (covariance + covariance.T).div_(2)
     reasons = []
-    for solve, matrix in ((_divide_and_conquer, symmetric), (_qr_iteration, symmetric),
-                          (_qr_iteration, symmetric + jitter)):
+    for solve, jitter in ((_divide_and_conquer, 0.0), (_qr_iteration, 0.0),
+                          (_qr_iteration, 1e-12)):
+        matrix.diagonal().add_(jitter * matrix.diagonal().mean())
         try:
             values, vectors = solve(matrix)
         except (torch.linalg.LinAlgError, scipy.linalg.LinAlgError, ValueError) as error:
@@ -589,7 +540,7 @@ def eigenvectors(covariance: Tensor, name: str) -> Tensor:
             continue
         if (wrong := _wrong(matrix, values, vectors)) is None:
             largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-            return vectors * torch.where(largest < 0, -1.0, 1.0)
+            return vectors.mul_(torch.where(largest < 0, -1.0, 1.0))
         reasons.append(wrong)
     raise GradindexError(
         f"the covariance {name} has no eigendecomposition ({'; '.join(reasons)[:300]}). Leave the "
@@ -609,8 +560,10 @@ def _qr_iteration(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 def _wrong(matrix: Tensor, values: Tensor, vectors: Tensor) -> str | None:
     """What is unsound about an eigendecomposition, or None."""
-    residual = torch.linalg.norm(matrix @ vectors - vectors * values)
-    turned = torch.linalg.norm(vectors.T @ vectors - torch.eye(len(matrix), dtype=matrix.dtype))
+    residual = torch.linalg.norm((matrix @ vectors).addcmul_(vectors, values, value=-1))
+    product = vectors.T @ vectors
+    product.diagonal().sub_(1)
+    turned = torch.linalg.norm(product)
     size = torch.linalg.norm(matrix)
     sound = residual <= SOUND * size and turned <= SOUND * len(matrix)
     return None if sound else f"residual {residual:.1e} of {size:.1e}, orthogonal to {turned:.1e}"

@@ -19,14 +19,12 @@ from gradindex.errors import InputError, ResourceError
 from gradindex.files import FileFacts, facts_of, make_folder
 from gradindex.manifest import Segment, segment_folder
 from gradindex.model import LanguageModel
-from gradindex.modules import Module
 from gradindex.progress import Progress, size
 from gradindex.records import Record
 from gradindex.segments import PARTIAL, SegmentFacts
 from indexer.corpus import Corpus
 from indexer.distribute import Shard, Share
 from indexer.encode import encode_segment
-from indexer.fit import disk_bytes
 from indexer.quarantine import check_quarantine
 
 
@@ -188,12 +186,10 @@ def counted(counts: dict[str, int]) -> str:
 
 
 def check_disk(
-    index: Path, sequences: int, length: int, tracked: list[list[Module]]
+    index: Path, sequences: int, length: int, fit: int
 ) -> None:
-    """Raise ResourceError where the codes, and a fit of `tracked` partitions, don't fit on the
-    disk."""
+    """Raise ResourceError where the codes, and `fit` bytes of a fit, don't fit on the disk."""
     codes = sequences * (vectors.code_bytes(length) + segments.ROW.itemsize)
-    fit = disk_bytes(tracked)
     free = shutil.disk_usage(index).free
     if codes + fit > free:
         raise ResourceError(

@@ -10,11 +10,9 @@ follows from the modules' shapes (below); what a batch takes on top (activations
 as the peak while batches ran, less the other two; and, on the host, what is still taken when they
 are done: the C library keeps freed pieces below 32 MB, into which batches of other shapes, still
 to come, don't fit. The peak is the process's own, so one that held more before sees too much.
-With c = Σ (i² + o²) and e = Σ o·i entries over modules, w bytes an entry of sums and curvature (4;
-8 for a float64 model):
-- covariance: sums w·c, their totals 8·c, and once a block 8·c as bytes to be written;
-- eigenvectors: totals 8·c, eigenvectors 8·c, 8·c as bytes, and the solver's work;
-- eigenvalues: eigenvectors 8·c + w·c, sums w·e, totals 8·e, once a block 8·e as bytes;
+With c = Σ (i² + o²), or what their blocks have, and e = Σ o·i entries over modules, w bytes an
+entry of sums and curvature (4; 8 for a float64 model):
+- covariance, eigenvectors, eigenvalues: see `FitMoments`;
 - encode: curvature w·(c + e), the codes' projections, a segment's records and codes;
 - calibrate: curvature, projections, and P_u of all queries twice while they are joined.
 What is kept on the model's device and what in the host's memory is told apart.
@@ -32,6 +30,13 @@ import torch
 from torch import Tensor
 
 from gradindex import tfidf
+from gradindex.blockwise import (
+    block_rows,
+    covariance_shapes,
+    identity,
+    square_blocks,
+    square_entries,
+)
 from gradindex.codes import Codes, CodeSettings
 from gradindex.curvature import Curvature, Ekfac, pack_tensors
 from gradindex.gradients import Batch, plan_batches
@@ -41,13 +46,13 @@ from gradindex.model import LanguageModel
 from gradindex.modules import Module
 from gradindex.records import Record
 from gradindex.vectors import UNPACKED_ROWS, CodeIndex, code_bytes
+from indexer.budget import FitMoments
 from indexer.calibrate import QUERIES, prepare_query, stacked_queries
 from indexer.encode import encode_batch
 from indexer.fit import (
     FitSettings,
     add_covariances,
     add_eigenvalues,
-    covariance_shapes,
     eigenvectors,
     fit_batch,
 )
@@ -111,24 +116,26 @@ class Bench:
         self.together = min(QUERIES, stacked_queries(modules, Allowance()))  # scored in a pass
         self.memory: dict[str, Memory] = {}
         self.batch = 0  # the most bytes that a batch took
-        self._square = sum(o * o + i * i for o, i in (module.shape for module in modules))
+        self._blocks = settings.covariance_blocks
+        self._square = sum(square_entries(module, self._blocks) for module in modules)
         self._table = sum(o * i for o, i in (module.shape for module in modules))
         self._width = model.accumulate.itemsize
         self._base = _used(model.device)
         self._host = resident()
+        self._fit = FitMoments.of(modules, self._blocks, self._width)
 
     # ---- the stages
 
     def covariance(self) -> tuple[Speed, dict[str, Tensor]]:
         """Of the pass for A and S; and their sums over the batches that were run."""
-        sums = self._zeros(covariance_shapes(self.modules))
+        sums = self._zeros(covariance_shapes(self.modules, self._blocks))
 
         def run(records: list[Record]) -> None:
             add_covariances(self.model, self.modules, sums, *self._batch(records, 2))
 
-        square, wide = self._square, self._width * self._square
-        speed, batch = self._two(run, self.settings.block, wide)
-        self._note("covariance", [(8 * square, wide + batch), (16 * square, wide)])
+        own, commit = self._fit.covariance, self._fit.covariance_commit
+        speed, batch = self._two(run, self.settings.block, own.device)
+        self._note("covariance", [(own.host, own.device + batch), (commit.host, commit.device)])
         return speed, sums
 
     def decompositions(self, sums: dict[str, Tensor]) -> float:
@@ -136,28 +143,29 @@ class Bench:
         seconds: dict[int, float] = {}
         total = 0.0
         for name, matrix in sums.items():
-            n = min(len(matrix), LARGEST_MATRIX)
-            if n not in seconds:
-                part = matrix[:n, :n].to("cpu", torch.float64).nan_to_num()
-                seconds[n] = _seconds(partial(eigenvectors, part, name))
-            total += seconds[n] * (len(matrix) / n) ** 3
-        work = 48 * max(len(matrix) for matrix in sums.values()) ** 2
-        self._note("eigenvectors", [(16 * self._square + work, 0), (24 * self._square, 0)])
+            for block in square_blocks(matrix):
+                n = min(len(block), LARGEST_MATRIX)
+                if n not in seconds:
+                    part = block[:n, :n].to("cpu", torch.float64).nan_to_num()
+                    seconds[n] = _seconds(partial(eigenvectors, part, name))
+                total += seconds[n] * (len(block) / n) ** 3
+        self._note("eigenvectors", [(self._fit.eigenvectors.host, 0)])
         return total
 
     def eigenvalues(self) -> Speed:
         """Of the pass for Λ; any eigenvectors will do, so the identity."""
-        vectors = {name: torch.eye(n, dtype=self.model.accumulate, device=self.model.device)
-                   for name, (n, _) in covariance_shapes(self.modules).items()}
+        like = torch.zeros((), dtype=self.model.accumulate, device=self.model.device)
+        vectors = {name: identity(n, rows, like) for name, (n, rows)
+                   in covariance_shapes(self.modules, self._blocks).items()}
         sums = self._zeros({module.name: module.shape for module in self.modules})
 
         def run(records: list[Record]) -> None:
             add_eigenvalues(self.model, self.modules, vectors, sums, *self._batch(records, 3))
 
-        held = self._width * (self._square + self._table)
-        speed, batch = self._two(run, self.settings.block, held)
-        host = 8 * self._square + 8 * self._table
-        self._note("eigenvalues", [(host, held + batch), (host + 8 * self._table, held)])
+        own, commit = self._fit.eigenvalues, self._fit.eigenvalues_commit
+        speed, batch = self._two(run, self.settings.block, own.device)
+        self._note("eigenvalues", [(own.host, own.device + batch), (commit.host, commit.device),
+                                   (self._fit.curvature.host, 0)])
         return speed
 
     def encode(self) -> tuple[Speed, float, Codes, Ekfac]:
@@ -165,9 +173,8 @@ class Bench:
         ekfac = {}
         for module in self.modules:
             o, i = module.shape
-            eye_s, eye_a, ones = (
-                make(*shape, dtype=self.model.accumulate, device=self.model.device)
-                for make, shape in ((torch.eye, (o,)), (torch.eye, (i,)), (torch.ones, (o, i))))
+            ones = torch.ones(o, i, dtype=self.model.accumulate, device=self.model.device)
+            eye_a, eye_s = (identity(n, block_rows(n, self._blocks), ones) for n in (i, o))
             ekfac[module.name] = Curvature(eye_a, eye_s, ones)
         begun = time.perf_counter()
         codes = Codes(self.modules, ekfac, self.code)
@@ -215,7 +222,8 @@ class Bench:
     def commits(self) -> tuple[float, float]:
         """Seconds of adding up and writing a block's sums: of A and S, and of Λ."""
         shapes = {module.name: module.shape for module in self.modules}
-        return self._commit(covariance_shapes(self.modules)), self._commit(shapes)
+        square = covariance_shapes(self.modules, self._blocks)
+        return self._commit(square), self._commit(shapes)
 
     def token_matrices(self) -> float:
         """Seconds a sequence of making a segment's token matrix."""

@@ -146,7 +146,8 @@ def _check_files(root: Path, facts: Manifest, found: Verified, say: Progress) ->
         if name not in bad:
             try:
                 _ = FiledEkfac(lambda one: root / curvature_file(one), [module],
-                               torch.device("cpu"), torch.float32)[module.name]
+                               torch.device("cpu"), torch.float32,
+                               facts.plan["covariance_blocks"])[module.name]
             except DamagedIndexError as error:
                 bad.setdefault(name, []).append((name, error.wrong))
     if facts.background is not None and manifest.BACKGROUND not in bad:

@@ -288,11 +288,13 @@ def test_default_sequence_length_is_the_context_at_most_512(context, expected):
 def test_default_arguments():
     given = inspect.signature(gradindex.build).parameters
     assert {name: given[name].default for name in (
-        "seq_len", "pack", "modules", "fit_sequences", "fit_labels", "damping", "bits", "dtype",
+        "seq_len", "pack", "modules", "fit_sequences", "fit_labels", "covariance_blocks",
+        "damping", "bits", "dtype",
         "device", "batch_tokens", "segment_size", "train_sequences", "strict", "limit",
         "trust_remote_code", "allow_pickle")} == {
         "seq_len": None, "pack": False, "modules": "mlp", "fit_sequences": 4096,
-        "fit_labels": "model", "damping": 0.1, "bits": None, "dtype": "auto", "device": "auto",
+        "fit_labels": "model", "covariance_blocks": 1, "damping": 0.1, "bits": None,
+        "dtype": "auto", "device": "auto",
         "batch_tokens": 4096, "segment_size": 4096, "train_sequences": None, "strict": False,
         "limit": None, "trust_remote_code": False, "allow_pickle": False}
 

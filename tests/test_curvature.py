@@ -25,12 +25,12 @@ from gradindex.model import tracked_modules
 from gradindex.modules import Module
 from gradindex.progress import Progress, stderr_progress
 from gradindex.records import Part, Record
+from indexer.budget import held_bytes
 from indexer.fit import (
     FitSettings,
     choose_sequences,
     eigenvectors,
     fit,
-    held_bytes,
     uniforms,
 )
 
@@ -50,7 +50,7 @@ def fitted(model, modules, sequences, folder, labels="data", block=2, allowance=
 def test_partitions_of_modules_give_the_same_bytes(make_model, sequences, tmp_path):
     model = make_model("gpt2")
     modules = tracked_modules(model.network, "all")
-    every = (None, 1, 6 * held_bytes(modules[0]))
+    every = (None, 1, 6 * held_bytes(modules[:1], 1))
     folders = [tmp_path / str(allowed) for allowed in every]
     for folder, allowed in zip(folders, every, strict=True):
         folder.mkdir()
@@ -296,11 +296,11 @@ def test_no_more_curvature_is_kept_than_may_be(tmp_path):
         read.append(module.name)
         return curvature.path_of(tmp_path, module)
 
-    size = 4 * curvature.file_entries(modules[0])
+    size = 4 * curvature.file_entries(modules[0], 1)
     assert size == 4 * (16 + 4 + 8)
     for held, times in ((None, 1), (2 * size, 4), (0, 9)):
         read.clear()
-        ekfac = FiledEkfac(where, modules, torch.device("cpu"), torch.float32, held)
+        ekfac = FiledEkfac(where, modules, torch.device("cpu"), torch.float32, 1, held)
         assert not read and list(ekfac) == list(whole) and len(ekfac) == 3
         for _ in range(3):
             for name, found in ekfac.items():
@@ -318,7 +318,7 @@ def test_curvature_files_are_checked(tmp_path):
 
     def load(module):
         return FiledEkfac(lambda one: curvature.path_of(tmp_path, one), [module],
-                          torch.device("cpu"), torch.float32)["block.0.mlp"]
+                          torch.device("cpu"), torch.float32, 1)["block.0.mlp"]
 
     found = load(module)
     assert torch.equal(found.eigenvalues, whole.eigenvalues)

@@ -20,7 +20,7 @@ from gradindex.modules import Module
 from gradindex.records import Part, Record
 from indexer import build as build_module
 from indexer import estimate as estimate_module
-from indexer.fit import disk_bytes
+from indexer.budget import disk_bytes
 from indexer.measure import Speed, Work, _fit_speed
 from indexer.sources import Source, count_rows
 
@@ -83,7 +83,7 @@ def test_the_most_on_the_disk_while_it_is_fitted(model_folder, data_file, tmp_pa
     monkeypatch.setattr(files, "atomic_write", write)
     index = gradindex.build(str(model_folder), data_file, out, **SMALL)
     text = sum(count for name, count in files_of(out).items() if name.endswith(".lmdb"))
-    assert text + disk_bytes([index.manifest.modules]) == pytest.approx(most, rel=0.12)
+    assert text + disk_bytes([index.manifest.modules], 1) == pytest.approx(most, rel=0.12)
 
 
 @pytest.mark.parametrize("count, low, high",
@@ -253,5 +253,5 @@ def test_sizes_of_files(tmp_path):
     o, i = module.shape
     made = curvature.Curvature(torch.eye(i), torch.eye(o), torch.ones(o, i))
     written = curvature.save(tmp_path, module, made).size
-    assert curvature.file_bytes(module, torch.float32) == pytest.approx(written, abs=32)
+    assert curvature.file_bytes(module, torch.float32, 1) == pytest.approx(written, abs=32)
 

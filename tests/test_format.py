@@ -14,7 +14,7 @@ from gradindex.errors import DamagedIndexError, IndexMismatchError
 from search.describe import describe, summary
 
 GOLDEN = Path(__file__).parent / "golden"
-FORMATS = (1, 2)
+FORMATS = (1, 2, 3)
 QUESTION = {"prompt": "The apple number", "completion": " 8 grows"}
 
 
@@ -100,6 +100,18 @@ def test_an_index_of_format_1_has_no_background_queries(tmp_path):
         manifest.load(copied)
 
 
+def test_only_the_newest_format_has_split_covariances(tmp_path):
+    assert [manifest.load(GOLDEN / f"format-{number}" / "index").plan["covariance_blocks"]
+            for number in FORMATS] == [1, 1, 2]
+    index = shutil.copytree(GOLDEN / "format-2" / "index", tmp_path / "index")
+    content = json.loads((index / manifest.NAME).read_text())
+    del content[signed.KEY]
+    content["plan"]["covariance_blocks"] = 2
+    (index / manifest.NAME).write_bytes(signed.sign(content))
+    with pytest.raises(DamagedIndexError, match="formats 1 and 2 have no split covariances"):
+        manifest.load(index)
+
+
 def test_a_commit_writes_the_newest_format(tmp_path):
     index = shutil.copytree(GOLDEN / "format-1" / "index", tmp_path / "index")
     facts = manifest.load(index)
@@ -108,7 +120,7 @@ def test_a_commit_writes_the_newest_format(tmp_path):
 
 
 @pytest.mark.parametrize("version, says", [
-    (3, r"has format 3; this gradindex \(.*\) reads formats 1 to 2. Run `pip install --upgrade "),
+    (4, r"has format 4; this gradindex \(.*\) reads formats 1 to 3. Run `pip install --upgrade "),
     (0, r"has format 0; .* Build the index again: `gradindex build MODEL DATA"),
     ("one", "has format one; .* Build the index again"),
 ])

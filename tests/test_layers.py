@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 import gradindex
 from demo.prepare import train_tokenizer
 from gradindex import experts
+from gradindex.blockwise import covariance_shapes
 from gradindex.errors import InputError
 from gradindex.gradients import backward, gradient, make_batch
 from gradindex.identity import tensors_digest
@@ -20,7 +21,7 @@ from gradindex.influence import Influences, Preconditioned, Terms, collect
 from gradindex.model import LanguageModel, ModelSource, parameter_share, tracked_modules, untracked
 from gradindex.progress import shares, stderr_progress
 from indexer.build import NOTABLE, describe
-from indexer.fit import add_covariances, covariance_shapes
+from indexer.fit import add_covariances
 from search.describe import describe as info
 from search.describe import summary
 
@@ -99,7 +100,7 @@ def test_terms_and_covariances_of_experts(mixture, sequences):
     torch.testing.assert_close(stacked.sum((1, 2)), totals.total[0], rtol=1e-9, atol=1e-10)
     assert (stacked[~batch.real] == 0).all()
     sums = {name: torch.zeros(shape, dtype=torch.float64)
-            for name, shape in covariance_shapes(modules).items()}
+            for name, shape in covariance_shapes(modules, 1).items()}
     with torch.no_grad():
         add_covariances(model, modules, sums, batch, None)
     seen = {m.name: [] for m in modules}

@@ -10,7 +10,7 @@ from test_search import QUESTION
 import gradindex
 from gradindex.errors import InputError, ResourceError
 from gradindex.memory import Allowance, parse_size
-from indexer.fit import held_bytes, partitions
+from indexer.budget import held_bytes, partitions
 from search import target
 from search.controls import Controls, settle
 
@@ -41,7 +41,7 @@ def test_an_allowance_is_what_the_model_leaves():
 
 def tight(index) -> int:
     """The least memory that the index's model and modules need for a fit."""
-    return index.model.bytes + 2 * max(held_bytes(module) for module in index.manifest.modules)
+    return index.model.bytes + 2 * max(held_bytes([module], 1) for module in index.manifest.modules)
 
 
 def test_a_build_in_little_memory_gives_the_same_bytes(
@@ -49,7 +49,7 @@ def test_a_build_in_little_memory_gives_the_same_bytes(
 ):
     index = gradindex.open(index_folder)
     least = tight(index)
-    assert len(partitions(index.manifest.modules, (least - index.model.bytes) // 2)) > 1
+    assert len(partitions(index.manifest.modules, 1, (least - index.model.bytes) // 2)) > 1
     with pytest.raises(ResourceError, match=r"--max-memory .* does not suffice: the model takes"):
         gradindex.build(str(model_folder), data_file, tmp_path / "index", **SMALL,
                         max_memory=least - 1)

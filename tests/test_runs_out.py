@@ -412,7 +412,7 @@ def test_eigenvectors_are_tried_once_more_on_a_matrix_that_is_moved_a_little(mon
     tries, real = [], scipy.linalg.eigh
 
     def eigh(matrix, driver):
-        tries.append(matrix)
+        tries.append(matrix.copy())
         if len(tries) == 1:
             raise scipy.linalg.LinAlgError("no convergence")
         return real(matrix, driver=driver)

@@ -21,8 +21,8 @@ from gradindex.locks import one_of_writers, only_writer
 from gradindex.modules import Module
 from gradindex.progress import Progress
 from indexer import distribute
+from indexer.budget import held_bytes, partitions
 from indexer.distribute import Shard, Stage, parse_shard
-from indexer.fit import held_bytes, partitions
 from indexer.sums import Block, BlockNotes, Sums
 
 
@@ -237,14 +237,19 @@ def test_sums_are_added_in_order_whoever_took_them(tmp_path):
 
 def test_partitions_hold_no_more_than_they_may():
     modules = [Module(f"m{n}", n, "mlp", 3 + n, 5, n % 2 == 0) for n in range(6)]
-    sizes = [held_bytes(module) for module in modules]
-    assert sizes[0] == max(20 * (9 + 36), 12 * (9 + 36) + 20 * 18)
-    assert partitions(modules, None) == [modules]
-    assert partitions(modules, 1) == [[module] for module in modules]
-    for held in (sizes[0] + sizes[1], sum(sizes[:4]), sum(sizes)):
-        found = partitions(modules, held)
+    sizes = [held_bytes([module], 1) for module in modules]
+    assert sizes[0] == max(
+        20 * (9 + 36), 8 * (9 + 36) + 48 * 36 + 16 * (9 + 36), 20 * 18 + 4 * (9 + 36),
+        16 * 18 + 16 * (9 + 36))
+    assert held_bytes(modules[:1], 2) == max(
+        20 * (6 + 18), 8 * (6 + 18) + 48 * 9 + 16 * (6 + 18), 20 * 18 + 4 * (6 + 18),
+        16 * 18 + 16 * (6 + 18))
+    assert partitions(modules, 1, None) == [modules]
+    assert partitions(modules, 1, 1) == [[module] for module in modules]
+    for held in (sizes[0] + sizes[1], held_bytes(modules[:4], 1), held_bytes(modules, 1)):
+        found = partitions(modules, 1, held)
         assert [one for part in found for one in part] == modules
         for part, after in zip(found, [*found[1:], None], strict=True):
-            own = sum(held_bytes(module) for module in part)
-            assert own <= held or len(part) == 1
-            assert after is None or own + held_bytes(after[0]) > held
+            assert held_bytes(part, 1) <= held or len(part) == 1
+            assert after is None or held_bytes([*part, after[0]], 1) > held
+    assert len(partitions(modules, 1, held_bytes(modules[:4], 1))[0]) == 4

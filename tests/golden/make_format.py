@@ -31,7 +31,8 @@ def main() -> None:
     network = random_network("gpt_neox", torch.float32, vocab_size=len(tokenizer))
     model = {"model": network, "tokenizer": tokenizer}
     torch.set_num_threads(1)
-    gradindex.build(network, documents[:24], OUT / "index", tokenizer=tokenizer, **SMALL)
+    gradindex.build(network, documents[:24], OUT / "index", tokenizer=tokenizer, **SMALL,
+                    covariance_blocks=2)
     gradindex.append(OUT / "index", documents[24:36], **model)
     gradindex.delete(OUT / "index", [3, 17])
     network.save_pretrained(OUT / "model")
