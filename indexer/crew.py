@@ -32,7 +32,6 @@ from gradindex.locks import one_of_writers
 from gradindex.model import ModelSource
 from gradindex.progress import Progress
 from indexer import build, ingest
-from indexer.budget import partitions
 from indexer.distribute import Shard, Stage
 from indexer.fit import Fit, fitted
 from indexer.state import State
@@ -84,8 +83,7 @@ class _Worker:
         self._about = build.prepare(self._index, source, job.device, job.dtype, state,
                                     job.max_memory, Progress())
         about = self._about
-        every = partitions(about.tracked, about.settings.covariance_blocks, about.allowance.fit)
-        self._fit = Fit(about.model, every,
+        self._fit = Fit(about.model, about.tracked,
                         about.run.records, about.settings, self._index / "curvature.partial",
                         Progress(), 0, Shard(1, 2))
         self._codes: Codes | None = None

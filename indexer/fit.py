@@ -46,13 +46,14 @@ from gradindex.model import LanguageModel, untracked
 from gradindex.modules import Module
 from gradindex.progress import Progress
 from gradindex.records import Record
-from indexer.budget import partitions
+from indexer.budget import held_bytes, partitions
 from indexer.distribute import Shard, Share, Stage
 from indexer.quarantine import SHARE, check_quarantine
 from indexer.sums import Block, BlockNotes, Sums
 
 LARGEST_BLOCK = 256  # sequences
 NOTES = "fit.json"
+PLANNED = 0.9  # of what a partition may hold: a resumed build may find a little less
 SOUND = 1e-8  # of eigenvectors in float64: residual and departure from orthogonality, relative
 
 Read = Callable[[list[int]], list[Record]]
@@ -80,11 +81,13 @@ class FitSettings:
 class FitNotes:
     """`fit.json`: what was done otherwise than planned, and the facts of the files of curvature.
 
-    `splits` are batches that were halved, as (first row, rows), by "stage block"; `quarantined`
-    says of ids why they were left out, `left_out` of modules. `untracked` are shares of the model's
-    parameters that have no curvature, by what they are.
+    `partitions` are the numbers of modules that are fitted together, until all are. `splits` are
+    batches that were halved, as (first row, rows), by "stage block"; `quarantined` says of ids why
+    they were left out, `left_out` of modules. `untracked` are shares of the model's parameters that
+    have no curvature, by what they are.
     """
 
+    partitions: list[list[int]] = field(default_factory=list)
     splits: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     quarantined: dict[int, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
@@ -149,8 +152,7 @@ def fit(
         if share.first and not unfinished.is_dir():
             make_folder(unfinished)
         share.wait(Stage("fit"), lambda: [] if unfinished.is_dir() or folder.is_dir() else [0])
-        every = partitions(modules, settings.covariance_blocks, may.fit)
-        Fit(model, every, read, settings, unfinished, progress, after, share).run()
+        Fit(model, modules, read, settings, unfinished, progress, after, share).run(may.fit)
         if share.first:
             rename_folder(unfinished, folder)
         share.wait(Stage("fit"), lambda: [] if folder.is_dir() else [0])
@@ -195,48 +197,82 @@ class Fit:
     """
 
     def __init__(
-        self, model: LanguageModel, partitions: list[list[Module]], read: Read,
-        settings: FitSettings, folder: Path, progress: Progress, after: int, share: Share,
+        self, model: LanguageModel, modules: list[Module], read: Read, settings: FitSettings,
+        folder: Path, progress: Progress, after: int, share: Share,
     ):
-        self.model, self.read, self.settings = model, read, settings
-        self.partitions = partitions
-        self.modules = [module for some in partitions for module in some]
+        self.model, self.modules, self.read, self.settings = model, modules, read, settings
         self.folder, self.progress, self.after, self.share = folder, progress, after, share
         self.notes = FitNotes.read(folder)
         ids, size = settings.ids, settings.block
         self.blocks = [ids[start : start + size] for start in range(0, len(ids), size)]
 
-    def run(self) -> None:
-        """Fit everything; the folder then holds curvature and notes alone."""
+    def run(self, held: int | None = None) -> None:
+        """Fit everything; the folder then holds curvature and notes alone.
+
+        A partition holds at most `held` bytes besides model and batch [any number].
+        """
         if self.notes.files:
             return
-        for number, modules in enumerate(self.partitions):
-            if self._unfitted(modules):
-                self._fit(number, modules)
+        self._settle_partitions(held)
+        for number in range(len(self.notes.partitions)):
+            if self._unfitted(self._partition(number)):
+                self._fit(number)
         if self.share.first:
             self._finish()
 
     def do(self, stage: Stage, unit: int) -> None:
         """Do one unit and leave it for the process that goes through the stages."""
-        modules, sums = self.partitions[stage.partition], self._sums(stage)
         self.notes = FitNotes.read(self.folder)
+        modules, sums = self._partition(stage.partition), self._sums(stage)
         if stage.name == "eigenvectors":
             self._decompose_one(unit, self._sums(Stage("covariance", stage.partition)))
         elif not sums.has(unit):
             sums.keep(unit, self._sum_block(stage, unit, sums, self._adder(stage.name, modules)))
 
+    def _settle_partitions(self, held: int | None) -> None:
+        """Take the partitions from fit.json; the first shard writes them.
+
+        They stay as they are while each still fits. Else those of what is left are made anew.
+        """
+        if not self.share.first:
+            self.share.wait(Stage("fit"), lambda: [0] if self.folder.is_dir() and
+                            not FitNotes.read(self.folder).partitions else [])
+            self.notes = FitNotes.read(self.folder)
+            return
+        blocks, before = self.settings.covariance_blocks, self.notes.partitions
+        if before and (held is None or all(
+                len(some) == 1 or held_bytes([self.modules[one] for one in some], blocks) <= held
+                for some in before)):
+            return
+        left = self._unfitted(self.modules)
+        room = None if held is None else int(PLANNED * held)
+        self.notes.partitions = [
+            [self.modules.index(module) for module in some]
+            for some in partitions([self.modules[one] for one in left], blocks, room)]
+        if before:
+            self.progress.say(
+                f"--max-memory is less than it was: what is left is fitted in "
+                f"{len(self.notes.partitions)} partitions, the one under way from its beginning; "
+                "other shards have to be started again")
+        self.notes.write(self.folder)
+
+    def _partition(self, number: int) -> list[Module]:
+        return [self.modules[one] for one in self.notes.partitions[number]]
+
     def _sums(self, stage: Stage) -> Sums:
-        modules = self.partitions[stage.partition]
+        numbers, modules = self.notes.partitions[stage.partition], self._partition(stage.partition)
         shapes = covariance_shapes(modules, self.settings.covariance_blocks) \
             if stage.name == "covariance" else {module.name: module.shape for module in modules}
-        return Sums(self.folder, f"{stage.name}-{stage.partition}", shapes, len(self.blocks))
+        name = f"{stage.name}-{numbers[0]}-{numbers[-1]}"  # other partitions have other files
+        return Sums(self.folder, name, shapes, len(self.blocks))
 
-    def _fit(self, number: int, modules: list[Module]) -> None:
+    def _fit(self, number: int) -> None:
         stages = [Stage("covariance", number), Stage("eigenvalues", number)]
-        covariance, eigenvalues = map(self._sums, stages)
+        modules, (covariance, eigenvalues) = self._partition(number), map(self._sums, stages)
         if self._undecomposed(modules):
             self._sum(stages[0], covariance, self._undecomposed)
             self._decompose(Stage("eigenvectors", number), covariance, modules)
+            covariance.forget()
         self._sum(stages[1], eigenvalues, self._unfitted)
         if self.share.first:
             self._save(eigenvalues, modules)
@@ -253,7 +289,7 @@ class Fit:
         that what is made of it is there."""
         if not self.share.first:
             self.notes = FitNotes.read(self.folder)
-        modules = self.partitions[stage.partition]
+        modules = self._partition(stage.partition)
         add = self._adder(stage.name, modules)
         own = [block for block in range(len(self.blocks)) if self.share.takes(block)]
         left = [block for block in own if not sums.has(block)]
@@ -463,7 +499,7 @@ class Fit:
         for path in self.folder.iterdir():
             if path.name not in (*files, NOTES):
                 path.unlink()
-        self.notes.files = files
+        self.notes.files, self.notes.partitions = files, []
         self.notes.untracked = {what: round(share, 6) for what, share
                                 in untracked(self.model.network, kept).items()}
         self.notes.write(self.folder)

@@ -4,8 +4,8 @@ A block's sums are taken in float32 (float64 for a float64 model); the running s
 order in float64, whoever took them, so it ends with the same bytes. It is committed after every
 block. A block that is summed out of turn, by one of several processes, waits in a file of its own.
 
-    covariance-0.safetensors           the running sum of the first partition of modules
-    covariance-0.000012.safetensors    a block that waits for those before it
+    covariance-0-7.safetensors         the running sum of a partition: modules 0 to 7
+    covariance-0-7.000012.safetensors  a block that waits for those before it
 """
 
 import json
@@ -92,6 +92,10 @@ class Sums:
         totals = self._load()
         assert self._blocks == self.count
         return totals, self._positions
+
+    def forget(self) -> None:
+        """Free the memory of the running sum, which is on the disk."""
+        self._totals = None
 
     def remove(self) -> None:
         """Remove the files, once something took their place."""

@@ -75,7 +75,7 @@ def test_the_bytes_of_one_process_though_a_worker_is_killed(
         while not (all((out / f"shard.{number}").is_file() and
                        (out / f"shard.{number}").stat().st_size for number in (1, 2)) and
                    (moment == "while it starts" or
-                    list(out.glob("curvature.partial/covariance-0.*")))):
+                    list(out.glob("curvature.partial/covariance-0-*")))):
             time.sleep(0.002)
         killed.extend(process_of(out / f"shard.{number}") for number in (1, 2))
         os.kill(killed[0], signal.SIGKILL)

@@ -540,7 +540,7 @@ def test_a_disk_that_fills_while_a_file_is_written_says_the_bytes_needed(
         name = said.split(" could not be written")[0].rsplit("/", 1)[1]
         names.add(name)
         needed = int(said.split("which needs ")[1].split(" bytes")[0].replace(",", ""))
-        if name in ("rows.npy", "tokens.npz", "fit.json", "manifest.json"):
+        if name in ("rows.npy", "tokens.npz", "manifest.json"):
             assert needed == sizes[name], name
         assert needed > 0 and "run the same command again" in said
         assert not list(out.rglob("*.tmp")), said
@@ -548,8 +548,10 @@ def test_a_disk_that_fills_while_a_file_is_written_says_the_bytes_needed(
             build(data, out, **LEAST)
             assert files_of(out) == expected, which
         shutil.rmtree(out)
-    assert {"build.json", "covariance-0.safetensors", "eigenvalues-0.safetensors", "fit.json",
-            "vectors.faiss", "rows.npy", "tokens.npz", "segment.json", "manifest.json"} <= names
+    sums = {name.partition("-")[0] for name in names if "-" in name}
+    assert sums >= {"covariance", "eigenvalues"}
+    assert {"build.json", "fit.json", "vectors.faiss", "rows.npy", "tokens.npz", "segment.json",
+            "manifest.json"} <= names
 
 
 @pytest.mark.parametrize("limit, name", [(1 << 13, "records.lmdb"), (3 << 14, "covariance")])

@@ -65,8 +65,9 @@ def test_one_process_finishes_what_shards_began(model_folder, data_file, index_f
     with pytest.raises(GradindexError, match="in vain for shard 0 of 2"):
         gradindex.build(str(model_folder), data_file, out, **SMALL, shard="1/2", wait=0.1)
     waiting = sorted(path.name for path in (out / "curvature.partial").iterdir())
-    assert waiting == ["covariance-0.000001.safetensors", "covariance-0.000002.safetensors",
-                       "covariance-0.000003.safetensors", "covariance-0.safetensors"]
+    assert waiting == ["covariance-0-3.000001.safetensors", "covariance-0-3.000002.safetensors",
+                       "covariance-0-3.000003.safetensors", "covariance-0-3.safetensors",
+                       "fit.json"]
     with pytest.raises(InputError, match="can't be merged yet: the curvature is not fitted"):
         gradindex.merge(out)
     gradindex.build(str(model_folder), data_file, out, **SMALL)
@@ -133,7 +134,7 @@ def test_a_killed_shard_runs_again(model_folder, data_file, tmp_path):
             env={**os.environ, "RANK": str(number), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"})
 
     first, second = start(0), start(1)
-    while not list(out.glob("curvature.partial/covariance-0.*")):
+    while not list(out.glob("curvature.partial/covariance-0-*")):
         assert first.poll() is None and second.poll() is None
         time.sleep(0.002)
     second.send_signal(signal.SIGKILL)
