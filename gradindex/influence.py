@@ -144,19 +144,35 @@ class Preconditioned:
         return Preconditioned({name: part[query : query + 1]  # type: ignore[misc]
                                for name, part in self._parts.items()})
 
-    def dtype(self, module: Module) -> torch.dtype:
-        part = self._parts[module.name]
-        return (part if isinstance(part, Tensor) else part[0]).dtype
-
-    def blocks(self, module: Module) -> Iterator[tuple[slice, Tensor]]:
-        """P_u [n, o, i] of some queries at a time, with their places."""
+    def terms(self, module: Module, a: Tensor, d: Tensor) -> Tensor:
+        """d_tᵀ P a_t for every token of a [b, t, i], d [b, t, o], for the only query: [b, t]."""
         part = self._parts[module.name]
         if isinstance(part, Tensor):
-            yield slice(0, len(part)), part
-            return
+            [p] = part
+            return terms(module, a.to(p.dtype), d.to(p.dtype), p)
         left, right = part
-        for here in slices(module, len(left)):
-            yield here, left[here] @ right[here]
+        [found] = _low_rank_terms(module, a.to(left.dtype), d.to(left.dtype), left, right)
+        return found
+
+    def scores(self, module: Module, a: Tensor, d: Tensor) -> Tensor:
+        """Σ_t d_tᵀ P a_t of every sequence of a [b, t, i], d [b, t, o]: [q, b].
+
+        Of several whole P, each sequence's gradient is formed once; of low rank, never.
+        """
+        if len(self) == 1:
+            return self.terms(module, a, d).sum(-1)[None]
+        part = self._parts[module.name]
+        if isinstance(part, Tensor):
+            a, d = a.to(part.dtype), d.to(part.dtype)
+            return torch.cat([
+                part.flatten(1) @ gradient(module, a[rows], d[rows]).flatten(1).T
+                for rows in slices(module, len(a))], dim=1)
+        left, right = part
+        a, d = a.to(left.dtype), d.to(left.dtype)
+        most = max(1, LARGEST_BLOCK // max(1, a.shape[0] * a.shape[1] * left.shape[2]))
+        return torch.cat([
+            _low_rank_terms(module, a, d, *some).sum(-1)
+            for some in zip(left.split(most), right.split(most), strict=True)])
 
 
 def slices(module: Module, rows: int) -> Iterator[slice]:
@@ -180,8 +196,15 @@ def terms(module: Module, a: Tensor, d: Tensor, p: Tensor) -> Tensor:
     return (apply_inputs(a, p, module.bias) * d).sum(-1)
 
 
+def _low_rank_terms(module: Module, a: Tensor, d: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """d_tᵀ L R a_t for every token, L [q, o, r] and R [q, r, i]: [q, b, t]."""
+    own = d @ left.transpose(0, 1).flatten(1)
+    own *= apply_inputs(a, right.flatten(0, 1), module.bias)
+    return own.unflatten(-1, left.shape[::2]).sum(-1).movedim(-1, 0)
+
+
 class Influences:
-    """Adds up I [q, b] of a batch on every query; a sequence's gradient is formed once."""
+    """Adds up I [q, b] of a batch on every query."""
 
     def __init__(self, preconditioned: Preconditioned, rows: int):
         self._preconditioned = preconditioned
@@ -189,16 +212,7 @@ class Influences:
         self._parts: dict[str, Tensor] = {}
 
     def __call__(self, module: Module, a: Tensor, d: Tensor) -> None:
-        wide, own = self._preconditioned.dtype(module), torch.zeros_like(self.total)
-        a, d = a.to(wide), d.to(wide)
-        if len(self._preconditioned) == 1:
-            [(_, p)] = self._preconditioned.blocks(module)
-            own[0] = terms(module, a, d, p[0]).sum(-1).cpu()
-        else:
-            for rows in slices(module, len(a)):
-                g = gradient(module, a[rows], d[rows]).flatten(1)
-                for here, p in self._preconditioned.blocks(module):
-                    own[here, rows] = (p.flatten(1) @ g.T).cpu()
+        own = self._preconditioned.scores(module, a, d).to("cpu", torch.float64)
         self._parts[module.name] = own
         self.total += own
 
@@ -215,9 +229,8 @@ class Terms:
         self._parts: dict[str, Tensor] = {}
 
     def __call__(self, module: Module, a: Tensor, d: Tensor) -> None:
-        [(_, p)] = self._preconditioned.blocks(module)
         self._parts[module.name] = self._batch.by_position(
-            module, terms(module, a.to(p.dtype), d.to(p.dtype), p[0]))
+            module, self._preconditioned.terms(module, a, d))
 
     def stacked(self, modules: list[Module]) -> Tensor:
         """[b, t, u], summing to I over t and u."""

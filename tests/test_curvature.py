@@ -182,27 +182,52 @@ def test_sizes_and_query_norms(family, make_model, sequences, tmp_path, block, m
         assert float(norm) == pytest.approx(squared**0.5, rel=1e-4)
 
 
+def whole(preconditioned):
+    """P of module m [q, o, i]."""
+    part = preconditioned.arrays()["m"]
+    return torch.from_numpy(part if isinstance(part, np.ndarray) else part[0] @ part[1])
+
+
 def test_low_rank_gradients_are_the_truncated_svd():
     torch.manual_seed(4)
     p = {"m": torch.randn(3, 9, 12, dtype=torch.float64)}
-    module = Module("m", 0, "mlp", 9, 12, False)
     for rank, exact in ((2, False), (9, True), (None, True)):
         low = Preconditioned(p, rank)
-        [(here, found)] = low.blocks(module)
-        assert here == slice(0, 3) and len(low) == 3
+        found = whole(low)
+        assert len(low) == 3
         u, s, v = torch.linalg.svd(p["m"], full_matrices=False)
         kept = s.clone()
         kept[:, rank or 9 :] = 0
         expected = u @ torch.diag_embed(kept) @ v
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-9 if exact else 1e-3)
     state = torch.random.get_rng_state()
-    [(_, again)] = Preconditioned(p, 2).blocks(module)
-    [(_, first)] = Preconditioned(p, 2).blocks(module)
+    first, again = (whole(Preconditioned(p, 2)) for _ in range(2))
     assert torch.equal(again, first)
     assert torch.equal(torch.random.get_rng_state(), state)  # the user's own numbers are untouched
     parts = [Preconditioned({"m": one[None]}, 2) for one in p["m"]]
-    [(_, joined)] = Preconditioned.join(parts).blocks(module)
-    torch.testing.assert_close(joined, first, rtol=0, atol=1e-3)
+    torch.testing.assert_close(whole(Preconditioned.join(parts)), first, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("most", [1, 1 << 26])
+def test_scores_of_low_rank_are_those_of_the_product(bias, most, monkeypatch):
+    """Neither L R nor a sequence's gradient is formed, whatever is taken at once."""
+    monkeypatch.setattr("gradindex.influence.LARGEST_BLOCK", most)
+    torch.manual_seed(6)
+    module = Module("m", 0, "mlp", 5, 7, bias)
+    a, d = torch.randn(4, 6, 7, dtype=torch.float64), torch.randn(4, 6, 5, dtype=torch.float64)
+    ones = torch.ones(4, 6, int(bias), dtype=torch.float64)
+    g = torch.einsum("bto,bti->boi", d, torch.cat([a, ones], -1))
+    for queries in (1, 3):  # the last is whole
+        p = {"m": torch.randn(queries, *module.shape, dtype=torch.float64)}
+        for rank in (2, None):
+            low = Preconditioned(p, rank)
+            expected = torch.einsum("qoi,boi->qb", whole(low), g)
+            torch.testing.assert_close(low.scores(module, a, d), expected)
+            if queries == 1:
+                torch.testing.assert_close(low.terms(module, a, d).sum(-1), expected[0])
+    empty = low.scores(module, a[:, :0], d[:, :0])  # an expert that no token reached
+    assert torch.equal(empty, torch.zeros(3, 4, dtype=torch.float64))
 
 
 def test_sampled_labels_depend_on_the_sequence_alone(make_model, sequences, tmp_path):
