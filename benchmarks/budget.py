@@ -80,7 +80,7 @@ def on_paper() -> None:
         modules, shown = shape.modules(), []
         for room in (*ROOMS, 512):
             left = room * 1e9 - 2 * shape.parameters
-            fits = left >= 2 * max(held_bytes([one], 1) for one in modules)
+            fits = left >= 2 * max(held_bytes([one], 1, 4) for one in modules)
             shown.append(str(_budget(shape, modules, int(left / 2), length).partitions)
                          if fits else "–")
         print(f"| {shape.name} | " + " | ".join(shown) + " |")
@@ -128,7 +128,7 @@ def measured(hidden: int, layers: int) -> None:
         model = ModelSource(network).load()
         modules = tracked_modules(network)
         width = default_width(16384, len(modules))
-        largest = max(held_bytes([one], 1) for one in modules)
+        largest = max(held_bytes([one], 1, 4) for one in modules)
         print(f"\n{network.num_parameters() / 1e6:.0f} M random parameters, {layers} layers of "
               f"{hidden}, {len(modules)} maps tracked, float32; weights {gb(model.bytes)} GB, "
               f"largest module's sums {gb(largest)} GB; GB beyond the "

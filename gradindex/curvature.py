@@ -9,6 +9,7 @@ Large A and S may be split in blocks (`blockwise.py`).
 
 import contextlib
 import hashlib
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,16 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from gradindex.blockwise import block_rows, enter, leave, square_entries
 from gradindex.errors import DamagedIndexError
-from gradindex.files import FileFacts, atomic_write
+from gradindex.files import FileFacts, Writer, atomic_write
 from gradindex.modules import Module
 
 DAMPING = 0.1  # of mean(Λ), as in Grosse et al. 2023, §5
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+          torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.uint8: "U8"}
 
 
 @dataclass
@@ -83,7 +85,7 @@ def file_bytes(module: Module, dtype: torch.dtype, covariance_blocks: int) -> in
     small = {name: torch.zeros(1, dtype=dtype)
              for name in ("eigenvectors_a", "eigenvectors_s", "eigenvalues")}
     entries = file_entries(module, covariance_blocks)
-    return len(pack_tensors(small, {})) + (entries - 3) * dtype.itemsize
+    return len(_header(small, {"digest": _digest(small, {})})) + entries * dtype.itemsize
 
 
 class FiledEkfac(Mapping[str, Curvature]):
@@ -152,21 +154,42 @@ def write_tensors(
     path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> FileFacts:
     """Write a safetensors file with its own digest. Raises ResourceError."""
-    return atomic_write(path, pack_tensors(tensors, metadata or {}))
+    plain = {name: tensor.contiguous().cpu() for name, tensor in sorted(
+        tensors.items(), key=lambda one: (-one[1].itemsize, one[0]))}  # so each lies aligned
+    about = metadata or {}
+    header = _header(plain, {**about, "digest": _digest(plain, about)})
+
+    def write(file: Writer) -> None:
+        file.write(header)
+        for tensor in plain.values():
+            file.write(_bytes(tensor))
+
+    return atomic_write(path, write, len(header) + sum(one.nbytes for one in plain.values()))
 
 
-def pack_tensors(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
-    """The content of a safetensors file with its own digest."""
-    plain = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-    metadata = {**metadata, "digest": _digest(plain, metadata)}
-    return safetensors.torch.save(plain, metadata)
+def _header(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """What a safetensors file begins with. The library would need all of the file in memory, twice.
+    """
+    content: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, tensor in tensors.items():
+        first, end = end, end + tensor.nbytes
+        content[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape),
+                         "data_offsets": [first, end]}
+    text = json.dumps(content).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
     digest = hashlib.sha256(repr(sorted(metadata.items())).encode())
     for name in sorted(tensors):
         digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}\n".encode())
-        digest.update(tensors[name].view(-1).view(torch.uint8).numpy().data)
+        digest.update(_bytes(tensors[name]))
     return digest.hexdigest()
 
 

@@ -59,7 +59,7 @@ class Writer:
     def __init__(self, file: BinaryIO):
         self._file, self._size, self._digest = file, 0, hashlib.sha256()
 
-    def write(self, content: bytes) -> int:
+    def write(self, content: bytes | memoryview) -> int:
         self._file.write(content)
         self._digest.update(content)
         self._size += len(content)

@@ -134,7 +134,7 @@ class FittedModel:
                  for module in self.manifest.modules), key=lambda one: one[1])
             self._allowance = Allowance.beside(
                 self.model.bytes, self._max_memory, width * entries,
-                f"the curvature of {largest.name}")
+                f"the curvature of {largest.name}", width * entries)
         return self._allowance
 
     @property

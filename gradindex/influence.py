@@ -34,7 +34,7 @@ Gradients = dict[str, Tensor]  # [q, o, i] by module name, a row a query
 Arrays = dict[str, np.ndarray | tuple[np.ndarray, np.ndarray]]  # whole, or L and R, by module name
 
 OVERSAMPLING = 8  # directions beyond the rank, so that the best come out right (Halko et al. 2011)
-LARGEST_BLOCK = 1 << 26  # entries of gradients, of sequences or of queries, formed at once
+LARGEST_BLOCK = 1 << 24  # entries of gradients, or of what low-rank queries take, formed at once
 
 
 def query_coordinates(

@@ -55,10 +55,12 @@ def only_writer(index: Path, doing: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def one_of_writers(index: Path, number: int) -> Iterator[None]:
+def one_of_writers(index: Path, number: int, group: str) -> Iterator[None]:
     """Be shard `number` of the processes that write to `index` together.
 
-    Raises GradindexError while another process is, or one that wants to write alone.
+    `group` says which these are ("one of 8 shards"): two of different groups would do the same
+    units at once. Raises GradindexError while another process is that shard, is of another group,
+    or wants to write alone.
     """
     lock = index / f"{_LOCK}{number}"
     with _locked(index, fcntl.LOCK_SH) as got:
@@ -67,21 +69,61 @@ def one_of_writers(index: Path, number: int) -> Iterator[None]:
                 f"another process is writing to {index}: {_who(index)}. Wait for it, or stop it "
                 "first."
             )
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        descriptor = _opened(lock)
         with _held(descriptor, fcntl.LOCK_EX) as own:
             if own is False:
                 raise GradindexError(
                     f"another process is shard {number} of the build in {index}: "
-                    f"{os.read(descriptor, 100).decode(errors='replace')}. Every shard runs once; "
-                    "stop one of the two."
+                    f"{_said(descriptor)}. Every shard runs once; stop one of the two."
                 )
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+            if not _named(descriptor, lock):  # its holder removed it just now
+                raise GradindexError(f"another process ended just now as shard {number} of the "
+                                     f"build in {index}. Run the same command again.")
             try:
+                _refuse_other_groups(index, lock, group)
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor,
+                         f"process {os.getpid()} on {socket.gethostname()}, {group}".encode())
                 yield
             finally:
                 with contextlib.suppress(OSError):
                     lock.unlink(missing_ok=True)
+
+
+def _opened(lock: Path) -> int:
+    return os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+
+
+def _named(descriptor: int, lock: Path) -> bool:
+    """Whether an open file still has its name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), lock.stat(follow_symlinks=False))
+    except FileNotFoundError:
+        return False
+
+
+def _said(descriptor: int) -> str:
+    """What the holder of a lock wrote into it."""
+    return os.pread(descriptor, 200, 0).decode(errors="replace")
+
+
+def _refuse_other_groups(index: Path, own: Path, group: str) -> None:
+    """Raise GradindexError where a shard of another group is at work."""
+    for path in index.iterdir():
+        if not is_lock(path) or path == own:
+            continue
+        with contextlib.suppress(FileNotFoundError):
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+            said = _said(descriptor)
+            if not said or said.endswith(f", {group}"):
+                os.close(descriptor)  # not locked, which might be in the way of one that starts
+                continue
+            with _held(descriptor, fcntl.LOCK_SH) as free:
+                if free is False:
+                    raise GradindexError(
+                        f"{index} is being built by {said}; this is {group}. All shards must be "
+                        "started with the same i/n; stop the others, or start this one like them."
+                    )
 
 
 def is_lock(path: Path) -> bool:

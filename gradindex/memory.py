@@ -72,28 +72,30 @@ def parse_size(text: str | int) -> int:
 class Allowance:
     """How `bytes` beside the model may be used; None: as much as there is.
 
-    Of the GPU's memory where the model is on one, else of the host's. What isn't named here is for
-    batches.
+    Of the GPU's memory where the model is on one, else of the host's. `batch` is for batches.
     """
 
     bytes: int | None = None
+    batch: int = 0
 
     @classmethod
-    def beside(cls, model_bytes: int, most: int | None, needed: int, what: str) -> "Allowance":
-        """What `most` bytes in all leave beside the model.
+    def beside(
+        cls, model_bytes: int, most: int | None, needed: int, what: str, batch: int
+    ) -> "Allowance":
+        """What `most` bytes in all leave beside the model, of which a batch takes `batch`.
 
-        Raises ResourceError where that is less than twice the `needed` bytes of `what`.
+        Raises ResourceError where that does not suffice for the `needed` bytes of `what`, too.
         """
         if most is None:
             return cls()
-        if most - model_bytes < 2 * needed:
+        if most - model_bytes < needed + batch:
             raise ResourceError(
-                f"--max-memory {size(most)} does not suffice: the model takes {size(model_bytes)} "
-                f"and {what} {size(needed)}, and as much is left for batches; expected "
-                f"{size(model_bytes + 2 * needed)} at least. Allow more, or track smaller "
-                "--modules."
+                f"--max-memory {size(most)} does not suffice: the model takes {size(model_bytes)}, "
+                f"{what} {size(needed)} and a batch {size(batch)}; expected "
+                f"{size(model_bytes + needed + batch)} at least. Allow more, use smaller "
+                "--batch-tokens, or track smaller --modules."
             )
-        return cls(most - model_bytes)
+        return cls(most - model_bytes, batch)
 
     def part(self, share: float, most: int) -> int:
         """A share of the bytes, `most` at most."""
@@ -102,7 +104,7 @@ class Allowance:
     @property
     def fit(self) -> int | None:
         """Bytes of sums and eigenvectors held at once by a fit."""
-        return None if self.bytes is None else int(self.bytes / 2)
+        return None if self.bytes is None else self.bytes - self.batch
 
     @property
     def curvature(self) -> int | None:

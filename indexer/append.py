@@ -119,7 +119,7 @@ def _append(
         state.save()
     run = replace(run, count=state.corpus["sequences"])
     ingest.report(state.corpus, facts.sequence_length, say)
-    ingest.check_disk(contents.root, run.count, facts.code["length"], 0)
+    ingest.check_disk(run, facts.code["length"], 0)
 
     codes = fitted.codes
     ingest.encode_run(fitted.model, codes, run, facts.batch_tokens, max_bad, say)

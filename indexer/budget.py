@@ -31,17 +31,14 @@ class Moment:
 class FitMoments:
     """The moments of a fit of some modules at which it holds most.
 
-    covariance: sums A and S, their totals in float64, and once a block those again as they are
-    written. eigenvectors: the totals, the work on the largest matrix, a module's eigenvectors in
-    float64 and as they are written. eigenvalues: eigenvectors and sums Λ, their totals in float64,
-    and once a block those again; at the end a module's curvature, made and as it is written.
+    covariance: sums A and S, and their totals in float64. eigenvectors: the totals, the work on the
+    largest matrix, a module's eigenvectors in float64. eigenvalues: eigenvectors and sums Λ, their
+    totals in float64. curvature: these, a module's eigenvectors in float64 and its curvature.
     """
 
     covariance: Moment
-    covariance_commit: Moment
     eigenvectors: Moment
     eigenvalues: Moment
-    eigenvalues_commit: Moment
     curvature: Moment
 
     @classmethod
@@ -52,28 +49,37 @@ class FitMoments:
         square, table = sum(squares), sum(tables)
         largest = max(block_rows(n, covariance_blocks) for module in modules
                       for n in module.shape)
-        made = max((8 + 2 * width) * s + 2 * width * t
-                   for s, t in zip(squares, tables, strict=True))
-        turned = width * (square + table)
+        made = max((8 + width) * s + width * t for s, t in zip(squares, tables, strict=True))
         return cls(
-            Moment(8 * square, width * square), Moment(16 * square, width * square),
-            Moment(8 * square + SOLVER * largest**2 + 16 * max(squares), 0),
-            Moment(8 * table, turned), Moment(16 * table, turned), Moment(8 * table + made, 0))
+            Moment(8 * square, width * square),
+            Moment(8 * square + SOLVER * largest**2 + 8 * max(squares), 0),
+            Moment(8 * table, width * (square + table)), Moment(8 * table + made, 0))
 
     @property
     def most(self) -> Moment:
         """The one that holds most."""
-        return max((self.covariance_commit, self.eigenvectors, self.eigenvalues_commit,
-                    self.curvature), key=lambda moment: moment.both)
+        return max((self.covariance, self.eigenvectors, self.eigenvalues, self.curvature),
+                   key=lambda moment: moment.both)
 
 
-def held_bytes(modules: Sequence[Module], covariance_blocks: int, width: int = 4) -> int:
+def held_bytes(modules: Sequence[Module], covariance_blocks: int, width: int) -> int:
     """The most that fitting some modules together holds besides model and batch, in bytes."""
     return FitMoments.of(modules, covariance_blocks, width).most.both
 
 
+def curvature_bytes(modules: Sequence[Module], covariance_blocks: int, width: int) -> int:
+    """Bytes of eigenvectors and eigenvalues."""
+    return width * sum(file_entries(module, covariance_blocks) for module in modules)
+
+
+def projection_bytes(modules: Sequence[Module], width: int, inner: int) -> int:
+    """Bytes of what a code needs of each module: P and R of both sides, R as int8, and signs."""
+    return sum((width + 1) * min(inner, o, i) * (o + i) + width * min(inner, o, i) ** 2
+               for o, i in (module.shape for module in modules))
+
+
 def partitions(
-    modules: list[Module], covariance_blocks: int, held: int | None
+    modules: list[Module], covariance_blocks: int, width: int, held: int | None
 ) -> list[list[Module]]:
     """Modules that follow each other, fitted together: what they hold is at most `held` bytes.
 
@@ -81,26 +87,31 @@ def partitions(
     """
     found: list[list[Module]] = []
     for module in modules:
-        if found and (held is None or held_bytes([*found[-1], module], covariance_blocks) <= held):
+        if found and (held is None or held_bytes([*found[-1], module], covariance_blocks, width)
+                      <= held):
             found[-1].append(module)
         else:
             found.append([module])
     return found
 
 
-def disk_bytes(every: list[list[Module]], covariance_blocks: int, width: int = 4) -> int:
+def disk_bytes(
+    every: list[list[Module]], covariance_blocks: int, width: int, waiting: int = 0
+) -> int:
     """The most that a fit of some partitions holds on the disk at once.
 
     Of the partition under way its running sums, and eigenvectors, float64 until its end, and a file
-    is replaced as a whole: A and S beside Q_A and Q_S, then Λ twice, or once beside the curvature.
-    Of those before it the curvature, `width` bytes a number.
+    is replaced as a whole: A and S beside Q_A and Q_S, then Λ twice, or once beside the curvature;
+    where several processes share the fit, the sums of at most `waiting` blocks that are yet to be
+    added. Of those before it the curvature, `width` bytes a number.
     """
     most = before = 0
     for some in every:
         square = sum(square_entries(module, covariance_blocks) for module in some)
         table = sum(o * i for o, i in (module.shape for module in some))
         own = width * (square + table)
-        most = max(most, before + 16 * square + max(16 * table, 8 * table + own))
+        ahead = waiting * width * max(square, table)
+        most = max(most, before + ahead + 16 * square + max(16 * table, 8 * table + own))
         before += own
     return most
 
@@ -147,16 +158,15 @@ def budget(
     `width` is the bytes of a number of curvature (4, or 8 for a float64 model), `held` what a
     partition of the fit may hold, `inner` the codes' k.
     """
-    every = partitions(modules, covariance_blocks, held)
+    every = partitions(modules, covariance_blocks, width, held)
     shapes = [module.shape for module in modules]
     most = max((FitMoments.of(some, covariance_blocks, width).most for some in every),
                key=lambda moment: moment.both)
-    entries = [file_entries(module, covariance_blocks) for module in modules]
     return Budget(
         model=model_bytes, sums=most.device, host_sums=most.host, partitions=len(every),
-        module=width * max(entries), curvature=width * sum(entries),
-        projections=sum((width + 1) * min(inner, o, i) * (o + i) + width * min(inner, o, i) ** 2
-                        for o, i in shapes),
+        module=max(curvature_bytes([module], covariance_blocks, width) for module in modules),
+        curvature=curvature_bytes(modules, covariance_blocks, width),
+        projections=projection_bytes(modules, width, inner),
         query=width * sum(o * i for o, i in shapes),
         query_low_rank=width * sum(min(LOW_RANK * (o + i), o * i) for o, i in shapes),
         fit_disk=disk_bytes(every, covariance_blocks, width),

@@ -33,7 +33,7 @@ from gradindex.checked import refuse_links
 from gradindex.cluster import check_address
 from gradindex.codes import Codes, CodeSettings, default_length, default_width
 from gradindex.curvature import Ekfac
-from gradindex.errors import InputError
+from gradindex.errors import GradindexError, InputError
 from gradindex.files import disk_errors, facts_of, make_folder, make_folders
 from gradindex.locks import is_lock, one_of_writers, only_writer
 from gradindex.manifest import (
@@ -62,13 +62,15 @@ from gradindex.model import (
 )
 from gradindex.modules import Module
 from gradindex.progress import Progress, shares, size
+from gradindex.records import Record
 from indexer import ingest
 from indexer.background import make_background
 from indexer.budget import disk_bytes, held_bytes, partitions
 from indexer.calibrate import calibrate
 from indexer.corpus import Corpus, CorpusSettings
-from indexer.distribute import Shard, Share, Stage, parse_shard
+from indexer.distribute import OVER_RAY, Shard, Share, Stage, parse_shard
 from indexer.fit import (
+    AHEAD,
     LARGEST_BLOCK,
     FitNotes,
     FitSettings,
@@ -76,6 +78,7 @@ from indexer.fit import (
     fit,
 )
 from indexer.ingest import Run
+from indexer.measure import batch_bytes
 from indexer.quarantine import SHARE
 from indexer.sources import token_file_width
 from indexer.state import BUILD, State
@@ -243,14 +246,17 @@ def build(asked: Asked) -> "Searcher | None":
     if shard.first:
         with disk_errors(index):
             make_folders(index)
+            if together:
+                _begin_alone(asked)
     else:
         shard.wait(Stage("reading the data"), lambda: [] if manifest.exists(index) or
                    State.joined(index, asked.plan) else [0])
-    writing = one_of_writers(index, shard.number) if together else \
+    group = f"one of {shard.of} shards" if shared else OVER_RAY
+    writing = one_of_writers(index, shard.number, group) if together else \
         only_writer(index, "gradindex build")
     with writing, disk_errors(index):
         refuse_links(index)
-        state = State.open(index, asked.plan, say)
+        state = State.open(index, asked.plan, say, anew=not together)
         if manifest.exists(index):
             if shard.first:
                 _check_finished(index, asked)
@@ -266,6 +272,20 @@ def build(asked: Asked) -> "Searcher | None":
                 return None
             _complete(index, fitted, state, say)
     return None if shared else _opened(index, asked.source, asked.device)
+
+
+def _begin_alone(asked: Asked) -> None:
+    """Begin a build, or begin it anew with another plan, if no other process writes to it.
+
+    A shard of the old plan that is still at work would add its sums to the new one's.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(only_writer(asked.index, "gradindex build"))
+        except GradindexError:
+            return
+        refuse_links(asked.index)
+        State.open(asked.index, asked.plan, asked.say)
 
 
 def merge(
@@ -360,7 +380,8 @@ def _build(index: Path, asked: Asked, state: State, say: Progress) -> _Fitted:
     ingest.report(state.corpus, state.plan["sequence_length"], say)
 
     # 3) the model and its tracked modules
-    about = prepare(index, asked.source, asked.device, asked.dtype, state, asked.max_memory, say)
+    about = prepare(index, asked.source, asked.device, asked.dtype, state, asked.max_memory, say,
+                    asked.shard.of)
     with contextlib.ExitStack() as until_here:
         share: Share = asked.shard
         if asked.ray is not None:
@@ -382,7 +403,7 @@ def _build(index: Path, asked: Asked, state: State, say: Progress) -> _Fitted:
 
 def prepare(
     index: Path, source: ModelSource, device: str, dtype: str, state: State,
-    max_memory: int | None, say: Progress,
+    max_memory: int | None, say: Progress, shards: int = 1,
 ) -> Prepared:
     """Load and check the model. Raises ResourceError where disk or memory don't suffice."""
     plan, facts = state.plan, state.corpus
@@ -399,25 +420,42 @@ def prepare(
     if (total := sum(odd.values())) > NOTABLE:
         say.say(f"warning: {total:.0%} of the model's parameters can't be tracked, so their "
                 f"influence is in no score: {shares(odd)}")
-    blocks = plan["covariance_blocks"]
-    allowance = allow(model, tracked, blocks, max_memory)
-    ingest.check_disk(index, run.count, plan["bits"],
-                      disk_bytes(partitions(tracked, blocks, allowance.fit), blocks))
     settings = FitSettings(
         choose_sequences(run.count, plan["fit_sequences"], plan["seed"]), plan["fit_labels"],
         min(plan["segment_size"], LARGEST_BLOCK), plan["batch_tokens"], plan["seed"],
         state.asked["max_bad"], plan["covariance_blocks"],
     )
+    allowance = allow(model, tracked, settings, max_memory,
+                      lambda: run.records(settings.ids[: settings.block]))
+    blocks, width = settings.covariance_blocks, model.accumulate.itemsize
+    every = partitions(tracked, blocks, width, allowance.fit)
+    ingest.check_disk(run, plan["bits"], _still_needed(index, disk_bytes(
+        every, blocks, width, AHEAD * shards if shards > 1 else 0)))
     return Prepared(run, model, tracked, settings, allowance)
 
 
+def _still_needed(index: Path, fit: int) -> int:
+    """What a fit of so many bytes still needs on the disk."""
+    if (index / "curvature").is_dir():
+        return 0
+    there = sum(one.stat().st_size for one in (index / "curvature.partial").glob("*"))
+    return max(0, fit - there)
+
+
 def allow(
-    model: LanguageModel, tracked: list[Module], covariance_blocks: int, max_memory: int | None
+    model: LanguageModel, tracked: list[Module], settings: FitSettings, max_memory: int | None,
+    sample: Callable[[], list[Record]],
 ) -> Allowance:
-    """What a build may use beside the model. Raises ResourceError where that is too little."""
-    held, largest = max((held_bytes([module], covariance_blocks), module.name)
-                        for module in tracked)
-    return Allowance.beside(model.bytes, max_memory, held, f"fitting {largest}")
+    """What a build may use beside the model; some sequences tell what a batch takes.
+
+    Raises ResourceError where that is too little.
+    """
+    if max_memory is None:
+        return Allowance()
+    held, largest = max((held_bytes([module], settings.covariance_blocks,
+                                    model.accumulate.itemsize), module.name) for module in tracked)
+    batch = batch_bytes(model, tracked, sample(), settings)
+    return Allowance.beside(model.bytes, max_memory, held, f"fitting {largest}", batch)
 
 
 def _fit(index: Path, about: Prepared, share: Share, say: Progress) -> _Fitted:

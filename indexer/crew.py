@@ -32,7 +32,7 @@ from gradindex.locks import one_of_writers
 from gradindex.model import ModelSource
 from gradindex.progress import Progress
 from indexer import build, ingest
-from indexer.distribute import Shard, Stage
+from indexer.distribute import OVER_RAY, Shard, Stage
 from indexer.fit import Fit, fitted
 from indexer.state import State
 
@@ -93,7 +93,7 @@ class _Worker:
         until = time.monotonic() + PATIENCE
         while True:
             try:
-                self._stack.enter_context(one_of_writers(self._index, number))
+                self._stack.enter_context(one_of_writers(self._index, number, OVER_RAY))
                 return
             except GradindexError:
                 if time.monotonic() > until:

@@ -2,9 +2,9 @@
 
 A build is made of units: a block of fit sequences to sum up, a module's eigenvectors, a segment to
 encode. Each is committed by a rename and comes out with the same bytes whoever does it, so doing
-one twice is harmless. Shard i of n does the units whose number leaves i when divided by n, then
-waits for the others' where a stage needs all of them. Shard 0 also does what can't be shared: it
-reads the data, and adds up the blocks in order.
+one again, when who did it before is gone, is harmless. Shard i of n does the units whose number
+leaves i when divided by n, then waits for the others' where a stage needs all of them. Shard 0 also
+does what can't be shared: it reads the data, and adds up the blocks in order.
 """
 
 import math
@@ -18,6 +18,7 @@ from gradindex.errors import GradindexError, InputError
 from gradindex.progress import Progress, duration
 
 POLL = 0.5  # seconds between looks at what the others did
+OVER_RAY = "part of a build over Ray"  # see `one_of_writers`
 SAID = 60.0  # seconds until it is said again whom a shard waits for
 
 # What starts several processes tells each its number and how many there are, by these names; a

@@ -152,18 +152,19 @@ def estimate(asked: Asked) -> Estimate:
     start = time.perf_counter() - begun
     tracked = tracked_modules(model.network, plan["modules"])
     inner, width = default_width(plan["bits"], len(tracked)), model.accumulate.itemsize
-    allowed = allow(model, tracked, plan["covariance_blocks"], asked.max_memory)
-    needs = budget(model.bytes, tracked, plan["covariance_blocks"], width, allowed.fit, inner)
+    settings = FitSettings([], plan["fit_labels"], min(plan["segment_size"], LARGEST_BLOCK),
+                           plan["batch_tokens"], plan["seed"],
+                           covariance_blocks=plan["covariance_blocks"])
+    allowed = allow(model, tracked, settings, asked.max_memory,
+                    lambda: read.sample[: settings.block])
+    needs = budget(model.bytes, tracked, settings.covariance_blocks, width, allowed.fit, inner)
 
     # 4) two batches of each stage
     say.say("measuring two batches of each stage")
     bench = Bench(
-        model, tracked, read.sample,
-        FitSettings([], plan["fit_labels"], min(plan["segment_size"], LARGEST_BLOCK),
-                    plan["batch_tokens"], plan["seed"],
-                    covariance_blocks=plan["covariance_blocks"]),
+        model, tracked, read.sample, settings,
         CodeSettings(plan["bits"], inner, plan["seed"], plan["damping"]),
-        min(plan["segment_size"], len(read.lengths)),
+        min(plan["segment_size"], len(read.lengths)), allowed,
     )
     disk = _disk(read, model, tracked, plan)
     stages = {"start": (start, 0), **_stages(bench, read, disk, plan)}
@@ -312,7 +313,7 @@ def _stages(
 
     chosen = choose_sequences(count, plan["fit_sequences"], plan["seed"])
     blocks = list(_groups([read.lengths[one] for one in chosen], bench.settings.block))
-    fitting = Work.of(blocks, tokens)
+    fitting, every = Work.of(blocks, tokens), len(bench.partitions)
     covariance, sums = bench.covariance()
     decompositions = bench.decompositions(sums)
     del sums
@@ -332,9 +333,10 @@ def _stages(
     pairs = Work.of([[read.lengths[one] for one in sample]], tokens)
     return {
         "read": (read.seconds + count * WRITE_RECORD + kept("records", 2), 0),
-        "covariance": (covariance * fitting + len(blocks) * sum_a_s + reading, len(chosen)),
-        "eigenvectors": (decompositions + 2 * sum_a_s, 0),
-        "eigenvalues": (eigenvalues * fitting + len(blocks) * sum_table + reading
+        "covariance": (every * (covariance * fitting + len(blocks) * sum_a_s + reading),
+                       len(chosen)),
+        "eigenvectors": (decompositions + 2 * every * sum_a_s, 0),
+        "eigenvalues": (every * (eigenvalues * fitting + len(blocks) * sum_table + reading)
                         + kept("curvature", 4), len(chosen)),
         "encode": (drawn + encode * Work.of(list(_groups(read.lengths, plan["segment_size"])),
                                             tokens)

@@ -53,6 +53,7 @@ from indexer.sums import Block, BlockNotes, Sums
 
 LARGEST_BLOCK = 256  # sequences
 NOTES = "fit.json"
+AHEAD = 4  # blocks that a shard sums up before the first one added them
 PLANNED = 0.9  # of what a partition may hold: a resumed build may find a little less
 SOUND = 1e-8  # of eigenvectors in float64: residual and departure from orthogonality, relative
 
@@ -240,15 +241,17 @@ class Fit:
             self.notes = FitNotes.read(self.folder)
             return
         blocks, before = self.settings.covariance_blocks, self.notes.partitions
+        width = self.model.accumulate.itemsize
         if before and (held is None or all(
-                len(some) == 1 or held_bytes([self.modules[one] for one in some], blocks) <= held
+                len(some) == 1 or
+                held_bytes([self.modules[one] for one in some], blocks, width) <= held
                 for some in before)):
             return
         left = self._unfitted(self.modules)
         room = None if held is None else int(PLANNED * held)
         self.notes.partitions = [
             [self.modules.index(module) for module in some]
-            for some in partitions([self.modules[one] for one in left], blocks, room)]
+            for some in partitions([self.modules[one] for one in left], blocks, width, room)]
         if before:
             self.progress.say(
                 f"--max-memory is less than it was: what is left is fitted in "
@@ -298,6 +301,7 @@ class Fit:
             self.progress.start(str(stage), sequences, "sequences", done=sequences - sum(
                 len(self.blocks[block]) for block in left))
         for block in left:
+            self._keep_step(stage, block, sums, undone)
             found = self._sum_block(stage, block, sums, add)
             self._add_waiting(stage, sums)
             if self.share.first and sums.added() == block:
@@ -315,6 +319,15 @@ class Fit:
             return there or [0]  # else the first has yet to add them
 
         self.share.wait(stage, missing)
+
+    def _keep_step(
+        self, stage: Stage, block: int, sums: Sums, undone: Callable[[list[Module]], list[int]]
+    ) -> None:
+        """Let the first shard catch up, so that no more than AHEAD blocks of each shard wait."""
+        if not self.share.first:
+            modules = self._partition(stage.partition)
+            self.share.wait(stage, lambda: [0] if undone(modules) and
+                            block >= sums.added() + AHEAD * self.share.of else [])
 
     def _add_waiting(self, stage: Stage, sums: Sums) -> None:
         if self.share.first:

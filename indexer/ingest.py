@@ -186,14 +186,16 @@ def counted(counts: dict[str, int]) -> str:
 
 
 def check_disk(
-    index: Path, sequences: int, length: int, fit: int
+    run: Run, length: int, fit: int
 ) -> None:
-    """Raise ResourceError where the codes, and `fit` bytes of a fit, don't fit on the disk."""
-    codes = sequences * (vectors.code_bytes(length) + segments.ROW.itemsize)
-    free = shutil.disk_usage(index).free
+    """Raise ResourceError where the codes that are yet to be made, and `fit` bytes of a fit, don't
+    fit on the disk."""
+    rows = sum(run.segments[place].rows for place in unsealed(run))
+    codes = rows * (vectors.code_bytes(length) + segments.ROW.itemsize)
+    free = shutil.disk_usage(run.index).free
     if codes + fit > free:
         raise ResourceError(
-            f"the codes need {size(codes)} and the fit {size(fit)}; {index} has {size(free)} "
+            f"the codes need {size(codes)} and the fit {size(fit)}; {run.index} has {size(free)} "
             f"free. Free some space, use fewer --bits (now {length}) or --modules, or another "
             "folder; the same command goes on."
         )

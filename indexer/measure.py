@@ -9,7 +9,7 @@ Memory, in each stage: the process with the model loaded, as measured; what the 
 follows from the modules' shapes (below); what a batch takes on top (activations, logits), measured
 as the peak while batches ran, less the other two; and, on the host, what is still taken when they
 are done: the C library keeps freed pieces below 32 MB, into which batches of other shapes, still
-to come, don't fit. The peak is the process's own, so one that held more before sees too much.
+to come, don't fit.
 With c = Σ (i² + o²), or what their blocks have, and e = Σ o·i entries over modules, w bytes an
 entry of sums and curvature (4; 8 for a float64 model):
 - covariance, eigenvectors, eigenvalues: see `FitMoments`;
@@ -35,18 +35,23 @@ from gradindex.blockwise import (
     covariance_shapes,
     identity,
     square_blocks,
-    square_entries,
 )
 from gradindex.codes import Codes, CodeSettings
-from gradindex.curvature import Curvature, Ekfac, pack_tensors
+from gradindex.curvature import Curvature, Ekfac
 from gradindex.gradients import Batch, plan_batches
 from gradindex.influence import Preconditioned, exact_scores
-from gradindex.memory import Allowance, most, resident
+from gradindex.memory import Allowance, forget_most, most, resident, return_freed
 from gradindex.model import LanguageModel
 from gradindex.modules import Module
 from gradindex.records import Record
 from gradindex.vectors import UNPACKED_ROWS, CodeIndex, code_bytes
-from indexer.budget import FitMoments
+from indexer.budget import (
+    FitMoments,
+    curvature_bytes,
+    held_bytes,
+    partitions,
+    projection_bytes,
+)
 from indexer.calibrate import QUERIES, prepare_query, stacked_queries
 from indexer.encode import encode_batch
 from indexer.fit import (
@@ -101,6 +106,38 @@ class Memory:
     device: int = 0
 
 
+def batch_bytes(
+    model: LanguageModel, modules: list[Module], sample: list[Record], settings: FitSettings
+) -> int:
+    """The most that a batch of the fit's passes takes beyond what these hold, in bytes.
+
+    Measured on the batches of the longest and of the most sequences of a sample, with all modules
+    tracked; those of a shape share their sums. Raises ResourceError.
+    """
+    like = torch.zeros((), dtype=model.accumulate, device=model.device)
+    kept: dict[tuple[int, int], Tensor] = {}
+
+    def shared(shapes: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
+        for shape in shapes.values():
+            kept.setdefault(shape, like.new_empty(shape).fill_(0))
+        return {name: kept[shape] for name, shape in shapes.items()}
+
+    squares = covariance_shapes(modules, settings.covariance_blocks)
+    sums = shared(squares | {module.name: module.shape for module in modules})
+    turned = {shape: identity(*shape, like) for shape in set(squares.values())}
+    vectors = {name: turned[shape] for name, shape in squares.items()}
+    plan = plan_batches([len(record.ids) for record in sample], settings.batch_tokens)
+    _forget_peak(model.device)
+    before = _used(model.device)
+    with torch.no_grad():
+        for rows in (plan[0], max(plan, key=len)):
+            batch = partial(fit_batch, model, [sample[row] for row in rows], settings.labels,
+                            settings.seed)
+            add_covariances(model, modules, sums, *batch(2))
+            add_eigenvalues(model, modules, vectors, sums, *batch(3))
+    return max(0, _peak(model.device) - before)
+
+
 class Bench:
     """Runs two batches of each stage, and keeps what they took.
 
@@ -109,73 +146,77 @@ class Bench:
 
     def __init__(
         self, model: LanguageModel, modules: list[Module], sample: list[Record],
-        settings: FitSettings, code: CodeSettings, segment: int,
+        settings: FitSettings, code: CodeSettings, segment: int, allowance: Allowance,
     ):
         self.model, self.modules, self.sample = model, modules, sample
         self.settings, self.code, self.segment = settings, code, segment
-        self.together = min(QUERIES, stacked_queries(modules, Allowance()))  # scored in a pass
+        self.together = min(QUERIES, stacked_queries(modules, allowance))  # scored in a pass
         self.memory: dict[str, Memory] = {}
         self.batch = 0  # the most bytes that a batch took
-        self._blocks = settings.covariance_blocks
-        self._square = sum(square_entries(module, self._blocks) for module in modules)
-        self._table = sum(o * i for o, i in (module.shape for module in modules))
-        self._width = model.accumulate.itemsize
+        self._blocks, self._width = settings.covariance_blocks, model.accumulate.itemsize
+        self.partitions = partitions(modules, self._blocks, self._width, allowance.fit)
+        self._largest = max(self.partitions, key=lambda some: held_bytes(
+            some, self._blocks, self._width))
+        self._fit = FitMoments.of(self._largest, self._blocks, self._width)
+        self._kept = allowance.curvature
         self._base = _used(model.device)
         self._host = resident()
-        self._fit = FitMoments.of(modules, self._blocks, self._width)
 
     # ---- the stages
 
     def covariance(self) -> tuple[Speed, dict[str, Tensor]]:
-        """Of the pass for A and S; and their sums over the batches that were run."""
-        sums = self._zeros(covariance_shapes(self.modules, self._blocks))
+        """Of a partition's pass for A and S; and their sums over the batches that were run."""
+        sums = self._zeros(covariance_shapes(self._largest, self._blocks))
 
         def run(records: list[Record]) -> None:
-            add_covariances(self.model, self.modules, sums, *self._batch(records, 2))
+            add_covariances(self.model, self._largest, sums, *self._batch(records, 2))
 
-        own, commit = self._fit.covariance, self._fit.covariance_commit
+        own = self._fit.covariance
         speed, batch = self._two(run, self.settings.block, own.device)
-        self._note("covariance", [(own.host, own.device + batch), (commit.host, commit.device)])
+        self._note("covariance", [(own.host, own.device + batch)])
         return speed, sums
 
     def decompositions(self, sums: dict[str, Tensor]) -> float:
         """Seconds of all eigendecompositions, from one of each size (a part of a large one)."""
         seconds: dict[int, float] = {}
-        total = 0.0
         for name, matrix in sums.items():
             for block in square_blocks(matrix):
                 n = min(len(block), LARGEST_MATRIX)
                 if n not in seconds:
                     part = block[:n, :n].to("cpu", torch.float64).nan_to_num()
                     seconds[n] = _seconds(partial(eigenvectors, part, name))
-                total += seconds[n] * (len(block) / n) ** 3
         self._note("eigenvectors", [(self._fit.eigenvectors.host, 0)])
+        total = 0.0
+        for n, rows in covariance_shapes(self.modules, self._blocks).values():
+            for first in range(0, n, rows):
+                size = min(rows, n - first)
+                like = min(seconds, key=lambda known: abs(known - size))
+                total += seconds[like] * (size / like) ** 3
         return total
 
     def eigenvalues(self) -> Speed:
-        """Of the pass for Λ; any eigenvectors will do, so the identity."""
+        """Of a partition's pass for Λ; any eigenvectors will do, so the identity."""
         like = torch.zeros((), dtype=self.model.accumulate, device=self.model.device)
         vectors = {name: identity(n, rows, like) for name, (n, rows)
-                   in covariance_shapes(self.modules, self._blocks).items()}
-        sums = self._zeros({module.name: module.shape for module in self.modules})
+                   in covariance_shapes(self._largest, self._blocks).items()}
+        sums = self._zeros({module.name: module.shape for module in self._largest})
 
         def run(records: list[Record]) -> None:
-            add_eigenvalues(self.model, self.modules, vectors, sums, *self._batch(records, 3))
+            add_eigenvalues(self.model, self._largest, vectors, sums, *self._batch(records, 3))
 
-        own, commit = self._fit.eigenvalues, self._fit.eigenvalues_commit
+        own = self._fit.eigenvalues
         speed, batch = self._two(run, self.settings.block, own.device)
-        self._note("eigenvalues", [(own.host, own.device + batch), (commit.host, commit.device),
-                                   (self._fit.curvature.host, 0)])
+        self._note("eigenvalues", [(own.host, own.device + batch), (self._fit.curvature.host, 0)])
         return speed
 
     def encode(self) -> tuple[Speed, float, Codes, Ekfac]:
         """Of gradients → codes; and the seconds to draw the codes' projections, and these."""
-        ekfac = {}
-        for module in self.modules:
-            o, i = module.shape
+        kinds: dict[tuple[int, int], Curvature] = {}  # modules of a shape share theirs
+        for o, i in {module.shape for module in self.modules}:
             ones = torch.ones(o, i, dtype=self.model.accumulate, device=self.model.device)
             eye_a, eye_s = (identity(n, block_rows(n, self._blocks), ones) for n in (i, o))
-            ekfac[module.name] = Curvature(eye_a, eye_s, ones)
+            kinds[o, i] = Curvature(eye_a, eye_s, ones)
+        ekfac = {module.name: kinds[module.shape] for module in self.modules}
         begun = time.perf_counter()
         codes = Codes(self.modules, ekfac, self.code)
         drawn = time.perf_counter() - begun
@@ -186,8 +227,8 @@ class Bench:
             norms = np.linalg.norm(vectors.astype(np.float64), axis=1)
             index.encode(vectors[np.isfinite(norms)])
 
-        held = self._held_by_codes()
-        speed, batch = self._two(run, self.segment, held)
+        held, batch_held = self._held(), self._codes_held(kinds)
+        speed, batch = self._two(run, self.segment, batch_held)
         longest = max(len(record.ids) for record in self.sample)
         texts = self.segment * (RECORD_BYTES + 5 * longest)
         coded = self.segment * code_bytes(self.code.length)
@@ -201,15 +242,16 @@ class Bench:
             seconds = _seconds(lambda: prepare_query(self.model, codes, ekfac, typical))
             _, one = prepare_query(self.model, codes, ekfac, typical)
         queries = Preconditioned.join([one] * self.together)
-        stack = self.together * self._width * self._table
+        stack = self._width * self.together * sum(
+            module.shape[0] * module.shape[1] for module in self.modules)
 
         def run(records: list[Record]) -> None:
             exact_scores(self.model, self.modules, queries, records,
                          sum(len(record.ids) for record in records) * len(records))
 
-        held = self._held_by_codes() + stack
-        speed, batch = self._two(run, min(128, len(self.sample)), held)
-        self._note("calibrate", [(0, held + max(batch, stack))])
+        kinds = {module.shape: ekfac[module.name] for module in self.modules}
+        speed, batch = self._two(run, min(128, len(self.sample)), self._codes_held(kinds) + stack)
+        self._note("calibrate", [(0, self._held() + stack + max(batch, stack))])
         return speed, seconds
 
     def background(self, queries: int, length: int) -> float:
@@ -220,9 +262,9 @@ class Bench:
         return _seconds(lambda: index.many_scores(vectors)) / UNPACKED_ROWS
 
     def commits(self) -> tuple[float, float]:
-        """Seconds of adding up and writing a block's sums: of A and S, and of Λ."""
-        shapes = {module.name: module.shape for module in self.modules}
-        square = covariance_shapes(self.modules, self._blocks)
+        """Seconds of adding up and writing a block's sums of a partition: A and S, and Λ."""
+        shapes = {module.name: module.shape for module in self._largest}
+        square = covariance_shapes(self._largest, self._blocks)
         return self._commit(square), self._commit(shapes)
 
     def token_matrices(self) -> float:
@@ -245,8 +287,7 @@ class Bench:
         plan = plan_batches(lengths, self.settings.batch_tokens)
         padded = np.array([lengths[batch[0]] * len(batch) for batch in plan])
         middle = (np.cumsum(padded) - padded / 2) / padded.sum()
-        if self.model.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.model.device)
+        _forget_peak(self.model.device)
         with torch.no_grad():
             for extreme in (plan[0], max(plan, key=len)):  # warm up; memory is largest at the ends
                 run([records[row] for row in extreme])
@@ -275,14 +316,17 @@ class Bench:
             self._base + max(device for _, device in moments) if gpu else 0,
         )
 
-    def _held_by_codes(self) -> int:
-        """Curvature, and the projections: R and P of both sides, [k, o] and [k, i]."""
-        entries = self._square + self._table
-        for module in self.modules:
-            o, i = module.shape
-            k = min(self.code.width, o, i)
-            entries += 2 * k * (o + i) + k * k
-        return self._width * entries
+    def _held(self) -> int:
+        """Bytes of curvature and projections that a build holds while it encodes."""
+        whole = curvature_bytes(self.modules, self._blocks, self._width)
+        return projection_bytes(self.modules, self._width, self.code.width) + (
+            whole if self._kept is None else min(whole, self._kept))
+
+    def _codes_held(self, kinds: dict[tuple[int, int], Curvature]) -> int:
+        """The same of this process, where modules of a shape share their curvature."""
+        own = sum(part.nbytes for one in kinds.values() for part in (
+            one.eigenvectors_a, one.eigenvectors_s, one.eigenvalues))
+        return own + projection_bytes(self.modules, self._width, self.code.width)
 
     def _zeros(self, shapes: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
         return {name: torch.zeros(shape, dtype=self.model.accumulate, device=self.model.device)
@@ -299,9 +343,11 @@ class Bench:
         for name, part in sums.items():
             torch.isfinite(part).all()
             totals[name] += part.to("cpu", torch.float64)
-        content = pack_tensors(totals, {})
-        hashlib.sha256(content).digest()
-        return time.perf_counter() - begun + len(content) / WRITING
+        written = sum(part.nbytes for part in totals.values())
+        for part in totals.values():
+            for _ in range(2):  # the file's own digest, and that of the whole file
+                hashlib.sha256(part.numpy().data).digest()
+        return time.perf_counter() - begun + written / WRITING
 
 
 def _fit_speed(shapes: list[tuple[int, int]], seconds: list[float]) -> Speed:
@@ -347,6 +393,14 @@ def gpu_available(device: torch.device) -> int:
 
 def _used(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else resident()
+
+
+def _forget_peak(device: torch.device) -> None:
+    return_freed()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        forget_most()
 
 
 def _peak(device: torch.device) -> int:

@@ -36,9 +36,11 @@ class State:
     asked: dict[str, Any] | None = None  # besides the plan: what doesn't decide the codes
 
     @classmethod
-    def open(cls, index: Path, plan: dict[str, Any], say: Progress) -> "State":
+    def open(
+        cls, index: Path, plan: dict[str, Any], say: Progress, anew: bool = True
+    ) -> "State":
         """The state of the build in `index`, or a new one. Raises as `find` does; ResourceError."""
-        state = cls.find(index, plan, say)
+        state = cls.find(index, plan, say, anew)
         if state is None:
             state = cls(index / BUILD, plan, torch.get_num_threads())
             state.save()
@@ -65,11 +67,14 @@ class State:
         return state if known and not _differences(state.plan, plan) else None
 
     @classmethod
-    def find(cls, index: Path, plan: dict[str, Any], say: Progress) -> "State | None":
+    def find(
+        cls, index: Path, plan: dict[str, Any], say: Progress, anew: bool = True
+    ) -> "State | None":
         """The state of the build in `index`, which may not exist; None where it begins anew.
 
         Another plan is adopted as long as nothing was fitted, so that a command that failed early
-        can be corrected; afterwards it is refused. Raises InputError.
+        can be corrected; afterwards, or where other processes may be at work (not `anew`), it is
+        refused. Raises InputError.
         """
         path = index / BUILD
         if manifest.exists(index):
@@ -77,7 +82,7 @@ class State:
             return cls(path, plan, torch.get_num_threads())
         if path.is_file():
             stored = _stored(path)
-            if _fitted(index) or not _differences(stored.plan, plan):
+            if _fitted(index) or not anew or not _differences(stored.plan, plan):
                 refuse_difference(index, stored.plan, plan)
                 return stored
             say.say(f"starting over in {index}, where nothing was fitted yet: "

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gradindex.curvature import read_metadata, read_tensors, write_tensors
+from gradindex.errors import DamagedIndexError
 
 
 @dataclass
@@ -58,7 +59,14 @@ class Sums:
         """How many blocks the running sum has."""
         if self._totals is not None:
             return self._blocks
-        return int(read_metadata(self._path)["blocks"]) if self._path.is_file() else 0
+        if not self._path.is_file():
+            return 0
+        try:
+            return int(read_metadata(self._path)["blocks"])
+        except DamagedIndexError:
+            if self._path.is_file():
+                raise
+            return self.count  # removed just now: what was made of it took its place
 
     def has(self, block: int) -> bool:
         """Whether a block is in the running sum, or waits for those before it."""

@@ -1,8 +1,11 @@
 """Bounded memory: what may be used for what, and that answers and bytes don't depend on it."""
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
 from conftest import SMALL
 from test_build import files_of
 from test_search import QUESTION
@@ -10,7 +13,11 @@ from test_search import QUESTION
 import gradindex
 from gradindex.errors import InputError, ResourceError
 from gradindex.memory import Allowance, parse_size
+from gradindex.model import tracked_modules
+from gradindex.records import Part, Record
 from indexer.budget import held_bytes, partitions
+from indexer.fit import FitSettings
+from indexer.measure import batch_bytes
 from search import target
 from search.controls import Controls, settle
 
@@ -29,31 +36,32 @@ def test_what_is_no_size(text):
 
 
 def test_an_allowance_is_what_the_model_leaves():
-    free = Allowance.beside(10**9, None, 10**12, "anything")
+    free = Allowance.beside(10**9, None, 10**12, "anything", 10**12)
     assert (free.bytes, free.fit, free.curvature, free.part(0.1, 77)) == (None, None, None, 77)
-    bound = Allowance.beside(3000, 5000, 1000, "fitting m")
-    assert (bound.bytes, bound.fit, bound.curvature) == (2000, 1000, 500)
+    bound = Allowance.beside(3000, 5000, 1200, "fitting m", 800)
+    assert (bound.bytes, bound.fit, bound.curvature) == (2000, 1200, 500)
     assert (bound.part(0.25, 10**6), bound.part(0.25, 400)) == (500, 400)
-    with pytest.raises(ResourceError, match=r"the model takes 3 kB and fitting m 1 kB, .* expected "
-                                            r"5 kB at least"):
-        Allowance.beside(3000, 4999, 1000, "fitting m")
-
-
-def tight(index) -> int:
-    """The least memory that the index's model and modules need for a fit."""
-    return index.model.bytes + 2 * max(held_bytes([module], 1) for module in index.manifest.modules)
+    with pytest.raises(ResourceError, match=r"the model takes 3 kB, fitting m 1.2 kB and a batch "
+                                            r"800 bytes; expected 5 kB at least"):
+        Allowance.beside(3000, 4999, 1200, "fitting m", 800)
 
 
 def test_a_build_in_little_memory_gives_the_same_bytes(
-    model_folder, data_file, index_folder, tmp_path
+    model_folder, data_file, index_folder, tmp_path, monkeypatch
 ):
     index = gradindex.open(index_folder)
-    least = tight(index)
-    assert len(partitions(index.manifest.modules, 1, (least - index.model.bytes) // 2)) > 1
+    modules = index.manifest.modules
+    held = max(held_bytes([module], 1, 4) for module in modules)
     with pytest.raises(ResourceError, match=r"--max-memory .* does not suffice: the model takes"):
         gradindex.build(str(model_folder), data_file, tmp_path / "index", **SMALL,
-                        max_memory=least - 1)
-    gradindex.build(str(model_folder), data_file, tmp_path / "index", **SMALL, max_memory=least)
+                        max_memory=index.model.bytes + held - 1)
+    monkeypatch.setattr("indexer.build.batch_bytes", lambda *_: 0)  # it differs from run to run
+    made = []
+    monkeypatch.setattr("indexer.fit.partitions",
+                        lambda *asked: made.append(partitions(*asked)) or made[-1])
+    gradindex.build(str(model_folder), data_file, tmp_path / "index", **SMALL,
+                    max_memory=index.model.bytes + held)
+    assert [module for [module] in made[0]] == modules
     found, expected = files_of(tmp_path / "index"), files_of(index_folder)
     made, whole = (json.loads(files.pop("manifest.json")) for files in (found, expected))
     assert found == expected
@@ -63,6 +71,21 @@ def test_a_build_in_little_memory_gives_the_same_bytes(
     assert {**made, "sha256": ""} == {**whole, "sha256": ""}
     with pytest.raises(ResourceError, match="the curvature of"):
         gradindex.open(index_folder, max_memory=index.model.bytes).search(**QUESTION, k=3)
+
+
+def test_what_a_batch_takes_is_measured(make_model):
+    """Most of it are logits, in the model's dtype and in that of log p."""
+    model = make_model("gpt_neox", vocab_size=50_000, dtype=torch.float32)
+    random = np.random.default_rng(0)
+    sample = [Record(n, random.integers(0, 50_000, 40).astype(np.int32), np.ones(40, bool),
+                     [Part(n, "x", n + 1, 0, 1, 0)]) for n in range(16)]
+    settings = FitSettings([], "model", 16, 400, 0)
+    logits = 400 * 50_000 * 4
+    found = batch_bytes(model, tracked_modules(model.network), sample, settings)
+    assert 1.5 * logits < found < 8 * logits
+    less = batch_bytes(model, tracked_modules(model.network), sample,
+                       replace(settings, batch_tokens=40))
+    assert found / 20 < less < found / 4
 
 
 def test_a_search_in_little_memory_gives_the_same_answer(index_folder):

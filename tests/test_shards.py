@@ -21,7 +21,7 @@ from gradindex.locks import one_of_writers, only_writer
 from gradindex.modules import Module
 from gradindex.progress import Progress
 from indexer import distribute
-from indexer.budget import held_bytes, partitions
+from indexer.budget import SOLVER, held_bytes, partitions
 from indexer.distribute import Shard, Stage, parse_shard
 from indexer.sums import Block, BlockNotes, Sums
 
@@ -106,17 +106,26 @@ def test_a_later_shard_waits_for_a_build_that_may_begin_anew(model_folder, data_
 
 
 def test_who_may_write_beside_whom(tmp_path):
-    with one_of_writers(tmp_path, 0), one_of_writers(tmp_path, 1):
+    three = "one of 3 shards"
+    with one_of_writers(tmp_path, 0, three), one_of_writers(tmp_path, 1, three):
         said = f"another process is shard 1 .* process {os.getpid()} on "
-        with pytest.raises(GradindexError, match=said), one_of_writers(tmp_path, 1):
+        with pytest.raises(GradindexError, match=said), one_of_writers(tmp_path, 1, three):
+            pass
+        said = f"is being built by process {os.getpid()} on .*, one of 3 shards; this is one of 2"
+        with pytest.raises(GradindexError, match=said), \
+                one_of_writers(tmp_path, 2, "one of 2 shards"):
             pass
         with pytest.raises(GradindexError, match="another process is writing"), \
                 only_writer(tmp_path, "a test"):
             pass
     with only_writer(tmp_path, "a test"), \
             pytest.raises(GradindexError, match=r"another process is writing.*a test"), \
-            one_of_writers(tmp_path, 0):
+            one_of_writers(tmp_path, 0, three):
         pass
+    (tmp_path / "shard.1").write_text("process 7 on gone, one of 2 shards")  # a killed one's
+    with one_of_writers(tmp_path, 0, three):
+        pass
+    (tmp_path / "shard.1").unlink()
     assert not list(tmp_path.iterdir())
 
 
@@ -238,19 +247,19 @@ def test_sums_are_added_in_order_whoever_took_them(tmp_path):
 
 def test_partitions_hold_no_more_than_they_may():
     modules = [Module(f"m{n}", n, "mlp", 3 + n, 5, n % 2 == 0) for n in range(6)]
-    sizes = [held_bytes([module], 1) for module in modules]
+    sizes = [held_bytes([module], 1, 4) for module in modules]
     assert sizes[0] == max(
-        20 * (9 + 36), 8 * (9 + 36) + 48 * 36 + 16 * (9 + 36), 20 * 18 + 4 * (9 + 36),
-        16 * 18 + 16 * (9 + 36))
-    assert held_bytes(modules[:1], 2) == max(
-        20 * (6 + 18), 8 * (6 + 18) + 48 * 9 + 16 * (6 + 18), 20 * 18 + 4 * (6 + 18),
-        16 * 18 + 16 * (6 + 18))
-    assert partitions(modules, 1, None) == [modules]
-    assert partitions(modules, 1, 1) == [[module] for module in modules]
-    for held in (sizes[0] + sizes[1], held_bytes(modules[:4], 1), held_bytes(modules, 1)):
-        found = partitions(modules, 1, held)
+        12 * (9 + 36), 8 * (9 + 36) + SOLVER * 36 + 8 * (9 + 36), 12 * 18 + 4 * (9 + 36),
+        12 * 18 + 12 * (9 + 36))
+    assert held_bytes(modules[:2], 2, 8) == max(
+        16 * (6 + 18 + 8 + 15), 8 * (6 + 18 + 8 + 15) + SOLVER * 9 + 8 * (6 + 18),
+        16 * (18 + 20) + 8 * (6 + 18 + 8 + 15), 8 * (18 + 20) + 16 * (6 + 18) + 8 * 18)
+    assert partitions(modules, 1, 4, None) == [modules]
+    assert partitions(modules, 1, 4, 1) == [[module] for module in modules]
+    for held in (sizes[0] + sizes[1], held_bytes(modules[:4], 1, 4), held_bytes(modules, 1, 4)):
+        found = partitions(modules, 1, 4, held)
         assert [one for part in found for one in part] == modules
         for part, after in zip(found, [*found[1:], None], strict=True):
-            assert held_bytes(part, 1) <= held or len(part) == 1
-            assert after is None or held_bytes([*part, after[0]], 1) > held
-    assert len(partitions(modules, 1, held_bytes(modules[:4], 1))[0]) == 4
+            assert held_bytes(part, 1, 4) <= held or len(part) == 1
+            assert after is None or held_bytes([*part, after[0]], 1, 4) > held
+    assert partitions(modules, 1, 4, held_bytes(modules[:4], 1, 4))[0] == modules[:4]
