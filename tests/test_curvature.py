@@ -45,11 +45,18 @@ def records_of(sequences):
             for n, (ids, scored) in enumerate(sequences)]
 
 
-def fitted(model, modules, sequences, folder, labels="data", block=2, allowance=None):
-    records = records_of(sequences)
+def fitted(model, modules, sequences, folder, labels="data", block=2, allowance=None, most=None):
+    """Interrupted when more than `most` blocks are read."""
+    records, reads = records_of(sequences), []
+
+    def read(ids):
+        reads.append(ids)
+        if len(reads) - 1 == most:
+            raise KeyboardInterrupt
+        return [records[n] for n in ids]
+
     settings = FitSettings(list(range(len(records))), labels, block, 24, 5)
-    return fit(model, modules, lambda ids: [records[n] for n in ids], settings, folder,
-               Progress(), 0, allowance=allowance)[0]
+    return fit(model, modules, read, settings, folder, Progress(), 0, allowance=allowance)[0]
 
 
 def test_partitions_of_modules_give_the_same_bytes(make_model, sequences, tmp_path):
@@ -64,6 +71,25 @@ def test_partitions_of_modules_give_the_same_bytes(make_model, sequences, tmp_pa
                       for folder in folders)
     assert len(whole) == len(modules) + 1
     assert all(other == whole for other in others)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 4, 5])
+def test_a_fit_goes_on_in_less_memory(make_model, sequences, tmp_path, blocks):
+    """Interrupted after so many blocks of three, with all modules together or in two partitions."""
+    model = make_model("gpt2")
+    modules = tracked_modules(model.network, "all")
+    half = held_bytes(modules[: len(modules) // 2], 1, 8)
+    found = []
+    for before, after in ((None, None), (None, half), (2 * half, 1), (1, None)):
+        folder = tmp_path / f"{before} {after}"
+        folder.mkdir()
+        if (before, after) != (None, None):
+            with pytest.raises(KeyboardInterrupt):
+                fitted(model, modules, sequences, folder, "model", allowance=Allowance(before),
+                       most=blocks)
+        fitted(model, modules, sequences, folder, "model", allowance=Allowance(after))
+        found.append({path.name: path.read_bytes() for path in (folder / "curvature").iterdir()})
+    assert all(one == found[0] for one in found)
 
 
 def test_fit_equals_dense_averages(make_model, sequences, tmp_path):

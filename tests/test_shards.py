@@ -16,13 +16,14 @@ from conftest import SMALL
 from test_build import files_of
 
 import gradindex
-from gradindex.errors import GradindexError, InputError
+from gradindex.errors import GradindexError, InputError, ResourceError
 from gradindex.locks import one_of_writers, only_writer
 from gradindex.modules import Module
 from gradindex.progress import Progress
 from indexer import distribute
 from indexer.budget import SOLVER, held_bytes, partitions
 from indexer.distribute import Shard, Stage, parse_shard
+from indexer.state import State
 from indexer.sums import Block, BlockNotes, Sums
 
 
@@ -72,6 +73,49 @@ def test_one_process_finishes_what_shards_began(model_folder, data_file, index_f
         gradindex.merge(out)
     gradindex.build(str(model_folder), data_file, out, **SMALL)
     assert files_of(out) == files_of(index_folder)
+
+
+def test_no_shard_runs_far_ahead(model_folder, data_file, index_folder, tmp_path, monkeypatch):
+    """Blocks wait on the disk for the first shard: at most AHEAD of each of the others."""
+    monkeypatch.setattr("indexer.fit.AHEAD", 1)
+    out = tmp_path / "index"
+    for shard, said in (("0/2", "shard 1 of 2"), ("1/2", "shard 0 of 2: covariance")):
+        with pytest.raises(GradindexError, match=f"in vain for {said}"):
+            gradindex.build(str(model_folder), data_file, out, **SMALL, shard=shard, wait=0.1)
+    assert sorted(path.name for path in out.glob("curvature.partial/covariance-0-3.0*")) == [
+        "covariance-0-3.000001.safetensors", "covariance-0-3.000002.safetensors"]
+    share(model_folder, data_file, out, 2)
+    gradindex.merge(out)
+    assert files_of(out) == files_of(index_folder)
+
+
+def test_a_shard_of_another_plan_keeps_a_build_from_beginning_anew(
+    model_folder, data_file, tmp_path
+):
+    """It would add its sums to the new build's."""
+    out = tmp_path / "index"
+    with pytest.raises(GradindexError, match="in vain for"):
+        gradindex.build(str(model_folder), data_file, out, **SMALL, shard="0/2", wait=0.1)
+    shutil.rmtree(out / "curvature.partial")
+    with one_of_writers(out, 1, "one of 2 shards"), \
+            pytest.raises(InputError, match="seed: 0 before, 5 now"):
+        gradindex.build(str(model_folder), data_file, out, **SMALL, seed=5, shard="0/2", wait=0.1)
+    assert State.resumed(out).plan["seed"] == 0
+    with pytest.raises(GradindexError, match="in vain for"):
+        gradindex.build(str(model_folder), data_file, out, **SMALL, seed=5, shard="0/2", wait=0.1)
+    assert State.resumed(out).plan["seed"] == 5
+
+
+def test_what_is_done_needs_no_room_on_the_disk(model_folder, data_file, tmp_path, monkeypatch):
+    out = tmp_path / "index"
+    share(model_folder, data_file, out, 2)
+    usage = shutil.disk_usage(out)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=600))
+    shutil.move(out / "segments" / "000002", out / "segments" / "000002.partial")
+    with pytest.raises(ResourceError, match=r"the codes need .* and the fit 0 bytes; .* 600 bytes"):
+        gradindex.build(str(model_folder), data_file, out, **SMALL)
+    shutil.move(out / "segments" / "000002.partial", out / "segments" / "000002")
+    gradindex.merge(out)
 
 
 def test_merge_names_what_is_missing(model_folder, data_file, tmp_path):
