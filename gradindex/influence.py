@@ -34,7 +34,7 @@ Gradients = dict[str, Tensor]  # [q, o, i] by module name, a row a query
 Arrays = dict[str, np.ndarray | tuple[np.ndarray, np.ndarray]]  # whole, or L and R, by module name
 
 OVERSAMPLING = 8  # directions beyond the rank, so that the best come out right (Halko et al. 2011)
-LARGEST_BLOCK = 1 << 24  # entries of gradients, or of what low-rank queries take, formed at once
+LARGEST_BLOCK = 1 << 22  # entries of gradients, or of what low-rank queries take, formed at once
 
 
 def query_coordinates(
@@ -108,12 +108,12 @@ class Preconditioned:
 
     @classmethod
     def join(cls, parts: list["Preconditioned"]) -> "Preconditioned":
-        """The queries of several, in order; all of one rank."""
+        """The queries of several, in order; all of one rank. They are emptied, to save memory."""
         joined = cls({})
         joined.rank = parts[0].rank
-        for name, first in parts[0]._parts.items():
-            own = [part._parts[name] for part in parts]
-            joined._parts[name] = torch.cat(own) if isinstance(first, Tensor) else (  # type: ignore[arg-type]
+        for name in list(parts[0]._parts):
+            own = [part._parts.pop(name) for part in parts]
+            joined._parts[name] = torch.cat(own) if isinstance(own[0], Tensor) else (  # type: ignore[arg-type]
                 torch.cat([one[0] for one in own]), torch.cat([one[1] for one in own]))
         return joined
 

@@ -49,7 +49,7 @@ def forget_most() -> None:
 
 
 def return_freed() -> None:
-    """Give the system what was freed; glibc keeps it otherwise."""
+    """Give the system what was freed; glibc keeps pieces below 32 MB otherwise."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -12,7 +12,7 @@ from gradindex.curvature import file_entries
 from gradindex.modules import Module
 
 LOW_RANK = 32  # of a query's gradient, where all of it doesn't fit
-SOLVER = 48  # bytes of an eigendecomposition's work for each entry of its matrix, as measured
+SOLVER = 34  # bytes of an eigendecomposition's work for each entry of its matrix, as measured
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ from gradindex.gradients import (
     why_not_finite,
 )
 from gradindex.influence import slices
-from gradindex.memory import Allowance
+from gradindex.memory import Allowance, return_freed
 from gradindex.model import LanguageModel, untracked
 from gradindex.modules import Module
 from gradindex.progress import Progress
@@ -319,6 +319,7 @@ class Fit:
             return there or [0]  # else the first has yet to add them
 
         self.share.wait(stage, missing)
+        return_freed()  # what batches took is no use to what follows
 
     def _keep_step(
         self, stage: Stage, block: int, sums: Sums, undone: Callable[[list[Module]], list[int]]
@@ -465,6 +466,7 @@ class Fit:
                 own.copy_(eigenvectors(block / positions, name))
             self.progress.update(1)
         write_tensors(self._vectors_path(module), found)
+        return_freed()
 
     def _undecomposed(self, modules: list[Module]) -> list[int]:
         """The numbers of modules whose eigenvectors aren't there, and are still needed."""

@@ -14,7 +14,7 @@ With c = Σ (i² + o²), or what their blocks have, and e = Σ o·i entries over
 entry of sums and curvature (4; 8 for a float64 model):
 - covariance, eigenvectors, eigenvalues: see `FitMoments`;
 - encode: curvature w·(c + e), the codes' projections, a segment's records and codes;
-- calibrate: curvature, projections, and P_u of all queries twice while they are joined.
+- calibrate: curvature, projections, and P_u of all queries.
 What is kept on the model's device and what in the host's memory is told apart.
 """
 
@@ -240,10 +240,11 @@ class Bench:
         typical = sorted(self.sample, key=lambda record: len(record.ids))[len(self.sample) // 2]
         with torch.no_grad():
             seconds = _seconds(lambda: prepare_query(self.model, codes, ekfac, typical))
-            _, one = prepare_query(self.model, codes, ekfac, typical)
-        queries = Preconditioned.join([one] * self.together)
-        stack = self._width * self.together * sum(
-            module.shape[0] * module.shape[1] for module in self.modules)
+            queries = Preconditioned.join([prepare_query(self.model, codes, ekfac, typical)[1]
+                                           for _ in range(self.together)])
+        tables = [self._width * self.together * module.shape[0] * module.shape[1]
+                  for module in self.modules]
+        stack = sum(tables)
 
         def run(records: list[Record]) -> None:
             exact_scores(self.model, self.modules, queries, records,
@@ -251,7 +252,7 @@ class Bench:
 
         kinds = {module.shape: ekfac[module.name] for module in self.modules}
         speed, batch = self._two(run, min(128, len(self.sample)), self._codes_held(kinds) + stack)
-        self._note("calibrate", [(0, self._held() + stack + max(batch, stack))])
+        self._note("calibrate", [(0, self._held() + stack + max(batch, *tables))])
         return speed, seconds
 
     def background(self, queries: int, length: int) -> float:
