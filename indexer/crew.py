@@ -15,17 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-
-try:
-    import ray
-    from ray.exceptions import RayActorError
-except ImportError as error:
-    raise ImportError(
-        f"Ray can't be imported ({error}). Run pip install \"gradindex[ray]\"."
-    ) from error
-
 from gradindex import errors
+from gradindex.cluster import connect, load_ray
 from gradindex.codes import Codes
 from gradindex.errors import GradindexError
 from gradindex.locks import one_of_writers
@@ -130,22 +121,21 @@ class _Worker:
 class Crew:
     """The driver's share of a build: to hand out all units. A context: its end ends the workers.
 
-    `address` is "local", "auto" or host:port. Raises GradindexError where no cluster is there.
+    `address` is "local", "auto" or host:port. Raises InputError where no cluster is there.
     """
 
     first, of = True, 1
 
     def __init__(self, address: str, count: int | None, job: Job, progress: Progress):
         self._job, self._progress = job, progress
-        self._own = not ray.is_initialized()
-        if self._own:
-            _connect(address)
+        self._own = not load_ray().is_initialized()
+        self._ray = connect(address)
         state = State.joined(Path(job.index), job.plan)
         assert state is not None
         gpu = job.plan["device"] == "cuda"
-        self._remote: Any = ray.remote(_Worker).options(
+        self._remote: Any = self._ray.remote(_Worker).options(
             num_gpus=int(gpu), num_cpus=1 if gpu else state.threads)
-        self._count = count or _room(gpu, state.threads)
+        self._count = count or _room(self._ray, gpu, state.threads)
         self._starting: dict[Any, tuple[Any, int]] = {}  # what tells that it is ready: who
         self._idle: list[tuple[Any, int]] = []
         self._failed: Counter[int] = Counter()  # starts, by number
@@ -158,9 +148,9 @@ class Crew:
         trace: TracebackType | None,
     ) -> None:
         for worker, _ in (*self._idle, *self._starting.values()):
-            ray.kill(worker)
+            self._ray.kill(worker)
         if self._own:
-            ray.shutdown()
+            self._ray.shutdown()
 
     def takes(self, unit: int) -> bool:
         """No unit is the driver's."""
@@ -186,7 +176,8 @@ class Crew:
                 if unit not in given and self._idle:
                     who = self._idle.pop()
                     under_way[who[0].do.remote(stage, unit)] = who, unit
-            ready, _ = ray.wait([*under_way, *self._starting], num_returns=1, timeout=PATIENCE)
+            ready, _ = self._ray.wait([*under_way, *self._starting], num_returns=1,
+                                      timeout=PATIENCE)
             for reference in ready:
                 if reference in self._starting:
                     self._started(reference)
@@ -218,8 +209,8 @@ class Crew:
     def _started(self, reference: Any) -> None:
         who = self._starting.pop(reference)
         try:
-            ray.get(reference)
-        except RayActorError as error:
+            self._ray.get(reference)
+        except self._ray.exceptions.RayActorError as error:
             self._failed[who[1]] += 1
             if "creation task" in str(error) or self._failed[who[1]] == TRIES:
                 raise GradindexError(f"a worker could not start: {_last_line(error)}") from None
@@ -231,8 +222,8 @@ class Crew:
     def _came_of(self, reference: Any, who: tuple[Any, int]) -> bool:
         """Whether a unit was done; if its worker died, another takes its place."""
         try:
-            receipt: Receipt = ray.get(reference)
-        except RayActorError:
+            receipt: Receipt = self._ray.get(reference)
+        except self._ray.exceptions.RayActorError:
             self._start(who[1])
             return False
         self._idle.append(who)
@@ -249,21 +240,7 @@ class Crew:
             )
 
 
-def _connect(address: str) -> None:
-    """Start or join a cluster, never with a dashboard: who reaches one runs code there."""
-    try:
-        if address == "local":
-            ray.init(include_dashboard=False, log_to_driver=False)
-        else:
-            ray.init(address=address, log_to_driver=False)
-    except (ConnectionError, ValueError) as error:
-        raise GradindexError(
-            f"--ray {address}: no cluster was found there ({_last_line(error)}). Start one with "
-            "ray start --head, or leave the address out for workers on this machine."
-        ) from None
-
-
-def _room(gpu: bool, threads: int) -> int:
+def _room(ray: Any, gpu: bool, threads: int) -> int:
     """How many workers the cluster has room for."""
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     room = sum(int(one.get("GPU", 0)) if gpu else int(one.get("CPU", 0) // threads)

@@ -20,6 +20,8 @@ from gradindex.errors import GradindexError, InputError
 
 ray = pytest.importorskip("ray")
 
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+
 
 @pytest.fixture(scope="module")
 def cluster():
@@ -64,6 +66,15 @@ def gone(process):
     return False
 
 
+def command(model, data, out, cluster):
+    """A build of the same index from the command line."""
+    flags = [part for name, value in SMALL.items()
+             for part in (f"--{name.replace('_', '-')}",
+                          ",".join(value) if isinstance(value, list) else str(value))]
+    return [sys.executable, "-m", "gradindex", "build", str(model), str(data), "-o", str(out),
+            *flags, "--ray", cluster.address]
+
+
 @pytest.mark.parametrize("moment", ["while it starts", "once a block is summed"])
 def test_the_bytes_of_one_process_though_a_worker_is_killed(
     moment, cluster, alone, model_folder, data_file, tmp_path
@@ -92,21 +103,16 @@ def test_the_bytes_of_one_process_though_a_worker_is_killed(
 
 def test_a_killed_driver_goes_on(cluster, alone, model_folder, data_file, tmp_path):
     out = tmp_path / "index"
-    flags = [part for name, value in SMALL.items()
-             for part in (f"--{name.replace('_', '-')}",
-                          ",".join(value) if isinstance(value, list) else str(value))]
-    command = [sys.executable, "-m", "gradindex", "build", str(model_folder), str(data_file), "-o",
-               str(out), *flags, "--ray", cluster.address]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    driver = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    again = command(model_folder, data_file, out, cluster)
+    driver = subprocess.Popen(again, stderr=subprocess.PIPE, text=True, env=ONE_THREAD)
     while not list(out.glob("segments/000000")):
         assert driver.poll() is None
         time.sleep(0.005)
     driver.send_signal(signal.SIGKILL)
     driver.communicate()
-    again = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-    assert again.returncode == 0, again.stderr
-    assert "next: gradindex search" in again.stderr
+    ended = subprocess.run(again, capture_output=True, text=True, env=ONE_THREAD, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    assert "next: gradindex search" in ended.stderr
     assert files_of(out) == alone
 
 
@@ -134,3 +140,20 @@ def test_what_ray_can_not_do(model_folder, data_file, tmp_path):
         with pytest.raises(InputError, match=f"--ray {address}: {said}"):
             gradindex.build(str(model_folder), data_file, tmp_path / "index", **SMALL, ray=address)
     assert not (tmp_path / "index").exists()
+
+
+def test_a_terminated_driver_goes_on(cluster, alone, model_folder, data_file, tmp_path):
+    """As one without Ray does, which takes the signal for itself."""
+    out = tmp_path / "index"
+    driver = subprocess.Popen(command(model_folder, data_file, out, cluster), text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ONE_THREAD)
+    while not list(out.glob("curvature.partial/covariance*")):
+        assert driver.poll() is None
+        time.sleep(0.005)
+    driver.send_signal(signal.SIGTERM)
+    said, errors = driver.communicate()
+    assert (driver.returncode, said) == (130, "")
+    assert errors.rstrip().endswith("goes on when the same command runs again.")
+    assert "Traceback" not in errors and "ray" not in errors.lower()
+    gradindex.build(str(model_folder), data_file, out, **SMALL, ray=cluster.address)
+    assert files_of(out) == alone
