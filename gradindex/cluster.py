@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import threading
+from pathlib import Path
 from typing import Any
 
 from gradindex.errors import InputError
@@ -63,3 +64,8 @@ def check_address(address: str) -> None:
             f"--ray {address}: no cluster is there ({error}). Start one with ray start --head, or "
             "leave the address out for workers on this machine."
         ) from None
+
+
+def absolute(name: str | Path) -> str | Path:
+    """A folder's path as workers know it, whose working directory is another; a hub id as it is."""
+    return Path(name).absolute() if Path(name).exists() else name

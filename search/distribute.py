@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 import gradindex
+from gradindex.cluster import absolute
 from gradindex.errors import GradindexError, InputError
 from gradindex.influence import Arrays, Preconditioned
 from gradindex.model import quiet_transformers
@@ -149,8 +150,8 @@ class SharedIndex(OpenIndex):
                          allow_damaged, max_memory)
         self._ray, self._asked = ray, asked
         self._where = Where(
-            gradindex.__version__, self.path, _absolute(self.source.model),
-            None if self.source.tokenizer is None else _absolute(self.source.tokenizer),
+            gradindex.__version__, self.path, absolute(self.source.model),
+            None if self.source.tokenizer is None else absolute(self.source.tokenizer),
             "cuda" if device.startswith("cuda") else device, trust_remote_code, allow_pickle,
             max_memory)
         self._workers: list[Handle] = []
@@ -375,8 +376,3 @@ def deal(rows: Sequence[int], count: int) -> list[slice]:
         runs.append(slice(first, end if left > 1 else len(rows)))
         first = end
     return runs
-
-
-def _absolute(name: str | Path) -> str | Path:
-    """A folder's path as it is known from elsewhere; a hub id as it is."""
-    return Path(name).absolute() if Path(name).exists() else name
