@@ -1,5 +1,6 @@
 """A build on a Ray cluster of two nodes on this machine: the bytes of one process."""
 
+import json
 import os
 import shutil
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -17,6 +19,13 @@ from test_build import files_of
 import gradindex
 import gradindex.model
 from gradindex.errors import GradindexError, InputError
+from gradindex.locks import one_of_writers
+from gradindex.progress import Progress
+from indexer import crew
+from indexer.build import ask
+from indexer.crew import Crew, Job, Receipt, _Worker
+from indexer.distribute import Stage
+from indexer.state import State
 
 ray = pytest.importorskip("ray")
 
@@ -50,6 +59,27 @@ def alone(model_folder, data_file, tmp_path, one_thread):
     return files_of(tmp_path / "alone")
 
 
+class Heard(Progress):
+    """Notes what is said, and does `then` at it."""
+
+    def __init__(self, then=lambda line: None):
+        super().__init__()
+        self.lines, self._then = [], then
+
+    def say(self, line):
+        self.lines.append(line)
+        self._then(line)
+
+
+@pytest.fixture
+def begun(model_folder, data_file, tmp_path, one_thread):
+    """The folder of a build whose first block alone is summed."""
+    with pytest.raises(GradindexError, match="in vain for shards 1, 2, 3 of 4"):
+        gradindex.build(str(model_folder), data_file, tmp_path / "index", **SMALL, shard="0/4",
+                        wait=0.01)
+    return tmp_path / "index"
+
+
 def process_of(lock):
     """The process of the worker that holds a lock."""
     return int(lock.read_text().split()[1])
@@ -79,7 +109,7 @@ def command(model, data, out, cluster):
 def test_the_bytes_of_one_process_though_a_worker_is_killed(
     moment, cluster, alone, model_folder, data_file, tmp_path
 ):
-    out, killed = tmp_path / "index", []
+    out, killed, done = tmp_path / "index", [], threading.Event()
 
     def kill():
         """One of the two; the other is watched."""
@@ -87,18 +117,138 @@ def test_the_bytes_of_one_process_though_a_worker_is_killed(
                        (out / f"shard.{number}").stat().st_size for number in (1, 2)) and
                    (moment == "while it starts" or
                     list(out.glob("curvature.partial/covariance-0-*")))):
-            time.sleep(0.002)
+            if done.wait(0.002):
+                return
         killed.extend(process_of(out / f"shard.{number}") for number in (1, 2))
         os.kill(killed[0], signal.SIGKILL)
 
     killer = threading.Thread(target=kill)
     killer.start()
-    found = gradindex.build(str(model_folder), data_file, out, **SMALL, ray=cluster.address,
-                            ray_workers=2)
-    killer.join()
+    try:
+        found = gradindex.build(str(model_folder), data_file, out, **SMALL, ray=cluster.address,
+                                ray_workers=2)
+    finally:
+        done.set()
+        killer.join()
     assert files_of(out) == alone
     assert len(found) == 52
-    assert not ray.is_initialized() and all(map(gone, killed))
+    assert not ray.is_initialized() and len(killed) == 2 and all(map(gone, killed))
+
+
+def test_a_model_named_from_another_folder(
+    cluster, alone, model_folder, data_file, tmp_path, monkeypatch
+):
+    """Workers have the working directory of the cluster."""
+    shutil.copytree(model_folder, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    gradindex.build("./model", data_file, "index", **SMALL, ray=cluster.address)
+    there, here = (json.loads((tmp_path / name / "manifest.json").read_bytes())
+                   for name in ("alone", "index"))
+    assert there["files"] == here["files"]
+
+
+def test_a_worker_out_of_reach_is_ended_before_another_does_its_unit(
+    cluster, alone, model_folder, data_file, tmp_path, monkeypatch
+):
+    """It may live, and hold its lock."""
+    out, get, reached = tmp_path / "index", ray.get, []
+
+    def get_but_once(reference):
+        found = get(reference)
+        if isinstance(found, Receipt) and (out / "curvature.partial").is_dir() and not reached:
+            reached.append(process_of(out / "shard.1"))
+            raise ray.exceptions.ActorUnavailableError("the network broke", b"0" * 16)
+        return found
+
+    monkeypatch.setattr(ray, "get", get_but_once)
+    heard = Heard()
+    gradindex.build(str(model_folder), data_file, out, **SMALL, ray=cluster.address, ray_workers=1,
+                    progress=heard)
+    assert any("the network broke" in line for line in heard.lines)
+    assert gone(*reached) and files_of(out) == alone
+
+
+def test_what_is_waited_for(cluster, alone, model_folder, data_file, tmp_path, monkeypatch):
+    """A worker that has no place in the cluster, and one that loads."""
+    monkeypatch.setattr(crew, "PATIENCE", 0.2)
+    out = tmp_path / "index"
+    out.mkdir()
+    free = threading.Event()
+
+    def hold():
+        with one_of_writers(out, 1):  # which the first waits for, while it loads
+            free.wait()
+
+    def then(line):
+        if "1 of 3 have no process yet" in line:
+            free.set()
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    heard = Heard(then)
+    try:
+        gradindex.build(str(model_folder), data_file, out, **SMALL, ray=cluster.address,
+                        ray_workers=3, progress=heard)
+    finally:
+        free.set()
+        holder.join()
+    assert any("2 of 3 load the model" in line for line in heard.lines)
+    assert files_of(out) == alone
+
+
+def test_an_error_of_the_folder_is_tried_again(
+    cluster, alone, model_folder, data_file, begun, monkeypatch
+):
+    """Such as a shared file system has for a moment; in the end it is said."""
+    monkeypatch.setattr(crew, "PAUSE", 0.1)
+    [first] = begun.glob("curvature.partial/covariance-*.safetensors")
+    odd = first.with_suffix(".000001.safetensors")
+    odd.mkdir()
+    (odd / "full").touch()
+    heard = Heard()
+    with pytest.raises(GradindexError, match=r"unit 1 of covariance failed 4 times: IsADirectory"
+                                             r"Error: .*run the same command again to go on"):
+        gradindex.build(str(model_folder), data_file, begun, **SMALL, ray=cluster.address,
+                        ray_workers=2, progress=heard)
+    assert sum("unit 1 of covariance failed: IsADir" in line for line in heard.lines) == 3
+
+    def mend(line):
+        if "unit 1 of covariance failed: IsADir" in line:
+            (odd / "full").unlink()
+            odd.rmdir()
+
+    gradindex.build(str(model_folder), data_file, begun, **SMALL, ray=cluster.address,
+                    ray_workers=2, progress=Heard(mend))
+    assert not odd.exists() and files_of(begun) == alone
+
+
+def test_an_unforeseen_error_is_one_line(cluster, model_folder, data_file, begun):
+    job = Job.of(ask(str(model_folder), data_file, begun, **SMALL))
+    with (pytest.raises(GradindexError, match=r"^a worker failed in a way .*: KeyError: 'odd'$"),
+          Crew(cluster.address, 1, job, Progress()) as hands):
+        hands.wait(Stage("odd"), lambda: [0])
+    assert not ray.is_initialized()
+
+
+def test_a_worker_is_where_the_plan_says(model_folder, data_file, tmp_path, one_thread):
+    """Whatever it would choose itself: what it can't have it refuses."""
+    build = partial(ask, str(model_folder), data_file, tmp_path / "index", **SMALL)
+    with pytest.raises(GradindexError, match="in vain for shard 1 of 2"):
+        gradindex.build(str(model_folder), data_file, tmp_path / "index", **SMALL, dtype="float64",
+                        shard="0/2", wait=0.1)
+    worker = _Worker(Job.of(build(dtype="float64")), 1)
+    assert worker.load() == Receipt()
+    assert worker._about.model.dtype == torch.float64
+    worker._stack.close()
+    assert not list(tmp_path.glob("index/shard.*"))
+    if not torch.cuda.is_available():
+        state = State.resumed(tmp_path / "index")
+        state.plan["device"] = "cuda"
+        state.save()
+        asked = build(dtype="float64")
+        asked.plan["device"] = "cuda"
+        receipt = _Worker(Job.of(asked), 1).load()
+        assert receipt.error == "InputError" and "sees no CUDA GPU" in receipt.message
 
 
 def test_a_killed_driver_goes_on(cluster, alone, model_folder, data_file, tmp_path):
