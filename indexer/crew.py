@@ -140,6 +140,7 @@ class _Worker:
 
     def _made_codes(self) -> Codes:
         if self._codes is None:
+            self._fit.forget()
             about = self._about
             ekfac, _ = fitted(about.model, about.tracked, about.settings.covariance_blocks,
                               self._index, Progress(), about.allowance)

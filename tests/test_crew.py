@@ -22,9 +22,10 @@ from gradindex.errors import GradindexError, InputError
 from gradindex.locks import one_of_writers
 from gradindex.progress import Progress
 from indexer import crew
-from indexer.build import ask
+from indexer.build import ask, prepare
 from indexer.crew import Crew, Job, Receipt, _Worker
-from indexer.distribute import Stage
+from indexer.distribute import Shard, Stage
+from indexer.fit import Fit
 from indexer.state import State
 
 ray = pytest.importorskip("ray")
@@ -249,6 +250,47 @@ def test_a_worker_is_where_the_plan_says(model_folder, data_file, tmp_path, one_
         asked.plan["device"] = "cuda"
         receipt = _Worker(Job.of(asked), 1).load()
         assert receipt.error == "InputError" and "sees no CUDA GPU" in receipt.message
+
+
+def test_a_worker_reads_once_what_units_of_a_stage_share(model_folder, data_file, begun):
+    """The numbers of units done by a process each, though the files they share are gone."""
+    asked = ask(str(model_folder), data_file, begun, **SMALL)
+    about = prepare(begun, asked.source, "cpu", "float32", State.resumed(begun), None, Progress())
+    folder = begun / "curvature.partial"
+
+    def fit(number=1):
+        return Fit(about.model, about.tracked, about.run.records, about.settings, folder,
+                   Progress(), 0, Shard(number, 2))
+
+    def files(pattern):
+        return {path.name: {name: one.numpy().tobytes() for name, one in load_file(path).items()}
+                for path in folder.glob(pattern)}
+
+    def done(stage, units, shared, made):
+        """What a process each leaves, what one leaves that reads once, and that it let go."""
+        for unit in units:
+            fit().do(stage, unit)
+        apart = files(made)
+        for name in apart:
+            (folder / name).unlink()
+        one = fit()
+        one.do(stage, units[0])
+        aside = {path: path.rename(folder / f"aside.{path.name}") for path in folder.glob(shared)}
+        assert aside
+        for unit in units[1:]:
+            one.do(stage, unit)
+        for path, where in aside.items():
+            where.rename(path)
+        assert len(apart) == len(units) and files(made) == apart
+        one.forget()
+        assert one._at_hand is None
+
+    for block in (1, 2, 3):
+        fit().do(Stage("covariance"), block)
+    first = fit(0)
+    first._add_waiting(Stage("covariance"), first._sums(Stage("covariance")))
+    done(Stage("eigenvectors"), range(len(about.tracked)), "covariance-*", "*.eigenvectors.*")
+    done(Stage("eigenvalues"), range(4), "*.eigenvectors.*", "eigenvalues-*")
 
 
 def test_a_killed_driver_goes_on(cluster, alone, model_folder, data_file, tmp_path):
