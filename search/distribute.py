@@ -293,7 +293,13 @@ class SharedIndex(OpenIndex):
     # ---- what is asked of them
 
     def code_scores(self, queries: np.ndarray) -> np.ndarray:
-        """As of `OpenIndex`, from all workers: 4 bytes a sequence and query cross the network."""
+        """As of `OpenIndex`, from all workers: 4 bytes a sequence and query cross the network.
+
+        All are wanted, not each worker's best: below 0.95 a statement comes with the length that
+        would do, judged by the score at any rank (`Shortlist.length_for`), and --recall grows the
+        list by it; groups are totals of all scores; the rank by code of a hit of the TF-IDF list
+        counts all above it; when a worker is lost, others move up, from any depth.
+        """
         if not self._workers:
             self.load()
         away = [worker for worker in self._workers if not worker.ready]
