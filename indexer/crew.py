@@ -176,6 +176,7 @@ class Crew:
         self._ray = load_ray()
         self._own = not self._ray.is_initialized()
         self._numbers = 0  # given: a worker never waits for the lock of one that it replaces
+        self._hands: list[_Hand] = []  # all that live
         self._starting: dict[Any, _Hand] = {}  # by what tells that the model is there
         self._under_way: dict[Any, tuple[_Hand, int]] = {}  # with the unit, by its receipt
         self._idle: list[_Hand] = []
@@ -194,8 +195,8 @@ class Crew:
         self, kind: type[BaseException] | None, error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for hand in self._hands():
-            self._ray.kill(hand.actor)
+        for hand in list(self._hands):
+            self._end(hand)
         if self._own:
             self._ray.shutdown()
 
@@ -212,7 +213,7 @@ class Crew:
         left = missing()
         if not left:
             return
-        while len(self._hands()) < (self._count or 1):
+        while len(self._hands) < (self._count or 1):
             self._start(failed=0)
         self._progress.start(str(stage), len(left), "units")
         failures: Counter[int] = Counter()
@@ -233,10 +234,6 @@ class Crew:
         self._under_way.clear()
         self._progress.finish()
 
-    def _hands(self) -> list[_Hand]:
-        return [*self._idle, *self._starting.values(),
-                *(hand for hand, _ in self._under_way.values())]
-
     def _hand_out(self, stage: Stage, left: list[int], failures: Counter[int]) -> None:
         given = {unit for _, unit in self._under_way.values()}
         for unit in left:
@@ -249,19 +246,25 @@ class Crew:
         self._numbers += 1
         actor = self._remote.remote(self._job, self._numbers)
         hand = _Hand(actor, actor.process.remote(), failed)
+        self._hands.append(hand)
         self._starting[actor.load.remote()] = hand
+
+    def _end(self, hand: _Hand) -> None:
+        self._hands.remove(hand)
+        self._ray.kill(hand.actor)
 
     def _started(self, reference: Any) -> None:
         hand = self._starting.pop(reference)
-        why, _ = self._came_of(reference, hand)
+        why, there = self._came_of(reference, hand)
         if why is None:
             self._idle.append(hand)
             return
+        if there:
+            self._end(hand)
         if hand.failed + 1 == TRIES:
             raise GradindexError(f"{TRIES} workers, one after the other, could not start; the last "
                                  f"one: {why}.")
         self._progress.say(f"a worker could not start ({why}); another takes its place")
-        self._ray.kill(hand.actor)
         self._start(hand.failed + 1)
 
     def _ended(self, reference: Any, stage: Stage, failures: Counter[int]) -> None:
@@ -301,7 +304,7 @@ class Crew:
             if "creation task" in str(error):
                 raise GradindexError(f"a worker could not start: {_last_line(error)}") from None
             # one that Ray can't reach may live, and must not do its unit beside who takes it over
-            self._ray.kill(hand.actor)
+            self._end(hand)
             return f"a worker died ({_last_line(error)})", False
         if receipt.error:
             known_here = getattr(errors, receipt.error, GradindexError)

@@ -224,11 +224,22 @@ def test_an_error_of_the_folder_is_tried_again(
 
 
 def test_an_unforeseen_error_is_one_line(cluster, model_folder, data_file, begun):
+    """And no worker is left, though the connection is the user's and stays."""
     job = Job.of(ask(str(model_folder), data_file, begun, **SMALL))
-    with (pytest.raises(GradindexError, match=r"^a worker failed in a way .*: KeyError: 'odd'$"),
-          Crew(cluster.address, 1, job, Progress()) as hands):
-        hands.wait(Stage("odd"), lambda: [0])
-    assert not ray.is_initialized()
+    ray.init(cluster.address, log_to_driver=False)
+    processes = []
+
+    def left():
+        processes.extend(map(process_of, begun.glob("shard.*")))
+        return [0]
+
+    try:
+        with (pytest.raises(GradindexError, match=r"^a worker failed in a way .*: KeyError: 'odd'$")
+              as kept, Crew(cluster.address, 1, job, Progress()) as hands):
+            hands.wait(Stage("odd"), left)
+        assert kept.tb and ray.is_initialized() and processes and all(map(gone, processes))
+    finally:
+        ray.shutdown()
 
 
 def test_a_worker_is_where_the_plan_says(model_folder, data_file, tmp_path, one_thread):
