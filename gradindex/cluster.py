@@ -1,14 +1,58 @@
-"""Where a Ray cluster is, as --ray says it. Ray itself is imported by who hands work to it."""
+"""The way to a Ray cluster, as --ray says where it is: Ray's only door."""
 
+import os
+import signal
 import socket
+import threading
+from pathlib import Path
+from typing import Any
 
 from gradindex.errors import InputError
+
+LOCAL = "local"  # the address of an instance that is started here
+
+
+def connect(address: str) -> Any:
+    """Ray, connected to the cluster at `address`: "auto", host:port, or LOCAL to start one here.
+
+    A process that is connected already stays so. One that is started here has no dashboard, by
+    which others could run code. Raises InputError where there is no Ray, or no cluster.
+    """
+    check_address(address)
+    ray = load_ray()
+    if not ray.is_initialized():
+        own: dict[str, Any] = {"include_dashboard": False} if address == LOCAL else {}
+        terminated = signal.getsignal(signal.SIGTERM)
+        try:
+            ray.init(address, log_to_driver=False, logging_level="error", **own)
+            # or Ray's thread says on standard output, which is data, what it thinks of dead workers
+            ray._private.worker._worker_logs_enabled = False
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, terminated)  # which Ray has taken
+        except (OSError, RuntimeError, ValueError) as error:
+            raise InputError(
+                f"--ray {address}: no cluster can be reached there "
+                f"({' '.join(str(error).split())[:200]}). Start one with `ray start --head`, or "
+                "give --ray no address for an instance on this machine."
+            ) from None
+    return ray
+
+
+def load_ray() -> Any:
+    """The library. Raises InputError where it isn't installed."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ImportError as error:
+        raise InputError(f"--ray needs Ray, which can't be imported ({error}). Run pip install "
+                         '"gradindex[ray]".') from None
+    return ray
 
 
 def check_address(address: str) -> None:
     """Raise InputError for an address where nobody listens: Ray itself tries for minutes."""
     host, _, port = address.rpartition(":")
-    if address in ("local", "auto"):
+    if address in (LOCAL, "auto"):
         return
     if not host or not port.isdecimal():
         raise InputError(f"--ray {address}: expected auto or host:port, or no address for workers "
@@ -20,3 +64,8 @@ def check_address(address: str) -> None:
             f"--ray {address}: no cluster is there ({error}). Start one with ray start --head, or "
             "leave the address out for workers on this machine."
         ) from None
+
+
+def absolute(name: str | Path) -> str | Path:
+    """A folder's path as workers know it, whose working directory is another; a hub id as it is."""
+    return Path(name).absolute() if Path(name).exists() else name

@@ -13,7 +13,6 @@ processes can share the fit and the encoding (`distribute.py`); `merge` does wha
 
 import contextlib
 import functools
-import importlib
 import inspect
 import math
 import platform
@@ -30,7 +29,7 @@ import torch
 import gradindex
 from gradindex import background, curvature, manifest, segments, vectors
 from gradindex.checked import refuse_links
-from gradindex.cluster import check_address
+from gradindex.cluster import check_address, load_ray
 from gradindex.codes import Codes, CodeSettings, default_length, default_width
 from gradindex.curvature import Ekfac
 from gradindex.errors import GradindexError, InputError
@@ -631,7 +630,7 @@ def _check_ray(address: str, model: Any, shard: str | None) -> None:
                          "(save_pretrained) and give the folder.")
     if shard is not None:
         raise InputError("--ray and --shard exclude each other: give one.")
-    importlib.import_module("indexer.crew")  # which says so, where Ray isn't installed
+    load_ray()
     check_address(address)
 
 

@@ -15,55 +15,51 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-
-try:
-    import ray
-    from ray.exceptions import RayActorError
-except ImportError as error:
-    raise ImportError(
-        f"Ray can't be imported ({error}). Run pip install \"gradindex[ray]\"."
-    ) from error
-
 from gradindex import errors
+from gradindex.cluster import absolute, connect, load_ray
 from gradindex.codes import Codes
-from gradindex.errors import GradindexError
+from gradindex.errors import GradindexError, InputError
+from gradindex.files import disk_errors
 from gradindex.locks import one_of_writers
 from gradindex.model import ModelSource
 from gradindex.progress import Progress
 from indexer import build, ingest
+from indexer.build import Prepared
 from indexer.distribute import OVER_RAY, Shard, Stage
 from indexer.fit import Fit, fitted
 from indexer.state import State
 
-TRIES = 4  # of a unit whose worker dies
-PATIENCE = 60.0  # seconds: for the lock of a worker that was killed, and until it is said that none
-# can start
+TRIES = 4  # of a unit that fails, or to have a worker there
+PAUSE = 5.0  # seconds before a unit is tried again, and longer each time: a shared folder lags
+PATIENCE = 60.0  # seconds: for the lock of a worker that was killed, and until it is said again
+# whom the build waits for
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker needs to join a build: names and numbers alone."""
+    """What a worker needs to join a build: names and numbers alone.
+
+    On a GPU the model of the driver, which calibrates with it in the end, lies beside that of the
+    worker to whom Ray gives the same GPU: Ray knows nothing of the driver's.
+    """
 
     index: str
     model: str
     trust_remote_code: bool
     allow_pickle: bool
-    device: str
-    dtype: str
     plan: dict[str, Any]
     max_memory: int | None
 
     @classmethod
     def of(cls, asked: "build.Asked") -> "Job":
         source = asked.source
-        return cls(str(asked.index.resolve()), str(source.model), source.trust_remote_code,
-                   source.allow_pickle, asked.device, asked.dtype, asked.plan, asked.max_memory)
+        return cls(str(asked.index.resolve()), str(absolute(source.model)),
+                   source.trust_remote_code, source.allow_pickle, asked.plan, asked.max_memory)
 
 
 @dataclass(frozen=True)
 class Receipt:
-    """What came of a unit: nothing, or an error by the name of its class."""
+    """What came of a unit, or of loading: nothing, or an error by the name of its class."""
 
     error: str = ""
     message: str = ""
@@ -73,94 +69,136 @@ class _Worker:
     """Does units of a build, one at a time; shard `number` of those that write to the index."""
 
     def __init__(self, job: Job, number: int):
-        self._stack = contextlib.ExitStack()
+        self._job, self._number = job, number
         self._index = Path(job.index)
-        self._join(number)
-        state = State.joined(self._index, job.plan)
-        assert state is not None  # the driver saw to it
-        self._plan = state.plan
-        source = ModelSource(job.model, None, job.trust_remote_code, job.allow_pickle)
-        self._about = build.prepare(self._index, source, job.device, job.dtype, state,
-                                    job.max_memory, Progress())
-        about = self._about
-        self._fit = Fit(about.model, about.tracked,
-                        about.run.records, about.settings, self._index / "curvature.partial",
-                        Progress(), 0, Shard(1, 2))
+        self._stack = contextlib.ExitStack()
         self._codes: Codes | None = None
+        self._about: Prepared
+        self._fit: Fit
 
-    def _join(self, number: int) -> None:
-        """Take the number's lock, which a worker that was killed may hold for a moment yet."""
+    def process(self) -> int:
+        """The process's number: it has its place."""
+        return os.getpid()
+
+    def load(self) -> Receipt:
+        """Join the build and load the model; its errors travel as text."""
+        try:
+            self._load()
+        except GradindexError as error:
+            return Receipt(type(error).__name__, str(error))
+        return Receipt()
+
+    def _load(self) -> None:
+        job = self._job
+        state = State.joined(self._index, job.plan) if self._index.is_dir() else None
+        if state is None:
+            raise InputError(f"it finds no build in {self._index}. With --ray the index has to lie "
+                             "where every machine sees it by the same path.")
+        self._join()
+        source = ModelSource(job.model, None, job.trust_remote_code, job.allow_pickle)
+        device, dtype = job.plan["device"], job.plan["dtype"]
+        about = build.prepare(self._index, source, device, dtype, state, job.max_memory, Progress())
+        found = about.model
+        if (found.device.type, str(found.dtype)) != (device, f"torch.{dtype}"):
+            raise GradindexError(
+                f"it loaded the model as {found.dtype} on {found.device}; expected what the build "
+                f"began with, {dtype} on {device}. Give all machines the same versions of "
+                "gradindex, torch and transformers.")
+        self._about = about
+        self._fit = Fit(found, about.tracked, about.run.records, about.settings,
+                        self._index / "curvature.partial", Progress(), 0, Shard(1, 2))
+
+    def _join(self) -> None:
+        """Take the number's lock, which a worker of a killed driver may hold for a moment yet."""
         until = time.monotonic() + PATIENCE
         while True:
             try:
-                self._stack.enter_context(one_of_writers(self._index, number, OVER_RAY))
+                self._stack.enter_context(one_of_writers(self._index, self._number, OVER_RAY))
                 return
             except GradindexError:
                 if time.monotonic() > until:
                     raise
                 time.sleep(0.2)
 
-    def process(self) -> int:
-        """The process's number, once the model is there."""
-        return os.getpid()
-
-    def do(self, stage: Stage, unit: int) -> Receipt:
-        """Do a unit; its errors travel as text."""
+    def do(self, stage: Stage, unit: int, pause: float) -> Receipt:
+        """Do a unit, `pause` seconds from now; its errors travel as text."""
+        time.sleep(pause)
         try:
-            if stage.name != "encode":
-                self._fit.do(stage, unit)
-            elif unit in ingest.unsealed(self._about.run):
-                segment = self._about.run.segments[unit]
-                ingest.encode_one(self._about.model, self._made_codes(), self._about.run, segment,
-                                  self._plan["batch_tokens"], Progress())
+            with disk_errors(self._index):
+                self._do(stage, unit)
         except GradindexError as error:
             return Receipt(type(error).__name__, str(error))
         return Receipt()
 
+    def _do(self, stage: Stage, unit: int) -> None:
+        about = self._about
+        if stage.name != "encode":
+            self._fit.do(stage, unit)
+        elif unit in ingest.unsealed(about.run):
+            ingest.encode_one(about.model, self._made_codes(), about.run, about.run.segments[unit],
+                              self._job.plan["batch_tokens"], Progress())
+
     def _made_codes(self) -> Codes:
         if self._codes is None:
+            self._fit.forget()
             about = self._about
             ekfac, _ = fitted(about.model, about.tracked, about.settings.covariance_blocks,
                               self._index, Progress(), about.allowance)
             kept = [module for module in about.tracked if module.name in ekfac]
-            self._codes = build.make_codes(kept, ekfac, self._plan)
+            self._codes = build.make_codes(kept, ekfac, self._job.plan)
         return self._codes
+
+
+@dataclass(eq=False)
+class _Hand:
+    """A worker as the driver sees it; `placed` is answered once it has its place.
+
+    `failed` workers before it could not start.
+    """
+
+    actor: Any
+    placed: Any
+    failed: int
 
 
 class Crew:
     """The driver's share of a build: to hand out all units. A context: its end ends the workers.
 
-    `address` is "local", "auto" or host:port. Raises GradindexError where no cluster is there.
+    `address` is "local", "auto" or host:port, `count` how many workers [as many as there is room
+    for]. Entering it raises InputError where there is no Ray, or no cluster.
     """
 
     first, of = True, 1
 
     def __init__(self, address: str, count: int | None, job: Job, progress: Progress):
+        self._address, self._count = address, count
         self._job, self._progress = job, progress
-        self._own = not ray.is_initialized()
-        if self._own:
-            _connect(address)
-        state = State.joined(Path(job.index), job.plan)
-        assert state is not None
-        gpu = job.plan["device"] == "cuda"
-        self._remote: Any = ray.remote(_Worker).options(
-            num_gpus=int(gpu), num_cpus=1 if gpu else state.threads)
-        self._count = count or _room(gpu, state.threads)
-        self._starting: dict[Any, tuple[Any, int]] = {}  # what tells that it is ready: who
-        self._idle: list[tuple[Any, int]] = []
-        self._failed: Counter[int] = Counter()  # starts, by number
+        self._ray = load_ray()
+        self._own = not self._ray.is_initialized()
+        self._numbers = 0  # given: a worker never waits for the lock of one that it replaces
+        self._hands: list[_Hand] = []  # all that live
+        self._starting: dict[Any, _Hand] = {}  # by what tells that the model is there
+        self._under_way: dict[Any, tuple[_Hand, int]] = {}  # with the unit, by its receipt
+        self._idle: list[_Hand] = []
 
     def __enter__(self) -> "Crew":
+        connect(self._address)
+        state = State.joined(Path(self._job.index), self._job.plan)
+        assert state is not None
+        gpu = self._job.plan["device"] == "cuda"
+        self._remote = self._ray.remote(_Worker).options(
+            num_gpus=int(gpu), num_cpus=1 if gpu else state.threads)
+        self._count = self._count or _room(self._ray, gpu, state.threads)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for worker, _ in (*self._idle, *self._starting.values()):
-            ray.kill(worker)
+        for hand in list(self._hands):
+            self._end(hand)
         if self._own:
-            ray.shutdown()
+            self._ray.shutdown()
 
     def takes(self, unit: int) -> bool:
         """No unit is the driver's."""
@@ -170,100 +208,123 @@ class Crew:
         """Hand out what is missing until nothing is.
 
         At most one unit a worker is under way. Raises the error that a unit ended with, and
-        GradindexError for one whose workers died again and again.
+        GradindexError for one that failed again and again.
         """
         left = missing()
         if not left:
             return
-        self._hire()
+        while len(self._hands) < (self._count or 1):
+            self._start(failed=0)
         self._progress.start(str(stage), len(left), "units")
-        under_way: dict[Any, tuple[tuple[Any, int], int]] = {}
-        deaths: Counter[int] = Counter()
+        failures: Counter[int] = Counter()
         said = time.monotonic()
         while left:
-            given = {unit for _, unit in under_way.values()}
-            for unit in left:
-                if unit not in given and self._idle:
-                    who = self._idle.pop()
-                    under_way[who[0].do.remote(stage, unit)] = who, unit
-            ready, _ = ray.wait([*under_way, *self._starting], num_returns=1, timeout=PATIENCE)
+            self._hand_out(stage, left, failures)
+            ready, _ = self._ray.wait([*self._under_way, *self._starting], timeout=PATIENCE)
             for reference in ready:
                 if reference in self._starting:
                     self._started(reference)
-                    continue
-                who, unit = under_way.pop(reference)
-                if self._came_of(reference, who):
-                    self._progress.update(1)
                 else:
-                    deaths[unit] += 1
-                    self._mourn(stage, unit, deaths[unit])
-            if not under_way and not self._idle and time.monotonic() - said > PATIENCE:
+                    self._ended(reference, stage, failures)
+            if not self._under_way and not self._idle and time.monotonic() - said > PATIENCE:
                 said = time.monotonic()
-                self._progress.say("waiting for a worker: the cluster has no room for one (ray "
-                                   "status says what it has)")
+                self._progress.say(self._waiting())
             left = missing()
-        self._idle += [who for who, _ in under_way.values()]
+        self._idle += [hand for hand, _ in self._under_way.values()]  # with what others did too
+        self._under_way.clear()
         self._progress.finish()
 
-    def _hire(self) -> None:
-        while len(self._idle) + len(self._starting) < self._count:
-            taken = {number for _, number in (*self._idle, *self._starting.values())}
-            number = next(n for n in range(1, self._count + 1) if n not in taken)
-            self._start(number)
+    def _hand_out(self, stage: Stage, left: list[int], failures: Counter[int]) -> None:
+        given = {unit for _, unit in self._under_way.values()}
+        for unit in left:
+            if unit not in given and self._idle:
+                hand = self._idle.pop()
+                receipt = hand.actor.do.remote(stage, unit, PAUSE * failures[unit])
+                self._under_way[receipt] = hand, unit
 
-    def _start(self, number: int) -> None:
-        worker = self._remote.remote(self._job, number)
-        self._starting[worker.process.remote()] = worker, number
+    def _start(self, failed: int) -> None:
+        self._numbers += 1
+        actor = self._remote.remote(self._job, self._numbers)
+        hand = _Hand(actor, actor.process.remote(), failed)
+        self._hands.append(hand)
+        self._starting[actor.load.remote()] = hand
+
+    def _end(self, hand: _Hand) -> None:
+        self._hands.remove(hand)
+        self._ray.kill(hand.actor)
 
     def _started(self, reference: Any) -> None:
-        who = self._starting.pop(reference)
-        try:
-            ray.get(reference)
-        except RayActorError as error:
-            self._failed[who[1]] += 1
-            if "creation task" in str(error) or self._failed[who[1]] == TRIES:
-                raise GradindexError(f"a worker could not start: {_last_line(error)}") from None
-            self._progress.say("a worker died while it started; another takes its place")
-            self._start(who[1])
+        hand = self._starting.pop(reference)
+        why, there = self._came_of(reference, hand)
+        if why is None:
+            self._idle.append(hand)
             return
-        self._idle.append(who)
+        if there:
+            self._end(hand)
+        if hand.failed + 1 == TRIES:
+            raise GradindexError(f"{TRIES} workers, one after the other, could not start; the last "
+                                 f"one: {why}.")
+        self._progress.say(f"a worker could not start ({why}); another takes its place")
+        self._start(hand.failed + 1)
 
-    def _came_of(self, reference: Any, who: tuple[Any, int]) -> bool:
-        """Whether a unit was done; if its worker died, another takes its place."""
-        try:
-            receipt: Receipt = ray.get(reference)
-        except RayActorError:
-            self._start(who[1])
-            return False
-        self._idle.append(who)
-        if receipt.error:
-            raise getattr(errors, receipt.error, GradindexError)(receipt.message)
-        return True
-
-    def _mourn(self, stage: Stage, unit: int, deaths: int) -> None:
-        self._progress.say(f"a worker died on unit {unit} of {stage}; another takes it over")
-        if deaths == TRIES:
-            raise GradindexError(
-                f"{TRIES} workers died, one after the other, on unit {unit} of {stage}: out of "
-                "memory? Use --max-memory or smaller --batch-tokens; what is done stays done."
-            )
-
-
-def _connect(address: str) -> None:
-    """Start or join a cluster, never with a dashboard: who reaches one runs code there."""
-    try:
-        if address == "local":
-            ray.init(include_dashboard=False, log_to_driver=False)
+    def _ended(self, reference: Any, stage: Stage, failures: Counter[int]) -> None:
+        """See what came of a unit; if its worker died, another takes its place."""
+        hand, unit = self._under_way.pop(reference)
+        why, there = self._came_of(reference, hand)
+        if there:
+            self._idle.append(hand)
         else:
-            ray.init(address=address, log_to_driver=False)
-    except (ConnectionError, ValueError) as error:
-        raise GradindexError(
-            f"--ray {address}: no cluster was found there ({_last_line(error)}). Start one with "
-            "ray start --head, or leave the address out for workers on this machine."
-        ) from None
+            self._start(failed=0)
+        if why is None:
+            self._progress.update(1)
+            return
+        failures[unit] += 1
+        if failures[unit] == TRIES:
+            raise GradindexError(
+                f"unit {unit} of {stage} failed {TRIES} times: {why}. "
+                + ("" if there else "Out of memory? Use --max-memory or smaller --batch-tokens. ")
+                + "What is done stays done: run the same command again to go on.")
+        self._progress.say(f"unit {unit} of {stage} failed: {why}; it is tried again")
+
+    def _came_of(self, reference: Any, hand: _Hand) -> tuple[str | None, bool]:
+        """Why a worker failed in a way that may not last [None], and whether it is still there.
+
+        Raises the worker's own error.
+        """
+        known = self._ray.exceptions
+        try:
+            receipt: Receipt = self._ray.get(reference)
+        except known.RayTaskError as error:
+            if not isinstance(error.cause, OSError):
+                raise GradindexError(
+                    f"a worker failed in a way that gradindex doesn't foresee: {_last_line(error)}"
+                ) from error
+            return f"{type(error.cause).__name__}: {error.cause}", True
+        except known.RayError as error:
+            if "creation task" in str(error):
+                raise GradindexError(f"a worker could not start: {_last_line(error)}") from None
+            # one that Ray can't reach may live, and must not do its unit beside who takes it over
+            self._end(hand)
+            return f"a worker died ({_last_line(error)})", False
+        if receipt.error:
+            known_here = getattr(errors, receipt.error, GradindexError)
+            raise known_here(f"a worker says: {receipt.message}")
+        return None, True
+
+    def _waiting(self) -> str:
+        """What to say of workers that are not there."""
+        placed = [hand.placed for hand in self._starting.values()]
+        loading = len(self._ray.wait(placed, num_returns=len(placed), timeout=0)[0])
+        said = []
+        if loading:
+            said.append(f"{loading} of {len(placed)} load the model")
+        if loading < len(placed):
+            said.append(f"{len(placed) - loading} of {len(placed)} have no process yet (ray status "
+                        "says whether the cluster has room)")
+        return f"waiting for workers: {', '.join(said)}"
 
 
-def _room(gpu: bool, threads: int) -> int:
+def _room(ray: Any, gpu: bool, threads: int) -> int:
     """How many workers the cluster has room for."""
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     room = sum(int(one.get("GPU", 0)) if gpu else int(one.get("CPU", 0) // threads)

@@ -21,10 +21,10 @@ POLL = 0.5  # seconds between looks at what the others did
 OVER_RAY = "part of a build over Ray"  # see `one_of_writers`
 SAID = 60.0  # seconds until it is said again whom a shard waits for
 
-# What starts several processes tells each its number and how many there are, by these names; a
-# SLURM array's first number need not be 0.
-STARTERS = (("RANK", "WORLD_SIZE", None), ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT",
-            "SLURM_ARRAY_TASK_MIN"), ("SLURM_PROCID", "SLURM_NTASKS", None))
+# What starts several processes tells each its number and how many there are, by these names.
+ARRAY = "SLURM_ARRAY_TASK_"
+STARTERS = (("RANK", "WORLD_SIZE"), (f"{ARRAY}ID", f"{ARRAY}COUNT"),
+            ("SLURM_PROCID", "SLURM_NTASKS"))
 
 
 @dataclass(frozen=True)
@@ -116,20 +116,49 @@ def parse_shard(
     environment: Mapping[str, str] = os.environ,
 ) -> Shard:
     """The shard called "2/8", or "auto": what torchrun or SLURM say. Raises InputError."""
-    number, separator, of = text.partition("/")
+    given, separator, count = text.partition("/")
     if text == "auto":
-        for own, count, least in STARTERS:
-            if own in environment and count in environment:
-                start = int(environment.get(least, "0")) if least else 0
-                number, separator, of = str(int(environment[own]) - start), "/", environment[count]
-                break
-        else:
-            raise InputError(
-                "--shard auto: found none of RANK, SLURM_ARRAY_TASK_ID and SLURM_PROCID in the "
-                "environment, by which torchrun and SLURM number processes. Say --shard i/n."
-            )
-    if not (separator and number.isdecimal() and of.isdecimal() and int(number) < int(of)):
+        number, of = _started(environment)
+    elif separator and given.isdecimal() and count.isdecimal():
+        number, of = int(given), int(count)
+    else:
+        number = of = 0
+    if not number < of:
         raise InputError(f"--shard {text}: expected i/n, such as 0/8, with i from 0 to n - 1.")
-    return Shard(int(number), int(of), math.inf if patience is None else patience,
-                 progress or Progress())
+    return Shard(number, of, math.inf if patience is None else patience, progress or Progress())
 
+
+def _started(environment: Mapping[str, str]) -> tuple[int, int]:
+    """This process's number and how many there are, by what started it. Raises InputError."""
+    def number(name: str) -> int:
+        value = environment[name]
+        if not value.isdecimal():
+            raise InputError(f"--shard auto: {name} is {value!r}; expected a number. Say --shard "
+                             "i/n.")
+        return int(value)
+
+    for own, count in STARTERS:
+        if own in environment and count in environment:
+            break
+    else:
+        raise InputError(
+            "--shard auto: found none of RANK, SLURM_ARRAY_TASK_ID and SLURM_PROCID in the "
+            "environment, by which torchrun and SLURM number processes. Say --shard i/n."
+        )
+    found, of, first = number(own), number(count), 0
+    if own.startswith(ARRAY):
+        first = number(f"{ARRAY}MIN") if f"{ARRAY}MIN" in environment else 0
+        last = number(f"{ARRAY}MAX") if f"{ARRAY}MAX" in environment else first + of - 1
+        if last - first + 1 != of:
+            raise InputError(
+                f"--shard auto: the array has {of} tasks numbered {first} to {last}, so which "
+                "shard task i is can't be told; expected numbers without gaps, such as --array=0-7."
+                " To run some shards again say --shard i/n with the first n.")
+        if of == 1 and found != 0:  # more likely one of many that is run again than all there is
+            raise InputError(
+                f"--shard auto: the array has one task, number {found}; expected all tasks, or "
+                "number 0 for an only one. To run a shard again say --shard i/n with the first n.")
+    if not 0 <= found - first < of:
+        raise InputError(f"--shard auto: {own} is {found}, of {of} from {first} on; expected less "
+                         f"than {first + of}. Say --shard i/n.")
+    return found - first, of

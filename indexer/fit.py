@@ -206,6 +206,7 @@ class Fit:
         self.notes = FitNotes.read(folder)
         ids, size = settings.ids, settings.block
         self.blocks = [ids[start : start + size] for start in range(0, len(ids), size)]
+        self._at_hand: tuple[Stage, Sums, Add] | None = None  # of `do`
 
     def run(self, held: int | None = None) -> None:
         """Fit everything; the folder then holds curvature and notes alone.
@@ -222,13 +223,25 @@ class Fit:
             self._finish()
 
     def do(self, stage: Stage, unit: int) -> None:
-        """Do one unit and leave it for the process that goes through the stages."""
+        """Do one unit and leave it for the process that goes through the stages.
+
+        What units of a stage read alike is kept until one of another stage comes, or `forget`.
+        """
         self.notes = FitNotes.read(self.folder)
-        modules, sums = self._partition(stage.partition), self._sums(stage)
+        if self._at_hand is None or self._at_hand[0] != stage:
+            self.forget()
+            name = "covariance" if stage.name == "eigenvectors" else stage.name
+            self._at_hand = (stage, self._sums(Stage(name, stage.partition)),
+                             self._adder(stage.name, self._partition(stage.partition)))
+        _, sums, add = self._at_hand
         if stage.name == "eigenvectors":
-            self._decompose_one(unit, self._sums(Stage("covariance", stage.partition)))
+            self._decompose_one(unit, sums)
         elif not sums.has(unit):
-            sums.keep(unit, self._sum_block(stage, unit, sums, self._adder(stage.name, modules)))
+            sums.keep(unit, self._sum_block(stage, unit, sums, add))
+
+    def forget(self) -> None:
+        """Free the memory of what `do` keeps."""
+        self._at_hand = None
 
     def _settle_partitions(self, held: int | None) -> None:
         """Take the partitions from fit.json; the first shard writes them.
@@ -425,11 +438,10 @@ class Fit:
         vectors: dict[str, Tensor] = {}
 
         def add(sums: dict[str, Tensor], batch: Batch, numbers: Tensor | None) -> None:
-            if not vectors:  # read by who has something to sum up
-                for module in modules:
-                    for side, tensor in self._vectors(module).items():
-                        vectors[f"{module.name}/{side}"] = tensor.to(
-                            self.model.device, self.model.accumulate)
+            if not vectors:  # read by who has something to sum up, all or none
+                vectors.update({
+                    f"{module.name}/{side}": tensor.to(self.model.device, self.model.accumulate)
+                    for module in modules for side, tensor in self._vectors(module).items()})
             add_eigenvalues(self.model, modules, vectors, sums, batch, numbers)
 
         return add

@@ -1,4 +1,4 @@
-"""A search shared out to several processes and machines: Ray's only door in search/.
+"""A search shared out to several processes and machines by Ray.
 
 Each worker, an actor of Ray's, holds the model, the curvature and the codes of a run of segments,
 which it reads from the folder that every machine sees. It scores them by code and exactly. This
@@ -8,9 +8,6 @@ again for the next one. Arrays, records and dataclasses go to and fro, never obj
 """
 
 import gc
-import os
-import signal
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +19,7 @@ import numpy as np
 import torch
 
 import gradindex
-from gradindex.cluster import check_address
+from gradindex.cluster import absolute
 from gradindex.errors import GradindexError, InputError
 from gradindex.influence import Arrays, Preconditioned
 from gradindex.model import quiet_transformers
@@ -31,40 +28,8 @@ from gradindex.progress import duration
 from search.opened import LostError, OpenIndex, Part
 from search.rescore import Exact, Rescorer
 
-LOCAL = "local"  # the address of an instance that is started here
 PATIENCE = 600.0  # seconds without a sign from a worker that has something to do
 RETURN = 60.0  # seconds that searches wait for a lost worker to be back, in all
-
-
-def connect(address: str) -> Any:
-    """Ray, connected to the cluster at `address`: "auto", host:port, or LOCAL to start one here.
-
-    A process that is connected already stays so. Raises InputError where there is no Ray, or no
-    cluster.
-    """
-    check_address(address)
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        import ray
-    except ImportError:
-        raise InputError('--ray needs Ray, which is not installed: pip install "gradindex[ray]".'
-                         ) from None
-    if not ray.is_initialized():
-        own: dict[str, Any] = {"include_dashboard": False} if address == LOCAL else {}
-        terminated = signal.getsignal(signal.SIGTERM)
-        try:
-            ray.init(address, log_to_driver=False, logging_level="error", **own)
-            # or Ray's thread says on standard output, which is data, what it thinks of dead workers
-            ray._private.worker._worker_logs_enabled = False
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, terminated)  # which Ray has taken
-        except (OSError, RuntimeError, ValueError) as error:
-            raise InputError(
-                f"--ray {address}: no cluster can be reached there "
-                f"({' '.join(str(error).split())[:200]}). Start one with `ray start --head`, or "
-                "give --ray no address for an instance on this machine."
-            ) from None
-    return ray
 
 
 # ---- in a worker's process
@@ -185,8 +150,8 @@ class SharedIndex(OpenIndex):
                          allow_damaged, max_memory)
         self._ray, self._asked = ray, asked
         self._where = Where(
-            gradindex.__version__, self.path, _absolute(self.source.model),
-            None if self.source.tokenizer is None else _absolute(self.source.tokenizer),
+            gradindex.__version__, self.path, absolute(self.source.model),
+            None if self.source.tokenizer is None else absolute(self.source.tokenizer),
             "cuda" if device.startswith("cuda") else device, trust_remote_code, allow_pickle,
             max_memory)
         self._workers: list[Handle] = []
@@ -328,7 +293,13 @@ class SharedIndex(OpenIndex):
     # ---- what is asked of them
 
     def code_scores(self, queries: np.ndarray) -> np.ndarray:
-        """As of `OpenIndex`, from all workers: 4 bytes a sequence and query cross the network."""
+        """As of `OpenIndex`, from all workers: 4 bytes a sequence and query cross the network.
+
+        All are wanted, not each worker's best: below 0.95 a statement comes with the length that
+        would do, judged by the score at any rank (`Shortlist.length_for`), and --recall grows the
+        list by it; groups are totals of all scores; the rank by code of a hit of the TF-IDF list
+        counts all above it; when a worker is lost, others move up, from any depth.
+        """
         if not self._workers:
             self.load()
         away = [worker for worker in self._workers if not worker.ready]
@@ -411,8 +382,3 @@ def deal(rows: Sequence[int], count: int) -> list[slice]:
         runs.append(slice(first, end if left > 1 else len(rows)))
         first = end
     return runs
-
-
-def _absolute(name: str | Path) -> str | Path:
-    """A folder's path as it is known from elsewhere; a hub id as it is."""
-    return Path(name).absolute() if Path(name).exists() else name

@@ -13,13 +13,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from gradindex.cluster import LOCAL, connect
 from gradindex.errors import InputError
 from gradindex.manifest import Manifest
 from gradindex.memory import parse_size
 from gradindex.model import LanguageModel
 from gradindex.results import Comparison, Hit, Query, Result
 from search.controls import Controls, settle
-from search.distribute import LOCAL, SharedIndex, connect
+from search.distribute import SharedIndex
 from search.generic import add_rates
 from search.hits import make_hit
 from search.journey import Journey

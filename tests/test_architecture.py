@@ -19,7 +19,7 @@ DOORS = {
     "starlette": {"search/server.py", "search/guard.py"}, "uvicorn": {"search/serving.py"},
     "scipy": {"gradindex/tfidf.py", "indexer/fit.py"}, "sklearn": {"search/evaluate.py"},
     "matplotlib": {"search/evaluate.py"}, "peft": set(),
-    "tqdm": {"gradindex/progress.py"}, "ray": {"indexer/crew.py", "search/distribute.py"},
+    "tqdm": {"gradindex/progress.py"}, "ray": {"gradindex/cluster.py"},
 }
 
 
@@ -79,7 +79,7 @@ def test_no_unsafe_readers():
     ("import gradindex", ("torch", "faiss", "transformers", "numpy", "click")),
     ("import gradindex.cli, sys; sys.argv = ['gradindex', '--help']; gradindex.cli._run()",
      ("torch", "faiss", "transformers", "numpy", "pyarrow")),
-    ("import search.engine, search.serving, indexer.build", ("ray",)),
+    ("import search.engine, search.serving, indexer.crew", ("ray",)),
 ])
 def test_what_is_not_imported(statement, absent):
     code = f"{statement}\nimport sys\nprint([m for m in {absent!r} if m in sys.modules])"

@@ -235,7 +235,9 @@ def test_a_shard_says_whom_it_waits_for(monkeypatch):
     ("2/8", {}, (2, 8)), ("0/1", {}, (0, 1)),
     ("auto", {"RANK": "3", "WORLD_SIZE": "4", "SLURM_PROCID": "0", "SLURM_NTASKS": "9"}, (3, 4)),
     ("auto", {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_COUNT": "5",
-              "SLURM_ARRAY_TASK_MIN": "4"}, (3, 5)),
+              "SLURM_ARRAY_TASK_MIN": "4", "SLURM_ARRAY_TASK_MAX": "8"}, (3, 5)),
+    ("auto", {"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_TASK_COUNT": "1",
+              "SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_MAX": "0"}, (0, 1)),
     ("auto", {"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, (1, 2)),
 ])
 def test_a_shards_number(text, environment, expected):
@@ -247,6 +249,32 @@ def test_a_shards_number(text, environment, expected):
 def test_a_number_that_is_none(text):
     with pytest.raises(InputError, match="expected i/n"):
         parse_shard(text)
+
+
+@pytest.mark.parametrize("own, least, most, count, said", [
+    (3, 3, 3, 1, "one task, number 3; .* say --shard i/n"),
+    (6, 0, 6, 4, "4 tasks numbered 0 to 6, .*without gaps"),
+    (5, 2, 5, 2, "2 tasks numbered 2 to 5, .*without gaps"),
+    (9, 0, 7, 8, "SLURM_ARRAY_TASK_ID is 9, of 8 from 0 on"),
+    (1, 2, 3, 2, "SLURM_ARRAY_TASK_ID is 1, of 2 from 2 on"),
+])
+def test_an_array_that_does_not_number_shards(own, least, most, count, said):
+    """One failed task that is run again, gaps, steps, and what can't be."""
+    environment = {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in
+                   (("ID", own), ("MIN", least), ("MAX", most), ("COUNT", count))}
+    with pytest.raises(InputError, match=f"--shard auto: .*{said}"):
+        parse_shard("auto", environment=environment)
+
+
+@pytest.mark.parametrize("environment, said", [
+    ({"RANK": "", "WORLD_SIZE": "2"}, "RANK is ''; expected a number"),
+    ({"SLURM_PROCID": "0", "SLURM_NTASKS": "two"}, "SLURM_NTASKS is 'two'; expected a number"),
+    ({"SLURM_ARRAY_TASK_ID": "-1", "SLURM_ARRAY_TASK_COUNT": "1"}, "TASK_ID is '-1'; expected a"),
+    ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is 2, of 2 from 0 on"),
+])
+def test_what_a_starter_says_is_no_number(environment, said):
+    with pytest.raises(InputError, match=said):
+        parse_shard("auto", environment=environment)
 
 
 def test_auto_without_a_starter():
