@@ -26,6 +26,7 @@ from gradindex.adapters import (
     WEIGHTS,
     Adapter,
     Parts,
+    adapter_facts,
     adapter_parts,
     no_adapter,
     read_adapter,
@@ -156,8 +157,10 @@ class ModelSource:
     def load(self, device: str = "auto", dtype: str = "auto") -> "LanguageModel":
         """Load the weights (safetensors, unless `allow_pickle`) in evaluation mode, frozen.
 
-        A model object is put in that state itself, and moved if device or dtype say so. Raises
-        InputError for a model, device or dtype that can't be had.
+        What transformers keeps in float32 stays so, such as rotary frequencies. A model object is
+        put in that state itself, and moved or its parameters cast if device or dtype say so, as an
+        adapter's are to its base's dtype. Raises InputError for a model, device or dtype that can't
+        be had.
         """
         place, wanted = self.resolve(device, dtype)
         network = self.model
@@ -165,7 +168,9 @@ class ModelSource:
             network = self._read(place, wanted)
         network = unwrapped(network)
         if not _quantised(network.config):
-            network = network.to(place, wanted)
+            network = network.to(place)
+            if adapter_facts(network) or _dtype_of(network) != wanted:
+                _cast(network, wanted)
         else:
             if network.device.type != place.type:
                 network = network.to(place)
@@ -276,6 +281,13 @@ class LanguageModel:
 
 def _dtype_of(network: Any) -> torch.dtype:
     return next(one.dtype for one in network.parameters() if one.is_floating_point())
+
+
+def _cast(network: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the parameters; not the buffers, which models keep in the precision they need."""
+    for parameter in network.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
 
 
 def _quantised(config: Any) -> bool:

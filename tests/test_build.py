@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, random_network, small_documents
+from conftest import SMALL, VOCABULARY, random_network, small_documents
+from transformers import AutoModelForCausalLM
 
 import gradindex
 from demo.prepare import train_tokenizer
@@ -327,6 +328,26 @@ def test_default_dtype_is_float32_on_a_cpu_and_the_checkpoints_own_on_a_gpu(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert source.resolve("auto", "auto") == (torch.device("cuda"), torch.bfloat16)
     assert source.resolve("cuda:1", "float32") == (torch.device("cuda:1"), torch.float32)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rotary_frequencies_are_not_rounded(tmp_path, family, dtype):
+    """The model computes as transformers loads it, from a folder, given, or cast here."""
+    random_network(family, torch.float32, max_position_embeddings=2048).save_pretrained(tmp_path)
+    tokens = torch.arange(1500)[None] % VOCABULARY
+    own = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    with torch.no_grad():
+        expected = own(tokens).logits
+    name = str(dtype).removeprefix("torch.")
+    for source, asked in ((str(tmp_path), name), (whole, name), (own, "auto"), (own, name)):
+        model = ModelSource(source).load("cpu", asked)
+        assert {one.dtype for one in model.network.parameters()} == {dtype}
+        kept = [one for at, one in model.network.named_buffers() if at.endswith("inv_freq")]
+        assert kept and all(one.dtype == torch.float32 for one in kept)
+        with torch.no_grad():
+            assert torch.equal(model.logits(tokens), expected)
 
 
 def test_the_model_folder_needs_no_pad_token(model_folder):
