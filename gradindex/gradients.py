@@ -8,7 +8,6 @@ computes no weight gradients and ends at the first tracked module.
 """
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,9 +25,6 @@ from gradindex.modules import Module
 
 Each = Callable[[Module, Tensor, Tensor], None]
 T = TypeVar("T")
-
-# Hooks sit on the network itself: a second thread's pass would be heard by the first one's.
-_ONE_AT_A_TIME = threading.Lock()
 
 
 @dataclass
@@ -115,7 +111,7 @@ def backward(
     Raises InputError for a module that runs on anything but [b, t, i] or [b·t, i], or whose output
     doesn't matter, BatchTooLargeError where memory runs out. Threads take turns.
     """
-    with _ONE_AT_A_TIME, _out_of_memory(*batch.tokens.shape):
+    with model.one_at_a_time, _out_of_memory(*batch.tokens.shape):
         return _backward(model, modules, batch, each, uniforms)
 
 

@@ -10,10 +10,11 @@ import hashlib
 import json
 import logging
 import re
+import threading
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import transformers
@@ -219,6 +220,10 @@ class LanguageModel:
     tokenizer: Any | None
     source: ModelSource
 
+    # Hooks sit on the network itself, which two of these may share: a second thread's pass would
+    # be heard by the first one's.
+    one_at_a_time: ClassVar[threading.Lock] = threading.Lock()
+
     def __post_init__(self) -> None:
         for fused in experts.open_experts(self.network):
             fused.config._experts_implementation = EXPERTS  # type: ignore[union-attr]
@@ -265,14 +270,17 @@ class LanguageModel:
         return self.network(input_ids=tokens, use_cache=False).logits
 
     def continuation(self, tokens: list[int], length: int) -> list[int]:
-        """The model's own greedy continuation of `tokens`, at most `length` tokens."""
+        """The model's own greedy continuation of `tokens`, at most `length` tokens.
+
+        Threads take turns, with `gradients.backward` too.
+        """
         prompt = torch.tensor([tokens], device=self.device)
         end = self.network.generation_config.eos_token_id
         pad = end[0] if isinstance(end, list) else end
         settings = transformers.GenerationConfig(
             do_sample=False, max_new_tokens=length, eos_token_id=end, pad_token_id=pad or 0
         )
-        with torch.no_grad():
+        with self.one_at_a_time, torch.no_grad():
             output = self.network.generate(
                 prompt, attention_mask=torch.ones_like(prompt), generation_config=settings
             )
