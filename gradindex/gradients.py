@@ -108,8 +108,9 @@ def backward(
     with zeros (`Batch.positions`). With `uniforms` [b, t], labels are sampled from the model in
     place of the targets (same positions). Returns log p per position [b, t], in nats. Modules
     arrive from the last to the first.
-    Raises InputError for a module that runs on anything but [b, t, i] or [b·t, i], or whose output
-    doesn't matter, BatchTooLargeError where memory runs out. Threads take turns.
+    Raises InputError for a module that runs on anything but [b, t, i] or [b·t, i], gives anything
+    but a tensor, or whose output doesn't matter, BatchTooLargeError where memory runs out. Threads
+    take turns.
     """
     with model.one_at_a_time, _out_of_memory(*batch.tokens.shape):
         return _backward(model, modules, batch, each, uniforms)
@@ -204,6 +205,12 @@ def _backward(
 
     def keep(module: Module) -> Callable[..., None]:
         def hook(submodule: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if not isinstance(output, Tensor):
+                raise InputError(
+                    f"module {module.name} ({type(submodule).__name__}) gave a "
+                    f"{type(output).__name__}; expected a linear map, which gives a tensor. Leave "
+                    "it out with --modules REGEX."
+                )
             if isinstance(submodule, ExpertMap):
                 run = _Run(args[0].detach(), args[1])
             else:

@@ -37,7 +37,7 @@ from gradindex.errors import IndexMismatchError, InputError
 from gradindex.identity import digest_of_files, tensors_digest
 from gradindex.loading import DTYPES, device_called, dtype_called, readable_errors
 from gradindex.modules import Module, choose_modules
-from gradindex.quantised import as_dequantised, quantised_dtype
+from gradindex.quantised import as_dequantised, is_bitsandbytes, quantised_dtype
 
 EXPERTS = "gradindex"  # what our way of running fused experts is called in transformers
 ALL_EXPERTS_FUNCTIONS.register(EXPERTS, experts.forward)
@@ -234,12 +234,8 @@ class LanguageModel:
         return self._maps.get(_identity(own), [own])
 
     @cached_property
-    def _maps(self) -> dict[int, list[nn.Module]]:
-        found: dict[int, list[nn.Module]] = {}
-        for module in self.network.modules():
-            if isinstance(module, (nn.Linear, Conv1D)):
-                found.setdefault(_identity(module), []).append(module)
-        return found
+    def _maps(self) -> dict[tuple[int, int], list[nn.Module]]:
+        return _maps_by_weight(self.network)
 
     @property
     def device(self) -> torch.device:
@@ -302,10 +298,28 @@ def _quantised(config: Any) -> bool:
     return getattr(config, "quantization_config", None) is not None
 
 
-def _identity(module: nn.Module) -> int:
-    """Which weight a linear map has: equal for those that share it."""
-    weight = module._parameters.get("weight")  # one computed from others has no place of its own
-    return id(module) if weight is None else _place(weight)
+def _stored(linear: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """The parameters that a linear map's weight and bias are, or, an expert's, are parts of; None
+    for what is computed from others."""
+    if isinstance(linear, experts.ExpertMap):
+        return linear.parameters_of_all
+    return linear._parameters.get("weight"), linear._parameters.get("bias")
+
+
+def _identity(linear: nn.Module) -> tuple[int, int]:
+    """Which weight a linear map has: its place, and for an expert its number there."""
+    weight, _ = _stored(linear)
+    place = id(linear) if weight is None else _place(weight)
+    return place, linear.number if isinstance(linear, experts.ExpertMap) else 0
+
+
+def _maps_by_weight(network: nn.Module) -> dict[tuple[int, int], list[nn.Module]]:
+    """The linear maps that have the same weight, in model order, by its identity."""
+    found: dict[tuple[int, int], list[nn.Module]] = {}
+    for module in network.modules():
+        if is_linear(module):
+            found.setdefault(_identity(module), []).append(module)
+    return found
 
 
 def _place(parameter: Tensor) -> int:
@@ -339,9 +353,9 @@ def tracked_modules(network: nn.Module, choice: str = "mlp") -> list[Module]:
 
     `choice` is one of `choose_modules`; "mlp" as in Grosse et al. 2023, §5. Embeddings and the LM
     head lie outside the blocks and are never tracked. Fused experts count one map each,
-    "….experts.down_proj_5". Maps that share a weight are one module, with a bias if they share that
-    too. Raises InputError when nothing matches, no adapter runs, or one that isn't plain LoRA
-    matches.
+    "….experts.down_proj_5". Maps that share a weight are one module, with a bias if they and no
+    others share that too. Raises InputError when nothing matches, no adapter runs, or one that
+    isn't plain LoRA matches.
     """
     parts = adapter_parts(network)
     found = _linear_maps(network, parts)
@@ -369,28 +383,45 @@ def tracked_modules(network: nn.Module, choice: str = "mlp") -> list[Module]:
 def _linear_maps(network: nn.Module, parts: Parts) -> list[Module]:
     """All that can be tracked."""
     prefix, blocks = _blocks(network)
-    owners, inside = _owners(network), set(blocks.modules())
+    owners, maps, inside = _owners(network), _maps_by_weight(network), set(blocks.modules())
     found: list[Module] = []
-    seen: set[int] = set()
+    seen: set[tuple[int, int]] = set()
     for layer, block in enumerate(blocks):
         for name, linear in block.named_modules():
-            if not isinstance(linear, _LINEAR) or linear in parts.idle or \
-                    _identity(linear) in seen:
+            if not is_linear(linear) or linear in parts.idle or _identity(linear) in seen:
                 continue
             seen.add(_identity(linear))
-            sharing = owners.get(_identity(linear), [linear])
-            if any(one not in inside or _form(one) != _form(linear) for one in sharing):
+            sharing = maps[_identity(linear)]
+            own = {_owner(one) for one in sharing}
+            if not own.issuperset(owners.get(_identity(linear)[0], own)) or \
+                    any(one not in inside or _form(one) != _form(linear) for one in sharing):
                 continue  # a hook on linear maps would miss a part of the gradient
             kind = "adapter" if linear in parts.own else \
                 "attention" if _ATTENTION.search(name) else "mlp"
             d_out, d_in = _shape(linear)
             bias = linear.bias is not None
+            if bias and (stored := _stored(linear)[1]) is not None:
+                bias = own == set(owners[_place(stored)])
             if bias and isinstance(linear, experts.ExpertMap):  # then a column of W
                 d_in, bias = d_in + 1, False
-            elif bias and len(sharing) > 1:
-                bias = owners[_place(linear.bias)] == sharing  # type: ignore[arg-type]
             found.append(Module(f"{prefix}.{layer}.{name}", layer, kind, d_out, d_in, bias))
     return found
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module computes W a + b and nothing else, so that its gradient is Σ d aᵀ.
+
+    A subclass of nn.Linear with a `forward` of its own may as well round, rescale or route.
+    """
+    if isinstance(module, experts.ExpertMap):
+        return True
+    return isinstance(module, (nn.Linear, Conv1D)) and (
+        type(module).forward in (nn.Linear.forward, Conv1D.forward)
+        or f"{type(module).__module__}.{type(module).__name__}" in _LINEAR_AS_WELL
+        or is_bitsandbytes(module))
+
+
+_LINEAR_AS_WELL = ("transformers.models.falcon.modeling_falcon.FalconLinear",)
 
 
 def _owners(network: nn.Module) -> dict[int, list[nn.Module]]:
@@ -402,12 +433,14 @@ def _owners(network: nn.Module) -> dict[int, list[nn.Module]]:
     return found
 
 
-def _form(module: Any) -> tuple[Any, ...]:
-    """What modules that share a weight must have in common to be one linear map."""
-    return (type(module), *(_shape(module) if isinstance(module, _LINEAR) else ()))
+def _owner(linear: nn.Module) -> nn.Module:
+    """The module that has a linear map's weight as its own parameter."""
+    return linear.experts if isinstance(linear, experts.ExpertMap) else linear
 
 
-_LINEAR = (nn.Linear, Conv1D, experts.ExpertMap)
+def _form(linear: Any) -> tuple[Any, ...]:
+    """What maps that share a weight must have in common to be one linear map."""
+    return type(linear), _shape(linear), getattr(_owner(linear), "is_transposed", None)
 
 
 def _shape(linear: Any) -> tuple[int, int]:
@@ -480,9 +513,9 @@ def _what(module: nn.Module, name: str, in_block: bool) -> str:
         return "norms"
     if experts.is_fused(module):
         return "experts"
-    if isinstance(module, _LINEAR):
-        if not in_block:
-            return "LM head"
+    if isinstance(module, (nn.Linear, Conv1D)) and not in_block:
+        return "LM head"
+    if is_linear(module):
         return "attention" if _ATTENTION.search(name) else "linear maps"
     return kind
 
