@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, VOCABULARY, random_network, small_documents
+from conftest import SIZES, SMALL, VOCABULARY, random_network, small_documents
 from transformers import AutoModelForCausalLM
 
 import gradindex
@@ -284,6 +284,44 @@ def test_default_sequence_length_is_the_context_at_most_512(context, expected):
     config = random_network("gpt_neox", max_position_embeddings=context).config
     assert context_length(config) == context
     assert build_module._sequence_length(None, config, []) == expected
+
+
+LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 3,
+            "long_factor": [4.0] * 3, "original_max_position_embeddings": 16}
+
+
+def test_longrope_is_used_up_to_its_original_length(tmp_path, monkeypatch):
+    """Beyond it the longest sequence of a batch would decide the angles of all."""
+    monkeypatch.setitem(SIZES, "phi3", {**SIZES["llama"], "pad_token_id": 0})
+    network = random_network("phi3", torch.float32, rope_parameters=dict(LONGROPE),
+                             original_max_position_embeddings=16, pad_token_id=0)
+    assert network.config.max_position_embeddings == 64 and context_length(network.config) == 16
+    np.save(tmp_path / "long.npy", np.zeros((24, 17), np.int32))
+    with pytest.raises(InputError, match=r"sequences of 17 tokens: expected 2 to 16 .*longrope"):
+        gradindex.build(network, tmp_path / "long.npy", tmp_path / "index", bits=512)
+    assert not (tmp_path / "index").exists()
+    model = ModelSource(network).load("cpu")
+    tokens = torch.arange(20)[None] % VOCABULARY
+    with torch.no_grad():
+        short = model.logits(tokens[:, :12])
+        torch.testing.assert_close(model.logits(tokens[:, :16])[:, :12], short)
+        assert not torch.allclose(model.logits(tokens)[:, :12], short, atol=1e-3)
+    np.save(tmp_path / "short.npy", np.arange(24 * 16, dtype=np.int32).reshape(24, 16) % 37)
+    index = gradindex.build(network, tmp_path / "short.npy", tmp_path / "index", bits=512)
+    with pytest.raises(InputError, match="more than the model's context of 16"):
+        index.search(token_ids=[1] * 17, labels=[1] * 17)
+
+
+@pytest.mark.parametrize("rope, expected", [
+    ({"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}, 64),
+    ({"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0,
+      "original_max_position_embeddings": 16}, 64)])
+def test_other_rotary_scaling_leaves_the_context_as_it_is(rope, expected):
+    network = random_network("llama", torch.float32, rope_parameters=rope)
+    assert context_length(network.config) == expected
+    tokens = torch.arange(64)[None] % VOCABULARY
+    with torch.no_grad():
+        torch.testing.assert_close(network(tokens).logits[:, :9], network(tokens[:, :9]).logits)
 
 
 def test_default_arguments():
