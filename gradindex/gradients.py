@@ -62,8 +62,8 @@ def make_batch(
 ) -> Batch:
     """Pad (ids [n], scored [n]) pairs on the right.
 
-    Any token id serves as padding: causal attention keeps real positions from seeing it, and its
-    output gradients are zero.
+    Any token id serves as padding: a causal model (`trial.py`) keeps real positions from seeing
+    it, and its output gradients are zero.
     """
     longest = max(len(ids) for ids, _ in sequences)
     tokens = np.zeros((len(sequences), longest), dtype=np.int64)
@@ -109,8 +109,8 @@ def backward(
     place of the targets (same positions). Returns log p per position [b, t], in nats. Modules
     arrive from the last to the first.
     Raises InputError for a module that runs on anything but [b, t, i] or [b·t, i], gives anything
-    but a tensor, or whose output doesn't matter, BatchTooLargeError where memory runs out. Threads
-    take turns.
+    but a tensor, whose output doesn't matter, or that, being no fused expert, doesn't run at all:
+    its weight may be used otherwise. BatchTooLargeError where memory runs out. Threads take turns.
     """
     with model.one_at_a_time, _out_of_memory(*batch.tokens.shape):
         return _backward(model, modules, batch, each, uniforms)
@@ -236,6 +236,7 @@ def _backward(
     finally:
         for handle in handles:
             handle.remove()
+    _check_all_ran(model, modules, ran)
     log_p, gradient = log_probability(logits, batch.targets, uniforms)
     logits.backward(gradient)
     if runs:
@@ -245,11 +246,22 @@ def _backward(
             "it out with --modules REGEX."
         )
     for module in modules:  # experts to which nothing was routed
-        if module.name not in ran and isinstance(model.sharing(module.name)[0], ExpertMap):
+        if module.name not in ran:
             batch.positions[module.name] = batch.tokens[:, :0]
             each(module, gradient.new_zeros(len(batch.tokens), 0, module.d_in),
                  gradient.new_zeros(len(batch.tokens), 0, module.d_out))
     return log_p
+
+
+def _check_all_ran(model: LanguageModel, modules: Sequence[Module], ran: set[str]) -> None:
+    """Raise InputError for a map that didn't run; an expert may have nothing routed to it."""
+    for module in modules:
+        if module.name not in ran and not isinstance(model.sharing(module.name)[0], ExpertMap):
+            raise InputError(
+                f"the model didn't call module {module.name} in a pass, so no gradient of it is "
+                "known: its weight may be used without calling it. Leave it out with --modules "
+                "REGEX."
+            )
 
 
 def _by_sequence(module: Module, a: Tensor, batch: Batch) -> Tensor:

@@ -38,6 +38,7 @@ from gradindex.identity import digest_of_files, tensors_digest
 from gradindex.loading import DTYPES, device_called, dtype_called, readable_errors
 from gradindex.modules import Module, choose_modules
 from gradindex.quantised import as_dequantised, is_bitsandbytes, quantised_dtype
+from gradindex.trial import called_in_a_pass
 
 EXPERTS = "gradindex"  # what our way of running fused experts is called in transformers
 ALL_EXPERTS_FUNCTIONS.register(EXPERTS, experts.forward)
@@ -261,7 +262,8 @@ class LanguageModel:
     def logits(self, tokens: Tensor) -> Tensor:
         """Logits [b, t, v] of right-padded tokens [b, t].
 
-        No attention mask is needed: attention is causal, so no real position sees the padding.
+        No attention mask is needed: the model is causal (`tracked_modules` sees to it), and no
+        longer than `context_length`, so no real position depends on the padding.
         """
         return self.network(input_ids=tokens, use_cache=False).logits
 
@@ -287,11 +289,16 @@ def _dtype_of(network: Any) -> torch.dtype:
     return next(one.dtype for one in network.parameters() if one.is_floating_point())
 
 
-def _cast(network: nn.Module, dtype: torch.dtype) -> None:
-    """Cast the parameters; not the buffers, which models keep in the precision they need."""
+def _cast(network: Any, dtype: torch.dtype) -> None:
+    """Cast the parameters, and those buffers that a model made in this dtype has in it."""
+    with torch.device("meta"):
+        made = dict(type(network)._from_config(network.config, dtype=dtype).named_buffers())
     for parameter in network.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
+    for name, buffer in network.named_buffers():
+        if buffer.is_floating_point() and name in made:
+            buffer.data = buffer.data.to(made[name].dtype)
 
 
 def _quantised(config: Any) -> bool:
@@ -365,7 +372,8 @@ def tracked_modules(network: nn.Module, choice: str = "mlp") -> list[Module]:
     head lie outside the blocks and are never tracked. Fused experts count one map each,
     "….experts.down_proj_5". Maps that share a weight are one module, with a bias if they and no
     others share that too. Raises InputError when nothing matches, no adapter runs, or one that
-    isn't plain LoRA matches.
+    isn't plain LoRA matches, or the network isn't causal (a small pass tells, and which maps are
+    called at all).
     """
     parts = adapter_parts(network)
     found = _linear_maps(network, parts)
@@ -394,12 +402,15 @@ def _linear_maps(network: nn.Module, parts: Parts) -> list[Module]:
     """All that can be tracked."""
     prefix, blocks = _blocks(network)
     owners, maps, inside = _owners(network), _maps_by_weight(network), set(blocks.modules())
+    called = called_in_a_pass(network, [one for sharing in maps.values() for one in sharing])
     found: list[Module] = []
     seen: set[tuple[int, int]] = set()
     for layer, block in enumerate(blocks):
         for name, linear in block.named_modules():
             if not is_linear(linear) or linear in parts.idle or _identity(linear) in seen:
                 continue
+            if not (linear in called or isinstance(linear, experts.ExpertMap)):
+                continue  # if its weight is used, then not by running it
             seen.add(_identity(linear))
             sharing = maps[_identity(linear)]
             own = {_owner(one) for one in sharing}
@@ -506,7 +517,7 @@ def untracked(network: nn.Module, modules: list[Module]) -> dict[str, float]:
         if rest := every.get(own, 0) - tracked.get(own, 0):
             what = _what(own, name.removeprefix(prefix), name.startswith(f"{prefix}."))
             if what in TRACKABLE and own not in maps and not experts.is_fused(own):
-                what = f"{what} that don't run, or share a weight with something else"
+                what = f"{what} that aren't called, or share a weight with something else"
             left[what] = left.get(what, 0.0) + rest / total
     return dict(sorted(left.items(), key=lambda one: (-one[1], one[0])))
 

@@ -301,15 +301,14 @@ def test_a_weight_shared_with_something_else_is_not_tracked(make_model):
     """Its gradient has a part that no linear map of a block sees; that is said."""
     network = make_model("llama", intermediate_size=VOCABULARY).network
     network.model.layers[0].mlp.up_proj.weight = network.model.embed_tokens.weight
-    network.model.layers[1].mlp.gate_proj.weight = network.model.layers[1].mlp.down_proj.weight
-    network.model.layers[1].mlp.gate_proj.weight.data = \
-        network.model.layers[1].mlp.down_proj.weight.data
+    network.model.layers[1].mlp.gate_proj.weight = nn.Parameter(
+        network.model.layers[1].mlp.down_proj.weight.data.T)  # the same place, another map
     names = [module.name for module in tracked_modules(network)]
     assert names == [f"model.layers.0.mlp.{name}" for name in ("gate_proj", "down_proj")] + [
         "model.layers.1.mlp.up_proj"]
     left = untracked(network, tracked_modules(network))
-    every = sum(p.numel() for p in network.parameters())
-    assert left["linear maps that don't run, or share a weight with something else"] == \
+    every = sum(p.numel() for p in network.parameters()) - VOCABULARY * 12
+    assert left["linear maps that aren't called, or share a weight with something else"] == \
         pytest.approx(VOCABULARY * 12 / every)
 
 
@@ -522,7 +521,7 @@ def test_what_is_not_tracked_is_said(make_model):
         "attention": sum(m.shape[0] * m.shape[1] for m in tracked_modules(network, "attention")) /
         every, "embeddings": 37 * 12 / every, "LM head": 37 * 12 / every, "norms": 5 * 12 / every})
     assert sum(left.values()) + parameter_share(network, modules) == pytest.approx(1)
-    network.model.layers[1].mlp = Odd(12)
+    network.model.layers[1].mlp = Odd(12).double()
     model = LanguageModel(network, None, ModelSource(network))
     modules = tracked_modules(network)
     assert untracked(network, modules)["Odd"] == pytest.approx(
@@ -593,6 +592,70 @@ def test_a_router_that_is_a_linear_subclass(family, monkeypatch, tmp_path, seque
     wrong = Module(routers[0], 0, "mlp", router.out_features, router.in_features, False)
     with pytest.raises(InputError, match=rf"{routers[0]} \({name}\) gave a tuple; expected a lin"):
         captured(model, [wrong], make_batch(sequences, model.device))
+
+
+MAMBAS = {
+    "mamba": dict(hidden_size=12, state_size=4, num_hidden_layers=2, time_step_rank=3),
+    "falcon_mamba": dict(hidden_size=12, state_size=4, num_hidden_layers=2, time_step_rank=3),
+}
+
+
+@pytest.mark.parametrize("family", MAMBAS)
+def test_maps_whose_weight_is_used_without_calling_them(family, monkeypatch, sequences):
+    """Mamba's dt_proj: not tracked and said to be so; the others are as autograd has them."""
+    monkeypatch.setitem(SIZES, family, MAMBAS[family])
+    network = random_network(family).requires_grad_(False)
+    model = LanguageModel(network, None, ModelSource(network))
+    modules = tracked_modules(network)
+    names = [module.name for module in modules]
+    assert {name.rpartition(".")[2] for name in names} == {"in_proj", "x_proj", "out_proj"}
+    left = untracked(network, modules)
+    dt_proj = sum(p.numel() for name, p in network.named_parameters() if "dt_proj" in name)
+    every = sum(p.numel() for p in network.parameters())
+    assert left["linear maps that aren't called, or share a weight with something else"] == \
+        pytest.approx(dt_proj / every)
+    assert sum(left.values()) + parameter_share(network, modules) == pytest.approx(1)
+    found, _ = captured(model, modules, make_batch(sequences, model.device))
+    for row, (ids, scored) in enumerate(sequences):
+        truth = sequence_gradient(network, names, torch.from_numpy(ids).long(),
+                                  labels_of(ids, scored))
+        for name in names:
+            torch.testing.assert_close(found[name][row], truth[name], rtol=1e-5, atol=1e-6)
+    uncalled = Module("backbone.layers.0.mixer.dt_proj", 0, "mlp", 24, 3, True)
+    with pytest.raises(InputError, match=r"didn't call module .*dt_proj in a pass.*--modules"):
+        captured(model, [*modules, uncalled], make_batch(sequences, model.device))
+
+
+WORDS = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2,
+         "intermediate_size": 20}
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "electra"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_reads_both_ways_is_refused(family, dtype, monkeypatch, tmp_path):
+    """Unless its configuration makes it a decoder."""
+    monkeypatch.setitem(SIZES, family, {**WORDS, "pad_token_id": 0})
+    assert tracked_modules(random_network(family, dtype, is_decoder=True, pad_token_id=0))
+    network = random_network(family, dtype, pad_token_id=0)
+    with pytest.raises(InputError, match=r"isn't causal: .*a causal language model; .*is_decoder"):
+        tracked_modules(network)
+    np.save(tmp_path / "tokens.npy", np.ones((24, 12), np.int32))
+    with pytest.raises(InputError, match=r"isn't causal"):
+        gradindex.build(network, tmp_path / "tokens.npy", tmp_path / "index", bits=512)
+    assert not (tmp_path / "index" / "curvature.partial").exists()
+
+
+def test_the_small_pass_leaves_the_network_as_it_was(make_model, sequences):
+    """In training mode or not, with its parameters' settings and without its hooks."""
+    network = make_model("gpt2", attn_pdrop=0.5, resid_pdrop=0.5, embd_pdrop=0.5).network
+    network.train()
+    network.transformer.h[1].eval()
+    before = {name: one.training for name, one in network.named_modules()}
+    with torch.no_grad():
+        assert len(tracked_modules(network)) == 4
+    assert before == {name: one.training for name, one in network.named_modules()}
+    assert not any(one._forward_hooks for one in network.modules())
+    assert all(one.grad is None for one in network.parameters())
 
 
 class Packed(nn.Module):
