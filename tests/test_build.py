@@ -388,6 +388,21 @@ def test_rotary_frequencies_are_not_rounded(tmp_path, family, dtype):
             assert torch.equal(model.logits(tokens), expected)
 
 
+def test_a_given_model_is_cast_as_it_would_be_loaded(tmp_path, monkeypatch):
+    """GPT's mask is a buffer in the dtype of its weights, unlike rotary frequencies."""
+    monkeypatch.setitem(SIZES, "openai-gpt", {key: value for key, value in SIZES["gpt2"].items()
+                                              if key != "n_inner"})
+    network = random_network("openai-gpt", torch.float32)
+    network.save_pretrained(tmp_path)
+    tokens = torch.arange(20)[None]
+    own = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    model = ModelSource(network).load("cpu", "bfloat16")
+    assert {name: one.dtype for name, one in model.network.named_buffers()} == \
+        {name: one.dtype for name, one in own.named_buffers()}
+    with torch.no_grad():
+        assert torch.equal(model.logits(tokens), own(tokens).logits)
+
+
 def test_the_model_folder_needs_no_pad_token(model_folder):
     tokenizer = ModelSource(str(model_folder)).load_tokenizer()
     assert tokenizer.pad_token is None
