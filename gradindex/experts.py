@@ -25,7 +25,7 @@ class ExpertMap(nn.Module):
     def __init__(self, experts: Any, name: str, number: int):
         super().__init__()
         self._of = (experts,)  # in a tuple, or its weights would count as this one's
-        self._name, self._number = name, number
+        self._name, self.number = name, number
 
     @property
     def experts(self) -> nn.Module:
@@ -35,16 +35,22 @@ class ExpertMap(nn.Module):
         return found
 
     @property
+    def parameters_of_all(self) -> tuple[Tensor | None, Tensor | None]:
+        """The experts' own tensors that W and the bias are parts of; None for computed ones."""
+        of = self.experts._parameters
+        return of.get(self._name), of.get(f"{self._name}_bias")
+
+    @property
     def weight(self) -> Tensor:
         """W [o, i], a view of the experts' tensor."""
         [experts] = self._of
-        weight: Tensor = getattr(experts, self._name)[self._number]
+        weight: Tensor = getattr(experts, self._name)[self.number]
         return weight.T if experts.is_transposed else weight
 
     @property
     def bias(self) -> Tensor | None:
         [experts] = self._of
-        return getattr(experts, f"{self._name}_bias")[self._number] if experts.has_bias else None
+        return getattr(experts, f"{self._name}_bias")[self.number] if experts.has_bias else None
 
     def forward(self, x: Tensor, places: Tensor) -> Tensor:
         """x [n, i] of tokens at `places` [n] of the batch's → [n, o]."""

@@ -8,7 +8,6 @@ computes no weight gradients and ends at the first tracked module.
 """
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,9 +25,6 @@ from gradindex.modules import Module
 
 Each = Callable[[Module, Tensor, Tensor], None]
 T = TypeVar("T")
-
-# Hooks sit on the network itself: a second thread's pass would be heard by the first one's.
-_ONE_AT_A_TIME = threading.Lock()
 
 
 @dataclass
@@ -66,8 +62,8 @@ def make_batch(
 ) -> Batch:
     """Pad (ids [n], scored [n]) pairs on the right.
 
-    Any token id serves as padding: causal attention keeps real positions from seeing it, and its
-    output gradients are zero.
+    Any token id serves as padding: a causal model (`trial.py`) keeps real positions from seeing
+    it, and its output gradients are zero.
     """
     longest = max(len(ids) for ids, _ in sequences)
     tokens = np.zeros((len(sequences), longest), dtype=np.int64)
@@ -112,10 +108,11 @@ def backward(
     with zeros (`Batch.positions`). With `uniforms` [b, t], labels are sampled from the model in
     place of the targets (same positions). Returns log p per position [b, t], in nats. Modules
     arrive from the last to the first.
-    Raises InputError for a module that runs on anything but [b, t, i] or [b·t, i], or whose output
-    doesn't matter, BatchTooLargeError where memory runs out. Threads take turns.
+    Raises InputError for a module that runs on anything but [b, t, i] or [b·t, i], gives anything
+    but a tensor, whose output doesn't matter, or that, being no fused expert, doesn't run at all:
+    its weight may be used otherwise. BatchTooLargeError where memory runs out. Threads take turns.
     """
-    with _ONE_AT_A_TIME, _out_of_memory(*batch.tokens.shape):
+    with model.one_at_a_time, _out_of_memory(*batch.tokens.shape):
         return _backward(model, modules, batch, each, uniforms)
 
 
@@ -208,6 +205,12 @@ def _backward(
 
     def keep(module: Module) -> Callable[..., None]:
         def hook(submodule: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if not isinstance(output, Tensor):
+                raise InputError(
+                    f"module {module.name} ({type(submodule).__name__}) gave a "
+                    f"{type(output).__name__}; expected a linear map, which gives a tensor. Leave "
+                    "it out with --modules REGEX."
+                )
             if isinstance(submodule, ExpertMap):
                 run = _Run(args[0].detach(), args[1])
             else:
@@ -233,6 +236,7 @@ def _backward(
     finally:
         for handle in handles:
             handle.remove()
+    _check_all_ran(model, modules, ran)
     log_p, gradient = log_probability(logits, batch.targets, uniforms)
     logits.backward(gradient)
     if runs:
@@ -242,11 +246,22 @@ def _backward(
             "it out with --modules REGEX."
         )
     for module in modules:  # experts to which nothing was routed
-        if module.name not in ran and isinstance(model.sharing(module.name)[0], ExpertMap):
+        if module.name not in ran:
             batch.positions[module.name] = batch.tokens[:, :0]
             each(module, gradient.new_zeros(len(batch.tokens), 0, module.d_in),
                  gradient.new_zeros(len(batch.tokens), 0, module.d_out))
     return log_p
+
+
+def _check_all_ran(model: LanguageModel, modules: Sequence[Module], ran: set[str]) -> None:
+    """Raise InputError for a map that didn't run; an expert may have nothing routed to it."""
+    for module in modules:
+        if module.name not in ran and not isinstance(model.sharing(module.name)[0], ExpertMap):
+            raise InputError(
+                f"the model didn't call module {module.name} in a pass, so no gradient of it is "
+                "known: its weight may be used without calling it. Leave it out with --modules "
+                "REGEX."
+            )
 
 
 def _by_sequence(module: Module, a: Tensor, batch: Batch) -> Tensor:

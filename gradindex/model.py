@@ -10,10 +10,11 @@ import hashlib
 import json
 import logging
 import re
+import threading
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import transformers
@@ -26,6 +27,7 @@ from gradindex.adapters import (
     WEIGHTS,
     Adapter,
     Parts,
+    adapter_facts,
     adapter_parts,
     no_adapter,
     read_adapter,
@@ -35,7 +37,8 @@ from gradindex.errors import IndexMismatchError, InputError
 from gradindex.identity import digest_of_files, tensors_digest
 from gradindex.loading import DTYPES, device_called, dtype_called, readable_errors
 from gradindex.modules import Module, choose_modules
-from gradindex.quantised import as_dequantised, quantised_dtype
+from gradindex.quantised import as_dequantised, is_bitsandbytes, quantised_dtype
+from gradindex.trial import called_in_a_pass
 
 EXPERTS = "gradindex"  # what our way of running fused experts is called in transformers
 ALL_EXPERTS_FUNCTIONS.register(EXPERTS, experts.forward)
@@ -156,8 +159,10 @@ class ModelSource:
     def load(self, device: str = "auto", dtype: str = "auto") -> "LanguageModel":
         """Load the weights (safetensors, unless `allow_pickle`) in evaluation mode, frozen.
 
-        A model object is put in that state itself, and moved if device or dtype say so. Raises
-        InputError for a model, device or dtype that can't be had.
+        What transformers keeps in float32 stays so, such as rotary frequencies. A model object is
+        put in that state itself, and moved or its parameters cast if device or dtype say so, as an
+        adapter's are to its base's dtype. Raises InputError for a model, device or dtype that can't
+        be had.
         """
         place, wanted = self.resolve(device, dtype)
         network = self.model
@@ -165,7 +170,9 @@ class ModelSource:
             network = self._read(place, wanted)
         network = unwrapped(network)
         if not _quantised(network.config):
-            network = network.to(place, wanted)
+            network = network.to(place)
+            if adapter_facts(network) or _dtype_of(network) != wanted:
+                _cast(network, wanted)
         else:
             if network.device.type != place.type:
                 network = network.to(place)
@@ -214,6 +221,10 @@ class LanguageModel:
     tokenizer: Any | None
     source: ModelSource
 
+    # Hooks sit on the network itself, which two of these may share: a second thread's pass would
+    # be heard by the first one's.
+    one_at_a_time: ClassVar[threading.Lock] = threading.Lock()
+
     def __post_init__(self) -> None:
         for fused in experts.open_experts(self.network):
             fused.config._experts_implementation = EXPERTS  # type: ignore[union-attr]
@@ -224,12 +235,8 @@ class LanguageModel:
         return self._maps.get(_identity(own), [own])
 
     @cached_property
-    def _maps(self) -> dict[int, list[nn.Module]]:
-        found: dict[int, list[nn.Module]] = {}
-        for module in self.network.modules():
-            if isinstance(module, (nn.Linear, Conv1D)):
-                found.setdefault(_identity(module), []).append(module)
-        return found
+    def _maps(self) -> dict[tuple[int, int], list[nn.Module]]:
+        return _maps_by_weight(self.network)
 
     @property
     def device(self) -> torch.device:
@@ -255,19 +262,23 @@ class LanguageModel:
     def logits(self, tokens: Tensor) -> Tensor:
         """Logits [b, t, v] of right-padded tokens [b, t].
 
-        No attention mask is needed: attention is causal, so no real position sees the padding.
+        No attention mask is needed: the model is causal (`tracked_modules` sees to it), and no
+        longer than `context_length`, so no real position depends on the padding.
         """
         return self.network(input_ids=tokens, use_cache=False).logits
 
     def continuation(self, tokens: list[int], length: int) -> list[int]:
-        """The model's own greedy continuation of `tokens`, at most `length` tokens."""
+        """The model's own greedy continuation of `tokens`, at most `length` tokens.
+
+        Threads take turns, with `gradients.backward` too.
+        """
         prompt = torch.tensor([tokens], device=self.device)
         end = self.network.generation_config.eos_token_id
         pad = end[0] if isinstance(end, list) else end
         settings = transformers.GenerationConfig(
             do_sample=False, max_new_tokens=length, eos_token_id=end, pad_token_id=pad or 0
         )
-        with torch.no_grad():
+        with self.one_at_a_time, torch.no_grad():
             output = self.network.generate(
                 prompt, attention_mask=torch.ones_like(prompt), generation_config=settings
             )
@@ -278,14 +289,44 @@ def _dtype_of(network: Any) -> torch.dtype:
     return next(one.dtype for one in network.parameters() if one.is_floating_point())
 
 
+def _cast(network: Any, dtype: torch.dtype) -> None:
+    """Cast the parameters, and those buffers that a model made in this dtype has in it."""
+    with torch.device("meta"):
+        made = dict(type(network)._from_config(network.config, dtype=dtype).named_buffers())
+    for parameter in network.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    for name, buffer in network.named_buffers():
+        if buffer.is_floating_point() and name in made:
+            buffer.data = buffer.data.to(made[name].dtype)
+
+
 def _quantised(config: Any) -> bool:
     return getattr(config, "quantization_config", None) is not None
 
 
-def _identity(module: nn.Module) -> int:
-    """Which weight a linear map has: equal for those that share it."""
-    weight = module._parameters.get("weight")  # one computed from others has no place of its own
-    return id(module) if weight is None else _place(weight)
+def _stored(linear: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """The parameters that a linear map's weight and bias are, or, an expert's, are parts of; None
+    for what is computed from others."""
+    if isinstance(linear, experts.ExpertMap):
+        return linear.parameters_of_all
+    return linear._parameters.get("weight"), linear._parameters.get("bias")
+
+
+def _identity(linear: nn.Module) -> tuple[int, int]:
+    """Which weight a linear map has: its place, and for an expert its number there."""
+    weight, _ = _stored(linear)
+    place = id(linear) if weight is None else _place(weight)
+    return place, linear.number if isinstance(linear, experts.ExpertMap) else 0
+
+
+def _maps_by_weight(network: nn.Module) -> dict[tuple[int, int], list[nn.Module]]:
+    """The linear maps that have the same weight, in model order, by its identity."""
+    found: dict[tuple[int, int], list[nn.Module]] = {}
+    for module in network.modules():
+        if is_linear(module):
+            found.setdefault(_identity(module), []).append(module)
+    return found
 
 
 def _place(parameter: Tensor) -> int:
@@ -297,9 +338,19 @@ def _place(parameter: Tensor) -> int:
 
 
 def context_length(config: Any) -> int | None:
-    """The longest sequence the model takes, in tokens, where its configuration says so."""
-    length = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return int(length) if length else None
+    """The longest sequence the model takes, in tokens, where its configuration says so.
+
+    Rotary scaling "longrope" (Phi-3) switches to other frequencies where a batch holds more than
+    the original length, for all its sequences: there this is the original length, up to which a
+    sequence's gradient doesn't depend on its batch. "dynamic" does so beyond the length itself.
+    """
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    lengths = [getattr(text, "max_position_embeddings", None)]
+    for one in (rope, *rope.values()):  # some models have one for each type of layer
+        if isinstance(one, dict) and one.get("rope_type") == "longrope":
+            lengths.append(one.get("original_max_position_embeddings"))
+    return min((int(length) for length in lengths if length), default=None)
 
 
 def quiet_transformers() -> None:
@@ -319,9 +370,10 @@ def tracked_modules(network: nn.Module, choice: str = "mlp") -> list[Module]:
 
     `choice` is one of `choose_modules`; "mlp" as in Grosse et al. 2023, §5. Embeddings and the LM
     head lie outside the blocks and are never tracked. Fused experts count one map each,
-    "….experts.down_proj_5". Maps that share a weight are one module, with a bias if they share that
-    too. Raises InputError when nothing matches, no adapter runs, or one that isn't plain LoRA
-    matches.
+    "….experts.down_proj_5". Maps that share a weight are one module, with a bias if they and no
+    others share that too. Raises InputError when nothing matches, no adapter runs, or one that
+    isn't plain LoRA matches, or the network isn't causal (a small pass tells, and which maps are
+    called at all).
     """
     parts = adapter_parts(network)
     found = _linear_maps(network, parts)
@@ -349,28 +401,48 @@ def tracked_modules(network: nn.Module, choice: str = "mlp") -> list[Module]:
 def _linear_maps(network: nn.Module, parts: Parts) -> list[Module]:
     """All that can be tracked."""
     prefix, blocks = _blocks(network)
-    owners, inside = _owners(network), set(blocks.modules())
+    owners, maps, inside = _owners(network), _maps_by_weight(network), set(blocks.modules())
+    called = called_in_a_pass(network, [one for sharing in maps.values() for one in sharing])
     found: list[Module] = []
-    seen: set[int] = set()
+    seen: set[tuple[int, int]] = set()
     for layer, block in enumerate(blocks):
         for name, linear in block.named_modules():
-            if not isinstance(linear, _LINEAR) or linear in parts.idle or \
-                    _identity(linear) in seen:
+            if not is_linear(linear) or linear in parts.idle or _identity(linear) in seen:
                 continue
+            if not (linear in called or isinstance(linear, experts.ExpertMap)):
+                continue  # if its weight is used, then not by running it
             seen.add(_identity(linear))
-            sharing = owners.get(_identity(linear), [linear])
-            if any(one not in inside or _form(one) != _form(linear) for one in sharing):
+            sharing = maps[_identity(linear)]
+            own = {_owner(one) for one in sharing}
+            if not own.issuperset(owners.get(_identity(linear)[0], own)) or \
+                    any(one not in inside or _form(one) != _form(linear) for one in sharing):
                 continue  # a hook on linear maps would miss a part of the gradient
             kind = "adapter" if linear in parts.own else \
                 "attention" if _ATTENTION.search(name) else "mlp"
             d_out, d_in = _shape(linear)
             bias = linear.bias is not None
+            if bias and (stored := _stored(linear)[1]) is not None:
+                bias = own == set(owners[_place(stored)])
             if bias and isinstance(linear, experts.ExpertMap):  # then a column of W
                 d_in, bias = d_in + 1, False
-            elif bias and len(sharing) > 1:
-                bias = owners[_place(linear.bias)] == sharing  # type: ignore[arg-type]
             found.append(Module(f"{prefix}.{layer}.{name}", layer, kind, d_out, d_in, bias))
     return found
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module computes W a + b and nothing else, so that its gradient is Σ d aᵀ.
+
+    A subclass of nn.Linear with a `forward` of its own may as well round, rescale or route.
+    """
+    if isinstance(module, experts.ExpertMap):
+        return True
+    return isinstance(module, (nn.Linear, Conv1D)) and (
+        type(module).forward in (nn.Linear.forward, Conv1D.forward)
+        or f"{type(module).__module__}.{type(module).__name__}" in _LINEAR_AS_WELL
+        or is_bitsandbytes(module))
+
+
+_LINEAR_AS_WELL = ("transformers.models.falcon.modeling_falcon.FalconLinear",)
 
 
 def _owners(network: nn.Module) -> dict[int, list[nn.Module]]:
@@ -382,12 +454,14 @@ def _owners(network: nn.Module) -> dict[int, list[nn.Module]]:
     return found
 
 
-def _form(module: Any) -> tuple[Any, ...]:
-    """What modules that share a weight must have in common to be one linear map."""
-    return (type(module), *(_shape(module) if isinstance(module, _LINEAR) else ()))
+def _owner(linear: nn.Module) -> nn.Module:
+    """The module that has a linear map's weight as its own parameter."""
+    return linear.experts if isinstance(linear, experts.ExpertMap) else linear
 
 
-_LINEAR = (nn.Linear, Conv1D, experts.ExpertMap)
+def _form(linear: Any) -> tuple[Any, ...]:
+    """What maps that share a weight must have in common to be one linear map."""
+    return type(linear), _shape(linear), getattr(_owner(linear), "is_transposed", None)
 
 
 def _shape(linear: Any) -> tuple[int, int]:
@@ -443,7 +517,7 @@ def untracked(network: nn.Module, modules: list[Module]) -> dict[str, float]:
         if rest := every.get(own, 0) - tracked.get(own, 0):
             what = _what(own, name.removeprefix(prefix), name.startswith(f"{prefix}."))
             if what in TRACKABLE and own not in maps and not experts.is_fused(own):
-                what = f"{what} that don't run, or share a weight with something else"
+                what = f"{what} that aren't called, or share a weight with something else"
             left[what] = left.get(what, 0.0) + rest / total
     return dict(sorted(left.items(), key=lambda one: (-one[1], one[0])))
 
@@ -460,9 +534,9 @@ def _what(module: nn.Module, name: str, in_block: bool) -> str:
         return "norms"
     if experts.is_fused(module):
         return "experts"
-    if isinstance(module, _LINEAR):
-        if not in_block:
-            return "LM head"
+    if isinstance(module, (nn.Linear, Conv1D)) and not in_block:
+        return "LM head"
+    if is_linear(module):
         return "attention" if _ATTENTION.search(name) else "linear maps"
     return kind
 

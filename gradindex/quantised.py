@@ -33,7 +33,7 @@ def as_dequantised(network: nn.Module) -> None:
     """
     for name, module in network.named_modules():
         layer: Any = module
-        if hasattr(layer, "support_avx512bf16_for_cpu"):
+        if _has_four_bits(layer):
             layer.support_avx512bf16_for_cpu = False
             state = getattr(layer.weight, "quant_state", None)
             if state is not None and state.absmax.ndim > 1:
@@ -42,8 +42,21 @@ def as_dequantised(network: nn.Module) -> None:
                     "for this CPU, which changed it. Give the model's folder or hub id, or load it "
                     "again and build first."
                 )
-        elif hasattr(layer, "init_8bit_state") and layer.weight.dtype == torch.int8:
+        elif _has_eight_bits(layer):
             layer.forward = partial(_eight_bits, layer)
+
+
+def is_bitsandbytes(layer: Any) -> bool:
+    """Whether a map is one that `as_dequantised` looks after."""
+    return _has_four_bits(layer) or _has_eight_bits(layer)
+
+
+def _has_four_bits(layer: Any) -> bool:
+    return hasattr(layer, "support_avx512bf16_for_cpu")
+
+
+def _has_eight_bits(layer: Any) -> bool:
+    return hasattr(layer, "init_8bit_state") and layer.weight.dtype == torch.int8
 
 
 def _eight_bits(layer: Any, x: Tensor) -> Tensor:

@@ -602,7 +602,8 @@ def _sequence_length(seq_len: int | None, config: Any, data: list[Any]) -> int:
     if seq_len < 2 or (context and seq_len > context):
         raise InputError(
             f"sequences of {seq_len} tokens: expected 2 to {context or 'any number of'} (the "
-            "model's context). Set --seq-len."
+            "model's context; with longrope its original one, beyond which a sequence would depend "
+            "on its batch). Set --seq-len."
         )
     return seq_len
 

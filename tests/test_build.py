@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, random_network, small_documents
+from conftest import SIZES, SMALL, VOCABULARY, random_network, small_documents
+from transformers import AutoModelForCausalLM
 
 import gradindex
 from demo.prepare import train_tokenizer
@@ -285,6 +286,44 @@ def test_default_sequence_length_is_the_context_at_most_512(context, expected):
     assert build_module._sequence_length(None, config, []) == expected
 
 
+LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 3,
+            "long_factor": [4.0] * 3, "original_max_position_embeddings": 16}
+
+
+def test_longrope_is_used_up_to_its_original_length(tmp_path, monkeypatch):
+    """Beyond it the longest sequence of a batch would decide the angles of all."""
+    monkeypatch.setitem(SIZES, "phi3", {**SIZES["llama"], "pad_token_id": 0})
+    network = random_network("phi3", torch.float32, rope_parameters=dict(LONGROPE),
+                             original_max_position_embeddings=16, pad_token_id=0)
+    assert network.config.max_position_embeddings == 64 and context_length(network.config) == 16
+    np.save(tmp_path / "long.npy", np.zeros((24, 17), np.int32))
+    with pytest.raises(InputError, match=r"sequences of 17 tokens: expected 2 to 16 .*longrope"):
+        gradindex.build(network, tmp_path / "long.npy", tmp_path / "index", bits=512)
+    assert not (tmp_path / "index").exists()
+    model = ModelSource(network).load("cpu")
+    tokens = torch.arange(20)[None] % VOCABULARY
+    with torch.no_grad():
+        short = model.logits(tokens[:, :12])
+        torch.testing.assert_close(model.logits(tokens[:, :16])[:, :12], short)
+        assert not torch.allclose(model.logits(tokens)[:, :12], short, atol=1e-3)
+    np.save(tmp_path / "short.npy", np.arange(24 * 16, dtype=np.int32).reshape(24, 16) % 37)
+    index = gradindex.build(network, tmp_path / "short.npy", tmp_path / "index", bits=512)
+    with pytest.raises(InputError, match="more than the model's context of 16"):
+        index.search(token_ids=[1] * 17, labels=[1] * 17)
+
+
+@pytest.mark.parametrize("rope, expected", [
+    ({"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}, 64),
+    ({"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0,
+      "original_max_position_embeddings": 16}, 64)])
+def test_other_rotary_scaling_leaves_the_context_as_it_is(rope, expected):
+    network = random_network("llama", torch.float32, rope_parameters=rope)
+    assert context_length(network.config) == expected
+    tokens = torch.arange(64)[None] % VOCABULARY
+    with torch.no_grad():
+        torch.testing.assert_close(network(tokens).logits[:, :9], network(tokens[:, :9]).logits)
+
+
 def test_default_arguments():
     given = inspect.signature(gradindex.build).parameters
     assert {name: given[name].default for name in (
@@ -327,6 +366,41 @@ def test_default_dtype_is_float32_on_a_cpu_and_the_checkpoints_own_on_a_gpu(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert source.resolve("auto", "auto") == (torch.device("cuda"), torch.bfloat16)
     assert source.resolve("cuda:1", "float32") == (torch.device("cuda:1"), torch.float32)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rotary_frequencies_are_not_rounded(tmp_path, family, dtype):
+    """The model computes as transformers loads it, from a folder, given, or cast here."""
+    random_network(family, torch.float32, max_position_embeddings=2048).save_pretrained(tmp_path)
+    tokens = torch.arange(1500)[None] % VOCABULARY
+    own = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    with torch.no_grad():
+        expected = own(tokens).logits
+    name = str(dtype).removeprefix("torch.")
+    for source, asked in ((str(tmp_path), name), (whole, name), (own, "auto"), (own, name)):
+        model = ModelSource(source).load("cpu", asked)
+        assert {one.dtype for one in model.network.parameters()} == {dtype}
+        kept = [one for at, one in model.network.named_buffers() if at.endswith("inv_freq")]
+        assert kept and all(one.dtype == torch.float32 for one in kept)
+        with torch.no_grad():
+            assert torch.equal(model.logits(tokens), expected)
+
+
+def test_a_given_model_is_cast_as_it_would_be_loaded(tmp_path, monkeypatch):
+    """GPT's mask is a buffer in the dtype of its weights, unlike rotary frequencies."""
+    monkeypatch.setitem(SIZES, "openai-gpt", {key: value for key, value in SIZES["gpt2"].items()
+                                              if key != "n_inner"})
+    network = random_network("openai-gpt", torch.float32)
+    network.save_pretrained(tmp_path)
+    tokens = torch.arange(20)[None]
+    own = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    model = ModelSource(network).load("cpu", "bfloat16")
+    assert {name: one.dtype for name, one in model.network.named_buffers()} == \
+        {name: one.dtype for name, one in own.named_buffers()}
+    with torch.no_grad():
+        assert torch.equal(model.logits(tokens), own(tokens).logits)
 
 
 def test_the_model_folder_needs_no_pad_token(model_folder):

@@ -24,7 +24,7 @@ from gradindex.progress import Progress
 from indexer import crew
 from indexer.build import ask, prepare
 from indexer.crew import Crew, Job, Receipt, _Worker
-from indexer.distribute import Shard, Stage
+from indexer.distribute import OVER_RAY, Shard, Stage
 from indexer.fit import Fit
 from indexer.state import State
 
@@ -177,7 +177,7 @@ def test_what_is_waited_for(cluster, alone, model_folder, data_file, tmp_path, m
     free = threading.Event()
 
     def hold():
-        with one_of_writers(out, 1):  # which the first waits for, while it loads
+        with one_of_writers(out, 1, OVER_RAY):  # which the first waits for, while it loads
             free.wait()
 
     def then(line):

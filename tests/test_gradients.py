@@ -1,5 +1,7 @@
 """Hooks against per-sequence gradients by torch.func."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -104,6 +106,35 @@ def test_backward_computes_no_weight_gradients_and_stops_at_the_first_module(mak
     handle.remove()
     assert seen == [False]
     assert all(parameter.grad is None for parameter in model.network.parameters())
+
+
+def test_a_continuation_waits_for_a_backward_pass(make_model, sequences):
+    """Both run the same network, and hooks hear every pass: a thread that continues is held up."""
+    model = make_model("llama")
+    modules = tracked_modules(model.network)
+    batch = make_batch(sequences, model.device)
+    expected, _ = by_hooks(model, modules, batch)
+    wanted = model.continuation([1, 2, 3], 8)
+    stop, made, errors = threading.Event(), [], []
+
+    def go_on():
+        try:
+            while not stop.is_set():
+                made.append(model.continuation([1, 2, 3], 8))
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=go_on)
+    thread.start()
+    try:
+        while len(made) < 3 and thread.is_alive():
+            found, _ = by_hooks(model, modules, batch)
+            for name, one in found.items():
+                assert torch.equal(one, expected[name])
+    finally:
+        stop.set()
+        thread.join()
+    assert not errors and all(one == wanted for one in made)
 
 
 def test_log_probability_gradient_equals_autograd():

@@ -19,6 +19,7 @@ from gradindex.gradients import backward, gradient, make_batch
 from gradindex.identity import tensors_digest
 from gradindex.influence import Influences, Preconditioned, Terms, collect
 from gradindex.model import LanguageModel, ModelSource, parameter_share, tracked_modules, untracked
+from gradindex.modules import Module
 from gradindex.progress import shares, stderr_progress
 from indexer.build import NOTABLE, describe
 from indexer.fit import add_covariances
@@ -247,19 +248,67 @@ def test_a_shared_weight_under_two_biases(make_model, sequences):
     assert sum(left.values()) + 20 * 12 / every == pytest.approx(1)
 
 
+def test_a_bias_shared_under_two_weights(make_model, sequences):
+    """The weights are two parameters, the bias is one: it isn't tracked, and counts once."""
+    network = make_model("gpt_neox").network
+    first, second = (layer.mlp.dense_h_to_4h for layer in network.gpt_neox.layers)
+    second.bias = first.bias
+    model = LanguageModel(network, None, ModelSource(network))
+    modules = tracked_modules(network, "dense_h_to_4h")
+    assert [module.shape for module in modules] == [(20, 12)] * 2
+    found, _ = captured(model, modules, make_batch(sequences, model.device))
+    for row, (ids, scored) in enumerate(sequences):
+        wanted = [first.weight.requires_grad_(), second.weight.requires_grad_()]
+        loss = log_likelihood(network, torch.from_numpy(ids).long(), labels_of(ids, scored))
+        for module, truth in zip(modules, torch.autograd.grad(loss, wanted), strict=True):
+            torch.testing.assert_close(found[module.name][row], truth, rtol=1e-9, atol=1e-10)
+        first.weight.requires_grad_(False)
+        second.weight.requires_grad_(False)
+    every = sum(p.numel() for p in network.parameters())
+    share = parameter_share(network, modules)
+    assert share == 2 * 20 * 12 / every
+    assert sum(untracked(network, modules).values()) + share == pytest.approx(1)
+
+
+@pytest.mark.parametrize("biases", [True, False])
+def test_experts_of_two_blocks_that_share_their_tensors(mixture, sequences, biases):
+    """One map each, the sum of both blocks' runs; a bias only where that is shared as well."""
+    first, second = (one for one in mixture.modules() if experts.is_fused(one))
+    if not first.has_bias and not biases:
+        pytest.skip("it has no biases")
+    names = ["gate_up_proj", "down_proj"]
+    for name in names + [f"{name}_bias" for name in names if first.has_bias and biases]:
+        setattr(second, name, getattr(first, name))
+    model = LanguageModel(mixture.requires_grad_(False), None, ModelSource(mixture))
+    modules = tracked_modules(mixture)
+    assert len(modules) == 2 * first.num_experts and {m.layer for m in modules} == {0}
+    found, _ = captured(model, modules, make_batch(sequences, model.device))
+    with_bias = first.has_bias and biases
+    for row, (ids, scored) in enumerate(sequences):
+        for module in modules:
+            truth = dense(mixture, module, ids, scored)[:, :module.shape[1]]
+            assert found[module.name].shape[2] == module.d_in and not module.bias
+            torch.testing.assert_close(found[module.name][row], truth, rtol=1e-9, atol=1e-10)
+    tracked = [getattr(first, name) for name in names] + [
+        getattr(first, f"{name}_bias") for name in names if with_bias]
+    every = sum(p.numel() for p in mixture.parameters())
+    share = parameter_share(mixture, modules)
+    assert share == sum(one.numel() for one in tracked) / every
+    assert sum(untracked(mixture, modules).values()) + share == pytest.approx(1)
+
+
 def test_a_weight_shared_with_something_else_is_not_tracked(make_model):
     """Its gradient has a part that no linear map of a block sees; that is said."""
     network = make_model("llama", intermediate_size=VOCABULARY).network
     network.model.layers[0].mlp.up_proj.weight = network.model.embed_tokens.weight
-    network.model.layers[1].mlp.gate_proj.weight = network.model.layers[1].mlp.down_proj.weight
-    network.model.layers[1].mlp.gate_proj.weight.data = \
-        network.model.layers[1].mlp.down_proj.weight.data
+    network.model.layers[1].mlp.gate_proj.weight = nn.Parameter(
+        network.model.layers[1].mlp.down_proj.weight.data.T)  # the same place, another map
     names = [module.name for module in tracked_modules(network)]
     assert names == [f"model.layers.0.mlp.{name}" for name in ("gate_proj", "down_proj")] + [
         "model.layers.1.mlp.up_proj"]
     left = untracked(network, tracked_modules(network))
-    every = sum(p.numel() for p in network.parameters())
-    assert left["linear maps that don't run, or share a weight with something else"] == \
+    every = sum(p.numel() for p in network.parameters()) - VOCABULARY * 12
+    assert left["linear maps that aren't called, or share a weight with something else"] == \
         pytest.approx(VOCABULARY * 12 / every)
 
 
@@ -472,12 +521,141 @@ def test_what_is_not_tracked_is_said(make_model):
         "attention": sum(m.shape[0] * m.shape[1] for m in tracked_modules(network, "attention")) /
         every, "embeddings": 37 * 12 / every, "LM head": 37 * 12 / every, "norms": 5 * 12 / every})
     assert sum(left.values()) + parameter_share(network, modules) == pytest.approx(1)
-    network.model.layers[1].mlp = Odd(12)
+    network.model.layers[1].mlp = Odd(12).double()
     model = LanguageModel(network, None, ModelSource(network))
     modules = tracked_modules(network)
     assert untracked(network, modules)["Odd"] == pytest.approx(
         144 / sum(p.numel() for p in network.parameters()))
     assert "not tracked: " in describe(model, modules) and "Odd" in describe(model, modules)
+
+
+class Rounded(nn.Linear):
+    """A linear map by its class, and not by what it computes: inputs are rounded."""
+
+    def forward(self, x):
+        return super().forward((x * 8).round() / 8)
+
+
+def test_a_linear_subclass_with_a_forward_of_its_own_is_named(make_model, sequences):
+    network = make_model("llama").network
+    for layer in network.model.layers:
+        own = layer.mlp.gate_proj
+        layer.mlp.gate_proj = Rounded(12, 20, bias=False, dtype=own.weight.dtype)
+        layer.mlp.gate_proj.weight = own.weight
+        plain = type("Plain", (nn.Linear,), {})(12, 20, bias=False, dtype=own.weight.dtype)
+        plain.weight = layer.mlp.up_proj.weight
+        layer.mlp.up_proj = plain  # computes what nn.Linear does
+    model = LanguageModel(network.requires_grad_(False), None, ModelSource(network))
+    modules = tracked_modules(network)
+    assert [module.name.rpartition(".")[2] for module in modules] == ["up_proj", "down_proj"] * 2
+    left = untracked(network, modules)
+    every = sum(p.numel() for p in network.parameters())
+    assert left["Rounded"] == pytest.approx(2 * 20 * 12 / every)
+    assert sum(left.values()) + parameter_share(network, modules) == pytest.approx(1)
+    found, _ = captured(model, modules, make_batch(sequences, model.device))
+    names = [module.name for module in modules if module.name.endswith("down_proj")]
+    for row, (ids, scored) in enumerate(sequences):
+        truth = sequence_gradient(network, names, torch.from_numpy(ids).long(),
+                                  labels_of(ids, scored))
+        torch.testing.assert_close(found[names[1]][row], truth[names[1]], rtol=1e-5, atol=1e-8)
+
+
+ROUTERS = {
+    "phimoe": ("PhimoeTopKRouter", dict(LLAMA, num_local_experts=4, num_experts_per_tok=2)),
+    "llama4_text": ("Llama4Router", dict(
+        LLAMA, num_local_experts=4, num_experts_per_tok=1, intermediate_size_mlp=20, head_dim=6,
+        pad_token_id=0)),
+}
+
+
+@pytest.mark.parametrize("family", ROUTERS)
+def test_a_router_that_is_a_linear_subclass(family, monkeypatch, tmp_path, sequences):
+    """It gives a tuple, and is named; the model is built and searched, here from tokens."""
+    name, settings = ROUTERS[family]
+    monkeypatch.setitem(SIZES, family, settings)
+    network = random_network(family, torch.float32)
+    network.save_pretrained(tmp_path / "model")
+    random = np.random.default_rng(0)
+    np.save(tmp_path / "tokens.npy", random.integers(0, VOCABULARY, (24, 12)).astype(np.int32))
+    index = gradindex.build(str(tmp_path / "model"), tmp_path / "tokens.npy", tmp_path / "index",
+                            bits=512, segment_size=16)
+    routers = [at for at, one in network.named_modules() if type(one).__name__ == name]
+    assert routers and not {module.name for module in index.manifest.modules} & {*routers}
+    every = sum(p.numel() for p in network.parameters())
+    assert info(tmp_path / "index")["untracked"][name] == pytest.approx(
+        sum(network.get_submodule(at).weight.numel() for at in routers) / every, abs=1e-6)
+    tokens = np.load(tmp_path / "tokens.npy")
+    result = index.search(token_ids=tokens[3].tolist(), labels=tokens[3].tolist(), k=1,
+                          shortlist="all")
+    assert result[0].id == 3
+    model, router = index.model, network.get_submodule(routers[0])
+    wrong = Module(routers[0], 0, "mlp", router.out_features, router.in_features, False)
+    with pytest.raises(InputError, match=rf"{routers[0]} \({name}\) gave a tuple; expected a lin"):
+        captured(model, [wrong], make_batch(sequences, model.device))
+
+
+MAMBAS = {
+    "mamba": dict(hidden_size=12, state_size=4, num_hidden_layers=2, time_step_rank=3),
+    "falcon_mamba": dict(hidden_size=12, state_size=4, num_hidden_layers=2, time_step_rank=3),
+}
+
+
+@pytest.mark.parametrize("family", MAMBAS)
+def test_maps_whose_weight_is_used_without_calling_them(family, monkeypatch, sequences):
+    """Mamba's dt_proj: not tracked and said to be so; the others are as autograd has them."""
+    monkeypatch.setitem(SIZES, family, MAMBAS[family])
+    network = random_network(family).requires_grad_(False)
+    model = LanguageModel(network, None, ModelSource(network))
+    modules = tracked_modules(network)
+    names = [module.name for module in modules]
+    assert {name.rpartition(".")[2] for name in names} == {"in_proj", "x_proj", "out_proj"}
+    left = untracked(network, modules)
+    dt_proj = sum(p.numel() for name, p in network.named_parameters() if "dt_proj" in name)
+    every = sum(p.numel() for p in network.parameters())
+    assert left["linear maps that aren't called, or share a weight with something else"] == \
+        pytest.approx(dt_proj / every)
+    assert sum(left.values()) + parameter_share(network, modules) == pytest.approx(1)
+    found, _ = captured(model, modules, make_batch(sequences, model.device))
+    for row, (ids, scored) in enumerate(sequences):
+        truth = sequence_gradient(network, names, torch.from_numpy(ids).long(),
+                                  labels_of(ids, scored))
+        for name in names:
+            torch.testing.assert_close(found[name][row], truth[name], rtol=1e-5, atol=1e-6)
+    uncalled = Module("backbone.layers.0.mixer.dt_proj", 0, "mlp", 24, 3, True)
+    with pytest.raises(InputError, match=r"didn't call module .*dt_proj in a pass.*--modules"):
+        captured(model, [*modules, uncalled], make_batch(sequences, model.device))
+
+
+WORDS = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2,
+         "intermediate_size": 20}
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "electra"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_reads_both_ways_is_refused(family, dtype, monkeypatch, tmp_path):
+    """Unless its configuration makes it a decoder."""
+    monkeypatch.setitem(SIZES, family, {**WORDS, "pad_token_id": 0})
+    assert tracked_modules(random_network(family, dtype, is_decoder=True, pad_token_id=0))
+    network = random_network(family, dtype, pad_token_id=0)
+    with pytest.raises(InputError, match=r"isn't causal: .*a causal language model; .*is_decoder"):
+        tracked_modules(network)
+    np.save(tmp_path / "tokens.npy", np.ones((24, 12), np.int32))
+    with pytest.raises(InputError, match=r"isn't causal"):
+        gradindex.build(network, tmp_path / "tokens.npy", tmp_path / "index", bits=512)
+    assert not (tmp_path / "index" / "curvature.partial").exists()
+
+
+def test_the_small_pass_leaves_the_network_as_it_was(make_model, sequences):
+    """In training mode or not, with its parameters' settings and without its hooks."""
+    network = make_model("gpt2", attn_pdrop=0.5, resid_pdrop=0.5, embd_pdrop=0.5).network
+    network.train()
+    network.transformer.h[1].eval()
+    before = {name: one.training for name, one in network.named_modules()}
+    with torch.no_grad():
+        assert len(tracked_modules(network)) == 4
+    assert before == {name: one.training for name, one in network.named_modules()}
+    assert not any(one._forward_hooks for one in network.modules())
+    assert all(one.grad is None for one in network.parameters())
 
 
 class Packed(nn.Module):
