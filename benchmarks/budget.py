@@ -4,7 +4,7 @@
 
 First the budget of four models, from the shapes of their MLPs alone: nothing of them is loaded.
 Then builds and searches of a random model that fits here, at several --max-memory, each in a
-process of its own: the budget of its parts beside the peak that was measured.
+process of its own: the budget of its parts, with a batch of the fit as measured, beside the peak.
 """
 
 import json
@@ -22,7 +22,10 @@ from gradindex.codes import default_length, default_width
 from gradindex.memory import Allowance
 from gradindex.model import ModelSource, tracked_modules
 from gradindex.modules import Module
+from gradindex.records import Part, Record
 from indexer.budget import Budget, budget, held_bytes
+from indexer.fit import PLANNED, FitSettings
+from indexer.measure import batch_bytes
 
 LENGTH = 512  # tokens a sequence
 ROOMS = (24, 80, 141)  # GB
@@ -56,7 +59,7 @@ SHAPES = (
 
 
 def gb(count: float) -> str:
-    return f"{count / 1e9:,.1f}" if count < 1e11 else f"{count / 1e9:,.0f}"
+    return f"{count / 1e9:,.2f}" if count < 1e10 else f"{count / 1e9:,.0f}"
 
 
 def on_paper() -> None:
@@ -81,7 +84,7 @@ def on_paper() -> None:
         for room in (*ROOMS, 512):
             left = room * 1e9 - 2 * shape.parameters
             fits = left >= 2 * max(held_bytes([one], 1, 4) for one in modules)
-            shown.append(str(_budget(shape, modules, int(left / 2), length).partitions)
+            shown.append(str(_budget(shape, modules, int(PLANNED * left / 2), length).partitions)
                          if fits else "–")
         print(f"| {shape.name} | " + " | ".join(shown) + " |")
 
@@ -127,18 +130,22 @@ def measured(hidden: int, layers: int) -> None:
             0, 2048, (64, 64)).astype(np.int32), allow_pickle=False)
         model = ModelSource(network).load()
         modules = tracked_modules(network)
+        sample = [Record(n, row, np.ones(64, bool), [Part(n, "", n, -1, -1, 0)])
+                  for n, row in enumerate(np.load(folder / "tokens.npy", allow_pickle=False))]
+        batch = batch_bytes(model, modules, sample[:16], FitSettings([], "model", 64, 512, 0))
         width = default_width(16384, len(modules))
         largest = max(held_bytes([one], 1, 4) for one in modules)
         print(f"\n{network.num_parameters() / 1e6:.0f} M random parameters, {layers} layers of "
               f"{hidden}, {len(modules)} maps tracked, float32; weights {gb(model.bytes)} GB, "
-              f"largest module's sums {gb(largest)} GB; GB beyond the "
-              "libraries and the weights")
-        print("| stage | --max-memory | partitions | budget | measured | ratio |\n"
-              "|---|---|---|---|---|---|")
-        least = model.bytes + 2 * largest
-        for most in (None, int(least * 2), int(least * 1.02)):
-            allowed = Allowance.beside(model.bytes, most, 0, "nothing")
-            found = budget(model.bytes, modules, 1, 4, allowed.fit, width)
+              f"the largest module's fit {gb(largest)} GB, a batch {gb(batch)} GB; GB beyond the "
+              "libraries")
+        print("| stage | --max-memory | partitions | budget | peak | peak / budget | "
+              "peak / --max-memory |\n|---|---|---|---|---|---|---|")
+        least = model.bytes + largest + batch
+        for most in (None, int(least * 2), int(least * 1.4), int(least * 1.1)):
+            allowed = Allowance.beside(model.bytes, most, 0, "nothing", batch)
+            held = None if allowed.fit is None else int(PLANNED * allowed.fit)
+            found = budget(model.bytes, modules, 1, 4, held, width)
             kept = min(found.curvature, allowed.curvature or found.curvature)
             full = allowed.bytes is None or found.query <= allowed.bytes / 4
             for stage in ("build", "search"):
@@ -147,13 +154,15 @@ def measured(hidden: int, layers: int) -> None:
                      str(folder / "tokens.npy"), str(folder / f"index-{most}"), str(most)],
                     capture_output=True, text=True, check=True).stdout.splitlines()[-1]
                 before, peak = json.loads(out)
-                expected = found.sums + found.host_sums if stage == "build" else \
+                expected = model.bytes + batch + (
+                    found.sums + found.host_sums if stage == "build" else
                     kept + found.projections + found.module + (
-                        2 * found.query if full else found.query_low_rank)
-                own = peak - before - model.bytes
+                        2 * found.query if full else found.query_low_rank))
+                own = peak - before
                 print(f"| {stage} | {'–' if most is None else gb(most) + ' GB'} | "
                       f"{found.partitions if stage == 'build' else '–'} | {gb(expected)} | "
-                      f"{gb(own)} | {expected / own:.2f} |", flush=True)
+                      f"{gb(own)} | {own / expected:.2f} | "
+                      f"{'–' if most is None else f'{own / most:.2f}'} |", flush=True)
 
 
 @click.command()

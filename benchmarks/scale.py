@@ -3,7 +3,7 @@
     python -m benchmarks.scale
 
 Each curve comes with its exponent: the slope of its logarithm against that of what grows. Memory is
-the peak of a process of its own beyond what it has when the libraries are loaded.
+what a batch takes in a stage beyond what is held before it, at its peak (known on Linux alone).
 """
 
 import json
@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.throughput import VOCABULARY, Bench, alternate
 from demo.prepare import Settings
-from gradindex.memory import most, resident
+from gradindex.memory import forget_most, most, resident, return_freed
 from gradindex.vectors import CodeIndex, code_bytes, scan
 from indexer.fit import eigenvectors
 
@@ -34,8 +34,7 @@ def exponent(sizes: tuple[int, ...], values: list[float]) -> float:
 
 
 def of_model(hidden: int, length: int, repeats: int) -> dict[str, float]:
-    """Milliseconds a sequence of each stage, and peak memory in MB, of this process."""
-    before = resident()
+    """Milliseconds a sequence of each stage, and the MB that a batch takes."""
     bench = Bench(Settings(length=length, layers=4, hidden=hidden, vocabulary=VOCABULARY),
                   TOKENS // length, "float32")
     functions: dict[str, Callable[[], object]] = {
@@ -52,7 +51,12 @@ def of_model(hidden: int, length: int, repeats: int) -> dict[str, float]:
     begun = time.perf_counter()
     eigenvectors(matrix @ matrix.T, "a benchmark")
     found["eigenvectors of the largest matrix"] = 1000 * (time.perf_counter() - begun)
-    found["peak memory, MB"] = (most() - before) / 1e6
+    for name, function in functions.items():
+        return_freed()
+        forget_most()
+        before = resident()
+        function()
+        found[f"{name}, MB a batch"] = (most() - before) / 1e6
     return found
 
 

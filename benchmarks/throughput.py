@@ -88,7 +88,7 @@ class Bench:
         self._vectors = {f"{m.name}/{side}": getattr(self.ekfac[m.name], f"eigenvectors_{side}"
                                                      .lower())
                          for m in self.modules for side in ("A", "S")}
-        self._stacks: dict[int, Preconditioned] = {}
+        self._stacks: dict[tuple[int, int | None], Preconditioned] = {}
 
     def training_step(self) -> None:
         self.trained.zero_grad()
@@ -113,12 +113,12 @@ class Bench:
         batch, numbers = fit_batch(self.model, self.records, "model", 0, 3)
         add_eigenvalues(self.model, self.modules, self._vectors, self._tables, batch, numbers)
 
-    def rescore(self, queries: int) -> None:
-        if queries not in self._stacks:
-            self._stacks[queries] = Preconditioned(
-                {m.name: torch.randn(queries, *m.shape) for m in self.modules})
+    def rescore(self, queries: int, rank: int | None = None) -> None:
+        if (queries, rank) not in self._stacks:
+            self._stacks[queries, rank] = Preconditioned(
+                {m.name: torch.randn(queries, *m.shape) for m in self.modules}, rank)
         collect(self.model, self.modules, self.data,
-                Influences(self._stacks[queries], len(self.records)))
+                Influences(self._stacks[queries, rank], len(self.records)))
 
     @torch.no_grad()
     def query(self) -> None:
@@ -135,6 +135,8 @@ def table(bench: Bench, repeats: int, dtype: str) -> None:
         "covariance (fit)": bench.covariance, "eigenvalues (fit)": bench.eigenvalues,
         "encode": bench.encode, "rescore, 1 query": lambda: bench.rescore(1),
         "rescore, 32 queries": lambda: bench.rescore(32),
+        "rescore, 1 query of rank 32": lambda: bench.rescore(1, 32),
+        "rescore, 32 queries of rank 32": lambda: bench.rescore(32, 32),
     }
     a, b = torch.randn(2, 2048, 2048).to(getattr(torch, dtype))
     *taken, product = alternate(repeats, *functions.values(), lambda: a @ b)
@@ -148,8 +150,9 @@ def table(bench: Bench, repeats: int, dtype: str) -> None:
         work = flops(functions[name])
         print(f"| {name} | {count / own:.1f} | {step / own:.2f} | {limit / own:.2f} | "
               f"{work / count / 1e9:.2f} | {work / own / speed:.2f} |", flush=True)
-    print(f"rescoring for 32 queries takes "
-          f"{seconds['rescore, 32 queries'] / seconds['rescore, 1 query']:.2f} times that for one")
+    for kind in ("", " of rank 32"):
+        ratio = seconds[f"rescore, 32 queries{kind}"] / seconds[f"rescore, 1 query{kind}"]
+        print(f"rescoring for 32 queries{kind} takes {ratio:.2f} times that for one")
 
 
 @click.command()

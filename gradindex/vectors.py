@@ -185,9 +185,10 @@ def scan(segments: Sequence[CodeIndex], queries: np.ndarray, threads: int) -> np
         for number, query in enumerate(queries):
             scores[number, start + first : start + end] = segment.scores(query, slice(first, end))
 
-    parts = []
+    # FAISS walks by all rows of a segment for every part of it, at 1/150 of what scoring one takes
+    most, parts = max(threads, min(4 * threads, 16)), []
     for segment, start in zip(segments, starts.tolist(), strict=False):
-        rows = max(SCANNED_ROWS, -(-len(segment) // (4 * threads)))
+        rows = max(SCANNED_ROWS, -(-len(segment) // most))
         parts += [(segment, start, first, min(first + rows, len(segment)))
                   for first in range(0, len(segment), rows)]
     with ThreadPoolExecutor(threads, initializer=faiss.omp_set_num_threads, initargs=(1,)) as pool:

@@ -170,14 +170,7 @@ def ask(
         _check_ray(ray, model, shard)
     say = progress or Progress()
     own = Shard() if shard is None else parse_shard(shard, wait, say)
-    if not 0 <= seed < 1 << 63:
-        raise InputError(f"--seed {seed}: expected a number from 0 on.")
-    if covariance_blocks > MOST_BLOCKS:
-        raise InputError(f"--covariance-blocks {covariance_blocks}: expected 1 to {MOST_BLOCKS}.")
-    if isinstance(keep_fields, str):
-        raise InputError(f"keep_fields={keep_fields!r}: expected a list of field names.")
-    if fit_labels not in ("model", "data"):
-        raise InputError(f"--fit-labels {fit_labels}: expected model or data.")
+    _check_choices(index, seed, covariance_blocks, keep_fields, fit_labels)
     corpus = open_corpus(data, source, config, settings)
     place, resolved = source.resolve(device, dtype)
     plan = {
@@ -192,8 +185,6 @@ def ask(
         "seed": seed, "tokenizer": tokenizer_digest(corpus.tokenizer),
     }
     tokenizer_name = None if tokenizer is None or loaded(tokenizer) else _where(str(tokenizer))
-    if index.exists() and not index.is_dir():
-        raise InputError(f"-o {index} is a file; expected a folder to make or to go on with.")
     return Asked(index, source, corpus, plan, device, dtype, train_sequences, max_bad,
                  tokenizer_name, say, own, _bytes(max_memory), ray, ray_workers)
 
@@ -232,7 +223,8 @@ def build(asked: Asked) -> "Searcher | None":
     `max_bad` is the share of sequences that may be quarantined, their gradient not being finite.
     With `shard` ("2/8") this process does one of several shares, waiting at most `wait` seconds for
     the others; it returns None, and `merge` makes the index when all are done. `max_memory` ("8GB")
-    bounds the memory, of the GPU where the model is on one; curvature and codes come out the same.
+    bounds the memory beside the libraries', of the GPU where the model is on one; curvature and
+    codes come out the same.
     With `ray` the units of work are handed out to a cluster ("auto", "host:port") or to workers on
     this machine ("local"), `ray_workers` of them [one a GPU, or as many as there are cores for].
     Raises InputError for unusable input before anything expensive, ResourceError when disk or
@@ -621,6 +613,22 @@ def check_numbers(**numbers: float | None) -> None:
     for name, value in numbers.items():
         if value is not None and not 0 < value < math.inf:
             raise InputError(f"--{name.replace('_', '-')} {value}: expected a number above 0.")
+
+
+def _check_choices(
+    index: Path, seed: int, covariance_blocks: int, keep_fields: Iterable[str], fit_labels: str
+) -> None:
+    """Raise InputError for what is not to be chosen from."""
+    if not 0 <= seed < 1 << 63:
+        raise InputError(f"--seed {seed}: expected a number from 0 on.")
+    if covariance_blocks > MOST_BLOCKS:
+        raise InputError(f"--covariance-blocks {covariance_blocks}: expected 1 to {MOST_BLOCKS}.")
+    if isinstance(keep_fields, str):
+        raise InputError(f"keep_fields={keep_fields!r}: expected a list of field names.")
+    if fit_labels not in ("model", "data"):
+        raise InputError(f"--fit-labels {fit_labels}: expected model or data.")
+    if index.exists() and not index.is_dir():
+        raise InputError(f"-o {index} is a file; expected a folder to make or to go on with.")
 
 
 def _check_ray(address: str, model: Any, shard: str | None) -> None:
