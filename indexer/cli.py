@@ -40,7 +40,7 @@ _MAX_BAD = click.option(
               show_default=True, help="Labels sampled from the model, or the data's own.")
 @click.option("--covariance-blocks", type=int, default=1, show_default=True, metavar="O",
               help="Split A and S in O blocks along the diagonal, for wide layers: 1/O of the "
-                   "memory, 1/O² of the time of eigendecompositions; scores differ somewhat.")
+                   "memory, less time for eigendecompositions; scores differ somewhat.")
 @click.option("--damping", type=float, default=0.1, show_default=True,
               help="λ as a factor of each module's mean eigenvalue.")
 @click.option("--bits", type=int, help="Bits a code, K [256 a token, at least 16384].")
