@@ -238,7 +238,7 @@ def build(asked: Asked) -> "Searcher | None":
         with disk_errors(index):
             make_folders(index)
             if together:
-                _begin_alone(asked)
+                _begin_anew_alone(asked)
     else:
         shard.wait(Stage("reading the data"), lambda: [] if manifest.exists(index) or
                    State.joined(index, asked.plan) else [0])
@@ -265,11 +265,15 @@ def build(asked: Asked) -> "Searcher | None":
     return None if shared else _opened(index, asked.source, asked.device)
 
 
-def _begin_alone(asked: Asked) -> None:
-    """Begin a build, or begin it anew with another plan, if no other process writes to it.
+def _begin_anew_alone(asked: Asked) -> None:
+    """Begin a build anew where it has another plan, if no other process writes to it.
 
-    A shard of the old plan that is still at work would add its sums to the new one's.
+    A shard of the old plan that is still at work would add its sums to the new one's. Where the
+    plan is the same, the others may begin at this moment, and must not find the folder locked.
     """
+    stored = State.resumed(asked.index)
+    if stored is None or stored.plan == asked.plan:
+        return
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(only_writer(asked.index, "gradindex build"))
