@@ -19,12 +19,12 @@ import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from gradindex.codes import default_length, default_width
-from gradindex.memory import Allowance
+from gradindex.memory import PLANNED, Allowance
 from gradindex.model import ModelSource, tracked_modules
 from gradindex.modules import Module
 from gradindex.records import Part, Record
 from indexer.budget import Budget, budget, held_bytes
-from indexer.fit import PLANNED, FitSettings
+from indexer.fit import FitSettings
 from indexer.measure import batch_bytes
 
 LENGTH = 512  # tokens a sequence
@@ -144,8 +144,7 @@ def measured(hidden: int, layers: int) -> None:
         least = model.bytes + largest + batch
         for most in (None, int(least * 2), int(least * 1.4), int(least * 1.1)):
             allowed = Allowance.beside(model.bytes, most, 0, "nothing", batch)
-            held = None if allowed.fit is None else int(PLANNED * allowed.fit)
-            found = budget(model.bytes, modules, 1, 4, held, width)
+            found = budget(model.bytes, modules, 1, 4, allowed.planned, width)
             kept = min(found.curvature, allowed.curvature or found.curvature)
             full = allowed.bytes is None or found.query <= allowed.bytes / 4
             for stage in ("build", "search"):

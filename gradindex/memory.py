@@ -68,6 +68,9 @@ def parse_size(text: str | int) -> int:
     return int(float(found[1]) * {"B": 1, **UNITS}[unit])
 
 
+PLANNED = 0.9  # of what a partition of a fit may hold: a resumed build may find a little less
+
+
 @dataclass(frozen=True)
 class Allowance:
     """How `bytes` beside the model may be used; None: as much as there is.
@@ -105,6 +108,11 @@ class Allowance:
     def fit(self) -> int | None:
         """Bytes of sums and eigenvectors held at once by a fit."""
         return None if self.bytes is None else self.bytes - self.batch
+
+    @property
+    def planned(self) -> int | None:
+        """Of these, how many a partition of the fit is planned for."""
+        return None if self.fit is None else int(PLANNED * self.fit)
 
     @property
     def curvature(self) -> int | None:

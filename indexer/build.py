@@ -423,7 +423,7 @@ def prepare(
     allowance = allow(model, tracked, settings, max_memory,
                       lambda: run.records(settings.ids[: settings.block]))
     blocks, width = settings.covariance_blocks, model.accumulate.itemsize
-    every = partitions(tracked, blocks, width, allowance.fit)
+    every = partitions(tracked, blocks, width, allowance.planned)
     ingest.check_disk(run, plan["bits"], _still_needed(index, disk_bytes(
         every, blocks, width, AHEAD * shards if shards > 1 else 0)))
     return Prepared(run, model, tracked, settings, allowance)

@@ -157,7 +157,7 @@ def estimate(asked: Asked) -> Estimate:
                            covariance_blocks=plan["covariance_blocks"])
     allowed = allow(model, tracked, settings, asked.max_memory,
                     lambda: read.sample[: settings.block])
-    needs = budget(model.bytes, tracked, settings.covariance_blocks, width, allowed.fit, inner)
+    needs = budget(model.bytes, tracked, settings.covariance_blocks, width, allowed.planned, inner)
 
     # 4) two batches of each stage
     say.say("measuring two batches of each stage")

@@ -54,7 +54,6 @@ from indexer.sums import Block, BlockNotes, Sums
 LARGEST_BLOCK = 256  # sequences
 NOTES = "fit.json"
 AHEAD = 4  # blocks that a shard sums up before the first one added them
-PLANNED = 0.9  # of what a partition may hold: a resumed build may find a little less
 SOUND = 1e-8  # of eigenvectors in float64: residual and departure from orthogonality, relative
 
 Read = Callable[[list[int]], list[Record]]
@@ -153,7 +152,7 @@ def fit(
         if share.first and not unfinished.is_dir():
             make_folder(unfinished)
         share.wait(Stage("fit"), lambda: [] if unfinished.is_dir() or folder.is_dir() else [0])
-        Fit(model, modules, read, settings, unfinished, progress, after, share).run(may.fit)
+        Fit(model, modules, read, settings, unfinished, progress, after, share).run(may)
         if share.first:
             rename_folder(unfinished, folder)
         share.wait(Stage("fit"), lambda: [] if folder.is_dir() else [0])
@@ -208,14 +207,11 @@ class Fit:
         self.blocks = [ids[start : start + size] for start in range(0, len(ids), size)]
         self._at_hand: tuple[Stage, Sums, Add] | None = None  # of `do`
 
-    def run(self, held: int | None = None) -> None:
-        """Fit everything; the folder then holds curvature and notes alone.
-
-        A partition holds at most `held` bytes besides model and batch [any number].
-        """
+    def run(self, allowance: Allowance) -> None:
+        """Fit everything; the folder then holds curvature and notes alone."""
         if self.notes.files:
             return
-        self._settle_partitions(held)
+        self._settle_partitions(allowance)
         for number in range(len(self.notes.partitions)):
             if self._unfitted(self._partition(number)):
                 self._fit(number)
@@ -243,7 +239,7 @@ class Fit:
         """Free the memory of what `do` keeps."""
         self._at_hand = None
 
-    def _settle_partitions(self, held: int | None) -> None:
+    def _settle_partitions(self, allowance: Allowance) -> None:
         """Take the partitions from fit.json; the first shard writes them.
 
         They stay as they are while each still fits. Else those of what is left are made anew.
@@ -254,17 +250,16 @@ class Fit:
             self.notes = FitNotes.read(self.folder)
             return
         blocks, before = self.settings.covariance_blocks, self.notes.partitions
-        width = self.model.accumulate.itemsize
+        width, held = self.model.accumulate.itemsize, allowance.fit
         if before and (held is None or all(
                 len(some) == 1 or
                 held_bytes([self.modules[one] for one in some], blocks, width) <= held
                 for some in before)):
             return
-        left = self._unfitted(self.modules)
-        room = None if held is None else int(PLANNED * held)
+        left = [self.modules[one] for one in self._unfitted(self.modules)]
         self.notes.partitions = [
             [self.modules.index(module) for module in some]
-            for some in partitions([self.modules[one] for one in left], blocks, width, room)]
+            for some in partitions(left, blocks, width, allowance.planned)]
         if before:
             self.progress.say(
                 f"--max-memory is less than it was: what is left is fitted in "

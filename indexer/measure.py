@@ -154,7 +154,7 @@ class Bench:
         self.memory: dict[str, Memory] = {}
         self.batch = 0  # the most bytes that a batch took
         self._blocks, self._width = settings.covariance_blocks, model.accumulate.itemsize
-        self.partitions = partitions(modules, self._blocks, self._width, allowance.fit)
+        self.partitions = partitions(modules, self._blocks, self._width, allowance.planned)
         self._largest = max(self.partitions, key=lambda some: held_bytes(
             some, self._blocks, self._width))
         self._fit = FitMoments.of(self._largest, self._blocks, self._width)

@@ -39,7 +39,7 @@ def test_an_allowance_is_what_the_model_leaves():
     free = Allowance.beside(10**9, None, 10**12, "anything", 10**12)
     assert (free.bytes, free.fit, free.curvature, free.part(0.1, 77)) == (None, None, None, 77)
     bound = Allowance.beside(3000, 5000, 1200, "fitting m", 800)
-    assert (bound.bytes, bound.fit, bound.curvature) == (2000, 1200, 500)
+    assert (bound.bytes, bound.fit, bound.planned, bound.curvature) == (2000, 1200, 1080, 500)
     assert (bound.part(0.25, 10**6), bound.part(0.25, 400)) == (500, 400)
     with pytest.raises(ResourceError, match=r"the model takes 3 kB, fitting m 1.2 kB and a batch "
                                             r"800 bytes; expected 5 kB at least"):
@@ -71,6 +71,24 @@ def test_a_build_in_little_memory_gives_the_same_bytes(
     assert {**made, "sha256": ""} == {**whole, "sha256": ""}
     with pytest.raises(ResourceError, match="the curvature of"):
         gradindex.open(index_folder, max_memory=index.model.bytes).search(**QUESTION, k=3)
+
+
+def test_a_dry_run_plans_the_partitions_of_the_build(
+    model_folder, data_file, index_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("indexer.build.batch_bytes", lambda *_: 0)  # it differs from run to run
+    made = []
+    monkeypatch.setattr("indexer.fit.partitions",
+                        lambda *asked: made.append(partitions(*asked)) or made[-1])
+    index = gradindex.open(index_folder)
+    modules = index.manifest.modules
+    held = held_bytes(modules[:2], 1, 4)
+    for room, count in ((held, 4), (int(1.2 * held), 2)):  # a tenth is left for what isn't foreseen
+        asked = dict(SMALL, max_memory=index.model.bytes + room)
+        found = gradindex.estimate(str(model_folder), data_file, tmp_path / "index", **asked)
+        assert f"sums of the fit, in {count} partitions" in found.memory_parts
+        gradindex.build(str(model_folder), data_file, tmp_path / str(count), **asked)
+        assert len(made[-1]) == count
 
 
 def test_what_a_batch_takes_is_measured(make_model):
