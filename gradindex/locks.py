@@ -69,7 +69,7 @@ def one_of_writers(index: Path, number: int, group: str) -> Iterator[None]:
                 f"another process is writing to {index}: {_who(index)}. Wait for it, or stop it "
                 "first."
             )
-        descriptor = _opened(lock)
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         with _held(descriptor, fcntl.LOCK_EX) as own:
             if own is False:
                 raise GradindexError(
@@ -88,10 +88,6 @@ def one_of_writers(index: Path, number: int, group: str) -> Iterator[None]:
             finally:
                 with contextlib.suppress(OSError):
                     lock.unlink(missing_ok=True)
-
-
-def _opened(lock: Path) -> int:
-    return os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
 
 
 def _named(descriptor: int, lock: Path) -> bool:

@@ -115,15 +115,11 @@ def batch_bytes(
     tracked; those of a shape share their sums. Raises ResourceError.
     """
     like = torch.zeros((), dtype=model.accumulate, device=model.device)
-    kept: dict[tuple[int, int], Tensor] = {}
-
-    def shared(shapes: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
-        for shape in shapes.values():
-            kept.setdefault(shape, like.new_empty(shape).fill_(0))
-        return {name: kept[shape] for name, shape in shapes.items()}
-
     squares = covariance_shapes(modules, settings.covariance_blocks)
-    sums = shared(squares | {module.name: module.shape for module in modules})
+    shapes = squares | {module.name: module.shape for module in modules}
+    kept = {shape: like.new_empty(shape).fill_(0)  # zeros() would take no memory yet
+            for shape in set(shapes.values())}
+    sums = {name: kept[shape] for name, shape in shapes.items()}
     turned = {shape: identity(*shape, like) for shape in set(squares.values())}
     vectors = {name: turned[shape] for name, shape in squares.items()}
     plan = plan_batches([len(record.ids) for record in sample], settings.batch_tokens)
@@ -227,8 +223,8 @@ class Bench:
             norms = np.linalg.norm(vectors.astype(np.float64), axis=1)
             index.encode(vectors[np.isfinite(norms)])
 
-        held, batch_held = self._held(), self._codes_held(kinds)
-        speed, batch = self._two(run, self.segment, batch_held)
+        held = self._held()
+        speed, batch = self._two(run, self.segment, self._held_here())
         longest = max(len(record.ids) for record in self.sample)
         texts = self.segment * (RECORD_BYTES + 5 * longest)
         coded = self.segment * code_bytes(self.code.length)
@@ -250,8 +246,7 @@ class Bench:
             exact_scores(self.model, self.modules, queries, records,
                          sum(len(record.ids) for record in records) * len(records))
 
-        kinds = {module.shape: ekfac[module.name] for module in self.modules}
-        speed, batch = self._two(run, min(128, len(self.sample)), self._codes_held(kinds) + stack)
+        speed, batch = self._two(run, min(128, len(self.sample)), self._held_here() + stack)
         self._note("calibrate", [(0, self._held() + stack + max(batch, *tables))])
         return speed, seconds
 
@@ -323,11 +318,11 @@ class Bench:
         return projection_bytes(self.modules, self._width, self.code.width) + (
             whole if self._kept is None else min(whole, self._kept))
 
-    def _codes_held(self, kinds: dict[tuple[int, int], Curvature]) -> int:
-        """The same of this process, where modules of a shape share their curvature."""
-        own = sum(part.nbytes for one in kinds.values() for part in (
-            one.eigenvectors_a, one.eigenvectors_s, one.eigenvalues))
-        return own + projection_bytes(self.modules, self._width, self.code.width)
+    def _held_here(self) -> int:
+        """The same in this process, where modules of a shape share their curvature."""
+        kinds = {module.shape: module for module in self.modules}
+        return projection_bytes(self.modules, self._width, self.code.width) + curvature_bytes(
+            list(kinds.values()), self._blocks, self._width)
 
     def _zeros(self, shapes: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
         return {name: torch.zeros(shape, dtype=self.model.accumulate, device=self.model.device)
