@@ -68,6 +68,11 @@ def parse_size(text: str | int) -> int:
     return int(float(found[1]) * {"B": 1, **UNITS}[unit])
 
 
+def parse_bound(max_memory: str | int | None) -> int | None:
+    """--max-memory in bytes; None where there is no bound. Raises InputError."""
+    return None if max_memory is None else parse_size(max_memory)
+
+
 PLANNED = 0.9  # of what a partition of a fit may hold: a resumed build may find a little less
 
 

@@ -19,12 +19,12 @@ from gradindex.errors import InputError
 from gradindex.fitted import FittedModel
 from gradindex.gradients import Splits, in_batches, make_batch
 from gradindex.influence import Sizes, collect
-from gradindex.memory import parse_size
+from gradindex.memory import parse_bound
 from gradindex.model import LanguageModel
 from gradindex.progress import Progress
 from gradindex.records import Record
 from indexer import ingest
-from indexer.build import check_numbers, open_corpus
+from indexer.asked import check_numbers, open_corpus
 from indexer.corpus import CorpusSettings
 from indexer.fit import choose_sequences, uniforms
 from indexer.ingest import Run
@@ -66,7 +66,7 @@ def append(
     say = progress or Progress()
     folder = Path(index)
     check_numbers(limit=limit, max_bad=max_bad)
-    most = None if max_memory is None else parse_size(max_memory)
+    most = parse_bound(max_memory)
     only_discard = discard and data is None  # which a damaged index allows
     with writing(folder, "gradindex append", say, only_discard, discard) as contents:
         if data is None and not discard:

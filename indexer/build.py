@@ -8,35 +8,31 @@
     manifest.json                  the index exists; build.json goes
 
 The same command run again goes on where the last one stopped; a different one is refused. Several
-processes can share the fit and the encoding (`distribute.py`); `merge` does what comes after.
+processes can share the fit and the encoding (`distribute.py`); `merge` does what comes after. Step
+1, what is asked for, is in `asked.py`.
 """
 
 import contextlib
-import functools
-import inspect
-import math
 import platform
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 import gradindex
-from gradindex import background, curvature, manifest, segments, vectors
+from gradindex import background, manifest, segments, vectors
 from gradindex.checked import refuse_links
-from gradindex.cluster import check_address, load_ray
-from gradindex.codes import Codes, CodeSettings, default_length, default_width
+from gradindex.codes import Codes, CodeSettings, default_width
 from gradindex.curvature import Ekfac
 from gradindex.errors import GradindexError, InputError
 from gradindex.files import disk_errors, facts_of, make_folder, make_folders
 from gradindex.locks import is_lock, one_of_writers, only_writer
 from gradindex.manifest import (
-    MOST_BLOCKS,
     BackgroundFacts,
     Calibration,
     CodeFacts,
@@ -45,17 +41,15 @@ from gradindex.manifest import (
     ModelFacts,
     Plan,
 )
-from gradindex.memory import Allowance, parse_size
+from gradindex.memory import Allowance, parse_bound
 from gradindex.model import (
     SMALL_PARTS,
     TRACKABLE,
     LanguageModel,
     ModelSource,
     check_identity,
-    context_length,
     files_digest,
     parameter_share,
-    tokenizer_digest,
     tracked_modules,
     untracked,
 )
@@ -63,11 +57,11 @@ from gradindex.modules import Module
 from gradindex.progress import Progress, shares, size
 from gradindex.records import Record
 from indexer import ingest
+from indexer.asked import Asked, anywhere, ask, loaded, takes_arguments_of
 from indexer.background import make_background
 from indexer.budget import disk_bytes, held_bytes, partitions
 from indexer.calibrate import calibrate
-from indexer.corpus import Corpus, CorpusSettings
-from indexer.distribute import OVER_RAY, Shard, Share, Stage, parse_shard
+from indexer.distribute import OVER_RAY, Shard, Share, Stage
 from indexer.fit import (
     AHEAD,
     LARGEST_BLOCK,
@@ -78,139 +72,12 @@ from indexer.fit import (
 )
 from indexer.ingest import Run
 from indexer.measure import batch_bytes
-from indexer.quarantine import SHARE
-from indexer.sources import token_file_width
 from indexer.state import BUILD, State
 
 if TYPE_CHECKING:
     from gradindex import Searcher
 
 NOTABLE = 0.05  # share of parameters that can't be tracked: said loudly from here on
-LONGEST_DEFAULT = 512  # tokens, where the model's context is longer
-
-
-@dataclass
-class Asked:
-    """What a build was asked for: the plan, which decides the bytes, and what doesn't."""
-
-    index: Path
-    source: ModelSource
-    corpus: Corpus
-    plan: dict[str, Any]
-    device: str
-    dtype: str
-    train_sequences: int | None
-    max_bad: float
-    tokenizer_name: str | None
-    say: Progress
-    shard: Shard
-    max_memory: int | None
-    ray: str | None
-    ray_workers: int | None
-
-    def facts(self) -> dict[str, Any]:
-        """What the manifest takes over besides the plan."""
-        return {"task": self.corpus.task, "train_sequences": self.train_sequences,
-                "max_bad": self.max_bad, "tokenizer_name": self.tokenizer_name}
-
-
-def ask(
-    model: Any,
-    data: Any,
-    out: str | Path,
-    *,
-    tokenizer: Any = None,
-    text_field: str | None = None,
-    prompt_field: str | None = None,
-    completion_field: str | None = None,
-    messages_field: str | None = None,
-    id_field: str | None = None,
-    keep_fields: Iterable[str] = (),
-    seq_len: int | None = None,
-    pack: bool = False,
-    limit: int | None = None,
-    strict: bool = False,
-    modules: str = "mlp",
-    fit_sequences: int = 4096,
-    fit_labels: str = "model",
-    covariance_blocks: int = 1,
-    damping: float = curvature.DAMPING,
-    bits: int | None = None,
-    dtype: str = "auto",
-    device: str = "auto",
-    batch_tokens: int = 4096,
-    segment_size: int = 4096,
-    train_sequences: int | None = None,
-    max_bad: float = SHARE,
-    seed: int = 0,
-    trust_remote_code: bool = False,
-    allow_pickle: bool = False,
-    shard: str | None = None,
-    wait: float | None = None,
-    max_memory: str | int | None = None,
-    ray: str | None = None,
-    ray_workers: int | None = None,
-    progress: Progress | None = None,
-) -> Asked:
-    """1) What is asked for, resolved, before anything expensive. Raises InputError."""
-    index = Path(out)
-    source = ModelSource(model, tokenizer, trust_remote_code, allow_pickle)
-    config = source.load_config()
-    settings = CorpusSettings(
-        sequence_length=_sequence_length(seq_len, config, as_list(data)), pack=pack,
-        text_field=text_field, prompt_field=prompt_field, completion_field=completion_field,
-        messages_field=messages_field, id_field=id_field, keep_fields=tuple(keep_fields),
-        limit=limit, strict=strict,
-    )
-    check_numbers(fit_sequences=fit_sequences, covariance_blocks=covariance_blocks,
-                  batch_tokens=batch_tokens, damping=damping, segment_size=segment_size,
-                  limit=limit, train_sequences=train_sequences, max_bad=max_bad, wait=wait,
-                  ray_workers=ray_workers)
-    if ray is not None:
-        _check_ray(ray, model, shard)
-    say = progress or Progress()
-    own = Shard() if shard is None else parse_shard(shard, wait, say)
-    _check_choices(index, seed, covariance_blocks, keep_fields, fit_labels)
-    corpus = open_corpus(data, source, config, settings)
-    place, resolved = source.resolve(device, dtype)
-    plan = {
-        "model": source.name, "revision": source.revision, "data": corpus.data_facts(),
-        **{name: value for name, value in asdict(settings).items() if name != "strict"},
-        "keep_fields": list(settings.keep_fields), "modules": modules,
-        "fit_sequences": fit_sequences, "fit_labels": fit_labels,
-        "covariance_blocks": covariance_blocks, "damping": damping,
-        "bits": _code_length(bits, settings.sequence_length),
-        "dtype": str(resolved).removeprefix("torch."),
-        "device": place.type, "batch_tokens": batch_tokens, "segment_size": segment_size,
-        "seed": seed, "tokenizer": tokenizer_digest(corpus.tokenizer),
-    }
-    tokenizer_name = None if tokenizer is None or loaded(tokenizer) else _where(str(tokenizer))
-    return Asked(index, source, corpus, plan, device, dtype, train_sequences, max_bad,
-                 tokenizer_name, say, own, _bytes(max_memory), ray, ray_workers)
-
-
-Arguments = ParamSpec("Arguments")
-Made = TypeVar("Made")
-
-
-def takes_arguments_of(
-    asks: Callable[Arguments, Asked]
-) -> Callable[[Callable[[Asked], Made]], Callable[Arguments, Made]]:
-    """A decorator: a function of what is asked for becomes one of the arguments of `asks`.
-
-    So the long list of a build's arguments and defaults stands once.
-    """
-    def decorate(function: Callable[[Asked], Made]) -> Callable[Arguments, Made]:
-        @functools.wraps(function)
-        def call(*positional: Arguments.args, **named: Arguments.kwargs) -> Made:
-            return function(asks(*positional, **named))
-
-        returns = inspect.signature(function).return_annotation
-        call.__signature__ = inspect.signature(asks).replace(  # type: ignore[attr-defined]
-            return_annotation=returns)
-        return call
-
-    return decorate
 
 
 @takes_arguments_of(ask)
@@ -311,7 +178,8 @@ def merge(
             say.say(f"{folder} is complete; nothing to do.")
         else:
             _refuse_unfinished(folder, state)
-            about = prepare(folder, source, device, own["dtype"], state, _bytes(max_memory), say)
+            about = prepare(folder, source, device, own["dtype"], state,
+                            parse_bound(max_memory), say)
             _complete(folder, _fit(folder, about, Shard(), say), state, say)
     return _opened(folder, source, device)
 
@@ -517,7 +385,7 @@ def _manifest(
     return Manifest(
         format=manifest.FORMAT, generation=1, versions=_versions(),
         model=ModelFacts(
-            name=_where(plan["model"]), revision=plan["revision"],
+            name=anywhere(plan["model"]), revision=plan["revision"],
             files=state.model["files"], tensors=state.model["tensors"],
             config=state.model["config"], tokenizer=plan["tokenizer"],
             tokenizer_name=asked["tokenizer_name"],
@@ -558,97 +426,6 @@ def _check_finished(index: Path, asked: Asked) -> None:
         built.train_sequences = asked.train_sequences  # it only scales what is shown
         built.generation += 1
         manifest.commit(index, built)
-
-
-def open_corpus(data: Any, source: ModelSource, config: Any, settings: CorpusSettings) -> Corpus:
-    """The sequences of some data, cut as `settings` say. Raises InputError."""
-    tokenizer = source.load_tokenizer()
-    return Corpus(
-        as_list(data), tokenizer, settings, vocabulary=config.get_text_config().vocab_size,
-        end_token=getattr(tokenizer, "eos_token_id", None),
-    )
-
-
-def as_list(data: Any) -> list[Any]:
-    """Paths, or one set of rows, as a list."""
-    if isinstance(data, (str, Path)):
-        return [data]
-    if isinstance(data, (list, tuple)) and data and all(isinstance(d, (str, Path)) for d in data):
-        return list(data)
-    return [data]
-
-
-def _where(name: str) -> str:
-    """A folder as a path that is valid from anywhere, a hub id as it is."""
-    return str(Path(name).resolve()) if Path(name).is_dir() else name
-
-
-def loaded(model: Any) -> Any:
-    """The model if it was given as an object: the index can't find it again by name."""
-    return None if isinstance(model, (str, Path)) else model
-
-
-def _sequence_length(seq_len: int | None, config: Any, data: list[Any]) -> int:
-    context = context_length(config)
-    if seq_len is None:
-        width = token_file_width(data)
-        if width is None:
-            return min(context or LONGEST_DEFAULT, LONGEST_DEFAULT)
-        seq_len = width
-    if seq_len < 2 or (context and seq_len > context):
-        raise InputError(
-            f"sequences of {seq_len} tokens: expected 2 to {context or 'any number of'} (the "
-            "model's context; with longrope its original one, beyond which a sequence would depend "
-            "on its batch). Set --seq-len."
-        )
-    return seq_len
-
-
-def _code_length(bits: int | None, sequence_length: int) -> int:
-    if bits is None:
-        return default_length(sequence_length)
-    if bits < 64 or bits % 64:
-        raise InputError(f"--bits {bits}: expected a multiple of 64, such as 16384 or 32768.")
-    return bits
-
-
-def check_numbers(**numbers: float | None) -> None:
-    """Raise InputError for a flag that isn't above 0."""
-    for name, value in numbers.items():
-        if value is not None and not 0 < value < math.inf:
-            raise InputError(f"--{name.replace('_', '-')} {value}: expected a number above 0.")
-
-
-def _check_choices(
-    index: Path, seed: int, covariance_blocks: int, keep_fields: Iterable[str], fit_labels: str
-) -> None:
-    """Raise InputError for what is not to be chosen from."""
-    if not 0 <= seed < 1 << 63:
-        raise InputError(f"--seed {seed}: expected a number from 0 on.")
-    if covariance_blocks > MOST_BLOCKS:
-        raise InputError(f"--covariance-blocks {covariance_blocks}: expected 1 to {MOST_BLOCKS}.")
-    if isinstance(keep_fields, str):
-        raise InputError(f"keep_fields={keep_fields!r}: expected a list of field names.")
-    if fit_labels not in ("model", "data"):
-        raise InputError(f"--fit-labels {fit_labels}: expected model or data.")
-    if index.exists() and not index.is_dir():
-        raise InputError(f"-o {index} is a file; expected a folder to make or to go on with.")
-
-
-def _check_ray(address: str, model: Any, shard: str | None) -> None:
-    """Raise InputError for what can't be handed out, or a cluster that isn't there."""
-    if not isinstance(model, (str, Path)):
-        raise InputError("ray= hands the work to other processes, which load the model themselves; "
-                         "expected its folder or hub id, got an object. Save it "
-                         "(save_pretrained) and give the folder.")
-    if shard is not None:
-        raise InputError("--ray and --shard exclude each other: give one.")
-    load_ray()
-    check_address(address)
-
-
-def _bytes(max_memory: str | int | None) -> int | None:
-    return None if max_memory is None else parse_size(max_memory)
 
 
 def describe(model: LanguageModel, tracked: list[Module]) -> str:

@@ -24,6 +24,7 @@ from gradindex.locks import one_of_writers
 from gradindex.model import ModelSource
 from gradindex.progress import Progress
 from indexer import build, ingest
+from indexer.asked import Asked
 from indexer.build import Prepared
 from indexer.distribute import OVER_RAY, Shard, Stage
 from indexer.fit import Fit, fitted
@@ -51,7 +52,7 @@ class Job:
     max_memory: int | None
 
     @classmethod
-    def of(cls, asked: "build.Asked") -> "Job":
+    def of(cls, asked: Asked) -> "Job":
         source = asked.source
         return cls(str(asked.index.resolve()), str(absolute(source.model)),
                    source.trust_remote_code, source.allow_pickle, asked.plan, asked.max_memory)

@@ -32,9 +32,10 @@ from gradindex.modules import Module
 from gradindex.progress import duration, size
 from gradindex.records import Record
 from indexer import ingest
+from indexer.asked import Asked, ask, takes_arguments_of
 from indexer.background import QUERIES as BACKGROUND
 from indexer.budget import budget
-from indexer.build import Asked, allow, ask, describe, takes_arguments_of
+from indexer.build import allow, describe
 from indexer.calibrate import QUERIES, SAMPLE
 from indexer.corpus import Corpus
 from indexer.fit import LARGEST_BLOCK, FitSettings, choose_sequences

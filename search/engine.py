@@ -16,7 +16,7 @@ from typing import Any
 from gradindex.cluster import LOCAL, connect
 from gradindex.errors import InputError
 from gradindex.manifest import Manifest
-from gradindex.memory import parse_size
+from gradindex.memory import parse_bound
 from gradindex.model import LanguageModel
 from gradindex.results import Comparison, Hit, Query, Result
 from search.controls import Controls, settle
@@ -74,7 +74,7 @@ def open(
     if ray_workers is not None and (ray_workers < 1 or not ray):
         raise InputError(f"--ray-workers {ray_workers}: expected a number above 0, and --ray.")
     where = (Path(index), model, tokenizer, device, trust_remote_code, allow_pickle, allow_damaged,
-             None if max_memory is None else parse_size(max_memory))
+             parse_bound(max_memory))
     opened = _shared(ray, ray_workers, where) if ray else OpenIndex(*where)
     return Searcher(opened, batch_tokens or opened.manifest.batch_tokens)
 

@@ -19,8 +19,8 @@ from gradindex.errors import GradindexError, IndexMismatchError, InputError, Res
 from gradindex.gradients import make_batch
 from gradindex.locks import only_writer
 from gradindex.model import ModelSource, context_length
+from indexer import asked, ingest
 from indexer import build as build_module
-from indexer import ingest
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -283,7 +283,7 @@ def test_a_disk_too_small_is_found_before_the_fit(model_folder, data_file, tmp_p
 def test_default_sequence_length_is_the_context_at_most_512(context, expected):
     config = random_network("gpt_neox", max_position_embeddings=context).config
     assert context_length(config) == context
-    assert build_module._sequence_length(None, config, []) == expected
+    assert asked._sequence_length(None, config, []) == expected
 
 
 LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 3,
@@ -346,8 +346,8 @@ def test_default_plan(model_folder, data_file, index_folder):
         "device")} == {
         "pack": False, "modules": "mlp", "fit_sequences": 4096, "fit_labels": "model",
         "damping": 0.1, "seed": 0, "limit": None, "dtype": "float32", "device": "cpu"}
-    assert build_module._code_length(None, 512) == 131072
-    assert build_module._code_length(None, 16) == 16384
+    assert asked._code_length(None, 512) == 131072
+    assert asked._code_length(None, 16) == 16384
     assert index.manifest.fit["sequences"] == len(index)  # all, where there are fewer than 4,096
     assert index.manifest.train_sequences is None and index.manifest.task == "text"
 
@@ -379,8 +379,8 @@ def test_rotary_frequencies_are_not_rounded(tmp_path, family, dtype):
     with torch.no_grad():
         expected = own(tokens).logits
     name = str(dtype).removeprefix("torch.")
-    for source, asked in ((str(tmp_path), name), (whole, name), (own, "auto"), (own, name)):
-        model = ModelSource(source).load("cpu", asked)
+    for source, wanted in ((str(tmp_path), name), (whole, name), (own, "auto"), (own, name)):
+        model = ModelSource(source).load("cpu", wanted)
         assert {one.dtype for one in model.network.parameters()} == {dtype}
         kept = [one for at, one in model.network.named_buffers() if at.endswith("inv_freq")]
         assert kept and all(one.dtype == torch.float32 for one in kept)

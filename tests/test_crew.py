@@ -22,7 +22,8 @@ from gradindex.errors import GradindexError, InputError
 from gradindex.locks import one_of_writers
 from gradindex.progress import Progress
 from indexer import crew
-from indexer.build import ask, prepare
+from indexer.asked import ask
+from indexer.build import prepare
 from indexer.crew import Crew, Job, Receipt, _Worker
 from indexer.distribute import OVER_RAY, Shard, Stage
 from indexer.fit import Fit
