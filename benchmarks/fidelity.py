@@ -44,6 +44,7 @@ from gradindex.records import Record
 from gradindex.vectors import CodeIndex, code_bytes
 from indexer.calibrate import calibrate
 from indexer.fit import choose_sequences
+from search.ranking import CodeRanking
 from search.recall import estimated_recall
 from search.shortlist import Shortlist, longer
 
@@ -317,8 +318,8 @@ class Asked:
                    "relatif": sizes.squared_step}[control.normalize]
         self.value = self.influence / np.sqrt(squared)
         self.order = np.argsort(-self.value, kind="stable")
-        self.shortlist = Shortlist(control.sign * scores, norms, noise,
-                                   control.normalize != "none", n)
+        self.shortlist = Shortlist(
+            CodeRanking(scores, norms, control.sign, control.normalize != "none"), noise, n)
         places = np.empty(n, dtype=np.int64)
         places[self.shortlist.ids(n)] = np.arange(n)
         self.code_place = places  # of every sequence in the order by code
@@ -444,7 +445,7 @@ def print_statement(
     """The code's error on these queries, and claims against truth."""
     asked = asked_of(plain, work, codes, found, c)
     error = np.stack([one.error for one in asked]) / c
-    scores = np.stack([one.shortlist.statistic for one in asked])
+    scores = np.stack([one.shortlist.ranking.scores() for one in asked])
     z, unit = (scores - plain.truth) / error, plain.truth / error
     slope = 1 + float((z * unit).sum() / (unit**2).sum())
     print(f"\nK = {codes.settings.length:,}: c = {c} calibrated, {z.std():.3f} on these queries; "

@@ -43,6 +43,7 @@ from gradindex.results import Query
 from gradindex.vectors import CodeIndex, code_bytes
 from search.engine import Searcher
 from search.groups import Grouping, chosen_signs, make_grouping, read_grouping
+from search.ranking import CodeRanking
 from search.recall import inclusion_probability
 from search.shortlist import Shortlist
 from search.target import coordinates_of
@@ -168,7 +169,7 @@ class Draw:
         self.norms, self.noise, self.error = norms, noise, noise * norms
 
     def shortlist(self, length: int) -> tuple[Shortlist, list[int]]:
-        made = Shortlist(self.scores, self.norms, self.noise, False, length)
+        made = Shortlist(CodeRanking(self.scores, self.norms), self.noise, length)
         return made, made.advance(range(len(self.scores)), length)
 
     def totals(

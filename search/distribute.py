@@ -2,14 +2,14 @@
 
 Each worker, an actor of Ray's, holds the model, the curvature and the codes of a run of segments,
 which it reads from the folder that every machine sees. It scores them by code and exactly. This
-process forms the query's gradient, makes the shortlists from all code scores, and says how complete
-the answer is. A worker that is lost takes its segments out of the search under way; Ray starts it
+process forms the query's gradient, merges the best by code of each, and says how complete the
+answer is. A worker that is lost takes its segments out of the search under way; Ray starts it
 again for the next one. Arrays, records and dataclasses go to and fro, never objects of the user's.
 """
 
 import gc
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 import gradindex
+from gradindex import vectors
 from gradindex.cluster import absolute
 from gradindex.errors import GradindexError, InputError
 from gradindex.influence import Arrays, Preconditioned
@@ -26,6 +27,7 @@ from gradindex.model import quiet_transformers
 from gradindex.modules import Module
 from gradindex.progress import duration
 from search.opened import LostError, OpenIndex, Part
+from search.ranking import Ranking, statistic
 from search.rescore import Exact, Rescorer
 
 PATIENCE = 600.0  # seconds without a sign from a worker that has something to do
@@ -62,6 +64,15 @@ class Rescoring:
     terms: bool
 
 
+@dataclass(frozen=True)
+class Ordering:
+    """How sequences are to be ordered by code; `queries` tells query vectors apart."""
+
+    queries: str
+    sign: float
+    by_norm: bool
+
+
 class Worker:
     """Some segments of an index, opened at first use; places are those among them alone."""
 
@@ -69,6 +80,8 @@ class Worker:
         self._where, self._part, self._threads = where, part, threads
         self._query = ""
         self._preconditioned = Preconditioned({})
+        self._ranked = Ordering("", 1.0, False)
+        self._rankings: Sequence[Ranking] = []
 
     @cached_property
     def index(self) -> OpenIndex:
@@ -90,8 +103,18 @@ class Worker:
         gc.collect()
         gc.freeze()  # what stays for good would stop a query for 0.2 s now and then
 
-    def code_scores(self, queries: np.ndarray) -> np.ndarray:
-        return self.index.code_scores(queries)
+    def ask(
+        self, how: Ordering, queries: np.ndarray, number: int, what: str, *given: Any
+    ) -> Any:
+        """What the `Ranking` of these places by one of the queries [q, K] answers.
+
+        The codes are scored once for all that is asked of the same queries one after the other.
+        """
+        if self._ranked != how:
+            self._rankings = []  # let go of before the next are made
+            self._rankings = self.index.rankings(queries, how.sign, how.by_norm)
+            self._ranked = how
+        return getattr(self._rankings[number], what)(*given)
 
     def stored_codes(self, places: np.ndarray) -> np.ndarray:
         return self.index.stored_codes(places.tolist())
@@ -125,6 +148,49 @@ class Handle:
     loading: Any = None
     ready: bool = False
     known: bool = False  # was ready once
+
+
+class SharedRanking:
+    """A Ranking merged from those that the workers have of their own places.
+
+    What crosses the network is each worker's best and a few numbers, but for `scores`.
+    """
+
+    def __init__(self, index: "SharedIndex", how: Ordering, sent: Any, number: int):
+        self.norms, self.by_norm = index.norms, how.by_norm
+        self._index, self._how, self._of = index, how, (how, sent, number)
+
+    def best(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        found = self._index.ask_all(
+            lambda worker, number: worker.ask.remote(*self._of, "best", count))
+        starts = self._index.starts()
+        places = np.concatenate([start + own for start, (own, _) in
+                                 zip(starts[:-1], found, strict=True)])
+        values = np.concatenate([own for _, own in found])
+        order = np.lexsort((places, -values))[:count]
+        return places[order], values[order]
+
+    def before(self, statistic: np.ndarray, places: np.ndarray) -> np.ndarray:
+        starts = self._index.starts()
+        found = self._index.ask_all(lambda worker, number: worker.ask.remote(
+            *self._of, "before", statistic,
+            np.clip(places - starts[number], 0, starts[number + 1] - starts[number])))
+        return np.asarray(np.sum(found, axis=0))
+
+    def ranks(self, places: Sequence[int]) -> list[int]:
+        wanted = np.asarray(places, dtype=np.int64)
+        own = statistic(self.scores_at(places), self.norms[wanted], self._how.sign, self.by_norm)
+        ranks: list[int] = (self.before(own, wanted) + 1).tolist()
+        return ranks
+
+    def scores_at(self, places: Sequence[int]) -> np.ndarray:
+        return self._index.fill(
+            np.zeros(len(places), dtype=np.float32), places,
+            lambda worker, there: worker.ask.remote(*self._of, "scores_at", there))
+
+    def scores(self) -> np.ndarray:
+        return np.concatenate(self._index.ask_all(
+            lambda worker, number: worker.ask.remote(*self._of, "scores")))
 
 
 class SharedIndex(OpenIndex):
@@ -278,28 +344,40 @@ class SharedIndex(OpenIndex):
             raise self._lost(gone)
         return found
 
-    def _shares(self, places: Sequence[int]) -> list[tuple[Handle, np.ndarray, np.ndarray]]:
-        """Each worker that has some of the places: which of them, and where they are there."""
+    def starts(self) -> np.ndarray:
+        """The first place of each worker, and N: int64 [workers + 1]."""
         if not self._workers:
             self.load()
         held = np.cumsum([0, *(len(worker.segments) for worker in self._workers)])
-        first = np.searchsorted(self.contents.places, self.contents.starts)[held]
-        wanted = np.asarray(places, dtype=np.int64)
-        homes = np.searchsorted(first, wanted, side="right") - 1
-        return [(worker, mine, wanted[mine] - first[number])
+        return np.searchsorted(self.contents.places, self.contents.starts)[held]
+
+    def _shares(self, places: Sequence[int]) -> list[tuple[Handle, np.ndarray, np.ndarray]]:
+        """Each worker that has some of the places: which of them, and where they are there."""
+        starts, wanted = self.starts(), np.asarray(places, dtype=np.int64)
+        homes = np.searchsorted(starts, wanted, side="right") - 1
+        return [(worker, mine, wanted[mine] - starts[number])
                 for number, worker in enumerate(self._workers)
                 if len(mine := np.flatnonzero(homes == number))]
 
+    def fill(
+        self, empty: np.ndarray, places: Sequence[int], ask: Callable[[Any, np.ndarray], Any]
+    ) -> np.ndarray:
+        """Fill an array with what each of the places' own worker says of it."""
+        shares = self._shares(places)
+        found = self._gather([(worker, ask(worker.actor, there)) for worker, _, there in shares])
+        for (_, mine, _), own in zip(shares, found, strict=True):
+            empty[mine] = own
+        return empty
+
+    def ask_all(self, ask: Callable[[Any, int], Any]) -> list[Any]:
+        """What every worker says, in the order of their places."""
+        return self._gather([(worker, ask(worker.actor, number))
+                             for number, worker in enumerate(self._workers)])
+
     # ---- what is asked of them
 
-    def code_scores(self, queries: np.ndarray) -> np.ndarray:
-        """As of `OpenIndex`, from all workers: 4 bytes a sequence and query cross the network.
-
-        All are wanted, not each worker's best: below 0.95 a statement comes with the length that
-        would do, judged by the score at any rank (`Shortlist.length_for`), and --recall grows the
-        list by it; groups are totals of all scores; the rank by code of a hit of the TF-IDF list
-        counts all above it; when a worker is lost, others move up, from any depth.
-        """
+    def rankings(self, queries: np.ndarray, sign: float, by_norm: bool) -> Sequence[Ranking]:
+        """As of `OpenIndex`. Each worker scores its codes when they are first asked about."""
         if not self._workers:
             self.load()
         away = [worker for worker in self._workers if not worker.ready]
@@ -307,17 +385,16 @@ class SharedIndex(OpenIndex):
             raise LostError(frozenset(name for worker in away for name in worker.segments),
                             "; ".join(f"{worker.name} isn't back yet" for worker in away))
         sent = self._ray.put(queries)
-        return np.concatenate(self._gather([
-            (worker, worker.actor.code_scores.remote(sent)) for worker in self._workers]), axis=1)
+        how = Ordering(sent.hex(), sign, by_norm)
+        return [SharedRanking(self, how, sent, number) for number in range(len(queries))]
+
+    def code_scores(self, queries: np.ndarray) -> np.ndarray:
+        """As of `OpenIndex`: 4 bytes a sequence and query cross the network."""
+        return np.stack([one.scores() for one in self.rankings(queries, 1.0, False)])
 
     def stored_codes(self, places: Sequence[int]) -> np.ndarray:
-        shares = self._shares(places)
-        found = self._gather([(worker, worker.actor.stored_codes.remote(there))
-                              for worker, _, there in shares])
-        codes = np.empty((len(places), found[0].shape[1] if found else 0), dtype=np.uint8)
-        for (_, mine, _), own in zip(shares, found, strict=True):
-            codes[mine] = own
-        return codes
+        empty = np.zeros((len(places), vectors.code_bytes(self.manifest.code["length"])), np.uint8)
+        return self.fill(empty, places, lambda worker, there: worker.stored_codes.remote(there))
 
     def rescore(
         self, by: Rescorer, preconditioned: Preconditioned, places: Sequence[int],

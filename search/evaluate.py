@@ -20,9 +20,10 @@ from gradindex.results import Query
 from search.controls import Controls, settle
 from search.engine import Searcher
 from search.journey import Journey
+from search.ranking import CodeRanking, best
 from search.recall import estimated_recall
 from search.rescore import rescore
-from search.shortlist import Shortlist, best
+from search.shortlist import Shortlist
 from search.target import fits_in_full, make_targets
 
 METHODS = ("code", "tfidf", "both")
@@ -117,8 +118,8 @@ def evaluate(
         for number, target in enumerate(targets):
             words = searcher.index.tokens.scores(target.query.scored_tokens)
             compared.append(_Comparison(
-                ids[new], truth[number, new], journey.codes[number], searcher.index.norms,
-                journey.noise(number), words, len(ids) / total).measured())
+                ids[new], truth[number, new], journey.ranking(number).scores(),
+                searcher.index.norms, journey.noise(number), words, len(ids) / total).measured())
     return _summary(found, compared)
 
 
@@ -143,7 +144,8 @@ class _Comparison:
     ):
         self.ids, self.truth, self.words, self.total = ids, truth, words, len(codes)
         self.share = share
-        self.codes, self.norms, self.noise = codes, norms, noise
+        self.codes, self.noise = codes, noise
+        self.ranking = CodeRanking(codes, norms)
         self.order = best(truth, len(truth))
 
     def measured(self) -> _Measured:
@@ -160,7 +162,7 @@ class _Comparison:
         """Recall of the highest k of the scored, and what a search would claim."""
         k = min(k, len(self.truth))
         listed = None if method == "code" else best(self.words, length)
-        shortlist = Shortlist(self.codes, self.norms, self.noise, False, length, listed,
+        shortlist = Shortlist(self.ranking, self.noise, length, listed,
                               by_list=method == "tfidf")
         taken = set(shortlist.advance(range(self.total), length))
         found = np.array([one in taken for one in self.ids[self.order].tolist()])

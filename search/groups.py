@@ -25,7 +25,7 @@ from gradindex.contents import Contents
 from gradindex.records import Part, Record
 from gradindex.results import Group
 from gradindex.vectors import CodeIndex
-from search.shortlist import best
+from search.ranking import best
 
 MOST_GROUPS = 100  # kept in a result, besides those with a hit
 COORDINATES = 2048  # of the K, for spreads: standard errors are then right to 2 %

@@ -16,9 +16,10 @@ from search.groups import total_groups
 from search.hits import make_hit, normalized
 from search.likeness import fold_near
 from search.opened import LostError, OpenIndex
+from search.ranking import Ranking, best
 from search.recall import estimated_recall
 from search.rescore import Exact, Rescorer
-from search.shortlist import Shortlist, best, longer
+from search.shortlist import Shortlist, longer
 from search.target import Target, rescore_in_full
 
 SMALLEST_SAMPLE = 32  # of the background, before anything is said of the error on a query
@@ -28,7 +29,7 @@ GOOD = 0.95  # what a longer shortlist is suggested for
 
 
 class Journey:
-    """Some queries on their way from code scores [q, N] to results.
+    """Some queries on their way from code scores to results.
 
     They are rescored one after the other, each sequence once for all of them. Sequences are known
     by their place among the N that are searched; only hits have ids.
@@ -41,34 +42,44 @@ class Journey:
         self.targets, self.preconditioned = targets, preconditioned
         self.by = Rescorer(index.model, settings.modules, index.ekfac, settings.damping,
                            batch_tokens)
-        self.index, self.codes = _scan(index, np.stack([target.vector for target in targets]))
-        self.settings = bounded(settings, len(self.index))
+        self.index, self.settings = index, settings
         self.exact: dict[int, Exact] = {}
         self.timed_out = False  # the query that is rescored now
         self._background: list[int] = []
-        self._lengths = [self.settings.first] * len(targets)
+        self._lengths = [settings.first] * len(targets)
+        self._vectors = np.stack([target.vector for target in targets])
         self._make_shortlists()
 
     def _make_shortlists(self) -> None:
-        self.shortlists = [self._shortlist(number) for number in range(len(self.targets))]
+        while True:
+            try:
+                rankings = self.index.rankings(
+                    self._vectors, self.settings.sign, self.settings.normalize != "none")
+                self.shortlists = [self._shortlist(*one) for one in enumerate(rankings)]
+                break
+            except LostError as lost:
+                self._leave_out(lost)
         self._planned = {*self.exact, *(
             one for shortlist, length in zip(self.shortlists, self._lengths, strict=True)
             if self.settings.rescore for one in shortlist.ids(length))}
 
     def _go_on_without(self, lost: LostError) -> None:
-        """Leave segments out that can't be reached any more; what is known of the others stays.
+        """Leave segments out that can't be reached any more, which moves the others up.
 
         Raises LostError where nothing is left.
         """
+        self._leave_out(lost)
+        self._make_shortlists()
+
+    def _leave_out(self, lost: LostError) -> None:
+        """Forget segments; what is exact of the others stays."""
         before, self.index = self.index, self.index.without(lost)
         kept = np.flatnonzero(np.isin(before.contents.ids, self.index.contents.ids))
         places = dict(zip(kept.tolist(), range(len(kept)), strict=True))
-        self.codes = self.codes[:, kept]
         self.exact = {places[one]: found for one, found in self.exact.items() if one in places}
         self._background = [places[one] for one in self._background if one in places]
         self.settings = bounded(self.settings, len(kept))
         self._lengths = [min(length, len(kept)) for length in self._lengths]
-        self._make_shortlists()
 
     @property
     def planned(self) -> int:
@@ -81,15 +92,17 @@ class Journey:
         c = self.index.manifest.calibration["c"]
         return float(score_error(c, float(np.linalg.norm(vector)), np.ones(1), len(vector))[0])
 
-    def _shortlist(self, number: int) -> Shortlist:
+    def _shortlist(self, number: int, ranking: Ranking) -> Shortlist:
         settings, listed = self.settings, None
         if settings.candidates != "code":
             tokens = self.targets[number].query.scored_tokens
             listed = best(self.index.tokens.scores(tokens), settings.first)
-        scores = self.codes[number] if settings.sign > 0 else -self.codes[number]
-        return Shortlist(scores, self.index.norms, self.noise(number),
-                         settings.normalize != "none", settings.most, listed,
+        return Shortlist(ranking, self.noise(number), settings.most, listed,
                          by_list=settings.candidates == "tfidf")
+
+    def ranking(self, number: int) -> Ranking:
+        """What the codes say of every sequence for a query."""
+        return self.shortlists[number].ranking
 
     # ---- exact scores
 
@@ -107,7 +120,10 @@ class Journey:
                     self.timed_out = True
                     return
             if not self.unfinished(number):  # or else some were lost, and others moved up
-                self._grow(number)
+                try:
+                    self._grow(number)
+                except LostError as lost:
+                    self._go_on_without(lost)
             if time.monotonic() > deadline and self._wanted(number):
                 self.timed_out = True
                 return
@@ -186,12 +202,18 @@ class Journey:
 
     def approximate_hits(self, number: int) -> list[Hit]:
         """The best k by code alone."""
-        first = self.index.contents.first_equal
-        own = first == np.arange(len(first))  # equal sequences are one hit
-        statistic = np.where(own, self.shortlists[number].statistic, -np.inf)
-        places = best(statistic, min(self.settings.k, int(own.sum()))).tolist()
-        hits = [self._hit(number, place, record, None, rank) for rank, (place, record) in
-                enumerate(zip(places, self.index.records(places), strict=True), 1)]
+        first, count = self.index.contents.first_equal, self.settings.k
+        while True:
+            places, _ = self.ranking(number).best(count)
+            own = places[first[places] == places]  # equal sequences are one hit
+            if len(own) >= self.settings.k or count >= len(first):
+                break
+            count *= 2
+        places = own[: self.settings.k].tolist()
+        scores = self.ranking(number).scores_at(places).tolist()
+        hits = [self._hit(number, place, record, None, rank, score)
+                for rank, (place, record, score) in enumerate(
+                    zip(places, self.index.records(places), scores, strict=True), 1)]
         add_rates(self.index, hits)
         return fold_near(hits)
 
@@ -278,11 +300,14 @@ class Journey:
             self._value(number, same.get(int(self.index.contents.first_equal[one]), one))
             for one in self._background])
         ranked = []
-        for place, record in zip(places, self.index.records(places), strict=True):
+        ranks = self.shortlists[number].ranks(places)
+        scores = self.ranking(number).scores_at(places).tolist()
+        for place, record, rank, score in zip(places, self.index.records(places), ranks, scores,
+                                              strict=True):
             exact = found[place]
             value = settings.sign * normalized(
                 float(exact.influence[0]), exact, settings.normalize)
-            hit = self._hit(number, place, record, exact, self.shortlists[number].rank(place))
+            hit = self._hit(number, place, record, exact, rank, score)
             if len(sample):
                 hit.percentile = float(np.mean(sample <= self._value(number, place)) * 100)
             ranked.append((-value, record.id, hit))
@@ -298,7 +323,7 @@ class Journey:
         if real.sum() < SMALLEST_SAMPLE:
             return None
         truth = np.array([self.exact[one].influence[number] for one in there])
-        z = (self.codes[number, there] - truth)[real] / error[real]
+        z = (self.ranking(number).scores_at(there) - truth)[real] / error[real]
         return self.index.manifest.calibration["c"] * float(np.sqrt(np.mean(z**2)))
 
     def _warnings(
@@ -353,10 +378,10 @@ class Journey:
                 f"code's score; {', '.join(means)}")
 
     def _hit(
-        self, number: int, place: int, record: Record, exact: Exact | None, rank: int
+        self, number: int, place: int, record: Record, exact: Exact | None, rank: int, score: float
     ) -> Hit:
         hit = make_hit(
-            self.index.tokenizer, record, exact, float(self.codes[number, place]), rank,
+            self.index.tokenizer, record, exact, score, rank,
             self.settings.train_sequences, self.settings.modules, self.targets[number].norm)
         hit.duplicates = self.index.copies(place)
         words = [token for text in self.targets[number].query.texts for token in text.tokens]
@@ -389,8 +414,8 @@ class Journey:
         shortlist, sample = self.shortlists[number], self._background
         counted = shortlist.advance(self.exact, self._lengths[number])
         estimate, variance = shortlist.estimates(
-            settings.sign * self.codes[number], counted, self._signed(number, counted), sample,
-            self._signed(number, sample))
+            settings.sign * self.ranking(number).scores(), counted,
+            self._signed(number, counted), sample, self._signed(number, sample))
         grouping = self.index.grouping(settings.group_by)
         ids = [hit.id for hit in hits]
         places = np.searchsorted(self.index.contents.ids, ids).tolist()
@@ -398,15 +423,6 @@ class Journey:
             grouping, estimate, variance, settings.sign, dict(zip(ids, places, strict=True)),
             settings.train_sequences)
         return groups, total, len(grouping.values)
-
-
-def _scan(index: OpenIndex, vectors: np.ndarray) -> tuple[OpenIndex, np.ndarray]:
-    """What can be searched now of an index, and its code scores [q, N]."""
-    while True:
-        try:
-            return index, index.code_scores(vectors)
-        except LostError as lost:
-            index = index.without(lost)
 
 
 def _round_up(length: int, total: int) -> str:

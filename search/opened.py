@@ -21,6 +21,7 @@ from gradindex.manifest import Manifest
 from gradindex.records import Record
 from search.groups import Grouping, read_grouping
 from search.likeness import Wording
+from search.ranking import CodeRanking, Ranking
 from search.rescore import Exact, Rescorer, rescore
 
 BACKGROUND = 64  # random sequences rescored with every query
@@ -151,6 +152,14 @@ class OpenIndex(FittedModel):
             vectors.scan(self.segments(), queries, max(1, torch.get_num_threads())))
         places = self.contents.places
         return scores if len(places) == scores.shape[1] else scores[:, places]
+
+    def rankings(self, queries: np.ndarray, sign: float, by_norm: bool) -> Sequence[Ranking]:
+        """The order of every place by code for each of the query vectors [q, K].
+
+        `sign` is −1 for opponents; `by_norm` orders by score / ‖v_m‖.
+        """
+        return [CodeRanking(scores, self.norms, sign, by_norm)
+                for scores in self.code_scores(queries)]
 
     def code_scores_at(self, places: Sequence[int], query: np.ndarray) -> np.ndarray:
         """The code scores of some places for one query vector [K]: float32 [places]."""

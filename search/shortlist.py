@@ -1,43 +1,39 @@
 """Who is rescored for a query, in which order, and with what chance each was to be among them.
 
-Sequences are ordered by a statistic of their code: its score, or, when ranking per unit of the
-sequence's own gradient, its score / ‖v_m‖. The statistic is the exact influence (divided likewise)
-plus Gaussian noise of known size. A TF-IDF list may join: its members are rescored whatever their
-code, so each of them was certain to be there.
+The statistic of a code (see ranking.py) is the exact influence, divided like it, plus Gaussian
+noise of known size. A TF-IDF list may join: its members are rescored whatever their code, so each
+of them was certain to be there.
 """
 
 from collections.abc import Container
 
 import numpy as np
 
+from search.ranking import Ranking, unit
 from search.recall import expected_recall, included_error, inclusion_probability
+
+CERTAIN = 40.0  # standard deviations of a code's error above a cut-off: π is 1
 
 
 class Shortlist:
-    """One query's order of sequences, and how far along it they are rescored.
+    """How far along one query's order of sequences they are rescored.
 
-    scores [N] are code scores times the sign asked for (−1 for opponents), norms [N] the ‖v_m‖;
-    the error of a score has sd noise · ‖v_m‖. `by_norm` orders by score / ‖v_m‖. `most` is the
-    longest the shortlist may grow. `listed` are the ids of a TF-IDF list, which come on top of the
-    shortlist; with `by_list` they alone are taken.
+    The error of a code's score has sd noise · ‖v_m‖. `most` is the longest the shortlist may grow:
+    of the order, no more is asked for. `listed` are the ids of a TF-IDF list, which come on top of
+    the shortlist; with `by_list` they alone are taken.
     """
 
     def __init__(
-        self, scores: np.ndarray, norms: np.ndarray, noise: float, by_norm: bool, most: int,
-        listed: np.ndarray | None = None, by_list: bool = False,
+        self, ranking: Ranking, noise: float, most: int, listed: np.ndarray | None = None,
+        by_list: bool = False,
     ):
-        self._norms, self._noise, self._by_norm = norms, noise, by_norm
-        self.statistic = scores / self._scale(np.arange(len(scores))) if by_norm else scores
-        self._order = best(self.statistic, min(len(scores), most + 1))
+        self.ranking, self._noise = ranking, noise
+        self._total = len(ranking.norms)
+        self._order, self._statistic = ranking.best(min(self._total, most + 1))
         self.listed = np.zeros(0, dtype=np.int64) if listed is None else listed
         self._list_done = False
         self._by_list = by_list
         self.length = 0  # along the order, all of them rescored
-
-    def _scale(self, places: np.ndarray) -> np.ndarray:
-        """‖v_m‖, or infinity for a gradient of zero, whose statistic is zero then."""
-        norms = self._norms[places]
-        return np.where(norms > 0, norms, np.inf)
 
     def ids(self, length: int) -> list[int]:
         """Who is to be rescored for a shortlist of `length` by code, best first."""
@@ -60,9 +56,7 @@ class Shortlist:
     @property
     def cutoff(self) -> float | None:
         """τ: the statistic of the first in order that is not rescored, None where all are."""
-        if self.length >= len(self.statistic):
-            return None
-        return float(self.statistic[self._order[self.length]])
+        return None if self.length >= self._total else float(self._statistic[self.length])
 
     def probability(
         self, ids: list[int], influence: np.ndarray, cutoff: float | None
@@ -76,11 +70,11 @@ class Shortlist:
 
     def _in_order(self, places: np.ndarray, influence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Exact influence and σ_m of some places, in the unit that the order is by."""
-        error = self._noise * self._norms[places]
-        if not self._by_norm:
+        norms = self.ranking.norms[places]
+        error = self._noise * norms
+        if not self.ranking.by_norm:
             return influence, error
-        scale = self._scale(places)
-        return influence / scale, error / scale
+        return influence / unit(norms), error / unit(norms)
 
     def estimates(
         self, scores: np.ndarray, ids: list[int], influence: np.ndarray, sample: list[int],
@@ -93,13 +87,13 @@ class Shortlist:
         to be rescored whatever their code the influence; of those that their code let in the
         influence plus the mean error of codes let in. See `recall.included_error`.
         """
-        estimate, variance = scores.astype(np.float64), (self._noise * self._norms) ** 2
+        estimate, variance = scores.astype(np.float64), (self._noise * self.ranking.norms) ** 2
         places = np.asarray(ids, dtype=np.int64)
         mean, left = included_error(*self._in_order(places, influence), self.cutoff)
         if self._list_done:
             certain = np.isin(places, self.listed)
             mean[certain] = left[certain] = 0.0
-        estimate[places] = influence + mean * self._noise * self._norms[places]
+        estimate[places] = influence + mean * self._noise * self.ranking.norms[places]
         variance[places] *= left
         estimate[sample], variance[sample] = of_sample, 0.0
         return estimate, variance
@@ -112,27 +106,39 @@ class Shortlist:
         `ids` and `influence` are the rescored, best first. Sequences like those found but missed
         so far are counted through their π (see recall.py).
         """
-        falling = -np.sort(-self.statistic)
-        now = self.probability(ids, influence, self.cutoff)
-        low, high = self.length, len(falling)
-        while low + 1 < high:
-            middle = (low + high) // 2
-            then = self.probability(ids, influence, float(falling[middle]))
-            if expected_recall(now, then, k) >= goal:
-                high = middle
-            else:
-                low = middle
-        return high
+        cutoff = self.cutoff
+        if cutoff is None:
+            return self._total
+        now = self.probability(ids, influence, cutoff)
+
+        def reached(other: float) -> bool:
+            then = self.probability(ids, influence, other)
+            return expected_recall(now, then, k) >= goal
+
+        if reached(cutoff):
+            return min(self.length + 1, self._total)
+        values, error = self._in_order(np.asarray(ids, dtype=np.int64), influence)
+        certain = np.min(values - CERTAIN * error, initial=cutoff)
+        low, high = float(np.nextafter(certain, -np.inf)), cutoff
+        if not reached(low):
+            return self._total
+        while low < (middle := (low + high) / 2) < high:  # to the last bit: any score may be τ
+            low, high = (middle, high) if reached(middle) else (low, middle)
+        [above] = self.ranking.before(np.array([low]), np.array([0]))
+        return min(max(int(above), self.length + 1), self._total)
 
     def place_in_list(self, one: int) -> int | None:
         """Rank in the TF-IDF list, from 1, or None."""
         found = np.flatnonzero(self.listed == one)
         return int(found[0]) + 1 if len(found) else None
 
-    def rank(self, one: int) -> int:
-        """Place in the order by code, from 1."""
-        value = self.statistic[one]
-        return int((self.statistic > value).sum() + (self.statistic[:one] == value).sum()) + 1
+    def ranks(self, places: list[int]) -> list[int]:
+        """Where places are in the order by code, from 1."""
+        known = {place: rank for rank, place in enumerate(self._order.tolist(), 1)}
+        deeper = [place for place in places if place not in known]
+        if deeper:
+            known.update(zip(deeper, self.ranking.ranks(deeper), strict=True))
+        return [known[place] for place in places]
 
 
 def longer(length: int, expected: int) -> int:
@@ -142,14 +148,3 @@ def longer(length: int, expected: int) -> int:
     most fourfold, since a short list says little of a long one.
     """
     return max(length + length // 4 + 1, min(expected, 4 * length))
-
-
-def best(values: np.ndarray, count: int) -> np.ndarray:
-    """Places of the `count` largest values [n], largest first, equal ones by place."""
-    if count >= len(values):
-        return np.lexsort((np.arange(len(values)), -values))
-    border = np.partition(values, len(values) - count)[len(values) - count]
-    above = np.flatnonzero(values > border)
-    equal = np.flatnonzero(values == border)[: count - len(above)]
-    chosen = np.concatenate([above, equal])
-    return chosen[np.lexsort((chosen, -values[chosen]))]

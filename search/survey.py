@@ -27,8 +27,8 @@ from search.controls import Controls, Settings, settle
 from search.engine import Searcher
 from search.generic import all_rates
 from search.opened import Coverage, OpenIndex
+from search.ranking import best
 from search.rescore import Rescorer, rescore
-from search.shortlist import best
 from search.tail import Tail, fit_tail, half, half_interval
 from search.target import Target, make_targets
 

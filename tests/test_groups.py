@@ -20,6 +20,7 @@ from gradindex.terminal import visible
 from search import cards
 from search.controls import Controls, settle
 from search.groups import MOST_GROUPS, Grouping, total_groups
+from search.ranking import CodeRanking
 from search.render import group_lines
 from search.shortlist import Shortlist
 from search.target import make_targets
@@ -275,7 +276,8 @@ def test_estimates_have_no_bias_and_the_variance_they_say(by_norm, listed):
     for _ in range(draws):
         codes = influence + 2.0 * norms * random.standard_normal(n)
         chosen = random.choice(n, listed, replace=False)
-        shortlist = Shortlist(codes, norms, 2.0, by_norm, length, chosen if listed else None)
+        shortlist = Shortlist(CodeRanking(codes, norms, by_norm=by_norm), 2.0, length,
+                              chosen if listed else None)
         rescored = set(shortlist.ids(length))
         counted = shortlist.advance(rescored, length)
         sample = random.choice(n, 64, replace=False).tolist()

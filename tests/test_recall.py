@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from reference import true_recall
 
+from search.ranking import CodeRanking, best
 from search.recall import estimated_recall, expected_recall, inclusion_probability
-from search.shortlist import Shortlist, best, longer
+from search.shortlist import Shortlist, longer
 
 
 def claimed_and_actual(random, n, shortlist, k, noise, opponents):
@@ -60,7 +61,7 @@ def test_claims_are_true_of_other_shortlists(by_norm, listed):
         value = influence / norms if by_norm else influence
         noisy = value + random.standard_normal(n) * 9  # a list made from something else
         others = best(noisy, listed) if listed else None
-        shortlist = Shortlist(scores, norms, 4.0, by_norm, n, others)
+        shortlist = Shortlist(CodeRanking(scores, norms, by_norm=by_norm), 4.0, n, others)
         taken = shortlist.advance(range(n), length)
         assert len(taken) == len(set(taken)) <= length + listed
         ranked = sorted(taken, key=lambda one: -value[one])
@@ -80,7 +81,7 @@ def test_an_unfinished_list_is_not_counted_as_certain():
         influence = random.standard_t(2.5, n) * random.pareto(3, n)
         scores = influence + 3.0 * random.standard_normal(n)
         others = best(influence + 3.0 * random.standard_normal(n), 1000)
-        shortlist = Shortlist(scores, np.ones(n), 3.0, False, n, others)
+        shortlist = Shortlist(CodeRanking(scores, np.ones(n)), 3.0, n, others)
         exact = set(shortlist.ids(100)[:60])
         taken = shortlist.advance(exact, 100)
         assert set(taken) == exact
@@ -100,7 +101,7 @@ def test_claims_after_growing_are_true(goal):
     for _ in range(200):
         influence = random.standard_t(2.5, n) * random.pareto(3, n)
         scores = influence + 5.0 * random.standard_normal(n)
-        shortlist = Shortlist(scores, np.ones(n), 5.0, False, n)
+        shortlist = Shortlist(CodeRanking(scores, np.ones(n)), 5.0, n)
         length = 30
         while True:
             taken = shortlist.advance(range(n), length)
@@ -125,7 +126,7 @@ def test_the_length_for_a_recall_is_found():
     for _ in range(60):
         influence = random.standard_t(2.5, n) * random.pareto(3, n)
         scores = influence + 4.0 * random.standard_normal(n)
-        shortlist = Shortlist(scores, np.ones(n), 4.0, False, n)
+        shortlist = Shortlist(CodeRanking(scores, np.ones(n)), 4.0, n)
         taken = shortlist.advance(range(n), 200)
         ranked = sorted(taken, key=lambda one: -influence[one])
         length = shortlist.length_for(0.9, ranked, influence[ranked], k)
@@ -135,9 +136,33 @@ def test_the_length_for_a_recall_is_found():
     assert np.mean(held) == pytest.approx(0.9, abs=0.04)
 
 
+@pytest.mark.parametrize("by_norm, listed, noise, most", [
+    (False, 0, 4.0, 60), (True, 0, 4.0, 60), (False, 40, 4.0, 600), (False, 0, 0.0, 60)])
+def test_the_length_is_the_shortest_that_does(by_norm, listed, noise, most):
+    """Against going through every length, with scores in float32, many of them equal."""
+    random = np.random.default_rng(13)
+    n, k, found = 600, 10, []
+    for _ in range(30):
+        norms = random.uniform(0.5, 4.0, n)
+        influence = norms * random.standard_t(2.5, n) * random.pareto(3, n)
+        scores = np.round(influence + noise * norms * random.standard_normal(n)).astype(np.float32)
+        others = random.choice(n, listed, replace=False) if listed else None
+        shortlist = Shortlist(CodeRanking(scores, norms, by_norm=by_norm), noise, most, others)
+        ranked = sorted(shortlist.advance(range(n), 60), key=lambda one: -influence[one])
+        now = shortlist.probability(ranked, influence[ranked], shortlist.cutoff)
+        falling = -np.sort(-(scores / norms if by_norm else scores))
+        for goal in (0.3, 0.7, 0.95):
+            plain = next((length for length in range(61, n) if expected_recall(
+                now, shortlist.probability(ranked, influence[ranked], float(falling[length])), k,
+            ) >= goal), n)
+            assert shortlist.length_for(goal, ranked, influence[ranked], k) == plain
+            found.append(plain)
+    assert min(found) == 61 and (noise == 0 or len(set(found)) > 20)
+
+
 def test_a_shortlist_by_hand():
     scores = np.array([1.0, 3.0, 2.0, 3.0, -1.0])
-    shortlist = Shortlist(scores, np.ones(5), 1.0, False, 3, np.array([4, 3]))
+    shortlist = Shortlist(CodeRanking(scores, np.ones(5)), 1.0, 3, np.array([4, 3]))
     assert shortlist.ids(2) == [1, 3, 4] and shortlist.ids(3) == [1, 3, 2, 4]
     assert shortlist.advance({1}, 2) == [1] and shortlist.cutoff == 3.0
     assert shortlist.advance({1, 3}, 2) == [1, 3] and shortlist.cutoff == 2.0  # 4 is still missing
@@ -146,13 +171,14 @@ def test_a_shortlist_by_hand():
     np.testing.assert_allclose(
         shortlist.probability([1, 3, 4], np.array([3.0, 2.0, -9.0]), 2.0),
         [0.8413447460685429, 1.0, 1.0])
-    assert [shortlist.rank(one) for one in range(5)] == [4, 1, 3, 2, 5]
+    assert shortlist.ranks([*range(5)]) == [4, 1, 3, 2, 5]
     assert shortlist.place_in_list(3) == 2 and shortlist.place_in_list(1) is None
-    whole = Shortlist(scores, np.ones(5), 1.0, False, 5)
+    whole = Shortlist(CodeRanking(scores, np.ones(5)), 1.0, 5)
     assert whole.advance(range(5), 5) == [1, 3, 2, 0, 4] and whole.cutoff is None
-    alone = Shortlist(scores, np.ones(5), 1.0, False, 3, np.array([4, 3]), by_list=True)
+    alone = Shortlist(CodeRanking(scores, np.ones(5)), 1.0, 3, np.array([4, 3]), by_list=True)
     assert alone.advance({3, 4, 1}, 3) == [4, 3]
-    by_norm = Shortlist(scores, np.array([1.0, 3.0, 1.0, 0.0, 1.0]), 1.0, True, 4)
+    by_norm = Shortlist(
+        CodeRanking(scores, np.array([1.0, 3.0, 1.0, 0.0, 1.0]), by_norm=True), 1.0, 4)
     assert by_norm.ids(4) == [2, 0, 1, 3]  # a gradient of zero counts as zero
 
 

@@ -15,7 +15,7 @@ from test_server import Running
 import gradindex
 from gradindex.errors import DamagedIndexError, GradindexError, InputError
 from search.controls import Controls
-from search.distribute import PATIENCE, deal
+from search.distribute import PATIENCE, SharedRanking, deal
 from search.engine import Searcher
 from search.opened import LostError, OpenIndex, Part
 
@@ -122,6 +122,38 @@ def test_a_search(alone, shared, controls):
     found, expected = (one.search(**QUESTION, **controls) for one in (shared, alone))
     same(found, expected)
     assert found.warnings == expected.warnings and found.controls == expected.controls
+
+
+@pytest.mark.parametrize("sign, by_norm", [(1.0, False), (-1.0, False), (1.0, True)])
+def test_rankings_are_merged_from_those_of_the_workers(alone, shared, sign, by_norm):
+    random = np.random.default_rng(1)
+    queries = random.standard_normal((2, alone.manifest.code["length"])).astype(np.float32)
+    pairs = zip(*(one.index.rankings(queries, sign, by_norm) for one in (shared, alone)),
+                strict=True)
+    for mine, theirs in pairs:
+        for count in (1, 7, len(alone), 2 * len(alone)):
+            for one, other in zip(mine.best(count), theirs.best(count), strict=True):
+                np.testing.assert_array_equal(one, other)
+        places = random.permutation(len(alone)).tolist()
+        assert mine.ranks(places) == theirs.ranks(places)
+        assert sorted(mine.ranks(places)) == [*range(1, len(alone) + 1)]
+        _, values = theirs.best(len(alone))
+        where = np.repeat(places[:3], len(values)), np.tile(values, 3)
+        np.testing.assert_array_equal(mine.before(*where[::-1]), theirs.before(*where[::-1]))
+        np.testing.assert_array_equal(mine.scores_at(places), theirs.scores_at(places))
+        np.testing.assert_array_equal(mine.scores(), theirs.scores())
+    np.testing.assert_array_equal(shared.index.code_scores(queries),
+                                  alone.index.code_scores(queries))
+
+
+@pytest.mark.parametrize("controls", [
+    {**MANY, "recall": 0.9}, {**MANY, "candidates": "both"}, {"k": 5, "rescore": False}], ids=str)
+def test_no_search_fetches_every_score(alone, shared, monkeypatch, controls):
+    """Each worker's best cross the network: only groups are totals of all."""
+    monkeypatch.setattr(SharedRanking, "scores", None)
+    same(shared.search(**QUESTION, **controls), alone.search(**QUESTION, **controls))
+    with pytest.raises(TypeError, match="NoneType"):
+        shared.search(**QUESTION, **MANY, group_by="place")
 
 
 @pytest.mark.parametrize("rank", [None, 2])

@@ -1,0 +1,86 @@
+"""The order of an index's sequences by what their codes say of one query.
+
+Sequences are ordered by a statistic of their code: its score, or, when ranking per unit of the
+sequence's own gradient, its score / ‖v_m‖; either times −1 for opponents.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+
+class Ranking(Protocol):
+    """One query's order of N places, equal ones by place; `norms` [N] are the ‖v_m‖."""
+
+    norms: np.ndarray
+    by_norm: bool
+
+    def best(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """The first `count` places, in order, and the statistic of each."""
+
+    def before(self, statistic: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """How many come before a sequence of this statistic [n] at this place [n]: int64 [n]."""
+
+    def ranks(self, places: Sequence[int]) -> list[int]:
+        """Where places are in the order, from 1."""
+
+    def scores_at(self, places: Sequence[int]) -> np.ndarray:
+        """The code scores of some places, without the sign: float32 [places]."""
+
+    def scores(self) -> np.ndarray:
+        """The code score of every place, without the sign: float32 [N]."""
+
+
+class CodeRanking:
+    """A Ranking from the code score [N] of every place."""
+
+    def __init__(
+        self, scores: np.ndarray, norms: np.ndarray, sign: float = 1.0, by_norm: bool = False
+    ):
+        self.norms, self.by_norm, self._scores = norms, by_norm, scores
+        self._statistic = statistic(scores, norms, sign, by_norm)
+
+    def best(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        places = best(self._statistic, count)
+        return places, self._statistic[places]
+
+    def before(self, statistic: np.ndarray, places: np.ndarray) -> np.ndarray:
+        return np.array([
+            (self._statistic > value).sum() + (self._statistic[:place] == value).sum()
+            for value, place in zip(statistic, places, strict=True)], dtype=np.int64)
+
+    def ranks(self, places: Sequence[int]) -> list[int]:
+        wanted = np.asarray(places, dtype=np.int64)
+        ranks: list[int] = (self.before(self._statistic[wanted], wanted) + 1).tolist()
+        return ranks
+
+    def scores_at(self, places: Sequence[int]) -> np.ndarray:
+        return self._scores[np.asarray(places, dtype=np.int64)]
+
+    def scores(self) -> np.ndarray:
+        return self._scores
+
+
+def statistic(
+    scores: np.ndarray, norms: np.ndarray, sign: float, by_norm: bool
+) -> np.ndarray:
+    """What is ordered by, largest first, of code scores [n] and the ‖v_m‖ [n] beside them."""
+    signed = scores if sign > 0 else -scores
+    return signed / unit(norms) if by_norm else signed
+
+
+def unit(norms: np.ndarray) -> np.ndarray:
+    """‖v_m‖, or infinity for a gradient of zero, whose statistic is zero then."""
+    return np.where(norms > 0, norms, np.inf)
+
+
+def best(values: np.ndarray, count: int) -> np.ndarray:
+    """Places of the `count` largest values [n], largest first, equal ones by place."""
+    if count >= len(values):
+        return np.lexsort((np.arange(len(values)), -values))
+    border = np.partition(values, len(values) - count)[len(values) - count]
+    above = np.flatnonzero(values > border)
+    equal = np.flatnonzero(values == border)[: count - len(above)]
+    chosen = np.concatenate([above, equal])
+    return chosen[np.lexsort((chosen, -values[chosen]))]
