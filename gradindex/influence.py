@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradindex.blockwise import rotated
+from gradindex.blockwise import rotated, rotator
 from gradindex.codes import Codes
 from gradindex.curvature import Ekfac
 from gradindex.gradients import (
@@ -35,6 +35,7 @@ Arrays = dict[str, np.ndarray | tuple[np.ndarray, np.ndarray]]  # whole, or L an
 
 OVERSAMPLING = 8  # directions beyond the rank, so that the best come out right (Halko et al. 2011)
 LARGEST_BLOCK = 1 << 22  # entries of gradients, or of what low-rank queries take, formed at once
+LARGEST_JOINED = 1 << 23  # entries of L R: 32 MB in float32
 
 
 def query_coordinates(
@@ -157,16 +158,21 @@ class Preconditioned:
     def scores(self, module: Module, a: Tensor, d: Tensor) -> Tensor:
         """Σ_t d_tᵀ P a_t of every sequence of a [b, t, i], d [b, t, o]: [q, b].
 
-        Of several whole P, each sequence's gradient is formed once; of low rank, never.
+        Of several whole P, each sequence's gradient is formed once; of low rank, never, but where
+        L R is small and takes less arithmetic than the tokens by its factors.
         """
         if len(self) == 1:
             return self.terms(module, a, d).sum(-1)[None]
         part = self._parts[module.name]
+        if not isinstance(part, Tensor) and _better_joined(module, part[0], a):
+            part = part[0] @ part[1]
         if isinstance(part, Tensor):
             a, d = a.to(part.dtype), d.to(part.dtype)
-            return torch.cat([
-                part.flatten(1) @ gradient(module, a[rows], d[rows]).flatten(1).T
-                for rows in slices(module, len(a))], dim=1)
+            most = max(1, LARGEST_BLOCK // max(1, len(a) * part.shape[2]))  # so P is read once
+            found = part.new_zeros(len(part), len(a))
+            for p, some in zip(part.split(most, 1), d.split(most, -1), strict=True):
+                found += p.flatten(1) @ gradient(module, a, some).flatten(1).T
+            return found
         left, right = part
         a, d = a.to(left.dtype), d.to(left.dtype)
         most = max(1, LARGEST_BLOCK // max(1, a.shape[0] * a.shape[1] * left.shape[2]))
@@ -177,7 +183,8 @@ class Preconditioned:
 
 def slices(module: Module, rows: int) -> Iterator[slice]:
     """Some of `rows` at a time, whose gradients [n, o, i] fit in memory together."""
-    size = max(1, LARGEST_BLOCK // (module.shape[0] * module.shape[1]))
+    most = max(1, LARGEST_BLOCK // (module.shape[0] * module.shape[1]))
+    size = -(-rows // -(-rows // most)) if rows else 1  # of like numbers
     for first in range(0, rows, size):
         yield slice(first, min(first + size, rows))
 
@@ -194,6 +201,14 @@ def _factors(p: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def terms(module: Module, a: Tensor, d: Tensor, p: Tensor) -> Tensor:
     """d_tᵀ P a_t for every token: a [b, t, i], d [b, t, o], P [o, i] → [b, t]."""
     return (apply_inputs(a, p, module.bias) * d).sum(-1)
+
+
+def _better_joined(module: Module, left: Tensor, a: Tensor) -> bool:
+    """Whether L [q, o, r] times R [q, r, i] had better be made for a batch a [b, t, i]."""
+    (o, i), (queries, _, rank), (rows, length, _) = module.shape, left.shape, a.shape
+    return queries * o * i <= LARGEST_JOINED and \
+        o * i * (queries * rank + rows * length + rows * queries) < \
+        rows * length * queries * rank * (o + i)
 
 
 def _low_rank_terms(module: Module, a: Tensor, d: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -253,9 +268,9 @@ class Sizes:
     def __call__(self, module: Module, a: Tensor, d: Tensor) -> None:
         c = self._ekfac[module.name]
         damped = c.damped(self._damping)
+        some = rotator(module, a, d, c.eigenvectors_a, c.eigenvectors_s)
         for rows in slices(module, len(a)):
-            part = rotated(module, a[rows], d[rows], c.eigenvectors_a, c.eigenvectors_s)
-            part.square_().div_(damped)
+            part = some(rows).square_().div_(damped)
             self.self_influence[rows] += part.sum((1, 2)).cpu()
             self.squared_step[rows] += part.div_(damped).sum((1, 2)).cpu()
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from gradindex import curvature, signed
-from gradindex.blockwise import add_outer, covariance_shapes, rotated, square_blocks
+from gradindex.blockwise import add_outer, covariance_shapes, rotator, square_blocks, symmetric
 from gradindex.checked import CheckedFiles
 from gradindex.curvature import Curvature, Ekfac, read_tensors, write_tensors
 from gradindex.errors import DamagedIndexError, GradindexError
@@ -470,7 +470,7 @@ class Fit:
             found[side] = torch.zeros_like(total)
             for own, block in zip(square_blocks(found[side]), square_blocks(total),
                                   strict=True):
-                own.copy_(eigenvectors(block / positions, name))
+                own.copy_(eigenvectors(symmetric(block).div_(positions), name))
             self.progress.update(1)
         write_tensors(self._vectors_path(module), found)
         return_freed()
@@ -538,7 +538,8 @@ def add_covariances(
     """
     def each(module: Module, a: Tensor, d: Tensor) -> None:
         wide = model.accumulate
-        rows = a.flatten(0, 1)[batch.real_inputs(module).flatten()].to(wide)
+        real = batch.real_inputs(module)
+        rows = (a.flatten(0, 1) if real.all() else a[real]).to(wide)
         if module.bias:
             rows = torch.nn.functional.pad(rows, (0, 1), value=1.0)
         add_outer(sums[f"{module.name}/A"], rows)
@@ -554,9 +555,9 @@ def add_eigenvalues(
 ) -> None:
     """Add a batch's Σ_m (Q_Sᵀ G_m Q_A)² [o, i] to the sums, by module name."""
     def each(module: Module, a: Tensor, d: Tensor) -> None:
-        q_a, q_s = (vectors[f"{module.name}/{side}"] for side in ("A", "S"))
+        some = rotator(module, a, d, *(vectors[f"{module.name}/{side}"] for side in ("A", "S")))
         for rows in slices(module, len(a)):
-            sums[module.name] += rotated(module, a[rows], d[rows], q_a, q_s).square_().sum(0)
+            sums[module.name] += some(rows).square_().sum(0)
 
     backward(model, modules, batch, each, numbers)
 

@@ -21,6 +21,7 @@ from gradindex.blockwise import (
     rotated,
     square_blocks,
     square_entries,
+    symmetric,
 )
 from gradindex.codes import Codes, CodeSettings
 from gradindex.curvature import Curvature
@@ -52,8 +53,10 @@ def random_blocks(n, rows):
 
 
 @pytest.mark.parametrize("rows", [1, 3, 4, 6, 7])
-def test_products_with_blocks_are_those_with_the_whole_matrix(rows):
+@pytest.mark.parametrize("strip", [2, 256])
+def test_products_with_blocks_are_those_with_the_whole_matrix(rows, strip, monkeypatch):
     torch.manual_seed(rows)
+    monkeypatch.setattr("gradindex.blockwise.STRIP", strip)
     q = random_blocks(7, rows)
     whole = dense(q)
     assert torch.equal(dense(identity(7, rows, q)), torch.eye(7, dtype=torch.float64))
@@ -63,9 +66,13 @@ def test_products_with_blocks_are_those_with_the_whole_matrix(rows):
     x[..., -1] = 1
     torch.testing.assert_close(right(x[..., :-1], q, bias=True), x @ whole)
     sums = torch.zeros(7, rows, dtype=torch.float64)
+    add_outer(sums, x[0] - 1)
     add_outer(sums, x[0])
+    for block in square_blocks(sums):
+        block.copy_(symmetric(block))
     mask = dense(torch.ones(7, rows)).bool()
-    torch.testing.assert_close(dense(sums), (x[0].T @ x[0]).where(mask, torch.zeros(())).double())
+    outer = x[0].T @ x[0] + (x[0] - 1).T @ (x[0] - 1)
+    torch.testing.assert_close(dense(sums), outer.where(mask, torch.zeros(())).double())
 
 
 @pytest.mark.parametrize("tokens", [1, 40])

@@ -241,9 +241,11 @@ def test_low_rank_gradients_are_the_truncated_svd():
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("most", [1, 1 << 26])
-def test_scores_of_low_rank_are_those_of_the_product(bias, most, monkeypatch):
-    """Neither L R nor a sequence's gradient is formed, whatever is taken at once."""
+@pytest.mark.parametrize("joined", [0, 1 << 26])
+def test_scores_of_low_rank_are_those_of_the_product(bias, most, joined, monkeypatch):
+    """By the factors or by L R, whatever is taken at once."""
     monkeypatch.setattr("gradindex.influence.LARGEST_BLOCK", most)
+    monkeypatch.setattr("gradindex.influence.LARGEST_JOINED", joined)
     torch.manual_seed(6)
     module = Module("m", 0, "mlp", 5, 7, bias)
     a, d = torch.randn(4, 6, 7, dtype=torch.float64), torch.randn(4, 6, 5, dtype=torch.float64)
@@ -255,6 +257,8 @@ def test_scores_of_low_rank_are_those_of_the_product(bias, most, monkeypatch):
             low = Preconditioned(p, rank)
             expected = torch.einsum("qoi,boi->qb", whole(low), g)
             torch.testing.assert_close(low.scores(module, a, d), expected)
+            repeated = low.scores(module, *(one.repeat(1, 20, 1) for one in (a, d)))
+            torch.testing.assert_close(repeated, 20 * expected)  # where L R takes less
             if queries == 1:
                 torch.testing.assert_close(low.terms(module, a, d).sum(-1), expected[0])
     empty = low.scores(module, a[:, :0], d[:, :0])  # an expert that no token reached
