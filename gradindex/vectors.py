@@ -187,8 +187,11 @@ def scan(segments: Sequence[CodeIndex], queries: np.ndarray, threads: int) -> np
 
     # FAISS walks by all rows of a segment for every part of it, at 1/150 of what scoring one takes
     most, parts = max(threads, min(4 * threads, 16)), []
+    least = SCANNED_ROWS  # which several queries read again from the cache
+    if len(queries) == 1:
+        least = max(least, -(-int(starts[-1]) // (16 * threads)))
     for segment, start in zip(segments, starts.tolist(), strict=False):
-        rows = max(SCANNED_ROWS, -(-len(segment) // most))
+        rows = max(least, -(-len(segment) // most))
         parts += [(segment, start, first, min(first + rows, len(segment)))
                   for first in range(0, len(segment), rows)]
     with ThreadPoolExecutor(threads, initializer=faiss.omp_set_num_threads, initargs=(1,)) as pool:
