@@ -99,7 +99,9 @@ import json, sys
 import gradindex
 from gradindex.memory import most, resident
 stage, model, data, out, memory = sys.argv[1:]
-import torch, transformers, faiss
+import indexer.build, search.engine
+from transformers import GPTNeoXForCausalLM  # the model's code is the libraries' too
+import torch
 torch.set_num_threads(2)
 from gradindex.model import ModelSource, tracked_modules
 before = resident()
@@ -141,8 +143,8 @@ def measured(hidden: int, layers: int) -> None:
               "libraries")
         print("| stage | --max-memory | partitions | budget | peak | peak / budget | "
               "peak / --max-memory |\n|---|---|---|---|---|---|---|")
-        least = model.bytes + largest + batch
-        for most in (None, int(least * 2), int(least * 1.4), int(least * 1.1)):
+        least, libraries = model.bytes + largest + batch, list[int]()
+        for most in (None, int(least * 2), int(least * 1.4), int(least * 1.15)):
             allowed = Allowance.beside(model.bytes, most, 0, "nothing", batch)
             found = budget(model.bytes, modules, 1, 4, allowed.planned, width)
             kept = min(found.curvature, allowed.curvature or found.curvature)
@@ -151,8 +153,13 @@ def measured(hidden: int, layers: int) -> None:
                 out = subprocess.run(
                     [sys.executable, "-c", MEASURED, stage, str(folder / "model"),
                      str(folder / "tokens.npy"), str(folder / f"index-{most}"), str(most)],
-                    capture_output=True, text=True, check=True).stdout.splitlines()[-1]
-                before, peak = json.loads(out)
+                    capture_output=True, text=True)
+                if out.returncode:
+                    print(f"| {stage} | {gb(most or 0)} GB | refused: "
+                          f"{out.stderr.splitlines()[-1]} |", flush=True)
+                    break
+                before, peak = json.loads(out.stdout.splitlines()[-1])
+                libraries.append(before)
                 expected = model.bytes + batch + (
                     found.sums + found.host_sums if stage == "build" else
                     kept + found.projections + found.module + (
@@ -162,6 +169,7 @@ def measured(hidden: int, layers: int) -> None:
                       f"{found.partitions if stage == 'build' else '–'} | {gb(expected)} | "
                       f"{gb(own)} | {own / expected:.2f} | "
                       f"{'–' if most is None else f'{own / most:.2f}'} |", flush=True)
+        print(f"the libraries take {gb(max(libraries))} GB")
 
 
 @click.command()

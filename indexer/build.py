@@ -41,7 +41,7 @@ from gradindex.manifest import (
     ModelFacts,
     Plan,
 )
-from gradindex.memory import Allowance, parse_bound
+from gradindex.memory import Allowance, parse_bound, return_freed
 from gradindex.model import (
     SMALL_PARTS,
     TRACKABLE,
@@ -261,6 +261,7 @@ def _build(index: Path, asked: Asked, state: State, say: Progress) -> _Fitted:
                               state.plan["batch_tokens"], asked.max_bad, say, share)
         else:
             share.wait(Stage("encode"), lambda: ingest.unsealed(about.run))
+    return_freed()
     return fitted
 
 
