@@ -14,7 +14,7 @@ from torch import Tensor
 from gradindex.gradients import gradient
 from gradindex.modules import Module
 
-STRIP = 256  # rows of a covariance that are added to at once
+STRIP = 192  # rows of a covariance that are added to at once
 LINE = 16  # numbers: 64 bytes in float32
 
 
@@ -51,15 +51,22 @@ def identity(n: int, m: int, like: Tensor) -> Tensor:
     return made
 
 
-def add_outer(sums: Tensor, rows: Tensor) -> None:
+def add_outer(sums: Tensor, rows: Tensor, bias: bool = False) -> None:
     """Add Σ x xᵀ over rows x [t, n], the upper triangle of its diagonal blocks, to sums [n, m].
 
-    What lies below is unfinished, see `symmetric`: leaving it out saves up to half the arithmetic.
+    With a bias, x lacks its last entry, a 1. What lies below the triangle is unfinished, see
+    `symmetric`: leaving it out saves up to half the arithmetic.
     """
-    for block, part in zip(square_blocks(sums), rows.split(sums.shape[1], -1), strict=True):
-        for first in range(0, len(block), STRIP):
-            strip = part[:, first : first + STRIP]
-            block[first : first + STRIP, first:].addmm_(strip.T, part[:, first:])
+    n, m = sums.shape
+    for first, block in zip(range(0, n, m), square_blocks(sums), strict=True):
+        part = rows[:, first : first + m]
+        width = part.shape[1]
+        for start in range(0, width, STRIP):
+            end = min(start + STRIP, width)
+            block[start:end, start:width].addmm_(part[:, start:end].T, part[:, start:])
+        if bias and first + m >= n:
+            block[:width, width] += part.sum(0)
+            block[width, width] += len(part)
 
 
 def symmetric(block: Tensor) -> Tensor:

@@ -575,7 +575,7 @@ def _is_packed(module: nn.Module) -> bool:
 def log_probability(
     logits: Tensor, targets: Tensor, uniforms: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """log p of the targets and its gradient with respect to the logits.
+    """log p of the targets and its gradient with respect to the logits, whose memory it takes.
 
     logits [b, t, v]; targets [b, t], the token to predict at each position or UNSCORED. With
     `uniforms` [b, t] in [0, 1), a label drawn from the model takes the place of each target.
@@ -584,24 +584,22 @@ def log_probability(
     """
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     flat, flat_targets = logits.detach().flatten(0, 1), targets.flatten()
-    gradient = torch.empty_like(flat)
     token_log_p = torch.zeros(flat_targets.shape, dtype=wide, device=flat.device)
     rows = max(1, CACHED_LOGITS // flat.shape[1])
     for here in map(slice, range(0, len(flat), rows), range(rows, len(flat) + rows, rows)):
-        log_p = torch.log_softmax(flat[here].to(wide), dim=-1)
-        scored = flat_targets[here] != UNSCORED
-        if uniforms is None:
-            labels = flat_targets[here].clamp(min=0).unsqueeze(-1)
-            token = log_p.gather(-1, labels)
-            p = log_p.exp_()
-        else:
-            p = log_p.exp()
-            labels = sample_labels(p, uniforms.flatten()[here]).unsqueeze(-1)
-            token = log_p.gather(-1, labels)
-        token_log_p[here] = token.squeeze(-1).masked_fill_(~scored, 0)
+        some = flat[here]
+        log_p = torch.log_softmax(some.to(wide), dim=-1)
+        p = torch.exp(log_p, out=some if some.dtype == wide else torch.empty_like(log_p))
+        labels = (flat_targets[here].clamp(min=0) if uniforms is None else
+                  sample_labels(p, uniforms.flatten()[here])).unsqueeze(-1)
+        token_log_p[here] = log_p.gather(-1, labels).squeeze(-1)
         p.neg_().scatter_add_(-1, labels, torch.ones_like(labels, dtype=wide))
-        gradient[here] = p.masked_fill_(~scored.unsqueeze(-1), 0)
-    return token_log_p.view(targets.shape), gradient.view(logits.shape)
+        if p is not some:
+            some.copy_(p)
+    [unscored] = torch.nonzero(flat_targets == UNSCORED, as_tuple=True)
+    token_log_p.index_fill_(0, unscored, 0)
+    flat.index_fill_(0, unscored, 0)
+    return token_log_p.view(targets.shape), flat.view(logits.shape)
 
 
 def sample_labels(p: Tensor, uniforms: Tensor) -> Tensor:

@@ -540,9 +540,7 @@ def add_covariances(
         wide = model.accumulate
         real = batch.real_inputs(module)
         rows = (a.flatten(0, 1) if real.all() else a[real]).to(wide)
-        if module.bias:
-            rows = torch.nn.functional.pad(rows, (0, 1), value=1.0)
-        add_outer(sums[f"{module.name}/A"], rows)
+        add_outer(sums[f"{module.name}/A"], rows, module.bias)
         rows = d.flatten(0, 1).to(wide)  # zero where nothing real is
         add_outer(sums[f"{module.name}/S"], rows)
 

@@ -141,7 +141,8 @@ def test_log_probability_gradient_equals_autograd():
     torch.manual_seed(0)
     logits = torch.randn(2, 5, 9, dtype=torch.float64, requires_grad=True)
     targets = torch.tensor([[1, 8, -100, 0, 2], [-100, -100, 3, 3, -100]])
-    log_p, found = log_probability(logits, targets)
+    log_p, found = log_probability(taken := logits.detach().clone(), targets)
+    assert found.data_ptr() == taken.data_ptr()
     total = -torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
     total.backward()
@@ -176,9 +177,10 @@ def test_labels_of_a_position_do_not_depend_on_the_others():
     logits, uniforms = torch.randn(3, 7, 300), torch.rand(3, 7)
     targets = torch.zeros(3, 7, dtype=torch.int64)
     targets[1, 2] = -100
-    log_p, gradient = log_probability(logits, targets, uniforms)
+    log_p, gradient = log_probability(logits.clone(), targets, uniforms)
     for row in range(3):
-        alone = log_probability(logits[row:row + 1], targets[row:row + 1], uniforms[row:row + 1])
+        alone = log_probability(logits[row:row + 1].clone(), targets[row:row + 1],
+                                uniforms[row:row + 1])
         assert torch.equal(alone[0][0], log_p[row]) and torch.equal(alone[1][0], gradient[row])
     p = torch.softmax(logits.double(), dim=-1)
     labels = sample_labels(p.flatten(0, 1), uniforms.flatten()).view(3, 7)
