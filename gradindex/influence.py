@@ -200,7 +200,7 @@ def _factors(p: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def terms(module: Module, a: Tensor, d: Tensor, p: Tensor) -> Tensor:
     """d_tᵀ P a_t for every token: a [b, t, i], d [b, t, o], P [o, i] → [b, t]."""
-    return (apply_inputs(a, p, module.bias) * d).sum(-1)
+    return apply_inputs(a, p, module.bias).mul_(d).sum(-1)
 
 
 def _better_joined(module: Module, left: Tensor, a: Tensor) -> bool:
