@@ -92,7 +92,7 @@ def test_a_dry_run_plans_the_partitions_of_the_build(
 
 
 def test_what_a_batch_takes_is_measured(make_model):
-    """Most of it are logits, in the model's dtype and in that of log p."""
+    """Most of it are logits, whose memory their gradient takes."""
     model = make_model("gpt_neox", vocab_size=50_000, dtype=torch.float32)
     random = np.random.default_rng(0)
     sample = [Record(n, random.integers(0, 50_000, 40).astype(np.int32), np.ones(40, bool),
@@ -100,7 +100,7 @@ def test_what_a_batch_takes_is_measured(make_model):
     settings = FitSettings([], "model", 16, 400, 0)
     logits = 400 * 50_000 * 4
     found = batch_bytes(model, tracked_modules(model.network), sample, settings)
-    assert 1.5 * logits < found < 8 * logits
+    assert logits < found < 2 * logits
     less = batch_bytes(model, tracked_modules(model.network), sample,
                        replace(settings, batch_tokens=40))
     assert found / 20 < less < found / 4
