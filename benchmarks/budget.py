@@ -154,6 +154,8 @@ def measured(hidden: int, layers: int) -> None:
                     [sys.executable, "-c", MEASURED, stage, str(folder / "model"),
                      str(folder / "tokens.npy"), str(folder / f"index-{most}"), str(most)],
                     capture_output=True, text=True)
+                if out.returncode and "does not suffice" not in out.stderr:
+                    raise RuntimeError(out.stderr or f"killed ({out.returncode})")
                 if out.returncode:
                     print(f"| {stage} | {gb(most or 0)} GB | refused: "
                           f"{out.stderr.splitlines()[-1]} |", flush=True)

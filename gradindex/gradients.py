@@ -237,7 +237,10 @@ def _backward(
         for handle in handles:
             handle.remove()
     _check_all_ran(model, modules, ran)
-    log_p, gradient = log_probability(logits, batch.targets, uniforms)
+    taken = logits.detach()
+    if hasattr(logits.grad_fn, "_saved_result"):  # tanh and the like go backward by what they gave
+        taken = taken.clone()
+    log_p, gradient = log_probability(taken, batch.targets, uniforms)
     logits.backward(gradient)
     if runs:
         missing = ", ".join(sorted(runs)[:3])

@@ -111,7 +111,7 @@ class Worker:
         The codes are scored once for all that is asked of the same queries one after the other.
         """
         if self._ranked != how:
-            self._rankings = []  # let go of before the next are made
+            self._ranked, self._rankings = Ordering("", 1.0, False), []  # free before the next
             self._rankings = self.index.rankings(queries, how.sign, how.by_norm)
             self._ranked = how
         return getattr(self._rankings[number], what)(*given)
@@ -222,6 +222,7 @@ class SharedIndex(OpenIndex):
             max_memory)
         self._workers: list[Handle] = []
         self._sent: tuple[Preconditioned, Any] | None = None
+        self._queries: tuple[np.ndarray, Any] | None = None  # the same after a loss: scored already
         self.patience, self.back = PATIENCE, RETURN
 
     def without(self, lost: LostError) -> Self:
@@ -384,7 +385,9 @@ class SharedIndex(OpenIndex):
         if away:
             raise LostError(frozenset(name for worker in away for name in worker.segments),
                             "; ".join(f"{worker.name} isn't back yet" for worker in away))
-        sent = self._ray.put(queries)
+        if self._queries is None or self._queries[0] is not queries:
+            self._queries = queries, self._ray.put(queries)
+        sent = self._queries[1]
         how = Ordering(sent.hex(), sign, by_norm)
         return [SharedRanking(self, how, sent, number) for number in range(len(queries))]
 

@@ -48,17 +48,18 @@ class Journey:
         self._background: list[int] = []
         self._lengths = [settings.first] * len(targets)
         self._vectors = np.stack([target.vector for target in targets])
-        self._make_shortlists()
+        try:
+            self.shortlists = self._make_shortlists(index, settings)
+        except LostError as lost:
+            self._go_on_without(lost)
+        self._plan()
 
-    def _make_shortlists(self) -> None:
-        while True:
-            try:
-                rankings = self.index.rankings(
-                    self._vectors, self.settings.sign, self.settings.normalize != "none")
-                self.shortlists = [self._shortlist(*one) for one in enumerate(rankings)]
-                break
-            except LostError as lost:
-                self._leave_out(lost)
+    def _make_shortlists(self, index: OpenIndex, settings: Settings) -> list[Shortlist]:
+        rankings = index.rankings(
+            self._vectors, settings.sign, settings.normalize != "none")
+        return [self._shortlist(index, settings, *one) for one in enumerate(rankings)]
+
+    def _plan(self) -> None:
         self._planned = {*self.exact, *(
             one for shortlist, length in zip(self.shortlists, self._lengths, strict=True)
             if self.settings.rescore for one in shortlist.ids(length))}
@@ -66,20 +67,24 @@ class Journey:
     def _go_on_without(self, lost: LostError) -> None:
         """Leave segments out that can't be reached any more, which moves the others up.
 
-        Raises LostError where nothing is left.
+        What is exact of those stays. Nothing changes until all is known of them, which may take a
+        while and be interrupted. Raises LostError where nothing is left.
         """
-        self._leave_out(lost)
-        self._make_shortlists()
-
-    def _leave_out(self, lost: LostError) -> None:
-        """Forget segments; what is exact of the others stays."""
-        before, self.index = self.index, self.index.without(lost)
-        kept = np.flatnonzero(np.isin(before.contents.ids, self.index.contents.ids))
+        before, index = self.index, self.index.without(lost)
+        while True:
+            settings = bounded(self.settings, len(index))
+            try:
+                shortlists = self._make_shortlists(index, settings)
+                break
+            except LostError as more:
+                index = index.without(more)
+        kept = np.flatnonzero(np.isin(before.contents.ids, index.contents.ids))
         places = dict(zip(kept.tolist(), range(len(kept)), strict=True))
+        self.index, self.settings, self.shortlists = index, settings, shortlists
         self.exact = {places[one]: found for one, found in self.exact.items() if one in places}
         self._background = [places[one] for one in self._background if one in places]
-        self.settings = bounded(self.settings, len(kept))
         self._lengths = [min(length, len(kept)) for length in self._lengths]
+        self._plan()
 
     @property
     def planned(self) -> int:
@@ -92,11 +97,13 @@ class Journey:
         c = self.index.manifest.calibration["c"]
         return float(score_error(c, float(np.linalg.norm(vector)), np.ones(1), len(vector))[0])
 
-    def _shortlist(self, number: int, ranking: Ranking) -> Shortlist:
-        settings, listed = self.settings, None
+    def _shortlist(
+        self, index: OpenIndex, settings: Settings, number: int, ranking: Ranking
+    ) -> Shortlist:
+        listed = None
         if settings.candidates != "code":
             tokens = self.targets[number].query.scored_tokens
-            listed = best(self.index.tokens.scores(tokens), settings.first)
+            listed = best(index.tokens.scores(tokens), settings.first)
         return Shortlist(ranking, self.noise(number), settings.most, listed,
                          by_list=settings.candidates == "tfidf")
 
@@ -119,9 +126,10 @@ class Journey:
                 if time.monotonic() > deadline and wanted[-1] not in self.exact:
                     self.timed_out = True
                     return
-            if not self.unfinished(number):  # or else some were lost, and others moved up
+            while not self.unfinished(number):  # or else some were lost, and others moved up
                 try:
                     self._grow(number)
+                    break
                 except LostError as lost:
                     self._go_on_without(lost)
             if time.monotonic() > deadline and self._wanted(number):
@@ -244,7 +252,7 @@ class Journey:
                 return self._conclude(number, interrupted)
             except LostError as lost:
                 self._go_on_without(lost)
-            if not (interrupted or self.timed_out):
+            if self.settings.rescore and not (interrupted or self.timed_out):
                 for _ in self.rescore(number):  # who moved up
                     pass
 

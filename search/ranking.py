@@ -46,9 +46,11 @@ class CodeRanking:
         return places, self._statistic[places]
 
     def before(self, statistic: np.ndarray, places: np.ndarray) -> np.ndarray:
+        # arrays of one value: a scalar would be rounded to float32 by NumPy 1
+        values = statistic.reshape(-1, 1)
         return np.array([
             (self._statistic > value).sum() + (self._statistic[:place] == value).sum()
-            for value, place in zip(statistic, places, strict=True)], dtype=np.int64)
+            for value, place in zip(values, places, strict=True)], dtype=np.int64)
 
     def ranks(self, places: Sequence[int]) -> list[int]:
         wanted = np.asarray(places, dtype=np.int64)

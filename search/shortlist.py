@@ -13,13 +13,14 @@ from search.ranking import Ranking, unit
 from search.recall import expected_recall, included_error, inclusion_probability
 
 CERTAIN = 40.0  # standard deviations of a code's error above a cut-off: π is 1
+HALVINGS = 100  # of where a cut-off may lie: no two scores are closer
 
 
 class Shortlist:
     """How far along one query's order of sequences they are rescored.
 
     The error of a code's score has sd noise · ‖v_m‖. `most` is the longest the shortlist may grow:
-    of the order, no more is asked for. `listed` are the ids of a TF-IDF list, which come on top of
+    of the order, no more is fetched. `listed` are the ids of a TF-IDF list, which come on top of
     the shortlist; with `by_list` they alone are taken.
     """
 
@@ -122,7 +123,8 @@ class Shortlist:
         low, high = float(np.nextafter(certain, -np.inf)), cutoff
         if not reached(low):
             return self._total
-        while low < (middle := (low + high) / 2) < high:  # to the last bit: any score may be τ
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
             low, high = (middle, high) if reached(middle) else (low, middle)
         [above] = self.ranking.before(np.array([low]), np.array([0]))
         return min(max(int(above), self.length + 1), self._total)

@@ -18,6 +18,7 @@ from gradindex.gradients import backward, make_batch
 from gradindex.influence import (
     Preconditioned,
     Sizes,
+    _better_joined,
     collect,
     exact_scores,
     precondition,
@@ -258,7 +259,10 @@ def test_scores_of_low_rank_are_those_of_the_product(bias, most, joined, monkeyp
             expected = torch.einsum("qoi,boi->qb", whole(low), g)
             torch.testing.assert_close(low.scores(module, a, d), expected)
             repeated = low.scores(module, *(one.repeat(1, 20, 1) for one in (a, d)))
-            torch.testing.assert_close(repeated, 20 * expected)  # where L R takes less
+            torch.testing.assert_close(repeated, 20 * expected)
+            if rank and queries > 1:
+                left = torch.from_numpy(low.arrays()["m"][0])
+                assert _better_joined(module, left, a.repeat(1, 20, 1)) == bool(joined)
             if queries == 1:
                 torch.testing.assert_close(low.terms(module, a, d).sum(-1), expected[0])
     empty = low.scores(module, a[:, :0], d[:, :0])  # an expert that no token reached

@@ -137,6 +137,18 @@ def test_a_continuation_waits_for_a_backward_pass(make_model, sequences):
     assert not errors and all(one == wanted for one in made)
 
 
+def test_logits_that_go_backward_by_their_own_value(make_model, sequences, monkeypatch):
+    """Their gradient takes their memory otherwise."""
+    model = make_model("gpt2")
+    modules, usual = tracked_modules(model.network), model.logits
+    found = []
+    for last in (torch.tanh, lambda x: torch.tanh(x) * 1.0):
+        monkeypatch.setattr(model, "logits", lambda tokens, last=last: last(usual(tokens)))
+        found.append(by_hooks(model, modules, make_batch(sequences, model.device))[0])
+    for name, one in found[0].items():
+        assert torch.equal(one, found[1][name]) and one.any()
+
+
 def test_log_probability_gradient_equals_autograd():
     torch.manual_seed(0)
     logits = torch.randn(2, 5, 9, dtype=torch.float64, requires_grad=True)

@@ -14,10 +14,12 @@ from test_server import Running
 
 import gradindex
 from gradindex.errors import DamagedIndexError, GradindexError, InputError
-from search.controls import Controls
+from search.controls import Controls, settle
 from search.distribute import PATIENCE, SharedRanking, deal
 from search.engine import Searcher
+from search.journey import Journey
 from search.opened import LostError, OpenIndex, Part
+from search.target import make_targets
 
 ray = pytest.importorskip("ray")
 
@@ -281,6 +283,51 @@ def test_a_worker_killed_before_the_hits_are_shown(shared, index_folder, workers
     stage.result.coverage = 1.0
     expected = rest_of(index_folder, shared, 0).search(**QUESTION, **MANY)
     same(stage.result, expected)
+
+
+def test_a_worker_killed_before_hits_by_code_alone_are_shown(shared, alone, workers):
+    controls = {"k": 5, "rescore": False}
+    queries = [shared.make_query(**one) for one in (QUESTION, OTHERS[0])]
+    results, stages = [], []
+    for stage in shared.stages(queries, Controls(**controls)):
+        stages.append(stage.name)
+        if stage.name == "approximate":
+            kill(workers[1])
+        elif stage.name == "result":
+            results.append(stage.result)
+    for result in results:
+        partial(result, shared, 1)
+        assert result.rescored == 0 and not any(hit.exact for hit in result)
+    assert stages == ["gradient", "approximate", "result", "result"]
+
+
+def test_an_interrupt_while_others_move_up_changes_nothing(
+    shared, index_folder, workers, monkeypatch
+):
+    """Loss, interrupt before the rest is scored again: what is known stays as it was."""
+    [target], preconditioned = make_targets(
+        shared.index, [shared.make_query(**QUESTION)], settle(Controls(**MANY), shared.manifest),
+        shared.batch_tokens)
+    journey = Journey(shared.index, settle(Controls(**MANY), shared.manifest), [target],
+                      preconditioned, shared.batch_tokens)
+    for _ in journey.rescore(0):
+        pass
+    before = dict(journey.exact), journey.index, journey.shortlists
+    lost = LostError(frozenset(shared.index._workers[1].segments), "it is gone")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SharedRanking, "best", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            journey._go_on_without(lost)
+    assert (journey.exact, journey.index, journey.shortlists) == before
+    journey._go_on_without(lost)
+    same_rest = rest_of(index_folder, shared, 0).search(**QUESTION, **MANY)
+    for _ in journey.rescore(0):
+        pass
+    assert [hit.id for hit in journey.conclude(0, False)] == [hit.id for hit in same_rest]
 
 
 def test_a_worker_that_gives_no_sign_is_given_up(shared, alone, workers):
