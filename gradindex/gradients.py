@@ -237,9 +237,9 @@ def _backward(
         for handle in handles:
             handle.remove()
     _check_all_ran(model, modules, ran)
-    taken = logits.detach()
-    if hasattr(logits.grad_fn, "_saved_result"):  # tanh and the like go backward by what they gave
-        taken = taken.clone()
+    made = logits._base if logits._base is not None else logits
+    kept = any(hasattr(made.grad_fn, name) for name in ("_saved_result", "saved_tensors"))
+    taken = logits.detach().clone() if kept else logits  # tanh goes backward by what it gave
     log_p, gradient = log_probability(taken, batch.targets, uniforms)
     logits.backward(gradient)
     if runs:
