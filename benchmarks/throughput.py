@@ -22,7 +22,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from demo.prepare import Settings, new_model
-from gradindex.blockwise import covariance_shapes, symmetric
+from gradindex.blockwise import covariance_shapes
 from gradindex.codes import Codes, CodeSettings, default_length, default_width
 from gradindex.curvature import Curvature, Ekfac
 from gradindex.gradients import Batch, backward, make_batch
@@ -197,7 +197,7 @@ def against_kronfluence() -> None:
             batch, numbers = fit_batch(bench.model, some, "model", 0, 2)
             add_covariances(bench.model, bench.modules, sums, batch, numbers)
         covariance = time.perf_counter()
-        vectors = {name: eigenvectors(symmetric(total).double() / (512 * 128), name).float()
+        vectors = {name: eigenvectors(total.double() / (512 * 128), name).float()
                    for name, total in sums.items()}
         decomposed = time.perf_counter()
         tables = {m.name: torch.zeros(m.shape) for m in bench.modules}

@@ -70,7 +70,7 @@ def add_outer(sums: Tensor, rows: Tensor, bias: bool = False) -> None:
 
 
 def symmetric(block: Tensor) -> Tensor:
-    """A square block of sums made by `add_outer`, its upper triangle mirrored."""
+    """A square block whose upper triangle `add_outer` summed, mirrored: a new matrix."""
     return block.triu().add_(block.triu(1).T)
 
 

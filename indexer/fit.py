@@ -470,7 +470,7 @@ class Fit:
             found[side] = torch.zeros_like(total)
             for own, block in zip(square_blocks(found[side]), square_blocks(total),
                                   strict=True):
-                own.copy_(eigenvectors(symmetric(block).div_(positions), name))
+                own.copy_(eigenvectors(block / positions, name))
             self.progress.update(1)
         write_tensors(self._vectors_path(module), found)
         return_freed()
@@ -581,11 +581,12 @@ class _SumAgainError(Exception):
 def eigenvectors(covariance: Tensor, name: str) -> Tensor:
     """Eigenvectors (columns, ascending eigenvalues) of a symmetric float64 matrix.
 
+    Its upper triangle is read, which is all that `add_outer` sums.
     The sign of each is fixed: its entry of largest magnitude is positive. Where the first method
     (divide and conquer) fails or gives something unsound, QR iteration is tried, then once more on
     the matrix with 1e-12 of its mean eigenvalue added. Raises GradindexError, naming the matrix.
     """
-    matrix = (covariance + covariance.T).div_(2)
+    matrix = symmetric(covariance)
     reasons = []
     for solve, jitter in ((_divide_and_conquer, 0.0), (_qr_iteration, 0.0),
                           (_qr_iteration, 1e-12)):

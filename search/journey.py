@@ -50,13 +50,12 @@ class Journey:
         self._vectors = np.stack([target.vector for target in targets])
         try:
             self.shortlists = self._make_shortlists(index, settings)
+            self._plan()
         except LostError as lost:
             self._go_on_without(lost)
-        self._plan()
 
     def _make_shortlists(self, index: OpenIndex, settings: Settings) -> list[Shortlist]:
-        rankings = index.rankings(
-            self._vectors, settings.sign, settings.normalize != "none")
+        rankings = index.rankings(self._vectors, settings.sign, settings.normalize != "none")
         return [self._shortlist(index, settings, *one) for one in enumerate(rankings)]
 
     def _plan(self) -> None:
