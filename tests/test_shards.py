@@ -39,7 +39,10 @@ def share(model_folder, data_file, out, of, **changes):
                                shard=f"{number}/{of}", wait=60)
 
     with ThreadPoolExecutor(of) as pool:
-        return list(pool.map(one, range(of)))
+        shards = [pool.submit(one, number) for number in range(of)]
+    for shard in sorted(shards, key=lambda shard: "in vain" in str(shard.exception())):
+        shard.result()  # raises what one failed on before that others waited for it
+    return [shard.result() for shard in shards]
 
 
 @pytest.mark.parametrize("of", [2, 3])
