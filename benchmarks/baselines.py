@@ -31,8 +31,8 @@ from gradindex.curvature import DAMPING
 from gradindex.gradients import apply_inputs, backward, make_batch, plan_batches
 from gradindex.modules import Module
 from gradindex.progress import duration, stderr_progress
-from gradindex.records import Record
-from gradindex.vectors import CodeIndex, code_bytes
+from gradindex.storage.code_file import CodeIndex, code_bytes
+from gradindex.storage.records import Record
 
 BATCH_TOKENS = 2048
 LENGTHS = (4096, 8192, 16384, 32768, 65536)  # K, bits

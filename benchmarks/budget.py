@@ -22,7 +22,7 @@ from gradindex.codes import default_length, default_width
 from gradindex.memory import PLANNED, Allowance
 from gradindex.model import ModelSource, tracked_modules
 from gradindex.modules import Module
-from gradindex.records import Part, Record
+from gradindex.storage.records import Part, Record
 from indexer.budget import Budget, budget, held_bytes
 from indexer.fit import FitSettings
 from indexer.measure import batch_bytes

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 import gradindex
-from gradindex import manifest
+from gradindex.storage import manifest
 from indexer.append import Drift
 
 BASE, EACH, REPEATS = 1500, 256, 4

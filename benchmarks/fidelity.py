@@ -40,8 +40,8 @@ from gradindex.influence import (
 )
 from gradindex.modules import Module
 from gradindex.progress import Progress, duration, stderr_progress
-from gradindex.records import Record
-from gradindex.vectors import CodeIndex, code_bytes
+from gradindex.storage.code_file import CodeIndex, code_bytes
+from gradindex.storage.records import Record
 from indexer.calibrate import calibrate
 from indexer.fit import choose_sequences
 from search.ranking import CodeRanking

@@ -24,10 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import gradindex
 from benchmarks.fidelity import coordinates_of, options
 from benchmarks.workload import Size, Workload, make_workload
-from gradindex.background import BackgroundQueries, thresholds
 from gradindex.influence import Preconditioned, exact_scores, precondition
 from gradindex.progress import Progress, duration, stderr_progress
 from gradindex.results import GENERIC
+from gradindex.storage.background_file import BackgroundQueries, thresholds
 from indexer.background import make_background
 from indexer.calibrate import as_query
 from indexer.ingest import Run

@@ -38,9 +38,9 @@ from gradindex.gradients import make_batch, plan_batches
 from gradindex.influence import Influences, Preconditioned, collect, precondition
 from gradindex.model import quiet_transformers
 from gradindex.progress import Progress, stderr_progress
-from gradindex.records import Record
 from gradindex.results import Query
-from gradindex.vectors import CodeIndex, code_bytes
+from gradindex.storage.code_file import CodeIndex, code_bytes
+from gradindex.storage.records import Record
 from search.engine import Searcher
 from search.groups import Grouping, chosen_signs, make_grouping, read_grouping
 from search.ranking import CodeRanking

@@ -28,7 +28,7 @@ from gradindex.curvature import DAMPING
 from gradindex.gradients import make_batch, plan_batches
 from gradindex.model import UNSCORED
 from gradindex.progress import duration, stderr_progress
-from gradindex.records import Record
+from gradindex.storage.records import Record
 
 Check = tuple[str, float, float, str]  # inverse, seconds a query, passes over its sample, how near
 

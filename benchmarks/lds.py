@@ -35,13 +35,13 @@ from demo.prepare import Settings, new_model, train, train_tokenizer
 from gradindex import model as door
 from gradindex.codes import Codes, CodeSettings, default_length, default_width
 from gradindex.curvature import DAMPING, Ekfac
-from gradindex.files import atomic_write
 from gradindex.gradients import make_batch
 from gradindex.influence import Gradients, Preconditioned, exact_scores, precondition
 from gradindex.modules import Module
 from gradindex.progress import Progress, duration, stderr_progress
-from gradindex.records import Record
-from gradindex.vectors import CodeIndex
+from gradindex.storage.code_file import CodeIndex
+from gradindex.storage.files import atomic_write
+from gradindex.storage.records import Record
 from indexer.encode import encode_batch
 
 LENGTH, PROMPT = 64, 32  # tokens of a sequence and of a query; of a query, those not scored

@@ -18,11 +18,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import gradindex
-from gradindex import manifest, records, segments, tfidf
-from gradindex.contents import Contents
-from gradindex.files import facts_of
-from gradindex.segments import SegmentFacts
-from gradindex.vectors import CodeIndex
+from gradindex.storage import manifest, records, segments, token_file
+from gradindex.storage.code_file import CodeIndex
+from gradindex.storage.contents import Contents
+from gradindex.storage.files import facts_of
+from gradindex.storage.segments import SegmentFacts
 
 LENGTH = 128  # tokens
 BITS = 16384
@@ -67,7 +67,7 @@ def make(folder: Path, count: int, rows: int) -> tuple[Path, object]:
         new.files["vectors.faiss"] = again.write(place / "vectors.faiss")
         new.files["rows.npy"] = segments.write_rows(
             place / "rows.npy", segments.make_rows(own, contents.rows["norm"]))
-        new.files["tokens.npz"] = tfidf.write(
+        new.files["tokens.npz"] = token_file.write(
             place / "tokens.npz", [one.ids for one in own], VOCABULARY)
         segments.write_facts(place, new)
         new.files[segments.NAME] = facts_of(place / segments.NAME)

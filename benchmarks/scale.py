@@ -19,7 +19,7 @@ import torch
 from benchmarks.throughput import VOCABULARY, Bench, alternate
 from demo.prepare import Settings
 from gradindex.memory import forget_most, most, resident, return_freed
-from gradindex.vectors import CodeIndex, code_bytes, scan
+from gradindex.storage.code_file import CodeIndex, code_bytes, scan
 from indexer.fit import eigenvectors
 
 WIDTHS = (96, 192, 384, 768)

@@ -20,13 +20,13 @@ import numpy as np
 import torch
 
 from benchmarks.workload import Size, Workload, make_workload
-from gradindex import vectors
-from gradindex.checked import CheckedFiles
 from gradindex.codes import Codes, CodeSettings, default_width, score_error
 from gradindex.gradients import make_batch
 from gradindex.influence import Preconditioned, exact_scores, precondition, query_coordinates
 from gradindex.progress import stderr_progress
-from gradindex.vectors import CodeIndex, code_bytes, scan
+from gradindex.storage import code_file
+from gradindex.storage.code_file import CodeIndex, code_bytes, scan
+from gradindex.storage.integrity import CheckedFiles
 from indexer.encode import encode_batch
 
 LENGTHS = (32768, 131072, 524288)  # bits: codes of 4, 16 and 64 KiB
@@ -85,7 +85,7 @@ def recall(work: Workload, queries: int) -> None:
         if bits is None:
             scores, each = index.many_scores(asked), float("nan")
         else:
-            vectors.QUERY_BITS = bits
+            code_file.QUERY_BITS = bits
             scores = np.stack([index.scores(one) for one in asked])
             each = median(lambda: index.scores(asked[0]), 5) / len(index)
         error = np.sqrt((((scores - exact) / sigma) ** 2).mean())
@@ -96,7 +96,7 @@ def recall(work: Workload, queries: int) -> None:
         shown = "–" if bits is None else f"{each * 1e9:.0f}"
         print(f"| {bits or 'whole'} | {error:.3f} | {shares[0]:.4f} | {shares[1]:.4f} | {shown} |",
               flush=True)
-    vectors.QUERY_BITS = 4
+    code_file.QUERY_BITS = 4
 
 
 def memory_speed() -> float:

@@ -29,8 +29,8 @@ from gradindex.gradients import Batch, backward, make_batch
 from gradindex.influence import Influences, Preconditioned, collect, query_coordinates
 from gradindex.model import LanguageModel, ModelSource, tracked_modules
 from gradindex.modules import Module
-from gradindex.records import Part, Record
-from gradindex.vectors import CodeIndex
+from gradindex.storage.code_file import CodeIndex
+from gradindex.storage.records import Part, Record
 from indexer.encode import encode_batch
 from indexer.fit import add_covariances, add_eigenvalues, eigenvectors, fit_batch
 

@@ -27,7 +27,7 @@ from gradindex.model import (
 )
 from gradindex.modules import Module
 from gradindex.progress import Progress
-from gradindex.records import Part, Record
+from gradindex.storage.records import Part, Record
 from indexer.fit import FitSettings, choose_sequences, fit
 
 PROMPT, COMPLETION = 64, 32

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from gradindex.blockwise import block_rows, enter, leave, square_entries
 from gradindex.errors import DamagedIndexError
-from gradindex.files import FileFacts, Writer, atomic_write
 from gradindex.modules import Module
+from gradindex.storage.files import FileFacts, Writer, atomic_write
 
 DAMPING = 0.1  # of mean(Λ), as in Grosse et al. 2023, §5
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",

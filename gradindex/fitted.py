@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from gradindex import curvature as ekfac_files
-from gradindex.checked import CheckedFiles
 from gradindex.codes import Codes, CodeSettings
 from gradindex.curvature import Ekfac, FiledEkfac
 from gradindex.errors import DamagedIndexError, IndexMismatchError, InputError
-from gradindex.manifest import Manifest, curvature_file
 from gradindex.memory import Allowance
 from gradindex.model import LanguageModel, ModelSource, check_identity, tokenizer_digest
+from gradindex.storage.integrity import CheckedFiles
+from gradindex.storage.manifest import Manifest, curvature_file
 
 
 class FittedModel:

@@ -12,7 +12,7 @@ from torch import nn
 
 from gradindex.adapters import adapter_facts
 from gradindex.errors import ResourceError
-from gradindex.files import atomic_write, sha256
+from gradindex.storage.files import atomic_write, sha256
 
 
 def digest_of_files(files: Iterable[Path], also: Iterable[str] = ()) -> str:

@@ -28,7 +28,7 @@ from gradindex.gradients import (
 )
 from gradindex.model import LanguageModel
 from gradindex.modules import Module
-from gradindex.records import Record
+from gradindex.storage.records import Record
 
 Gradients = dict[str, Tensor]  # [q, o, i] by module name, a row a query
 Arrays = dict[str, np.ndarray | tuple[np.ndarray, np.ndarray]]  # whole, or L and R, by module name

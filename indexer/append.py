@@ -14,7 +14,6 @@ import torch
 
 import gradindex
 from gradindex.codes import Codes
-from gradindex.contents import Contents
 from gradindex.errors import InputError
 from gradindex.fitted import FittedModel
 from gradindex.gradients import Splits, in_batches, make_batch
@@ -22,7 +21,8 @@ from gradindex.influence import Sizes, collect
 from gradindex.memory import parse_bound
 from gradindex.model import LanguageModel
 from gradindex.progress import Progress
-from gradindex.records import Record
+from gradindex.storage.contents import Contents
+from gradindex.storage.records import Record
 from indexer import ingest
 from indexer.asked import check_numbers, open_corpus
 from indexer.corpus import CorpusSettings

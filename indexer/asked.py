@@ -16,10 +16,10 @@ from gradindex import curvature
 from gradindex.cluster import check_address, load_ray
 from gradindex.codes import default_length
 from gradindex.errors import InputError
-from gradindex.manifest import MOST_BLOCKS
 from gradindex.memory import parse_bound
 from gradindex.model import ModelSource, context_length, tokenizer_digest
 from gradindex.progress import Progress
+from gradindex.storage.manifest import MOST_BLOCKS
 from indexer.corpus import Corpus, CorpusSettings
 from indexer.distribute import Shard, parse_shard
 from indexer.quarantine import SHARE

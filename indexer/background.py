@@ -4,13 +4,13 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from gradindex.background import BackgroundQueries, thresholds
 from gradindex.codes import Codes
 from gradindex.curvature import Ekfac
 from gradindex.model import LanguageModel
 from gradindex.progress import Progress
-from gradindex.segments import digest_of
-from gradindex.vectors import CodeIndex
+from gradindex.storage.background_file import BackgroundQueries, thresholds
+from gradindex.storage.code_file import CodeIndex
+from gradindex.storage.segments import digest_of
 from indexer.calibrate import prepare_query
 from indexer.fit import Read, choose_sequences
 

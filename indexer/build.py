@@ -25,22 +25,9 @@ import numpy as np
 import torch
 
 import gradindex
-from gradindex import background, manifest, segments, vectors
-from gradindex.checked import refuse_links
 from gradindex.codes import Codes, CodeSettings, default_width
 from gradindex.curvature import Ekfac
 from gradindex.errors import GradindexError, InputError
-from gradindex.files import disk_errors, facts_of, make_folder, make_folders
-from gradindex.locks import is_lock, one_of_writers, only_writer
-from gradindex.manifest import (
-    BackgroundFacts,
-    Calibration,
-    CodeFacts,
-    FitFacts,
-    Manifest,
-    ModelFacts,
-    Plan,
-)
 from gradindex.memory import Allowance, parse_bound, return_freed
 from gradindex.model import (
     SMALL_PARTS,
@@ -55,7 +42,20 @@ from gradindex.model import (
 )
 from gradindex.modules import Module
 from gradindex.progress import Progress, shares, size
-from gradindex.records import Record
+from gradindex.storage import background_file, code_file, manifest, segments
+from gradindex.storage.files import disk_errors, facts_of, make_folder, make_folders
+from gradindex.storage.integrity import refuse_links
+from gradindex.storage.locks import is_lock, one_of_writers, only_writer
+from gradindex.storage.manifest import (
+    BackgroundFacts,
+    Calibration,
+    CodeFacts,
+    FitFacts,
+    Manifest,
+    ModelFacts,
+    Plan,
+)
+from gradindex.storage.records import Record
 from indexer import ingest
 from indexer.asked import Asked, anywhere, ask, loaded, takes_arguments_of
 from indexer.background import make_background
@@ -353,7 +353,7 @@ def _complete(index: Path, fitted: _Fitted, state: State, say: Progress) -> None
     )
     queries, sample = make_background(
         model, codes, ekfac, run.records, lambda ids: run.coded(ids, length), coded, say)
-    background.save(index / manifest.BACKGROUND, queries)
+    background_file.save(index / manifest.BACKGROUND, queries)
 
     # 7) the commit
     made = _manifest(state, fitted, codes, calibration,
@@ -445,4 +445,4 @@ def describe(model: LanguageModel, tracked: list[Module]) -> str:
 def _versions() -> dict[str, str]:
     libraries = {name: version(name) for name in ("torch", "transformers", "lmdb", "numpy")}
     return {"gradindex": gradindex.__version__, "python": platform.python_version(),
-            "faiss": vectors.library_version(), **libraries}
+            "faiss": code_file.library_version(), **libraries}

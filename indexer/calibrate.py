@@ -20,13 +20,13 @@ from gradindex.influence import (
     prepare,
     query_coordinates,
 )
-from gradindex.manifest import Calibration
 from gradindex.memory import Allowance
 from gradindex.model import LanguageModel
 from gradindex.modules import Module
 from gradindex.progress import Progress
-from gradindex.records import Record, second_half
-from gradindex.vectors import CodeIndex
+from gradindex.storage.code_file import CodeIndex
+from gradindex.storage.manifest import Calibration
+from gradindex.storage.records import Record, second_half
 from indexer.fit import Read, choose_sequences
 
 QUERIES = 16

@@ -19,7 +19,7 @@ import numpy as np
 
 from gradindex import text
 from gradindex.errors import InputError
-from gradindex.records import Part, Record
+from gradindex.storage.records import Part, Record
 from indexer.sources import (
     FORMS,
     BadRowError,

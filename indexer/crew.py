@@ -19,10 +19,10 @@ from gradindex import errors
 from gradindex.cluster import absolute, connect, load_ray
 from gradindex.codes import Codes
 from gradindex.errors import GradindexError, InputError
-from gradindex.files import disk_errors
-from gradindex.locks import one_of_writers
 from gradindex.model import ModelSource
 from gradindex.progress import Progress
+from gradindex.storage.files import disk_errors
+from gradindex.storage.locks import one_of_writers
 from indexer import build, ingest
 from indexer.asked import Asked
 from indexer.build import Prepared

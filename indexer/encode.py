@@ -10,16 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradindex import segments, tfidf
 from gradindex.codes import Codes
-from gradindex.files import rename_folder
 from gradindex.gradients import Splits, backward, in_batches, make_batch, why_not_finite
 from gradindex.model import LanguageModel
 from gradindex.modules import Module
 from gradindex.progress import Progress
-from gradindex.records import Record
-from gradindex.segments import SegmentFacts
-from gradindex.vectors import CodeIndex, code_bytes
+from gradindex.storage import segments, token_file
+from gradindex.storage.code_file import CodeIndex, code_bytes
+from gradindex.storage.files import rename_folder
+from gradindex.storage.records import Record
+from gradindex.storage.segments import SegmentFacts
 
 
 def encode_segment(
@@ -71,7 +71,7 @@ def seal(
     """
     facts.files["vectors.faiss"] = codes.write(folder / "vectors.faiss")
     facts.files["rows.npy"] = segments.write_rows(folder / "rows.npy", rows)
-    facts.files["tokens.npz"] = tfidf.write(folder / "tokens.npz", sequences, vocabulary)
+    facts.files["tokens.npz"] = token_file.write(folder / "tokens.npz", sequences, vocabulary)
     segments.write_facts(folder, facts)
     rename_folder(folder, folder.with_suffix(""))
 

@@ -23,14 +23,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from gradindex import background, curvature, manifest, records, segments, signed, tfidf, vectors
-from gradindex.checked import refuse_links
+from gradindex import curvature
 from gradindex.codes import CodeSettings, default_width
 from gradindex.memory import available
 from gradindex.model import LanguageModel, check_identity, identify, tracked_modules
 from gradindex.modules import Module
 from gradindex.progress import duration, size
-from gradindex.records import Record
+from gradindex.storage import (
+    background_file,
+    code_file,
+    manifest,
+    records,
+    sealed_json,
+    segments,
+    token_file,
+)
+from gradindex.storage.integrity import refuse_links
+from gradindex.storage.records import Record
 from indexer import ingest
 from indexer.asked import Asked, ask, takes_arguments_of
 from indexer.background import QUERIES as BACKGROUND
@@ -282,19 +291,19 @@ def _disk(
     cut = list(_groups(read.sizes, plan["segment_size"]))
     vocabulary = model.network.config.get_text_config().vocab_size
     sequences = [record.ids for record in read.sample[:TOKEN_SAMPLE]]
-    one = len(tfidf.pack(sequences[:1], vocabulary))
-    more = (len(tfidf.pack(sequences, vocabulary)) - one) / max(1, len(sequences) - 1)
+    one = len(token_file.pack(sequences[:1], vocabulary))
+    more = (len(token_file.pack(sequences, vocabulary)) - one) / max(1, len(sequences) - 1)
     return {
         "records": sum(records.file_bytes(sizes) for sizes in cut),
-        "codes": sum(vectors.file_bytes(plan["bits"], len(sizes))
+        "codes": sum(code_file.file_bytes(plan["bits"], len(sizes))
                      + len(segments.array_bytes(np.zeros(len(sizes), segments.ROW)))
                      for sizes in cut),
         "token matrices": round(sum(one + more * (len(sizes) - 1) for sizes in cut)),
         "curvature": sum(curvature.file_bytes(module, model.accumulate, plan["covariance_blocks"])
                          for module in tracked),
-        "background": background.file_bytes(min(BACKGROUND, len(read.sizes)), plan["bits"]),
+        "background": background_file.file_bytes(min(BACKGROUND, len(read.sizes)), plan["bits"]),
         # manifest.json, fit.json and segment.json: a few hundred bytes a file that they name
-        "notes": 4000 + len(signed.sign(plan)) + 1400 * len(cut) + 500 * len(tracked),
+        "notes": 4000 + len(sealed_json.sign(plan)) + 1400 * len(cut) + 500 * len(tracked),
     }
 
 

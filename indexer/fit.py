@@ -26,12 +26,10 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from gradindex import curvature, signed
+from gradindex import curvature
 from gradindex.blockwise import add_outer, covariance_shapes, rotator, square_blocks, symmetric
-from gradindex.checked import CheckedFiles
 from gradindex.curvature import Curvature, Ekfac, read_tensors, write_tensors
 from gradindex.errors import DamagedIndexError, GradindexError
-from gradindex.files import FileFacts, atomic_write, facts_of, make_folder, rename_folder
 from gradindex.gradients import (
     Batch,
     Splits,
@@ -45,7 +43,10 @@ from gradindex.memory import Allowance, return_freed
 from gradindex.model import LanguageModel, untracked
 from gradindex.modules import Module
 from gradindex.progress import Progress
-from gradindex.records import Record
+from gradindex.storage import sealed_json
+from gradindex.storage.files import FileFacts, atomic_write, facts_of, make_folder, rename_folder
+from gradindex.storage.integrity import CheckedFiles
+from gradindex.storage.records import Record
 from indexer.budget import held_bytes, partitions
 from indexer.distribute import Shard, Share, Stage
 from indexer.quarantine import SHARE, check_quarantine
@@ -99,7 +100,7 @@ class FitNotes:
             **asdict(self), "splits": dict(sorted(self.splits.items())),
             "quarantined": {str(one): why for one, why in sorted(self.quarantined.items())},
         }
-        return atomic_write(folder / NOTES, signed.sign(content))
+        return atomic_write(folder / NOTES, sealed_json.sign(content))
 
     @classmethod
     def read(cls, folder: Path) -> "FitNotes":
@@ -108,7 +109,7 @@ class FitNotes:
         if not path.is_file():
             return cls()
         try:
-            content = signed.check(signed.parse(path.read_bytes()))
+            content = sealed_json.check(sealed_json.parse(path.read_bytes()))
             return pydantic.TypeAdapter(cls).validate_json(content)
         except ValueError:
             raise DamagedIndexError(

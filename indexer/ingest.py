@@ -12,16 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from gradindex import records, segments, vectors
-from gradindex.checked import CheckedFiles
 from gradindex.codes import Codes
 from gradindex.errors import InputError, ResourceError
-from gradindex.files import FileFacts, facts_of, make_folder
-from gradindex.manifest import Segment, segment_folder
 from gradindex.model import LanguageModel
 from gradindex.progress import Progress, size
-from gradindex.records import Record
-from gradindex.segments import PARTIAL, SegmentFacts
+from gradindex.storage import code_file, records, segments
+from gradindex.storage.files import FileFacts, facts_of, make_folder
+from gradindex.storage.integrity import CheckedFiles
+from gradindex.storage.manifest import Segment, segment_folder
+from gradindex.storage.records import Record
+from gradindex.storage.segments import PARTIAL, SegmentFacts
 from indexer.corpus import Corpus
 from indexer.distribute import Shard, Share
 from indexer.encode import encode_segment
@@ -60,9 +60,9 @@ class Run:
             found.update(zip(here, records.read(path, rows), strict=True))
         return [found[one] for one in ids]
 
-    def codes(self, ids: list[int], length: int) -> tuple[vectors.CodeIndex, np.ndarray]:
+    def codes(self, ids: list[int], length: int) -> tuple[code_file.CodeIndex, np.ndarray]:
         """The codes [ids, K] of sealed segments and their ‖v‖ [ids]; ids ascending."""
-        joined, norms = vectors.CodeIndex(length), []
+        joined, norms = code_file.CodeIndex(length), []
         for codes, rows in self.coded(ids, length):
             joined.add(codes)
             norms.append(rows["norm"])
@@ -73,7 +73,7 @@ class Run:
         for segment, here in self._by_segment(ids):
             rows = [(one - self.first) % self.size for one in here]
             files = self.files(segment)
-            stored = vectors.CodeIndex.parse(files.read("vectors.faiss"), length, segment.rows,
+            stored = code_file.CodeIndex.parse(files.read("vectors.faiss"), length, segment.rows,
                                              files.root / "vectors.faiss")
             yield stored.codes(rows), self.rows(segment)[rows]
 
@@ -191,7 +191,7 @@ def check_disk(
     """Raise ResourceError where the codes that are yet to be made, and `fit` bytes of a fit, don't
     fit on the disk."""
     rows = sum(run.segments[place].rows for place in unsealed(run))
-    codes = rows * (vectors.code_bytes(length) + segments.ROW.itemsize)
+    codes = rows * (code_file.code_bytes(length) + segments.ROW.itemsize)
     free = shutil.disk_usage(run.index).free
     if codes + fit > free:
         raise ResourceError(

@@ -13,16 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from gradindex import manifest, records, segments
-from gradindex.checked import refuse_links
-from gradindex.contents import Contents
 from gradindex.errors import DamagedIndexError, InputError, ResourceError
-from gradindex.files import TEMPORARY, FileFacts, disk_errors, make_folder
-from gradindex.locks import free_of_readers, only_writer
-from gradindex.manifest import Manifest, Segment, segment_files, segment_folder
 from gradindex.progress import Progress, size
-from gradindex.segments import PARTIAL, SegmentFacts
-from gradindex.vectors import CodeIndex
+from gradindex.storage import manifest, records, segments
+from gradindex.storage.code_file import CodeIndex
+from gradindex.storage.contents import Contents
+from gradindex.storage.files import TEMPORARY, FileFacts, disk_errors, make_folder
+from gradindex.storage.integrity import refuse_links
+from gradindex.storage.locks import free_of_readers, only_writer
+from gradindex.storage.manifest import Manifest, Segment, segment_files, segment_folder
+from gradindex.storage.segments import PARTIAL, SegmentFacts
 from indexer.encode import seal
 from indexer.ingest import remove_any, remove_unsealed, sealed_files
 from indexer.state import APPEND, BUILD, unfinished_append

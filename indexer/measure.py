@@ -29,7 +29,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradindex import tfidf
 from gradindex.blockwise import (
     block_rows,
     covariance_shapes,
@@ -43,8 +42,9 @@ from gradindex.influence import Preconditioned, exact_scores
 from gradindex.memory import Allowance, forget_most, most, resident, return_freed
 from gradindex.model import LanguageModel
 from gradindex.modules import Module
-from gradindex.records import Record
-from gradindex.vectors import UNPACKED_ROWS, CodeIndex, code_bytes
+from gradindex.storage import token_file
+from gradindex.storage.code_file import UNPACKED_ROWS, CodeIndex, code_bytes
+from gradindex.storage.records import Record
 from indexer.budget import (
     FitMoments,
     curvature_bytes,
@@ -267,7 +267,7 @@ class Bench:
         """Seconds a sequence of making a segment's token matrix."""
         some = [record.ids for record in self.sample[:512]]
         vocabulary = self.model.network.config.get_text_config().vocab_size
-        return _seconds(lambda: tfidf.pack(some, vocabulary)) / len(some)
+        return _seconds(lambda: token_file.pack(some, vocabulary)) / len(some)
 
     # ---- measuring
 

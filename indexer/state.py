@@ -12,13 +12,13 @@ import pydantic
 import torch
 from typing_extensions import TypedDict
 
-from gradindex import manifest, signed
-from gradindex.checked import open_inside
 from gradindex.errors import DamagedIndexError, InputError
-from gradindex.files import TEMPORARY, atomic_write
-from gradindex.locks import NOTE, is_lock
 from gradindex.model import LanguageModel, check_identity, identify
 from gradindex.progress import Progress
+from gradindex.storage import manifest, sealed_json
+from gradindex.storage.files import TEMPORARY, atomic_write
+from gradindex.storage.integrity import open_inside
+from gradindex.storage.locks import NOTE, is_lock
 
 BUILD, APPEND = "build.json", "append.json"
 LARGEST = 1 << 26  # bytes of either
@@ -114,7 +114,7 @@ class State:
     def save(self) -> None:
         content = {"plan": self.plan, "threads": self.threads, "corpus": self.corpus,
                    "model": self.model, "asked": self.asked}
-        atomic_write(self.path, signed.sign(content))
+        atomic_write(self.path, sealed_json.sign(content))
 
     def check_model(self, model: LanguageModel) -> None:
         """Remember the weights' digest, or raise IndexMismatchError if they changed."""
@@ -166,7 +166,8 @@ _ADAPTER: pydantic.TypeAdapter[_Stored] = pydantic.TypeAdapter(_Stored)
 def _stored(path: Path) -> State:
     try:
         with os.fdopen(open_inside(path.parent, path.name), "rb") as file:
-            content = _ADAPTER.validate_json(signed.check(signed.parse(file.read(LARGEST))))
+            content = _ADAPTER.validate_json(
+                sealed_json.check(sealed_json.parse(file.read(LARGEST))))
     except ValueError as error:
         raise DamagedIndexError(
             f"{path} can't be read ({str(error).splitlines()[0][:120]}). It says how far a command "

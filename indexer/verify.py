@@ -12,20 +12,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from gradindex import background, locks, manifest, records, segments
-from gradindex.background import BackgroundQueries
-from gradindex.contents import Contents
 from gradindex.curvature import FiledEkfac
 from gradindex.errors import DamagedIndexError
-from gradindex.files import FileFacts, make_folder
 from gradindex.fitted import FittedModel
 from gradindex.gradients import Splits, in_batches
 from gradindex.identity import tensors_digest
-from gradindex.manifest import Manifest, Segment, curvature_file, segment_folder
 from gradindex.progress import Progress
-from gradindex.records import Record
-from gradindex.segments import PARTIAL, SegmentFacts
-from gradindex.vectors import CodeIndex
+from gradindex.storage import background_file, locks, manifest, records, segments
+from gradindex.storage.background_file import BackgroundQueries
+from gradindex.storage.code_file import CodeIndex
+from gradindex.storage.contents import Contents
+from gradindex.storage.files import FileFacts, make_folder
+from gradindex.storage.manifest import Manifest, Segment, curvature_file, segment_folder
+from gradindex.storage.records import Record
+from gradindex.storage.segments import PARTIAL, SegmentFacts
 from indexer.background import unit
 from indexer.calibrate import exact_influence, prepare_query
 from indexer.encode import encode_batch, encode_segment
@@ -160,7 +160,7 @@ def _check_files(root: Path, facts: Manifest, found: Verified, say: Progress) ->
 
 def _background(path: Path, facts: Manifest) -> BackgroundQueries:
     assert facts.background is not None
-    return background.load(path, facts.background["queries"], facts.code["length"])
+    return background_file.load(path, facts.background["queries"], facts.code["length"])
 
 
 def _check_rows(root: Path, facts: Manifest, bad: _Bad, found: Verified, say: Progress) -> None:

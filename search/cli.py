@@ -438,7 +438,7 @@ def _check_outputs(outputs: dict[str, Path | None], inputs: list[Path | None]) -
 
 def _write(output: Path, content: str | bytes) -> None:
     """A file is replaced as a whole; anything else (a device, a pipe) is written to."""
-    from gradindex.files import atomic_write
+    from gradindex.storage.files import atomic_write
 
     output = output.resolve()
     raw = content.encode() if isinstance(content, str) else content

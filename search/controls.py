@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gradindex.errors import InputError
-from gradindex.manifest import Manifest
 from gradindex.modules import Module, choose_modules
+from gradindex.storage.manifest import Manifest
 
 DEFAULT_HITS = 20
 DEFAULT_SHORTLIST = 1000

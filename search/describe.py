@@ -6,12 +6,12 @@ from typing import Any
 
 import pydantic
 
-from gradindex import locks, manifest, signed
-from gradindex.contents import Contents
 from gradindex.progress import shares, size
 from gradindex.results import GENERIC
+from gradindex.storage import locks, manifest, sealed_json
+from gradindex.storage.code_file import code_bytes
+from gradindex.storage.contents import Contents
 from gradindex.terminal import visible
-from gradindex.vectors import code_bytes
 
 KINDS = {"records.lmdb": "text", "vectors.faiss": "codes", "rows.npy": "codes",
          "segment.json": "codes", "tokens.npz": "words", manifest.BACKGROUND: "background"}
@@ -60,7 +60,7 @@ def describe(index: Path) -> dict[str, Any]:
 def _untracked(contents: Contents) -> dict[str, float]:
     """Shares of the model's parameters without curvature, largest first; {} of earlier versions."""
     try:
-        found = signed.parse(contents.files.read(manifest.FIT)).get("untracked", {})
+        found = sealed_json.parse(contents.files.read(manifest.FIT)).get("untracked", {})
         known = pydantic.TypeAdapter(dict[str, float]).validate_python(found, strict=True)
     except ValueError:
         raise contents.files.damaged(manifest.FIT, "can't be read") from None

@@ -19,13 +19,13 @@ import numpy as np
 import torch
 
 import gradindex
-from gradindex import vectors
 from gradindex.cluster import absolute
 from gradindex.errors import GradindexError, InputError
 from gradindex.influence import Arrays, Preconditioned
 from gradindex.model import quiet_transformers
 from gradindex.modules import Module
 from gradindex.progress import duration
+from gradindex.storage import code_file
 from search.opened import LostError, OpenIndex, Part
 from search.ranking import Ranking, statistic
 from search.rescore import Exact, Rescorer
@@ -396,7 +396,8 @@ class SharedIndex(OpenIndex):
         return np.stack([one.scores() for one in self.rankings(queries, 1.0, False)])
 
     def stored_codes(self, places: Sequence[int]) -> np.ndarray:
-        empty = np.zeros((len(places), vectors.code_bytes(self.manifest.code["length"])), np.uint8)
+        width = code_file.code_bytes(self.manifest.code["length"])
+        empty = np.zeros((len(places), width), np.uint8)
         return self.fill(empty, places, lambda worker, there: worker.stored_codes.remote(there))
 
     def rescore(

@@ -15,10 +15,10 @@ from typing import Any
 
 from gradindex.cluster import LOCAL, connect
 from gradindex.errors import InputError
-from gradindex.manifest import Manifest
 from gradindex.memory import parse_bound
 from gradindex.model import LanguageModel
 from gradindex.results import Comparison, Hit, Query, Result
+from gradindex.storage.manifest import Manifest
 from search.controls import Controls, settle
 from search.distribute import SharedIndex
 from search.generic import add_rates

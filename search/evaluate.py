@@ -15,8 +15,8 @@ import numpy as np
 from sklearn.metrics import ndcg_score
 
 from gradindex.errors import InputError
-from gradindex.manifest import Manifest
 from gradindex.results import Query
+from gradindex.storage.manifest import Manifest
 from search.controls import Controls, settle
 from search.engine import Searcher
 from search.journey import Journey

@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from gradindex.contents import Contents
-from gradindex.records import Part, Record
 from gradindex.results import Group
-from gradindex.vectors import CodeIndex
+from gradindex.storage.code_file import CodeIndex
+from gradindex.storage.contents import Contents
+from gradindex.storage.records import Part, Record
 from search.ranking import best
 
 MOST_GROUPS = 100  # kept in a result, besides those with a hit

@@ -7,8 +7,8 @@ import numpy as np
 
 from gradindex import text
 from gradindex.modules import Module
-from gradindex.records import Record
 from gradindex.results import Hit
+from gradindex.storage.records import Record
 from search.rescore import Exact
 
 

@@ -7,9 +7,9 @@ import numpy as np
 
 from gradindex.codes import score_error
 from gradindex.influence import Preconditioned
-from gradindex.manifest import model_name
-from gradindex.records import Record
 from gradindex.results import Group, Hit, Recall, Result
+from gradindex.storage.manifest import model_name
+from gradindex.storage.records import Record
 from search.controls import Settings, bounded
 from search.generic import add_rates
 from search.groups import total_groups

@@ -11,14 +11,15 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from gradindex import background, locks, manifest, memory, tfidf, vectors
-from gradindex.background import BackgroundQueries
-from gradindex.contents import Contents
+from gradindex import memory
 from gradindex.errors import DamagedIndexError, GradindexError
 from gradindex.fitted import FittedModel
 from gradindex.influence import Preconditioned
-from gradindex.manifest import Manifest
-from gradindex.records import Record
+from gradindex.storage import background_file, code_file, locks, manifest, token_file
+from gradindex.storage.background_file import BackgroundQueries
+from gradindex.storage.contents import Contents
+from gradindex.storage.manifest import Manifest
+from gradindex.storage.records import Record
 from search.groups import Grouping, read_grouping
 from search.likeness import Wording
 from search.ranking import CodeRanking, Ranking
@@ -103,8 +104,8 @@ class OpenIndex(FittedModel):
 
     def _read_nothing(self) -> None:
         """Forget what was read of the segments."""
-        self._segments: list[vectors.CodeIndex] | None = None
-        self._tokens: tfidf.TokenMatrix | None = None
+        self._segments: list[code_file.CodeIndex] | None = None
+        self._tokens: token_file.TokenMatrix | None = None
         self._wording: Wording | None = None
         self._groupings: dict[str, Grouping] = {}
 
@@ -136,10 +137,11 @@ class OpenIndex(FittedModel):
         """N: the sequences that are searched."""
         return self.coverage.sequences
 
-    def segments(self) -> list[vectors.CodeIndex]:
+    def segments(self) -> list[code_file.CodeIndex]:
         """The codes of every segment, read at first use; mapped where they would fill memory."""
         if self._segments is None:
-            every = vectors.code_bytes(self.manifest.code["length"]) * int(self.contents.starts[-1])
+            width = code_file.code_bytes(self.manifest.code["length"])
+            every = width * int(self.contents.starts[-1])
             mapped = every > self.allowance.part(1 / 4, memory.available() // 2)
             with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
                 self._segments = list(pool.map(
@@ -149,7 +151,7 @@ class OpenIndex(FittedModel):
     def code_scores(self, queries: np.ndarray) -> np.ndarray:
         """The code score of every place for query vectors [q, K]: float32 [q, N]."""
         scores = self._finite(
-            vectors.scan(self.segments(), queries, max(1, torch.get_num_threads())))
+            code_file.scan(self.segments(), queries, max(1, torch.get_num_threads())))
         places = self.contents.places
         return scores if len(places) == scores.shape[1] else scores[:, places]
 
@@ -180,11 +182,11 @@ class OpenIndex(FittedModel):
         return self.contents.norms
 
     @property
-    def tokens(self) -> tfidf.TokenMatrix:
+    def tokens(self) -> token_file.TokenMatrix:
         """Which tokens the sequence of each place holds."""
         if self._tokens is None:
             contents = self.contents
-            self._tokens = tfidf.TokenMatrix(
+            self._tokens = token_file.TokenMatrix(
                 [contents.tokens(segment) for segment in contents.segments], contents.live)
         return self._tokens
 
@@ -199,14 +201,14 @@ class OpenIndex(FittedModel):
         """The background queries, read at first use; None where an earlier version built this."""
         facts = self.manifest.background
         if self._background_queries is None and facts is not None:
-            self._background_queries = background.load(
+            self._background_queries = background_file.load(
                 self.contents.files.path(manifest.BACKGROUND), facts["queries"],
                 self.manifest.code["length"])
         return self._background_queries
 
-    def codes_at(self, places: Sequence[int]) -> vectors.CodeIndex:
+    def codes_at(self, places: Sequence[int]) -> code_file.CodeIndex:
         """The codes at these places, in that order."""
-        codes = vectors.CodeIndex(self.manifest.code["length"])
+        codes = code_file.CodeIndex(self.manifest.code["length"])
         codes.add(self.stored_codes(places))
         return codes
 
@@ -214,7 +216,7 @@ class OpenIndex(FittedModel):
         """The codes at these places as they are kept, in that order: uint8 [places, bytes]."""
         rows = self.contents.places[np.asarray(places, dtype=np.int64)]
         homes = np.searchsorted(self.contents.starts, rows, side="right") - 1
-        found = np.zeros((len(rows), vectors.code_bytes(self.manifest.code["length"])), np.uint8)
+        found = np.zeros((len(rows), code_file.code_bytes(self.manifest.code["length"])), np.uint8)
         for home in np.unique(homes).tolist():
             own = rows[homes == home] - self.contents.starts[home]
             found[homes == home] = self.segments()[home].codes(own.tolist())

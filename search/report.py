@@ -12,12 +12,12 @@ import numpy as np
 from markupsafe import Markup
 
 import gradindex
-from gradindex.background import ONE_IN
-from gradindex.manifest import model_name
 from gradindex.modules import Module
 from gradindex.results import UNITS, Query
+from gradindex.storage.background_file import ONE_IN
+from gradindex.storage.code_file import code_bytes
+from gradindex.storage.manifest import model_name
 from gradindex.terminal import visible, visible_lines
-from gradindex.vectors import code_bytes
 from search import cards, html, plots
 from search.survey import FENCE, TOP, Kept, QuerySurvey, Source, Survey
 from search.tail import DRAWS, FEWEST, REJECTED

@@ -10,7 +10,7 @@ from gradindex.gradients import Splits, in_batches, make_batch
 from gradindex.influence import Influences, Preconditioned, Sizes, Terms, collect
 from gradindex.model import LanguageModel
 from gradindex.modules import Module
-from gradindex.records import Record
+from gradindex.storage.records import Record
 
 SMALLEST_CHUNK, LARGEST_CHUNK = 16, 128  # sequences; batches are of like lengths within a chunk
 

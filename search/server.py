@@ -33,8 +33,8 @@ from starlette.routing import Route
 
 from gradindex import text
 from gradindex.errors import GradindexError, InputError
-from gradindex.manifest import model_name
 from gradindex.results import Comparison, Result
+from gradindex.storage.manifest import model_name
 from gradindex.terminal import visible
 from search import cards, html, plots, render
 from search.asked import Asked

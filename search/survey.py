@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 
 from gradindex import text
-from gradindex.background import ONE_IN
 from gradindex.errors import InputError
 from gradindex.influence import Preconditioned
-from gradindex.manifest import Manifest
 from gradindex.model import UNSCORED
 from gradindex.modules import Module
 from gradindex.progress import Progress
-from gradindex.records import Record, second_half
 from gradindex.results import Query
+from gradindex.storage.background_file import ONE_IN
+from gradindex.storage.manifest import Manifest
+from gradindex.storage.records import Record, second_half
 from gradindex.terminal import json_text
 from search.controls import Controls, Settings, settle
 from search.engine import Searcher

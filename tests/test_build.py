@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM
 
 import gradindex
 from demo.prepare import train_tokenizer
-from gradindex import records
 from gradindex.errors import GradindexError, IndexMismatchError, InputError, ResourceError
 from gradindex.gradients import make_batch
-from gradindex.locks import only_writer
 from gradindex.model import ModelSource, context_length
+from gradindex.storage import records
+from gradindex.storage.locks import only_writer
 from indexer import asked, ingest
 from indexer import build as build_module
 

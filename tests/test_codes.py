@@ -6,7 +6,6 @@ import pytest
 import torch
 from test_curvature import fitted
 
-from gradindex.checked import CheckedFiles
 from gradindex.codes import (
     Codes,
     CodeSettings,
@@ -18,11 +17,12 @@ from gradindex.codes import (
 )
 from gradindex.curvature import Curvature
 from gradindex.errors import DamagedIndexError
-from gradindex.files import facts_of
 from gradindex.gradients import backward, gradient, make_batch
 from gradindex.model import tracked_modules
 from gradindex.modules import Module
-from gradindex.vectors import CodeIndex, code_bytes, scan
+from gradindex.storage.code_file import CodeIndex, code_bytes, scan
+from gradindex.storage.files import facts_of
+from gradindex.storage.integrity import CheckedFiles
 
 
 @pytest.fixture
@@ -176,7 +176,7 @@ def test_codes_survive_the_disk_and_joining(tmp_path):
 
 def test_a_scan_shares_out_rows_and_changes_nothing(tmp_path, monkeypatch):
     """Segments of any size, one query or many, read or mapped: the scores of each code alone."""
-    monkeypatch.setattr("gradindex.vectors.SCANNED_ROWS", 5)
+    monkeypatch.setattr("gradindex.storage.code_file.SCANNED_ROWS", 5)
     random = np.random.default_rng(2)
     segments, alone = [], []
     queries = random.standard_normal((3, 256)).astype(np.float32)

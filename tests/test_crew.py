@@ -19,8 +19,8 @@ from test_build import files_of
 import gradindex
 import gradindex.model
 from gradindex.errors import GradindexError, InputError
-from gradindex.locks import one_of_writers
 from gradindex.progress import Progress
+from gradindex.storage.locks import one_of_writers
 from indexer import crew
 from indexer.asked import ask
 from indexer.build import prepare

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from gradindex import curvature
 from gradindex.curvature import Curvature, FiledEkfac
 from gradindex.errors import DamagedIndexError, GradindexError
-from gradindex.files import facts_of
 from gradindex.gradients import backward, make_batch
 from gradindex.influence import (
     Preconditioned,
@@ -30,7 +29,8 @@ from gradindex.memory import Allowance
 from gradindex.model import tracked_modules
 from gradindex.modules import Module
 from gradindex.progress import Progress, stderr_progress
-from gradindex.records import Part, Record
+from gradindex.storage.files import facts_of
+from gradindex.storage.records import Part, Record
 from indexer.budget import held_bytes
 from indexer.fit import (
     FitSettings,

@@ -13,11 +13,12 @@ import torch
 from conftest import SMALL, small_documents
 
 import gradindex
-from gradindex import cli, curvature, records, tfidf, vectors
+from gradindex import cli, curvature
 from gradindex.errors import DamagedIndexError, IndexMismatchError, InputError, ResourceError
 from gradindex.model import ModelSource
 from gradindex.modules import Module
-from gradindex.records import Part, Record
+from gradindex.storage import code_file, records, token_file
+from gradindex.storage.records import Part, Record
 from indexer import build as build_module
 from indexer import estimate as estimate_module
 from indexer.budget import disk_bytes
@@ -243,11 +244,12 @@ def test_the_work_of_batches():
 
 
 def test_sizes_of_files(tmp_path):
-    index = vectors.CodeIndex(512)
-    index.add(np.zeros((7, vectors.code_bytes(512)), np.uint8))
-    assert vectors.file_bytes(512, 7) == index.write(tmp_path / "vectors.faiss").size
+    index = code_file.CodeIndex(512)
+    index.add(np.zeros((7, code_file.code_bytes(512)), np.uint8))
+    assert code_file.file_bytes(512, 7) == index.write(tmp_path / "vectors.faiss").size
     sequences = [np.arange(n % 9 + 1) for n in range(30)]
-    assert len(tfidf.pack(sequences, 50)) == tfidf.write(tmp_path / "t.npz", sequences, 50).size
+    written = token_file.write(tmp_path / "t.npz", sequences, 50)
+    assert len(token_file.pack(sequences, 50)) == written.size
     module = Module("blocks.0.mlp", 0, "mlp", 20, 40, True)
     o, i = module.shape
     made = curvature.Curvature(torch.eye(i), torch.eye(o), torch.ones(o, i))

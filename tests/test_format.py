@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import gradindex
-from gradindex import manifest, signed
 from gradindex.errors import DamagedIndexError, IndexMismatchError
+from gradindex.storage import manifest, sealed_json
 from search.describe import describe, summary
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -29,7 +29,7 @@ def test_every_format_is_there():
         facts = manifest.load(GOLDEN / f"format-{number}" / "index")
         assert facts.format == number
         written = json.loads((GOLDEN / f"format-{number}" / "index" / manifest.NAME).read_text())
-        assert manifest.digest_of(facts) == written[signed.KEY]
+        assert manifest.digest_of(facts) == written[sealed_json.KEY]
 
 
 def test_it_answers_as_when_it_was_written(golden):
@@ -91,11 +91,11 @@ def test_an_index_of_format_1_has_no_background_queries(tmp_path):
     assert "background queries: none (built by an earlier version)" in summary(facts)
     copied = shutil.copytree(index, tmp_path / "index")
     content = json.loads((copied / manifest.NAME).read_text())
-    del content[signed.KEY]
-    (copied / manifest.NAME).write_bytes(signed.sign({**content, "background": None}))
+    del content[sealed_json.KEY]
+    (copied / manifest.NAME).write_bytes(sealed_json.sign({**content, "background": None}))
     with pytest.raises(DamagedIndexError, match="format 1 has no background queries"):
         manifest.load(copied)
-    (copied / manifest.NAME).write_bytes(signed.sign({**content, "format": 2}))
+    (copied / manifest.NAME).write_bytes(sealed_json.sign({**content, "format": 2}))
     with pytest.raises(DamagedIndexError, match="background: Field required"):
         manifest.load(copied)
 
@@ -105,9 +105,9 @@ def test_only_the_newest_format_has_split_covariances(tmp_path):
             for number in FORMATS] == [1, 1, 2]
     index = shutil.copytree(GOLDEN / "format-2" / "index", tmp_path / "index")
     content = json.loads((index / manifest.NAME).read_text())
-    del content[signed.KEY]
+    del content[sealed_json.KEY]
     content["plan"]["covariance_blocks"] = 2
-    (index / manifest.NAME).write_bytes(signed.sign(content))
+    (index / manifest.NAME).write_bytes(sealed_json.sign(content))
     with pytest.raises(DamagedIndexError, match="formats 1 and 2 have no split covariances"):
         manifest.load(index)
 

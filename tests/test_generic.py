@@ -15,11 +15,11 @@ from test_maintain import TINY, save, tiny_network, tiny_tokens
 
 import gradindex
 from demo.prepare import train_tokenizer
-from gradindex import background, manifest
-from gradindex.background import BackgroundQueries, thresholds
 from gradindex.errors import DamagedIndexError
-from gradindex.files import facts_of
 from gradindex.results import GENERIC
+from gradindex.storage import background_file, manifest
+from gradindex.storage.background_file import BackgroundQueries, thresholds
+from gradindex.storage.files import facts_of
 from indexer import background as background_module
 from indexer import build as build_module
 from indexer.fit import choose_sequences
@@ -49,7 +49,7 @@ def built(network, tmp_path_factory):
 
 def queries_of(index):
     facts = manifest.load(index)
-    return background.load(index / manifest.BACKGROUND, facts.background["queries"], 512)
+    return background_file.load(index / manifest.BACKGROUND, facts.background["queries"], 512)
 
 
 def decoded(searcher):
@@ -224,7 +224,7 @@ def test_a_build_killed_after_the_queries_ends_with_the_same_bytes(
     data = save(tmp_path / "a.npy", TOKENS)
     options = {**TINY, "segment_size": 40}
     gradindex.build(network, data, tmp_path / "whole", **options)
-    real = background.save
+    real = background_file.save
 
     def killed(path, queries):
         real(path, queries)
@@ -250,9 +250,9 @@ def queries(built):
 
 
 def test_what_is_written_is_read(queries, tmp_path):
-    facts = background.save(tmp_path / "b.safetensors", queries)
+    facts = background_file.save(tmp_path / "b.safetensors", queries)
     assert facts == facts_of(tmp_path / "b.safetensors")
-    again = background.load(tmp_path / "b.safetensors", 64, 512)
+    again = background_file.load(tmp_path / "b.safetensors", 64, 512)
     for name in ("vectors", "upper", "lower", "ids", "digests"):
         one, other = getattr(queries, name), getattr(again, name)
         assert one.dtype == other.dtype
@@ -277,9 +277,9 @@ def spoiled(queries):
 def test_a_file_of_something_else_is_refused(built, queries, network, tmp_path):
     for wrong in spoiled(queries):
         index = shutil.copytree(built, tmp_path / "index")
-        background.save(index / manifest.BACKGROUND, wrong)
+        background_file.save(index / manifest.BACKGROUND, wrong)
         with pytest.raises(DamagedIndexError, match=r"expected finite .* Copy the index again"):
-            background.load(index / manifest.BACKGROUND, 64, 512)
+            background_file.load(index / manifest.BACKGROUND, 64, 512)
         resign(index)
         found = gradindex.verify(index, model=network)
         assert [one.what for one in found.findings] == [manifest.BACKGROUND]
@@ -299,7 +299,7 @@ def test_queries_of_something_else_are_found_though_signed(built, queries, netwo
     for wrong in (replace(queries, vectors=np.roll(queries.vectors, 1, axis=0)),
                   replace(queries, digests=np.roll(queries.digests, 1, axis=0))):
         index = shutil.copytree(built, tmp_path / "index")
-        background.save(index / manifest.BACKGROUND, wrong)
+        background_file.save(index / manifest.BACKGROUND, wrong)
         resign(index)
         assert gradindex.verify(index, no_model=True).sound
         found = gradindex.verify(index, model=network)

@@ -24,11 +24,11 @@ from test_tfidf import plain_score
 
 import gradindex
 from demo.prepare import train_tokenizer
-from gradindex import manifest, records, tfidf
 from gradindex.cli import main_group
 from gradindex.errors import GradindexError, IndexMismatchError, InputError
-from gradindex.locks import NOTE, only_writer
 from gradindex.progress import Progress
+from gradindex.storage import manifest, records, token_file
+from gradindex.storage.locks import NOTE, only_writer
 from indexer import append as append_module
 from indexer import build as build_module
 from indexer import ingest
@@ -640,7 +640,7 @@ def test_compacting_takes_the_deleted_text_from_the_disk(index, place, tmp_path)
         [token] = set(place["tokenizer"](rare[0]).input_ids)
         facts = manifest.load(index)
         paths = [index / "segments" / one.name / "tokens.npz" for one in facts.segments]
-        return sum(int(tfidf.parse(path.read_bytes(), one.rows, 24, facts.vocabulary,
+        return sum(int(token_file.parse(path.read_bytes(), one.rows, 24, facts.vocabulary,
                                    path)[:, token].sum())
                    for one, path in zip(facts.segments, paths, strict=True))
 
@@ -790,7 +790,7 @@ def test_equal_sequences_are_one_hit_that_names_all_copies(tmp_path):
 def test_sequences_of_equal_tokens_and_another_mask_are_not_equal():
     ids = np.array([1, 2, 3], np.int32)
     mask = np.array([True, True, True])
-    from gradindex.segments import digest_of
+    from gradindex.storage.segments import digest_of
 
     def record(tokens, scored):
         return records.Record(0, tokens, scored, [])

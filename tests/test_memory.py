@@ -14,7 +14,7 @@ import gradindex
 from gradindex.errors import InputError, ResourceError
 from gradindex.memory import Allowance, parse_size
 from gradindex.model import tracked_modules
-from gradindex.records import Part, Record
+from gradindex.storage.records import Part, Record
 from indexer.budget import held_bytes, partitions
 from indexer.fit import FitSettings
 from indexer.measure import batch_bytes

@@ -24,10 +24,11 @@ from test_build import KilledError, files_of
 from test_maintain import TINY, add, each_kill, save, tiny_network, tiny_tokens
 
 import gradindex
-from gradindex import files, gradients, manifest, segments
+from gradindex import gradients
 from gradindex.errors import GradindexError, InputError, ResourceError
 from gradindex.gradients import Splits
 from gradindex.progress import Progress
+from gradindex.storage import files, manifest, segments
 from indexer import background, calibrate
 from indexer import fit as fit_module
 from indexer.fit import FitNotes, choose_sequences, eigenvectors

@@ -13,10 +13,10 @@ from conftest import SMALL, random_network, small_documents
 from test_curvature import records_of
 
 import gradindex
-from gradindex import records
 from gradindex.errors import DamagedIndexError, IndexMismatchError, InputError
 from gradindex.gradients import make_batch
 from gradindex.influence import Preconditioned, exact_scores, precondition, query_coordinates
+from gradindex.storage import records
 from search import cards, render
 from search.controls import Controls, _sizes, settle
 from search.engine import drain

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from gradindex.records import Part, Record
-from gradindex.segments import digest_of, first_equal
+from gradindex.storage.records import Part, Record
+from gradindex.storage.segments import digest_of, first_equal
 
 
 @pytest.mark.parametrize("bits", [1, 3, 60])

@@ -17,9 +17,9 @@ from test_build import files_of
 
 import gradindex
 from gradindex.errors import GradindexError, InputError, ResourceError
-from gradindex.locks import one_of_writers, only_writer
 from gradindex.modules import Module
 from gradindex.progress import Progress
+from gradindex.storage.locks import one_of_writers, only_writer
 from indexer import distribute
 from indexer.budget import SOLVER, held_bytes, partitions
 from indexer.distribute import Shard, Stage, parse_shard

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import scipy.sparse
 
-from gradindex import tfidf
 from gradindex.errors import DamagedIndexError
+from gradindex.storage import token_file
 
 
 def plain_score(query, documents, place):
@@ -23,7 +23,7 @@ def plain_score(query, documents, place):
 
 
 def read(path, rows, vocabulary=10):
-    return tfidf.parse(path.read_bytes(), rows, 12, vocabulary, path)
+    return token_file.parse(path.read_bytes(), rows, 12, vocabulary, path)
 
 
 def test_scores_are_the_papers(tmp_path):
@@ -31,9 +31,9 @@ def test_scores_are_the_papers(tmp_path):
     documents = [random.integers(0, 30, random.integers(1, 12)).astype(np.int32)
                  for _ in range(25)]
     for name, part in (("a", documents[:11]), ("b", documents[11:])):
-        tfidf.write(tmp_path / f"{name}.npz", part, 30)
+        token_file.write(tmp_path / f"{name}.npz", part, 30)
     parts = [read(tmp_path / "a.npz", 11, 30), read(tmp_path / "b.npz", 14, 30)]
-    matrix = tfidf.TokenMatrix(parts, np.ones(25, bool))
+    matrix = token_file.TokenMatrix(parts, np.ones(25, bool))
     query = [3, 3, 7, 29, 0]
     held = [set(document.tolist()) for document in documents]
     expected = [plain_score(query, held, place) for place in range(25)]
@@ -42,13 +42,14 @@ def test_scores_are_the_papers(tmp_path):
     live = np.arange(25) % 3 > 0
     held = [one for one, there in zip(held, live, strict=True) if there]
     expected = [plain_score(query, held, place) for place in range(len(held))]
-    np.testing.assert_allclose(tfidf.TokenMatrix(parts, live).scores(query), expected, rtol=1e-12)
+    found = token_file.TokenMatrix(parts, live).scores(query)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
 def test_files_are_the_same_every_time_and_checked(tmp_path):
     documents = [np.array([4, 4, 1], np.int32), np.array([2], np.int32)]
     for name in ("a", "b"):
-        tfidf.write(tmp_path / f"{name}.npz", documents, 5)
+        token_file.write(tmp_path / f"{name}.npz", documents, 5)
     content = (tmp_path / "a.npz").read_bytes()
     assert content == (tmp_path / "b.npz").read_bytes()
     assert read(tmp_path / "a.npz", 2, 5).toarray().tolist() == [

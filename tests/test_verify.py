@@ -17,10 +17,7 @@ from test_build import KilledError, files_of
 from test_maintain import TINY, add, answer, save, tiny_network, tiny_tokens, unlisted
 
 import gradindex
-from gradindex import manifest, records, segments, tfidf
-from gradindex.checked import SMALL
 from gradindex.cli import main_group
-from gradindex.contents import Contents
 from gradindex.curvature import write_tensors
 from gradindex.errors import (
     DamagedIndexError,
@@ -28,9 +25,12 @@ from gradindex.errors import (
     IndexMismatchError,
     InputError,
 )
-from gradindex.files import facts_of
-from gradindex.locks import only_writer
-from gradindex.vectors import CodeIndex
+from gradindex.storage import manifest, records, segments, token_file
+from gradindex.storage.code_file import CodeIndex
+from gradindex.storage.contents import Contents
+from gradindex.storage.files import facts_of
+from gradindex.storage.integrity import SMALL
+from gradindex.storage.locks import only_writer
 from indexer import append as append_module
 from indexer import verify as verify_module
 from indexer.maintain import remove
@@ -217,7 +217,7 @@ def _ids(rows):
 def _contradiction(index, what):
     inside = index / "segments" / "000001"
     if what == "tokens":
-        tfidf.write(inside / "tokens.npz", [np.array([1, 2])] * 4, 37)
+        token_file.write(inside / "tokens.npz", [np.array([1, 2])] * 4, 37)
     elif what == "scale":
         codes = Contents(index, manifest.load(index)).codes(manifest.load(index).segments[1])
         stored = codes.codes([0, 1, 2, 3]).copy()

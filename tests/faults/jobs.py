@@ -22,10 +22,18 @@ import safetensors.torch
 import scipy.sparse
 
 import gradindex
-from gradindex import background, manifest, records, segments, signed, tfidf, vectors
 from gradindex.curvature import write_tensors
 from gradindex.errors import GradindexError
 from gradindex.model import ModelSource
+from gradindex.storage import (
+    background_file,
+    code_file,
+    manifest,
+    records,
+    sealed_json,
+    segments,
+    token_file,
+)
 from indexer.corpus import Corpus, CorpusSettings
 
 QUESTION = {"prompt": "The apple number", "completion": " 8 grows"}
@@ -153,9 +161,9 @@ def mutated(content: bytes, dice: random.Random) -> bytes:
 
 def fuzz_manifest(content: bytes, folder: Path, dice: random.Random) -> None:
     try:  # rightly signed, or every mutation would end at the digest
-        parsed = signed.parse(content)
-        parsed.pop(signed.KEY, None)
-        content = signed.sign(parsed)
+        parsed = sealed_json.parse(content)
+        parsed.pop(sealed_json.KEY, None)
+        content = sealed_json.sign(parsed)
     except ValueError:
         pass
     (folder / manifest.NAME).write_bytes(content)
@@ -180,9 +188,9 @@ def fuzz_jsonl(content: bytes, folder: Path, dice: random.Random) -> None:
 
 def fuzz_segment(content: bytes, folder: Path, dice: random.Random) -> None:
     try:
-        parsed = signed.parse(content)
-        parsed.pop(signed.KEY, None)
-        content = signed.sign(parsed)
+        parsed = sealed_json.parse(content)
+        parsed.pop(sealed_json.KEY, None)
+        content = sealed_json.sign(parsed)
     except ValueError:
         pass
     segments.parse_facts(content, Path("segment.json"))
@@ -194,12 +202,12 @@ def fuzz_rows(content: bytes, folder: Path, dice: random.Random) -> None:
 
 def fuzz_tokens(content: bytes, folder: Path, dice: random.Random) -> None:
     vocabulary = MODEL["model"].config.vocab_size
-    matrix = tfidf.parse(content, 18, 24, vocabulary, Path("tokens.npz"))
-    tfidf.TokenMatrix([matrix], np.ones(18, bool)).scores([1, 2])
+    matrix = token_file.parse(content, 18, 24, vocabulary, Path("tokens.npz"))
+    token_file.TokenMatrix([matrix], np.ones(18, bool)).scores([1, 2])
 
 
 def fuzz_vectors(content: bytes, folder: Path, dice: random.Random) -> None:
-    codes = vectors.CodeIndex.parse(content, 512, 18, Path("vectors.faiss"))
+    codes = code_file.CodeIndex.parse(content, 512, 18, Path("vectors.faiss"))
     codes.scores(np.ones(512, np.float32))
 
 
@@ -209,8 +217,8 @@ def fuzz_background(content: bytes, folder: Path, dice: random.Random) -> None:
     if dice.random() < 0.8:
         with contextlib.suppress(Exception):  # past its own digest, where it is a file of tensors
             write_tensors(path, safetensors.torch.load_file(path))
-    queries = background.load(path, 52, 512)
-    codes = vectors.CodeIndex(512)
+    queries = background_file.load(path, 52, 512)
+    codes = code_file.CodeIndex(512)
     codes.add(codes.encode(np.ones((3, 512), np.float32)))
     queries.rates(codes, np.zeros((3, 2), np.uint64))
 

@@ -16,8 +16,8 @@ import pytest
 from faults.harness import fresh, inject, needs_strace
 from faults.test_kills import build_arguments
 
-from gradindex import manifest, signed
-from gradindex.files import facts_of
+from gradindex.storage import manifest, sealed_json
+from gradindex.storage.files import facts_of
 
 HOSTILE = (0, 1, -1, 255, 2**31 - 1, 2**31, 2**40, 2**62, 2**63 - 1, -(2**63))
 KINDS = ("bit", "byte", "integer", "cut", "zeros", "junk", "swap")
@@ -146,7 +146,7 @@ def test_hostile_files_under_a_manifest_that_vouches_for_them(faults, index_of_f
     dice = random.Random(3)
     names = [name for name in files_in(index_of_faults) if name != manifest.NAME]
     index = fresh(index_of_faults, tmp_path / "hostile")
-    signed = (index / manifest.NAME).read_bytes()
+    vouched = (index / manifest.NAME).read_bytes()
     kinds = [kind for kind in KINDS if kind != "bit"]
     for name in names:
         path = index / name
@@ -160,7 +160,7 @@ def test_hostile_files_under_a_manifest_that_vouches_for_them(faults, index_of_f
             assert outcome != "crashed", f"{kind} in {name}: {ended}"
             faults.count("hostile files that the manifest vouches for", injected=1,
                          **{"refused" if outcome == "detected" else "answered from": 1})
-            (index / manifest.NAME).write_bytes(signed)
+            (index / manifest.NAME).write_bytes(vouched)
         path.write_bytes(whole)
 
 
@@ -195,7 +195,7 @@ def test_hostile_manifests(faults, index_of_faults, tmp_path):
         for step in path[:-1]:
             inner = inner[step]
         inner[path[-1]] = dice.choice(hostile_values(inner[path[-1]]))
-        (index / manifest.NAME).write_bytes(signed.sign(spoiled))
+        (index / manifest.NAME).write_bytes(sealed_json.sign(spoiled))
         job = dice.choice(["probe", "probe", "info", "verify", "compact", "delete", "append"])
         arguments = {"append": {"data": faults.data, "model": faults.model}, "delete": {"ids": [3]},
                      "verify": {"rebuild": True}}.get(job, {})

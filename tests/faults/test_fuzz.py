@@ -2,7 +2,7 @@
 
 import pytest
 
-from gradindex import manifest, records
+from gradindex.storage import manifest, records
 
 TARGETS = ["manifest", "record", "jsonl", "segment.json", "rows.npy", "tokens.npz", "vectors.faiss",
            "background.safetensors"]

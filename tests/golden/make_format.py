@@ -16,7 +16,7 @@ from conftest import SMALL, random_network, small_documents
 
 import gradindex
 from demo.prepare import train_tokenizer
-from gradindex import manifest
+from gradindex.storage import manifest
 
 OUT = Path(__file__).parent / f"format-{manifest.FORMAT}"
 QUESTION = {"prompt": "The apple number", "completion": " 8 grows"}

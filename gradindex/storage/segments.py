@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 import pydantic
 
-from gradindex import signed
 from gradindex.errors import DamagedIndexError
-from gradindex.files import FileFacts, atomic_write
-from gradindex.records import Record
+from gradindex.storage import sealed_json
+from gradindex.storage.files import FileFacts, atomic_write
+from gradindex.storage.records import Record
 
 FILES = ("records.lmdb", "vectors.faiss", "rows.npy", "tokens.npz", "segment.json")
 NAME = "segment.json"
@@ -55,13 +55,13 @@ def write_facts(folder: Path, facts: SegmentFacts) -> FileFacts:
     """Write segment.json. Raises ResourceError."""
     content = {**asdict(facts), "quarantined": {str(one): why for one, why in
                                                 sorted(facts.quarantined.items())}}
-    return atomic_write(folder / NAME, signed.sign(content))
+    return atomic_write(folder / NAME, sealed_json.sign(content))
 
 
 def parse_facts(content: bytes, where: Path) -> SegmentFacts:
     """What segment.json says. Raises DamagedIndexError."""
     try:
-        return _ADAPTER.validate_json(signed.check(signed.parse(content)))
+        return _ADAPTER.validate_json(sealed_json.check(sealed_json.parse(content)))
     except ValueError as error:
         raise DamagedIndexError(
             f"{where} is not a segment's ({str(error).splitlines()[0][:120]}). Copy the index "

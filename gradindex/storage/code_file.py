@@ -27,7 +27,7 @@ except ImportError as error:
     ) from error
 
 from gradindex.errors import DamagedIndexError
-from gradindex.files import FileFacts, Writer, atomic_write
+from gradindex.storage.files import FileFacts, Writer, atomic_write
 
 _ONE_AT_A_TIME = threading.Lock()  # FAISS's limits are the process's
 UNPACKED_ROWS = 256  # codes unpacked at once: 32 MB at 32,768 bits

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from gradindex import records, segments, tfidf
-from gradindex.checked import CheckedFiles
-from gradindex.manifest import Manifest, Segment
-from gradindex.records import Record
-from gradindex.vectors import CodeIndex
+from gradindex.storage import records, segments, token_file
+from gradindex.storage.code_file import CodeIndex
+from gradindex.storage.integrity import CheckedFiles
+from gradindex.storage.manifest import Manifest, Segment
+from gradindex.storage.records import Record
 
 
 class Contents:
@@ -129,10 +129,10 @@ class Contents:
             found.append(self.codes(self.segments[home]).codes(own))
         return np.concatenate(found)
 
-    def tokens(self, segment: Segment) -> tfidf.Matrix:
+    def tokens(self, segment: Segment) -> token_file.Matrix:
         """Which tokens the sequences of a segment hold, all rows."""
         name = self.file(segment, "tokens.npz")
-        return tfidf.parse(self.files.read(name), segment.rows, self.manifest.sequence_length,
+        return token_file.parse(self.files.read(name), segment.rows, self.manifest.sequence_length,
                            self.manifest.vocabulary, self.root / name)
 
     def facts(self, segment: Segment) -> segments.SegmentFacts:

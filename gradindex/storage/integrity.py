@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 
 from gradindex.errors import DamagedIndexError
-from gradindex.files import FileFacts
+from gradindex.storage.files import FileFacts
 
 SMALL = 1 << 14  # bytes: files up to this size are digested on every opening
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC

@@ -26,7 +26,7 @@ import lmdb.verify
 import numpy as np
 
 from gradindex.errors import DamagedIndexError
-from gradindex.files import BROKEN, FULL, TEMPORARY, FileFacts, adopt, disk_errors
+from gradindex.storage.files import BROKEN, FULL, TEMPORARY, FileFacts, adopt, disk_errors
 
 _HEADER = struct.Struct("<III")
 _KEY = struct.Struct(">I")

@@ -16,8 +16,8 @@ import torch
 
 from gradindex.curvature import read_tensors, write_tensors
 from gradindex.errors import DamagedIndexError
-from gradindex.files import FileFacts
-from gradindex.vectors import CodeIndex
+from gradindex.storage.code_file import CodeIndex
+from gradindex.storage.files import FileFacts
 
 ONE_IN = 100  # sequences reach a query's threshold
 

@@ -20,12 +20,12 @@ import pydantic
 from typing_extensions import TypedDict
 
 import gradindex
-from gradindex import signed
-from gradindex.checked import CheckedFiles, damaged, open_inside
 from gradindex.errors import DamagedIndexError, IndexMismatchError, InputError
-from gradindex.files import FileFacts, atomic_write
 from gradindex.modules import Module
-from gradindex.segments import FILES, ROW
+from gradindex.storage import sealed_json
+from gradindex.storage.files import FileFacts, atomic_write
+from gradindex.storage.integrity import CheckedFiles, damaged, open_inside
+from gradindex.storage.segments import FILES, ROW
 
 FORMAT = 3
 OLDEST = 1  # that is read; 1 had no background queries, 1 and 2 no split covariances
@@ -237,7 +237,7 @@ def exists(index: Path) -> bool:
 
 def digest_of(manifest: Manifest) -> str:
     """The hex SHA-256 that a manifest ends with, which names a state of an index."""
-    return signed.digest_of(_content(manifest))
+    return sealed_json.digest_of(_content(manifest))
 
 
 def _content(manifest: Manifest) -> dict[str, Any]:
@@ -255,7 +255,7 @@ def commit(index: Path, manifest: Manifest) -> None:
 
     Raises ResourceError.
     """
-    atomic_write(index / NAME, signed.sign(_content(replace(manifest, format=FORMAT))))
+    atomic_write(index / NAME, sealed_json.sign(_content(replace(manifest, format=FORMAT))))
 
 
 def load(index: Path) -> Manifest:
@@ -273,7 +273,7 @@ def load(index: Path) -> Manifest:
         raise InputError(f"{index} is no index (there is no manifest.json in it); give the folder "
                          "that `gradindex build -o` wrote.")
     content = _parse(index)
-    if signed.KEY not in content:
+    if sealed_json.KEY not in content:
         raise IndexMismatchError(
             f"{index} was written before format {OLDEST} was settled (its manifest has no digest). "
             "Build the index again: `gradindex build MODEL DATA... -o NEW_INDEX`."
@@ -292,10 +292,10 @@ def load(index: Path) -> Manifest:
 
 def _checked(content: dict[str, Any]) -> bytes:
     """The JSON of a manifest in the newest format. Raises ValueError if it was changed."""
-    checked = signed.check(content)
+    checked = sealed_json.check(content)
     if content["format"] == FORMAT:
         return checked
-    own = signed.parse(checked)
+    own = sealed_json.parse(checked)
     if content["format"] < 2:
         if "background" in own:
             raise ValueError("format 1 has no background queries")
@@ -304,7 +304,7 @@ def _checked(content: dict[str, Any]) -> bytes:
         if "covariance_blocks" in own["plan"]:
             raise ValueError("formats 1 and 2 have no split covariances")
         own["plan"]["covariance_blocks"] = 1
-    return signed.canonical(own)
+    return sealed_json.canonical(own)
 
 
 def _parse(index: Path) -> dict[str, Any]:
@@ -314,7 +314,7 @@ def _parse(index: Path) -> dict[str, Any]:
     if len(raw) > LARGEST:
         raise damaged(index, NAME, f"is larger than {LARGEST:,} bytes")
     try:
-        content = signed.parse(raw)
+        content = sealed_json.parse(raw)
         version = content["format"]
     except (ValueError, KeyError) as error:
         raise damaged(index, NAME, f"can't be read ({str(error)[:200]})") from None

@@ -18,7 +18,7 @@ import numpy as np
 import scipy.sparse
 
 from gradindex.errors import DamagedIndexError
-from gradindex.files import FileFacts, atomic_write
+from gradindex.storage.files import FileFacts, atomic_write
 
 Matrix: TypeAlias = scipy.sparse.csr_matrix  # of bool [sequences, vocabulary]
 
