@@ -20,7 +20,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from gradindex.codes import default_length, default_width
 from gradindex.memory import PLANNED, Allowance
-from gradindex.model import ModelSource, tracked_modules
+from gradindex.model.network import ModelSource, tracked_modules
 from gradindex.modules import Module
 from gradindex.storage.records import Part, Record
 from indexer.budget import Budget, budget, held_bytes

@@ -26,7 +26,7 @@ from benchmarks.fidelity import options
 from benchmarks.workload import Size, Workload, make_workload
 from gradindex.curvature import DAMPING
 from gradindex.gradients import make_batch, plan_batches
-from gradindex.model import UNSCORED
+from gradindex.model.network import UNSCORED
 from gradindex.progress import duration, stderr_progress
 from gradindex.storage.records import Record
 

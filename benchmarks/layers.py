@@ -28,10 +28,16 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gradindex import experts
 from gradindex.blockwise import covariance_shapes
 from gradindex.gradients import Batch, backward, make_batch
-from gradindex.model import EXPERTS, LanguageModel, ModelSource, quiet_transformers, tracked_modules
+from gradindex.model import experts
+from gradindex.model.network import (
+    EXPERTS,
+    LanguageModel,
+    ModelSource,
+    quiet_transformers,
+    tracked_modules,
+)
 from gradindex.modules import Module
 from indexer.fit import add_covariances
 

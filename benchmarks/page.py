@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 import gradindex
-from gradindex import text
+from gradindex.model import tokenise
 from gradindex.results import Hit, Recall, Result
 from search import html, server
 from search.asked import Asked
@@ -74,7 +74,7 @@ def first_hits(searcher: Searcher) -> list[float]:
     times = []
     searcher.index.load()
     for record in searcher.index.records(range(0, len(searcher), len(searcher) // TIMES)):
-        pieces = text.pieces(searcher.index.tokenizer, record.ids.tolist())
+        pieces = tokenise.pieces(searcher.index.tokenizer, record.ids.tolist())
         middle = len(pieces) // 2
         query = searcher.make_query("".join(pieces[:middle]), "".join(pieces[middle:]) or " a")
         stages = searcher.stages([query], Controls())
@@ -95,7 +95,7 @@ def heavy(searcher: Searcher, asked: Asked) -> Result:
     hits = []
     for rank, own in enumerate(ids.tolist(), 1):
         by_layer = random.standard_t(2, (TOKENS, 1)) * random.random((TOKENS, LAYERS)) * 100 / rank
-        pieces = text.pieces(searcher.index.tokenizer, own)
+        pieces = tokenise.pieces(searcher.index.tokenizer, own)
         hits.append(Hit(
             id=rank, influence=float(by_layer.sum()), nats=float(by_layer.sum()) / len(searcher),
             exact=True, code_score=0.0, code_rank=rank, text="".join(pieces), source="train.jsonl",

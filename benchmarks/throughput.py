@@ -27,7 +27,7 @@ from gradindex.codes import Codes, CodeSettings, default_length, default_width
 from gradindex.curvature import Curvature, Ekfac
 from gradindex.gradients import Batch, backward, make_batch
 from gradindex.influence import Influences, Preconditioned, collect, query_coordinates
-from gradindex.model import LanguageModel, ModelSource, tracked_modules
+from gradindex.model.network import LanguageModel, ModelSource, tracked_modules
 from gradindex.modules import Module
 from gradindex.storage.code_file import CodeIndex
 from gradindex.storage.records import Part, Record

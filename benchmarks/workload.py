@@ -19,12 +19,7 @@ from demo.prepare import Settings, new_model, train, train_tokenizer
 from gradindex.curvature import Ekfac
 from gradindex.gradients import backward, gradient, make_batch
 from gradindex.influence import Gradients
-from gradindex.model import (
-    LanguageModel,
-    ModelSource,
-    quiet_transformers,
-    tracked_modules,
-)
+from gradindex.model.network import LanguageModel, ModelSource, quiet_transformers, tracked_modules
 from gradindex.modules import Module
 from gradindex.progress import Progress
 from gradindex.storage.records import Part, Record

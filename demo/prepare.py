@@ -35,9 +35,9 @@ if not __package__:  # run as a script, from anywhere
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from demo.documents import Document, standard_library_documents
-from gradindex.model import quiet_transformers
+from gradindex.model.network import quiet_transformers
+from gradindex.model.tokenise import encode_pair
 from gradindex.progress import Progress, stderr_progress
-from gradindex.text import encode_pair
 
 END = "<|endoftext|>"
 UNSCORED = -100

@@ -10,7 +10,7 @@ from gradindex.codes import Codes, CodeSettings
 from gradindex.curvature import Ekfac, FiledEkfac
 from gradindex.errors import DamagedIndexError, IndexMismatchError, InputError
 from gradindex.memory import Allowance
-from gradindex.model import LanguageModel, ModelSource, check_identity, tokenizer_digest
+from gradindex.model.network import LanguageModel, ModelSource, check_identity, tokenizer_digest
 from gradindex.storage.integrity import CheckedFiles
 from gradindex.storage.manifest import Manifest, curvature_file
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gradindex.errors import InputError, ResourceError
-from gradindex.experts import ExpertMap, pack
-from gradindex.model import UNSCORED, LanguageModel, log_probability
+from gradindex.model.experts import ExpertMap, pack
+from gradindex.model.network import UNSCORED, LanguageModel, log_probability
 from gradindex.modules import Module
 
 Each = Callable[[Module, Tensor, Tensor], None]
@@ -62,7 +62,7 @@ def make_batch(
 ) -> Batch:
     """Pad (ids [n], scored [n]) pairs on the right.
 
-    Any token id serves as padding: a causal model (`trial.py`) keeps real positions from seeing
+    Any token id serves as padding: a causal model (`probe.py`) keeps real positions from seeing
     it, and its output gradients are zero.
     """
     longest = max(len(ids) for ids, _ in sequences)

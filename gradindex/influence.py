@@ -26,7 +26,7 @@ from gradindex.gradients import (
     in_batches,
     make_batch,
 )
-from gradindex.model import LanguageModel
+from gradindex.model.network import LanguageModel
 from gradindex.modules import Module
 from gradindex.storage.records import Record
 

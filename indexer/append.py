@@ -19,7 +19,7 @@ from gradindex.fitted import FittedModel
 from gradindex.gradients import Splits, in_batches, make_batch
 from gradindex.influence import Sizes, collect
 from gradindex.memory import parse_bound
-from gradindex.model import LanguageModel
+from gradindex.model.network import LanguageModel
 from gradindex.progress import Progress
 from gradindex.storage.contents import Contents
 from gradindex.storage.records import Record

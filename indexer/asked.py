@@ -17,7 +17,7 @@ from gradindex.cluster import check_address, load_ray
 from gradindex.codes import default_length
 from gradindex.errors import InputError
 from gradindex.memory import parse_bound
-from gradindex.model import ModelSource, context_length, tokenizer_digest
+from gradindex.model.network import ModelSource, context_length, tokenizer_digest
 from gradindex.progress import Progress
 from gradindex.storage.manifest import MOST_BLOCKS
 from indexer.corpus import Corpus, CorpusSettings

@@ -6,7 +6,7 @@ import numpy as np
 
 from gradindex.codes import Codes
 from gradindex.curvature import Ekfac
-from gradindex.model import LanguageModel
+from gradindex.model.network import LanguageModel
 from gradindex.progress import Progress
 from gradindex.storage.background_file import BackgroundQueries, thresholds
 from gradindex.storage.code_file import CodeIndex

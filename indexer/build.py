@@ -29,7 +29,7 @@ from gradindex.codes import Codes, CodeSettings, default_width
 from gradindex.curvature import Ekfac
 from gradindex.errors import GradindexError, InputError
 from gradindex.memory import Allowance, parse_bound, return_freed
-from gradindex.model import (
+from gradindex.model.network import (
     SMALL_PARTS,
     TRACKABLE,
     LanguageModel,

@@ -21,7 +21,7 @@ from gradindex.influence import (
     query_coordinates,
 )
 from gradindex.memory import Allowance
-from gradindex.model import LanguageModel
+from gradindex.model.network import LanguageModel
 from gradindex.modules import Module
 from gradindex.progress import Progress
 from gradindex.storage.code_file import CodeIndex

@@ -86,7 +86,7 @@ def build(
     Example:
       gradindex build ./my-model train.jsonl -o train.index --id-field url
     """
-    from gradindex.model import quiet_transformers
+    from gradindex.model.network import quiet_transformers
     from gradindex.progress import stderr_progress
     from indexer.build import build as run
     from indexer.estimate import estimate
@@ -118,7 +118,7 @@ def merge(index: Path, **others: Any) -> None:
       gradindex build ./my-model train.jsonl -o train.index --shard 1/2
       wait; gradindex merge train.index
     """
-    from gradindex.model import quiet_transformers
+    from gradindex.model.network import quiet_transformers
     from gradindex.progress import stderr_progress
     from indexer.build import merge as run
 
@@ -144,7 +144,7 @@ def append(index: Path, data: tuple[str, ...], **others: Any) -> None:
     Example:
       gradindex append train.index more.jsonl
     """
-    from gradindex.model import quiet_transformers
+    from gradindex.model.network import quiet_transformers
     from gradindex.progress import stderr_progress
     from indexer.append import append as run
 
@@ -231,7 +231,7 @@ def verify(index: Path, form: str, **others: Any) -> int:
     Example:
       gradindex verify train.index
     """
-    from gradindex.model import quiet_transformers
+    from gradindex.model.network import quiet_transformers
     from gradindex.progress import size, stderr_progress
     from indexer.verify import verify as run
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from gradindex import text
 from gradindex.errors import InputError
+from gradindex.model import tokenise
 from gradindex.storage.records import Part, Record
 from indexer.sources import (
     FORMS,
@@ -99,7 +99,7 @@ class Corpus:
                 "files (.npy)."
             )
         if self.task == "messages":
-            text.check_chat_template(tokenizer, self._fields()["messages"])
+            tokenise.check_chat_template(tokenizer, self._fields()["messages"])
         if settings.pack and self.task != "tokens" and end_token is None:
             raise InputError(
                 "--pack joins documents with the end token, but the tokenizer has none. Use "
@@ -137,7 +137,7 @@ class Corpus:
         assert self.end_token is not None  # as checked above
         for part, tokens in self._documents():
             if tokens.ids[-1] != self.end_token:  # some tokenizers add it by themselves
-                tokens = text.Tokens(
+                tokens = tokenise.Tokens(
                     np.append(tokens.ids, np.int32(self.end_token)),
                     np.append(tokens.scored, tokens.scored[-1]),
                     np.vstack([tokens.spans, tokens.spans[-1:, [1, 1]]]),
@@ -161,7 +161,7 @@ class Corpus:
         else:
             self.skipped.counts["sequence without a scored token"] += 1
 
-    def _documents(self) -> Iterator[tuple[Part, text.Tokens]]:
+    def _documents(self) -> Iterator[tuple[Part, tokenise.Tokens]]:
         for source, row, content in self._rows():
             try:
                 if isinstance(content, BadRowError):
@@ -225,21 +225,22 @@ class Corpus:
             )
         return "text"
 
-    def _tokens(self, content: dict[str, Any]) -> text.Tokens:
+    def _tokens(self, content: dict[str, Any]) -> tokenise.Tokens:
         fields = self._fields()
         if self.task == "tokens":
             ids = content["tokens"].astype(np.int64)
-            return text.Tokens(ids, np.ones(len(ids), bool), np.full((len(ids), 2), -1))
+            return tokenise.Tokens(ids, np.ones(len(ids), bool), np.full((len(ids), 2), -1))
         if self.task == "text":
             document = _string(content, fields["text"])
             if not document.strip():
                 raise BadRowError("empty text")
-            return text.encode(self.tokenizer, document)
+            return tokenise.encode(self.tokenizer, document)
         if self.task == "completion":
             completion = _string(content, fields["completion"])
             if not completion.strip():
                 raise BadRowError("empty completion")
-            return text.encode_pair(self.tokenizer, _string(content, fields["prompt"]), completion)
+            prompt = _string(content, fields["prompt"])
+            return tokenise.encode_pair(self.tokenizer, prompt, completion)
         messages = _value(content, fields["messages"])
         if not isinstance(messages, list) or not all(
             isinstance(message, dict) and isinstance(message.get("content"), str)
@@ -250,12 +251,12 @@ class Corpus:
             raise BadRowError("no assistant message")
         _check_characters(fields["messages"], json.dumps(messages, ensure_ascii=False, default=str))
         try:
-            return text.encode_messages(self.tokenizer, messages)
-        except text.ChatTemplateError as error:
+            return tokenise.encode_messages(self.tokenizer, messages)
+        except tokenise.ChatTemplateError as error:
             reason = f"the chat template refuses the messages ({error.__cause__})"
             raise BadRowError(reason) from None
 
-    def _check(self, tokens: text.Tokens) -> None:
+    def _check(self, tokens: tokenise.Tokens) -> None:
         if not len(tokens.ids):
             raise BadRowError("no token")
         least, most = tokens.ids.min(), tokens.ids.max()

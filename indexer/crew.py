@@ -19,7 +19,7 @@ from gradindex import errors
 from gradindex.cluster import absolute, connect, load_ray
 from gradindex.codes import Codes
 from gradindex.errors import GradindexError, InputError
-from gradindex.model import ModelSource
+from gradindex.model.network import ModelSource
 from gradindex.progress import Progress
 from gradindex.storage.files import disk_errors
 from gradindex.storage.locks import one_of_writers

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gradindex.codes import Codes
 from gradindex.gradients import Splits, backward, in_batches, make_batch, why_not_finite
-from gradindex.model import LanguageModel
+from gradindex.model.network import LanguageModel
 from gradindex.modules import Module
 from gradindex.progress import Progress
 from gradindex.storage import segments, token_file

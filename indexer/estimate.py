@@ -26,7 +26,7 @@ import torch
 from gradindex import curvature
 from gradindex.codes import CodeSettings, default_width
 from gradindex.memory import available
-from gradindex.model import LanguageModel, check_identity, identify, tracked_modules
+from gradindex.model.network import LanguageModel, check_identity, identify, tracked_modules
 from gradindex.modules import Module
 from gradindex.progress import duration, size
 from gradindex.storage import (

@@ -40,7 +40,7 @@ from gradindex.gradients import (
 )
 from gradindex.influence import slices
 from gradindex.memory import Allowance, return_freed
-from gradindex.model import LanguageModel, untracked
+from gradindex.model.network import LanguageModel, untracked
 from gradindex.modules import Module
 from gradindex.progress import Progress
 from gradindex.storage import sealed_json

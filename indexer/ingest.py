@@ -14,7 +14,7 @@ import numpy as np
 
 from gradindex.codes import Codes
 from gradindex.errors import InputError, ResourceError
-from gradindex.model import LanguageModel
+from gradindex.model.network import LanguageModel
 from gradindex.progress import Progress, size
 from gradindex.storage import code_file, records, segments
 from gradindex.storage.files import FileFacts, facts_of, make_folder

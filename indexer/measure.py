@@ -40,7 +40,7 @@ from gradindex.curvature import Curvature, Ekfac
 from gradindex.gradients import Batch, plan_batches
 from gradindex.influence import Preconditioned, exact_scores
 from gradindex.memory import Allowance, forget_most, most, resident, return_freed
-from gradindex.model import LanguageModel
+from gradindex.model.network import LanguageModel
 from gradindex.modules import Module
 from gradindex.storage import token_file
 from gradindex.storage.code_file import UNPACKED_ROWS, CodeIndex, code_bytes

@@ -13,7 +13,7 @@ import torch
 from typing_extensions import TypedDict
 
 from gradindex.errors import DamagedIndexError, InputError
-from gradindex.model import LanguageModel, check_identity, identify
+from gradindex.model.network import LanguageModel, check_identity, identify
 from gradindex.progress import Progress
 from gradindex.storage import manifest, sealed_json
 from gradindex.storage.files import TEMPORARY, atomic_write

@@ -16,7 +16,7 @@ from gradindex.curvature import FiledEkfac
 from gradindex.errors import DamagedIndexError
 from gradindex.fitted import FittedModel
 from gradindex.gradients import Splits, in_batches
-from gradindex.identity import tensors_digest
+from gradindex.model.identity import tensors_digest
 from gradindex.progress import Progress
 from gradindex.storage import background_file, locks, manifest, records, segments
 from gradindex.storage.background_file import BackgroundQueries

@@ -22,7 +22,7 @@ import gradindex
 from gradindex.cluster import absolute
 from gradindex.errors import GradindexError, InputError
 from gradindex.influence import Arrays, Preconditioned
-from gradindex.model import quiet_transformers
+from gradindex.model.network import quiet_transformers
 from gradindex.modules import Module
 from gradindex.progress import duration
 from gradindex.storage import code_file

@@ -16,7 +16,7 @@ from typing import Any
 from gradindex.cluster import LOCAL, connect
 from gradindex.errors import InputError
 from gradindex.memory import parse_bound
-from gradindex.model import LanguageModel
+from gradindex.model.network import LanguageModel
 from gradindex.results import Comparison, Hit, Query, Result
 from gradindex.storage.manifest import Manifest
 from search.controls import Controls, settle

@@ -1,4 +1,4 @@
-"""How often sequences come up for the background queries, see `gradindex/storage/background_file.py`."""
+"""How often sequences come up for the background queries (`storage/background_file.py`)."""
 
 from collections.abc import Sequence
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from gradindex import text
+from gradindex.model import tokenise
 from gradindex.modules import Module
 from gradindex.results import Hit
 from gradindex.storage.records import Record
@@ -21,7 +21,7 @@ def make_hit(
     `code_rank` is −1 where it was named; `query_norm` is ‖q̃‖, `modules` those that count.
     """
     first = record.parts[0]
-    tokens = text.pieces(tokenizer, record.ids.tolist())
+    tokens = tokenise.pieces(tokenizer, record.ids.tolist())
     influence = code_score if exact is None else float(exact.influence[0])
     hit = Hit(
         id=record.id, influence=influence, nats=influence / train_sequences,

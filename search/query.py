@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from gradindex import text
 from gradindex.errors import InputError
-from gradindex.model import UNSCORED, context_length
+from gradindex.model import tokenise
+from gradindex.model.network import UNSCORED, context_length
 from gradindex.modules import numbers_in
 from gradindex.results import Query
 from search.opened import OpenIndex
@@ -125,13 +125,13 @@ def _one_text(
     elif messages is not None:
         query = _chat_query(index, messages)
     elif completion is not None:
-        tokens = text.encode_pair(index.tokenizer, prompt or "", completion)
+        tokens = tokenise.encode_pair(index.tokenizer, prompt or "", completion)
         query = _scored_query(tokens, prompt, completion)
     else:
-        ids = text.encode_pair(index.tokenizer, prompt or "", "").ids.tolist()
+        ids = tokenise.encode_pair(index.tokenizer, prompt or "", "").ids.tolist()
         query = _continued_query(index, ids, prompt)
     _check(query, index.config)
-    query.token_texts = text.pieces(index.tokenizer, query.tokens)
+    query.token_texts = tokenise.pieces(index.tokenizer, query.tokens)
     return query
 
 
@@ -143,20 +143,20 @@ def _whole_numbers(name: str, values: Sequence[int]) -> list[int]:
 
 
 def _chat_query(index: OpenIndex, messages: list[dict[str, Any]]) -> Query:
-    text.check_chat_template(index.tokenizer, "messages")
+    tokenise.check_chat_template(index.tokenizer, "messages")
     if not isinstance(messages, list) or not messages or not all(
         isinstance(message, dict) and {"role", "content"} <= set(message) for message in messages
     ):
         raise InputError("messages must be a list of objects with a role and a content.")
     if messages[-1]["role"] == "assistant":
-        tokens = text.encode_messages(index.tokenizer, messages, last=True)
+        tokens = tokenise.encode_messages(index.tokenizer, messages, last=True)
         return _scored_query(tokens, None, str(messages[-1]["content"]))
-    prompt = text.render_messages(index.tokenizer, messages, answer=True)
-    ids = text.encode_rendered(index.tokenizer, prompt)
+    prompt = tokenise.render_messages(index.tokenizer, messages, answer=True)
+    ids = tokenise.encode_rendered(index.tokenizer, prompt)
     return _continued_query(index, ids, prompt)
 
 
-def _scored_query(tokens: text.Tokens, prompt: str | None, completion: str) -> Query:
+def _scored_query(tokens: tokenise.Tokens, prompt: str | None, completion: str) -> Query:
     labels = np.where(tokens.scored, tokens.ids, UNSCORED)
     query = Query(tokens.ids.tolist(), labels.tolist(), prompt, completion)
     border = len(prompt or "")
@@ -183,7 +183,7 @@ def _continued_query(index: OpenIndex, ids: list[int], prompt: str | None) -> Qu
     own = index.model.continuation(ids, min(CONTINUATION, longest - len(ids)))
     if not own:
         raise InputError("the model ends right after the prompt; give a completion with -c.")
-    continuation = "".join(text.pieces(index.tokenizer, own))
+    continuation = "".join(tokenise.pieces(index.tokenizer, own))
     return Query(ids + own, [UNSCORED] * len(ids) + own, prompt, continuation, generated=True)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from gradindex.curvature import Ekfac
 from gradindex.gradients import Splits, in_batches, make_batch
 from gradindex.influence import Influences, Preconditioned, Sizes, Terms, collect
-from gradindex.model import LanguageModel
+from gradindex.model.network import LanguageModel
 from gradindex.modules import Module
 from gradindex.storage.records import Record
 

@@ -31,8 +31,8 @@ from starlette.responses import (
 )
 from starlette.routing import Route
 
-from gradindex import text
 from gradindex.errors import GradindexError, InputError
+from gradindex.model import tokenise
 from gradindex.results import Comparison, Result
 from gradindex.storage.manifest import model_name
 from gradindex.terminal import visible
@@ -94,11 +94,12 @@ class Site:
             return []
         found = []
         for record in self.searcher.index.records(self.searcher.index.background()[:12]):
-            pieces = text.pieces(self.searcher.index.tokenizer, record.ids.tolist())
+            pieces = tokenise.pieces(self.searcher.index.tokenizer, record.ids.tolist())
             middle = len(pieces) // 2
             prompt = "".join(pieces[max(0, middle - 16) : middle])
             completion = "".join(pieces[middle : middle + 6])
-            if prompt.strip() and completion.strip() and text.UNDECODED not in prompt + completion:
+            if prompt.strip() and completion.strip() and \
+                    tokenise.UNDECODED not in prompt + completion:
                 found.append(Asked(prompt=prompt, completion=completion))
         return found[:EXAMPLES]
 
@@ -291,7 +292,7 @@ class Site:
 
     def _sequence(self, place: int) -> dict[str, Any]:
         record, = self.searcher.index.records([place])
-        pieces = text.pieces(self.searcher.index.tokenizer, record.ids.tolist())
+        pieces = tokenise.pieces(self.searcher.index.tokenizer, record.ids.tolist())
         return {
             "id": record.id, "text": "".join(pieces), "tokens": pieces,
             "token_ids": record.ids.tolist(), "scored": record.scored.tolist(),

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from gradindex import text
 from gradindex.errors import InputError
 from gradindex.influence import Preconditioned
-from gradindex.model import UNSCORED
+from gradindex.model import tokenise
+from gradindex.model.network import UNSCORED
 from gradindex.modules import Module
 from gradindex.progress import Progress
 from gradindex.results import Query
@@ -294,7 +294,7 @@ def listed(index: OpenIndex, places: list[int]) -> list[Listed]:
     """Sequences to be shown."""
     found = []
     for place, record in zip(places, index.records(places), strict=True):
-        whole = "".join(text.pieces(index.tokenizer, record.ids.tolist()))
+        whole = "".join(tokenise.pieces(index.tokenizer, record.ids.tolist()))
         first = record.parts[0]
         found.append(Listed(
             record.id, f"{first.source}:{first.row}", first.user_id, len(record.ids),

@@ -16,7 +16,7 @@ from gradindex.influence import (
     prepare,
     query_coordinates,
 )
-from gradindex.model import UNSCORED
+from gradindex.model.network import UNSCORED
 from gradindex.modules import Module
 from gradindex.results import Query
 from search.controls import Settings

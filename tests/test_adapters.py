@@ -16,8 +16,8 @@ from reference import sequence_gradient
 import gradindex
 from gradindex.errors import IndexMismatchError, InputError
 from gradindex.gradients import backward, gradient, make_batch
-from gradindex.identity import tensors_digest
-from gradindex.model import (
+from gradindex.model.identity import tensors_digest
+from gradindex.model.network import (
     LanguageModel,
     ModelSource,
     files_digest,

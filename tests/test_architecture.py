@@ -12,14 +12,21 @@ import gradindex
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("gradindex", "indexer", "search")
 LAZY = {"gradindex/__init__.py", "gradindex/cli.py"}  # name the other rooms, import them late
-DOORS = {
-    "transformers": {"gradindex/model.py"}, "lmdb": {"gradindex/storage/records.py"},
-    "faiss": {"gradindex/storage/code_file.py"}, "safetensors": {"gradindex/curvature.py"},
-    "pyarrow": {"indexer/sources.py", "search/render.py"}, "jinja2": {"search/html.py"},
-    "starlette": {"search/server.py", "search/guard.py"}, "uvicorn": {"search/serving.py"},
-    "scipy": {"gradindex/storage/token_file.py", "indexer/fit.py"}, "sklearn": {"search/evaluate.py"},
-    "matplotlib": {"search/evaluate.py"}, "peft": set(),
-    "tqdm": {"gradindex/progress.py"}, "ray": {"gradindex/cluster.py"},
+DOORS = {  # library: the files that it enters through
+    "transformers": {"gradindex/model/network.py"},
+    "lmdb": {"gradindex/storage/records.py"},
+    "faiss": {"gradindex/storage/code_file.py"},
+    "safetensors": {"gradindex/curvature.py"},
+    "pyarrow": {"indexer/sources.py", "search/render.py"},
+    "jinja2": {"search/html.py"},
+    "starlette": {"search/guard.py", "search/server.py"},
+    "uvicorn": {"search/serving.py"},
+    "scipy": {"gradindex/storage/token_file.py", "indexer/fit.py"},
+    "sklearn": {"search/evaluate.py"},
+    "matplotlib": {"search/evaluate.py"},
+    "peft": set(),
+    "tqdm": {"gradindex/progress.py"},
+    "ray": {"gradindex/cluster.py"},
 }
 
 

@@ -28,7 +28,7 @@ from gradindex.curvature import Curvature
 from gradindex.errors import InputError
 from gradindex.gradients import backward, make_batch
 from gradindex.influence import Preconditioned, exact_scores, precondition, query_coordinates
-from gradindex.model import tracked_modules
+from gradindex.model.network import tracked_modules
 from gradindex.modules import Module
 from gradindex.progress import Progress
 from indexer.fit import FitSettings, eigenvectors, fit

@@ -16,7 +16,7 @@ import gradindex
 from demo.prepare import train_tokenizer
 from gradindex.errors import GradindexError, IndexMismatchError, InputError, ResourceError
 from gradindex.gradients import make_batch
-from gradindex.model import ModelSource, context_length
+from gradindex.model.network import ModelSource, context_length
 from gradindex.storage import records
 from gradindex.storage.locks import only_writer
 from indexer import asked, ingest
@@ -193,7 +193,7 @@ def test_a_sequence_without_a_gradient_leaves_the_calibration_finite(tmp_path):
 
 def test_memory_that_runs_out_is_said_with_the_remedy(make_model, sequences, monkeypatch):
     from gradindex.gradients import backward
-    from gradindex.model import tracked_modules
+    from gradindex.model.network import tracked_modules
 
     model = make_model("gpt_neox")
     batch = make_batch(sequences, model.device)

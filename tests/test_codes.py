@@ -18,7 +18,7 @@ from gradindex.codes import (
 from gradindex.curvature import Curvature
 from gradindex.errors import DamagedIndexError
 from gradindex.gradients import backward, gradient, make_batch
-from gradindex.model import tracked_modules
+from gradindex.model.network import tracked_modules
 from gradindex.modules import Module
 from gradindex.storage.code_file import CodeIndex, code_bytes, scan
 from gradindex.storage.files import facts_of

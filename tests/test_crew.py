@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from test_build import files_of
 
 import gradindex
-import gradindex.model
+import gradindex.model.network
 from gradindex.errors import GradindexError, InputError
 from gradindex.progress import Progress
 from gradindex.storage.locks import one_of_writers
@@ -333,7 +333,7 @@ def test_an_error_of_a_worker_is_the_builds(cluster, model_folder, data_file, tm
 
 
 def test_what_ray_can_not_do(model_folder, data_file, tmp_path):
-    loaded = gradindex.model.ModelSource(str(model_folder)).load().network
+    loaded = gradindex.model.network.ModelSource(str(model_folder)).load().network
     with pytest.raises(InputError, match="got an object"):
         gradindex.build(loaded, data_file, tmp_path / "index", **SMALL, ray="local")
     with pytest.raises(InputError, match="exclude each other"):

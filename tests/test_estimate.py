@@ -15,7 +15,7 @@ from conftest import SMALL, small_documents
 import gradindex
 from gradindex import cli, curvature
 from gradindex.errors import DamagedIndexError, IndexMismatchError, InputError, ResourceError
-from gradindex.model import ModelSource
+from gradindex.model.network import ModelSource
 from gradindex.modules import Module
 from gradindex.storage import code_file, records, token_file
 from gradindex.storage.records import Part, Record

@@ -11,7 +11,7 @@ from reference import log_likelihood, sequence_gradient
 from gradindex.blockwise import rotated
 from gradindex.errors import InputError
 from gradindex.gradients import apply_inputs, backward, gradient, make_batch, plan_batches
-from gradindex.model import log_probability, sample_labels, tracked_modules
+from gradindex.model.network import log_probability, sample_labels, tracked_modules
 from gradindex.modules import Module
 
 

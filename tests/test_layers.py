@@ -12,13 +12,19 @@ from transformers import AutoModelForCausalLM
 
 import gradindex
 from demo.prepare import train_tokenizer
-from gradindex import experts
 from gradindex.blockwise import covariance_shapes
 from gradindex.errors import InputError
 from gradindex.gradients import backward, gradient, make_batch
-from gradindex.identity import tensors_digest
 from gradindex.influence import Influences, Preconditioned, Terms, collect
-from gradindex.model import LanguageModel, ModelSource, parameter_share, tracked_modules, untracked
+from gradindex.model import experts
+from gradindex.model.identity import tensors_digest
+from gradindex.model.network import (
+    LanguageModel,
+    ModelSource,
+    parameter_share,
+    tracked_modules,
+    untracked,
+)
 from gradindex.modules import Module
 from gradindex.progress import shares, stderr_progress
 from indexer.build import NOTABLE, describe

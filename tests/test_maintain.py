@@ -93,7 +93,7 @@ def add(index, data=None, **options):
 @pytest.fixture(scope="module")
 def place(model_folder):
     """The model of index_folder, loaded once, as arguments."""
-    from gradindex.model import ModelSource
+    from gradindex.model.network import ModelSource
 
     source = ModelSource(str(model_folder))
     return {"model": source.load("cpu").network, "tokenizer": source.load_tokenizer()}

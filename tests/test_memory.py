@@ -13,7 +13,7 @@ from test_search import QUESTION
 import gradindex
 from gradindex.errors import InputError, ResourceError
 from gradindex.memory import Allowance, parse_size
-from gradindex.model import tracked_modules
+from gradindex.model.network import tracked_modules
 from gradindex.storage.records import Part, Record
 from indexer.budget import held_bytes, partitions
 from indexer.fit import FitSettings

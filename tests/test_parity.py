@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import gradindex
 from gradindex.gradients import make_batch
 from gradindex.influence import Preconditioned, precondition, query_coordinates, score
-from gradindex.model import LanguageModel, ModelSource, tracked_modules
+from gradindex.model.network import LanguageModel, ModelSource, tracked_modules
 from gradindex.progress import Progress
 from indexer.fit import FitSettings, fit
 

@@ -7,8 +7,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from gradindex import text
 from gradindex.errors import InputError
+from gradindex.model import tokenise
 
 SENTENCES = ["hello world, the water is cold", "the world is composed of water and fire",
              "yes and no <|user|> <|assistant|> <|end|>", "naïve 😀 中文"]
@@ -82,7 +82,7 @@ def scored_text(tokenizer, tokens):
 
 def test_a_plain_document_scores_every_token_with_the_tokenizers_own_special_tokens():
     tokenizer = byte_tokenizer("<b> $A <e>")
-    tokens = text.encode(tokenizer, "hello world")
+    tokens = tokenise.encode(tokenizer, "hello world")
     assert tokens.ids.tolist() == [1, *plain_ids(tokenizer, "hello world"), 0]
     assert tokens.ids.dtype == np.int32
     assert tokens.scored.tolist() == [True] * 4
@@ -95,7 +95,7 @@ def test_a_plain_document_scores_every_token_with_the_tokenizers_own_special_tok
 ])
 def test_spans_point_to_the_text_of_each_token(string, trim):
     tokenizer = byte_tokenizer("<b> $A <e>", trim)
-    tokens = text.encode(tokenizer, string)
+    tokens = tokenise.encode(tokenizer, string)
     found = [string[start:end] for start, end in tokens.spans[1:-1]]
     assert found == [tokenizer.decode([token]) for token in tokens.ids[1:-1]]
     assert "".join(found) == string
@@ -103,24 +103,24 @@ def test_spans_point_to_the_text_of_each_token(string, trim):
 
 @pytest.mark.parametrize("trim", [False, True])
 def test_tokens_that_share_a_character_share_its_span(trim):
-    tokens = text.encode(byte_tokenizer(trim=trim), "hello\t𝄞é")
+    tokens = tokenise.encode(byte_tokenizer(trim=trim), "hello\t𝄞é")
     assert tokens.spans.tolist() == [[0, 5], [5, 6], *[[6, 7]] * 4, *[[7, 8]] * 2]
 
 
 def test_spans_of_a_tokenizer_that_prepends_a_space():
-    tokens = text.encode(unigram_tokenizer(), "the world is cold")
+    tokens = tokenise.encode(unigram_tokenizer(), "the world is cold")
     found = ["the world is cold"[start:end] for start, end in tokens.spans]
     assert found == ["the", " world", " is", " co", "ld"]
 
 
 def test_an_empty_text_has_no_tokens():
-    tokens = text.encode(byte_tokenizer(), "")
+    tokens = tokenise.encode(byte_tokenizer(), "")
     assert (tokens.ids.tolist(), tokens.scored.tolist(), tokens.spans.tolist()) == ([], [], [])
 
 
 def test_a_tokenizer_without_offsets_is_refused():
     with pytest.raises(InputError, match="gives no character offsets; expected a fast tokenizer"):
-        text.encode(object(), "hello")
+        tokenise.encode(object(), "hello")
 
 
 # ---- prompt and completion
@@ -142,7 +142,7 @@ def test_a_tokenizer_without_offsets_is_refused():
 ])
 def test_only_the_completions_tokens_are_scored(prompt, completion, scored, trim):
     tokenizer = byte_tokenizer("<b> $A <e>", trim)
-    tokens = text.encode_pair(tokenizer, prompt, completion)
+    tokens = tokenise.encode_pair(tokenizer, prompt, completion)
     assert tokens.ids.tolist() == [1, *plain_ids(tokenizer, prompt + completion)]
     assert not tokens.scored[0]
     assert scored_text(tokenizer, tokens) == scored
@@ -151,7 +151,7 @@ def test_only_the_completions_tokens_are_scored(prompt, completion, scored, trim
 
 @pytest.mark.parametrize(("frame", "ids"), [("$A", []), ("$A <e>", []), ("<b> $A <e>", [1])])
 def test_an_empty_pair_is_what_stands_before_a_text(frame, ids):
-    tokens = text.encode_pair(byte_tokenizer(frame), "", "")
+    tokens = tokenise.encode_pair(byte_tokenizer(frame), "", "")
     assert tokens.ids.tolist() == ids
     assert tokens.scored.tolist() == [False] * len(ids)
 
@@ -172,7 +172,7 @@ def test_an_empty_pair_is_what_stands_before_a_text(frame, ids):
 def test_only_the_assistants_tokens_are_scored(template, last, scored, trim):
     tokenizer = byte_tokenizer("<b> $A <e>", trim, template)
     rendered = tokenizer.apply_chat_template(CHAT, tokenize=False)
-    tokens = text.encode_messages(tokenizer, CHAT, last=last)
+    tokens = tokenise.encode_messages(tokenizer, CHAT, last=last)
     assert tokens.ids.tolist() == plain_ids(tokenizer, rendered)
     assert scored_text(tokenizer, tokens) == scored
     pieces = [rendered[start:end] for start, end in tokens.spans]
@@ -188,7 +188,7 @@ def test_marks_mean_what_they_mean_to_transformers(template):
     tokenizer = byte_tokenizer(template=template)
     marked = tokenizer.apply_chat_template(
         CHAT, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-    tokens = text.encode_messages(tokenizer, CHAT)
+    tokens = tokenise.encode_messages(tokenizer, CHAT)
     assert tokens.scored.astype(int).tolist() == marked["assistant_masks"]
     assert tokens.ids.tolist() == marked["input_ids"]
 
@@ -196,7 +196,7 @@ def test_marks_mean_what_they_mean_to_transformers(template):
 @pytest.mark.parametrize("template", [PLAIN_TEMPLATE, "cold " + PLAIN_TEMPLATE])
 def test_an_assistant_that_speaks_first(template):
     tokenizer = byte_tokenizer(template=template)
-    tokens = text.encode_messages(tokenizer, [{"role": "assistant", "content": "yes"}, CHAT[0]])
+    tokens = tokenise.encode_messages(tokenizer, [{"role": "assistant", "content": "yes"}, CHAT[0]])
     assert scored_text(tokenizer, tokens) == "yes<|end|>\n"
 
 
@@ -206,7 +206,7 @@ REWRITING = LOOP.replace("BODY", "{{ m.content if loop.last else 'no' }}") + ANS
 def test_a_template_that_rewrites_earlier_messages_is_refused():
     tokenizer = byte_tokenizer(template=REWRITING)
     with pytest.raises(InputError, match=r"rewrites earlier messages.*generation.*--prompt-field"):
-        text.encode_messages(tokenizer, CHAT)
+        tokenise.encode_messages(tokenizer, CHAT)
 
 
 def test_marks_make_a_rewriting_template_usable():
@@ -214,28 +214,29 @@ def test_marks_make_a_rewriting_template_usable():
         "'no' }}", "'no' }}{% endgeneration %}")
     tokenizer = byte_tokenizer(template=marked)
     chat = [CHAT[1], {"role": "assistant", "content": "cold"}]
-    assert scored_text(tokenizer, text.encode_messages(tokenizer, chat)) == "nocold"
-    assert scored_text(tokenizer, text.encode_messages(tokenizer, chat, last=True)) == "cold"
+    assert scored_text(tokenizer, tokenise.encode_messages(tokenizer, chat)) == "nocold"
+    assert scored_text(tokenizer, tokenise.encode_messages(tokenizer, chat, last=True)) == "cold"
 
 
 def test_messages_that_the_template_refuses():
     tokenizer = byte_tokenizer(template="{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(text.ChatTemplateError, match=r"refuses the messages \(roles must alter"):
-        text.encode_messages(tokenizer, CHAT)
+    refused = r"refuses the messages \(roles must alter"
+    with pytest.raises(tokenise.ChatTemplateError, match=refused):
+        tokenise.encode_messages(tokenizer, CHAT)
 
 
 def test_rendering():
     tokenizer = byte_tokenizer("<b> $A <e>", template=PLAIN_TEMPLATE)
-    rendered = text.render_messages(tokenizer, CHAT[:1], answer=True)
+    rendered = tokenise.render_messages(tokenizer, CHAT[:1], answer=True)
     assert rendered == "<|user|>is water cold<|end|>\n<|assistant|>"
-    assert text.encode_rendered(tokenizer, rendered) == plain_ids(tokenizer, rendered)
-    assert text.render_messages(tokenizer, []) == ""
+    assert tokenise.encode_rendered(tokenizer, rendered) == plain_ids(tokenizer, rendered)
+    assert tokenise.render_messages(tokenizer, []) == ""
 
 
 def test_a_missing_chat_template_names_the_flags():
-    text.check_chat_template(byte_tokenizer(template=PLAIN_TEMPLATE), "chat")
+    tokenise.check_chat_template(byte_tokenizer(template=PLAIN_TEMPLATE), "chat")
     with pytest.raises(InputError, match=r"--messages-field chat.*no chat template.*--text-field"):
-        text.check_chat_template(byte_tokenizer(), "chat")
+        tokenise.check_chat_template(byte_tokenizer(), "chat")
 
 
 # ---- the text of tokens
@@ -246,7 +247,7 @@ def test_a_missing_chat_template_names_the_flags():
 def test_joined_pieces_are_the_decoded_text_whatever_the_ids(kind, seed):
     tokenizer = kind()
     ids = np.random.default_rng(seed).integers(0, len(tokenizer), 40).tolist()
-    found = text.pieces(tokenizer, ids)
+    found = tokenise.pieces(tokenizer, ids)
     assert "".join(found) == tokenizer.decode(ids)
     assert len(found) == len(ids)
 
@@ -259,31 +260,31 @@ def test_joined_pieces_are_the_decoded_text_whatever_the_ids(kind, seed):
 def test_joined_pieces_are_the_decoded_text(kind, string):
     tokenizer = kind()
     ids = tokenizer(string)["input_ids"]
-    assert "".join(text.pieces(tokenizer, ids)) == tokenizer.decode(ids)
+    assert "".join(tokenise.pieces(tokenizer, ids)) == tokenizer.decode(ids)
 
 
 def test_a_split_character_belongs_to_its_last_token():
     tokenizer = byte_tokenizer()
-    assert text.pieces(tokenizer, plain_ids(tokenizer, "hello\t𝄞")) == [
+    assert tokenise.pieces(tokenizer, plain_ids(tokenizer, "hello\t𝄞")) == [
         "hello", "\t", "", "", "", "𝄞"]
     ids = plain_ids(fallback_tokenizer(), "hé")
-    assert text.pieces(fallback_tokenizer(), ids) == ["", "h", "", "é"]
+    assert tokenise.pieces(fallback_tokenizer(), ids) == ["", "h", "", "é"]
 
 
 def test_bytes_that_are_no_text_are_replaced_one_by_one():
     tokenizer = byte_tokenizer()
     lead, rest = plain_ids(tokenizer, "é")
     letter = plain_ids(tokenizer, "q")
-    assert text.pieces(tokenizer, [lead, *letter, rest, lead, lead, rest]) == [
+    assert tokenise.pieces(tokenizer, [lead, *letter, rest, lead, lead, rest]) == [
         "�", "q", "�", "�", "", "é"]
-    assert text.pieces(tokenizer, [rest] * 20) == ["�"] * 20
+    assert tokenise.pieces(tokenizer, [rest] * 20) == ["�"] * 20
 
 
 def test_the_first_space_goes_as_when_decoding():
     tokenizer = unigram_tokenizer()
     ids = tokenizer.convert_tokens_to_ids(["▁the", "▁world", "▁", "▁the", "ld"])
-    assert text.pieces(tokenizer, ids) == ["the", " world", " ", " the", "ld"]
+    assert tokenise.pieces(tokenizer, ids) == ["the", " world", " ", " the", "ld"]
 
 
 def test_pieces_without_a_tokenizer_are_the_ids():
-    assert text.pieces(None, [5, 0]) == ["⟨5⟩", "⟨0⟩"]
+    assert tokenise.pieces(None, [5, 0]) == ["⟨5⟩", "⟨0⟩"]

@@ -1,9 +1,9 @@
 """A segment on disk: a run of sequences, what they were, their codes, and how they were made.
 
     records.lmdb    what each sequence was (`records.py`)
-    vectors.faiss   the codes; row i belongs to record i (`vectors.py`)
+    vectors.faiss   the codes; row i belongs to record i (`code_file.py`)
     rows.npy        each row's id, ‖v‖ and digest of its tokens, see ROW
-    tokens.npz      which tokens each sequence holds (`tfidf.py`)
+    tokens.npz      which tokens each sequence holds (`token_file.py`)
     segment.json    SegmentFacts: written last before the folder gets its final name
 
 While a segment is being made its folder is called NNNNNN.partial and its segment.json says how far

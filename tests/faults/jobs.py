@@ -24,7 +24,7 @@ import scipy.sparse
 import gradindex
 from gradindex.curvature import write_tensors
 from gradindex.errors import GradindexError
-from gradindex.model import ModelSource
+from gradindex.model.network import ModelSource
 from gradindex.storage import (
     background_file,
     code_file,

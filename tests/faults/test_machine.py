@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 
 import gradindex
 from gradindex.errors import InputError
-from gradindex.model import ModelSource
+from gradindex.model.network import ModelSource
 
 QUESTION = {"prompt": "The apple number", "completion": " 3 grows"}
 FIRST = [f"The {FRUIT[n % 8]} number {n} grows by the {PLACES[n % 5]}." for n in range(9)]

@@ -3,7 +3,7 @@
 transformers keeps the weights of all experts of a block in two tensors, [E, o, i] each, and runs
 them in one go. Here the same is computed expert by expert: `open_experts` gives the block a
 submodule for every linear map, without weights of its own, and `forward` runs them. transformers
-calls `forward` where a model's configuration names it (`model.py`).
+calls `forward` where a model's configuration names it (`network.py`).
 """
 
 from typing import Any

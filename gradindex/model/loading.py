@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from gradindex.adapters import CONFIG, WEIGHTS, Adapter
 from gradindex.errors import InputError
+from gradindex.model.adapters import CONFIG, WEIGHTS, Adapter
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64,
           "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from gradindex.adapters import adapter_facts
 from gradindex.errors import ResourceError
+from gradindex.model.adapters import adapter_facts
 from gradindex.storage.files import atomic_write, sha256
 
 

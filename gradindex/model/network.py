@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
-from gradindex import experts
-from gradindex.adapters import (
+from gradindex.errors import IndexMismatchError, InputError
+from gradindex.model import experts
+from gradindex.model.adapters import (
     WEIGHTS,
     Adapter,
     Parts,
@@ -33,12 +34,11 @@ from gradindex.adapters import (
     read_adapter,
     unwrapped,
 )
-from gradindex.errors import IndexMismatchError, InputError
-from gradindex.identity import digest_of_files, tensors_digest
-from gradindex.loading import DTYPES, device_called, dtype_called, readable_errors
+from gradindex.model.identity import digest_of_files, tensors_digest
+from gradindex.model.loading import DTYPES, device_called, dtype_called, readable_errors
+from gradindex.model.probe import called_in_a_pass
+from gradindex.model.quantised import as_dequantised, is_bitsandbytes, quantised_dtype
 from gradindex.modules import Module, choose_modules
-from gradindex.quantised import as_dequantised, is_bitsandbytes, quantised_dtype
-from gradindex.trial import called_in_a_pass
 
 EXPERTS = "gradindex"  # what our way of running fused experts is called in transformers
 ALL_EXPERTS_FUNCTIONS.register(EXPERTS, experts.forward)
