@@ -26,9 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.fidelity import tfidf_scores
 from benchmarks.workload import Size, Workload, make_workload
-from gradindex.codes import Codes, CodeSettings, default_width
-from gradindex.curvature import DAMPING
-from gradindex.gradients import apply_inputs, backward, make_batch, plan_batches
+from gradindex.influence.codes import Codes, CodeSettings, default_width
+from gradindex.influence.curvature import DAMPING
+from gradindex.influence.gradients import apply_inputs, backward, make_batch, plan_batches
 from gradindex.modules import Module
 from gradindex.progress import duration, stderr_progress
 from gradindex.storage.code_file import CodeIndex, code_bytes

@@ -16,10 +16,15 @@ import torch
 from scipy.stats import pearsonr, spearmanr
 
 from benchmarks.workload import Size, Workload, make_workload
-from gradindex import curvature
-from gradindex.curvature import Ekfac
-from gradindex.gradients import make_batch
-from gradindex.influence import Preconditioned, exact_scores, precondition, query_coordinates
+from gradindex.influence import curvature
+from gradindex.influence.curvature import Ekfac
+from gradindex.influence.gradients import make_batch
+from gradindex.influence.queries import (
+    Preconditioned,
+    exact_scores,
+    precondition,
+    query_coordinates,
+)
 from gradindex.progress import Progress, stderr_progress
 from indexer.fit import FitSettings, choose_sequences, eigenvectors, fit
 

@@ -18,7 +18,7 @@ import click
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from gradindex.codes import default_length, default_width
+from gradindex.influence.codes import default_length, default_width
 from gradindex.memory import PLANNED, Allowance
 from gradindex.model.network import ModelSource, tracked_modules
 from gradindex.modules import Module

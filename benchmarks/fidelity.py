@@ -26,10 +26,16 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.workload import PROMPT, Size, Workload, fit_on, make_workload
-from gradindex.codes import Codes, CodeSettings, default_length, default_width, score_error
-from gradindex.curvature import Ekfac
-from gradindex.gradients import apply_inputs, backward, make_batch, plan_batches
-from gradindex.influence import (
+from gradindex.influence.codes import (
+    Codes,
+    CodeSettings,
+    default_length,
+    default_width,
+    score_error,
+)
+from gradindex.influence.curvature import Ekfac
+from gradindex.influence.gradients import apply_inputs, backward, make_batch, plan_batches
+from gradindex.influence.queries import (
     Gradients,
     Influences,
     Preconditioned,

@@ -33,9 +33,9 @@ import numpy as np
 import gradindex
 from demo.documents import standard_library_documents
 from demo.prepare import QUERIES, Settings, prepare
-from gradindex.codes import Codes, CodeSettings, score_error
-from gradindex.gradients import make_batch, plan_batches
-from gradindex.influence import Influences, Preconditioned, collect, precondition
+from gradindex.influence.codes import Codes, CodeSettings, score_error
+from gradindex.influence.gradients import make_batch, plan_batches
+from gradindex.influence.queries import Influences, Preconditioned, collect, precondition
 from gradindex.model.network import quiet_transformers
 from gradindex.progress import Progress, stderr_progress
 from gradindex.results import Query

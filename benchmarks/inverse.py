@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.baselines import BATCH_TOKENS, ByModule, Seen, look, recall, sides_of
 from benchmarks.fidelity import options
 from benchmarks.workload import Size, Workload, make_workload
-from gradindex.curvature import DAMPING
-from gradindex.gradients import make_batch, plan_batches
+from gradindex.influence.curvature import DAMPING
+from gradindex.influence.gradients import make_batch, plan_batches
 from gradindex.model.network import UNSCORED
 from gradindex.progress import duration, stderr_progress
 from gradindex.storage.records import Record

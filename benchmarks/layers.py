@@ -28,8 +28,8 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gradindex.blockwise import covariance_shapes
-from gradindex.gradients import Batch, backward, make_batch
+from gradindex.influence.blockwise import covariance_shapes
+from gradindex.influence.gradients import Batch, backward, make_batch
 from gradindex.model import experts
 from gradindex.model.network import (
     EXPERTS,

@@ -32,10 +32,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.fidelity import tfidf_scores
 from benchmarks.workload import Size, Workload, fit_on, library, query_gradients, record
 from demo.prepare import Settings, new_model, train, train_tokenizer
-from gradindex.codes import Codes, CodeSettings, default_length, default_width
-from gradindex.curvature import DAMPING, Ekfac
-from gradindex.gradients import make_batch
-from gradindex.influence import Gradients, Preconditioned, exact_scores, precondition
+from gradindex.influence.codes import Codes, CodeSettings, default_length, default_width
+from gradindex.influence.curvature import DAMPING, Ekfac
+from gradindex.influence.gradients import make_batch
+from gradindex.influence.queries import Gradients, Preconditioned, exact_scores, precondition
 from gradindex.model import network as door
 from gradindex.modules import Module
 from gradindex.progress import Progress, duration, stderr_progress

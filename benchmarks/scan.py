@@ -20,9 +20,14 @@ import numpy as np
 import torch
 
 from benchmarks.workload import Size, Workload, make_workload
-from gradindex.codes import Codes, CodeSettings, default_width, score_error
-from gradindex.gradients import make_batch
-from gradindex.influence import Preconditioned, exact_scores, precondition, query_coordinates
+from gradindex.influence.codes import Codes, CodeSettings, default_width, score_error
+from gradindex.influence.gradients import make_batch
+from gradindex.influence.queries import (
+    Preconditioned,
+    exact_scores,
+    precondition,
+    query_coordinates,
+)
 from gradindex.progress import stderr_progress
 from gradindex.storage import code_file
 from gradindex.storage.code_file import CodeIndex, code_bytes, scan

@@ -22,11 +22,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from demo.prepare import Settings, new_model
-from gradindex.blockwise import covariance_shapes
-from gradindex.codes import Codes, CodeSettings, default_length, default_width
-from gradindex.curvature import Curvature, Ekfac
-from gradindex.gradients import Batch, backward, make_batch
-from gradindex.influence import Influences, Preconditioned, collect, query_coordinates
+from gradindex.influence.blockwise import covariance_shapes
+from gradindex.influence.codes import Codes, CodeSettings, default_length, default_width
+from gradindex.influence.curvature import Curvature, Ekfac
+from gradindex.influence.gradients import Batch, backward, make_batch
+from gradindex.influence.queries import Influences, Preconditioned, collect, query_coordinates
 from gradindex.model.network import LanguageModel, ModelSource, tracked_modules
 from gradindex.modules import Module
 from gradindex.storage.code_file import CodeIndex

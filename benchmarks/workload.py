@@ -16,9 +16,9 @@ from transformers import GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 from demo.documents import standard_library_documents
 from demo.prepare import Settings, new_model, train, train_tokenizer
-from gradindex.curvature import Ekfac
-from gradindex.gradients import backward, gradient, make_batch
-from gradindex.influence import Gradients
+from gradindex.influence.curvature import Ekfac
+from gradindex.influence.gradients import backward, gradient, make_batch
+from gradindex.influence.queries import Gradients
 from gradindex.model.network import LanguageModel, ModelSource, quiet_transformers, tracked_modules
 from gradindex.modules import Module
 from gradindex.progress import Progress

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 
 import gradindex
-from gradindex.codes import Codes
 from gradindex.errors import InputError
-from gradindex.fitted import FittedModel
-from gradindex.gradients import Splits, in_batches, make_batch
-from gradindex.influence import Sizes, collect
+from gradindex.influence.codes import Codes
+from gradindex.influence.fitted import FittedModel
+from gradindex.influence.gradients import Splits, in_batches, make_batch
+from gradindex.influence.queries import Sizes, collect
 from gradindex.memory import parse_bound
 from gradindex.model.network import LanguageModel
 from gradindex.progress import Progress

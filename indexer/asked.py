@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from gradindex import curvature
 from gradindex.cluster import check_address, load_ray
-from gradindex.codes import default_length
 from gradindex.errors import InputError
+from gradindex.influence import curvature
+from gradindex.influence.codes import default_length
 from gradindex.memory import parse_bound
 from gradindex.model.network import ModelSource, context_length, tokenizer_digest
 from gradindex.progress import Progress

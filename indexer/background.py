@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from gradindex.codes import Codes
-from gradindex.curvature import Ekfac
+from gradindex.influence.codes import Codes
+from gradindex.influence.curvature import Ekfac
 from gradindex.model.network import LanguageModel
 from gradindex.progress import Progress
 from gradindex.storage.background_file import BackgroundQueries, thresholds

@@ -7,8 +7,8 @@ A batch is measured; everything else that a build or a search holds follows from
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gradindex.blockwise import block_rows, square_entries
-from gradindex.curvature import file_entries
+from gradindex.influence.blockwise import block_rows, square_entries
+from gradindex.influence.curvature import file_entries
 from gradindex.modules import Module
 
 LOW_RANK = 32  # of a query's gradient, where all of it doesn't fit

@@ -25,9 +25,9 @@ import numpy as np
 import torch
 
 import gradindex
-from gradindex.codes import Codes, CodeSettings, default_width
-from gradindex.curvature import Ekfac
 from gradindex.errors import GradindexError, InputError
+from gradindex.influence.codes import Codes, CodeSettings, default_width
+from gradindex.influence.curvature import Ekfac
 from gradindex.memory import Allowance, parse_bound, return_freed
 from gradindex.model.network import (
     SMALL_PARTS,

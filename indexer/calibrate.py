@@ -10,16 +10,11 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from gradindex.codes import Codes, score_error
-from gradindex.curvature import Ekfac
 from gradindex.errors import GradindexError
-from gradindex.gradients import make_batch
-from gradindex.influence import (
-    Preconditioned,
-    exact_scores,
-    prepare,
-    query_coordinates,
-)
+from gradindex.influence.codes import Codes, score_error
+from gradindex.influence.curvature import Ekfac
+from gradindex.influence.gradients import make_batch
+from gradindex.influence.queries import Preconditioned, exact_scores, prepare, query_coordinates
 from gradindex.memory import Allowance
 from gradindex.model.network import LanguageModel
 from gradindex.modules import Module

@@ -17,8 +17,8 @@ from typing import Any
 
 from gradindex import errors
 from gradindex.cluster import absolute, connect, load_ray
-from gradindex.codes import Codes
 from gradindex.errors import GradindexError, InputError
+from gradindex.influence.codes import Codes
 from gradindex.model.network import ModelSource
 from gradindex.progress import Progress
 from gradindex.storage.files import disk_errors

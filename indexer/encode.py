@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradindex.codes import Codes
-from gradindex.gradients import Splits, backward, in_batches, make_batch, why_not_finite
+from gradindex.influence.codes import Codes
+from gradindex.influence.gradients import Splits, backward, in_batches, make_batch, why_not_finite
 from gradindex.model.network import LanguageModel
 from gradindex.modules import Module
 from gradindex.progress import Progress

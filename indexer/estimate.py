@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from gradindex import curvature
-from gradindex.codes import CodeSettings, default_width
+from gradindex.influence import curvature
+from gradindex.influence.codes import CodeSettings, default_width
 from gradindex.memory import available
 from gradindex.model.network import LanguageModel, check_identity, identify, tracked_modules
 from gradindex.modules import Module

@@ -26,11 +26,17 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from gradindex import curvature
-from gradindex.blockwise import add_outer, covariance_shapes, rotator, square_blocks, symmetric
-from gradindex.curvature import Curvature, Ekfac, read_tensors, write_tensors
 from gradindex.errors import DamagedIndexError, GradindexError
-from gradindex.gradients import (
+from gradindex.influence import curvature
+from gradindex.influence.blockwise import (
+    add_outer,
+    covariance_shapes,
+    rotator,
+    square_blocks,
+    symmetric,
+)
+from gradindex.influence.curvature import Curvature, Ekfac, read_tensors, write_tensors
+from gradindex.influence.gradients import (
     Batch,
     Splits,
     backward,
@@ -38,7 +44,7 @@ from gradindex.gradients import (
     make_batch,
     why_not_finite,
 )
-from gradindex.influence import slices
+from gradindex.influence.queries import slices
 from gradindex.memory import Allowance, return_freed
 from gradindex.model.network import LanguageModel, untracked
 from gradindex.modules import Module

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from gradindex.codes import Codes
 from gradindex.errors import InputError, ResourceError
+from gradindex.influence.codes import Codes
 from gradindex.model.network import LanguageModel
 from gradindex.progress import Progress, size
 from gradindex.storage import code_file, records, segments

@@ -29,16 +29,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradindex.blockwise import (
-    block_rows,
-    covariance_shapes,
-    identity,
-    square_blocks,
-)
-from gradindex.codes import Codes, CodeSettings
-from gradindex.curvature import Curvature, Ekfac
-from gradindex.gradients import Batch, plan_batches
-from gradindex.influence import Preconditioned, exact_scores
+from gradindex.influence.blockwise import block_rows, covariance_shapes, identity, square_blocks
+from gradindex.influence.codes import Codes, CodeSettings
+from gradindex.influence.curvature import Curvature, Ekfac
+from gradindex.influence.gradients import Batch, plan_batches
+from gradindex.influence.queries import Preconditioned, exact_scores
 from gradindex.memory import Allowance, forget_most, most, resident, return_freed
 from gradindex.model.network import LanguageModel
 from gradindex.modules import Module

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gradindex.curvature import read_metadata, read_tensors, write_tensors
 from gradindex.errors import DamagedIndexError
+from gradindex.influence.curvature import read_metadata, read_tensors, write_tensors
 
 
 @dataclass

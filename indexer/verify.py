@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from gradindex.curvature import FiledEkfac
 from gradindex.errors import DamagedIndexError
-from gradindex.fitted import FittedModel
-from gradindex.gradients import Splits, in_batches
+from gradindex.influence.curvature import FiledEkfac
+from gradindex.influence.fitted import FittedModel
+from gradindex.influence.gradients import Splits, in_batches
 from gradindex.model.identity import tensors_digest
 from gradindex.progress import Progress
 from gradindex.storage import background_file, locks, manifest, records, segments

@@ -21,7 +21,7 @@ import torch
 import gradindex
 from gradindex.cluster import absolute
 from gradindex.errors import GradindexError, InputError
-from gradindex.influence import Arrays, Preconditioned
+from gradindex.influence.queries import Arrays, Preconditioned
 from gradindex.model.network import quiet_transformers
 from gradindex.modules import Module
 from gradindex.progress import duration

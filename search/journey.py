@@ -5,8 +5,8 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from gradindex.codes import score_error
-from gradindex.influence import Preconditioned
+from gradindex.influence.codes import score_error
+from gradindex.influence.queries import Preconditioned
 from gradindex.results import Group, Hit, Recall, Result
 from gradindex.storage.manifest import model_name
 from gradindex.storage.records import Record

@@ -13,8 +13,8 @@ import torch
 
 from gradindex import memory
 from gradindex.errors import DamagedIndexError, GradindexError
-from gradindex.fitted import FittedModel
-from gradindex.influence import Preconditioned
+from gradindex.influence.fitted import FittedModel
+from gradindex.influence.queries import Preconditioned
 from gradindex.storage import background_file, code_file, locks, manifest, token_file
 from gradindex.storage.background_file import BackgroundQueries
 from gradindex.storage.contents import Contents

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gradindex.curvature import Ekfac
-from gradindex.gradients import Splits, in_batches, make_batch
-from gradindex.influence import Influences, Preconditioned, Sizes, Terms, collect
+from gradindex.influence.curvature import Ekfac
+from gradindex.influence.gradients import Splits, in_batches, make_batch
+from gradindex.influence.queries import Influences, Preconditioned, Sizes, Terms, collect
 from gradindex.model.network import LanguageModel
 from gradindex.modules import Module
 from gradindex.storage.records import Record

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from gradindex.errors import InputError
-from gradindex.influence import Preconditioned
+from gradindex.influence.queries import Preconditioned
 from gradindex.model import tokenise
 from gradindex.model.network import UNSCORED
 from gradindex.modules import Module

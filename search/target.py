@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from gradindex.errors import InputError
-from gradindex.gradients import Splits, in_batches, make_batch
-from gradindex.influence import (
+from gradindex.influence.gradients import Splits, in_batches, make_batch
+from gradindex.influence.queries import (
     Gradients,
     Preconditioned,
     precondition,

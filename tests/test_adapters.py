@@ -15,7 +15,7 @@ from reference import sequence_gradient
 
 import gradindex
 from gradindex.errors import IndexMismatchError, InputError
-from gradindex.gradients import backward, gradient, make_batch
+from gradindex.influence.gradients import backward, gradient, make_batch
 from gradindex.model.identity import tensors_digest
 from gradindex.model.network import (
     LanguageModel,

@@ -16,7 +16,7 @@ DOORS = {  # library: the files that it enters through
     "transformers": {"gradindex/model/network.py"},
     "lmdb": {"gradindex/storage/records.py"},
     "faiss": {"gradindex/storage/code_file.py"},
-    "safetensors": {"gradindex/curvature.py"},
+    "safetensors": {"gradindex/influence/curvature.py"},
     "pyarrow": {"indexer/sources.py", "search/render.py"},
     "jinja2": {"search/html.py"},
     "starlette": {"search/guard.py", "search/server.py"},

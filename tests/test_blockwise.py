@@ -11,7 +11,8 @@ from test_curvature import records_of
 from test_search import QUESTION
 
 import gradindex
-from gradindex.blockwise import (
+from gradindex.errors import InputError
+from gradindex.influence.blockwise import (
     add_outer,
     enter,
     identity,
@@ -23,11 +24,15 @@ from gradindex.blockwise import (
     square_entries,
     symmetric,
 )
-from gradindex.codes import Codes, CodeSettings
-from gradindex.curvature import Curvature
-from gradindex.errors import InputError
-from gradindex.gradients import backward, make_batch
-from gradindex.influence import Preconditioned, exact_scores, precondition, query_coordinates
+from gradindex.influence.codes import Codes, CodeSettings
+from gradindex.influence.curvature import Curvature
+from gradindex.influence.gradients import backward, make_batch
+from gradindex.influence.queries import (
+    Preconditioned,
+    exact_scores,
+    precondition,
+    query_coordinates,
+)
 from gradindex.model.network import tracked_modules
 from gradindex.modules import Module
 from gradindex.progress import Progress
@@ -56,7 +61,7 @@ def random_blocks(n, rows):
 @pytest.mark.parametrize("strip", [2, 256])
 def test_products_with_blocks_are_those_with_the_whole_matrix(rows, strip, monkeypatch):
     torch.manual_seed(rows)
-    monkeypatch.setattr("gradindex.blockwise.STRIP", strip)
+    monkeypatch.setattr("gradindex.influence.blockwise.STRIP", strip)
     q = random_blocks(7, rows)
     whole = dense(q)
     assert torch.equal(dense(identity(7, rows, q)), torch.eye(7, dtype=torch.float64))

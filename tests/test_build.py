@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import gradindex
 from demo.prepare import train_tokenizer
 from gradindex.errors import GradindexError, IndexMismatchError, InputError, ResourceError
-from gradindex.gradients import make_batch
+from gradindex.influence.gradients import make_batch
 from gradindex.model.network import ModelSource, context_length
 from gradindex.storage import records
 from gradindex.storage.locks import only_writer
@@ -192,7 +192,7 @@ def test_a_sequence_without_a_gradient_leaves_the_calibration_finite(tmp_path):
 
 
 def test_memory_that_runs_out_is_said_with_the_remedy(make_model, sequences, monkeypatch):
-    from gradindex.gradients import backward
+    from gradindex.influence.gradients import backward
     from gradindex.model.network import tracked_modules
 
     model = make_model("gpt_neox")

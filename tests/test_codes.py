@@ -6,7 +6,8 @@ import pytest
 import torch
 from test_curvature import fitted
 
-from gradindex.codes import (
+from gradindex.errors import DamagedIndexError
+from gradindex.influence.codes import (
     Codes,
     CodeSettings,
     default_length,
@@ -15,9 +16,8 @@ from gradindex.codes import (
     score_error,
     whitening,
 )
-from gradindex.curvature import Curvature
-from gradindex.errors import DamagedIndexError
-from gradindex.gradients import backward, gradient, make_batch
+from gradindex.influence.curvature import Curvature
+from gradindex.influence.gradients import backward, gradient, make_batch
 from gradindex.model.network import tracked_modules
 from gradindex.modules import Module
 from gradindex.storage.code_file import CodeIndex, code_bytes, scan

@@ -10,8 +10,13 @@ from test_search import QUESTION, codes_of
 
 import gradindex
 from gradindex.errors import InputError
-from gradindex.gradients import make_batch
-from gradindex.influence import Preconditioned, exact_scores, precondition, query_coordinates
+from gradindex.influence.gradients import make_batch
+from gradindex.influence.queries import (
+    Preconditioned,
+    exact_scores,
+    precondition,
+    query_coordinates,
+)
 from gradindex.modules import numbers_in
 from search import evaluate, render
 from search.batch import ResultsFile, make_queries, read_queries

@@ -13,8 +13,9 @@ import torch
 from conftest import SMALL, small_documents
 
 import gradindex
-from gradindex import cli, curvature
+from gradindex import cli
 from gradindex.errors import DamagedIndexError, IndexMismatchError, InputError, ResourceError
+from gradindex.influence import curvature
 from gradindex.model.network import ModelSource
 from gradindex.modules import Module
 from gradindex.storage import code_file, records, token_file
@@ -69,7 +70,7 @@ def test_the_counts_are_the_builds(found, index_folder):
 
 def test_the_most_on_the_disk_while_it_is_fitted(model_folder, data_file, tmp_path, monkeypatch):
     """Looked at before and after every file is written, whose temporary copy lies beside it."""
-    import gradindex.curvature as files
+    import gradindex.influence.curvature as files
 
     out, most = tmp_path / "index", 0
     real = files.atomic_write

@@ -8,9 +8,9 @@ import torch
 from conftest import labels_of
 from reference import log_likelihood, sequence_gradient
 
-from gradindex.blockwise import rotated
 from gradindex.errors import InputError
-from gradindex.gradients import apply_inputs, backward, gradient, make_batch, plan_batches
+from gradindex.influence.blockwise import rotated
+from gradindex.influence.gradients import apply_inputs, backward, gradient, make_batch, plan_batches
 from gradindex.model.network import log_probability, sample_labels, tracked_modules
 from gradindex.modules import Module
 

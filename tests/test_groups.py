@@ -14,8 +14,8 @@ from test_search import QUESTION, codes_of
 
 import gradindex
 from gradindex.cli import main_group
-from gradindex.codes import score_error
 from gradindex.errors import InputError
+from gradindex.influence.codes import score_error
 from gradindex.terminal import visible
 from search import cards
 from search.controls import Controls, settle

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM
 
 import gradindex
 from demo.prepare import train_tokenizer
-from gradindex.blockwise import covariance_shapes
 from gradindex.errors import InputError
-from gradindex.gradients import backward, gradient, make_batch
-from gradindex.influence import Influences, Preconditioned, Terms, collect
+from gradindex.influence.blockwise import covariance_shapes
+from gradindex.influence.gradients import backward, gradient, make_batch
+from gradindex.influence.queries import Influences, Preconditioned, Terms, collect
 from gradindex.model import experts
 from gradindex.model.identity import tensors_digest
 from gradindex.model.network import (

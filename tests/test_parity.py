@@ -16,8 +16,8 @@ from test_curvature import records_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import gradindex
-from gradindex.gradients import make_batch
-from gradindex.influence import Preconditioned, precondition, query_coordinates, score
+from gradindex.influence.gradients import make_batch
+from gradindex.influence.queries import Preconditioned, precondition, query_coordinates, score
 from gradindex.model.network import LanguageModel, ModelSource, tracked_modules
 from gradindex.progress import Progress
 from indexer.fit import FitSettings, fit

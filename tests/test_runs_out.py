@@ -24,9 +24,9 @@ from test_build import KilledError, files_of
 from test_maintain import TINY, add, each_kill, save, tiny_network, tiny_tokens
 
 import gradindex
-from gradindex import gradients
 from gradindex.errors import GradindexError, InputError, ResourceError
-from gradindex.gradients import Splits
+from gradindex.influence import gradients
+from gradindex.influence.gradients import Splits
 from gradindex.progress import Progress
 from gradindex.storage import files, manifest, segments
 from indexer import background, calibrate

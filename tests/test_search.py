@@ -14,8 +14,13 @@ from test_curvature import records_of
 
 import gradindex
 from gradindex.errors import DamagedIndexError, IndexMismatchError, InputError
-from gradindex.gradients import make_batch
-from gradindex.influence import Preconditioned, exact_scores, precondition, query_coordinates
+from gradindex.influence.gradients import make_batch
+from gradindex.influence.queries import (
+    Preconditioned,
+    exact_scores,
+    precondition,
+    query_coordinates,
+)
 from gradindex.storage import records
 from search import cards, render
 from search.controls import Controls, _sizes, settle

@@ -18,13 +18,13 @@ from test_maintain import TINY, add, answer, save, tiny_network, tiny_tokens, un
 
 import gradindex
 from gradindex.cli import main_group
-from gradindex.curvature import write_tensors
 from gradindex.errors import (
     DamagedIndexError,
     GradindexError,
     IndexMismatchError,
     InputError,
 )
+from gradindex.influence.curvature import write_tensors
 from gradindex.storage import manifest, records, segments, token_file
 from gradindex.storage.code_file import CodeIndex
 from gradindex.storage.contents import Contents

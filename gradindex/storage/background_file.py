@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gradindex.curvature import read_tensors, write_tensors
 from gradindex.errors import DamagedIndexError
+from gradindex.influence.curvature import read_tensors, write_tensors
 from gradindex.storage.code_file import CodeIndex
 from gradindex.storage.files import FileFacts
 

@@ -22,8 +22,8 @@ import safetensors.torch
 import scipy.sparse
 
 import gradindex
-from gradindex.curvature import write_tensors
 from gradindex.errors import GradindexError
+from gradindex.influence.curvature import write_tensors
 from gradindex.model.network import ModelSource
 from gradindex.storage import (
     background_file,

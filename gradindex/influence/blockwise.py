@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from gradindex.gradients import gradient
+from gradindex.influence.gradients import gradient
 from gradindex.modules import Module
 
 STRIP = 192  # rows of a covariance that are added to at once

@@ -29,9 +29,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradindex.blockwise import right_transposed
-from gradindex.curvature import Curvature, Ekfac
-from gradindex.gradients import apply_inputs
+from gradindex.influence.blockwise import right_transposed
+from gradindex.influence.curvature import Curvature, Ekfac
+from gradindex.influence.gradients import apply_inputs
 from gradindex.modules import Module
 
 

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradindex.blockwise import rotated, rotator
-from gradindex.codes import Codes
-from gradindex.curvature import Ekfac
-from gradindex.gradients import (
+from gradindex.influence.blockwise import rotated, rotator
+from gradindex.influence.codes import Codes
+from gradindex.influence.curvature import Ekfac
+from gradindex.influence.gradients import (
     Batch,
     Splits,
     apply_inputs,

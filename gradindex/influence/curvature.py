@@ -20,8 +20,8 @@ import safetensors
 import torch
 from torch import Tensor
 
-from gradindex.blockwise import block_rows, enter, leave, square_entries
 from gradindex.errors import DamagedIndexError
+from gradindex.influence.blockwise import block_rows, enter, leave, square_entries
 from gradindex.modules import Module
 from gradindex.storage.files import FileFacts, Writer, atomic_write
 

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gradindex import curvature as ekfac_files
-from gradindex.codes import Codes, CodeSettings
-from gradindex.curvature import Ekfac, FiledEkfac
 from gradindex.errors import DamagedIndexError, IndexMismatchError, InputError
+from gradindex.influence import curvature as ekfac_files
+from gradindex.influence.codes import Codes, CodeSettings
+from gradindex.influence.curvature import Ekfac, FiledEkfac
 from gradindex.memory import Allowance
 from gradindex.model.network import LanguageModel, ModelSource, check_identity, tokenizer_digest
 from gradindex.storage.integrity import CheckedFiles

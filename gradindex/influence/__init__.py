@@ -1,0 +1,1 @@
+"""The mathematics: gradients of sequences, their curvature, codes and exact influence."""
