@@ -26,7 +26,7 @@ from gradindex.influence.queries import (
     query_coordinates,
 )
 from gradindex.progress import Progress, stderr_progress
-from indexer.fit import FitSettings, choose_sequences, eigenvectors, fit
+from indexer.fit.schedule import FitSettings, choose_sequences, eigenvectors, fit
 
 
 def scores(work: Workload, ekfac: Ekfac) -> np.ndarray:

@@ -23,9 +23,9 @@ from gradindex.memory import PLANNED, Allowance
 from gradindex.model.network import ModelSource, tracked_modules
 from gradindex.modules import Module
 from gradindex.storage.records import Part, Record
-from indexer.budget import Budget, budget, held_bytes
-from indexer.fit import FitSettings
-from indexer.measure import batch_bytes
+from indexer.dry_run.measure import batch_bytes
+from indexer.fit.budget import Budget, budget, held_bytes
+from indexer.fit.schedule import FitSettings
 
 LENGTH = 512  # tokens a sequence
 ROOMS = (24, 80, 141)  # GB

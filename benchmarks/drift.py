@@ -15,7 +15,7 @@ from pathlib import Path
 
 import gradindex
 from gradindex.storage import manifest
-from indexer.append import Drift
+from indexer.upkeep.append import Drift
 
 BASE, EACH, REPEATS = 1500, 256, 4
 

@@ -49,7 +49,7 @@ from gradindex.progress import Progress, duration, stderr_progress
 from gradindex.storage.code_file import CodeIndex, code_bytes
 from gradindex.storage.records import Record
 from indexer.calibrate import calibrate
-from indexer.fit import choose_sequences
+from indexer.fit.schedule import choose_sequences
 from search.ranking import CodeRanking
 from search.recall import estimated_recall
 from search.shortlist import Shortlist, longer

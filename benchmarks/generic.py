@@ -30,7 +30,7 @@ from gradindex.results import GENERIC
 from gradindex.storage.background_file import BackgroundQueries, thresholds
 from indexer.background import make_background
 from indexer.calibrate import as_query
-from indexer.ingest import Run
+from indexer.read.ingest import Run
 from search.engine import Searcher
 from search.generic import all_rates
 from search.opened import OpenIndex

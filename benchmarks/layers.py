@@ -39,7 +39,7 @@ from gradindex.model.network import (
     tracked_modules,
 )
 from gradindex.modules import Module
-from indexer.fit import add_covariances
+from indexer.fit.schedule import add_covariances
 
 MIXTURE = dict(vocab_size=4096, hidden_size=256, intermediate_size=512, num_hidden_layers=4,
                num_attention_heads=4, num_key_value_heads=4, num_experts=16, num_experts_per_tok=2)

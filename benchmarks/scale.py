@@ -20,7 +20,7 @@ from benchmarks.throughput import VOCABULARY, Bench, alternate
 from demo.prepare import Settings
 from gradindex.memory import forget_most, most, resident, return_freed
 from gradindex.storage.code_file import CodeIndex, code_bytes, scan
-from indexer.fit import eigenvectors
+from indexer.fit.schedule import eigenvectors
 
 WIDTHS = (96, 192, 384, 768)
 LENGTHS = (64, 128, 256, 512)

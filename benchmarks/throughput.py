@@ -32,7 +32,7 @@ from gradindex.modules import Module
 from gradindex.storage.code_file import CodeIndex
 from gradindex.storage.records import Part, Record
 from indexer.encode import encode_batch
-from indexer.fit import add_covariances, add_eigenvalues, eigenvectors, fit_batch
+from indexer.fit.schedule import add_covariances, add_eigenvalues, eigenvectors, fit_batch
 
 VOCABULARY = 4096
 

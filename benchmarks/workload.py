@@ -23,7 +23,7 @@ from gradindex.model.network import LanguageModel, ModelSource, quiet_transforme
 from gradindex.modules import Module
 from gradindex.progress import Progress
 from gradindex.storage.records import Part, Record
-from indexer.fit import FitSettings, choose_sequences, fit
+from indexer.fit.schedule import FitSettings, choose_sequences, fit
 
 PROMPT, COMPLETION = 64, 32
 

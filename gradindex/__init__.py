@@ -20,28 +20,28 @@ if TYPE_CHECKING:
         ResourceError,
     )
     from gradindex.results import Group, Hit, Query, Recall, Result
-    from indexer.append import append
     from indexer.build import build, merge
-    from indexer.estimate import Estimate, estimate
-    from indexer.maintain import compact, delete
-    from indexer.verify import verify
+    from indexer.dry_run.estimate import Estimate, estimate
+    from indexer.upkeep.append import append
+    from indexer.upkeep.commit import compact, delete
+    from indexer.upkeep.verify import verify
     from search.engine import Searcher, open
     from search.render import render_html
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "append": "indexer.append", "build": "indexer.build", "compact": "indexer.maintain",
-    "delete": "indexer.maintain", "estimate": "indexer.estimate",
-    "Estimate": "indexer.estimate", "merge": "indexer.build", "verify": "indexer.verify",
-    "open": "search.engine", "Searcher": "search.engine",
-    "render_html": "search.render",
-    "Query": "gradindex.results", "Group": "gradindex.results", "Hit": "gradindex.results",
-    "Recall": "gradindex.results", "Result": "gradindex.results",
-    "GradindexError": "gradindex.errors", "InputError": "gradindex.errors",
-    "IndexMismatchError": "gradindex.errors", "DamagedIndexError": "gradindex.errors",
-    "ResourceError": "gradindex.errors",
-}
+_HOMES = {name: home for home, names in {
+    "gradindex.errors": ("DamagedIndexError", "GradindexError", "IndexMismatchError", "InputError",
+                         "ResourceError"),
+    "gradindex.results": ("Group", "Hit", "Query", "Recall", "Result"),
+    "indexer.build": ("build", "merge"),
+    "indexer.dry_run.estimate": ("Estimate", "estimate"),
+    "indexer.upkeep.append": ("append",),
+    "indexer.upkeep.commit": ("compact", "delete"),
+    "indexer.upkeep.verify": ("verify",),
+    "search.engine": ("Searcher", "open"),
+    "search.render": ("render_html",),
+}.items() for name in names}
 
 __all__ = [
     "DamagedIndexError", "Estimate", "GradindexError", "Group", "Hit", "IndexMismatchError",

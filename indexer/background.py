@@ -12,7 +12,7 @@ from gradindex.storage.background_file import BackgroundQueries, thresholds
 from gradindex.storage.code_file import CodeIndex
 from gradindex.storage.segments import digest_of
 from indexer.calibrate import prepare_query
-from indexer.fit import Read, choose_sequences
+from indexer.fit.schedule import Read, choose_sequences
 
 QUERIES = 64
 LARGEST_SAMPLE = 1 << 20  # sequences whose scores are held at once: 256 MiB

@@ -8,8 +8,8 @@
     manifest.json                  the index exists; build.json goes
 
 The same command run again goes on where the last one stopped; a different one is refused. Several
-processes can share the fit and the encoding (`distribute.py`); `merge` does what comes after. Step
-1, what is asked for, is in `asked.py`.
+processes can share the fit and the encoding (`shards.py`); `merge` does what comes after. Step
+1, what is asked for, is in `build_request.py`.
 """
 
 import contextlib
@@ -56,22 +56,15 @@ from gradindex.storage.manifest import (
     Plan,
 )
 from gradindex.storage.records import Record
-from indexer import ingest
-from indexer.asked import Asked, anywhere, ask, loaded, takes_arguments_of
 from indexer.background import make_background
-from indexer.budget import disk_bytes, held_bytes, partitions
+from indexer.build_request import Asked, anywhere, ask, loaded, takes_arguments_of
 from indexer.calibrate import calibrate
-from indexer.distribute import OVER_RAY, Shard, Share, Stage
-from indexer.fit import (
-    AHEAD,
-    LARGEST_BLOCK,
-    FitNotes,
-    FitSettings,
-    choose_sequences,
-    fit,
-)
-from indexer.ingest import Run
-from indexer.measure import batch_bytes
+from indexer.dry_run.measure import batch_bytes
+from indexer.fit.budget import disk_bytes, held_bytes, partitions
+from indexer.fit.schedule import AHEAD, LARGEST_BLOCK, FitNotes, FitSettings, choose_sequences, fit
+from indexer.read import ingest
+from indexer.read.ingest import Run
+from indexer.shards import OVER_RAY, Shard, Share, Stage
 from indexer.state import BUILD, State
 
 if TYPE_CHECKING:
@@ -248,7 +241,7 @@ def _build(index: Path, asked: Asked, state: State, say: Progress) -> _Fitted:
     with contextlib.ExitStack() as until_here:
         share: Share = asked.shard
         if asked.ray is not None:
-            from indexer.crew import Crew, Job
+            from indexer.ray_build import Crew, Job
 
             share = until_here.enter_context(Crew(asked.ray, asked.ray_workers, Job.of(asked), say))
 

@@ -22,7 +22,7 @@ from gradindex.progress import Progress
 from gradindex.storage.code_file import CodeIndex
 from gradindex.storage.manifest import Calibration
 from gradindex.storage.records import Record, second_half
-from indexer.fit import Read, choose_sequences
+from indexer.fit.schedule import Read, choose_sequences
 
 QUERIES = 16
 SAMPLE = 128

@@ -89,7 +89,7 @@ def build(
     from gradindex.model.network import quiet_transformers
     from gradindex.progress import stderr_progress
     from indexer.build import build as run
-    from indexer.estimate import estimate
+    from indexer.dry_run.estimate import estimate
 
     quiet_transformers()
     names = tuple(name.strip() for name in (keep_fields or "").split(",") if name.strip())
@@ -146,7 +146,7 @@ def append(index: Path, data: tuple[str, ...], **others: Any) -> None:
     """
     from gradindex.model.network import quiet_transformers
     from gradindex.progress import stderr_progress
-    from indexer.append import append as run
+    from indexer.upkeep.append import append as run
 
     quiet_transformers()
     run(index, list(data) or None, progress=stderr_progress(), **others)
@@ -170,8 +170,8 @@ def delete(index: Path, ids: str | None, user_ids: str | None, names: tuple[str,
       echo 4711 | gradindex delete train.index --ids -
     """
     from gradindex.progress import stderr_progress
-    from indexer.maintain import delete as run
-    from indexer.maintain import remove
+    from indexer.upkeep.commit import delete as run
+    from indexer.upkeep.commit import remove
 
     progress = stderr_progress()
     if bool(names) + (ids is not None or user_ids is not None) != 1:
@@ -208,7 +208,7 @@ def compact(index: Path) -> None:
       gradindex compact train.index
     """
     from gradindex.progress import stderr_progress
-    from indexer.maintain import compact as run
+    from indexer.upkeep.commit import compact as run
 
     run(index, stderr_progress())
 
@@ -233,7 +233,7 @@ def verify(index: Path, form: str, **others: Any) -> int:
     """
     from gradindex.model.network import quiet_transformers
     from gradindex.progress import size, stderr_progress
-    from indexer.verify import verify as run
+    from indexer.upkeep.verify import verify as run
 
     quiet_transformers()
     found = run(index, progress=stderr_progress(), **others)

@@ -17,11 +17,11 @@ DOORS = {  # library: the files that it enters through
     "lmdb": {"gradindex/storage/records.py"},
     "faiss": {"gradindex/storage/code_file.py"},
     "safetensors": {"gradindex/influence/curvature.py"},
-    "pyarrow": {"indexer/sources.py", "search/render.py"},
+    "pyarrow": {"indexer/read/sources.py", "search/render.py"},
     "jinja2": {"search/html.py"},
     "starlette": {"search/guard.py", "search/server.py"},
     "uvicorn": {"search/serving.py"},
-    "scipy": {"gradindex/storage/token_file.py", "indexer/fit.py"},
+    "scipy": {"gradindex/storage/token_file.py", "indexer/fit/schedule.py"},
     "sklearn": {"search/evaluate.py"},
     "matplotlib": {"search/evaluate.py"},
     "peft": set(),
@@ -86,7 +86,7 @@ def test_no_unsafe_readers():
     ("import gradindex", ("torch", "faiss", "transformers", "numpy", "click")),
     ("import gradindex.cli, sys; sys.argv = ['gradindex', '--help']; gradindex.cli._run()",
      ("torch", "faiss", "transformers", "numpy", "pyarrow")),
-    ("import search.engine, search.serving, indexer.crew", ("ray",)),
+    ("import search.engine, search.serving, indexer.ray_build", ("ray",)),
 ])
 def test_what_is_not_imported(statement, absent):
     code = f"{statement}\nimport sys\nprint([m for m in {absent!r} if m in sys.modules])"

@@ -36,7 +36,7 @@ from gradindex.influence.queries import (
 from gradindex.model.network import tracked_modules
 from gradindex.modules import Module
 from gradindex.progress import Progress
-from indexer.fit import FitSettings, eigenvectors, fit
+from indexer.fit.schedule import FitSettings, eigenvectors, fit
 
 
 def dense(matrix):

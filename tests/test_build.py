@@ -19,8 +19,9 @@ from gradindex.influence.gradients import make_batch
 from gradindex.model.network import ModelSource, context_length
 from gradindex.storage import records
 from gradindex.storage.locks import only_writer
-from indexer import asked, ingest
 from indexer import build as build_module
+from indexer import build_request
+from indexer.read import ingest
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -283,7 +284,7 @@ def test_a_disk_too_small_is_found_before_the_fit(model_folder, data_file, tmp_p
 def test_default_sequence_length_is_the_context_at_most_512(context, expected):
     config = random_network("gpt_neox", max_position_embeddings=context).config
     assert context_length(config) == context
-    assert asked._sequence_length(None, config, []) == expected
+    assert build_request._sequence_length(None, config, []) == expected
 
 
 LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 3,
@@ -346,8 +347,8 @@ def test_default_plan(model_folder, data_file, index_folder):
         "device")} == {
         "pack": False, "modules": "mlp", "fit_sequences": 4096, "fit_labels": "model",
         "damping": 0.1, "seed": 0, "limit": None, "dtype": "float32", "device": "cpu"}
-    assert asked._code_length(None, 512) == 131072
-    assert asked._code_length(None, 16) == 16384
+    assert build_request._code_length(None, 512) == 131072
+    assert build_request._code_length(None, 16) == 16384
     assert index.manifest.fit["sequences"] == len(index)  # all, where there are fewer than 4,096
     assert index.manifest.train_sequences is None and index.manifest.task == "text"
 

@@ -13,9 +13,9 @@ import pytest
 from test_text import CHAT, MARKED_TEMPLATE, PLAIN_TEMPLATE, REWRITING, byte_tokenizer, plain_ids
 
 from gradindex.errors import InputError
-from indexer import sources
-from indexer.corpus import Corpus, CorpusSettings
-from indexer.sources import token_file_width
+from indexer.read import sources
+from indexer.read.corpus import Corpus, CorpusSettings
+from indexer.read.sources import token_file_width
 
 END = 0
 VOCABULARY = 340

@@ -21,12 +21,12 @@ import gradindex.model.network
 from gradindex.errors import GradindexError, InputError
 from gradindex.progress import Progress
 from gradindex.storage.locks import one_of_writers
-from indexer import crew
-from indexer.asked import ask
+from indexer import ray_build
 from indexer.build import prepare
-from indexer.crew import Crew, Job, Receipt, _Worker
-from indexer.distribute import OVER_RAY, Shard, Stage
-from indexer.fit import Fit
+from indexer.build_request import ask
+from indexer.fit.schedule import Fit
+from indexer.ray_build import Crew, Job, Receipt, _Worker
+from indexer.shards import OVER_RAY, Shard, Stage
 from indexer.state import State
 
 ray = pytest.importorskip("ray")
@@ -172,7 +172,7 @@ def test_a_worker_out_of_reach_is_ended_before_another_does_its_unit(
 
 def test_what_is_waited_for(cluster, alone, model_folder, data_file, tmp_path, monkeypatch):
     """A worker that has no place in the cluster, and one that loads."""
-    monkeypatch.setattr(crew, "PATIENCE", 0.2)
+    monkeypatch.setattr(ray_build, "PATIENCE", 0.2)
     out = tmp_path / "index"
     out.mkdir()
     free = threading.Event()
@@ -202,7 +202,7 @@ def test_an_error_of_the_folder_is_tried_again(
     cluster, alone, model_folder, data_file, begun, monkeypatch
 ):
     """Such as a shared file system has for a moment; in the end it is said."""
-    monkeypatch.setattr(crew, "PAUSE", 0.1)
+    monkeypatch.setattr(ray_build, "PAUSE", 0.1)
     [first] = begun.glob("curvature.partial/covariance-*.safetensors")
     odd = first.with_suffix(".000001.safetensors")
     odd.mkdir()

@@ -31,14 +31,8 @@ from gradindex.modules import Module
 from gradindex.progress import Progress, stderr_progress
 from gradindex.storage.files import facts_of
 from gradindex.storage.records import Part, Record
-from indexer.budget import held_bytes
-from indexer.fit import (
-    FitSettings,
-    choose_sequences,
-    eigenvectors,
-    fit,
-    uniforms,
-)
+from indexer.fit.budget import held_bytes
+from indexer.fit.schedule import FitSettings, choose_sequences, eigenvectors, fit, uniforms
 
 
 def records_of(sequences):

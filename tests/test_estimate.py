@@ -21,10 +21,10 @@ from gradindex.modules import Module
 from gradindex.storage import code_file, records, token_file
 from gradindex.storage.records import Part, Record
 from indexer import build as build_module
-from indexer import estimate as estimate_module
-from indexer.budget import disk_bytes
-from indexer.measure import Speed, Work, _fit_speed
-from indexer.sources import Source, count_rows
+from indexer.dry_run import estimate as estimate_module
+from indexer.dry_run.measure import Speed, Work, _fit_speed
+from indexer.fit.budget import disk_bytes
+from indexer.read.sources import Source, count_rows
 
 
 def files_of(folder: Path) -> dict[str, int]:

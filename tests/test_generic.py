@@ -22,7 +22,7 @@ from gradindex.storage.background_file import BackgroundQueries, thresholds
 from gradindex.storage.files import facts_of
 from indexer import background as background_module
 from indexer import build as build_module
-from indexer.fit import choose_sequences
+from indexer.fit.schedule import choose_sequences
 from search.controls import Controls
 from search.describe import describe, summary
 from search.generic import all_rates

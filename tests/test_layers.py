@@ -28,7 +28,7 @@ from gradindex.model.network import (
 from gradindex.modules import Module
 from gradindex.progress import shares, stderr_progress
 from indexer.build import NOTABLE, describe
-from indexer.fit import add_covariances
+from indexer.fit.schedule import add_covariances
 from search.describe import describe as info
 from search.describe import summary
 

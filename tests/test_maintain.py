@@ -29,12 +29,12 @@ from gradindex.errors import GradindexError, IndexMismatchError, InputError
 from gradindex.progress import Progress
 from gradindex.storage import manifest, records, token_file
 from gradindex.storage.locks import NOTE, only_writer
-from indexer import append as append_module
 from indexer import build as build_module
-from indexer import ingest
-from indexer.fit import uniforms
-from indexer.maintain import Deleted, remove
+from indexer.fit.schedule import uniforms
+from indexer.read import ingest
 from indexer.state import APPEND
+from indexer.upkeep import append as append_module
+from indexer.upkeep.commit import Deleted, remove
 from search.controls import Controls
 from search.evaluate import evaluate
 

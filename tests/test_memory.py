@@ -15,9 +15,9 @@ from gradindex.errors import InputError, ResourceError
 from gradindex.memory import Allowance, parse_size
 from gradindex.model.network import tracked_modules
 from gradindex.storage.records import Part, Record
-from indexer.budget import held_bytes, partitions
-from indexer.fit import FitSettings
-from indexer.measure import batch_bytes
+from indexer.dry_run.measure import batch_bytes
+from indexer.fit.budget import held_bytes, partitions
+from indexer.fit.schedule import FitSettings
 from search import target
 from search.controls import Controls, settle
 
@@ -57,7 +57,7 @@ def test_a_build_in_little_memory_gives_the_same_bytes(
                         max_memory=index.model.bytes + held - 1)
     monkeypatch.setattr("indexer.build.batch_bytes", lambda *_: 0)  # it differs from run to run
     made = []
-    monkeypatch.setattr("indexer.fit.partitions",
+    monkeypatch.setattr("indexer.fit.schedule.partitions",
                         lambda *asked: made.append(partitions(*asked)) or made[-1])
     gradindex.build(str(model_folder), data_file, tmp_path / "index", **SMALL,
                     max_memory=index.model.bytes + held)
@@ -78,7 +78,7 @@ def test_a_dry_run_plans_the_partitions_of_the_build(
 ):
     monkeypatch.setattr("indexer.build.batch_bytes", lambda *_: 0)  # it differs from run to run
     made = []
-    monkeypatch.setattr("indexer.fit.partitions",
+    monkeypatch.setattr("indexer.fit.schedule.partitions",
                         lambda *asked: made.append(partitions(*asked)) or made[-1])
     index = gradindex.open(index_folder)
     modules = index.manifest.modules

@@ -20,7 +20,7 @@ from gradindex.influence.gradients import make_batch
 from gradindex.influence.queries import Preconditioned, precondition, query_coordinates, score
 from gradindex.model.network import LanguageModel, ModelSource, tracked_modules
 from gradindex.progress import Progress
-from indexer.fit import FitSettings, fit
+from indexer.fit.schedule import FitSettings, fit
 
 GOLDEN = Path(__file__).parent / "golden" / "kronfluence.safetensors"
 # GPT-NeoX rounds its rotary angles to float32, and in eager attention its softmax too.

@@ -30,8 +30,8 @@ from gradindex.influence.gradients import Splits
 from gradindex.progress import Progress
 from gradindex.storage import files, manifest, segments
 from indexer import background, calibrate
-from indexer import fit as fit_module
-from indexer.fit import FitNotes, choose_sequences, eigenvectors
+from indexer.fit import schedule as fit_module
+from indexer.fit.schedule import FitNotes, choose_sequences, eigenvectors
 from search.describe import describe, summary
 
 QUESTION = {"token_ids": [3, 1, 4, 1, 5]}

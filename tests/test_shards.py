@@ -20,16 +20,16 @@ from gradindex.errors import GradindexError, InputError, ResourceError
 from gradindex.modules import Module
 from gradindex.progress import Progress
 from gradindex.storage.locks import one_of_writers, only_writer
-from indexer import distribute
-from indexer.budget import SOLVER, held_bytes, partitions
-from indexer.distribute import Shard, Stage, parse_shard
+from indexer import shards
+from indexer.fit.budget import SOLVER, held_bytes, partitions
+from indexer.fit.sums import Block, BlockNotes, Sums
+from indexer.shards import Shard, Stage, parse_shard
 from indexer.state import State
-from indexer.sums import Block, BlockNotes, Sums
 
 
 @pytest.fixture(autouse=True)
 def short_naps(monkeypatch):
-    monkeypatch.setattr(distribute, "POLL", 0.01)
+    monkeypatch.setattr(shards, "POLL", 0.01)
 
 
 def share(model_folder, data_file, out, of, **changes):
@@ -39,10 +39,10 @@ def share(model_folder, data_file, out, of, **changes):
                                shard=f"{number}/{of}", wait=60)
 
     with ThreadPoolExecutor(of) as pool:
-        shards = [pool.submit(one, number) for number in range(of)]
-    for shard in sorted(shards, key=lambda shard: "in vain" in str(shard.exception())):
+        waited = [pool.submit(one, number) for number in range(of)]
+    for shard in sorted(waited, key=lambda shard: "in vain" in str(shard.exception())):
         shard.result()  # raises what one failed on before that others waited for it
-    return [shard.result() for shard in shards]
+    return [shard.result() for shard in waited]
 
 
 @pytest.mark.parametrize("of", [2, 3])
@@ -80,7 +80,7 @@ def test_one_process_finishes_what_shards_began(model_folder, data_file, index_f
 
 def test_no_shard_runs_far_ahead(model_folder, data_file, index_folder, tmp_path, monkeypatch):
     """Blocks wait on the disk for the first shard: at most AHEAD of each of the others."""
-    monkeypatch.setattr("indexer.fit.AHEAD", 1)
+    monkeypatch.setattr("indexer.fit.schedule.AHEAD", 1)
     out = tmp_path / "index"
     for shard, said in (("0/2", "shard 1 of 2"), ("1/2", "shard 0 of 2: covariance")):
         with pytest.raises(GradindexError, match=f"in vain for {said}"):

@@ -31,9 +31,9 @@ from gradindex.storage.contents import Contents
 from gradindex.storage.files import facts_of
 from gradindex.storage.integrity import SMALL
 from gradindex.storage.locks import only_writer
-from indexer import append as append_module
-from indexer import verify as verify_module
-from indexer.maintain import remove
+from indexer.upkeep import append as append_module
+from indexer.upkeep import verify as verify_module
+from indexer.upkeep.commit import remove
 from search import render
 from search.describe import describe
 

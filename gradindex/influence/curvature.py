@@ -4,7 +4,7 @@ For a module with inputs a and output gradients d (George et al. 2018; Grosse et
 A = E_t[a aᵀ] = Q_A · Q_Aᵀ,  S = E_t[d dᵀ] = Q_S · Q_Sᵀ,  Λ = E_m[(Q_Sᵀ G_m Q_A)²], per sequence.
 (G+λI)⁻¹ V = Q_S [(Q_Sᵀ V Q_A) / (Λ+λ)] Q_Aᵀ  (eq. 21), λ = factor · mean(Λ) for each module.
 Large A and S may be split in blocks (`blockwise.py`).
-`indexer/fit.py` estimates them; here they are kept and applied.
+`indexer/fit` estimates them; here they are kept and applied.
 """
 
 import contextlib

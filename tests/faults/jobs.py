@@ -34,7 +34,7 @@ from gradindex.storage import (
     segments,
     token_file,
 )
-from indexer.corpus import Corpus, CorpusSettings
+from indexer.read.corpus import Corpus, CorpusSettings
 
 QUESTION = {"prompt": "The apple number", "completion": " 8 grows"}
 MODEL: dict[str, Any] = {}  # the loaded model of `load`, shared by forked children

@@ -10,7 +10,7 @@ by numbers keyed by (seed, step, sequence id): nothing depends on batching.
 Sums are taken within blocks of sequences and added up in order (`sums.py`), so a kill costs one
 block and the resumed fit ends with the same bytes. Where not all modules' matrices fit in memory,
 partitions of the modules are fitted one after the other, each in passes of its own. Several
-processes can share the blocks and the eigenvectors (`distribute.py`). What had to be done otherwise
+processes can share the blocks and the eigenvectors (`shards.py`). What had to be done otherwise
 on the way (a batch halved because memory ran out, a sequence or a module left out) is noted in
 fit.json, before it is tried.
 """
@@ -53,10 +53,10 @@ from gradindex.storage import sealed_json
 from gradindex.storage.files import FileFacts, atomic_write, facts_of, make_folder, rename_folder
 from gradindex.storage.integrity import CheckedFiles
 from gradindex.storage.records import Record
-from indexer.budget import held_bytes, partitions
-from indexer.distribute import Shard, Share, Stage
-from indexer.quarantine import SHARE, check_quarantine
-from indexer.sums import Block, BlockNotes, Sums
+from indexer.fit.budget import held_bytes, partitions
+from indexer.fit.quarantine import SHARE, check_quarantine
+from indexer.fit.sums import Block, BlockNotes, Sums
+from indexer.shards import Shard, Share, Stage
 
 LARGEST_BLOCK = 256  # sequences
 NOTES = "fit.json"

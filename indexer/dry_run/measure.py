@@ -40,16 +40,10 @@ from gradindex.modules import Module
 from gradindex.storage import token_file
 from gradindex.storage.code_file import UNPACKED_ROWS, CodeIndex, code_bytes
 from gradindex.storage.records import Record
-from indexer.budget import (
-    FitMoments,
-    curvature_bytes,
-    held_bytes,
-    partitions,
-    projection_bytes,
-)
 from indexer.calibrate import QUERIES, prepare_query, stacked_queries
 from indexer.encode import encode_batch
-from indexer.fit import (
+from indexer.fit.budget import FitMoments, curvature_bytes, held_bytes, partitions, projection_bytes
+from indexer.fit.schedule import (
     FitSettings,
     add_covariances,
     add_eigenvalues,

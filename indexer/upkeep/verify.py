@@ -29,9 +29,9 @@ from gradindex.storage.segments import PARTIAL, SegmentFacts
 from indexer.background import unit
 from indexer.calibrate import exact_influence, prepare_query
 from indexer.encode import encode_batch, encode_segment
-from indexer.fit import choose_sequences
-from indexer.ingest import sealed_files
-from indexer.maintain import commit, refuse_unfinished, writing
+from indexer.fit.schedule import choose_sequences
+from indexer.read.ingest import sealed_files
+from indexer.upkeep.commit import commit, refuse_unfinished, writing
 
 SAMPLE = 64  # sequences encoded again
 AGAIN = 8  # background queries made again

@@ -24,7 +24,7 @@ from gradindex.storage.locks import free_of_readers, only_writer
 from gradindex.storage.manifest import Manifest, Segment, segment_files, segment_folder
 from gradindex.storage.segments import PARTIAL, SegmentFacts
 from indexer.encode import seal
-from indexer.ingest import remove_any, remove_unsealed, sealed_files
+from indexer.read.ingest import remove_any, remove_unsealed, sealed_files
 from indexer.state import APPEND, BUILD, unfinished_append
 
 

@@ -23,11 +23,12 @@ from gradindex.model.network import ModelSource
 from gradindex.progress import Progress
 from gradindex.storage.files import disk_errors
 from gradindex.storage.locks import one_of_writers
-from indexer import build, ingest
-from indexer.asked import Asked
+from indexer import build
 from indexer.build import Prepared
-from indexer.distribute import OVER_RAY, Shard, Stage
-from indexer.fit import Fit, fitted
+from indexer.build_request import Asked
+from indexer.fit.schedule import Fit, fitted
+from indexer.read import ingest
+from indexer.shards import OVER_RAY, Shard, Stage
 from indexer.state import State
 
 TRIES = 4  # of a unit that fails, or to have a worker there

@@ -40,16 +40,16 @@ from gradindex.storage import (
 )
 from gradindex.storage.integrity import refuse_links
 from gradindex.storage.records import Record
-from indexer import ingest
-from indexer.asked import Asked, ask, takes_arguments_of
 from indexer.background import QUERIES as BACKGROUND
-from indexer.budget import budget
 from indexer.build import allow, describe
+from indexer.build_request import Asked, ask, takes_arguments_of
 from indexer.calibrate import QUERIES, SAMPLE
-from indexer.corpus import Corpus
-from indexer.fit import LARGEST_BLOCK, FitSettings, choose_sequences
-from indexer.measure import WRITING, Bench, Memory, Work, gpu_available, hashing
-from indexer.sources import count_rows
+from indexer.dry_run.measure import WRITING, Bench, Memory, Work, gpu_available, hashing
+from indexer.fit.budget import budget
+from indexer.fit.schedule import LARGEST_BLOCK, FitSettings, choose_sequences
+from indexer.read import ingest
+from indexer.read.corpus import Corpus
+from indexer.read.sources import count_rows
 from indexer.state import State
 
 READING = 30.0  # seconds; data that take longer are read in part

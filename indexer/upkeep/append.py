@@ -23,14 +23,14 @@ from gradindex.model.network import LanguageModel
 from gradindex.progress import Progress
 from gradindex.storage.contents import Contents
 from gradindex.storage.records import Record
-from indexer import ingest
-from indexer.asked import check_numbers, open_corpus
-from indexer.corpus import CorpusSettings
-from indexer.fit import choose_sequences, uniforms
-from indexer.ingest import Run
-from indexer.maintain import commit, writing
-from indexer.quarantine import SHARE
+from indexer.build_request import check_numbers, open_corpus
+from indexer.fit.quarantine import SHARE
+from indexer.fit.schedule import choose_sequences, uniforms
+from indexer.read import ingest
+from indexer.read.corpus import CorpusSettings
+from indexer.read.ingest import Run
 from indexer.state import APPEND, State, finished_append
+from indexer.upkeep.commit import commit, writing
 
 if TYPE_CHECKING:
     from gradindex import Searcher

@@ -20,7 +20,7 @@ import numpy as np
 from gradindex.errors import InputError
 from gradindex.model import tokenise
 from gradindex.storage.records import Part, Record
-from indexer.sources import (
+from indexer.read.sources import (
     FORMS,
     BadRowError,
     Row,

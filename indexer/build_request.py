@@ -20,10 +20,10 @@ from gradindex.memory import parse_bound
 from gradindex.model.network import ModelSource, context_length, tokenizer_digest
 from gradindex.progress import Progress
 from gradindex.storage.manifest import MOST_BLOCKS
-from indexer.corpus import Corpus, CorpusSettings
-from indexer.distribute import Shard, parse_shard
-from indexer.quarantine import SHARE
-from indexer.sources import token_file_width
+from indexer.fit.quarantine import SHARE
+from indexer.read.corpus import Corpus, CorpusSettings
+from indexer.read.sources import token_file_width
+from indexer.shards import Shard, parse_shard
 
 LONGEST_DEFAULT = 512  # tokens, where the model's context is longer
 

@@ -22,10 +22,10 @@ from gradindex.storage.integrity import CheckedFiles
 from gradindex.storage.manifest import Segment, segment_folder
 from gradindex.storage.records import Record
 from gradindex.storage.segments import PARTIAL, SegmentFacts
-from indexer.corpus import Corpus
-from indexer.distribute import Shard, Share
 from indexer.encode import encode_segment
-from indexer.quarantine import check_quarantine
+from indexer.fit.quarantine import check_quarantine
+from indexer.read.corpus import Corpus
+from indexer.shards import Shard, Share
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""What a build will take, measured before it is begun."""

@@ -1,0 +1,1 @@
+"""The curvature of a model, fitted block by block, by one process or many."""

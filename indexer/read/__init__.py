@@ -1,0 +1,1 @@
+"""The data on their way in: files, documents, sequences, records."""
