@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 
 import gradindex
+from gradindex.influence.exact import Rescorer
 from gradindex.progress import stderr_progress
-from search.controls import Controls, settle
-from search.rescore import Rescorer
-from search.survey import QUERIES, TOP, Scores, own_queries
-from search.tail import fit_tail, half, half_interval
-from search.target import make_targets
+from search.ask.controls import Controls, settle
+from search.rank.query_gradient import make_targets
+from search.study.survey import QUERIES, TOP, Scores, own_queries
+from search.study.tail import fit_tail, half, half_interval
 
 SAMPLES, DRAWS = (256, 512, 1024, 2048), 10
 

@@ -50,9 +50,9 @@ from gradindex.storage.code_file import CodeIndex, code_bytes
 from gradindex.storage.records import Record
 from indexer.calibrate import calibrate
 from indexer.fit.schedule import choose_sequences
-from search.ranking import CodeRanking
-from search.recall import estimated_recall
-from search.shortlist import Shortlist, longer
+from search.rank.ranking import CodeRanking
+from search.rank.recall import estimated_recall
+from search.rank.shortlist import Shortlist, longer
 
 LENGTHS = (4096, 8192, 16384, 32768, 65536)
 COORDINATES = (4096, 16384, 65536)

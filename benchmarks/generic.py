@@ -32,8 +32,8 @@ from indexer.background import make_background
 from indexer.calibrate import as_query
 from indexer.read.ingest import Run
 from search.engine import Searcher
-from search.generic import all_rates
-from search.opened import OpenIndex
+from search.rank.generic_rate import all_rates
+from search.rank.snapshot import OpenIndex
 
 TOP = 10  # hits of a held-out query
 ODD = 16  # odd sequences of each kind

@@ -42,11 +42,11 @@ from gradindex.results import Query
 from gradindex.storage.code_file import CodeIndex, code_bytes
 from gradindex.storage.records import Record
 from search.engine import Searcher
-from search.groups import Grouping, chosen_signs, make_grouping, read_grouping
-from search.ranking import CodeRanking
-from search.recall import inclusion_probability
-from search.shortlist import Shortlist
-from search.target import coordinates_of
+from search.rank.groups import Grouping, chosen_signs, make_grouping, read_grouping
+from search.rank.query_gradient import coordinates_of
+from search.rank.ranking import CodeRanking
+from search.rank.recall import inclusion_probability
+from search.rank.shortlist import Shortlist
 
 SEEDS = (0, 1, 2)
 COUNT = 32  # queries

@@ -18,11 +18,12 @@ import numpy as np
 import gradindex
 from gradindex.model import tokenise
 from gradindex.results import Hit, Recall, Result
-from search import html, server
-from search.asked import Asked
-from search.controls import Controls
+from search.ask.controls import Controls
 from search.engine import Searcher
-from search.jobs import Job, Jobs
+from search.serve import server
+from search.serve.jobs import Job, Jobs
+from search.serve.request import Asked
+from search.show import html
 
 HITS, TOKENS, LAYERS = 50, 512, 12
 TIMES = 7

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 import gradindex
 from demo.prepare import QUERIES
-from search import serving
+from search.serve import serving
 
 WIDTH, HEIGHT = 1240, 1250
 COLUMNS = 104

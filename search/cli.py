@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from gradindex import Searcher
     from gradindex.progress import Progress
     from gradindex.results import Result
-    from search.batch import QueryFile
-    from search.controls import Controls
+    from search.ask.controls import Controls
+    from search.ask.query_files import QueryFile
     from search.engine import Stage
 
 _INDEX = [
@@ -104,7 +104,7 @@ def search(
       gradindex search train.index -p "Water is composed of" -c " hydrogen and oxygen."
       gradindex search train.index --queries questions.jsonl -o results.jsonl --recall 0.95
     """
-    from search.controls import settle
+    from search.ask.controls import settle
     from search.engine import drain
 
     _check_outputs({"-o": output}, [queries, messages])
@@ -125,7 +125,7 @@ def search(
 
 
 def _finish(result: "Result", form: str, output: Path | None) -> int:
-    from search.cards import meaning, recall_statement
+    from search.show.wording import meaning, recall_statement
 
     to_terminal = output is None and sys.stdout.isatty()
     if form == "auto" and output is not None:
@@ -146,28 +146,28 @@ def _search_many(
     form: str, output: Path | None,
 ) -> int:
     """Answer a file of queries; 2 if some could not be."""
-    from search import batch
-    from search.controls import settle
+    from search.ask import query_files
+    from search.ask.controls import settle
+    from search.ask.make_query import aggregate
     from search.engine import drain
-    from search.query import aggregate
 
     if form in ("csv", "parquet", "html") and not aggregated:
         raise click.UsageError(f"--format {form} holds one query's hits; with --queries take json.")
-    read = batch.read_queries(path)
+    read = query_files.read_queries(path)
     searcher, progress = _open(index, where)
     settle(controls, searcher.manifest)
     if aggregated:
-        made = batch.make_queries(searcher, read, set())
+        made = query_files.make_queries(searcher, read, set())
         _complain(read, progress)
         stages = searcher.stages([aggregate(made)], controls, conclude_early=True)
         return _finish(drain(stages, _Follower(progress).follow), form, output) or \
             2 * bool(read.problems)
     results = None
     if output is not None:
-        results = batch.ResultsFile(output, searcher, controls, read.queries)
+        results = query_files.ResultsFile(output, searcher, controls, read.queries)
         if results.done:
             progress.say(f"{len(results.done)} queries are answered in {output} already")
-    made = batch.make_queries(searcher, read, results.done if results else set())
+    made = query_files.make_queries(searcher, read, results.done if results else set())
     _complain(read, progress)
     follower = _Follower(progress, len(made))
     color = sys.stdout.isatty() and _color()
@@ -191,7 +191,7 @@ def _split(others: dict[str, Any], **more: Any) -> tuple[dict[str, Any], "Contro
     """Where the index and its model are, and how to search."""
     from dataclasses import fields
 
-    from search.controls import Controls
+    from search.ask.controls import Controls
 
     names = {field.name for field in fields(Controls)}
     controls = {name: value for name, value in others.items() if name in names}
@@ -219,8 +219,8 @@ def rescore(
         gradindex rescore train.index -p "2 +" -c " 3" --ids -
     """
     from gradindex.results import UNITS
-    from search.controls import settle
-    from search.render import json_lines
+    from search.ask.controls import settle
+    from search.show.render import json_lines
 
     question = _question(prompt, completion, messages, versus, score_on, ids)
     where, controls = _split(others)
@@ -260,20 +260,20 @@ def evaluate(
     Example:
       gradindex eval train.index --queries questions.jsonl --sample 10000 --plot eval.png
     """
-    from search import batch
-    from search import evaluate as evaluation
-    from search.controls import settle
+    from search.ask import query_files
+    from search.ask.controls import settle
+    from search.study import evaluate as evaluation
 
     _check_outputs({"-o": output, "--plot": plot}, [queries])
     if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
         raise click.UsageError(f"--plot {plot}: expected a name that ends in .png, .svg or .pdf.")
     where, controls = _split(others)
     count = _sample(sample)
-    read = batch.read_queries(queries)
+    read = query_files.read_queries(queries)
     searcher, progress = _open(index, where)
     settle(controls, searcher.manifest)
     evaluation.check_sample(count, searcher.manifest)
-    made = batch.make_queries(searcher, read, set())
+    made = query_files.make_queries(searcher, read, set())
     _complain(read, progress)
     progress.start("exact", len(made) * len(searcher), "scores")
     before = 0
@@ -315,19 +315,20 @@ def report(
       gradindex report train.index -o report.html
       gradindex report train.index --queries questions.jsonl --sample all
     """
-    from search import batch, survey
-    from search.controls import settle
-    from search.report import render
+    from search.ask import query_files
+    from search.ask.controls import settle
+    from search.study import survey
+    from search.study.report import render
 
     _check_outputs({"-o": output}, [queries])
     count = survey.SAMPLE if sample is None else _sample(sample)
-    read = None if queries is None else batch.read_queries(queries)
+    read = None if queries is None else query_files.read_queries(queries)
     where, controls = _split(others)
     searcher, progress = _open(index, where)
     settle(controls, searcher.manifest)
     made = None
     if read is not None:
-        made = batch.make_queries(searcher, read, set())
+        made = query_files.make_queries(searcher, read, set())
         _complain(read, progress)
     _write(output, render(survey.survey(searcher, made, count, controls, progress)))
     progress.say(f"the report is in {output}")
@@ -345,7 +346,7 @@ def info(index: Path, form: str) -> int:
     Example:
       gradindex info train.index
     """
-    from search.describe import describe, summary
+    from search.study.describe import describe, summary
 
     facts = describe(index)
     click.echo(json_text(facts, indent=1) if form == "json" else summary(facts))
@@ -374,7 +375,7 @@ def view(
       gradindex view train.index
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads leave pages their turn
-    from search import serving
+    from search.serve import serving
 
     train_sequences = where.pop("train_sequences")
     token = serving.token_for(host, os.environ.get("GRADINDEX_TOKEN"))
@@ -410,7 +411,7 @@ def export(result: Path, output: Path, query: int | None) -> int:
       gradindex search train.index -p "2 +" -c " 2" -o result.json
       gradindex export result.json -o result.html
     """
-    from search import render
+    from search.show import render
 
     _check_outputs({"-o": output}, [result])
     form = FORMS.get(output.suffix.lower())
@@ -530,7 +531,7 @@ class _Follower:
 
 
 def _render(result: Any, form: str, color: bool) -> bytes:
-    from search import render
+    from search.show import render
 
     if form == "auto":
         return (render.terminal(result, color=color) + "\n").encode()

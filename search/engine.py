@@ -15,19 +15,19 @@ from typing import Any
 
 from gradindex.cluster import LOCAL, connect
 from gradindex.errors import InputError
+from gradindex.influence.exact import LARGEST_CHUNK, Exact, Rescorer
 from gradindex.memory import parse_bound
 from gradindex.model.network import LanguageModel
 from gradindex.results import Comparison, Hit, Query, Result
 from gradindex.storage.manifest import Manifest
-from search.controls import Controls, settle
-from search.distribute import SharedIndex
-from search.generic import add_rates
-from search.hits import make_hit
-from search.journey import Journey
-from search.opened import OpenIndex
-from search.query import aggregate, make_query
-from search.rescore import LARGEST_CHUNK, Exact, Rescorer
-from search.target import make_targets
+from search.ask.controls import Controls, settle
+from search.ask.make_query import aggregate, make_query
+from search.rank.generic_rate import add_rates
+from search.rank.hits import make_hit
+from search.rank.query_gradient import make_targets
+from search.rank.ray_search import SharedIndex
+from search.rank.session import Journey
+from search.rank.snapshot import OpenIndex
 
 LARGEST_GROUP = 64  # queries of one journey
 LARGEST_SCORES = 1 << 27  # code scores held at once, of all queries of a journey

@@ -18,10 +18,11 @@ from gradindex.influence.queries import (
     query_coordinates,
 )
 from gradindex.modules import numbers_in
-from search import evaluate, render
-from search.batch import ResultsFile, make_queries, read_queries
-from search.controls import Controls, settle
+from search.ask.controls import Controls, settle
+from search.ask.query_files import ResultsFile, make_queries, read_queries
 from search.engine import drain
+from search.show import render
+from search.study import evaluate
 
 OTHER = {"prompt": "The fig number 3 grows", "completion": " by the market."}
 
@@ -189,7 +190,7 @@ def test_without_rescoring_it_says_so(index):
 
 
 def test_recall_is_reached_or_the_limit_is_said(index, monkeypatch):
-    from search import controls
+    from search.ask import controls
 
     monkeypatch.setattr(controls, "SMALLEST_SHORTLIST", 6)
     lengths = []
@@ -348,12 +349,12 @@ def test_the_top_of_low_rank_gradients_is_exact(index):
 
 
 def test_gradients_that_do_not_fit_are_reduced_and_it_is_said(index, monkeypatch):
-    from search import target
+    from search.rank import query_gradient
 
     assert not any("reduced" in warning for result in index.search_many([QUESTION, OTHER], k=2)
                    for warning in result.warnings)
-    monkeypatch.setattr(target, "LARGEST_STACK", 1)
-    monkeypatch.setattr(target, "LOW_RANK", 2)
+    monkeypatch.setattr(query_gradient, "LARGEST_STACK", 1)
+    monkeypatch.setattr(query_gradient, "LOW_RANK", 2)
     truth = exact(index, OTHER)
     for result in index.search_many([OTHER, QUESTION], k=2, shortlist="all"):
         assert "with the query's gradient reduced to rank 2 a module" in result.warnings[-1]
@@ -480,7 +481,8 @@ def test_an_evaluation_is_the_plain_counts(index, tmp_path, monkeypatch):
     claims = [claim for claim, _ in found.pairs["code"]]
     assert any(claim == pytest.approx(result.recall.estimate, abs=0.02) for claim in claims)
     assert "2 queries, every sequence scored exactly" in evaluate.table(found)
-    monkeypatch.setattr("search.target.LARGEST_STACK", 1)  # one query at a time, at full rank
+    # one query at a time, at full rank
+    monkeypatch.setattr("search.rank.query_gradient.LARGEST_STACK", 1)
     again = evaluate.evaluate(index, queries, Controls(), None, lambda done, total: None)
     for one, other in zip(found.measures, again.measures, strict=True):
         assert one.recall == other.recall and one.claimed == pytest.approx(other.claimed, abs=0.02)

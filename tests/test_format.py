@@ -11,7 +11,7 @@ import pytest
 import gradindex
 from gradindex.errors import DamagedIndexError, IndexMismatchError
 from gradindex.storage import manifest, sealed_json
-from search.describe import describe, summary
+from search.study.describe import describe, summary
 
 GOLDEN = Path(__file__).parent / "golden"
 FORMATS = (1, 2, 3)

@@ -23,9 +23,9 @@ from gradindex.storage.files import facts_of
 from indexer import background as background_module
 from indexer import build as build_module
 from indexer.fit.schedule import choose_sequences
-from search.controls import Controls
-from search.describe import describe, summary
-from search.generic import all_rates
+from search.ask.controls import Controls
+from search.rank.generic_rate import all_rates
+from search.study.describe import describe, summary
 
 QUESTION = {"token_ids": [3, 1, 4, 1, 5]}
 ROWS = 150  # so that a hundredth of the others is two

@@ -17,13 +17,13 @@ from gradindex.cli import main_group
 from gradindex.errors import InputError
 from gradindex.influence.codes import score_error
 from gradindex.terminal import visible
-from search import cards
-from search.controls import Controls, settle
-from search.groups import MOST_GROUPS, Grouping, total_groups
-from search.ranking import CodeRanking
-from search.render import group_lines
-from search.shortlist import Shortlist
-from search.target import make_targets
+from search.ask.controls import Controls, settle
+from search.rank.groups import MOST_GROUPS, Grouping, total_groups
+from search.rank.query_gradient import make_targets
+from search.rank.ranking import CodeRanking
+from search.rank.shortlist import Shortlist
+from search.show import wording
+from search.show.render import group_lines
 
 FRUIT = {"prompt": "The plum", "completion": " number 2"}  # fits in eight tokens
 SHORT = {"k": 5, "shortlist": 15}
@@ -296,7 +296,7 @@ def test_estimates_have_no_bias_and_the_variance_they_say(by_norm, listed):
 def test_group_lines(index):
     result = index.search(**QUESTION, **SHORT, group_by="document")
     lines = group_lines(result, 100)
-    assert len(lines) == 2 + cards.MOST_GROUPS + 2
+    assert len(lines) == 2 + wording.MOST_GROUPS + 2
     first, total = result.groups[0], result.total
     assert lines[2].split() == [
         f"{first.influence:+.3g}", f"{first.standard_error:.3g}", f"{first.nats:+.3g}",
@@ -314,7 +314,7 @@ def test_group_lines(index):
     assert group_lines(index.search(**QUESTION, **SHORT), 100) == []
     result = index.search(**QUESTION, k=5, rescore=False, group_by="document")
     unsure = sum(abs(one.influence) < 2 * one.standard_error
-                 for one in result.groups[:cards.MOST_GROUPS])
+                 for one in result.groups[:wording.MOST_GROUPS])
     assert unsure and group_lines(result, 100)[-1].startswith(f"{unsure} of the 20 shown are ")
 
 

@@ -29,8 +29,8 @@ from gradindex.modules import Module
 from gradindex.progress import shares, stderr_progress
 from indexer.build import NOTABLE, describe
 from indexer.fit.schedule import add_covariances
-from search.describe import describe as info
-from search.describe import summary
+from search.study.describe import describe as info
+from search.study.describe import summary
 
 LLAMA = SIZES["llama"]
 MIXTURES = {

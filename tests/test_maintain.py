@@ -35,8 +35,8 @@ from indexer.read import ingest
 from indexer.state import APPEND
 from indexer.upkeep import append as append_module
 from indexer.upkeep.commit import Deleted, remove
-from search.controls import Controls
-from search.evaluate import evaluate
+from search.ask.controls import Controls
+from search.study.evaluate import evaluate
 
 QUESTION = {"prompt": "The plum number 26 grows", "completion": " by the river."}
 MARK = "Zanzibar"

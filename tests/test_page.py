@@ -11,7 +11,8 @@ from conftest import SMALL, small_documents
 
 import gradindex
 from gradindex.results import Result
-from search import html, serving
+from search.serve import serving
+from search.show import html
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install "

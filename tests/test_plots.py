@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from search import plots
+from search.show import plots
 
 HOSTILE = '"><script>alert(1)</script><b style="x">&amp;\u202e\x1b[31m'
 

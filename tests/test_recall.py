@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from reference import true_recall
 
-from search.ranking import CodeRanking, best
-from search.recall import estimated_recall, expected_recall, inclusion_probability
-from search.shortlist import Shortlist, longer
+from search.rank.ranking import CodeRanking, best
+from search.rank.recall import estimated_recall, expected_recall, inclusion_probability
+from search.rank.shortlist import Shortlist, longer
 
 
 def claimed_and_actual(random, n, shortlist, k, noise, opponents):

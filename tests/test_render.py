@@ -13,9 +13,9 @@ from click.testing import CliRunner
 import gradindex
 from gradindex.cli import COMMANDS, main_group
 from gradindex.results import Result
-from search import cards, html, render
-from search.asked import Asked
-from search.likeness import SHINGLE, Wording, fold_near
+from search.rank.likeness import SHINGLE, Wording, fold_near
+from search.serve.request import Asked
+from search.show import html, render, wording
 
 QUESTION = {"prompt": "The apple number", "completion": " 3 grows by the river."}
 
@@ -86,25 +86,25 @@ def test_the_strongest_window(result):
     for size in (1, 3, 7, len(hit.tokens), 500):
         sums = [sum(map(abs, hit.token_influence[at : at + size]))
                 for at in range(max(1, len(hit.tokens) - size + 1))]
-        first, last = cards.window(hit, size)
+        first, last = wording.window(hit, size)
         assert last - first == min(size, len(hit.tokens))
         assert sum(map(abs, hit.token_influence[first:last])) == pytest.approx(max(sums))
 
 
 def test_tints_have_the_sign_and_fifteen_shades(result):
-    scale = cards.strongest(result.hits)
+    scale = wording.strongest(result.hits)
     assert scale == max(abs(value) for hit in result for value in hit.token_influence)
-    assert [cards.shade(value, 1.0) for value in (-1, -0.5, -0.07, 0, 0.07, 0.0715, 0.5, 1)] == \
+    assert [wording.shade(value, 1.0) for value in (-1, -0.5, -0.07, 0, 0.07, 0.0715, 0.5, 1)] == \
         [-7, -4, 0, 0, 0, 1, 4, 7]
     for hit in result:
         runs = list(html.runs(hit, scale))
         assert "".join(text for text, _, _ in runs) == "".join(hit.tokens)
         tinted = [(text, tint, value) for text, tint, value in runs if tint]
         expected = [
-            (token, f"{'p' if value > 0 else 'n'}{abs(cards.shade(value, scale))}",
-             cards.number(value))
+            (token, f"{'p' if value > 0 else 'n'}{abs(wording.shade(value, scale))}",
+             wording.number(value))
             for token, value in zip(hit.tokens, hit.token_influence, strict=True)
-            if cards.shade(value, scale)]
+            if wording.shade(value, scale)]
         assert tinted == expected
 
 
@@ -119,7 +119,7 @@ def test_shares_of_kinds(index_folder, model_folder, data_file, tmp_path):
     assert hit.kind_influence == pytest.approx(sums)
     assert sum(hit.kind_influence.values()) == pytest.approx(hit.influence, rel=1e-5)
     total = sum(map(abs, sums.values()))
-    assert cards.kind_shares(hit) == pytest.approx(
+    assert wording.kind_shares(hit) == pytest.approx(
         {kind: value / total for kind, value in sums.items()})
 
 
@@ -128,11 +128,11 @@ def test_layer_strip_and_map(result):
     drawn = str(html.strip(hit, result.layers))
     assert drawn.count("<rect") == len(result.layers)
     for layer, value in zip(result.layers, hit.layer_influence, strict=True):
-        assert f"layer {layer}: {cards.number(value)}" in drawn
+        assert f"layer {layer}: {wording.number(value)}" in drawn
     columns = list(html.columns(hit, result.layers))
     assert [token for token, _, _ in columns] == hit.tokens
     assert [said.partition(";")[0] for _, _, said in columns] == \
-        [cards.number(sum(row)) for row in hit.token_layer_influence]
+        [wording.number(sum(row)) for row in hit.token_layer_influence]
 
 
 def test_the_units_and_the_sign_are_said_everywhere(result):
@@ -233,7 +233,7 @@ def test_csv_has_the_users_fields(result):
 def test_a_search_as_address_command_and_python(index, index_folder):
     from urllib.parse import parse_qsl, urlsplit
 
-    from search.server import _from_form
+    from search.serve.server import _from_form
 
     asked = Asked(prompt="The pear's \"number\"\n", completion=" 3 & 4", k=5, opponents=True,
                   shortlist="all", normalize="cosine", score_on="0-1", rescore=True)
@@ -266,7 +266,7 @@ def test_a_shell_reads_what_was_quoted(text):
 
 def test_hits_that_rose_and_fell(result):
     hits = [replace(result[0], id=n, code_rank=rank) for n, rank in enumerate((5, 1, 9, 2))]
-    assert cards.moved(replace(result, hits=hits)) == {0: 2, 1: -1, 2: 1, 3: -2}
+    assert wording.moved(replace(result, hits=hits)) == {0: 2, 1: -1, 2: 1, 3: -2}
 
 
 def test_a_comparison(index):

@@ -18,11 +18,11 @@ import gradindex
 from gradindex.cli import main_group
 from gradindex.errors import InputError
 from gradindex.progress import Progress
-from search import survey as surveys
-from search.controls import Controls
-from search.generic import all_rates
-from search.report import render
-from search.tail import fit_tail, half
+from search.ask.controls import Controls
+from search.rank.generic_rate import all_rates
+from search.study import survey as surveys
+from search.study.report import render
+from search.study.tail import fit_tail, half
 
 BAD = '</style></pre></title><script>alert(1)</script><img src=x onerror=alert(2)>"\'&{{7*7}}{%'
 SHORT = "</pre><script>a()"  # of few tokens

@@ -32,7 +32,7 @@ from gradindex.storage import files, manifest, segments
 from indexer import background, calibrate
 from indexer.fit import schedule as fit_module
 from indexer.fit.schedule import FitNotes, choose_sequences, eigenvectors
-from search.describe import describe, summary
+from search.study.describe import describe, summary
 
 QUESTION = {"token_ids": [3, 1, 4, 1, 5]}
 

@@ -14,6 +14,7 @@ from test_curvature import records_of
 
 import gradindex
 from gradindex.errors import DamagedIndexError, IndexMismatchError, InputError
+from gradindex.influence.exact import chunk_ends
 from gradindex.influence.gradients import make_batch
 from gradindex.influence.queries import (
     Preconditioned,
@@ -22,11 +23,10 @@ from gradindex.influence.queries import (
     query_coordinates,
 )
 from gradindex.storage import records
-from search import cards, render
-from search.controls import Controls, _sizes, settle
+from search.ask.controls import Controls, _sizes, settle
 from search.engine import drain
-from search.rescore import chunk_ends
-from search.target import make_targets
+from search.rank.query_gradient import make_targets
+from search.show import render, wording
 
 QUESTION = {"prompt": "The plum number 26 grows", "completion": " by the river."}
 
@@ -367,7 +367,7 @@ def test_terminal_says_what_matters(index):
     shown = render.terminal(result, width=90)
     assert max(len(line) for line in shown.splitlines()) <= 90
     assert "\x1b" not in shown
-    for needed in ("⟦ by the river.⟧", "tokens scored", cards.share(result.recall.estimate),
+    for needed in ("⟦ by the river.⟧", "tokens scored", wording.share(result.recall.estimate),
                    "one more copy of the sequence would make the completion more likely",
                    "N_train = ", "taken as the number indexed", result[0].user_id, "nats"):
         assert needed.replace(" ", "") in shown.replace("\n", "").replace(" ", ""), needed

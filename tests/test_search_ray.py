@@ -14,12 +14,12 @@ from test_server import Running
 
 import gradindex
 from gradindex.errors import DamagedIndexError, GradindexError, InputError
-from search.controls import Controls, settle
-from search.distribute import PATIENCE, SharedRanking, deal
+from search.ask.controls import Controls, settle
 from search.engine import Searcher
-from search.journey import Journey
-from search.opened import LostError, OpenIndex, Part
-from search.target import make_targets
+from search.rank.query_gradient import make_targets
+from search.rank.ray_search import PATIENCE, SharedRanking, deal
+from search.rank.session import Journey
+from search.rank.snapshot import LostError, OpenIndex, Part
 
 ray = pytest.importorskip("ray")
 

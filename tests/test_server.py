@@ -42,9 +42,9 @@ from schemathesis.specs.openapi import checks
 import gradindex
 from gradindex.errors import InputError
 from gradindex.results import Result
-from search import guard, jobs, server, serving
 from search.engine import Searcher
-from search.schema import openapi
+from search.serve import guard, jobs, server, serving
+from search.serve.schema import openapi
 
 QUERY = {"prompt": "The apple number 3 grows by", "completion": " the garden."}
 JSON = {"Content-Type": "application/json"}

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from search.tail import FEWEST, fit_tail, half, half_interval
+from search.study.tail import FEWEST, fit_tail, half, half_interval
 
 
 def plain_fit(values: list[float], x_min: float) -> tuple[float, float]:

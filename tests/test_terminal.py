@@ -18,8 +18,10 @@ from gradindex.errors import GradindexError, InputError
 from gradindex.progress import Progress
 from gradindex.results import Hit, Query, Recall, Result
 from gradindex.terminal import json_text, visible, visible_lines
-from search import batch, describe, render
 from search import cli as search_cli
+from search.ask import query_files
+from search.show import render
+from search.study import describe
 
 CATEGORIES = {"Cc", "Cf", "Co", "Cs", "Zl", "Zp"}
 OWN_COLORS = re.compile(r"\x1b\[(?:44;97;1|43;30;1|1;94|1;33|0)m")
@@ -216,19 +218,19 @@ def test_what_a_search_prints_and_writes(result, form, capsys, tmp_path):
 def test_a_file_of_results(result, monkeypatch, tmp_path):
     """Its lines are inert, begin as they should, and are gone on with."""
     facts = SimpleNamespace(facts=lambda: result.controls)
-    monkeypatch.setattr(batch, "settle", lambda controls, manifest: facts)
+    monkeypatch.setattr(query_files, "settle", lambda controls, manifest: facts)
     searcher = SimpleNamespace(index=SimpleNamespace(digest="0123"), manifest=None)
     path, queries = tmp_path / "results.jsonl", {ALL: {"prompt": ALL}, "more": {"prompt": "x"}}
-    file = batch.ResultsFile(path, searcher, None, queries)
+    file = query_files.ResultsFile(path, searcher, None, queries)
     file.write(result)
     file.close()
     content = path.read_bytes()
-    assert content.startswith(batch.OPENING) and content.count(b"\n") == 1
+    assert content.startswith(query_files.OPENING) and content.count(b"\n") == 1
     assert_inert(content.decode())
     written = json.loads(content)
     written.pop("asked")
     assert written == result.to_dict()
-    again = batch.ResultsFile(path, searcher, None, queries)
+    again = query_files.ResultsFile(path, searcher, None, queries)
     again.close()
     assert again.done == {ALL} and path.read_bytes() == content
 

@@ -34,8 +34,8 @@ from gradindex.storage.locks import only_writer
 from indexer.upkeep import append as append_module
 from indexer.upkeep import verify as verify_module
 from indexer.upkeep.commit import remove
-from search import render
-from search.describe import describe
+from search.show import render
+from search.study.describe import describe
 
 QUESTION = {"token_ids": [3, 1, 4, 1, 5]}
 TOKENS = tiny_tokens(0, 12)

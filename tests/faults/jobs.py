@@ -72,7 +72,7 @@ def verify(index: str, **options: Any) -> dict[str, Any]:
 
 
 def info(index: str) -> dict[str, Any]:
-    from search.describe import describe, summary
+    from search.study.describe import describe, summary
 
     return {"said": summary(describe(Path(index)))}
 
@@ -89,7 +89,7 @@ def probe(index: str, **options: Any) -> dict[str, Any]:
 
 def answer(index: str, **options: Any) -> str:
     """A digest of everything that an index says to two questions, and of what it says it is."""
-    from search.describe import describe
+    from search.study.describe import describe
 
     searcher = gradindex.open(index, **MODEL, **options)
     said: list[Any] = [] if options else [{**describe(Path(index)), "index": ""}]

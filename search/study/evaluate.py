@@ -15,16 +15,16 @@ import numpy as np
 from sklearn.metrics import ndcg_score
 
 from gradindex.errors import InputError
+from gradindex.influence.exact import rescore
 from gradindex.results import Query
 from gradindex.storage.manifest import Manifest
-from search.controls import Controls, settle
+from search.ask.controls import Controls, settle
 from search.engine import Searcher
-from search.journey import Journey
-from search.ranking import CodeRanking, best
-from search.recall import estimated_recall
-from search.rescore import rescore
-from search.shortlist import Shortlist
-from search.target import fits_in_full, make_targets
+from search.rank.query_gradient import fits_in_full, make_targets
+from search.rank.ranking import CodeRanking, best
+from search.rank.recall import estimated_recall
+from search.rank.session import Journey
+from search.rank.shortlist import Shortlist
 
 METHODS = ("code", "tfidf", "both")
 TOPS = (10, 100)

@@ -13,9 +13,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from gradindex.errors import InputError
 from search.engine import Searcher
-from search.guard import HEADERS, Guard
-from search.jobs import Jobs
-from search.server import application
+from search.serve.guard import HEADERS, Guard
+from search.serve.jobs import Jobs
+from search.serve.server import application
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PORTS = range(8765, 8785)  # tried in order where none was asked for

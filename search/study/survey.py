@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from gradindex.errors import InputError
+from gradindex.influence.exact import Rescorer, rescore
 from gradindex.influence.queries import Preconditioned
 from gradindex.model import tokenise
 from gradindex.model.network import UNSCORED
@@ -23,14 +24,13 @@ from gradindex.storage.background_file import ONE_IN
 from gradindex.storage.manifest import Manifest
 from gradindex.storage.records import Record, second_half
 from gradindex.terminal import json_text
-from search.controls import Controls, Settings, settle
+from search.ask.controls import Controls, Settings, settle
 from search.engine import Searcher
-from search.generic import all_rates
-from search.opened import Coverage, OpenIndex
-from search.ranking import best
-from search.rescore import Rescorer, rescore
-from search.tail import Tail, fit_tail, half, half_interval
-from search.target import Target, make_targets
+from search.rank.generic_rate import all_rates
+from search.rank.query_gradient import Target, make_targets
+from search.rank.ranking import best
+from search.rank.snapshot import Coverage, OpenIndex
+from search.study.tail import Tail, fit_tail, half, half_interval
 
 QUERIES = 16  # of the index's own sequences
 SAMPLE = 4096  # sequences scored exactly, where the index has more

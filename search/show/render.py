@@ -1,5 +1,5 @@
 """One result, four renderings: terminal, files of data (JSON, JSON lines, CSV, Parquet), HTML page,
-notebook. HTML's templates are in `html.py`, what is shown of a hit in `cards.py`.
+notebook. HTML's templates are in `html.py`, what is shown of a hit in `wording.py`.
 
 Sign and units are said on each. Text of training data is never trusted: hidden characters are
 made visible in all of them, everything is escaped in HTML.
@@ -19,7 +19,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from gradindex.errors import InputError
 from gradindex.results import Group, Hit, Query, Result
 from gradindex.terminal import json_text, visible, visible_lines
-from search import cards, html
+from search.show import html, wording
 
 MOST_TEXTS = 3  # of a query's further texts, shown
 MARKED = 0.25  # a token is marked from this share of the strongest token's influence on
@@ -68,15 +68,15 @@ def terminal(result: Result, width: int | None = None, color: bool = False) -> s
     """The result for people: `color` uses ANSI, else strong tokens stand in [brackets]."""
     width = max(60, min(width or shutil.get_terminal_size((100, 24)).columns, 160))
     lines = [*_heading(result, width), ""]
-    for rank, hit in cards.folded(result):
+    for rank, hit in wording.folded(result):
         lines += [*_hit_lines(rank, hit, result, width, color), ""]
     if result.total is not None:
         lines += [*group_lines(result, width), ""]
-    lines += _wrap(cards.recall_statement(result), width)
+    lines += _wrap(wording.recall_statement(result), width)
     lines += _wrap(_sentence(result, color), width)
     lines += [line for warning in result.warnings
               for line in _wrap(f"warning: {visible(warning)}", width)]
-    times = cards.times(result)
+    times = wording.times(result)
     lines += [f"seconds: {times}"] if times else []
     return "\n".join(lines)
 
@@ -90,9 +90,9 @@ def _heading(result: Result, width: int) -> list[str]:
         lines.append(f"       and {len(query.others) - MOST_TEXTS} more texts")
     scored = sum(text.scored for text in query.texts)
     tokens = "token" if scored == 1 else "tokens"
-    lines.append(f"       ⟦{scored} {tokens} scored⟧, {cards.logarithm(query)} = "
+    lines.append(f"       ⟦{scored} {tokens} scored⟧, {wording.logarithm(query)} = "
                  f"{query.log_p:.2f} nats")
-    return [*lines, cards.counted(result), *_wrap(cards.how(result), width)]
+    return [*lines, wording.counted(result), *_wrap(wording.how(result), width)]
 
 
 def _query_lines(query: Query, label: str, width: int) -> list[str]:
@@ -109,24 +109,25 @@ def _query_lines(query: Query, label: str, width: int) -> list[str]:
 def _hit_lines(rank: int, hit: Hit, result: Result, width: int, color: bool) -> list[str]:
     ranked_by = result.controls["normalize"]
     value = {"cosine": hit.cosine, "relatif": hit.relatif}.get(ranked_by)
-    by = "" if value is None else f"{ranked_by} {cards.number(value)}  "
+    by = "" if value is None else f"{ranked_by} {wording.number(value)}  "
     about = "" if hit.exact else "≈ "
     label = "" if hit.user_id is None else f"  {hit.user_id}"
-    influence = cards.number(hit.influence)
+    influence = wording.number(hit.influence)
     if color:
         influence = f"\x1b[{PLUS if hit.influence >= 0 else MINUS}m{influence}\x1b[0m"
-    head = f"{rank:>3}  {by}{about}{influence}  {cards.number(hit.nats)} nats"
-    facts = [cards.percentile(hit, result), cards.rank_before(hit)]
+    head = f"{rank:>3}  {by}{about}{influence}  {wording.number(hit.nats)} nats"
+    facts = [wording.percentile(hit, result), wording.rank_before(hit)]
     if hit.tfidf_rank is not None:
         facts.append(f"TF-IDF rank {hit.tfidf_rank}")
     if hit.lexical is not None:
         facts.append(f"lexical overlap {hit.lexical:.2f}")
-    noticed = "".join(f"  [{mark.text}]" for mark in cards.marks(hit))
+    noticed = "".join(f"  [{mark.text}]" for mark in wording.marks(hit))
     lines = [*_wrap(head + visible(f"{label}  sequence {hit.id}{noticed}"), width)]
     lines += ["     " + line for line in _wrap(", ".join(filter(None, facts)), width - 5)]
-    lines.append(f"     {_clip(cards.where(hit), width - 5)}")
+    lines.append(f"     {_clip(wording.where(hit), width - 5)}")
     if hit.layer_influence:
-        shares = ", ".join(f"{kind} {share:+.0%}" for kind, share in cards.kind_shares(hit).items())
+        kinds = wording.kind_shares(hit)
+        shares = ", ".join(f"{kind} {share:+.0%}" for kind, share in kinds.items())
         first, last = result.layers[0], result.layers[-1]
         lines.append(f"     layers {first}–{last} {layer_strip(hit.layer_influence)}"
                      + f"  {shares}" * bool(shares))
@@ -144,8 +145,8 @@ def _clip(text: str, width: int) -> str:
 
 def _window(hit: Hit, color: bool) -> str:
     """The strongest stretch of the text, its strong tokens marked with their sign."""
-    strongest = cards.strongest([hit])
-    first, last = cards.window(hit)
+    strongest = wording.strongest([hit])
+    first, last = wording.window(hit)
     shown = []
     for place in range(first, last):
         piece = visible(hit.tokens[place])
@@ -173,7 +174,7 @@ def layer_strip(values: list[float]) -> str:
 def _sentence(result: Result, color: bool) -> str:
     marks = "blue tokens add to it, yellow ones take from it" if color else \
         "[+tokens] add to it, [-tokens] take from it"
-    said = cards.meaning(result)
+    said = wording.meaning(result)
     if not result.controls["rescore"]:
         return said
     return f"{said} In the text, {marks}; a token's share belongs to predicting what follows."
@@ -184,22 +185,22 @@ def group_lines(result: Result, width: int) -> list[str]:
     if result.total is None:
         return []
     by = visible(str(result.controls["group_by"]))
-    shown = result.groups[: cards.MOST_GROUPS]
+    shown = result.groups[: wording.MOST_GROUPS]
     lines = [f"total influence by {by}, ± its standard error:",
              f"{'influence':>14} {'±':>9} {'nats':>11} {'sequences':>10} {'hits':>5}  {by}"]
-    lines += [_group_line(group, visible(cards.group_name(group, by))) for group in shown]
+    lines += [_group_line(group, visible(wording.group_name(group, by))) for group in shown]
     if result.group_count > len(shown):
         lines.append(f"{'':>53}  and {result.group_count - len(shown):,} more")
     lines.append(_group_line(result.total, f"all {result.group_count:,} together"))
-    if unsure := cards.unsure(shown):
-        lines.append(f"{unsure} of the {len(shown)} shown are within {cards.UNSURE} ± of zero: "
+    if unsure := wording.unsure(shown):
+        lines.append(f"{unsure} of the {len(shown)} shown are within {wording.UNSURE} ± of zero: "
                      "chance may have put them here")
     return [line if len(line) <= width else line[: width - 1] + "…" for line in lines]
 
 
 def _group_line(group: Group, name: str) -> str:
-    return (f"{cards.number(group.influence):>14} {cards.unsigned(group.standard_error):>9} "
-            f"{cards.number(group.nats):>11} {group.sequences:>10,} {len(group.hits):>5}  {name}")
+    return (f"{wording.number(group.influence):>14} {wording.unsigned(group.standard_error):>9} "
+            f"{wording.number(group.nats):>11} {group.sequences:>10,} {len(group.hits):>5}  {name}")
 
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")

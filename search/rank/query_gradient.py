@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gradindex.errors import InputError
+from gradindex.influence.exact import Exact, Rescorer, joined
 from gradindex.influence.gradients import Splits, in_batches, make_batch
 from gradindex.influence.queries import (
     Gradients,
@@ -19,9 +20,8 @@ from gradindex.influence.queries import (
 from gradindex.model.network import UNSCORED
 from gradindex.modules import Module
 from gradindex.results import Query
-from search.controls import Settings
-from search.opened import OpenIndex
-from search.rescore import Exact, Rescorer, joined
+from search.ask.controls import Settings
+from search.rank.snapshot import OpenIndex
 
 LARGEST_STACK = 1 << 31  # bytes of preconditioned gradients kept in full
 LOW_RANK = 32  # what they are reduced to beyond that (Grosse et al. 2023, §3.2.2)

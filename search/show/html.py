@@ -18,14 +18,14 @@ from markupsafe import Markup, escape
 import gradindex
 from gradindex.results import Hit, Query, Result
 from gradindex.terminal import visible, visible_lines
-from search import cards
+from search.show import wording
 
 MOST_CELLS = 200_000  # of token × layer maps in a self-contained file
 
 
 def asset(name: str) -> str:
     """A file of the page, as text."""
-    return files("search").joinpath("page", name).read_text(encoding="utf-8")
+    return files("search.show").joinpath("page", name).read_text(encoding="utf-8")
 
 
 def style() -> str:
@@ -45,8 +45,9 @@ def environment(**filters: Any) -> jinja2.Environment:
 
 @cache
 def _environment() -> jinja2.Environment:
-    made = environment(number=cards.number, unsigned=cards.unsigned, one_line=visible, as_is=_as_is)
-    made.globals.update(cards=cards, runs=runs, strip=strip, columns=columns, query=query,
+    made = environment(number=wording.number, unsigned=wording.unsigned, one_line=visible,
+                       as_is=_as_is)
+    made.globals.update(wording=wording, runs=runs, strip=strip, columns=columns, query=query,
                         version=gradindex.__version__)
     return made
 
@@ -76,13 +77,13 @@ def document(result: Result) -> str:
         if cells <= MOST_CELLS:
             mapped.add(hit.id)
     return fill("document.html", result=result, style=Markup(styles), script=Markup(script),
-                policy=policy(styles, script), scale=cards.strongest(result.hits), mapped=mapped)
+                policy=policy(styles, script), scale=wording.strongest(result.hits), mapped=mapped)
 
 
 def fragment(result: Result) -> str:
     """The result's cards with their styles, to stand inside another page."""
     return fill("fragment.html", result=result, style=Markup(style()),
-                scale=cards.strongest(result.hits), mapped=set())
+                scale=wording.strongest(result.hits), mapped=set())
 
 
 def policy(styles: str, script: str | None = None) -> str:
@@ -107,14 +108,14 @@ def runs(hit: Hit, scale: float, first: int = 0, last: int | None = None) -> Ite
     starts = {part.get("token", 0) for part in hit.parts} - {0}
 
     def key(place: int) -> tuple[int, int]:
-        tint = cards.shade(values[place], scale)
+        tint = wording.shade(values[place], scale)
         return tint, place if tint or place in starts else -1
 
     for (tint, _), members in groupby(places, key):
         own = list(members)
         text = "".join(hit.tokens[place] for place in own)
         border = " border" if own[0] in starts else ""
-        yield text, _tint(tint) + border, cards.number(values[own[0]]) if tint else ""
+        yield text, _tint(tint) + border, wording.number(values[own[0]]) if tint else ""
 
 
 def _tint(shade: int) -> str:
@@ -138,7 +139,7 @@ def strip(hit: Hit, layers: list[int]) -> Markup:
     for place, (layer, value) in enumerate(zip(layers, hit.layer_influence, strict=True)):
         size = max(0.6, abs(value) / top * high)
         kind, y = ("p", high - size) if value >= 0 else ("n", high)
-        said.append(f"{layer}: {cards.number(value)}")
+        said.append(f"{layer}: {wording.number(value)}")
         bars.append(f'<rect class="{kind}" x="{place * wide}" y="{y:.1f}" width="{wide - 1}" '
                     f'height="{size:.1f}"><title>layer {said[-1]}</title></rect>')
     width = max(1, len(layers) * wide)
@@ -156,10 +157,10 @@ def columns(hit: Hit, layers: list[int]) -> Iterator[tuple[str, Markup, str]]:
     for token, row in zip(hit.tokens, hit.token_layer_influence, strict=True):
         cells = "".join(
             f'<rect class="{_tint(shade)}" y="{place * high}" width="100%" height="{high}"/>'
-            for place, value in enumerate(row) if (shade := cards.shade(value, top)))
-        said = f"{cards.number(sum(row))}"
+            for place, value in enumerate(row) if (shade := wording.shade(value, top)))
+        said = f"{wording.number(sum(row))}"
         if cells:
             said += "; " + ", ".join(
-                f"layer {layer}: {cards.number(value)}"
-                for layer, value in zip(layers, row, strict=True) if cards.shade(value, top))
+                f"layer {layer}: {wording.number(value)}"
+                for layer, value in zip(layers, row, strict=True) if wording.shade(value, top))
         yield token, Markup(f'<svg height="{high * len(row)}">{cells}</svg>'), said

@@ -6,21 +6,21 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from gradindex.influence.codes import score_error
+from gradindex.influence.exact import Exact, Rescorer
 from gradindex.influence.queries import Preconditioned
 from gradindex.results import Group, Hit, Recall, Result
 from gradindex.storage.manifest import model_name
 from gradindex.storage.records import Record
-from search.controls import Settings, bounded
-from search.generic import add_rates
-from search.groups import total_groups
-from search.hits import make_hit, normalized
-from search.likeness import fold_near
-from search.opened import LostError, OpenIndex
-from search.ranking import Ranking, best
-from search.recall import estimated_recall
-from search.rescore import Exact, Rescorer
-from search.shortlist import Shortlist, longer
-from search.target import Target, rescore_in_full
+from search.ask.controls import Settings, bounded
+from search.rank.generic_rate import add_rates
+from search.rank.groups import total_groups
+from search.rank.hits import make_hit, normalized
+from search.rank.likeness import fold_near
+from search.rank.query_gradient import Target, rescore_in_full
+from search.rank.ranking import Ranking, best
+from search.rank.recall import estimated_recall
+from search.rank.shortlist import Shortlist, longer
+from search.rank.snapshot import LostError, OpenIndex
 
 SMALLEST_SAMPLE = 32  # of the background, before anything is said of the error on a query
 ODD_CALIBRATION = 1.5  # c on this query's background, as a factor of the index's: warn beyond it

@@ -14,7 +14,7 @@ from gradindex.model import tokenise
 from gradindex.model.network import UNSCORED, context_length
 from gradindex.modules import numbers_in
 from gradindex.results import Query
-from search.opened import OpenIndex
+from search.rank.snapshot import OpenIndex
 
 CONTINUATION = 32  # tokens, where no completion is given
 

@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
+from gradindex.influence.exact import Exact
 from gradindex.model import tokenise
 from gradindex.modules import Module
 from gradindex.results import Hit
 from gradindex.storage.records import Record
-from search.rescore import Exact
 
 
 def make_hit(

@@ -9,8 +9,8 @@ from collections.abc import Container
 
 import numpy as np
 
-from search.ranking import Ranking, unit
-from search.recall import expected_recall, included_error, inclusion_probability
+from search.rank.ranking import Ranking, unit
+from search.rank.recall import expected_recall, included_error, inclusion_probability
 
 CERTAIN = 40.0  # standard deviations of a code's error above a cut-off: π is 1
 HALVINGS = 100  # of where a cut-off may lie: no two scores are closer

@@ -25,7 +25,7 @@ from gradindex.results import Group
 from gradindex.storage.code_file import CodeIndex
 from gradindex.storage.contents import Contents
 from gradindex.storage.records import Part, Record
-from search.ranking import best
+from search.rank.ranking import best
 
 MOST_GROUPS = 100  # kept in a result, besides those with a hit
 COORDINATES = 2048  # of the K, for spreads: standard errors are then right to 2 %

@@ -18,9 +18,9 @@ from gradindex.storage.background_file import ONE_IN
 from gradindex.storage.code_file import code_bytes
 from gradindex.storage.manifest import model_name
 from gradindex.terminal import visible, visible_lines
-from search import cards, html, plots
-from search.survey import FENCE, TOP, Kept, QuerySurvey, Source, Survey
-from search.tail import DRAWS, FEWEST, REJECTED
+from search.show import html, plots, wording
+from search.study.survey import FENCE, TOP, Kept, QuerySurvey, Source, Survey
+from search.study.tail import DRAWS, FEWEST, REJECTED
 
 STYLES = ("plots.css", "report.css")
 MOST_BARS = 12
@@ -35,7 +35,7 @@ SHOWN = 220  # letters of a query's prompt, and of its completion
 def render(found: Survey) -> str:
     """The page."""
     environment = html.environment(
-        line=visible, lines=visible_lines, whole=_whole, number=cards.unsigned, percent=_percent,
+        line=visible, lines=visible_lines, whole=_whole, number=wording.unsigned, percent=_percent,
         short=plots.short)
     style = "".join(map(html.asset, STYLES))
     return environment.get_template("report.html").render(

@@ -21,9 +21,9 @@ from typing import Any
 
 from gradindex.errors import GradindexError, InputError
 from gradindex.results import Comparison, Result
-from search.asked import Asked
 from search.engine import Searcher, Stage
-from search.tail import Tail, fit_tail, upper_tail
+from search.serve.request import Asked
+from search.study.tail import Tail, fit_tail, upper_tail
 
 QUEUE = 16  # jobs that may wait
 KEPT = 48  # finished jobs

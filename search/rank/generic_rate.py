@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from gradindex.results import Hit
-from search.opened import OpenIndex
+from search.rank.snapshot import OpenIndex
 
 
 def add_rates(index: OpenIndex, hits: Sequence[Hit]) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from gradindex import memory
 from gradindex.errors import DamagedIndexError, GradindexError
+from gradindex.influence.exact import Exact, Rescorer, rescore
 from gradindex.influence.fitted import FittedModel
 from gradindex.influence.queries import Preconditioned
 from gradindex.storage import background_file, code_file, locks, manifest, token_file
@@ -20,10 +21,9 @@ from gradindex.storage.background_file import BackgroundQueries
 from gradindex.storage.contents import Contents
 from gradindex.storage.manifest import Manifest
 from gradindex.storage.records import Record
-from search.groups import Grouping, read_grouping
-from search.likeness import Wording
-from search.ranking import CodeRanking, Ranking
-from search.rescore import Exact, Rescorer, rescore
+from search.rank.groups import Grouping, read_grouping
+from search.rank.likeness import Wording
+from search.rank.ranking import CodeRanking, Ranking
 
 BACKGROUND = 64  # random sequences rescored with every query
 

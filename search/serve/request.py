@@ -10,7 +10,7 @@ from urllib.parse import urlencode
 import pydantic
 
 from gradindex.terminal import visible_lines
-from search.controls import Controls
+from search.ask.controls import Controls
 
 LONGEST_TEXT = 65_536  # characters
 MOST_HITS = 200

@@ -36,14 +36,14 @@ from gradindex.model import tokenise
 from gradindex.results import Comparison, Result
 from gradindex.storage.manifest import model_name
 from gradindex.terminal import visible
-from search import cards, html, plots, render
-from search.asked import Asked
-from search.controls import settle
+from search.ask.controls import settle
 from search.engine import Searcher
-from search.guard import Guard
-from search.jobs import BusyError, Job, Jobs
-from search.schema import openapi
-from search.tail import Tail, upper_tail
+from search.serve.guard import Guard
+from search.serve.jobs import BusyError, Job, Jobs
+from search.serve.request import Asked
+from search.serve.schema import openapi
+from search.show import html, plots, render, wording
+from search.study.tail import Tail, upper_tail
 
 EXAMPLES = 3
 HEARTBEAT = 10.0  # seconds between signs of life to who follows a search
@@ -182,13 +182,13 @@ class Site:
         }
         if isinstance(found, Comparison):
             content["comparison"] = found
-            content["scale"] = cards.strongest([hit for one in found.results for hit in one])
+            content["scale"] = wording.strongest([hit for one in found.results for hit in one])
             content["pairs"] = pairs = found.pairs()
             content["scatter"] = Markup(plots.scatter(
                 [a for _, a, _ in pairs], [b for _, _, b in pairs],
                 "Influence on A and on B", "on A", "on B"))
         elif isinstance(found, Result):
-            content["result"], content["scale"] = found, cards.strongest(found.hits)
+            content["result"], content["scale"] = found, wording.strongest(found.hits)
             content["tail"] = None if job is None else _tail(found, job.tail)
         return content
 

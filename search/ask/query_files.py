@@ -14,7 +14,7 @@ from typing import Any
 from gradindex.errors import InputError
 from gradindex.results import Query, Result
 from gradindex.terminal import json_text
-from search.controls import Controls, settle
+from search.ask.controls import Controls, settle
 from search.engine import Searcher
 
 FIELDS: dict[str, type] = {

@@ -21,14 +21,14 @@ import torch
 import gradindex
 from gradindex.cluster import absolute
 from gradindex.errors import GradindexError, InputError
+from gradindex.influence.exact import Exact, Rescorer
 from gradindex.influence.queries import Arrays, Preconditioned
 from gradindex.model.network import quiet_transformers
 from gradindex.modules import Module
 from gradindex.progress import duration
 from gradindex.storage import code_file
-from search.opened import LostError, OpenIndex, Part
-from search.ranking import Ranking, statistic
-from search.rescore import Exact, Rescorer
+from search.rank.ranking import Ranking, statistic
+from search.rank.snapshot import LostError, OpenIndex, Part
 
 PATIENCE = 600.0  # seconds without a sign from a worker that has something to do
 RETURN = 60.0  # seconds that searches wait for a lost worker to be back, in all

@@ -7,7 +7,7 @@ import pydantic
 
 import gradindex
 from gradindex.results import SCHEMA, Comparison, Result
-from search.asked import Asked
+from search.serve.request import Asked
 
 _REFERENCE = "#/components/schemas/{model}"
 

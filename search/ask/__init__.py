@@ -1,0 +1,1 @@
+"""What is asked: a query, how to search for it, files of queries."""

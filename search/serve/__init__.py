@@ -1,0 +1,1 @@
+"""The local web page: server, jobs, and who may ask."""
