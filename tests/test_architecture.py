@@ -16,7 +16,7 @@ DOORS = {  # library: the files that it enters through
     "transformers": {"gradindex/model/network.py"},
     "lmdb": {"gradindex/storage/records.py"},
     "faiss": {"gradindex/storage/code_file.py"},
-    "safetensors": {"gradindex/influence/curvature.py"},
+    "safetensors": {"gradindex/storage/tensors.py"},
     "pyarrow": {"indexer/read/sources.py", "search/show/render.py"},
     "jinja2": {"search/show/html.py"},
     "starlette": {"search/serve/guard.py", "search/serve/server.py"},

@@ -31,6 +31,7 @@ from gradindex.modules import Module
 from gradindex.progress import Progress, stderr_progress
 from gradindex.storage.files import facts_of
 from gradindex.storage.records import Part, Record
+from gradindex.storage.tensors import DTYPES, read_tensors, write_tensors
 from indexer.fit.budget import held_bytes
 from indexer.fit.schedule import FitSettings, choose_sequences, eigenvectors, fit, uniforms
 
@@ -397,9 +398,9 @@ def test_the_library_reads_what_is_written_piece_by_piece(tmp_path):
     """Every dtype, empty tensors and scalars, each aligned to its own size."""
     torch.manual_seed(1)
     tensors = {str(dtype): (100 * torch.randn(3, n + 1)).to(dtype)
-               for n, dtype in enumerate(curvature.DTYPES)}
+               for n, dtype in enumerate(DTYPES)}
     tensors |= {"empty": torch.zeros(0, 4), "one": torch.tensor(2.5), "turned": torch.eye(3)[:, :2]}
-    facts = curvature.write_tensors(tmp_path / "x", tensors, {"about": "ü"})
+    facts = write_tensors(tmp_path / "x", tensors, {"about": "ü"})
     found = load_file(tmp_path / "x")
     assert set(found) == set(tensors) and facts == facts_of(tmp_path / "x")
     for name, tensor in tensors.items():
@@ -411,5 +412,5 @@ def test_the_library_reads_what_is_written_piece_by_piece(tmp_path):
     for name, entry in json.loads(raw[8 : 8 + length]).items():
         if name != "__metadata__":
             assert (8 + length + entry["data_offsets"][0]) % tensors[name].itemsize == 0
-    again, about = curvature.read_tensors(tmp_path / "x")
+    again, about = read_tensors(tmp_path / "x")
     assert about == {"about": "ü"} and torch.equal(again["turned"], tensors["turned"])

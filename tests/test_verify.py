@@ -24,13 +24,13 @@ from gradindex.errors import (
     IndexMismatchError,
     InputError,
 )
-from gradindex.influence.curvature import write_tensors
 from gradindex.storage import manifest, records, segments, token_file
 from gradindex.storage.code_file import CodeIndex
 from gradindex.storage.contents import Contents
 from gradindex.storage.files import facts_of
 from gradindex.storage.integrity import SMALL
 from gradindex.storage.locks import only_writer
+from gradindex.storage.tensors import write_tensors
 from indexer.upkeep import append as append_module
 from indexer.upkeep import verify as verify_module
 from indexer.upkeep.commit import remove

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from gradindex.errors import DamagedIndexError
-from gradindex.influence.curvature import read_tensors, write_tensors
 from gradindex.storage.code_file import CodeIndex
 from gradindex.storage.files import FileFacts
+from gradindex.storage.tensors import read_tensors, write_tensors
 
 ONE_IN = 100  # sequences reach a query's threshold
 

@@ -35,7 +35,7 @@ from gradindex.influence.blockwise import (
     square_blocks,
     symmetric,
 )
-from gradindex.influence.curvature import Curvature, Ekfac, read_tensors, write_tensors
+from gradindex.influence.curvature import Curvature, Ekfac
 from gradindex.influence.gradients import (
     Batch,
     Splits,
@@ -53,6 +53,7 @@ from gradindex.storage import sealed_json
 from gradindex.storage.files import FileFacts, atomic_write, facts_of, make_folder, rename_folder
 from gradindex.storage.integrity import CheckedFiles
 from gradindex.storage.records import Record
+from gradindex.storage.tensors import read_tensors, write_tensors
 from indexer.fit.budget import held_bytes, partitions
 from indexer.fit.quarantine import SHARE, check_quarantine
 from indexer.fit.sums import Block, BlockNotes, Sums

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gradindex.errors import DamagedIndexError
-from gradindex.influence.curvature import read_metadata, read_tensors, write_tensors
+from gradindex.storage.tensors import read_metadata, read_tensors, write_tensors
 
 
 @dataclass

@@ -23,7 +23,6 @@ import scipy.sparse
 
 import gradindex
 from gradindex.errors import GradindexError
-from gradindex.influence.curvature import write_tensors
 from gradindex.model.network import ModelSource
 from gradindex.storage import (
     background_file,
@@ -34,6 +33,7 @@ from gradindex.storage import (
     segments,
     token_file,
 )
+from gradindex.storage.tensors import write_tensors
 from indexer.read.corpus import Corpus, CorpusSettings
 
 QUESTION = {"prompt": "The apple number", "completion": " 8 grows"}
