@@ -20,7 +20,9 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from gradindex.influence.codes import default_length, default_width
 from gradindex.memory import PLANNED, Allowance
-from gradindex.model.network import ModelSource, tracked_modules
+from gradindex.model.network import LanguageModel
+from gradindex.model.source import ModelSource
+from gradindex.model.tracked import tracked_modules
 from gradindex.modules import Module
 from gradindex.storage.records import Part, Record
 from indexer.dry_run.measure import batch_bytes
@@ -130,7 +132,7 @@ def measured(hidden: int, layers: int) -> None:
 
         np.save(folder / "tokens.npy", np.random.default_rng(0).integers(
             0, 2048, (64, 64)).astype(np.int32), allow_pickle=False)
-        model = ModelSource(network).load()
+        model = LanguageModel.load(ModelSource(network))
         modules = tracked_modules(network)
         sample = [Record(n, row, np.ones(64, bool), [Part(n, "", n, -1, -1, 0)])
                   for n, row in enumerate(np.load(folder / "tokens.npy", allow_pickle=False))]

@@ -36,7 +36,7 @@ from demo.prepare import QUERIES, Settings, prepare
 from gradindex.influence.codes import Codes, CodeSettings, score_error
 from gradindex.influence.gradients import make_batch, plan_batches
 from gradindex.influence.queries import Influences, Preconditioned, collect, precondition
-from gradindex.model.network import quiet_transformers
+from gradindex.model.loading import quiet_transformers
 from gradindex.progress import Progress, stderr_progress
 from gradindex.results import Query
 from gradindex.storage.code_file import CodeIndex, code_bytes

@@ -26,7 +26,7 @@ from benchmarks.fidelity import options
 from benchmarks.workload import Size, Workload, make_workload
 from gradindex.influence.curvature import DAMPING
 from gradindex.influence.gradients import make_batch, plan_batches
-from gradindex.model.network import UNSCORED
+from gradindex.objective import UNSCORED
 from gradindex.progress import duration, stderr_progress
 from gradindex.storage.records import Record
 

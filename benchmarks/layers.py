@@ -31,13 +31,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from gradindex.influence.blockwise import covariance_shapes
 from gradindex.influence.gradients import Batch, backward, make_batch
 from gradindex.model import experts
-from gradindex.model.network import (
-    EXPERTS,
-    LanguageModel,
-    ModelSource,
-    quiet_transformers,
-    tracked_modules,
-)
+from gradindex.model.loading import quiet_transformers
+from gradindex.model.network import EXPERTS, LanguageModel
+from gradindex.model.source import ModelSource
+from gradindex.model.tracked import tracked_modules
 from gradindex.modules import Module
 from indexer.fit.schedule import add_covariances
 
@@ -175,7 +172,7 @@ def compare_bits(repeats: int) -> None:
     """3: the price of dequantising in every pass."""
     batch, folder = make_data(), Path(tempfile.mkdtemp())
     small_model("llama", **DENSE).save_pretrained(folder / "whole")
-    models = {"float32": ModelSource(str(folder / "whole")).load("cpu")}
+    models = {"float32": LanguageModel.load(ModelSource(str(folder / "whole"), device="cpu"))}
     for bits in (8, 4):
         settings = transformers.BitsAndBytesConfig(
             load_in_8bit=bits == 8, load_in_4bit=bits == 4, bnb_4bit_quant_type="nf4")

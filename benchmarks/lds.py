@@ -36,8 +36,12 @@ from gradindex.influence.codes import Codes, CodeSettings, default_length, defau
 from gradindex.influence.curvature import DAMPING, Ekfac
 from gradindex.influence.gradients import make_batch
 from gradindex.influence.queries import Gradients, Preconditioned, exact_scores, precondition
-from gradindex.model import network as door
+from gradindex.model.loading import quiet_transformers
+from gradindex.model.network import LanguageModel
+from gradindex.model.source import ModelSource
+from gradindex.model.tracked import tracked_modules
 from gradindex.modules import Module
+from gradindex.objective import log_probability
 from gradindex.progress import Progress, duration, stderr_progress
 from gradindex.storage.code_file import CodeIndex
 from gradindex.storage.files import atomic_write
@@ -82,8 +86,9 @@ def make_study(
         (folder / "loss.txt").write_text(f"{loss:.2f}")
         network.save_pretrained(folder / "model")
     windows = np.load(folder / "windows.npy")
-    model = door.ModelSource(GPTNeoXForCausalLM.from_pretrained(folder / "model")).load()
-    modules = door.tracked_modules(model.network, "all")
+    network = GPTNeoXForCausalLM.from_pretrained(folder / "model")
+    model = LanguageModel.load(ModelSource(network))
+    modules = tracked_modules(model.network, "all")
     training = [record(n, row, 0) for n, row in enumerate(windows[:sequences])]
     # Each module is fitted by itself, so that a choice of modules is a subset.
     ekfac = fit_on(folder, model, modules, training, sequences, progress)
@@ -95,11 +100,11 @@ def make_study(
     )
 
 
-def completion_log_p(model: door.LanguageModel, queries: list[Record]) -> np.ndarray:
+def completion_log_p(model: LanguageModel, queries: list[Record]) -> np.ndarray:
     """f: Σ log p of each query's completion, in nats: float64 [q]."""
     batch = make_batch([(query.ids, query.scored) for query in queries], model.device)
     with torch.no_grad():
-        log_p, _ = door.log_probability(model.logits(batch.tokens), batch.targets)
+        log_p, _ = log_probability(model.logits(batch.tokens), batch.targets)
     return log_p.double().sum(1).numpy()
 
 
@@ -108,7 +113,7 @@ def retrain(path: Path, ids: list[list[int]], settings: Settings, queries: list[
     torch.set_num_threads(1)
     network = new_model(settings)
     train(network, ids, settings, Progress(None))
-    f = completion_log_p(door.ModelSource(network).load(), queries)
+    f = completion_log_p(LanguageModel.load(ModelSource(network)), queries)
     atomic_write(path, lambda file: np.save(file, f))
 
 
@@ -259,7 +264,7 @@ def main(
 ) -> None:
     """Train, retrain on halves and without the top of the scores; print four tables."""
     begun = time.monotonic()
-    door.quiet_transformers()
+    quiet_transformers()
     torch.set_num_threads(1)  # the scored model, too, is the same whatever --threads is
     progress = stderr_progress()
     study = make_study(cache, sequences, queries, passes, progress)

@@ -27,7 +27,9 @@ from gradindex.influence.codes import Codes, CodeSettings, default_length, defau
 from gradindex.influence.curvature import Curvature, Ekfac
 from gradindex.influence.gradients import Batch, backward, make_batch
 from gradindex.influence.queries import Influences, Preconditioned, collect, query_coordinates
-from gradindex.model.network import LanguageModel, ModelSource, tracked_modules
+from gradindex.model.network import LanguageModel
+from gradindex.model.source import ModelSource
+from gradindex.model.tracked import tracked_modules
 from gradindex.modules import Module
 from gradindex.storage.code_file import CodeIndex
 from gradindex.storage.records import Part, Record
@@ -62,7 +64,7 @@ class Bench:
 
     def __init__(self, settings: Settings, batch: int, dtype: str):
         self.trained = new_model(settings).train().to(getattr(torch, dtype))
-        self.model: LanguageModel = ModelSource(new_model(settings)).load(dtype=dtype)
+        self.model: LanguageModel = LanguageModel.load(ModelSource(new_model(settings)), dtype)
         self.modules: list[Module] = tracked_modules(self.model.network)
         random = np.random.default_rng(0)
         self.records = [

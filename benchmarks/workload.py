@@ -19,7 +19,10 @@ from demo.prepare import Settings, new_model, train, train_tokenizer
 from gradindex.influence.curvature import Ekfac
 from gradindex.influence.gradients import backward, gradient, make_batch
 from gradindex.influence.queries import Gradients
-from gradindex.model.network import LanguageModel, ModelSource, quiet_transformers, tracked_modules
+from gradindex.model.loading import quiet_transformers
+from gradindex.model.network import LanguageModel
+from gradindex.model.source import ModelSource
+from gradindex.model.tracked import tracked_modules
 from gradindex.modules import Module
 from gradindex.progress import Progress
 from gradindex.storage.records import Part, Record
@@ -89,7 +92,7 @@ def make_workload(cache: Path, size: Size, queries: int, progress: Progress) -> 
         (folder / "loss.txt").write_text(f"final loss {loss:.2f} nats a token")
         network.save_pretrained(folder / "model")
     source = ModelSource(GPTNeoXForCausalLM.from_pretrained(folder / "model"))
-    model = source.load(dtype=size.dtype)
+    model = LanguageModel.load(source, size.dtype)
     modules = tracked_modules(model.network, size.modules)
     training = [record(n, row, 0) for n, row in enumerate(chosen[: size.sequences])]
     ekfac = fit_on(folder, model, modules, training, size.fit_sequences, progress)

@@ -11,6 +11,8 @@ Names are imported on first use, so that `import gradindex` loads neither torch 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from gradindex.version import VERSION
+
 if TYPE_CHECKING:
     from gradindex.errors import (
         DamagedIndexError,
@@ -19,24 +21,22 @@ if TYPE_CHECKING:
         InputError,
         ResourceError,
     )
+    from gradindex.facade import append, build, merge
     from gradindex.results import Group, Hit, Query, Recall, Result
-    from indexer.build import build, merge
     from indexer.dry_run.estimate import Estimate, estimate
-    from indexer.upkeep.append import append
     from indexer.upkeep.commit import compact, delete
     from indexer.upkeep.verify import verify
     from search.engine import Searcher, open
     from search.show.render import render_html
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 _HOMES = {name: home for home, names in {
     "gradindex.errors": ("DamagedIndexError", "GradindexError", "IndexMismatchError", "InputError",
                          "ResourceError"),
     "gradindex.results": ("Group", "Hit", "Query", "Recall", "Result"),
-    "indexer.build": ("build", "merge"),
+    "gradindex.facade": ("append", "build", "merge"),
     "indexer.dry_run.estimate": ("Estimate", "estimate"),
-    "indexer.upkeep.append": ("append",),
     "indexer.upkeep.commit": ("compact", "delete"),
     "indexer.upkeep.verify": ("verify",),
     "search.engine": ("Searcher", "open"),
@@ -54,7 +54,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'gradindex' has no attribute {name!r}")
     home = _HOMES[name]
-    if home.split(".")[0] != "gradindex":
+    if home.split(".")[0] != "gradindex" or home == "gradindex.facade":
         _check_siblings()
     return getattr(importlib.import_module(home), name)
 

@@ -14,34 +14,27 @@ processes can share the fit and the encoding (`shards.py`); `merge` does what co
 
 import contextlib
 import platform
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import torch
 
-import gradindex
 from gradindex.errors import GradindexError, InputError
-from gradindex.influence.codes import Codes, CodeSettings, default_width
+from gradindex.influence.codes import Codes
 from gradindex.influence.curvature import Ekfac
-from gradindex.memory import Allowance, parse_bound, return_freed
-from gradindex.model.network import (
-    SMALL_PARTS,
-    TRACKABLE,
-    LanguageModel,
-    ModelSource,
-    check_identity,
-    files_digest,
+from gradindex.memory import parse_bound, return_freed
+from gradindex.model.config import vocabulary_size
+from gradindex.model.identity import check_identity, files_digest
+from gradindex.model.network import LanguageModel
+from gradindex.model.source import ModelSource
+from gradindex.model.tracked import (
     parameter_share,
-    tracked_modules,
-    untracked,
 )
 from gradindex.modules import Module
-from gradindex.progress import Progress, shares, size
+from gradindex.progress import Progress, size
 from gradindex.storage import background_file, code_file, manifest, segments
 from gradindex.storage.files import disk_errors, facts_of, make_folder, make_folders
 from gradindex.storage.integrity import refuse_links
@@ -55,99 +48,134 @@ from gradindex.storage.manifest import (
     ModelFacts,
     Plan,
 )
-from gradindex.storage.records import Record
+from gradindex.version import VERSION
 from indexer.background import make_background
-from indexer.build_request import Asked, anywhere, ask, loaded, takes_arguments_of
+from indexer.build_request import BuildRequest, anywhere
 from indexer.calibrate import calibrate
-from indexer.dry_run.measure import batch_bytes
-from indexer.fit.budget import disk_bytes, held_bytes, partitions
-from indexer.fit.schedule import AHEAD, LARGEST_BLOCK, FitNotes, FitSettings, choose_sequences, fit
+from indexer.fit.schedule import FitNotes, fit
+from indexer.prepare import Prepared, make_codes, prepare
 from indexer.read import ingest
 from indexer.read.ingest import Run
 from indexer.shards import OVER_RAY, Shard, Share, Stage
 from indexer.state import BUILD, State
 
-if TYPE_CHECKING:
-    from gradindex import Searcher
 
-NOTABLE = 0.05  # share of parameters that can't be tracked: said loudly from here on
+def build(request: BuildRequest) -> ModelSource | None:
+    """Do what is asked for, or this process's share of it, from what is there already on.
 
-
-@takes_arguments_of(ask)
-def build(asked: Asked) -> "Searcher | None":
-    """Fit curvature, encode every training sequence, write the index folder `out`; resumable.
-
-    `model` is a hub id (`id@revision`), a folder or a loaded model; `data` a path, a list of paths,
-    or rows (dictionaries; a `datasets.Dataset`). Lengths are in tokens, `bits` is K, the bits of a
-    code; the other arguments are the flags of `gradindex build`. Returns the index, open.
-    `max_bad` is the share of sequences that may be quarantined, their gradient not being finite.
-    With `shard` ("2/8") this process does one of several shares, waiting at most `wait` seconds for
-    the others; it returns None, and `merge` makes the index when all are done. `max_memory` ("8GB")
-    bounds the memory beside the libraries', of the GPU where the model is on one; curvature and
-    codes come out the same.
-    With `ray` the units of work are handed out to a cluster ("auto", "host:port") or to workers on
-    this machine ("local"), `ray_workers` of them [one a GPU, or as many as there are cores for].
-    Raises InputError for unusable input before anything expensive, ResourceError when disk or
-    memory don't suffice, IndexMismatchError when the model changed since the build began,
-    GradindexError while another process writes to the index, where too much is not finite, or where
-    other shards don't come.
+    Returns with what the finished index can be opened, None where it is yet to be merged. Raises
+    as `gradindex.build`.
     """
-    index, say, shard = asked.index, asked.say, asked.shard
-    shared, together = shard.of > 1, shard.of > 1 or asked.ray is not None
+    # 1) what is asked for was settled when the request was made (`build_request.py`)
+    index, say, shard = request.index, request.say, request.shard
+    with _writing(request) as state:
+        if manifest.exists(index):
+            if shard.first:
+                _check_finished(index, request)
+            say.say(f"{index} is complete; nothing to do.")
+            return _whole(request)
+        if shard.first:
+            state.asked = request.facts()
+            state.save()
+
+        # 2) text → sequences, on disk as records; the other shards began when this was done
+        if state.corpus is None:
+            assert shard.first
+            if not (index / "segments").is_dir():
+                make_folder(index / "segments")
+            empty = Run(index, 0, 0, 0, request.plan["segment_size"])
+            state.corpus = ingest.write_records(request.corpus, empty, say)
+            state.save()
+        ingest.report(state.corpus, state.plan["sequence_length"], say)
+
+        # 3) the model and its tracked modules
+        about = prepare(index, request.source, request.dtype, state, say, shard.of)
+        with _shared_out(request) as share:
+
+            # 4) EK-FAC curvature
+            fitted = _fit(index, about, share, say)
+
+            # 5) every sequence → a code
+            if request.ray is None:
+                ingest.encode_run(about.model, _codes(fitted, state), about.run,
+                                  state.plan["batch_tokens"], request.max_bad, say, share)
+            else:
+                share.wait(Stage("encode"), lambda: ingest.unsealed(about.run))
+        return_freed()
+        if shard.of > 1:
+            say.say(f"shard {shard.number}/{shard.of} is done; when all are: gradindex merge "
+                    f"{index}")
+            return None
+
+        # 6) and 7) how good the codes are, and the commit
+        _complete(index, fitted, state, say)
+    return _whole(request)
+
+
+def _whole(request: BuildRequest) -> ModelSource | None:
+    """What an index that is whole can be opened with; a shard leaves that to `merge`."""
+    if request.shard.of > 1:
+        return None
+    source = request.source
+    return replace(source, model=source.model if source.is_object else None, max_memory=None)
+
+
+@contextlib.contextmanager
+def _writing(request: BuildRequest) -> Iterator[State]:
+    """Be the one process that writes to the index, or one of those that do so together."""
+    index, say, shard = request.index, request.say, request.shard
+    together = shard.of > 1 or request.ray is not None
     if shard.first:
         with disk_errors(index):
             make_folders(index)
             if together:
-                _begin_anew_alone(asked)
+                _begin_anew_alone(request)
     else:
         shard.wait(Stage("reading the data"), lambda: [] if manifest.exists(index) or
-                   State.joined(index, asked.plan) else [0])
-    group = f"one of {shard.of} shards" if shared else OVER_RAY
+                   State.joined(index, request.plan) else [0])
+    group = f"one of {shard.of} shards" if shard.of > 1 else OVER_RAY
     writing = one_of_writers(index, shard.number, group) if together else \
         only_writer(index, "gradindex build")
     with writing, disk_errors(index):
         refuse_links(index)
-        state = State.open(index, asked.plan, say, anew=not together)
-        if manifest.exists(index):
-            if shard.first:
-                _check_finished(index, asked)
-            say.say(f"{index} is complete; nothing to do.")
-        else:
-            if shard.first:
-                state.asked = asked.facts()
-                state.save()
-            fitted = _build(index, asked, state, say)
-            if shared:
-                say.say(f"shard {shard.number}/{shard.of} is done; when all are: gradindex merge "
-                        f"{index}")
-                return None
-            _complete(index, fitted, state, say)
-    return None if shared else _opened(index, asked.source, asked.device)
+        yield State.open(index, request.plan, say, anew=not together)
 
 
-def _begin_anew_alone(asked: Asked) -> None:
+@contextlib.contextmanager
+def _shared_out(request: BuildRequest) -> Iterator[Share]:
+    """Who does what: this shard its share, or workers of a Ray cluster everything."""
+    if request.ray is None:
+        yield request.shard
+        return
+    from indexer.ray_build import Crew, Job
+
+    with Crew(request.ray, request.ray_workers, Job.of(request), request.say) as crew:
+        yield crew
+
+
+def _begin_anew_alone(request: BuildRequest) -> None:
     """Begin a build anew where it has another plan, if no other process writes to it.
 
     A shard of the old plan that is still at work would add its sums to the new one's. Where the
     plan is the same, the others may begin at this moment, and must not find the folder locked.
     """
-    stored = State.resumed(asked.index)
-    if stored is None or stored.plan == asked.plan:
+    stored = State.resumed(request.index)
+    if stored is None or stored.plan == request.plan:
         return
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(only_writer(asked.index, "gradindex build"))
+            stack.enter_context(only_writer(request.index, "gradindex build"))
         except GradindexError:
             return
-        refuse_links(asked.index)
-        State.open(asked.index, asked.plan, asked.say)
+        refuse_links(request.index)
+        State.open(request.index, request.plan, request.say)
 
 
 def merge(
     index: str | Path, model: Any = None, tokenizer: Any = None, device: str = "auto",
     trust_remote_code: bool = False, allow_pickle: bool = False,
     max_memory: str | int | None = None, progress: Progress | None = None,
-) -> "Searcher":
+) -> ModelSource:
     """Make an index of what the shards of a build did, once all are done. Returns it, open.
 
     `model` (a folder, hub id or loaded model) is where the weights are now, if not where they were.
@@ -155,6 +183,8 @@ def merge(
     for another model, GradindexError while another process writes to the index; ResourceError.
     """
     folder, say = Path(index), progress or Progress()
+    given = ModelSource(model, tokenizer, device, trust_remote_code, allow_pickle,
+                        parse_bound(max_memory))
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder; expected one that gradindex build --shard wrote.")
     with only_writer(folder, "gradindex merge"), disk_errors(folder):
@@ -163,25 +193,15 @@ def merge(
         if state is None and not manifest.exists(folder):
             raise InputError(f"{folder} holds no unfinished build. Run gradindex build … --shard "
                              "i/n first, once for each i.")
-        own = manifest.load(folder).plan if state is None else state.plan
-        name = own["model"] if own["revision"] is None else f"{own['model']}@{own['revision']}"
-        source = ModelSource(name if model is None else model, tokenizer, trust_remote_code,
-                             allow_pickle)
         if state is None or manifest.exists(folder):
             say.say(f"{folder} is complete; nothing to do.")
         else:
             _refuse_unfinished(folder, state)
-            about = prepare(folder, source, device, own["dtype"], state,
-                            parse_bound(max_memory), say)
+            plan = state.plan
+            source = given.at_build(plan["model"], plan["revision"], None)
+            about = prepare(folder, source, plan["dtype"], state, say)
             _complete(folder, _fit(folder, about, Shard(), say), state, say)
-    return _opened(folder, source, device)
-
-
-def _opened(index: Path, source: ModelSource, device: str) -> "Searcher":
-    return gradindex.open(
-        index, model=loaded(source.model), tokenizer=source.tokenizer, device=device,
-        trust_remote_code=source.trust_remote_code, allow_pickle=source.allow_pickle,
-    )
+    return replace(given, max_memory=None)
 
 
 def _refuse_unfinished(index: Path, state: State) -> None:
@@ -203,17 +223,6 @@ def _refuse_unfinished(index: Path, state: State) -> None:
 
 
 @dataclass
-class Prepared:
-    """What every process of a build has: the sequences, the model, how it is to be fitted."""
-
-    run: Run
-    model: LanguageModel
-    tracked: list[Module]
-    settings: FitSettings
-    allowance: Allowance
-
-
-@dataclass
 class _Fitted:
     """A build whose curvature is there, of those modules that have one."""
 
@@ -221,98 +230,6 @@ class _Fitted:
     modules: list[Module]
     ekfac: Ekfac
     notes: FitNotes
-
-
-def _build(index: Path, asked: Asked, state: State, say: Progress) -> _Fitted:
-    """Steps 2 to 5: this process's share of them."""
-    # 2) text → sequences, on disk as records
-    if state.corpus is None:
-        assert asked.shard.first  # the others began when this was done
-        if not (index / "segments").is_dir():
-            make_folder(index / "segments")
-        empty = Run(index, 0, 0, 0, asked.plan["segment_size"])
-        state.corpus = ingest.write_records(asked.corpus, empty, say)
-        state.save()
-    ingest.report(state.corpus, state.plan["sequence_length"], say)
-
-    # 3) the model and its tracked modules
-    about = prepare(index, asked.source, asked.device, asked.dtype, state, asked.max_memory, say,
-                    asked.shard.of)
-    with contextlib.ExitStack() as until_here:
-        share: Share = asked.shard
-        if asked.ray is not None:
-            from indexer.ray_build import Crew, Job
-
-            share = until_here.enter_context(Crew(asked.ray, asked.ray_workers, Job.of(asked), say))
-
-        # 4) EK-FAC curvature
-        fitted = _fit(index, about, share, say)
-
-        # 5) every sequence → a code
-        if asked.ray is None:
-            ingest.encode_run(about.model, _codes(fitted, state), about.run,
-                              state.plan["batch_tokens"], asked.max_bad, say, share)
-        else:
-            share.wait(Stage("encode"), lambda: ingest.unsealed(about.run))
-    return_freed()
-    return fitted
-
-
-def prepare(
-    index: Path, source: ModelSource, device: str, dtype: str, state: State,
-    max_memory: int | None, say: Progress, shards: int = 1,
-) -> Prepared:
-    """Load and check the model. Raises ResourceError where disk or memory don't suffice."""
-    plan, facts = state.plan, state.corpus
-    assert facts is not None and state.asked is not None
-    torch.set_num_threads(state.threads)
-    run = Run(index, 0, 0, facts["sequences"], plan["segment_size"])
-    say.say(f"model: loading {source.name} as {plan['dtype']} on {plan['device']}")
-    model = source.load(device, dtype)
-    state.check_model(model)
-    tracked = tracked_modules(model.network, plan["modules"])
-    say.say(f"modules: {describe(model, tracked)}")
-    odd = {what: share for what, share in untracked(model.network, tracked).items()
-           if what not in (*TRACKABLE, *SMALL_PARTS)}
-    if (total := sum(odd.values())) > NOTABLE:
-        say.say(f"warning: {total:.0%} of the model's parameters can't be tracked, so their "
-                f"influence is in no score: {shares(odd)}")
-    settings = FitSettings(
-        choose_sequences(run.count, plan["fit_sequences"], plan["seed"]), plan["fit_labels"],
-        min(plan["segment_size"], LARGEST_BLOCK), plan["batch_tokens"], plan["seed"],
-        state.asked["max_bad"], plan["covariance_blocks"],
-    )
-    allowance = allow(model, tracked, settings, max_memory,
-                      lambda: run.records(settings.ids[: settings.block]))
-    blocks, width = settings.covariance_blocks, model.accumulate.itemsize
-    every = partitions(tracked, blocks, width, allowance.planned)
-    ingest.check_disk(run, plan["bits"], _still_needed(index, disk_bytes(
-        every, blocks, width, AHEAD * shards if shards > 1 else 0)))
-    return Prepared(run, model, tracked, settings, allowance)
-
-
-def _still_needed(index: Path, fit: int) -> int:
-    """What a fit of so many bytes still needs on the disk."""
-    if (index / "curvature").is_dir():
-        return 0
-    there = sum(one.stat().st_size for one in (index / "curvature.partial").glob("*"))
-    return max(0, fit - there)
-
-
-def allow(
-    model: LanguageModel, tracked: list[Module], settings: FitSettings, max_memory: int | None,
-    sample: Callable[[], list[Record]],
-) -> Allowance:
-    """What a build may use beside the model; some sequences tell what a batch takes.
-
-    Raises ResourceError where that is too little.
-    """
-    if max_memory is None:
-        return Allowance()
-    held, largest = max((held_bytes([module], settings.covariance_blocks,
-                                    model.accumulate.itemsize), module.name) for module in tracked)
-    batch = batch_bytes(model, tracked, sample(), settings)
-    return Allowance.beside(model.bytes, max_memory, held, f"fitting {largest}", batch)
 
 
 def _fit(index: Path, about: Prepared, share: Share, say: Progress) -> _Fitted:
@@ -323,12 +240,6 @@ def _fit(index: Path, about: Prepared, share: Share, say: Progress) -> _Fitted:
 
 def _codes(fitted: _Fitted, state: State) -> Codes:
     return make_codes(fitted.modules, fitted.ekfac, state.plan)
-
-
-def make_codes(modules: list[Module], ekfac: Ekfac, plan: Mapping[str, Any]) -> Codes:
-    """The codes that a plan asks for, of modules that have curvature."""
-    return Codes(modules, ekfac, CodeSettings(
-        plan["bits"], default_width(plan["bits"], len(modules)), plan["seed"], plan["damping"]))
 
 
 def _complete(index: Path, fitted: _Fitted, state: State, say: Progress) -> None:
@@ -385,7 +296,7 @@ def _manifest(
             tokenizer_name=asked["tokenizer_name"],
         ),
         dtype=plan["dtype"], device=plan["device"], threads=state.threads,
-        task=asked["task"], vocabulary=model.network.config.get_text_config().vocab_size,
+        task=asked["task"], vocabulary=vocabulary_size(model.network.config),
         sequence_length=plan["sequence_length"],
         documents=facts["documents"], sequences=run.count - quarantined, tokens=facts["tokens"],
         scored_tokens=facts["scored_tokens"], skipped=facts["skipped"],
@@ -409,33 +320,20 @@ def _manifest(
     )
 
 
-def _check_finished(index: Path, asked: Asked) -> None:
+def _check_finished(index: Path, request: BuildRequest) -> None:
     """Raise IndexMismatchError if the weights changed; take over a new N_train."""
     (index / BUILD).unlink(missing_ok=True)  # killed right after the commit
     built = manifest.load(index)
-    digest = files_digest(asked.source)
+    digest = files_digest(request.source)
     if digest is None or digest != built.model["files"]:
-        check_identity(asked.source.load(asked.device, asked.dtype), dict(built.model))
-    if asked.train_sequences not in (None, built.train_sequences):
-        built.train_sequences = asked.train_sequences  # it only scales what is shown
+        check_identity(LanguageModel.load(request.source, request.dtype), dict(built.model))
+    if request.train_sequences not in (None, built.train_sequences):
+        built.train_sequences = request.train_sequences  # it only scales what is shown
         built.generation += 1
         manifest.commit(index, built)
 
 
-def describe(model: LanguageModel, tracked: list[Module]) -> str:
-    """Which modules are tracked, their share of the model, and what isn't tracked."""
-    kinds: dict[str, int] = {}
-    for module in tracked:
-        kind = re.sub(r"_\d+$", "_*", module.name.split(f".{module.layer}.", 1)[1])
-        kinds[kind] = kinds.get(kind, 0) + 1
-    rest = shares({f"{what} (not chosen)" if what in TRACKABLE else what: share for what, share
-                   in untracked(model.network, tracked).items()})
-    return (f"{len(tracked):,} linear maps tracked, {', '.join(kinds)}: "
-            f"{parameter_share(model.network, tracked):.1%} of the model's parameters"
-            + (f"; not tracked: {rest}" if rest else ""))
-
-
 def _versions() -> dict[str, str]:
     libraries = {name: version(name) for name in ("torch", "transformers", "lmdb", "numpy")}
-    return {"gradindex": gradindex.__version__, "python": platform.python_version(),
+    return {"gradindex": VERSION, "python": platform.python_version(),
             "faiss": code_file.library_version(), **libraries}

@@ -1,7 +1,7 @@
 """What a build is asked for, resolved and checked before anything expensive.
 
-`ask` has every argument of a build with its default; the plan that it makes decides the bytes of
-the index, and a resumed build compares it.
+`make_request` has every argument of a build with its default; the plan that it makes decides the
+bytes of the index, and a resumed build compares it.
 """
 
 import functools
@@ -17,7 +17,9 @@ from gradindex.errors import InputError
 from gradindex.influence import curvature
 from gradindex.influence.codes import default_length
 from gradindex.memory import parse_bound
-from gradindex.model.network import ModelSource, context_length, tokenizer_digest
+from gradindex.model.config import context_length
+from gradindex.model.identity import tokenizer_digest
+from gradindex.model.source import ModelSource
 from gradindex.progress import Progress
 from gradindex.storage.manifest import MOST_BLOCKS
 from indexer.fit.quarantine import SHARE
@@ -29,21 +31,19 @@ LONGEST_DEFAULT = 512  # tokens, where the model's context is longer
 
 
 @dataclass
-class Asked:
+class BuildRequest:
     """What a build was asked for: the plan, which decides the bytes, and what doesn't."""
 
     index: Path
     source: ModelSource
     corpus: Corpus
     plan: dict[str, Any]
-    device: str
     dtype: str
     train_sequences: int | None
     max_bad: float
     tokenizer_name: str | None
     say: Progress
     shard: Shard
-    max_memory: int | None
     ray: str | None
     ray_workers: int | None
 
@@ -53,7 +53,7 @@ class Asked:
                 "max_bad": self.max_bad, "tokenizer_name": self.tokenizer_name}
 
 
-def ask(
+def make_request(
     model: Any,
     data: Any,
     out: str | Path,
@@ -90,10 +90,11 @@ def ask(
     ray: str | None = None,
     ray_workers: int | None = None,
     progress: Progress | None = None,
-) -> Asked:
+) -> BuildRequest:
     """1) What is asked for, resolved, before anything expensive. Raises InputError."""
     index = Path(out)
-    source = ModelSource(model, tokenizer, trust_remote_code, allow_pickle)
+    source = ModelSource(model, tokenizer, device, trust_remote_code, allow_pickle,
+                         parse_bound(max_memory))
     config = source.load_config()
     settings = CorpusSettings(
         sequence_length=_sequence_length(seq_len, config, as_list(data)), pack=pack,
@@ -111,7 +112,7 @@ def ask(
     own = Shard() if shard is None else parse_shard(shard, wait, say)
     _check_choices(index, seed, covariance_blocks, keep_fields, fit_labels)
     corpus = open_corpus(data, source, config, settings)
-    place, resolved = source.resolve(device, dtype)
+    place, resolved = source.resolve(dtype)
     plan = {
         "model": source.name, "revision": source.revision, "data": corpus.data_facts(),
         **{name: value for name, value in asdict(settings).items() if name != "strict"},
@@ -123,9 +124,10 @@ def ask(
         "device": place.type, "batch_tokens": batch_tokens, "segment_size": segment_size,
         "seed": seed, "tokenizer": tokenizer_digest(corpus.tokenizer),
     }
-    tokenizer_name = None if tokenizer is None or loaded(tokenizer) else anywhere(str(tokenizer))
-    return Asked(index, source, corpus, plan, device, dtype, train_sequences, max_bad,
-                 tokenizer_name, say, own, parse_bound(max_memory), ray, ray_workers)
+    named = isinstance(tokenizer, (str, Path))
+    tokenizer_name = anywhere(str(tokenizer)) if named else None
+    return BuildRequest(index, source, corpus, plan, dtype, train_sequences, max_bad,
+                        tokenizer_name, say, own, ray, ray_workers)
 
 
 Arguments = ParamSpec("Arguments")
@@ -133,19 +135,19 @@ Made = TypeVar("Made")
 
 
 def takes_arguments_of(
-    asks: Callable[Arguments, Asked]
-) -> Callable[[Callable[[Asked], Made]], Callable[Arguments, Made]]:
-    """A decorator: a function of what is asked for becomes one of the arguments of `asks`.
+    resolve: Callable[Arguments, BuildRequest]
+) -> Callable[[Callable[[BuildRequest], Made]], Callable[Arguments, Made]]:
+    """A decorator: a function of a request becomes one of the arguments that `resolve` makes it of.
 
     So the long list of a build's arguments and defaults stands once.
     """
-    def decorate(function: Callable[[Asked], Made]) -> Callable[Arguments, Made]:
+    def decorate(function: Callable[[BuildRequest], Made]) -> Callable[Arguments, Made]:
         @functools.wraps(function)
         def call(*positional: Arguments.args, **named: Arguments.kwargs) -> Made:
-            return function(asks(*positional, **named))
+            return function(resolve(*positional, **named))
 
         returns = inspect.signature(function).return_annotation
-        call.__signature__ = inspect.signature(asks).replace(  # type: ignore[attr-defined]
+        call.__signature__ = inspect.signature(resolve).replace(  # type: ignore[attr-defined]
             return_annotation=returns)
         return call
 
@@ -173,11 +175,6 @@ def as_list(data: Any) -> list[Any]:
 def anywhere(name: str) -> str:
     """A folder as a path that is valid from anywhere, a hub id as it is."""
     return str(Path(name).resolve()) if Path(name).is_dir() else name
-
-
-def loaded(model: Any) -> Any:
-    """The model if it was given as an object: the index can't find it again by name."""
-    return None if isinstance(model, (str, Path)) else model
 
 
 def _sequence_length(seq_len: int | None, config: Any, data: list[Any]) -> int:

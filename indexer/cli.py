@@ -86,9 +86,10 @@ def build(
     Example:
       gradindex build ./my-model train.jsonl -o train.index --id-field url
     """
-    from gradindex.model.network import quiet_transformers
+    from gradindex.model.loading import quiet_transformers
     from gradindex.progress import stderr_progress
-    from indexer.build import build as run
+    from indexer import build as journey
+    from indexer.build_request import make_request
     from indexer.dry_run.estimate import estimate
 
     quiet_transformers()
@@ -97,7 +98,9 @@ def build(
         found = estimate(model, list(data), progress=stderr_progress(), keep_fields=names, **others)
         click.echo(visible_lines("\n".join(found.lines())))
         return ResourceError.exit_code if found.lacking else 0
-    if run(model, list(data), progress=stderr_progress(), keep_fields=names, **others) is None:
+    request = make_request(model, list(data), progress=stderr_progress(), keep_fields=names,
+                           **others)
+    if journey.build(request) is None:
         return 0
     click.echo(visible_lines(f'next: gradindex search {others["out"]} -p "PROMPT" '
                              '-c " COMPLETION"'), err=True)
@@ -118,7 +121,7 @@ def merge(index: Path, **others: Any) -> None:
       gradindex build ./my-model train.jsonl -o train.index --shard 1/2
       wait; gradindex merge train.index
     """
-    from gradindex.model.network import quiet_transformers
+    from gradindex.model.loading import quiet_transformers
     from gradindex.progress import stderr_progress
     from indexer.build import merge as run
 
@@ -144,7 +147,7 @@ def append(index: Path, data: tuple[str, ...], **others: Any) -> None:
     Example:
       gradindex append train.index more.jsonl
     """
-    from gradindex.model.network import quiet_transformers
+    from gradindex.model.loading import quiet_transformers
     from gradindex.progress import stderr_progress
     from indexer.upkeep.append import append as run
 
@@ -231,7 +234,7 @@ def verify(index: Path, form: str, **others: Any) -> int:
     Example:
       gradindex verify train.index
     """
-    from gradindex.model.network import quiet_transformers
+    from gradindex.model.loading import quiet_transformers
     from gradindex.progress import size, stderr_progress
     from indexer.upkeep.verify import verify as run
 

@@ -10,7 +10,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,14 +19,13 @@ from gradindex import errors
 from gradindex.cluster import absolute, connect, load_ray
 from gradindex.errors import GradindexError, InputError
 from gradindex.influence.codes import Codes
-from gradindex.model.network import ModelSource
+from gradindex.model.source import ModelSource
 from gradindex.progress import Progress
 from gradindex.storage.files import disk_errors
 from gradindex.storage.locks import one_of_writers
-from indexer import build
-from indexer.build import Prepared
-from indexer.build_request import Asked
+from indexer.build_request import BuildRequest
 from indexer.fit.schedule import Fit, fitted
+from indexer.prepare import Prepared, make_codes, prepare
 from indexer.read import ingest
 from indexer.shards import OVER_RAY, Shard, Stage
 from indexer.state import State
@@ -45,18 +44,16 @@ class Job:
     worker to whom Ray gives the same GPU: Ray knows nothing of the driver's.
     """
 
-    index: str
-    model: str
-    trust_remote_code: bool
-    allow_pickle: bool
+    index: Path
+    source: ModelSource
     plan: dict[str, Any]
-    max_memory: int | None
 
     @classmethod
-    def of(cls, asked: Asked) -> "Job":
-        source = asked.source
-        return cls(str(asked.index.resolve()), str(absolute(source.model)),
-                   source.trust_remote_code, source.allow_pickle, asked.plan, asked.max_memory)
+    def of(cls, request: BuildRequest) -> "Job":
+        plan = request.plan
+        source = replace(request.source, model=str(absolute(request.source.model)), tokenizer=None,
+                         device=plan["device"])
+        return cls(request.index.resolve(), source, plan)
 
 
 @dataclass(frozen=True)
@@ -72,7 +69,7 @@ class _Worker:
 
     def __init__(self, job: Job, number: int):
         self._job, self._number = job, number
-        self._index = Path(job.index)
+        self._index = job.index
         self._stack = contextlib.ExitStack()
         self._codes: Codes | None = None
         self._about: Prepared
@@ -97,9 +94,8 @@ class _Worker:
             raise InputError(f"it finds no build in {self._index}. With --ray the index has to lie "
                              "where every machine sees it by the same path.")
         self._join()
-        source = ModelSource(job.model, None, job.trust_remote_code, job.allow_pickle)
         device, dtype = job.plan["device"], job.plan["dtype"]
-        about = build.prepare(self._index, source, device, dtype, state, job.max_memory, Progress())
+        about = prepare(self._index, job.source, dtype, state, Progress())
         found = about.model
         if (found.device.type, str(found.dtype)) != (device, f"torch.{dtype}"):
             raise GradindexError(
@@ -147,7 +143,7 @@ class _Worker:
             ekfac, _ = fitted(about.model, about.tracked, about.settings.covariance_blocks,
                               self._index, Progress(), about.allowance)
             kept = [module for module in about.tracked if module.name in ekfac]
-            self._codes = build.make_codes(kept, ekfac, self._job.plan)
+            self._codes = make_codes(kept, ekfac, self._job.plan)
         return self._codes
 
 

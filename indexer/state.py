@@ -13,7 +13,8 @@ import torch
 from typing_extensions import TypedDict
 
 from gradindex.errors import DamagedIndexError, InputError
-from gradindex.model.network import LanguageModel, check_identity, identify
+from gradindex.model.identity import check_identity, identify
+from gradindex.model.network import LanguageModel
 from gradindex.progress import Progress
 from gradindex.storage import manifest, sealed_json
 from gradindex.storage.files import TEMPORARY, atomic_write

@@ -450,7 +450,7 @@ def _write(output: Path, content: str | bytes) -> None:
 
 
 def _open(index: Path, where: dict[str, Any]) -> tuple["Searcher", "Progress"]:
-    from gradindex.model.network import quiet_transformers
+    from gradindex.model.loading import quiet_transformers
     from gradindex.progress import stderr_progress
     from search.engine import open as open_index
 

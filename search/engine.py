@@ -18,6 +18,7 @@ from gradindex.errors import InputError
 from gradindex.influence.exact import LARGEST_CHUNK, Exact, Rescorer
 from gradindex.memory import parse_bound
 from gradindex.model.network import LanguageModel
+from gradindex.model.source import ModelSource
 from gradindex.results import Comparison, Hit, Query, Result
 from gradindex.storage.manifest import Manifest
 from search.ask.controls import Controls, settle
@@ -73,14 +74,21 @@ def open(
         raise InputError(f"--batch-tokens {batch_tokens}: expected a number above 0.")
     if ray_workers is not None and (ray_workers < 1 or not ray):
         raise InputError(f"--ray-workers {ray_workers}: expected a number above 0, and --ray.")
-    where = (Path(index), model, tokenizer, device, trust_remote_code, allow_pickle, allow_damaged,
-             parse_bound(max_memory))
-    opened = _shared(ray, ray_workers, where) if ray else OpenIndex(*where)
+    source = ModelSource(model, tokenizer, device, trust_remote_code, allow_pickle,
+                         parse_bound(max_memory))
+    if not ray:
+        return open_index(Path(index), source, batch_tokens, allow_damaged)
+    cluster = connect(LOCAL if ray is True else str(ray))
+    shared = SharedIndex(cluster, ray_workers, Path(index), source, allow_damaged)
+    return Searcher(shared, batch_tokens or shared.manifest.batch_tokens)
+
+
+def open_index(
+    path: Path, source: ModelSource, batch_tokens: int | None = None, allow_damaged: bool = False
+) -> "Searcher":
+    """An index in this process alone, see `open`."""
+    opened = OpenIndex(path, source, allow_damaged)
     return Searcher(opened, batch_tokens or opened.manifest.batch_tokens)
-
-
-def _shared(ray: str | bool, workers: int | None, where: tuple[Any, ...]) -> SharedIndex:
-    return SharedIndex(connect(LOCAL if ray is True else str(ray)), workers, *where)
 
 
 class Searcher:

@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import gradindex
 from demo.prepare import train_tokenizer
-from gradindex.model.network import LanguageModel, ModelSource
+from gradindex.model.network import LanguageModel
+from gradindex.model.source import ModelSource
 
 SIZES = {
     "gpt_neox": dict(hidden_size=12, num_hidden_layers=2, num_attention_heads=2,

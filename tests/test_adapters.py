@@ -16,14 +16,10 @@ from reference import sequence_gradient
 import gradindex
 from gradindex.errors import IndexMismatchError, InputError
 from gradindex.influence.gradients import backward, gradient, make_batch
-from gradindex.model.identity import tensors_digest
-from gradindex.model.network import (
-    LanguageModel,
-    ModelSource,
-    files_digest,
-    parameter_share,
-    tracked_modules,
-)
+from gradindex.model.identity import files_digest, tensors_digest
+from gradindex.model.network import LanguageModel
+from gradindex.model.source import ModelSource
+from gradindex.model.tracked import parameter_share, tracked_modules
 
 pytestmark = pytest.mark.filterwarnings(  # peft asks transformers by an old name
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -59,7 +55,8 @@ def names_of(network: Any, choice: str) -> list[str]:
 def adapter_folder(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter of `model_folder`, as PeftModel.save_pretrained writes it."""
     folder = tmp_path_factory.mktemp("adapter")
-    with_adapter(ModelSource(str(model_folder)).load("cpu").network).save_pretrained(folder)
+    base = LanguageModel.load(ModelSource(str(model_folder), device="cpu"))
+    with_adapter(base.network).save_pretrained(folder)
     assert {file.name for file in folder.iterdir()} >= {
         "adapter_config.json", "adapter_model.safetensors"}
     assert not (folder / "config.json").exists()
@@ -69,7 +66,7 @@ def adapter_folder(model_folder: Path, tmp_path_factory: pytest.TempPathFactory)
 def test_gradients_equal_autograds(family, sequences):
     """Adapter's and base's maps together, of sequences of different lengths in one batch."""
     wrapped = with_adapter(random_network(family), family)
-    model = ModelSource(wrapped).load()
+    model = LanguageModel.load(ModelSource(wrapped))
     assert model.dtype == torch.float64 and not wrapped.base_model.model.training
     modules = tracked_modules(model.network, "all,adapter")
     names = [module.name for module in modules]
@@ -163,7 +160,7 @@ def test_a_fully_trained_copy_takes_its_originals_place(sequences):
     copy = "gpt_neox.layers.0.mlp.dense_4h_to_h.modules_to_save.default"
     original = "gpt_neox.layers.0.mlp.dense_4h_to_h.original_module"
     assert copy in names_of(inside, "mlp") and original not in names_of(inside, "mlp")
-    model = ModelSource(wrapped).load()
+    model = LanguageModel.load(ModelSource(wrapped))
     found = []
     modules = tracked_modules(inside, "all,adapter")
     backward(model, modules, make_batch(sequences, model.device),
@@ -194,20 +191,21 @@ def test_choices_that_cannot_be_had():
     prompt = peft.get_peft_model(random_network("gpt_neox"), peft.PromptTuningConfig(
         task_type="CAUSAL_LM", num_virtual_tokens=2))
     with pytest.raises(InputError, match="prompt learning"):
-        ModelSource(prompt).load()
+        LanguageModel.load(ModelSource(prompt))
 
 
 def test_a_folder_loads_as_the_object_it_was(adapter_folder, model_folder):
-    source = ModelSource(str(adapter_folder))
-    loaded = source.load("cpu", "float64")
-    base = ModelSource(str(model_folder)).load("cpu", "float64")
+    source = ModelSource(str(adapter_folder), device="cpu")
+    loaded = LanguageModel.load(source, "float64")
+    base = LanguageModel.load(ModelSource(str(model_folder), device="cpu"), "float64")
     assert source.load_config().to_dict() == base.source.load_config().to_dict()
     assert loaded.tokenizer.get_vocab() == base.tokenizer.get_vocab()
-    again = ModelSource(peft.PeftModel.from_pretrained(base.network, adapter_folder)).load()
+    wrapped = peft.PeftModel.from_pretrained(base.network, adapter_folder)
+    again = LanguageModel.load(ModelSource(wrapped))
     assert tensors_digest(loaded.network) == tensors_digest(again.network)
     tokens = torch.arange(7)[None]
     assert torch.equal(loaded.logits(tokens), again.logits(tokens))
-    plain = ModelSource(str(model_folder)).load("cpu", "float64")
+    plain = LanguageModel.load(ModelSource(str(model_folder), device="cpu"), "float64")
     assert not torch.allclose(loaded.logits(tokens), plain.logits(tokens))
     assert loaded.continuation([1, 2, 3], 4) == again.continuation([1, 2, 3], 4)
     assert not any(parameter.requires_grad for parameter in loaded.network.parameters())
@@ -293,7 +291,7 @@ def test_builds_over_one_kind(choice, adapter_folder, model_folder, data_file, t
     names = [module.name for module in index.manifest.modules]
     assert len(names) == (8 if choice == "adapter" else 4)
     assert all(("lora_" in name) == (choice == "adapter") for name in names)
-    base = ModelSource(str(model_folder)).load("cpu")
+    base = LanguageModel.load(ModelSource(str(model_folder), device="cpu"))
     wrapped = peft.PeftModel.from_pretrained(base.network, adapter_folder)
     again = gradindex.open(tmp_path / "index", model=wrapped, tokenizer=base.tokenizer)
     assert [(hit.id, hit.influence) for hit in again.search(**QUERY, k=5, shortlist="all")] \
@@ -323,12 +321,12 @@ def test_another_adapter_or_base_is_refused(both_index, adapter_folder, model_fo
     save(lora_alpha=4)  # the same tensors, used otherwise
     assert refused()
     save(base_model_name_or_path=str(moved))
-    network = ModelSource(str(moved)).load("cpu").network
+    network = LanguageModel.load(ModelSource(str(moved), device="cpu")).network
     with torch.no_grad():
         network.lm_head.weight[0, 0] += 1e-3
     network.save_pretrained(moved)
     assert refused()
-    other = ModelSource(str(adapter_folder)).load("cpu").network
+    other = LanguageModel.load(ModelSource(str(adapter_folder), device="cpu")).network
     draw(other, 6)
     other.save_pretrained(copy)
     save()
@@ -350,7 +348,7 @@ def test_what_cannot_be_loaded_says_why(adapter_folder, model_folder, tmp_path, 
         (copy / "adapter_config.json").write_text(json.dumps({**settings, **changes}))
         with pytest.raises(InputError, match=match) as caught:
             ModelSource(str(copy)).load_config()
-            ModelSource(str(copy)).load("cpu")
+            LanguageModel.load(ModelSource(str(copy), device="cpu"))
         assert "\n" not in str(caught.value)
 
     fails(r"the model /gone/base can't be loaded: .* It is the base of the adapter in .*: put it "
@@ -379,7 +377,7 @@ def test_pickled_adapter_weights_need_the_flag(adapter_folder, tmp_path):
     weights = copy / "adapter_model.safetensors"
     torch.save(safetensors.torch.load_file(weights), copy / "adapter_model.bin")
     weights.unlink()
-    loaded = ModelSource(str(copy), allow_pickle=True).load("cpu")
+    loaded = LanguageModel.load(ModelSource(str(copy), allow_pickle=True, device="cpu"))
     assert tensors_digest(loaded.network) == \
-        tensors_digest(ModelSource(str(adapter_folder)).load("cpu").network)
+        tensors_digest(LanguageModel.load(ModelSource(str(adapter_folder), device="cpu")).network)
     assert isinstance(loaded, LanguageModel) and np.isfinite(loaded.continuation([1], 2)).all()

@@ -33,7 +33,7 @@ from gradindex.influence.queries import (
     precondition,
     query_coordinates,
 )
-from gradindex.model.network import tracked_modules
+from gradindex.model.tracked import tracked_modules
 from gradindex.modules import Module
 from gradindex.progress import Progress
 from indexer.fit.schedule import FitSettings, eigenvectors, fit

@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,9 @@ import gradindex
 from demo.prepare import train_tokenizer
 from gradindex.errors import GradindexError, IndexMismatchError, InputError, ResourceError
 from gradindex.influence.gradients import make_batch
-from gradindex.model.network import ModelSource, context_length
+from gradindex.model.config import context_length
+from gradindex.model.network import LanguageModel
+from gradindex.model.source import ModelSource
 from gradindex.storage import records
 from gradindex.storage.locks import only_writer
 from indexer import build as build_module
@@ -163,11 +166,11 @@ def test_the_index_returned_keeps_the_options(tmp_path):
 def test_weights_with_missing_tensors_are_refused(tmp_path):
     random_network("gpt_neox", torch.float32).gpt_neox.save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"lack 1 tensors: lm_head\.weight"):
-        ModelSource(str(tmp_path)).load("cpu")
+        LanguageModel.load(ModelSource(str(tmp_path), device="cpu"))
     damaged = (tmp_path / "model.safetensors").read_bytes()[:-100]
     (tmp_path / "model.safetensors").write_bytes(damaged)
     with pytest.raises(InputError, match="can't be loaded"):
-        ModelSource(str(tmp_path)).load("cpu")
+        LanguageModel.load(ModelSource(str(tmp_path), device="cpu"))
 
 
 def test_a_sequence_without_a_gradient_leaves_the_calibration_finite(tmp_path):
@@ -194,7 +197,7 @@ def test_a_sequence_without_a_gradient_leaves_the_calibration_finite(tmp_path):
 
 def test_memory_that_runs_out_is_said_with_the_remedy(make_model, sequences, monkeypatch):
     from gradindex.influence.gradients import backward
-    from gradindex.model.network import tracked_modules
+    from gradindex.model.tracked import tracked_modules
 
     model = make_model("gpt_neox")
     batch = make_batch(sequences, model.device)
@@ -301,7 +304,7 @@ def test_longrope_is_used_up_to_its_original_length(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"sequences of 17 tokens: expected 2 to 16 .*longrope"):
         gradindex.build(network, tmp_path / "long.npy", tmp_path / "index", bits=512)
     assert not (tmp_path / "index").exists()
-    model = ModelSource(network).load("cpu")
+    model = LanguageModel.load(ModelSource(network, device="cpu"))
     tokens = torch.arange(20)[None] % VOCABULARY
     with torch.no_grad():
         short = model.logits(tokens[:, :12])
@@ -358,15 +361,16 @@ def test_default_dtype_is_float32_on_a_cpu_and_the_checkpoints_own_on_a_gpu(
 ):
     random_network("gpt_neox", torch.bfloat16).save_pretrained(tmp_path)
     source = ModelSource(str(tmp_path))
-    assert source.load("cpu").dtype == torch.float32
-    assert source.load("cpu", "bfloat16").dtype == torch.bfloat16
-    assert source.load("cpu", "bfloat16").accumulate == torch.float32
+    assert LanguageModel.load(replace(source, device="cpu")).dtype == torch.float32
+    narrow = LanguageModel.load(replace(source, device="cpu"), "bfloat16")
+    assert narrow.dtype == torch.bfloat16 and narrow.accumulate == torch.float32
     with pytest.raises(InputError, match=r"sees no CUDA GPU. Use --device cpu"):
-        source.resolve("cuda", "auto")
+        replace(source, device="cuda").resolve("auto")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert source.resolve("auto", "auto") == (torch.device("cuda"), torch.bfloat16)
-    assert source.resolve("cuda:1", "float32") == (torch.device("cuda:1"), torch.float32)
+    assert source.resolve("auto") == (torch.device("cuda"), torch.bfloat16)
+    second = replace(source, device="cuda:1").resolve("float32")
+    assert second == (torch.device("cuda:1"), torch.float32)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
@@ -381,7 +385,7 @@ def test_rotary_frequencies_are_not_rounded(tmp_path, family, dtype):
         expected = own(tokens).logits
     name = str(dtype).removeprefix("torch.")
     for source, wanted in ((str(tmp_path), name), (whole, name), (own, "auto"), (own, name)):
-        model = ModelSource(source).load("cpu", wanted)
+        model = LanguageModel.load(ModelSource(source, device="cpu"), wanted)
         assert {one.dtype for one in model.network.parameters()} == {dtype}
         kept = [one for at, one in model.network.named_buffers() if at.endswith("inv_freq")]
         assert kept and all(one.dtype == torch.float32 for one in kept)
@@ -397,7 +401,7 @@ def test_a_given_model_is_cast_as_it_would_be_loaded(tmp_path, monkeypatch):
     network.save_pretrained(tmp_path)
     tokens = torch.arange(20)[None]
     own = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
-    model = ModelSource(network).load("cpu", "bfloat16")
+    model = LanguageModel.load(ModelSource(network, device="cpu"), "bfloat16")
     assert {name: one.dtype for name, one in model.network.named_buffers()} == \
         {name: one.dtype for name, one in own.named_buffers()}
     with torch.no_grad():
@@ -418,8 +422,8 @@ def test_weights_that_need_unpickling_need_a_flag(tmp_path):
     (tmp_path / "model.safetensors").unlink()
     torch.save(network.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(InputError, match="--allow-pickle"):
-        ModelSource(str(tmp_path)).load("cpu")
-    loaded = ModelSource(str(tmp_path), allow_pickle=True).load("cpu")
+        LanguageModel.load(ModelSource(str(tmp_path), device="cpu"))
+    loaded = LanguageModel.load(ModelSource(str(tmp_path), allow_pickle=True, device="cpu"))
     assert torch.equal(loaded.network.lm_head.weight, network.lm_head.weight)
 
 

@@ -18,7 +18,7 @@ from gradindex.influence.codes import (
 )
 from gradindex.influence.curvature import Curvature
 from gradindex.influence.gradients import backward, gradient, make_batch
-from gradindex.model.network import tracked_modules
+from gradindex.model.tracked import tracked_modules
 from gradindex.modules import Module
 from gradindex.storage.code_file import CodeIndex, code_bytes, scan
 from gradindex.storage.files import facts_of

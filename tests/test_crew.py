@@ -19,12 +19,14 @@ from test_build import files_of
 import gradindex
 import gradindex.model.network
 from gradindex.errors import GradindexError, InputError
+from gradindex.model.network import LanguageModel
+from gradindex.model.source import ModelSource
 from gradindex.progress import Progress
 from gradindex.storage.locks import one_of_writers
 from indexer import ray_build
-from indexer.build import prepare
-from indexer.build_request import ask
+from indexer.build_request import make_request
 from indexer.fit.schedule import Fit
+from indexer.prepare import prepare
 from indexer.ray_build import Crew, Job, Receipt, _Worker
 from indexer.shards import OVER_RAY, Shard, Stage
 from indexer.state import State
@@ -226,7 +228,7 @@ def test_an_error_of_the_folder_is_tried_again(
 
 def test_an_unforeseen_error_is_one_line(cluster, model_folder, data_file, begun):
     """And no worker is left, though the connection is the user's and stays."""
-    job = Job.of(ask(str(model_folder), data_file, begun, **SMALL))
+    job = Job.of(make_request(str(model_folder), data_file, begun, **SMALL))
     ray.init(cluster.address, log_to_driver=False)
     processes = []
 
@@ -245,7 +247,7 @@ def test_an_unforeseen_error_is_one_line(cluster, model_folder, data_file, begun
 
 def test_a_worker_is_where_the_plan_says(model_folder, data_file, tmp_path, one_thread):
     """Whatever it would choose itself: what it can't have it refuses."""
-    build = partial(ask, str(model_folder), data_file, tmp_path / "index", **SMALL)
+    build = partial(make_request, str(model_folder), data_file, tmp_path / "index", **SMALL)
     with pytest.raises(GradindexError, match="in vain for shard 1 of 2"):
         gradindex.build(str(model_folder), data_file, tmp_path / "index", **SMALL, dtype="float64",
                         shard="0/2", wait=0.1)
@@ -266,7 +268,7 @@ def test_a_worker_is_where_the_plan_says(model_folder, data_file, tmp_path, one_
 
 def test_a_worker_reads_once_what_units_of_a_stage_share(model_folder, data_file, begun):
     """The numbers of units done by a process each, though the files they share are gone."""
-    asked = ask(str(model_folder), data_file, begun, **SMALL)
+    asked = make_request(str(model_folder), data_file, begun, **SMALL)
     about = prepare(begun, asked.source, "cpu", "float32", State.resumed(begun), None, Progress())
     folder = begun / "curvature.partial"
 
@@ -333,7 +335,7 @@ def test_an_error_of_a_worker_is_the_builds(cluster, model_folder, data_file, tm
 
 
 def test_what_ray_can_not_do(model_folder, data_file, tmp_path):
-    loaded = gradindex.model.network.ModelSource(str(model_folder)).load().network
+    loaded = LanguageModel.load(ModelSource(str(model_folder))).network
     with pytest.raises(InputError, match="got an object"):
         gradindex.build(loaded, data_file, tmp_path / "index", **SMALL, ray="local")
     with pytest.raises(InputError, match="exclude each other"):

@@ -26,7 +26,7 @@ from gradindex.influence.queries import (
     score,
 )
 from gradindex.memory import Allowance
-from gradindex.model.network import tracked_modules
+from gradindex.model.tracked import tracked_modules
 from gradindex.modules import Module
 from gradindex.progress import Progress, stderr_progress
 from gradindex.storage.files import facts_of

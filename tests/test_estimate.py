@@ -16,7 +16,8 @@ import gradindex
 from gradindex import cli
 from gradindex.errors import DamagedIndexError, IndexMismatchError, InputError, ResourceError
 from gradindex.influence import curvature
-from gradindex.model.network import ModelSource
+from gradindex.model.network import LanguageModel
+from gradindex.model.source import ModelSource
 from gradindex.modules import Module
 from gradindex.storage import code_file, records, token_file
 from gradindex.storage.records import Part, Record
@@ -156,7 +157,7 @@ def test_another_model_than_the_build_began_with(model_folder, data_file, tmp_pa
         patch.setattr(build_module, "fit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             gradindex.build(str(copied), data_file, tmp_path / "index", **SMALL)
-    network = ModelSource(str(copied)).load("cpu").network
+    network = LanguageModel.load(ModelSource(str(copied), device="cpu")).network
     with torch.no_grad():
         network.lm_head.weight[0, 0] += 1
     network.save_pretrained(copied)

@@ -11,8 +11,9 @@ from reference import log_likelihood, sequence_gradient
 from gradindex.errors import InputError
 from gradindex.influence.blockwise import rotated
 from gradindex.influence.gradients import apply_inputs, backward, gradient, make_batch, plan_batches
-from gradindex.model.network import log_probability, sample_labels, tracked_modules
+from gradindex.model.tracked import tracked_modules
 from gradindex.modules import Module
+from gradindex.objective import log_probability, sample_labels
 
 
 def by_hooks(model, modules, batch, uniforms=None):

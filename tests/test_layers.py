@@ -18,17 +18,13 @@ from gradindex.influence.gradients import backward, gradient, make_batch
 from gradindex.influence.queries import Influences, Preconditioned, Terms, collect
 from gradindex.model import experts
 from gradindex.model.identity import tensors_digest
-from gradindex.model.network import (
-    LanguageModel,
-    ModelSource,
-    parameter_share,
-    tracked_modules,
-    untracked,
-)
+from gradindex.model.network import LanguageModel
+from gradindex.model.source import ModelSource
+from gradindex.model.tracked import parameter_share, tracked_modules, untracked
 from gradindex.modules import Module
 from gradindex.progress import shares, stderr_progress
-from indexer.build import NOTABLE, describe
 from indexer.fit.schedule import add_covariances
+from indexer.prepare import NOTABLE, describe
 from search.study.describe import describe as info
 from search.study.describe import summary
 
@@ -403,7 +399,7 @@ def dequantised(network, packed):
 def test_a_quantised_base(quantised, sequences):
     """Gradients of the dequantised weights, also after other passes, whatever the batch."""
     _, network, packed = quantised
-    model = ModelSource(str(packed)).load("cpu")
+    model = LanguageModel.load(ModelSource(str(packed), device="cpu"))
     assert model.dtype == model.accumulate == torch.float32
     modules = tracked_modules(model.network, "all")
     assert [m.shape for m in modules] == [m.shape for m in tracked_modules(network, "all")]
@@ -411,7 +407,8 @@ def test_a_quantised_base(quantised, sequences):
         parameter_share(network, tracked_modules(network, "all")), rel=1e-12)
     same = dequantised(network, model.network)
     before = tensors_digest(model.network)
-    assert before == tensors_digest(ModelSource(str(packed)).load("cpu").network)
+    network = LanguageModel.load(ModelSource(str(packed), device="cpu")).network
+    assert before == tensors_digest(network)
     model.continuation([1, 2, 3], 3)  # passes without gradients, which pack 4-bit weights anew
     batch = make_batch(sequences, model.device)
     found, log_p = captured(model, modules, batch)
@@ -443,10 +440,11 @@ def test_a_quantised_model_given_after_it_ran(quantised, sequences):
     if any(state is not None and state.absmax.ndim > 1 for state in states):
         for _ in range(2):
             with pytest.raises(InputError, match=r"packed model\.layers\.0\.self_attn\.q_proj"):
-                ModelSource(used).load()
+                LanguageModel.load(ModelSource(used))
             used.state_dict()  # unpacks the weights, and leaves their scales in the wrong order
         return
-    model, again = ModelSource(used).load(), ModelSource(str(packed)).load("cpu")
+    model = LanguageModel.load(ModelSource(used))
+    again = LanguageModel.load(ModelSource(str(packed), device="cpu"))
     modules = tracked_modules(model.network)
     found, _ = captured(model, modules, make_batch(sequences, model.device))
     expected, _ = captured(again, modules, make_batch(sequences, model.device))
@@ -459,10 +457,11 @@ def test_a_quantised_model_has_the_dtype_it_has(quantised):
     for source in (AutoModelForCausalLM.from_pretrained(packed), str(packed)):
         for dtype in ("bfloat16", "float64"):
             with pytest.raises(InputError, match=rf"--dtype {dtype}: the weights of .* quantised"):
-                ModelSource(source).load("cpu", dtype)
+                LanguageModel.load(ModelSource(source, device="cpu"), dtype)
         for dtype in ("float32", "auto"):
-            assert ModelSource(source).resolve("cpu", dtype)[1] == torch.float32
-            assert ModelSource(source).load("cpu", dtype).dtype == torch.float32
+            assert ModelSource(source, device="cpu").resolve(dtype)[1] == torch.float32
+            loaded = LanguageModel.load(ModelSource(source, device="cpu"), dtype)
+            assert loaded.dtype == torch.float32
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers by an old name
@@ -478,8 +477,8 @@ def test_an_adapter_over_a_quantised_base(quantised, sequences, tmp_path):
             if "lora_" in name:
                 parameter.copy_(0.3 * torch.randn_like(parameter))
     wrapped.save_pretrained(tmp_path / "adapter")
-    model = ModelSource(str(tmp_path / "adapter")).load("cpu")
-    base = ModelSource(str(packed)).load("cpu").network
+    model = LanguageModel.load(ModelSource(str(tmp_path / "adapter"), device="cpu"))
+    base = LanguageModel.load(ModelSource(str(packed), device="cpu")).network
     dequantised(network, base).save_pretrained(tmp_path / "base")
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     whole.load_adapter(str(tmp_path / "adapter"))
@@ -487,7 +486,7 @@ def test_an_adapter_over_a_quantised_base(quantised, sequences, tmp_path):
     assert sum(module.kind == "adapter" for module in modules) == 8
     batch = make_batch(sequences, model.device)
     found, _ = captured(model, modules, batch)
-    expected, _ = captured(ModelSource(whole).load("cpu"), modules, batch)
+    expected, _ = captured(LanguageModel.load(ModelSource(whole, device="cpu")), modules, batch)
     for module in modules:
         wanted = expected[module.name]
         assert (found[module.name] - wanted).norm() < 1e-4 * wanted.norm(), module.name

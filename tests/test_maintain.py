@@ -26,6 +26,7 @@ import gradindex
 from demo.prepare import train_tokenizer
 from gradindex.cli import main_group
 from gradindex.errors import GradindexError, IndexMismatchError, InputError
+from gradindex.model.network import LanguageModel
 from gradindex.progress import Progress
 from gradindex.storage import manifest, records, token_file
 from gradindex.storage.locks import NOTE, only_writer
@@ -93,10 +94,10 @@ def add(index, data=None, **options):
 @pytest.fixture(scope="module")
 def place(model_folder):
     """The model of index_folder, loaded once, as arguments."""
-    from gradindex.model.network import ModelSource
+    from gradindex.model.source import ModelSource
 
-    source = ModelSource(str(model_folder))
-    return {"model": source.load("cpu").network, "tokenizer": source.load_tokenizer()}
+    source = ModelSource(str(model_folder), device="cpu")
+    return {"model": LanguageModel.load(source).network, "tokenizer": source.load_tokenizer()}
 
 
 @pytest.fixture

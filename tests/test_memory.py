@@ -13,7 +13,7 @@ from test_search import QUESTION
 import gradindex
 from gradindex.errors import InputError, ResourceError
 from gradindex.memory import Allowance, parse_size
-from gradindex.model.network import tracked_modules
+from gradindex.model.tracked import tracked_modules
 from gradindex.storage.records import Part, Record
 from indexer.dry_run.measure import batch_bytes
 from indexer.fit.budget import held_bytes, partitions

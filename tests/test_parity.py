@@ -18,7 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import gradindex
 from gradindex.influence.gradients import make_batch
 from gradindex.influence.queries import Preconditioned, precondition, query_coordinates, score
-from gradindex.model.network import LanguageModel, ModelSource, tracked_modules
+from gradindex.model.network import LanguageModel
+from gradindex.model.source import ModelSource
+from gradindex.model.tracked import tracked_modules
 from gradindex.progress import Progress
 from indexer.fit.schedule import FitSettings, fit
 

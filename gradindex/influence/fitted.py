@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 from gradindex.errors import DamagedIndexError, IndexMismatchError, InputError
@@ -10,7 +10,10 @@ from gradindex.influence import curvature as ekfac_files
 from gradindex.influence.codes import Codes, CodeSettings
 from gradindex.influence.curvature import Ekfac, FiledEkfac
 from gradindex.memory import Allowance
-from gradindex.model.network import LanguageModel, ModelSource, check_identity, tokenizer_digest
+from gradindex.model.config import vocabulary_size
+from gradindex.model.identity import check_identity, tokenizer_digest
+from gradindex.model.network import LanguageModel
+from gradindex.model.source import ModelSource
 from gradindex.storage.integrity import CheckedFiles
 from gradindex.storage.manifest import Manifest, curvature_file
 
@@ -18,27 +21,16 @@ from gradindex.storage.manifest import Manifest, curvature_file
 class FittedModel:
     """The model of an index, loaded and checked at first use; so are its curvature and codes.
 
-    `model` (a folder, hub id or loaded model) is where the weights are now, if not where they were
-    at the build. `max_memory` bounds the bytes of memory (`allowance`).
+    `given` says where the weights are now, if not where they were at the build, and how much
+    memory may be used (`allowance`).
     """
 
-    def __init__(
-        self, facts: Manifest, files: CheckedFiles, model: Any = None, tokenizer: Any = None,
-        device: str = "auto", trust_remote_code: bool = False, allow_pickle: bool = False,
-        max_memory: int | None = None,
-    ):
-        self.manifest = facts
-        self._max_memory = max_memory
+    def __init__(self, manifest: Manifest, files: CheckedFiles, given: ModelSource):
+        self.manifest = manifest
         self._files = files
-        self._device = device
-        self._model_given = model is not None
-        own = facts.model
-        at_build = own["name"] if own["revision"] is None else f"{own['name']}@{own['revision']}"
-        self._source = ModelSource(
-            at_build if model is None else model,
-            own["tokenizer_name"] if tokenizer is None and model is None else tokenizer,
-            trust_remote_code, allow_pickle,
-        )
+        self._model_given = given.model is not None
+        self._source = given.at_build(
+            manifest.model["name"], manifest.model["revision"], manifest.model["tokenizer_name"])
         self._model: LanguageModel | None = None
         self._tokenizer: Any | None = None
         self._tokenizer_read = False
@@ -57,10 +49,9 @@ class FittedModel:
         """The model, loaded and checked at first use. Raises IndexMismatchError for another."""
         if self._model is None:
             facts = self.manifest
-            self._source.tokenizer = self.tokenizer  # not read twice
+            source = replace(self._source, tokenizer=self.tokenizer)  # which isn't read twice
             with self._explained():
-                model = self._source.load(self._device,
-                                          "auto" if self._is_object else facts.dtype)
+                model = LanguageModel.load(source, "auto" if source.is_object else facts.dtype)
             dtype = str(model.dtype).removeprefix("torch.")
             if dtype != facts.dtype:
                 raise IndexMismatchError(
@@ -68,7 +59,7 @@ class FittedModel:
                     f"Load it with dtype={facts.dtype}, or build a new index with --dtype {dtype}."
                 )
             check_identity(model, dict(facts.model))
-            own = model.network.config.get_text_config().vocab_size
+            own = vocabulary_size(model.network.config)
             if own != facts.vocabulary:
                 raise IndexMismatchError(
                     f"the model has {own} tokens, the index was built with {facts.vocabulary}. "
@@ -100,10 +91,6 @@ class FittedModel:
         _ = self.tokenizer  # read with it
         return self._config
 
-    @property
-    def _is_object(self) -> bool:
-        return not isinstance(self._source.model, (str, Path))
-
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
         """Where the model can't be had, say what it was and how to say where it is."""
@@ -125,7 +112,7 @@ class FittedModel:
     @property
     def allowance(self) -> Allowance:
         """What may be used beside the model. Raises ResourceError where that is too little."""
-        if self._max_memory is None:
+        if self._source.max_memory is None:
             return Allowance()
         if self._allowance is None:
             width = self.model.accumulate.itemsize
@@ -133,7 +120,7 @@ class FittedModel:
                 ((module, ekfac_files.file_entries(module, self._covariance_blocks))
                  for module in self.manifest.modules), key=lambda one: one[1])
             self._allowance = Allowance.beside(
-                self.model.bytes, self._max_memory, width * entries,
+                self.model.bytes, self._source.max_memory, width * entries,
                 f"the curvature of {largest.name}", width * entries)
         return self._allowance
 

@@ -20,8 +20,9 @@ from torch.nn import functional
 
 from gradindex.errors import InputError, ResourceError
 from gradindex.model.experts import ExpertMap, pack
-from gradindex.model.network import UNSCORED, LanguageModel, log_probability
+from gradindex.model.network import LanguageModel
 from gradindex.modules import Module
+from gradindex.objective import UNSCORED, log_probability
 
 Each = Callable[[Module, Tensor, Tensor], None]
 T = TypeVar("T")

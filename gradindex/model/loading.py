@@ -1,10 +1,13 @@
 """What a model is loaded as, and transformers' loading errors in one line."""
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 
 from gradindex.errors import InputError
 from gradindex.model.adapters import CONFIG, WEIGHTS, Adapter
@@ -41,6 +44,11 @@ def dtype_called(dtype: str) -> torch.dtype:
     return DTYPES[dtype]
 
 
+def dtype_of(network: Any) -> torch.dtype:
+    """What a network computes in; quantised weights are kept in integers."""
+    return next(one.dtype for one in network.parameters() if one.is_floating_point())
+
+
 @contextlib.contextmanager
 def readable_errors(name: str, adapter: Adapter | None = None) -> Iterator[None]:
     """transformers' page-long errors on loading `name`, a model or `adapter`, as one line."""
@@ -65,3 +73,10 @@ def readable_errors(name: str, adapter: Adapter | None = None) -> Iterator[None]
             fix = "Expected an existing folder or a hub id that can be reached from here (with " \
                   "HF_HUB_OFFLINE=1 only cached models are found)."
         raise InputError(f"the model {name} can't be loaded: {text[:200]} {fix}") from None
+
+
+def quiet_transformers() -> None:
+    """Silence other libraries' log lines and bars; the command line shows its own."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()

@@ -8,9 +8,10 @@ worst a `.tmp` file that nobody reads.
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -163,3 +164,30 @@ def sha256(path: Path) -> str:
 def facts_of(path: Path) -> FileFacts:
     """A file's facts, read from it."""
     return FileFacts(path.stat().st_size, sha256(path))
+
+
+def digest_of_files(files: Iterable[Path], also: Iterable[str] = ()) -> str:
+    """SHA-256 over the files' names and own SHA-256s, and over the lines of `also`."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name} {_cached_sha256(file)}\n".encode())
+    for line in also:
+        digest.update(f"{line}\n".encode())
+    return digest.hexdigest()
+
+
+def _cached_sha256(file: Path) -> str:
+    """A file's SHA-256, remembered by path, size, time and inode (a 14 GB model takes 10 s)."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cache = home / "gradindex" / "digests.json"
+    facts = file.stat()
+    key = f"{file.resolve()} {facts.st_size} {facts.st_mtime_ns} {facts.st_ino}"
+    known: dict[str, str] = {}
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads(cache.read_text())
+    if key not in known:
+        known[key] = sha256(file)
+        with contextlib.suppress(OSError, ResourceError):  # a read-only home only costs time
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(cache, json.dumps(known, indent=0).encode())
+    return known[key]

@@ -19,13 +19,13 @@ from typing import Annotated, Any
 import pydantic
 from typing_extensions import TypedDict
 
-import gradindex
 from gradindex.errors import DamagedIndexError, IndexMismatchError, InputError
 from gradindex.modules import Module
 from gradindex.storage import sealed_json
 from gradindex.storage.files import FileFacts, atomic_write
 from gradindex.storage.integrity import CheckedFiles, damaged, open_inside
 from gradindex.storage.segments import FILES, ROW
+from gradindex.version import VERSION
 
 FORMAT = 3
 OLDEST = 1  # that is read; 1 had no background queries, 1 and 2 no split covariances
@@ -321,7 +321,7 @@ def _parse(index: Path) -> dict[str, Any]:
     if not isinstance(version, int) or not OLDEST <= version <= FORMAT:
         newer = isinstance(version, int) and version > FORMAT
         raise IndexMismatchError(
-            f"{index} has format {str(version)[:20]}; this gradindex ({gradindex.__version__}) "
+            f"{index} has format {str(version)[:20]}; this gradindex ({VERSION}) "
             f"reads formats {OLDEST} to {FORMAT}. " + (
                 "Run `pip install --upgrade gradindex`." if newer else
                 "Build the index again: `gradindex build MODEL DATA... -o NEW_INDEX`.")

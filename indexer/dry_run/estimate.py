@@ -26,7 +26,9 @@ import torch
 from gradindex.influence import curvature
 from gradindex.influence.codes import CodeSettings, default_width
 from gradindex.memory import available
-from gradindex.model.network import LanguageModel, check_identity, identify, tracked_modules
+from gradindex.model.identity import check_identity, identify
+from gradindex.model.network import LanguageModel
+from gradindex.model.tracked import tracked_modules
 from gradindex.modules import Module
 from gradindex.progress import duration, size
 from gradindex.storage import (
@@ -41,12 +43,12 @@ from gradindex.storage import (
 from gradindex.storage.integrity import refuse_links
 from gradindex.storage.records import Record
 from indexer.background import QUERIES as BACKGROUND
-from indexer.build import allow, describe
-from indexer.build_request import Asked, ask, takes_arguments_of
+from indexer.build_request import BuildRequest, make_request, takes_arguments_of
 from indexer.calibrate import QUERIES, SAMPLE
 from indexer.dry_run.measure import WRITING, Bench, Memory, Work, gpu_available, hashing
 from indexer.fit.budget import budget
 from indexer.fit.schedule import LARGEST_BLOCK, FitSettings, choose_sequences
+from indexer.prepare import allow, describe
 from indexer.read import ingest
 from indexer.read.corpus import Corpus
 from indexer.read.sources import count_rows
@@ -134,28 +136,28 @@ class Estimate:
         return [f"{name:<10}{text}" for name, text in table + note] + self.lacking
 
 
-@takes_arguments_of(ask)
-def estimate(asked: Asked) -> Estimate:
+@takes_arguments_of(make_request)
+def estimate(request: BuildRequest) -> Estimate:
     """What `build` of the same arguments will take in time, disk and memory; writes nothing.
 
     Raises what a build raises before anything expensive: InputError, IndexMismatchError;
     ResourceError where memory doesn't suffice for a batch. A disk or memory that is too small for
     the whole is not raised: see `Estimate.lacking`.
     """
-    plan, say = asked.plan, asked.say
+    plan, say = request.plan, request.say
 
     # 1) what is there already
-    refuse_links(asked.index)
-    state = State.find(asked.index, plan, say)
-    note = _note_on(asked.index, state)
+    refuse_links(request.index)
+    state = State.find(request.index, plan, say)
+    note = _note_on(request.index, state)
 
     # 2) text → lengths
-    read = _read(asked)
+    read = _read(request)
     ingest.report(read.facts, plan["sequence_length"], say)
 
     # 3) the model and its tracked modules
     begun = time.perf_counter()
-    model = asked.source.load(asked.device, asked.dtype)
+    model = LanguageModel.load(request.source, request.dtype)
     if state is not None and state.model is not None:
         check_identity(model, state.model)
     identify(model)
@@ -165,8 +167,7 @@ def estimate(asked: Asked) -> Estimate:
     settings = FitSettings([], plan["fit_labels"], min(plan["segment_size"], LARGEST_BLOCK),
                            plan["batch_tokens"], plan["seed"],
                            covariance_blocks=plan["covariance_blocks"])
-    allowed = allow(model, tracked, settings, asked.max_memory,
-                    lambda: read.sample[: settings.block])
+    allowed = allow(model, tracked, settings, lambda: read.sample[: settings.block])
     needs = budget(model.bytes, tracked, settings.covariance_blocks, width, allowed.planned, inner)
 
     # 4) two batches of each stage
@@ -180,11 +181,11 @@ def estimate(asked: Asked) -> Estimate:
     stages = {"start": (start, 0), **_stages(bench, read, disk, plan)}
 
     # 5) what there is of it
-    existing = _bytes_in(asked.index)
-    place = next(one for one in (asked.index, *asked.index.absolute().parents) if one.is_dir())
+    existing = _bytes_in(request.index)
+    place = next(one for one in (request.index, *request.index.absolute().parents) if one.is_dir())
     text = disk["records"]
     return Estimate(
-        model=f"{asked.source.name}: {model.network.num_parameters() / 1e6:,.1f} M parameters in "
+        model=f"{request.source.name}: {model.network.num_parameters() / 1e6:,.1f} M parameters in "
               f"{plan['dtype']}; {describe(model, tracked)}",
         data=f"{read.facts['documents']:,} documents → {read.facts['sequences']:,} sequences of at "
              f"most {plan['sequence_length']} tokens, {read.facts['tokens']:,} tokens",
@@ -231,15 +232,15 @@ class _Read:
     seconds: float
 
 
-def _read(asked: Asked) -> _Read:
+def _read(request: BuildRequest) -> _Read:
     """Raises InputError where a build would."""
-    corpus, most = asked.corpus, asked.plan["segment_size"]
+    corpus, most = request.corpus, request.plan["segment_size"]
     lengths: list[int] = []
     sizes: list[int] = []
     scored = 0
     sample: list[Record] = []
-    random = np.random.default_rng(asked.plan["seed"])
-    asked.say.start("read", 0, "sequences")
+    random = np.random.default_rng(request.plan["seed"])
+    request.say.start("read", 0, "sequences")
     begun = time.perf_counter()
     share = 1.0
     for record in corpus.sequences():
@@ -250,12 +251,12 @@ def _read(asked: Asked) -> _Read:
             sample.append(record)
         elif (place := int(random.integers(len(lengths)))) < most:  # each with equal chance
             sample[place] = record
-        asked.say.update(1)
+        request.say.update(1)
         if time.perf_counter() - begun > READING:
             share = _share(corpus, record)
             break
     seconds = time.perf_counter() - begun
-    asked.say.finish()
+    request.say.finish()
     if share == 1:
         ingest.check_read(corpus, len(lengths))
     facts = {"sequences": len(lengths), "tokens": sum(lengths), "scored_tokens": scored,
@@ -339,7 +340,7 @@ def _stages(
     sample = choose_sequences(count, SAMPLE, plan["seed"])
     queries = min(QUERIES, count)
     passes = -(-queries // bench.together)
-    asked = min(BACKGROUND, count)
+    request = min(BACKGROUND, count)
     pairs = Work.of([[read.lengths[one] for one in sample]], tokens)
     return {
         "read": (read.seconds + count * WRITE_RECORD + kept("records", 2), 0),
@@ -352,7 +353,7 @@ def _stages(
                                             tokens)
                    + sealing + kept("codes", 2), count),
         "calibrate": (queries * prepare + passes * (exact * pairs), 0),
-        "background": (asked * prepare + count * bench.background(asked, plan["bits"])
+        "background": (request * prepare + count * bench.background(request, plan["bits"])
                        + kept("background", 2), 0),
     }
 

@@ -46,7 +46,8 @@ from gradindex.influence.gradients import (
 )
 from gradindex.influence.queries import slices
 from gradindex.memory import Allowance, return_freed
-from gradindex.model.network import LanguageModel, untracked
+from gradindex.model.network import LanguageModel
+from gradindex.model.tracked import untracked
 from gradindex.modules import Module
 from gradindex.progress import Progress
 from gradindex.storage import sealed_json

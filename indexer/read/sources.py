@@ -21,7 +21,7 @@ import pyarrow.ipc
 import pyarrow.parquet
 
 from gradindex.errors import InputError
-from gradindex.model.identity import digest_of_files
+from gradindex.storage.files import digest_of_files
 
 LONGEST_LINE = 64 << 20  # bytes; a longer JSONL line is taken for damage and left out
 

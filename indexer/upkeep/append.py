@@ -7,12 +7,11 @@ that is measured, and said.
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
-import gradindex
 from gradindex.errors import InputError
 from gradindex.influence.codes import Codes
 from gradindex.influence.fitted import FittedModel
@@ -20,6 +19,7 @@ from gradindex.influence.gradients import Splits, in_batches, make_batch
 from gradindex.influence.queries import Sizes, collect
 from gradindex.memory import parse_bound
 from gradindex.model.network import LanguageModel
+from gradindex.model.source import ModelSource
 from gradindex.progress import Progress
 from gradindex.storage.contents import Contents
 from gradindex.storage.records import Record
@@ -31,9 +31,6 @@ from indexer.read.corpus import CorpusSettings
 from indexer.read.ingest import Run
 from indexer.state import APPEND, State, finished_append
 from indexer.upkeep.commit import commit, writing
-
-if TYPE_CHECKING:
-    from gradindex import Searcher
 
 DRIFT_SAMPLE = 256  # sequences of each, old and new
 DRIFTED = 1.25  # Λ of the new data by this factor larger or smaller: warn, if it is no accident
@@ -55,7 +52,7 @@ def append(
     allow_pickle: bool = False,
     max_memory: str | int | None = None,
     progress: Progress | None = None,
-) -> "Searcher | None":
+) -> ModelSource | None:
     """Encode new documents into the index; resumable. Returns the index, open.
 
     Fields, lengths and settings are the build's; `model` says where its model is now. With
@@ -66,19 +63,16 @@ def append(
     say = progress or Progress()
     folder = Path(index)
     check_numbers(limit=limit, max_bad=max_bad)
-    most = parse_bound(max_memory)
+    given = ModelSource(model, tokenizer, device, trust_remote_code, allow_pickle,
+                        parse_bound(max_memory))
     only_discard = discard and data is None  # which a damaged index allows
     with writing(folder, "gradindex append", say, only_discard, discard) as contents:
         if data is None and not discard:
             raise InputError("no data given; expected files to append.")
         if data is not None:
-            fitted = FittedModel(contents.manifest, contents.files, model, tokenizer, device,
-                                 trust_remote_code, allow_pickle, most)
+            fitted = FittedModel(contents.manifest, contents.files, given)
             _append(contents, fitted, data, limit, strict, max_bad, say)
-    return None if only_discard else gradindex.open(
-        folder, model=model, tokenizer=tokenizer, device=device,
-        trust_remote_code=trust_remote_code, allow_pickle=allow_pickle,
-    )
+    return None if only_discard else replace(given, max_memory=None)
 
 
 def _append(

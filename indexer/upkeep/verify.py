@@ -17,6 +17,7 @@ from gradindex.influence.curvature import FiledEkfac
 from gradindex.influence.fitted import FittedModel
 from gradindex.influence.gradients import Splits, in_batches
 from gradindex.model.identity import tensors_digest
+from gradindex.model.source import ModelSource
 from gradindex.progress import Progress
 from gradindex.storage import background_file, locks, manifest, records, segments
 from gradindex.storage.background_file import BackgroundQueries
@@ -94,13 +95,13 @@ def verify(
     except DamagedIndexError as error:
         found.findings.append(Finding("manifest.json", error.wrong, _WHOLE))
         return found
-    place = (model, tokenizer, device, trust_remote_code, allow_pickle)
+    given = ModelSource(model, tokenizer, device, trust_remote_code, allow_pickle)
     bad = _check_files(root, facts, found, say)
     if not _core_damaged(bad):
         _check_rows(root, facts, bad, found, say)
     if rebuild and bad and not _core_damaged(bad):
         del reader
-        found.rebuilt = _rebuild(root, place, say)
+        found.rebuilt = _rebuild(root, given, say)
         if found.rebuilt:
             again = verify(root, model, tokenizer, device=device, no_model=no_model,
                            trust_remote_code=trust_remote_code, allow_pickle=allow_pickle,
@@ -110,7 +111,7 @@ def verify(
     for name, wrong in sorted(bad.items()):
         found.findings.append(_finding(Contents(root, facts), name, wrong))
     if not no_model and not _core_damaged(bad):
-        _check_model(root, facts, bad, place, found, say)
+        _check_model(root, facts, bad, given, found, say)
     return found
 
 
@@ -243,12 +244,12 @@ def _finding(contents: Contents, name: str, wrong: list[tuple[str, str]]) -> Fin
 
 
 def _check_model(
-    root: Path, facts: Manifest, bad: _Bad, place: tuple[Any, ...], found: Verified, say: Progress
+    root: Path, facts: Manifest, bad: _Bad, given: ModelSource, found: Verified, say: Progress
 ) -> None:
     """Encode a sample again, and measure the anchors again."""
     left = [segment for segment in facts.segments if segment.name not in bad]
     contents = Contents(root, facts, left)
-    fitted = FittedModel(facts, contents.files, *place)
+    fitted = FittedModel(facts, contents.files, given)
     model = fitted.model
     if tensors_digest(model.network) != facts.model["tensors"]:
         found.findings.append(Finding(
@@ -354,7 +355,7 @@ def _compare_background(contents: Contents, fitted: FittedModel, found: Verified
 # ---- mending
 
 
-def _rebuild(root: Path, place: tuple[Any, ...], say: Progress) -> list[str]:
+def _rebuild(root: Path, given: ModelSource, say: Progress) -> list[str]:
     """Encode damaged segments again from their records, in one commit; the names of those.
 
     What is damaged is found again, now that nobody else writes.
@@ -372,7 +373,7 @@ def _rebuild(root: Path, place: tuple[Any, ...], say: Progress) -> list[str]:
             return []
         for name in sorted(set(bad) - set(can)):  # which stay as they are, if they can be counted
             _check_countable(contents, name)
-        fitted = FittedModel(facts, contents.files, *place)
+        fitted = FittedModel(facts, contents.files, given)
         torch.set_num_threads(facts.threads)
         chosen: list[Segment] = []
         files: dict[str, FileFacts] = {}

@@ -11,8 +11,9 @@ import numpy as np
 
 from gradindex.errors import InputError
 from gradindex.model import tokenise
-from gradindex.model.network import UNSCORED, context_length
+from gradindex.model.config import context_length
 from gradindex.modules import numbers_in
+from gradindex.objective import UNSCORED
 from gradindex.results import Query
 from search.rank.snapshot import OpenIndex
 

@@ -17,8 +17,8 @@ from gradindex.influence.queries import (
     prepare,
     query_coordinates,
 )
-from gradindex.model.network import UNSCORED
 from gradindex.modules import Module
+from gradindex.objective import UNSCORED
 from gradindex.results import Query
 from search.ask.controls import Settings
 from search.rank.snapshot import OpenIndex

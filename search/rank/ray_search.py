@@ -10,7 +10,7 @@ again for the next one. Arrays, records and dataclasses go to and fro, never obj
 import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -18,15 +18,16 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-import gradindex
 from gradindex.cluster import absolute
 from gradindex.errors import GradindexError, InputError
 from gradindex.influence.exact import Exact, Rescorer
 from gradindex.influence.queries import Arrays, Preconditioned
-from gradindex.model.network import quiet_transformers
+from gradindex.model.loading import quiet_transformers
+from gradindex.model.source import ModelSource
 from gradindex.modules import Module
 from gradindex.progress import duration
 from gradindex.storage import code_file
+from gradindex.version import VERSION
 from search.rank.ranking import Ranking, statistic
 from search.rank.snapshot import LostError, OpenIndex, Part
 
@@ -43,12 +44,7 @@ class Where:
 
     version: str
     path: Path
-    model: str | Path
-    tokenizer: str | Path | None
-    device: str
-    trust_remote_code: bool
-    allow_pickle: bool
-    max_memory: int | None
+    source: ModelSource
 
 
 @dataclass(frozen=True)
@@ -86,17 +82,15 @@ class Worker:
     @cached_property
     def index(self) -> OpenIndex:
         where = self._where
-        if where.version != gradindex.__version__:
-            raise GradindexError(f"it has gradindex {gradindex.__version__}, who asks has "
+        if where.version != VERSION:
+            raise GradindexError(f"it has gradindex {VERSION}, who asks has "
                                  f"{where.version}. Install the same everywhere.")
         if not where.path.is_dir():
             raise InputError(f"it finds no folder {where.path}. With --ray the index has to lie "
                              "where every machine sees it by the same path.")
         torch.set_num_threads(self._threads)
         quiet_transformers()
-        return OpenIndex(where.path, where.model, where.tokenizer, where.device,
-                         where.trust_remote_code, where.allow_pickle, False,
-                         where.max_memory, self._part)
+        return OpenIndex(where.path, where.source, part=self._part)
 
     def load(self) -> None:
         self.index.load()
@@ -204,22 +198,21 @@ class SharedIndex(OpenIndex):
     """
 
     def __init__(
-        self, ray: Any, asked: int | None, path: Path, model: Any, tokenizer: Any, device: str,
-        trust_remote_code: bool, allow_pickle: bool, allow_damaged: bool, max_memory: int | None,
+        self, ray: Any, asked: int | None, path: Path, source: ModelSource,
+        allow_damaged: bool = False,
     ):
-        for given, flag in ((model, "model"), (tokenizer, "tokenizer")):
+        for given, flag in ((source.model, "model"), (source.tokenizer, "tokenizer")):
             if given is not None and not isinstance(given, (str, Path)):
                 raise InputError(
                     f"with ray the {flag} can't be an object ({type(given).__name__}): every "
                     "worker reads its own. Save it, and give the folder.")
-        super().__init__(path.absolute(), model, tokenizer, device, trust_remote_code, allow_pickle,
-                         allow_damaged, max_memory)
+        super().__init__(path.absolute(), source, allow_damaged)
         self._ray, self._asked = ray, asked
-        self._where = Where(
-            gradindex.__version__, self.path, absolute(self.source.model),
-            None if self.source.tokenizer is None else absolute(self.source.tokenizer),
-            "cuda" if device.startswith("cuda") else device, trust_remote_code, allow_pickle,
-            max_memory)
+        own = self.source
+        self._where = Where(VERSION, self.path, replace(
+            own, model=absolute(own.model),
+            tokenizer=None if own.tokenizer is None else absolute(own.tokenizer),
+            device="cuda" if own.device.startswith("cuda") else own.device))
         self._workers: list[Handle] = []
         self._sent: tuple[Preconditioned, Any] | None = None
         self._queries: tuple[np.ndarray, Any] | None = None  # the same after a loss: scored already
@@ -282,7 +275,7 @@ class SharedIndex(OpenIndex):
         alive = [node for node in self._ray.nodes() if node["Alive"]]
         gpus, cpus = ([int(node["Resources"].get(kind, 0)) for node in alive]
                       for kind in ("GPU", "CPU"))
-        gpu = self._where.device != "cpu" and sum(gpus) > 0
+        gpu = self._where.source.device != "cpu" and sum(gpus) > 0
         most = sum(gpus if gpu else cpus)
         if not most or (self._asked or 0) > most:
             raise InputError(f"--ray-workers {self._asked or 1}: the cluster has "

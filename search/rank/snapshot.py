@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from gradindex.errors import DamagedIndexError, GradindexError
 from gradindex.influence.exact import Exact, Rescorer, rescore
 from gradindex.influence.fitted import FittedModel
 from gradindex.influence.queries import Preconditioned
+from gradindex.model.source import ModelSource
 from gradindex.storage import background_file, code_file, locks, manifest, token_file
 from gradindex.storage.background_file import BackgroundQueries
 from gradindex.storage.contents import Contents
@@ -87,8 +88,7 @@ class OpenIndex(FittedModel):
     """
 
     def __init__(
-        self, path: Path, model: Any, tokenizer: Any, device: str, trust_remote_code: bool,
-        allow_pickle: bool, allow_damaged: bool, max_memory: int | None = None,
+        self, path: Path, source: ModelSource, allow_damaged: bool = False,
         part: Part | None = None,
     ):
         self.path = path
@@ -98,7 +98,7 @@ class OpenIndex(FittedModel):
         self.contents, self.coverage = _part(path, part) if part is not None else \
             _undamaged(path, facts) if allow_damaged else _whole(path, facts)
         super().__init__(replace(facts, sequences=self.coverage.sequences), self.contents.files,
-                         model, tokenizer, device, trust_remote_code, allow_pickle, max_memory)
+                         source)
         self._background_queries: BackgroundQueries | None = None
         self._read_nothing()
 

@@ -15,9 +15,9 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-import gradindex
 from gradindex.results import Hit, Query, Result
 from gradindex.terminal import visible, visible_lines
+from gradindex.version import VERSION
 from search.show import wording
 
 MOST_CELLS = 200_000  # of token × layer maps in a self-contained file
@@ -48,7 +48,7 @@ def _environment() -> jinja2.Environment:
     made = environment(number=wording.number, unsigned=wording.unsigned, one_line=visible,
                        as_is=_as_is)
     made.globals.update(wording=wording, runs=runs, strip=strip, columns=columns, query=query,
-                        version=gradindex.__version__)
+                        version=VERSION)
     return made
 
 

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-import gradindex
 from gradindex.modules import Module
 from gradindex.results import UNITS, Query
 from gradindex.storage.background_file import ONE_IN
 from gradindex.storage.code_file import code_bytes
 from gradindex.storage.manifest import model_name
 from gradindex.terminal import visible, visible_lines
+from gradindex.version import VERSION
 from search.show import html, plots, wording
 from search.study.survey import FENCE, TOP, Kept, QuerySurvey, Source, Survey
 from search.study.tail import DRAWS, FEWEST, REJECTED
@@ -39,7 +39,7 @@ def render(found: Survey) -> str:
         short=plots.short)
     style = "".join(map(html.asset, STYLES))
     return environment.get_template("report.html").render(
-        found=found, manifest=found.manifest, version=gradindex.__version__,
+        found=found, manifest=found.manifest, version=VERSION,
         style=Markup(style),  # ours; escaping it would change what the digest is of
         policy=html.policy(style),
         units=UNITS.format(how="exact"), model=model_name(found.manifest),

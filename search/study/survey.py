@@ -16,8 +16,8 @@ from gradindex.errors import InputError
 from gradindex.influence.exact import Rescorer, rescore
 from gradindex.influence.queries import Preconditioned
 from gradindex.model import tokenise
-from gradindex.model.network import UNSCORED
 from gradindex.modules import Module
+from gradindex.objective import UNSCORED
 from gradindex.progress import Progress
 from gradindex.results import Query
 from gradindex.storage.background_file import ONE_IN

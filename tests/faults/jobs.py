@@ -23,7 +23,8 @@ import scipy.sparse
 
 import gradindex
 from gradindex.errors import GradindexError
-from gradindex.model.network import ModelSource
+from gradindex.model.network import LanguageModel
+from gradindex.model.source import ModelSource
 from gradindex.storage import (
     background_file,
     code_file,
@@ -42,8 +43,8 @@ MODEL: dict[str, Any] = {}  # the loaded model of `load`, shared by forked child
 
 def load(model: str) -> dict[str, Any]:
     """Load the model once, before any child is forked, and use every part once."""
-    source = ModelSource(model)
-    MODEL.update(model=source.load("cpu").network, tokenizer=source.load_tokenizer())
+    source = ModelSource(model, device="cpu")
+    MODEL.update(model=LanguageModel.load(source).network, tokenizer=source.load_tokenizer())
     return {}
 
 

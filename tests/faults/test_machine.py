@@ -20,7 +20,8 @@ from hypothesis.stateful import (
 
 import gradindex
 from gradindex.errors import InputError
-from gradindex.model.network import ModelSource
+from gradindex.model.network import LanguageModel
+from gradindex.model.source import ModelSource
 
 QUESTION = {"prompt": "The apple number", "completion": " 3 grows"}
 FIRST = [f"The {FRUIT[n % 8]} number {n} grows by the {PLACES[n % 5]}." for n in range(9)]
@@ -63,8 +64,8 @@ def rows_of(texts):
 @pytest.fixture(scope="module")
 def oracle(model_folder, tmp_path_factory):
     """The model, and the exact influence of every text under the first texts' curvature."""
-    source = ModelSource(str(model_folder))
-    model = {"model": source.load("cpu").network, "tokenizer": source.load_tokenizer()}
+    source = ModelSource(str(model_folder), device="cpu")
+    model = {"model": LanguageModel.load(source).network, "tokenizer": source.load_tokenizer()}
     out = tmp_path_factory.mktemp("oracle") / "index"
     gradindex.build(model["model"], rows_of(FIRST), out, tokenizer=model["tokenizer"], **SETTINGS)
     index = gradindex.append(out, rows_of(POOL), **model)

@@ -1,0 +1,122 @@
+"""What every process of a build makes ready: the model, its modules, how it is to be fitted."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gradindex.influence.codes import Codes, CodeSettings, default_width
+from gradindex.influence.curvature import Ekfac
+from gradindex.memory import Allowance
+from gradindex.model.network import LanguageModel
+from gradindex.model.source import ModelSource
+from gradindex.model.tracked import (
+    SMALL_PARTS,
+    TRACKABLE,
+    parameter_share,
+    tracked_modules,
+    untracked,
+)
+from gradindex.modules import Module
+from gradindex.progress import Progress, shares
+from gradindex.storage.records import Record
+from indexer.dry_run.measure import batch_bytes
+from indexer.fit.budget import disk_bytes, held_bytes, partitions
+from indexer.fit.schedule import AHEAD, LARGEST_BLOCK, FitSettings, choose_sequences
+from indexer.read import ingest
+from indexer.read.ingest import Run
+from indexer.state import State
+
+if TYPE_CHECKING:
+    pass
+
+NOTABLE = 0.05  # share of parameters that can't be tracked: said loudly from here on
+
+
+@dataclass
+class Prepared:
+    """What every process of a build has: the sequences, the model, how it is to be fitted."""
+
+    run: Run
+    model: LanguageModel
+    tracked: list[Module]
+    settings: FitSettings
+    allowance: Allowance
+
+
+def prepare(
+    index: Path, source: ModelSource, dtype: str, state: State, say: Progress, shards: int = 1,
+) -> Prepared:
+    """Load and check the model. Raises ResourceError where disk or memory don't suffice."""
+    plan, facts = state.plan, state.corpus
+    assert facts is not None and state.asked is not None
+    torch.set_num_threads(state.threads)
+    run = Run(index, 0, 0, facts["sequences"], plan["segment_size"])
+    say.say(f"model: loading {source.name} as {plan['dtype']} on {plan['device']}")
+    model = LanguageModel.load(source, dtype)
+    state.check_model(model)
+    tracked = tracked_modules(model.network, plan["modules"])
+    say.say(f"modules: {describe(model, tracked)}")
+    odd = {what: share for what, share in untracked(model.network, tracked).items()
+           if what not in (*TRACKABLE, *SMALL_PARTS)}
+    if (total := sum(odd.values())) > NOTABLE:
+        say.say(f"warning: {total:.0%} of the model's parameters can't be tracked, so their "
+                f"influence is in no score: {shares(odd)}")
+    settings = FitSettings(
+        choose_sequences(run.count, plan["fit_sequences"], plan["seed"]), plan["fit_labels"],
+        min(plan["segment_size"], LARGEST_BLOCK), plan["batch_tokens"], plan["seed"],
+        state.asked["max_bad"], plan["covariance_blocks"],
+    )
+    allowance = allow(model, tracked, settings, lambda: run.records(settings.ids[: settings.block]))
+    blocks, width = settings.covariance_blocks, model.accumulate.itemsize
+    every = partitions(tracked, blocks, width, allowance.planned)
+    ingest.check_disk(run, plan["bits"], _still_needed(index, disk_bytes(
+        every, blocks, width, AHEAD * shards if shards > 1 else 0)))
+    return Prepared(run, model, tracked, settings, allowance)
+
+
+def _still_needed(index: Path, fit: int) -> int:
+    """What a fit of so many bytes still needs on the disk."""
+    if (index / "curvature").is_dir():
+        return 0
+    there = sum(one.stat().st_size for one in (index / "curvature.partial").glob("*"))
+    return max(0, fit - there)
+
+
+def allow(
+    model: LanguageModel, tracked: list[Module], settings: FitSettings,
+    sample: Callable[[], list[Record]],
+) -> Allowance:
+    """What a build may use beside the model; some sequences tell what a batch takes.
+
+    Raises ResourceError where that is too little.
+    """
+    if model.source.max_memory is None:
+        return Allowance()
+    held, largest = max((held_bytes([module], settings.covariance_blocks,
+                                    model.accumulate.itemsize), module.name) for module in tracked)
+    batch = batch_bytes(model, tracked, sample(), settings)
+    return Allowance.beside(
+        model.bytes, model.source.max_memory, held, f"fitting {largest}", batch)
+
+
+def make_codes(modules: list[Module], ekfac: Ekfac, plan: Mapping[str, Any]) -> Codes:
+    """The codes that a plan asks for, of modules that have curvature."""
+    return Codes(modules, ekfac, CodeSettings(
+        plan["bits"], default_width(plan["bits"], len(modules)), plan["seed"], plan["damping"]))
+
+
+def describe(model: LanguageModel, tracked: list[Module]) -> str:
+    """Which modules are tracked, their share of the model, and what isn't tracked."""
+    kinds: dict[str, int] = {}
+    for module in tracked:
+        kind = re.sub(r"_\d+$", "_*", module.name.split(f".{module.layer}.", 1)[1])
+        kinds[kind] = kinds.get(kind, 0) + 1
+    rest = shares({f"{what} (not chosen)" if what in TRACKABLE else what: share for what, share
+                   in untracked(model.network, tracked).items()})
+    return (f"{len(tracked):,} linear maps tracked, {', '.join(kinds)}: "
+            f"{parameter_share(model.network, tracked):.1%} of the model's parameters"
+            + (f"; not tracked: {rest}" if rest else ""))
