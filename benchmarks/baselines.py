@@ -28,7 +28,7 @@ from benchmarks.fidelity import tfidf_scores
 from benchmarks.workload import Size, Workload, make_workload
 from gradindex.influence.codes import Codes, CodeSettings, default_width
 from gradindex.influence.curvature import DAMPING
-from gradindex.influence.gradients import apply_inputs, backward, make_batch, plan_batches
+from gradindex.influence.gradients import apply_inputs, backward, plan_batches
 from gradindex.modules import Module
 from gradindex.progress import duration, stderr_progress
 from gradindex.storage.code_file import CodeIndex, code_bytes
@@ -73,8 +73,8 @@ def look(
     """
     progress = stderr_progress()
     progress.start("gradients", len(records), "sequences")
-    for rows in plan_batches([len(record.ids) for record in records], BATCH_TOKENS):
-        batch = make_batch([(records[r].ids, records[r].scored) for r in rows], work.model.device)
+    for rows in plan_batches([len(record.tokens) for record in records], BATCH_TOKENS):
+        batch = work.model.batch([records[r] for r in rows])
 
         def keep(_: object, inputs: tuple[Tensor, ...]) -> None:
             if hidden is not None:
@@ -196,8 +196,8 @@ def kfac_damped(work: Workload) -> ByModule:
     generator = torch.Generator().manual_seed(0)
     progress = stderr_progress()
     progress.start("K-FAC eigenvalues", len(sample), "sequences")
-    for rows in plan_batches([len(record.ids) for record in sample], BATCH_TOKENS):
-        batch = make_batch([(sample[r].ids, sample[r].scored) for r in rows], work.model.device)
+    for rows in plan_batches([len(record.tokens) for record in sample], BATCH_TOKENS):
+        batch = work.model.batch([sample[r] for r in rows])
 
         def each(module: Module, a: Tensor, d: Tensor) -> None:
             c = work.ekfac[module.name]
@@ -210,7 +210,7 @@ def kfac_damped(work: Workload) -> ByModule:
             backward(work.model, work.modules, batch, each, drawn)
         progress.update(len(rows))
     progress.finish()
-    tokens = sum(len(record.ids) for record in sample)
+    tokens = sum(len(record.tokens) for record in sample)
     products = {name: torch.outer(s / tokens, a / tokens) for name, (s, a) in sums.items()}
     return {name: (x + DAMPING * x.mean()).flatten() for name, x in products.items()}
 
@@ -332,7 +332,7 @@ Measured = tuple[str, float, list[float]]  # name, bytes a token (NaN: nothing k
 
 
 def measured(work: Workload, truth: np.ndarray, rows: list[Row]) -> list[Measured]:
-    tokens = float(np.mean([len(record.ids) for record in work.train]))
+    tokens = float(np.mean([len(record.tokens) for record in work.train]))
     return [(name, room / tokens, [recall(truth, scores, k, length) for k, length in CUTS])
             for name, room, scores in rows]
 

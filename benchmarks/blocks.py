@@ -16,9 +16,9 @@ import torch
 from scipy.stats import pearsonr, spearmanr
 
 from benchmarks.workload import Size, Workload, make_workload
+from gradindex.draws import Stream, choose
 from gradindex.influence import curvature
 from gradindex.influence.curvature import Ekfac
-from gradindex.influence.gradients import make_batch
 from gradindex.influence.queries import (
     Preconditioned,
     exact_scores,
@@ -26,7 +26,7 @@ from gradindex.influence.queries import (
     query_coordinates,
 )
 from gradindex.progress import Progress, stderr_progress
-from indexer.fit.schedule import FitSettings, choose_sequences, eigenvectors, fit
+from indexer.fit.schedule import FitSettings, eigenvectors, fit
 
 
 def scores(work: Workload, ekfac: Ekfac) -> np.ndarray:
@@ -34,7 +34,7 @@ def scores(work: Workload, ekfac: Ekfac) -> np.ndarray:
     prepared = []
     with torch.no_grad():
         for query in work.queries:
-            batch = make_batch([(query.ids, query.scored)], work.model.device)
+            batch = work.model.batch([query])
             coordinates, _ = query_coordinates(work.model, work.modules, ekfac, batch,
                                                curvature.DAMPING)
             prepared.append(Preconditioned(precondition(ekfac, coordinates)))
@@ -70,7 +70,8 @@ def main(queries: int, fit_sequences: int, cache: Path) -> None:
     whole: np.ndarray | None = None
     for blocks in (1, 2, 4, 8):
         with tempfile.TemporaryDirectory() as home:
-            settings = FitSettings(choose_sequences(len(work.train), fit_sequences, 0), "model",
+            chosen = choose(Stream.FIT_SEQUENCES, 0, len(work.train), fit_sequences)
+            settings = FitSettings(chosen, "model",
                                    256, 2048, 0, covariance_blocks=blocks)
             begun = time.perf_counter()
             ekfac, _ = fit(work.model, work.modules, lambda ids: [work.train[n] for n in ids],

@@ -26,6 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.workload import PROMPT, Size, Workload, fit_on, make_workload
+from gradindex.draws import Stream, choose
 from gradindex.influence.codes import (
     Codes,
     CodeSettings,
@@ -34,7 +35,7 @@ from gradindex.influence.codes import (
     score_error,
 )
 from gradindex.influence.curvature import Ekfac
-from gradindex.influence.gradients import apply_inputs, backward, make_batch, plan_batches
+from gradindex.influence.gradients import apply_inputs, backward, plan_batches
 from gradindex.influence.queries import (
     Gradients,
     Influences,
@@ -49,7 +50,6 @@ from gradindex.progress import Progress, duration, stderr_progress
 from gradindex.storage.code_file import CodeIndex, code_bytes
 from gradindex.storage.records import Record
 from indexer.calibrate import calibrate
-from indexer.fit.schedule import choose_sequences
 from search.rank.ranking import CodeRanking
 from search.rank.recall import estimated_recall
 from search.rank.shortlist import Shortlist, longer
@@ -122,12 +122,12 @@ def tfidf_scores(work: Workload) -> np.ndarray:
     vocabulary = work.model.network.config.vocab_size
     holds = np.zeros((len(work.train), vocabulary), dtype=bool)
     for row, record in enumerate(work.train):
-        holds[row, record.ids] = True
+        holds[row, record.tokens] = True
     count = holds.sum(0)
     idf = np.log((len(work.train) - count + 0.5) / (count + 0.5) + 1)
     scores = np.zeros((len(work.queries), len(work.train)))
     for row, record in enumerate(work.queries):
-        tokens = record.ids[record.scored]
+        tokens = record.tokens[record.scored]
         scores[row] = holds[:, tokens] @ idf[tokens]
     return scores
 
@@ -139,10 +139,10 @@ def coordinates_of(work: Workload, records: list[Record], damping: float) -> Gra
     """C [q, o, i] of queries."""
     parts = []
     for first in range(0, len(records), 8):
-        some = [(r.ids, r.scored) for r in records[first : first + 8]]
+        some = records[first : first + 8]
         with torch.no_grad():
             c, _ = query_coordinates(work.model, work.modules, work.ekfac,
-                                     make_batch(some, work.model.device), damping)
+                                     work.model.batch(some), damping)
         parts.append(c)
     return {m.name: torch.cat([part[m.name] for part in parts]) for m in work.modules}
 
@@ -163,12 +163,13 @@ def controls_of(work: Workload, every: bool) -> list[Control]:
                          ("upper third", third[2]), ("one layer", {top // 2})):
         shown = ",".join(map(str, sorted(layers)))
         found.append(Control(f"{name} (layer {shown} of {top})", plain, layers))
-    others = [replace(one, ids=np.concatenate([one.ids[:PROMPT], other.ids[PROMPT:]]))
+    others = [replace(one, tokens=np.concatenate([one.tokens[:PROMPT], other.tokens[PROMPT:]]))
               for one, other in zip(work.queries, work.queries[1:] + work.queries[:1], strict=True)]
     against = coordinates_of(work, others, 0.1)
     found.append(Control("versus", {name: plain[name] - c for name, c in against.items()}))
     for count in (1, 5):
-        short = [replace(one, ids=one.ids[: PROMPT + count], scored=one.scored[: PROMPT + count])
+        end = PROMPT + count
+        short = [replace(one, tokens=one.tokens[:end], scored=one.scored[:end])
                  for one in work.queries]
         found.append(Control(f"completion of {count}", coordinates_of(work, short, 0.1)))
     return found
@@ -209,7 +210,7 @@ def one_pass(
     queries = len(work.queries)
     truth = {key: np.zeros((len(layers), queries, n), np.float32) for key in distinct}
     progress.start("encode and score", n, "sequences")
-    for rows in plan_batches([len(record.ids) for record in work.train],
+    for rows in plan_batches([len(record.tokens) for record in work.train],
                              2048 if work.size.length <= 128 else 4096):
         vectors = {k: one.empty(len(rows)) for k, one in codes.items()}
 
@@ -230,9 +231,9 @@ def one_pass(
             part.div_(c.damped(0.1))
             result.squared_step[rows] += part.sum((1, 2)).double().numpy()  # noqa: B023
 
-        members = [(work.train[row].ids, work.train[row].scored) for row in rows]
+        members = [work.train[row] for row in rows]
         with torch.no_grad():
-            backward(work.model, work.modules, make_batch(members, work.model.device), each)
+            backward(work.model, work.modules, work.model.batch(members), each)
         for k in codes:
             array = vectors[k].float().numpy()
             stored[k][rows] = result.indexes[k].encode(array)
@@ -285,10 +286,10 @@ def _part(
     truth = np.zeros((len(p), len(rows)))
     stored = {k: np.zeros((len(rows), code_bytes(k)), np.uint8) for k in codes}
     norms = {k: np.zeros(len(rows)) for k in codes}
-    for here in plan_batches([len(record.ids) for record in some], 4096):
+    for here in plan_batches([len(record.tokens) for record in some], 4096):
         vectors = {k: one.empty(len(here)) for k, one in codes.items()}
         influences = Influences(p, len(here))
-        batch = make_batch([(some[row].ids, some[row].scored) for row in here], work.model.device)
+        batch = work.model.batch([some[row] for row in here])
         collect(work.model, work.modules, batch, influences,
                 *(partial(one.add, vectors[k]) for k, one in codes.items()))
         for k in codes:
@@ -424,7 +425,7 @@ def print_controls(
 
 def print_fits(work: Workload, counts: tuple[int, ...], progress: Progress) -> None:
     """Agreement of exact scores under curvatures fitted on more or fewer sequences."""
-    sample = [work.train[n] for n in choose_sequences(len(work.train), FIT_SAMPLE, 5)]
+    sample = [work.train[n] for n in choose(Stream.FIT_SEQUENCES, 5, len(work.train), FIT_SAMPLE)]
     scores = {}
     for count in sorted({*counts, work.size.fit_sequences}):
         ekfac = fit_on(work.folder, work.model, work.modules, work.train, count, progress)

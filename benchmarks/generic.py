@@ -86,7 +86,7 @@ def build(work: Workload) -> tuple[Searcher, float, float]:
     """
     out, data = work.folder / "generic.index", work.folder / "generic.npy"
     noted = work.folder / "generic.seconds"
-    np.save(data, np.stack([one.ids for one in work.train]), allow_pickle=False)
+    np.save(data, np.stack([one.tokens for one in work.train]), allow_pickle=False)
     begun = time.monotonic()
     searcher = gradindex.build(str(work.folder / "model"), data, out, progress=stderr_progress(),
                                fit_sequences=work.size.fit_sequences)
@@ -120,7 +120,7 @@ def planted(
         "random tokens": draw.integers(0, vocabulary, (ODD, length)),
         "one token, again and again": np.repeat(draw.integers(0, vocabulary, (ODD, 1)), length, 1),
         "training sequences, shuffled": np.stack([
-            draw.permutation(one.ids) for one in work.train[:ODD]]),
+            draw.permutation(one.tokens) for one in work.train[:ODD]]),
     }
     data = work.folder / "planted.npy"
     np.save(data, np.concatenate(list(kinds.values())).astype(np.int32), allow_pickle=False)

@@ -34,7 +34,7 @@ import gradindex
 from demo.documents import standard_library_documents
 from demo.prepare import QUERIES, Settings, prepare
 from gradindex.influence.codes import Codes, CodeSettings, score_error
-from gradindex.influence.gradients import make_batch, plan_batches
+from gradindex.influence.gradients import plan_batches
 from gradindex.influence.queries import Influences, Preconditioned, collect, precondition
 from gradindex.model.loading import quiet_transformers
 from gradindex.progress import Progress, stderr_progress
@@ -116,11 +116,10 @@ def _pass(
                                           np.uint8)
         found[f"norms {seed}"] = np.zeros(len(records))
     progress.start("encode and score", len(records), "sequences")
-    for rows in plan_batches([len(record.ids) for record in records], BATCH_TOKENS):
+    for rows in plan_batches([len(record.tokens) for record in records], BATCH_TOKENS):
         vectors = {seed: codes.empty(len(rows)) for seed, codes in made.items()}
         influences = Influences(p, len(rows))
-        batch = make_batch([(records[row].ids, records[row].scored) for row in rows],
-                           index.model.device)
+        batch = index.model.batch([records[row] for row in rows])
         collect(index.model, facts.modules, batch, influences,
                 *(partial(codes.add, vectors[seed]) for seed, codes in made.items()))
         found["truth"][:, rows] = influences.total.numpy()

@@ -25,9 +25,9 @@ from benchmarks.baselines import BATCH_TOKENS, ByModule, Seen, look, recall, sid
 from benchmarks.fidelity import options
 from benchmarks.workload import Size, Workload, make_workload
 from gradindex.influence.curvature import DAMPING
-from gradindex.influence.gradients import make_batch, plan_batches
-from gradindex.objective import UNSCORED
+from gradindex.influence.gradients import plan_batches
 from gradindex.progress import duration, stderr_progress
+from gradindex.results import UNSCORED
 from gradindex.storage.records import Record
 
 Check = tuple[str, float, float, str]  # inverse, seconds a query, passes over its sample, how near
@@ -47,8 +47,8 @@ class GaussNewton:
         self.network.set_attn_implementation("eager")  # the fused kernels have no forward mode
         self.count = len(records)
         self.batches = [
-            make_batch([(records[r].ids, records[r].scored) for r in rows], work.model.device)
-            for rows in plan_batches([len(record.ids) for record in records], BATCH_TOKENS)
+            work.model.batch([records[r] for r in rows])
+            for rows in plan_batches([len(record.tokens) for record in records], BATCH_TOKENS)
         ]
         self.passes = 0.0  # over the records: the cost
         weights = dict(self.network.named_parameters())

@@ -29,13 +29,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gradindex.influence.blockwise import covariance_shapes
-from gradindex.influence.gradients import Batch, backward, make_batch
+from gradindex.influence.gradients import backward
 from gradindex.model import experts
 from gradindex.model.loading import quiet_transformers
 from gradindex.model.network import EXPERTS, LanguageModel
 from gradindex.model.source import ModelSource
 from gradindex.model.tracked import tracked_modules
 from gradindex.modules import Module
+from gradindex.objective import Batch, NextToken, Text
 from indexer.fit.schedule import add_covariances
 
 MIXTURE = dict(vocab_size=4096, hidden_size=256, intermediate_size=512, num_hidden_layers=4,
@@ -134,8 +135,9 @@ def small_model(family: str, **settings: Any) -> Any:
 
 def make_data() -> Batch:
     random = np.random.default_rng(0)
-    return make_batch([(random.integers(0, 4096, LENGTH).astype(np.int32), np.ones(LENGTH, bool))
-                       for _ in range(ROWS)], torch.device("cpu"))
+    return NextToken().batch([
+        Text(random.integers(0, 4096, LENGTH).astype(np.int32), np.ones(LENGTH, bool))
+        for _ in range(ROWS)], torch.device("cpu"))
 
 
 def compare_passes(repeats: int) -> None:

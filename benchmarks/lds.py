@@ -34,14 +34,12 @@ from benchmarks.workload import Size, Workload, fit_on, library, query_gradients
 from demo.prepare import Settings, new_model, train, train_tokenizer
 from gradindex.influence.codes import Codes, CodeSettings, default_length, default_width
 from gradindex.influence.curvature import DAMPING, Ekfac
-from gradindex.influence.gradients import make_batch
 from gradindex.influence.queries import Gradients, Preconditioned, exact_scores, precondition
 from gradindex.model.loading import quiet_transformers
 from gradindex.model.network import LanguageModel
 from gradindex.model.source import ModelSource
 from gradindex.model.tracked import tracked_modules
 from gradindex.modules import Module
-from gradindex.objective import log_probability
 from gradindex.progress import Progress, duration, stderr_progress
 from gradindex.storage.code_file import CodeIndex
 from gradindex.storage.files import atomic_write
@@ -102,9 +100,9 @@ def make_study(
 
 def completion_log_p(model: LanguageModel, queries: list[Record]) -> np.ndarray:
     """f: Σ log p of each query's completion, in nats: float64 [q]."""
-    batch = make_batch([(query.ids, query.scored) for query in queries], model.device)
+    batch = model.batch(queries)
     with torch.no_grad():
-        log_p, _ = log_probability(model.logits(batch.tokens), batch.targets)
+        log_p, _ = model.objective.log_p(model.objective.outputs(model.network, batch), batch)
     return log_p.double().sum(1).numpy()
 
 
@@ -131,7 +129,7 @@ def retrain_all(
     with ProcessPoolExecutor(threads, multiprocessing.get_context("spawn")) as pool:
         running = []
         for path, row in missing.items():
-            ids = [study.train[n].ids.tolist() for n in np.flatnonzero(row)]
+            ids = [study.train[n].tokens.tolist() for n in np.flatnonzero(row)]
             steps = round(study.settings.steps * row.mean())
             settings = replace(study.settings, seed=seed, steps=steps)
             running.append(pool.submit(retrain, path, ids, settings, study.queries))
@@ -184,7 +182,7 @@ def code_scores(codes: Codes, index: CodeIndex, queries: Gradients) -> np.ndarra
 
 def hidden_scores(study: Study) -> np.ndarray:
     """Cosine of the hidden states after the last layer, averaged over tokens."""
-    ids = torch.from_numpy(np.stack([one.ids for one in study.queries + study.train])).long()
+    ids = torch.from_numpy(np.stack([one.tokens for one in study.queries + study.train])).long()
     with torch.no_grad():
         states = study.model.network.base_model(ids).last_hidden_state
     unit = torch.nn.functional.normalize(states.double().mean(1), dim=-1).numpy()

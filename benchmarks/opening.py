@@ -68,7 +68,7 @@ def make(folder: Path, count: int, rows: int) -> tuple[Path, object]:
         new.files["rows.npy"] = segments.write_rows(
             place / "rows.npy", segments.make_rows(own, contents.rows["norm"]))
         new.files["tokens.npz"] = token_file.write(
-            place / "tokens.npz", [one.ids for one in own], VOCABULARY)
+            place / "tokens.npz", [one.tokens for one in own], VOCABULARY)
         segments.write_facts(place, new)
         new.files[segments.NAME] = facts_of(place / segments.NAME)
         files |= {f"segments/{segment.name}/{name}": one for name, one in new.files.items()}

@@ -75,7 +75,7 @@ def first_hits(searcher: Searcher) -> list[float]:
     times = []
     searcher.index.load()
     for record in searcher.index.records(range(0, len(searcher), len(searcher) // TIMES)):
-        pieces = tokenise.pieces(searcher.index.tokenizer, record.ids.tolist())
+        pieces = tokenise.pieces(searcher.index.tokenizer, record.tokens.tolist())
         middle = len(pieces) // 2
         query = searcher.make_query("".join(pieces[:middle]), "".join(pieces[middle:]) or " a")
         stages = searcher.stages([query], Controls())
@@ -90,7 +90,7 @@ def heavy(searcher: Searcher, asked: Asked) -> Result:
     random = np.random.default_rng(0)
     query = searcher.make_query(asked.prompt, asked.completion)
     query.token_log_p = [0.0] * len(query.tokens)
-    ids = np.concatenate([record.ids for record in
+    ids = np.concatenate([record.tokens for record in
                           searcher.index.records(range(min(len(searcher), 4096)))])
     ids = np.resize(ids, (HITS, TOKENS))
     hits = []

@@ -21,7 +21,6 @@ import torch
 
 from benchmarks.workload import Size, Workload, make_workload
 from gradindex.influence.codes import Codes, CodeSettings, default_width, score_error
-from gradindex.influence.gradients import make_batch
 from gradindex.influence.queries import (
     Preconditioned,
     exact_scores,
@@ -68,8 +67,7 @@ def encoded(work: Workload, codes: Codes, count: int) -> tuple[CodeIndex, np.nda
 def queries_of(work: Workload, codes: Codes, count: int) -> tuple[np.ndarray, Preconditioned]:
     """Vectors [q, K] and preconditioned gradients of some held-out queries."""
     with torch.no_grad():
-        batch = make_batch([(one.ids, one.scored) for one in work.queries[:count]],
-                           work.model.device)
+        batch = work.model.batch(work.queries[:count])
         coordinates, _ = query_coordinates(work.model, work.modules, work.ekfac, batch, 0.1)
         return (codes.query_vectors(coordinates).numpy(),
                 Preconditioned(precondition(work.ekfac, coordinates)))

@@ -22,15 +22,17 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from demo.prepare import Settings, new_model
+from gradindex.draws import Stream
 from gradindex.influence.blockwise import covariance_shapes
 from gradindex.influence.codes import Codes, CodeSettings, default_length, default_width
 from gradindex.influence.curvature import Curvature, Ekfac
-from gradindex.influence.gradients import Batch, backward, make_batch
+from gradindex.influence.gradients import backward
 from gradindex.influence.queries import Influences, Preconditioned, collect, query_coordinates
 from gradindex.model.network import LanguageModel
 from gradindex.model.source import ModelSource
 from gradindex.model.tracked import tracked_modules
 from gradindex.modules import Module
+from gradindex.objective import Batch, Text
 from gradindex.storage.code_file import CodeIndex
 from gradindex.storage.records import Part, Record
 from indexer.encode import encode_batch
@@ -72,8 +74,7 @@ class Bench:
                    np.ones(settings.length, bool), [Part(n, "", n, -1, -1, 0)])
             for n in range(batch)
         ]
-        self.data: Batch = make_batch([(one.ids, one.scored) for one in self.records],
-                                      self.model.device)
+        self.data: Batch = self.model.batch(self.records)
         torch.manual_seed(0)
         self.ekfac: Ekfac = {
             m.name: Curvature(torch.linalg.qr(torch.randn(m.shape[1], m.shape[1]))[0],
@@ -107,12 +108,12 @@ class Bench:
 
     @torch.no_grad()
     def covariance(self) -> None:
-        batch, numbers = fit_batch(self.model, self.records, "model", 0, 2)
+        batch, numbers = fit_batch(self.model, self.records, "model", 0, Stream.COVARIANCE_LABELS)
         add_covariances(self.model, self.modules, self._sums, batch, numbers)
 
     @torch.no_grad()
     def eigenvalues(self) -> None:
-        batch, numbers = fit_batch(self.model, self.records, "model", 0, 3)
+        batch, numbers = fit_batch(self.model, self.records, "model", 0, Stream.EIGENVALUE_LABELS)
         add_eigenvalues(self.model, self.modules, self._vectors, self._tables, batch, numbers)
 
     def rescore(self, queries: int, rank: int | None = None) -> None:
@@ -124,8 +125,8 @@ class Bench:
 
     @torch.no_grad()
     def query(self) -> None:
-        one = make_batch([(self.records[0].ids, np.arange(len(self.records[0].ids)) >= 64)],
-                         self.model.device)
+        tokens = self.records[0].tokens
+        one = self.model.batch([Text(tokens, np.arange(len(tokens)) >= 64)])
         coordinates, _ = query_coordinates(self.model, self.modules, self.ekfac, one, 0.1)
         self.codes.query_vectors(coordinates)
 
@@ -196,7 +197,7 @@ def against_kronfluence() -> None:
     groups = [bench.records[first : first + 32] for first in range(0, 512, 32)]
     with torch.no_grad():
         for some in groups:
-            batch, numbers = fit_batch(bench.model, some, "model", 0, 2)
+            batch, numbers = fit_batch(bench.model, some, "model", 0, Stream.COVARIANCE_LABELS)
             add_covariances(bench.model, bench.modules, sums, batch, numbers)
         covariance = time.perf_counter()
         vectors = {name: eigenvectors(total.double() / (512 * 128), name).float()
@@ -204,7 +205,7 @@ def against_kronfluence() -> None:
         decomposed = time.perf_counter()
         tables = {m.name: torch.zeros(m.shape) for m in bench.modules}
         for some in groups:
-            batch, numbers = fit_batch(bench.model, some, "model", 0, 3)
+            batch, numbers = fit_batch(bench.model, some, "model", 0, Stream.EIGENVALUE_LABELS)
             add_eigenvalues(bench.model, bench.modules, vectors, tables, batch, numbers)
     ours = (covariance - begun, decomposed - covariance, time.perf_counter() - decomposed)
     print("\nthe fit of 512 × 128 tokens, labels sampled from the model, batches of 32, seconds:")

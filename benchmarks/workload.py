@@ -16,8 +16,9 @@ from transformers import GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 from demo.documents import standard_library_documents
 from demo.prepare import Settings, new_model, train, train_tokenizer
+from gradindex.draws import Stream, choose
 from gradindex.influence.curvature import Ekfac
-from gradindex.influence.gradients import backward, gradient, make_batch
+from gradindex.influence.gradients import backward, gradient
 from gradindex.influence.queries import Gradients
 from gradindex.model.loading import quiet_transformers
 from gradindex.model.network import LanguageModel
@@ -26,7 +27,7 @@ from gradindex.model.tracked import tracked_modules
 from gradindex.modules import Module
 from gradindex.progress import Progress
 from gradindex.storage.records import Part, Record
-from indexer.fit.schedule import FitSettings, choose_sequences, fit
+from indexer.fit.schedule import FitSettings, fit
 
 PROMPT, COMPLETION = 64, 32
 
@@ -110,7 +111,8 @@ def fit_on(
     kinds = "-".join(sorted({module.kind for module in modules}))
     home = folder / f"fit-{kinds}-{str(model.dtype).removeprefix('torch.')}-{count}"
     home.mkdir(exist_ok=True)
-    settings = FitSettings(choose_sequences(len(training), count, 0), "model", 256, 2048, 0)
+    chosen = choose(Stream.FIT_SEQUENCES, 0, len(training), count)
+    settings = FitSettings(chosen, "model", 256, 2048, 0)
     return fit(model, modules, lambda wanted: [training[n] for n in wanted], settings, home,
                progress, len(training))[0]
 
@@ -126,7 +128,7 @@ def query_gradients(work: Workload, queries: list[Record]) -> Gradients:
     for query in queries:
         with torch.no_grad():
             backward(work.model, work.modules,
-                     make_batch([(query.ids, query.scored)], work.model.device), each)
+                     work.model.batch([query]), each)
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 

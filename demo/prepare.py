@@ -227,11 +227,11 @@ def _batches(
 @torch.no_grad()
 def log_probability(model: Any, tokenizer: Any, prompt: str, completion: str) -> float:
     """Mean log p (nats) of the completion's tokens after the prompt."""
-    tokens = encode_pair(tokenizer, prompt, completion)
-    ids = torch.from_numpy(tokens.ids).long()
+    tokenised = encode_pair(tokenizer, prompt, completion)
+    ids = torch.from_numpy(tokenised.tokens).long()
     log_p = model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
     each = log_p.gather(1, ids[1:, None])[:, 0]
-    return each[torch.from_numpy(tokens.scored[1:])].mean().item()
+    return each[torch.from_numpy(tokenised.scored[1:])].mean().item()
 
 
 def save(

@@ -7,6 +7,7 @@ from typing import Any
 
 from gradindex.terminal import json_text
 
+UNSCORED = -100  # the label of a token that isn't scored, as in transformers
 SCHEMA = 2  # of the JSON of a result
 UNITS = (
     "Influence is I = ∇log p(completion | prompt)ᵀ (G+λI)⁻¹ ∇log p(sequence), {how} for this "
@@ -50,13 +51,13 @@ class Query:
 
     def is_scored(self, place: int) -> bool:
         """Whether log p counts the token at a place."""
-        return place > 0 and self.labels[place] != -100
+        return place > 0 and self.labels[place] != UNSCORED
 
     @property
     def scored_tokens(self) -> list[int]:
         """The tokens scored, of all texts: what the TF-IDF filter looks for."""
         return [token for text in self.texts
-                for token, label in zip(text.tokens, text.labels, strict=True) if label != -100]
+                for token, label in zip(text.tokens, text.labels, strict=True) if label != UNSCORED]
 
     @property
     def log_p(self) -> float:

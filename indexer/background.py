@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from gradindex.draws import Stream, choose
 from gradindex.influence.codes import Codes
 from gradindex.influence.curvature import Ekfac
 from gradindex.model.network import LanguageModel
@@ -12,7 +13,7 @@ from gradindex.storage.background_file import BackgroundQueries, thresholds
 from gradindex.storage.code_file import CodeIndex
 from gradindex.storage.segments import digest_of
 from indexer.calibrate import prepare_query
-from indexer.fit.schedule import Read, choose_sequences
+from indexer.fit.schedule import Read
 
 QUERIES = 64
 LARGEST_SAMPLE = 1 << 20  # sequences whose scores are held at once: 256 MiB
@@ -31,14 +32,16 @@ def make_background(
     others, is left out.
     """
     seed, length = codes.settings.seed, codes.settings.length
-    chosen = read([ids[one] for one in choose_sequences(len(ids), QUERIES, seed + 6)])
+    chosen = read([ids[one] for one in choose(
+        Stream.BACKGROUND_QUERIES, seed, len(ids), QUERIES)])
     progress.start("background", len(chosen), "queries")
     vectors = np.zeros((len(chosen), length), dtype=np.float16)
     for number, record in enumerate(chosen):
         vectors[number] = unit(prepare_query(model, codes, ekfac, record)[0])
         progress.update(1)
     progress.finish()
-    sample = [ids[one] for one in choose_sequences(len(ids), LARGEST_SAMPLE, seed + 7)]
+    sample = [ids[one] for one in choose(
+        Stream.BACKGROUND_QUERY_SCORES, seed, len(ids), LARGEST_SAMPLE)]
     scores, digests = _scores(vectors.astype(np.float32), sample, stored)
     own = np.array([digest_of(record) for record in chosen])
     kept = np.count_nonzero(vectors, axis=1) > 0

@@ -17,7 +17,7 @@ from gradindex.errors import InputError
 from gradindex.influence import curvature
 from gradindex.influence.codes import default_length
 from gradindex.memory import parse_bound
-from gradindex.model.config import context_length
+from gradindex.model.config import context_length, vocabulary_size
 from gradindex.model.identity import tokenizer_digest
 from gradindex.model.source import ModelSource
 from gradindex.progress import Progress
@@ -158,7 +158,7 @@ def open_corpus(data: Any, source: ModelSource, config: Any, settings: CorpusSet
     """The sequences of some data, cut as `settings` say. Raises InputError."""
     tokenizer = source.load_tokenizer()
     return Corpus(
-        as_list(data), tokenizer, settings, vocabulary=config.get_text_config().vocab_size,
+        as_list(data), tokenizer, settings, vocabulary=vocabulary_size(config),
         end_token=getattr(tokenizer, "eos_token_id", None),
     )
 

@@ -7,13 +7,14 @@ anchors, to be computed again when the index is verified.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 
+from gradindex.draws import Stream, choose
 from gradindex.errors import GradindexError
 from gradindex.influence.codes import Codes, score_error
 from gradindex.influence.curvature import Ekfac
-from gradindex.influence.gradients import make_batch
 from gradindex.influence.queries import Preconditioned, exact_scores, prepare, query_coordinates
 from gradindex.memory import Allowance
 from gradindex.model.network import LanguageModel
@@ -21,8 +22,8 @@ from gradindex.modules import Module
 from gradindex.progress import Progress
 from gradindex.storage.code_file import CodeIndex
 from gradindex.storage.manifest import Calibration
-from gradindex.storage.records import Record, second_half
-from indexer.fit.schedule import Read, choose_sequences
+from gradindex.storage.records import Record
+from indexer.fit.schedule import Read
 
 QUERIES = 16
 SAMPLE = 128
@@ -41,8 +42,9 @@ def calibrate(
     Raises GradindexError where no sampled sequence has a gradient.
     """
     seed = codes.settings.seed
-    queries = read([ids[one] for one in choose_sequences(len(ids), QUERIES, seed + 1)])
-    chosen = [ids[one] for one in choose_sequences(len(ids), SAMPLE, seed + 2)]
+    asked = choose(Stream.CALIBRATION_QUERIES, seed, len(ids), QUERIES)
+    queries = read([ids[one] for one in asked])
+    chosen = [ids[one] for one in choose(Stream.CALIBRATION_SAMPLE, seed, len(ids), SAMPLE)]
     sample = read(chosen)
     index, norms = stored(chosen)
     progress.start("calibrate", len(queries), "queries")
@@ -101,7 +103,7 @@ def prepare_query(
     model: LanguageModel, codes: Codes, ekfac: Ekfac, record: Record
 ) -> tuple[np.ndarray, Preconditioned]:
     """The vector [K] of a record's second half as a query, and its preconditioned gradient."""
-    batch = make_batch([(record.ids, second_half(record))], model.device)
+    batch = model.batch([replace(record, scored=model.objective.later_half(record.scored))])
     coordinates, _ = query_coordinates(
         model, codes.modules, ekfac, batch, codes.settings.damping)
     vectors, squares, found = codes.empty(1), codes.empty(1)[:, 0], Preconditioned({})

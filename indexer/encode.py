@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from gradindex.influence.codes import Codes
-from gradindex.influence.gradients import Splits, backward, in_batches, make_batch, why_not_finite
+from gradindex.influence.gradients import Splits, backward, in_batches, why_not_finite
+from gradindex.model.config import vocabulary_size
 from gradindex.model.network import LanguageModel
 from gradindex.modules import Module
 from gradindex.progress import Progress
@@ -44,7 +45,7 @@ def encode_segment(
         vectors = encode_batch(model, codes, [records[row] for row in rows])
         return vectors.float().cpu().numpy()
 
-    lengths = [len(record.ids) for record in records]
+    lengths = [len(record.tokens) for record in records]
     for rows, array in in_batches(lengths, batch_tokens, Splits(facts.splits, keep), run):
         with np.errstate(over="ignore", invalid="ignore"):
             norms[rows] = np.linalg.norm(array.astype(np.float64), axis=1)
@@ -55,9 +56,9 @@ def encode_segment(
             norms[row] = np.nan
         progress.update(len(rows))
     index.add(rows_codes)
-    vocabulary = model.network.config.get_text_config().vocab_size
+    vocabulary = vocabulary_size(model.network.config)
     seal(folder, facts, index, segments.make_rows(records, norms),
-         [record.ids for record in records], vocabulary)
+         [record.tokens for record in records], vocabulary)
     return facts
 
 
@@ -77,13 +78,13 @@ def seal(
 
 
 def _why(model: LanguageModel, codes: Codes, record: Record) -> str:
-    batch = make_batch([(record.ids, record.scored)], model.device)
+    batch = model.batch([record])
     return why_not_finite(model, codes.modules, batch) or "its code's norm is not finite"
 
 
 def encode_batch(model: LanguageModel, codes: Codes, records: list[Record]) -> Tensor:
     """Vectors [b, K] of sequences, from one forward and one backward pass."""
-    batch = make_batch([(record.ids, record.scored) for record in records], model.device)
+    batch = model.batch(records)
     vectors = codes.empty(len(records))
 
     def each(module: Module, a: Tensor, d: Tensor) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gradindex.draws import Stream, choose
 from gradindex.influence.codes import Codes, CodeSettings, default_width
 from gradindex.influence.curvature import Ekfac
 from gradindex.memory import Allowance
@@ -25,7 +26,7 @@ from gradindex.progress import Progress, shares
 from gradindex.storage.records import Record
 from indexer.dry_run.measure import batch_bytes
 from indexer.fit.budget import disk_bytes, held_bytes, partitions
-from indexer.fit.schedule import AHEAD, LARGEST_BLOCK, FitSettings, choose_sequences
+from indexer.fit.schedule import AHEAD, LARGEST_BLOCK, FitSettings
 from indexer.read import ingest
 from indexer.read.ingest import Run
 from indexer.state import State
@@ -66,9 +67,9 @@ def prepare(
         say.say(f"warning: {total:.0%} of the model's parameters can't be tracked, so their "
                 f"influence is in no score: {shares(odd)}")
     settings = FitSettings(
-        choose_sequences(run.count, plan["fit_sequences"], plan["seed"]), plan["fit_labels"],
-        min(plan["segment_size"], LARGEST_BLOCK), plan["batch_tokens"], plan["seed"],
-        state.asked["max_bad"], plan["covariance_blocks"],
+        choose(Stream.FIT_SEQUENCES, plan["seed"], run.count, plan["fit_sequences"]),
+        plan["fit_labels"], min(plan["segment_size"], LARGEST_BLOCK), plan["batch_tokens"],
+        plan["seed"], state.asked["max_bad"], plan["covariance_blocks"],
     )
     allowance = allow(model, tracked, settings, lambda: run.records(settings.ids[: settings.block]))
     blocks, width = settings.covariance_blocks, model.accumulate.itemsize

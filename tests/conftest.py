@@ -19,6 +19,7 @@ import gradindex
 from demo.prepare import train_tokenizer
 from gradindex.model.network import LanguageModel
 from gradindex.model.source import ModelSource
+from gradindex.objective import Text
 
 SIZES = {
     "gpt_neox": dict(hidden_size=12, num_hidden_layers=2, num_attention_heads=2,
@@ -62,14 +63,14 @@ def make_model() -> Callable[..., LanguageModel]:
 
 
 @pytest.fixture
-def sequences() -> list[tuple[np.ndarray, np.ndarray]]:
-    """(ids, scored): plain text, masked prompts, different lengths."""
+def sequences() -> list[Text]:
+    """Plain text, masked prompts, different lengths."""
     random = np.random.default_rng(3)
     made = []
     for length, prompt in ((11, 0), (7, 3), (9, 0), (5, 2), (11, 6), (2, 0)):
         ids = random.integers(0, VOCABULARY, length).astype(np.int32)
         scored = np.arange(length) >= prompt
-        made.append((ids, scored))
+        made.append(Text(ids, scored))
     return made
 
 

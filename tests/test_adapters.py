@@ -15,7 +15,7 @@ from reference import sequence_gradient
 
 import gradindex
 from gradindex.errors import IndexMismatchError, InputError
-from gradindex.influence.gradients import backward, gradient, make_batch
+from gradindex.influence.gradients import backward, gradient
 from gradindex.model.identity import files_digest, tensors_digest
 from gradindex.model.network import LanguageModel
 from gradindex.model.source import ModelSource
@@ -72,7 +72,7 @@ def test_gradients_equal_autograds(family, sequences):
     names = [module.name for module in modules]
     assert sum("lora_" in name for name in names) == 8
     found = {}
-    backward(model, modules, make_batch(sequences, model.device),
+    backward(model, modules, model.batch(sequences),
              lambda module, a, d: found.update({module.name: gradient(module, a, d)}))
     # GPT-2 computes in float64 throughout; the others round rotary angles to float32.
     exact = dict(rtol=1e-8, atol=1e-10) if family == "gpt2" else dict(rtol=1e-5, atol=1e-6)
@@ -163,7 +163,7 @@ def test_a_fully_trained_copy_takes_its_originals_place(sequences):
     model = LanguageModel.load(ModelSource(wrapped))
     found = []
     modules = tracked_modules(inside, "all,adapter")
-    backward(model, modules, make_batch(sequences, model.device),
+    backward(model, modules, model.batch(sequences),
              lambda module, a, d: found.append(module.name))
     assert sorted(found) == sorted(module.name for module in modules)
     with wrapped.disable_adapter():
@@ -204,9 +204,10 @@ def test_a_folder_loads_as_the_object_it_was(adapter_folder, model_folder):
     again = LanguageModel.load(ModelSource(wrapped))
     assert tensors_digest(loaded.network) == tensors_digest(again.network)
     tokens = torch.arange(7)[None]
-    assert torch.equal(loaded.logits(tokens), again.logits(tokens))
+    logits = loaded.network(tokens, use_cache=False).logits
+    assert torch.equal(logits, again.network(tokens, use_cache=False).logits)
     plain = LanguageModel.load(ModelSource(str(model_folder), device="cpu"), "float64")
-    assert not torch.allclose(loaded.logits(tokens), plain.logits(tokens))
+    assert not torch.allclose(logits, plain.network(tokens, use_cache=False).logits)
     assert loaded.continuation([1, 2, 3], 4) == again.continuation([1, 2, 3], 4)
     assert not any(parameter.requires_grad for parameter in loaded.network.parameters())
 

@@ -26,7 +26,7 @@ from gradindex.influence.blockwise import (
 )
 from gradindex.influence.codes import Codes, CodeSettings
 from gradindex.influence.curvature import Curvature
-from gradindex.influence.gradients import backward, make_batch
+from gradindex.influence.gradients import backward
 from gradindex.influence.queries import (
     Preconditioned,
     exact_scores,
@@ -111,7 +111,7 @@ def test_fit_and_influence_are_those_of_covariances_without_what_is_between(
         outputs[module.name].append(d[0])
 
     for sequence in sequences:
-        backward(model, modules, make_batch([sequence], model.device), each)
+        backward(model, modules, model.batch([sequence]), each)
     names = [module.name for module in modules]
     gradients = [sequence_gradient(model.network, names, torch.from_numpy(ids).long(),
                                    labels_of(ids, scored)) for ids, scored in sequences]
@@ -141,7 +141,7 @@ def test_fit_and_influence_are_those_of_covariances_without_what_is_between(
         solved = torch.linalg.solve(matrix, gradients[4][module.name].flatten())
         expected += np.array([float(g[module.name].flatten() @ solved) for g in gradients])
     coordinates, _ = query_coordinates(model, modules, ekfac,
-                                       make_batch([sequences[4]], model.device), 0.1)
+                                       model.batch([sequences[4]]), 0.1)
     scores = exact_scores(model, modules, Preconditioned(precondition(ekfac, coordinates)),
                           records, 24)
     np.testing.assert_allclose(scores[0], expected, rtol=1e-6, atol=1e-9)

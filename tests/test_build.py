@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 import gradindex
 from demo.prepare import train_tokenizer
 from gradindex.errors import GradindexError, IndexMismatchError, InputError, ResourceError
-from gradindex.influence.gradients import make_batch
 from gradindex.model.config import context_length
 from gradindex.model.network import LanguageModel
 from gradindex.model.source import ModelSource
+from gradindex.objective import NextToken, Text
 from gradindex.storage import records
 from gradindex.storage.locks import only_writer
 from indexer import build as build_module
@@ -200,7 +200,7 @@ def test_memory_that_runs_out_is_said_with_the_remedy(make_model, sequences, mon
     from gradindex.model.tracked import tracked_modules
 
     model = make_model("gpt_neox")
-    batch = make_batch(sequences, model.device)
+    batch = model.batch(sequences)
 
     def fail(*_):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")
@@ -307,9 +307,11 @@ def test_longrope_is_used_up_to_its_original_length(tmp_path, monkeypatch):
     model = LanguageModel.load(ModelSource(network, device="cpu"))
     tokens = torch.arange(20)[None] % VOCABULARY
     with torch.no_grad():
-        short = model.logits(tokens[:, :12])
-        torch.testing.assert_close(model.logits(tokens[:, :16])[:, :12], short)
-        assert not torch.allclose(model.logits(tokens)[:, :12], short, atol=1e-3)
+        short = model.network(tokens[:, :12], use_cache=False).logits
+        longer = model.network(tokens[:, :16], use_cache=False).logits[:, :12]
+        torch.testing.assert_close(longer, short)
+        whole = model.network(tokens, use_cache=False).logits[:, :12]
+        assert not torch.allclose(whole, short, atol=1e-3)
     np.save(tmp_path / "short.npy", np.arange(24 * 16, dtype=np.int32).reshape(24, 16) % 37)
     index = gradindex.build(network, tmp_path / "short.npy", tmp_path / "index", bits=512)
     with pytest.raises(InputError, match="more than the model's context of 16"):
@@ -390,7 +392,7 @@ def test_rotary_frequencies_are_not_rounded(tmp_path, family, dtype):
         kept = [one for at, one in model.network.named_buffers() if at.endswith("inv_freq")]
         assert kept and all(one.dtype == torch.float32 for one in kept)
         with torch.no_grad():
-            assert torch.equal(model.logits(tokens), expected)
+            assert torch.equal(model.network(tokens, use_cache=False).logits, expected)
 
 
 def test_a_given_model_is_cast_as_it_would_be_loaded(tmp_path, monkeypatch):
@@ -405,14 +407,14 @@ def test_a_given_model_is_cast_as_it_would_be_loaded(tmp_path, monkeypatch):
     assert {name: one.dtype for name, one in model.network.named_buffers()} == \
         {name: one.dtype for name, one in own.named_buffers()}
     with torch.no_grad():
-        assert torch.equal(model.logits(tokens), own(tokens).logits)
+        assert torch.equal(model.network(tokens, use_cache=False).logits, own(tokens).logits)
 
 
 def test_the_model_folder_needs_no_pad_token(model_folder):
     tokenizer = ModelSource(str(model_folder)).load_tokenizer()
     assert tokenizer.pad_token is None
-    batch = make_batch([(np.array([3, 4]), np.ones(2, bool)), (np.array([5, 6, 7]),
-                       np.ones(3, bool))], torch.device("cpu"))
+    texts = [Text(np.array([3, 4]), np.ones(2, bool)), Text(np.array([5, 6, 7]), np.ones(3, bool))]
+    batch = NextToken().batch(texts, torch.device("cpu"))
     assert batch.targets.tolist() == [[4, -100, -100], [6, 7, -100]]
 
 

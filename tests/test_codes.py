@@ -6,18 +6,18 @@ import pytest
 import torch
 from test_curvature import fitted
 
+from gradindex.draws import signs
 from gradindex.errors import DamagedIndexError
 from gradindex.influence.codes import (
     Codes,
     CodeSettings,
     default_length,
     default_width,
-    random_signs,
     score_error,
     whitening,
 )
 from gradindex.influence.curvature import Curvature
-from gradindex.influence.gradients import backward, gradient, make_batch
+from gradindex.influence.gradients import backward, gradient
 from gradindex.model.tracked import tracked_modules
 from gradindex.modules import Module
 from gradindex.storage.code_file import CodeIndex, code_bytes, scan
@@ -36,7 +36,7 @@ def fitted_model(make_model, sequences, tmp_path):
 
 def captured(model, modules, sequence):
     found = {}
-    backward(model, modules, make_batch([sequence], model.device),
+    backward(model, modules, model.batch([sequence]),
              lambda module, a, d: found.__setitem__(module.name, (module, a, d)))
     return found
 
@@ -82,7 +82,7 @@ def test_vectors_do_not_depend_on_batch_or_padding(fitted_model, sequences):
 
     def encode(chosen):
         v = codes.empty(len(chosen))
-        backward(model, modules, make_batch(chosen, model.device),
+        backward(model, modules, model.batch(chosen),
                  lambda module, a, d: codes.add(v, module, a, d))
         return v
 
@@ -121,11 +121,11 @@ def test_whitening_is_the_least_squares_separable_fit():
 
 def test_random_signs_are_fixed_for_ever():
     """Raw Philox bits: a change here would make every stored code meaningless."""
-    assert random_signs(0, "layer/input", 12).tolist() == [1, 1, 1, -1, 1, 1, -1, -1, 1, -1, 1, 1]
-    assert np.array_equal(random_signs(0, "x", 100)[:70], random_signs(0, "x", 70))
-    assert not np.array_equal(random_signs(0, "x", 64), random_signs(0, "y", 64))
-    assert not np.array_equal(random_signs(0, "x", 64), random_signs(1, "x", 64))
-    assert abs(random_signs(4, "x", 1 << 16).mean()) < 0.02
+    assert signs(0, "layer/input", 12).tolist() == [1, 1, 1, -1, 1, 1, -1, -1, 1, -1, 1, 1]
+    assert np.array_equal(signs(0, "x", 100)[:70], signs(0, "x", 70))
+    assert not np.array_equal(signs(0, "x", 64), signs(0, "y", 64))
+    assert not np.array_equal(signs(0, "x", 64), signs(1, "x", 64))
+    assert abs(signs(4, "x", 1 << 16).mean()) < 0.02
 
 
 def test_defaults():

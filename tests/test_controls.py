@@ -10,7 +10,6 @@ from test_search import QUESTION, codes_of
 
 import gradindex
 from gradindex.errors import InputError
-from gradindex.influence.gradients import make_batch
 from gradindex.influence.queries import (
     Preconditioned,
     exact_scores,
@@ -18,6 +17,7 @@ from gradindex.influence.queries import (
     query_coordinates,
 )
 from gradindex.modules import numbers_in
+from gradindex.objective import Text
 from search.ask.controls import Controls, settle
 from search.ask.query_files import ResultsFile, make_queries, read_queries
 from search.engine import drain
@@ -40,8 +40,8 @@ def exact(index, question, damping=0.1, modules=None, **parts):
     total = 0.0
     stored = index.index.records(list(range(len(index))))
     for text in query.texts:
-        batch = make_batch([(np.array(text.tokens, np.int32), np.array(text.labels) != -100)],
-                           index.model.device)
+        batch = index.model.batch(
+            [Text(np.array(text.tokens, np.int32), np.array(text.labels) != -100)])
         c, _ = query_coordinates(index.model, modules, ekfac, batch, damping)
         p = Preconditioned(precondition(ekfac, c))
         total = total + text.weight * exact_scores(index.model, modules, p, stored, 96)[0]
@@ -90,7 +90,7 @@ def test_modules_are_the_querys(index, choice, wanted):
 def step_of(index, hit):
     """‖(G+λ)⁻¹ ∇m‖ of a hit, as the query that it would be."""
     ids = np.array(hit.token_ids, np.int32)
-    batch = make_batch([(ids, np.ones(len(ids), bool))], index.model.device)
+    batch = index.model.batch([Text(ids, np.ones(len(ids), bool))])
     c, _ = query_coordinates(index.model, index.manifest.modules, index.index.ekfac, batch, 0.1)
     return sum(float(part.square().sum()) for part in c.values()) ** 0.5
 
@@ -107,8 +107,8 @@ def test_normalised_rankings(index, normalize, opponents):
     assert values == sorted(values, reverse=True)
     assert [hit.id for hit in result] != [hit.id for hit in plain][::sign]
     query = index.make_query(**QUESTION)
-    batch = make_batch([(np.array(query.tokens, np.int32), np.array(query.labels) != -100)],
-                       index.model.device)
+    batch = index.model.batch(
+        [Text(np.array(query.tokens, np.int32), np.array(query.labels) != -100)])
     c, _ = query_coordinates(index.model, index.manifest.modules, index.index.ekfac, batch, 0.1)
     squared = sum(float((part.square() * index.index.ekfac[name].damped(0.1)).sum())
                   for name, part in c.items())

@@ -32,11 +32,11 @@ def read(*data, **settings):
 
 
 def decoded(records, tokenizer=None):
-    return [(tokenizer or byte_tokenizer()).decode(record.ids.tolist()) for record in records]
+    return [(tokenizer or byte_tokenizer()).decode(record.tokens.tolist()) for record in records]
 
 
 def scored_texts(records):
-    return [byte_tokenizer().decode(record.ids[record.scored].tolist()) for record in records]
+    return [byte_tokenizer().decode(record.tokens[record.scored].tolist()) for record in records]
 
 
 def jsonl(*rows):
@@ -96,11 +96,11 @@ FORMS = [as_jsonl, as_gzip, as_zstd, as_parquet, as_saved_dataset, as_list, as_d
 def test_every_form_gives_the_same_sequences(form, tmp_path):
     data = form(tmp_path)
     first, second = read(data, id_field="url", keep_fields=("year", "none"))
-    assert first.ids.tolist() == plain_ids(byte_tokenizer(), "hello world")
-    assert second.ids.tolist() == plain_ids(byte_tokenizer(), "naïve 😀")
+    assert first.tokens.tolist() == plain_ids(byte_tokenizer(), "hello world")
+    assert second.tokens.tolist() == plain_ids(byte_tokenizer(), "naïve 😀")
     source = "the data given" if form in (as_list, as_dataset) else str(data)
     for record, number, end, url, year in ((first, 0, 11, "a", 1), (second, 1, 7, "b", None)):
-        assert (record.id, record.ids.dtype, record.scored.all()) == (number, np.int32, True)
+        assert (record.id, record.tokens.dtype, record.scored.all()) == (number, np.int32, True)
         [part] = record.parts
         assert (part.document, part.source, part.row) == (number, source, number + 1)
         assert (part.start, part.end, part.token) == (0, end, 0)
@@ -235,18 +235,18 @@ def test_token_rows_stay_in_order(dtype, tmp_path):
     rows = np.array([[5, 9, 2], [300, 1, 4], [7, 7, 7]], dtype)
     path = save(tmp_path / "tokens.npy", rows)
     records = read(path, pack=True)
-    assert [record.ids.tolist() for record in records] == rows.tolist()
+    assert [record.tokens.tolist() for record in records] == rows.tolist()
     assert [record.id for record in records] == [0, 1, 2]
     assert [record.parts[0].row for record in records] == [1, 2, 3]
     assert {(part.start, part.end) for record in records for part in record.parts} == {(-1, -1)}
-    assert all(record.scored.all() and record.ids.dtype == np.int32 for record in records)
+    assert all(record.scored.all() and record.tokens.dtype == np.int32 for record in records)
     assert token_file_width([path]) == 3
 
 
 def test_a_token_stream_is_cut_into_windows(tmp_path):
     path = save(tmp_path / "tokens.npy", np.arange(10, 17))
     made = make_corpus(path, sequence_length=3)
-    assert [record.ids.tolist() for record in made.sequences()] == [[10, 11, 12], [13, 14, 15]]
+    assert [record.tokens.tolist() for record in made.sequences()] == [[10, 11, 12], [13, 14, 15]]
     assert made.skipped.counts == {"sequence without a scored token": 1}
     assert token_file_width([path, ROWS]) is None
 
@@ -276,7 +276,7 @@ def test_token_files_that_are_none(content, tmp_path):
 def test_tokens_outside_the_vocabulary(tmp_path):
     path = save(tmp_path / "t.npy", np.array([[1, 2], [3, VOCABULARY], [-1, 4], [5, 339]]))
     made = make_corpus(path)
-    assert [record.ids.tolist() for record in made.sequences()] == [[1, 2], [5, 339]]
+    assert [record.tokens.tolist() for record in made.sequences()] == [[1, 2], [5, 339]]
     assert made.skipped.counts == {"token id outside the vocabulary": 2}
     assert made.skipped.examples == [
         f"{path}:{row}: token id outside the vocabulary (found {found}, expected 0 to 339)"
@@ -305,7 +305,7 @@ def test_tokens_and_text_dont_mix(tmp_path):
 def test_token_files_need_no_tokenizer_and_text_does(tmp_path):
     path = save(tmp_path / "tokens.npy", np.array([1, 2]))
     [record] = Corpus([path], None, CorpusSettings(16, pack=True), VOCABULARY).sequences()
-    assert record.ids.tolist() == [1, 2]
+    assert record.tokens.tolist() == [1, 2]
     with pytest.raises(InputError, match=r"no tokenizer, so text can't be read. Give --tokenizer"):
         Corpus([ROWS], None, CorpusSettings(16), VOCABULARY)
 
@@ -508,7 +508,7 @@ def test_a_long_document_becomes_consecutive_windows(trim):
     windows = records[1:-1]
     assert [record.id for record in records] == list(range(len(records)))
     assert [record.parts[0].document for record in records] == [0, *[1] * len(windows), 3]
-    assert [record.ids.tolist() for record in windows] == [
+    assert [record.tokens.tolist() for record in windows] == [
         ids[start : start + 5] for start in range(0, len(ids), 5)]
     slices = [long[record.parts[0].start : record.parts[0].end] for record in windows]
     assert slices == decoded(windows)

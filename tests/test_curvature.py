@@ -10,10 +10,11 @@ from reference import covariances, ekfac_matrix, sequence_gradient
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from gradindex.draws import Stream, choose, uniforms
 from gradindex.errors import DamagedIndexError, GradindexError
 from gradindex.influence import curvature
 from gradindex.influence.curvature import Curvature, FiledEkfac
-from gradindex.influence.gradients import backward, make_batch
+from gradindex.influence.gradients import backward
 from gradindex.influence.queries import (
     Preconditioned,
     Sizes,
@@ -28,12 +29,13 @@ from gradindex.influence.queries import (
 from gradindex.memory import Allowance
 from gradindex.model.tracked import tracked_modules
 from gradindex.modules import Module
+from gradindex.objective import Text
 from gradindex.progress import Progress, stderr_progress
 from gradindex.storage.files import facts_of
 from gradindex.storage.records import Part, Record
 from gradindex.storage.tensors import DTYPES, read_tensors, write_tensors
 from indexer.fit.budget import held_bytes
-from indexer.fit.schedule import FitSettings, choose_sequences, eigenvectors, fit, uniforms
+from indexer.fit.schedule import FitSettings, eigenvectors, fit
 
 
 def records_of(sequences):
@@ -101,7 +103,7 @@ def test_fit_equals_dense_averages(make_model, sequences, tmp_path):
         outputs[module.name].append(d[0])
 
     for sequence in sequences:
-        backward(model, modules, make_batch([sequence], model.device), each)
+        backward(model, modules, model.batch([sequence]), each)
     gradients = [
         sequence_gradient(model.network, [m.name for m in modules],
                           torch.from_numpy(ids).long(), labels_of(ids, scored))
@@ -151,10 +153,10 @@ def test_exact_influence_and_its_terms(family, make_model, sequences, tmp_path, 
     ekfac = fitted(model, modules, sequences, tmp_path)
     names = [module.name for module in modules]
     query_ids, query_scored = sequences[4]
-    batch = make_batch([sequences[4]], model.device)
+    batch = model.batch([sequences[4]])
     coordinates, log_p = query_coordinates(model, modules, ekfac, batch, 0.1)
     p = precondition(ekfac, coordinates)
-    terms = score(model, modules, Preconditioned(p), make_batch(sequences, model.device))
+    terms = score(model, modules, Preconditioned(p), model.batch(sequences))
 
     q = sequence_gradient(model.network, names, torch.from_numpy(query_ids).long(),
                           labels_of(query_ids, query_scored))
@@ -189,7 +191,7 @@ def test_sizes_and_query_norms(family, make_model, sequences, tmp_path, block, m
     modules = tracked_modules(model.network, "all")
     ekfac = fitted(model, modules, sequences, tmp_path)
     collector = Sizes(ekfac, 0.03, len(sequences))
-    collect(model, modules, make_batch(sequences, model.device), collector)
+    collect(model, modules, model.batch(sequences), collector)
     for row, (ids, scored) in enumerate(sequences):
         m = sequence_gradient(model.network, [module.name for module in modules],
                               torch.from_numpy(ids).long(), labels_of(ids, scored))
@@ -204,7 +206,7 @@ def test_sizes_and_query_norms(family, make_model, sequences, tmp_path, block, m
         assert float(collector.self_influence[row]) == pytest.approx(squared, rel=1e-4)
         assert float(collector.squared_step[row]) == pytest.approx(step, rel=1e-4)
         coordinates, _ = query_coordinates(model, modules, ekfac,
-                                           make_batch([(ids, scored)], model.device), 0.03)
+                                           model.batch([Text(ids, scored)]), 0.03)
         [norm] = query_norms(ekfac, coordinates, 0.03)
         assert float(norm) == pytest.approx(squared**0.5, rel=1e-4)
 
@@ -277,10 +279,13 @@ def test_sampled_labels_depend_on_the_sequence_alone(make_model, sequences, tmp_
                     tmp_path / name, Progress(), 0)[0]
         found.append(ekfac[modules[0].name])
     torch.testing.assert_close(found[0].eigenvalues, found[1].eigenvalues, rtol=1e-6, atol=1e-12)
-    assert np.array_equal(uniforms(5, 2, 3, 4), uniforms(5, 2, 3, 4))
-    assert not np.array_equal(uniforms(5, 2, 3, 4), uniforms(5, 3, 3, 4))
-    assert not np.array_equal(uniforms(5, 2, 3, 4), uniforms(5, 2, 4, 4))
-    assert np.array_equal(uniforms(5, 2, 3, 9)[:4], uniforms(5, 2, 3, 4))
+
+    def drawn(stream, sequence=3, count=4):
+        return uniforms(stream, 5, sequence, count).tolist()
+
+    first, second = Stream.COVARIANCE_LABELS, Stream.EIGENVALUE_LABELS
+    assert drawn(first) == drawn(first) == drawn(first, count=9)[:4]
+    assert drawn(first) != drawn(second) and drawn(first) != drawn(first, sequence=4)
 
 
 def test_model_labels_differ_from_data_labels(make_model, sequences, tmp_path):
@@ -335,10 +340,11 @@ def test_gradients_that_are_not_finite_end_a_fit_where_they_are_many(
 
 
 def test_choose_sequences_is_a_sample_without_replacement():
-    assert choose_sequences(5, 9, 0) == [0, 1, 2, 3, 4]
-    chosen = choose_sequences(1000, 100, 1)
+    assert choose(Stream.FIT_SEQUENCES, 0, 5, 9) == [0, 1, 2, 3, 4]
+    chosen = choose(Stream.FIT_SEQUENCES, 1, 1000, 100)
     assert chosen == sorted(set(chosen)) and len(chosen) == 100 and max(chosen) < 1000
-    assert chosen == choose_sequences(1000, 100, 1) != choose_sequences(1000, 100, 2)
+    again, other = (choose(Stream.FIT_SEQUENCES, seed, 1000, 100) for seed in (1, 2))
+    assert chosen == again != other
     assert 350 < np.mean(chosen) < 650
 
 

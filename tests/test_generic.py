@@ -15,6 +15,7 @@ from test_maintain import TINY, save, tiny_network, tiny_tokens
 
 import gradindex
 from demo.prepare import train_tokenizer
+from gradindex.draws import Stream, choose
 from gradindex.errors import DamagedIndexError
 from gradindex.results import GENERIC
 from gradindex.storage import background_file, manifest
@@ -22,7 +23,6 @@ from gradindex.storage.background_file import BackgroundQueries, thresholds
 from gradindex.storage.files import facts_of
 from indexer import background as background_module
 from indexer import build as build_module
-from indexer.fit.schedule import choose_sequences
 from search.ask.controls import Controls
 from search.rank.generic_rate import all_rates
 from search.study.describe import describe, summary
@@ -88,7 +88,7 @@ def test_the_queries_are_later_halves_given_the_first(built, network):
     """v_q / ‖v_q‖ of the gradient that torch.func gives, in float16."""
     queries, index = queries_of(built), gradindex.open(built, model=network).index
     assert len(queries) == 64
-    assert queries.ids.tolist() == choose_sequences(ROWS, 64, 6)
+    assert queries.ids.tolist() == choose(Stream.BACKGROUND_QUERIES, 0, ROWS, 64)
     names = [module.name for module in index.manifest.modules]
     for number in range(0, 64, 9):
         ids = TOKENS[queries.ids[number]].astype(np.int32)
@@ -207,7 +207,7 @@ def test_the_thresholds_of_many_are_those_of_a_part(network, tmp_path, monkeypat
                                **{**TINY, "segment_size": 40})
     assert searcher.manifest.background == {"queries": 64, "sample": 60}
     queries, codes = queries_of(tmp_path / "index"), decoded(searcher)
-    part = choose_sequences(ROWS, 60, 7)
+    part = choose(Stream.BACKGROUND_QUERY_SCORES, 0, ROWS, 60)
     for number, vector in enumerate(queries.vectors.astype(np.float64)):
         others = [float(vector @ codes[one]) for one in part
                   if TOKENS[one].tolist() != TOKENS[queries.ids[number]].tolist()]

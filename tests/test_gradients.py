@@ -10,10 +10,10 @@ from reference import log_likelihood, sequence_gradient
 
 from gradindex.errors import InputError
 from gradindex.influence.blockwise import rotated
-from gradindex.influence.gradients import apply_inputs, backward, gradient, make_batch, plan_batches
+from gradindex.influence.gradients import apply_inputs, backward, gradient, plan_batches
 from gradindex.model.tracked import tracked_modules
 from gradindex.modules import Module
-from gradindex.objective import log_probability, sample_labels
+from gradindex.objective import Text, log_probability, sample_labels
 
 
 def by_hooks(model, modules, batch, uniforms=None):
@@ -30,7 +30,7 @@ def test_gradients_equal_torch_func(family, make_model, sequences):
     model = make_model(family)
     modules = tracked_modules(model.network, "all")
     names = [module.name for module in modules]
-    found, log_p = by_hooks(model, modules, make_batch(sequences, model.device))
+    found, log_p = by_hooks(model, modules, model.batch(sequences))
     for row, (ids, scored) in enumerate(sequences):
         tokens, labels = torch.from_numpy(ids).long(), labels_of(ids, scored)
         truth = sequence_gradient(model.network, names, tokens, labels)
@@ -46,7 +46,7 @@ def test_gradients_equal_torch_func_to_float64_precision(make_model, sequences):
     """GPT-2 computes in float64 throughout; the others round rotary angles to float32."""
     model = make_model("gpt2")
     modules = tracked_modules(model.network, "all")
-    found, _ = by_hooks(model, modules, make_batch(sequences, model.device))
+    found, _ = by_hooks(model, modules, model.batch(sequences))
     for row, (ids, scored) in enumerate(sequences):
         truth = sequence_gradient(model.network, [module.name for module in modules],
                                   torch.from_numpy(ids).long(), labels_of(ids, scored))
@@ -66,7 +66,7 @@ def test_packed_documents_are_one_sequence(make_model):
     model = make_model("gpt2")
     modules = tracked_modules(model.network)
     ids = np.array([5, 9, 0, 4, 8, 2, 0, 7], np.int32)  # two documents and their end tokens
-    found, _ = by_hooks(model, modules, make_batch([(ids, np.ones(8, bool))], model.device))
+    found, _ = by_hooks(model, modules, model.batch([Text(ids, np.ones(8, bool))]))
     truth = sequence_gradient(model.network, [modules[0].name], torch.from_numpy(ids).long(),
                               torch.from_numpy(ids).long())
     torch.testing.assert_close(found[modules[0].name][0], truth[modules[0].name],
@@ -76,9 +76,9 @@ def test_packed_documents_are_one_sequence(make_model):
 def test_gradients_do_not_depend_on_batch_or_padding(family, make_model, sequences):
     model = make_model(family)
     modules = tracked_modules(model.network, "all")
-    together, _ = by_hooks(model, modules, make_batch(sequences, model.device))
+    together, _ = by_hooks(model, modules, model.batch(sequences))
     for row, sequence in enumerate(sequences):
-        alone, _ = by_hooks(model, modules, make_batch([sequence], model.device))
+        alone, _ = by_hooks(model, modules, model.batch([sequence]))
         for module in modules:
             torch.testing.assert_close(together[module.name][row], alone[module.name][0],
                                        rtol=1e-5, atol=1e-7)
@@ -86,7 +86,7 @@ def test_gradients_do_not_depend_on_batch_or_padding(family, make_model, sequenc
 
 def test_output_gradients_vanish_on_padding(make_model, sequences):
     model = make_model("gpt2")
-    batch = make_batch(sequences, model.device)
+    batch = model.batch(sequences)
 
     def each(module, a, d):
         assert d[~batch.real].abs().max() == 0
@@ -103,7 +103,7 @@ def test_backward_computes_no_weight_gradients_and_stops_at_the_first_module(mak
         lambda module, args, output: seen.append(
             (output[0] if isinstance(output, tuple) else output).requires_grad)
     )
-    by_hooks(model, second, make_batch(sequences, model.device))
+    by_hooks(model, second, model.batch(sequences))
     handle.remove()
     assert seen == [False]
     assert all(parameter.grad is None for parameter in model.network.parameters())
@@ -113,7 +113,7 @@ def test_a_continuation_waits_for_a_backward_pass(make_model, sequences):
     """Both run the same network, and hooks hear every pass: a thread that continues is held up."""
     model = make_model("llama")
     modules = tracked_modules(model.network)
-    batch = make_batch(sequences, model.device)
+    batch = model.batch(sequences)
     expected, _ = by_hooks(model, modules, batch)
     wanted = model.continuation([1, 2, 3], 8)
     stop, made, errors = threading.Event(), [], []
@@ -141,12 +141,13 @@ def test_a_continuation_waits_for_a_backward_pass(make_model, sequences):
 def test_logits_that_go_backward_by_their_own_value(make_model, sequences, monkeypatch):
     """Their gradient takes their memory otherwise."""
     model = make_model("gpt2")
-    modules, usual = tracked_modules(model.network), model.logits
+    modules, usual = tracked_modules(model.network), model.objective.outputs
     found = []
     for last in (lambda x: torch.tanh(x) * 1.0, torch.tanh, lambda x: torch.tanh(x)[:, :],
                  lambda x: torch.tanh(x.flatten(0, 1)).view(x.shape)):
-        monkeypatch.setattr(model, "logits", lambda tokens, last=last: last(usual(tokens)))
-        found.append(by_hooks(model, modules, make_batch(sequences, model.device))[0])
+        monkeypatch.setattr(model.objective, "outputs",
+                            lambda *given, last=last: last(usual(*given)))
+        found.append(by_hooks(model, modules, model.batch(sequences))[0])
     for name, one in found[0].items():
         assert one.any() and all(torch.equal(one, other[name]) for other in found)
 
@@ -255,4 +256,4 @@ def test_a_module_that_runs_on_something_else_is_refused(make_model, sequences):
     mlp.forward = lambda x: real(x.transpose(0, 1)).transpose(0, 1)
     modules = tracked_modules(model.network, r"layers\.0\.mlp")
     with pytest.raises(InputError, match=r"layers\.0\.mlp.* ran on something else than"):
-        by_hooks(model, modules, make_batch(sequences, model.device))
+        by_hooks(model, modules, model.batch(sequences))

@@ -53,8 +53,8 @@ def shares_by(index, key):
         own = defaultdict(float)
         for number, part in enumerate(record.parts):
             last = number + 1 == len(record.parts)
-            end = len(record.ids) if last else record.parts[number + 1].token
-            own[key(part)] += (end - part.token) / len(record.ids)
+            end = len(record.tokens) if last else record.parts[number + 1].token
+            own[key(part)] += (end - part.token) / len(record.tokens)
         found.append(dict(own))
     return found
 

@@ -14,7 +14,7 @@ import gradindex
 from demo.prepare import train_tokenizer
 from gradindex.errors import InputError
 from gradindex.influence.blockwise import covariance_shapes
-from gradindex.influence.gradients import backward, gradient, make_batch
+from gradindex.influence.gradients import backward, gradient
 from gradindex.influence.queries import Influences, Preconditioned, Terms, collect
 from gradindex.model import experts
 from gradindex.model.identity import tensors_digest
@@ -77,10 +77,10 @@ def test_experts_have_exact_gradients(mixture, sequences):
         eager = mixture(input_ids=ids, use_cache=False).logits
     model = LanguageModel(mixture.requires_grad_(False), None, ModelSource(mixture))
     with torch.no_grad():
-        assert torch.equal(model.logits(ids), eager)
+        assert torch.equal(model.network(ids, use_cache=False).logits, eager)
     modules = tracked_modules(mixture)
     assert all(isinstance(mixture.get_submodule(m.name), experts.ExpertMap) for m in modules)
-    found, _ = captured(model, modules, make_batch(sequences, model.device))
+    found, _ = captured(model, modules, model.batch(sequences))
     mixture.config._experts_implementation = "eager"
     assert found.keys() == {module.name for module in modules}
     for row, (ids, scored) in enumerate(sequences):
@@ -93,7 +93,7 @@ def test_terms_and_covariances_of_experts(mixture, sequences):
     """Terms lie at their tokens and add up; A and S are sums over routed tokens alone."""
     model = LanguageModel(mixture.requires_grad_(False), None, ModelSource(mixture))
     modules = tracked_modules(mixture)
-    batch = make_batch(sequences, model.device)
+    batch = model.batch(sequences)
     torch.manual_seed(1)
     p = Preconditioned({m.name: torch.randn(1, *m.shape, dtype=torch.float64) for m in modules})
     terms, totals = Terms(p, batch), Influences(p, len(sequences))
@@ -108,7 +108,7 @@ def test_terms_and_covariances_of_experts(mixture, sequences):
         add_covariances(model, modules, sums, batch, None)
     seen = {m.name: [] for m in modules}
     for sequence in sequences:  # one at a time there is no padding between sequences
-        alone = make_batch([sequence], model.device)
+        alone = model.batch([sequence])
         backward(model, modules, alone, lambda m, a, d: seen[m.name].append((a[0], d[0])))
     for module in modules:
         for side, place in (("A", 0), ("S", 1)):
@@ -165,7 +165,7 @@ def test_a_mixture_is_built_and_searched(tmp_path, monkeypatch):
     for module in index.manifest.modules:
         asked = dense(model.network, module, np.array(text.tokens, np.int32),
                       np.array(text.labels) != -100)
-        own = dense(model.network, module, record.ids, record.scored)
+        own = dense(model.network, module, record.tokens, record.scored)
         curvature = index.index.ekfac[module.name]
         truth += float((curvature.leave_eigenbasis(curvature.coordinates(asked, 0.1)) * own).sum())
     assert hit.influence == pytest.approx(truth, rel=1e-6)
@@ -182,7 +182,7 @@ def test_a_map_that_sees_flattened_tokens(monkeypatch, sequences):
     names = [module.name for module in modules]
     assert sum("shared_expert.down_proj" in name for name in names) == 2
     assert sum("shared_expert_gate" in name for name in names) == 2
-    found, _ = captured(model, modules, make_batch(sequences, model.device))
+    found, _ = captured(model, modules, model.batch(sequences))
     for row, (ids, scored) in enumerate(sequences):
         truth = sequence_gradient(network, names, torch.from_numpy(ids).long(),
                                   labels_of(ids, scored))
@@ -203,7 +203,7 @@ def test_a_map_that_runs_twice_has_the_sum_of_its_runs(make_model, sequences):
     modules = tracked_modules(model.network)
     assert [m.name.split("layers.")[1] for m in modules] == [
         "0.mlp.dense_h_to_4h", "0.mlp.dense_4h_to_h"]
-    batch = make_batch(sequences, model.device)
+    batch = model.batch(sequences)
     found, _ = captured(model, modules, batch)
     check_shared(model.network, modules, found, sequences)
     torch.manual_seed(1)
@@ -224,7 +224,7 @@ def test_two_maps_that_share_weight_and_bias_are_one(make_model, sequences):
     model = LanguageModel(network, None, ModelSource(network))
     modules = tracked_modules(network, "dense_h_to_4h")
     assert len(modules) == 1
-    found, _ = captured(model, modules, make_batch(sequences, model.device))
+    found, _ = captured(model, modules, model.batch(sequences))
     check_shared(network, modules, found, sequences)
 
 
@@ -236,7 +236,7 @@ def test_a_shared_weight_under_two_biases(make_model, sequences):
     model = LanguageModel(network, None, ModelSource(network))
     modules = tracked_modules(network, "c_fc")
     assert [(m.name, m.shape) for m in modules] == [("transformer.h.0.mlp.c_fc", (20, 12))]
-    found, _ = captured(model, modules, make_batch(sequences, model.device))
+    found, _ = captured(model, modules, model.batch(sequences))
     for row, (ids, scored) in enumerate(sequences):
         wanted = [first.weight.requires_grad_(), second.weight.requires_grad_()]
         loss = log_likelihood(network, torch.from_numpy(ids).long(), labels_of(ids, scored))
@@ -258,7 +258,7 @@ def test_a_bias_shared_under_two_weights(make_model, sequences):
     model = LanguageModel(network, None, ModelSource(network))
     modules = tracked_modules(network, "dense_h_to_4h")
     assert [module.shape for module in modules] == [(20, 12)] * 2
-    found, _ = captured(model, modules, make_batch(sequences, model.device))
+    found, _ = captured(model, modules, model.batch(sequences))
     for row, (ids, scored) in enumerate(sequences):
         wanted = [first.weight.requires_grad_(), second.weight.requires_grad_()]
         loss = log_likelihood(network, torch.from_numpy(ids).long(), labels_of(ids, scored))
@@ -284,7 +284,7 @@ def test_experts_of_two_blocks_that_share_their_tensors(mixture, sequences, bias
     model = LanguageModel(mixture.requires_grad_(False), None, ModelSource(mixture))
     modules = tracked_modules(mixture)
     assert len(modules) == 2 * first.num_experts and {m.layer for m in modules} == {0}
-    found, _ = captured(model, modules, make_batch(sequences, model.device))
+    found, _ = captured(model, modules, model.batch(sequences))
     with_bias = first.has_bias and biases
     for row, (ids, scored) in enumerate(sequences):
         for module in modules:
@@ -331,7 +331,7 @@ def test_blocks_that_run_several_times(make_model, sequences):
     inner.layers = Twice(blocks._modules.values())
     modules = tracked_modules(model.network)
     assert [m.layer for m in modules] == [0, 0, 1, 1]
-    found, _ = captured(model, modules, make_batch(sequences, model.device))
+    found, _ = captured(model, modules, model.batch(sequences))
     check_shared(model.network, modules, found, sequences)
 
 
@@ -410,7 +410,7 @@ def test_a_quantised_base(quantised, sequences):
     network = LanguageModel.load(ModelSource(str(packed), device="cpu")).network
     assert before == tensors_digest(network)
     model.continuation([1, 2, 3], 3)  # passes without gradients, which pack 4-bit weights anew
-    batch = make_batch(sequences, model.device)
+    batch = model.batch(sequences)
     found, log_p = captured(model, modules, batch)
     assert tensors_digest(model.network) == before
     expected, truth = captured(LanguageModel(same, None, ModelSource(same)), modules, batch)
@@ -419,7 +419,7 @@ def test_a_quantised_base(quantised, sequences):
         wanted = expected[module.name]
         assert (found[module.name] - wanted).norm() < 1e-4 * wanted.norm(), module.name
     for row, sequence in enumerate(sequences):
-        alone, _ = captured(model, modules, make_batch([sequence], model.device))
+        alone, _ = captured(model, modules, model.batch([sequence]))
         for module in modules:
             one = alone[module.name][0]
             assert (found[module.name][row] - one).norm() < 1e-4 * one.norm() + 1e-5
@@ -446,8 +446,8 @@ def test_a_quantised_model_given_after_it_ran(quantised, sequences):
     model = LanguageModel.load(ModelSource(used))
     again = LanguageModel.load(ModelSource(str(packed), device="cpu"))
     modules = tracked_modules(model.network)
-    found, _ = captured(model, modules, make_batch(sequences, model.device))
-    expected, _ = captured(again, modules, make_batch(sequences, model.device))
+    found, _ = captured(model, modules, model.batch(sequences))
+    expected, _ = captured(again, modules, model.batch(sequences))
     for module in modules:
         assert torch.equal(found[module.name], expected[module.name])
 
@@ -484,7 +484,7 @@ def test_an_adapter_over_a_quantised_base(quantised, sequences, tmp_path):
     whole.load_adapter(str(tmp_path / "adapter"))
     modules = tracked_modules(model.network, "all,adapter")
     assert sum(module.kind == "adapter" for module in modules) == 8
-    batch = make_batch(sequences, model.device)
+    batch = model.batch(sequences)
     found, _ = captured(model, modules, batch)
     expected, _ = captured(LanguageModel.load(ModelSource(whole, device="cpu")), modules, batch)
     for module in modules:
@@ -557,7 +557,7 @@ def test_a_linear_subclass_with_a_forward_of_its_own_is_named(make_model, sequen
     every = sum(p.numel() for p in network.parameters())
     assert left["Rounded"] == pytest.approx(2 * 20 * 12 / every)
     assert sum(left.values()) + parameter_share(network, modules) == pytest.approx(1)
-    found, _ = captured(model, modules, make_batch(sequences, model.device))
+    found, _ = captured(model, modules, model.batch(sequences))
     names = [module.name for module in modules if module.name.endswith("down_proj")]
     for row, (ids, scored) in enumerate(sequences):
         truth = sequence_gradient(network, names, torch.from_numpy(ids).long(),
@@ -596,7 +596,7 @@ def test_a_router_that_is_a_linear_subclass(family, monkeypatch, tmp_path, seque
     model, router = index.model, network.get_submodule(routers[0])
     wrong = Module(routers[0], 0, "mlp", router.out_features, router.in_features, False)
     with pytest.raises(InputError, match=rf"{routers[0]} \({name}\) gave a tuple; expected a lin"):
-        captured(model, [wrong], make_batch(sequences, model.device))
+        captured(model, [wrong], model.batch(sequences))
 
 
 MAMBAS = {
@@ -620,7 +620,7 @@ def test_maps_whose_weight_is_used_without_calling_them(family, monkeypatch, seq
     assert left["linear maps that aren't called, or share a weight with something else"] == \
         pytest.approx(dt_proj / every)
     assert sum(left.values()) + parameter_share(network, modules) == pytest.approx(1)
-    found, _ = captured(model, modules, make_batch(sequences, model.device))
+    found, _ = captured(model, modules, model.batch(sequences))
     for row, (ids, scored) in enumerate(sequences):
         truth = sequence_gradient(network, names, torch.from_numpy(ids).long(),
                                   labels_of(ids, scored))
@@ -628,7 +628,7 @@ def test_maps_whose_weight_is_used_without_calling_them(family, monkeypatch, seq
             torch.testing.assert_close(found[name][row], truth[name], rtol=1e-5, atol=1e-6)
     uncalled = Module("backbone.layers.0.mixer.dt_proj", 0, "mlp", 24, 3, True)
     with pytest.raises(InputError, match=r"didn't call module .*dt_proj in a pass.*--modules"):
-        captured(model, [*modules, uncalled], make_batch(sequences, model.device))
+        captured(model, [*modules, uncalled], model.batch(sequences))
 
 
 WORDS = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2,

@@ -25,13 +25,13 @@ from test_tfidf import plain_score
 import gradindex
 from demo.prepare import train_tokenizer
 from gradindex.cli import main_group
+from gradindex.draws import Stream, uniforms
 from gradindex.errors import GradindexError, IndexMismatchError, InputError
 from gradindex.model.network import LanguageModel
 from gradindex.progress import Progress
 from gradindex.storage import manifest, records, token_file
 from gradindex.storage.locks import NOTE, only_writer
 from indexer import build as build_module
-from indexer.fit.schedule import uniforms
 from indexer.read import ingest
 from indexer.state import APPEND
 from indexer.upkeep import append as append_module
@@ -185,8 +185,8 @@ def test_appending_adds_segments_and_leaves_every_other_byte(index, place):
                         for part in record.parts if part.document == n) for n in (40, 41)}
     assert [spelt[n].replace(" ", "") for n in (40, 41)] == [
         one["text"].replace(" ", "") for one in NEW[:2]]
-    assert new.documents == 42 and new.tokens == old.tokens + sum(len(one.ids) for one in added)
-    assert new.scored_tokens == old.scored_tokens + sum(len(one.ids) - 1 for one in added)
+    assert new.documents == 42 and new.tokens == old.tokens + sum(len(one.tokens) for one in added)
+    assert new.scored_tokens == old.scored_tokens + sum(len(one.tokens) - 1 for one in added)
     assert new.appended == [{
         "data": [{"name": "the data given", "size": 2, "sha256": hashlib.sha256("".join(
             json.dumps(one) + "\n" for one in NEW[:2]).encode()).hexdigest()}],
@@ -383,7 +383,7 @@ def slow_sizes(network, index, sequences, first):
         with torch.no_grad():
             p = torch.softmax(network(input_ids=ids[None]).logits[0], dim=-1)
         labels = torch.full_like(ids, -100)
-        drawn = uniforms(facts.code["seed"], 4, first + number, len(ids))
+        drawn = uniforms(Stream.DRIFT_LABELS, facts.code["seed"], first + number, len(ids))
         for position in range(len(ids) - 1):
             above = (p[position].cumsum(0) > drawn[position]).nonzero()
             labels[position + 1] = above[0, 0]
@@ -464,7 +464,7 @@ def test_deleted_sequences_are_in_no_answer_at_once(index, place):
         assert result.sequences == len(expected) == len(searcher)
     with pytest.raises(InputError, match=rf"no sequence has the id {gone[1]} \(it was deleted"):
         searcher.rescore(**QUESTION, ids=[0, gone[1]])
-    held = [set(record.ids.tolist()) for record in records_in(searcher)]
+    held = [set(record.tokens.tolist()) for record in records_in(searcher)]
     assert len(held) == len(expected)
     tokens = searcher.make_query(**QUESTION).scored_tokens
     np.testing.assert_allclose(
@@ -629,7 +629,7 @@ def test_compacting_takes_the_deleted_text_from_the_disk(index, place, tmp_path)
         index, [*NEW, {"text": f"{rare} of the hill", "url": MARK, "place": MARK}], **place)
     record = records_in(searcher)[-1]
     assert record.parts[0].user_id == MARK
-    tokens = record.ids.astype("<i4").tobytes()
+    tokens = record.tokens.astype("<i4").tobytes()
     digest = searcher.index.contents.rows["digest"][-1].tobytes()
     there = (MARK.encode(), tokens, digest)
 
@@ -679,8 +679,8 @@ def test_compacting_joins_what_is_not_full(tiny, tmp_path):
     assert gradindex.compact(index) == 3
     assert [one.rows for one in manifest.load(index).segments] == [4, 4, 4, 2]
     after = records_in(gradindex.open(index))
-    assert [(one.id, one.ids.tolist(), one.parts) for one in after] == [
-        (one.id, one.ids.tolist(), one.parts) for one in before]
+    assert [(one.id, one.tokens.tolist(), one.parts) for one in after] == [
+        (one.id, one.tokens.tolist(), one.parts) for one in before]
     assert gradindex.compact(index) == 0
 
 

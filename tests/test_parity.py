@@ -16,7 +16,6 @@ from test_curvature import records_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import gradindex
-from gradindex.influence.gradients import make_batch
 from gradindex.influence.queries import Preconditioned, precondition, query_coordinates, score
 from gradindex.model.network import LanguageModel
 from gradindex.model.source import ModelSource
@@ -76,12 +75,12 @@ def test_scores_equal_kronfluence(case, tmp_path):
     for module in modules:
         mean = golden[f"lambda_mean/{module.name}"]
         assert float(ekfac[module.name].eigenvalues.mean()) == pytest.approx(float(mean), rel=1e-6)
-    batch = make_batch(sequences, model.device)
+    batch = model.batch(sequences)
     for row in range(3):
         query = (golden["query_tokens"][row].astype(np.int32),
                  golden["query_labels"][row] != -100)
         coordinates, _ = query_coordinates(model, modules, ekfac,
-                                           make_batch([query], model.device), 0.1)
+                                           model.batch([query]), 0.1)
         p = Preconditioned(precondition(ekfac, coordinates))
         terms = score(model, modules, p, batch).numpy()
         tolerance = CASES[case]

@@ -16,6 +16,7 @@ from conftest import SMALL, small_documents
 
 import gradindex
 from gradindex.cli import main_group
+from gradindex.draws import Stream, generator
 from gradindex.errors import InputError
 from gradindex.progress import Progress
 from search.ask.controls import Controls
@@ -150,8 +151,8 @@ def test_queries_are_second_halves_of_different_sequences(index, found):
     assert len(set(first)) == 16
     for one, [record] in ((one, index.index.records([index.index.contents.place_of(one.own)]))
                           for one in found.asked):
-        assert one.query.tokens == record.ids.tolist()
-        positions = [n for n in range(1, len(record.ids)) if record.scored[n]]
+        assert one.query.tokens == record.tokens.tolist()
+        positions = [n for n in range(1, len(record.tokens)) if record.scored[n]]
         half_of = positions[len(positions) // 2 :]
         assert [n for n, label in enumerate(one.query.labels) if label != -100] == half_of
     assert [one.own for one in survey_of(index).asked] == owns
@@ -202,8 +203,8 @@ def test_a_sample_and_the_best_by_code_stand_for_all(index, found, truth, monkey
     some = survey_of(index, sample=20)
     assert some.sample == 20 and 20 < some.scored <= 20 + 16 * 6
     ids = index.index.contents.ids
-    drawn = set(ids[np.sort(np.random.default_rng(index.manifest.code["seed"]).choice(
-        len(index), 20, replace=False))].tolist())
+    random = generator(Stream.REPORT_SAMPLE, index.manifest.code["seed"])
+    drawn = set(ids[np.sort(random.choice(len(index), 20, replace=False))].tolist())
     for one, hits in zip(some.asked, truth, strict=True):
         own = own_ids(index, one)
         others = [hit for hit in hits if hit.id not in own]

@@ -24,6 +24,7 @@ from test_build import KilledError, files_of
 from test_maintain import TINY, add, each_kill, save, tiny_network, tiny_tokens
 
 import gradindex
+from gradindex.draws import Stream, choose
 from gradindex.errors import GradindexError, InputError, ResourceError
 from gradindex.influence import gradients
 from gradindex.influence.gradients import Splits
@@ -31,7 +32,7 @@ from gradindex.progress import Progress
 from gradindex.storage import files, manifest, segments
 from indexer import background, calibrate
 from indexer.fit import schedule as fit_module
-from indexer.fit.schedule import FitNotes, choose_sequences, eigenvectors
+from indexer.fit.schedule import FitNotes, eigenvectors
 from search.study.describe import describe, summary
 
 QUESTION = {"token_ids": [3, 1, 4, 1, 5]}
@@ -344,7 +345,7 @@ def test_too_many_bad_sequences_are_an_error_that_can_be_allowed(tmp_path):
     assert files_of(tmp_path / "index") == files_of(tmp_path / "whole")
     # seen while encoding alone, where the fit is on few sequences
     seed = next(seed for seed in itertools.count() if not any(
-        one % 2 == 0 and one < 24 for one in choose_sequences(30, 3, seed)))
+        one % 2 == 0 and one < 24 for one in choose(Stream.FIT_SEQUENCES, seed, 30, 3)))
     some = {**TINY, "fit_sequences": 3, "seed": seed}
     with pytest.raises(GradindexError, match=r"of 30 sequences to be indexed .*--max-bad"):
         gradindex.build(network, tokens, tmp_path / "few", **some)

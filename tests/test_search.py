@@ -15,13 +15,13 @@ from test_curvature import records_of
 import gradindex
 from gradindex.errors import DamagedIndexError, IndexMismatchError, InputError
 from gradindex.influence.exact import chunk_ends
-from gradindex.influence.gradients import make_batch
 from gradindex.influence.queries import (
     Preconditioned,
     exact_scores,
     precondition,
     query_coordinates,
 )
+from gradindex.objective import Text
 from gradindex.storage import records
 from search.ask.controls import Controls, _sizes, settle
 from search.engine import drain
@@ -41,7 +41,7 @@ def truth(index, index_folder):
     """Exact influence of every sequence on QUESTION, by the many-query routine."""
     query = index.make_query(**QUESTION)
     scored = np.array(query.labels) != -100
-    batch = make_batch([(np.array(query.tokens, np.int32), scored)], index.model.device)
+    batch = index.model.batch([Text(np.array(query.tokens, np.int32), scored)])
     ekfac = index.index.ekfac
     c, _ = query_coordinates(index.model, index.manifest.modules, ekfac, batch, 0.1)
     p = Preconditioned(precondition(ekfac, c))
@@ -269,7 +269,7 @@ def test_without_a_completion_the_models_own_is_explained(index):
     query = result.query
     assert query.generated and query.scored >= 1
     tokens = torch.tensor([query.tokens])
-    greedy = index.model.logits(tokens)[0].argmax(-1).tolist()
+    greedy = index.model.network(tokens, use_cache=False).logits[0].argmax(-1).tolist()
     first = query.labels.index(next(label for label in query.labels if label != -100))
     assert query.tokens[first:] == greedy[first - 1 : -1]
 
@@ -333,12 +333,12 @@ def test_records_are_checked_when_read(tmp_path, sequences):
     records.write(path, stored)
     for found, record in zip(records.read(path, range(len(stored))), stored, strict=True):
         assert (found.id, found.parts) == (record.id, record.parts)
-        np.testing.assert_array_equal(found.ids, record.ids)
+        np.testing.assert_array_equal(found.tokens, record.tokens)
         np.testing.assert_array_equal(found.scored, record.scored)
     content = path.read_bytes()
     records.write(tmp_path / "again.lmdb", stored)
     assert (tmp_path / "again.lmdb").read_bytes() == content
-    place = content.index(stored[2].ids.tobytes())
+    place = content.index(stored[2].tokens.tobytes())
     path.write_bytes(content[:place] + b"\xff" + content[place + 1 :])
     with pytest.raises(DamagedIndexError, match="record 2 is damaged"):
         records.read(path, [0, 2])

@@ -635,7 +635,7 @@ def test_sequences_and_tokens(running: Running, searcher: Searcher) -> None:
     for place in (0, 9, len(searcher) - 1):
         record, = searcher.index.records([place])
         found = running.ask("GET", f"/api/sequence/{record.id}").json
-        assert found["token_ids"] == record.ids.tolist()
+        assert found["token_ids"] == record.tokens.tolist()
         assert found["scored"] == record.scored.tolist()
         assert "".join(found["tokens"]) == found["text"]
         assert found["duplicates"] == searcher.index.copies(place)

@@ -73,8 +73,8 @@ def plain_ids(tokenizer, string):
     return tokenizer(string, add_special_tokens=False)["input_ids"]
 
 
-def scored_text(tokenizer, tokens):
-    return tokenizer.decode(tokens.ids[tokens.scored].tolist())
+def scored_text(tokenizer, tokenised):
+    return tokenizer.decode(tokenised.tokens[tokenised.scored].tolist())
 
 
 # ---- plain text and spans
@@ -82,11 +82,11 @@ def scored_text(tokenizer, tokens):
 
 def test_a_plain_document_scores_every_token_with_the_tokenizers_own_special_tokens():
     tokenizer = byte_tokenizer("<b> $A <e>")
-    tokens = tokenise.encode(tokenizer, "hello world")
-    assert tokens.ids.tolist() == [1, *plain_ids(tokenizer, "hello world"), 0]
-    assert tokens.ids.dtype == np.int32
-    assert tokens.scored.tolist() == [True] * 4
-    assert tokens.spans.tolist() == [[0, 0], [0, 5], [5, 11], [11, 11]]
+    tokenised = tokenise.encode(tokenizer, "hello world")
+    assert tokenised.tokens.tolist() == [1, *plain_ids(tokenizer, "hello world"), 0]
+    assert tokenised.tokens.dtype == np.int32
+    assert tokenised.scored.tolist() == [True] * 4
+    assert tokenised.spans.tolist() == [[0, 0], [0, 5], [5, 11], [11, 11]]
 
 
 @pytest.mark.parametrize("trim", [False, True])
@@ -95,27 +95,28 @@ def test_a_plain_document_scores_every_token_with_the_tokenizers_own_special_tok
 ])
 def test_spans_point_to_the_text_of_each_token(string, trim):
     tokenizer = byte_tokenizer("<b> $A <e>", trim)
-    tokens = tokenise.encode(tokenizer, string)
-    found = [string[start:end] for start, end in tokens.spans[1:-1]]
-    assert found == [tokenizer.decode([token]) for token in tokens.ids[1:-1]]
+    tokenised = tokenise.encode(tokenizer, string)
+    found = [string[start:end] for start, end in tokenised.spans[1:-1]]
+    assert found == [tokenizer.decode([token]) for token in tokenised.tokens[1:-1]]
     assert "".join(found) == string
 
 
 @pytest.mark.parametrize("trim", [False, True])
 def test_tokens_that_share_a_character_share_its_span(trim):
-    tokens = tokenise.encode(byte_tokenizer(trim=trim), "hello\t𝄞é")
-    assert tokens.spans.tolist() == [[0, 5], [5, 6], *[[6, 7]] * 4, *[[7, 8]] * 2]
+    tokenised = tokenise.encode(byte_tokenizer(trim=trim), "hello\t𝄞é")
+    assert tokenised.spans.tolist() == [[0, 5], [5, 6], *[[6, 7]] * 4, *[[7, 8]] * 2]
 
 
 def test_spans_of_a_tokenizer_that_prepends_a_space():
-    tokens = tokenise.encode(unigram_tokenizer(), "the world is cold")
-    found = ["the world is cold"[start:end] for start, end in tokens.spans]
+    tokenised = tokenise.encode(unigram_tokenizer(), "the world is cold")
+    found = ["the world is cold"[start:end] for start, end in tokenised.spans]
     assert found == ["the", " world", " is", " co", "ld"]
 
 
 def test_an_empty_text_has_no_tokens():
-    tokens = tokenise.encode(byte_tokenizer(), "")
-    assert (tokens.ids.tolist(), tokens.scored.tolist(), tokens.spans.tolist()) == ([], [], [])
+    tokenised = tokenise.encode(byte_tokenizer(), "")
+    assert (tokenised.tokens.tolist(), tokenised.scored.tolist()) == ([], [])
+    assert tokenised.spans.tolist() == []
 
 
 def test_a_tokenizer_without_offsets_is_refused():
@@ -142,18 +143,18 @@ def test_a_tokenizer_without_offsets_is_refused():
 ])
 def test_only_the_completions_tokens_are_scored(prompt, completion, scored, trim):
     tokenizer = byte_tokenizer("<b> $A <e>", trim)
-    tokens = tokenise.encode_pair(tokenizer, prompt, completion)
-    assert tokens.ids.tolist() == [1, *plain_ids(tokenizer, prompt + completion)]
-    assert not tokens.scored[0]
-    assert scored_text(tokenizer, tokens) == scored
-    assert tokens.spans[-1, 1] == len(prompt + completion)
+    tokenised = tokenise.encode_pair(tokenizer, prompt, completion)
+    assert tokenised.tokens.tolist() == [1, *plain_ids(tokenizer, prompt + completion)]
+    assert not tokenised.scored[0]
+    assert scored_text(tokenizer, tokenised) == scored
+    assert tokenised.spans[-1, 1] == len(prompt + completion)
 
 
 @pytest.mark.parametrize(("frame", "ids"), [("$A", []), ("$A <e>", []), ("<b> $A <e>", [1])])
 def test_an_empty_pair_is_what_stands_before_a_text(frame, ids):
-    tokens = tokenise.encode_pair(byte_tokenizer(frame), "", "")
-    assert tokens.ids.tolist() == ids
-    assert tokens.scored.tolist() == [False] * len(ids)
+    tokenised = tokenise.encode_pair(byte_tokenizer(frame), "", "")
+    assert tokenised.tokens.tolist() == ids
+    assert tokenised.scored.tolist() == [False] * len(ids)
 
 
 # ---- messages
@@ -172,11 +173,11 @@ def test_an_empty_pair_is_what_stands_before_a_text(frame, ids):
 def test_only_the_assistants_tokens_are_scored(template, last, scored, trim):
     tokenizer = byte_tokenizer("<b> $A <e>", trim, template)
     rendered = tokenizer.apply_chat_template(CHAT, tokenize=False)
-    tokens = tokenise.encode_messages(tokenizer, CHAT, last=last)
-    assert tokens.ids.tolist() == plain_ids(tokenizer, rendered)
-    assert scored_text(tokenizer, tokens) == scored
-    pieces = [rendered[start:end] for start, end in tokens.spans]
-    assert pieces == [tokenizer.decode([token]) for token in tokens.ids]
+    tokenised = tokenise.encode_messages(tokenizer, CHAT, last=last)
+    assert tokenised.tokens.tolist() == plain_ids(tokenizer, rendered)
+    assert scored_text(tokenizer, tokenised) == scored
+    pieces = [rendered[start:end] for start, end in tokenised.spans]
+    assert pieces == [tokenizer.decode([token]) for token in tokenised.tokens]
 
 
 @pytest.mark.parametrize("template", [
@@ -188,16 +189,17 @@ def test_marks_mean_what_they_mean_to_transformers(template):
     tokenizer = byte_tokenizer(template=template)
     marked = tokenizer.apply_chat_template(
         CHAT, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-    tokens = tokenise.encode_messages(tokenizer, CHAT)
-    assert tokens.scored.astype(int).tolist() == marked["assistant_masks"]
-    assert tokens.ids.tolist() == marked["input_ids"]
+    tokenised = tokenise.encode_messages(tokenizer, CHAT)
+    assert tokenised.scored.astype(int).tolist() == marked["assistant_masks"]
+    assert tokenised.tokens.tolist() == marked["input_ids"]
 
 
 @pytest.mark.parametrize("template", [PLAIN_TEMPLATE, "cold " + PLAIN_TEMPLATE])
 def test_an_assistant_that_speaks_first(template):
     tokenizer = byte_tokenizer(template=template)
-    tokens = tokenise.encode_messages(tokenizer, [{"role": "assistant", "content": "yes"}, CHAT[0]])
-    assert scored_text(tokenizer, tokens) == "yes<|end|>\n"
+    chat = [{"role": "assistant", "content": "yes"}, CHAT[0]]
+    tokenised = tokenise.encode_messages(tokenizer, chat)
+    assert scored_text(tokenizer, tokenised) == "yes<|end|>\n"
 
 
 REWRITING = LOOP.replace("BODY", "{{ m.content if loop.last else 'no' }}") + ANSWER

@@ -228,7 +228,7 @@ def _contradiction(index, what):
     elif what == "records":
         path = inside / "records.lmdb"
         held = records.read(path, range(4))
-        held[0].ids[0] += 1
+        held[0].tokens[0] += 1
         records.write(path, held)
     elif what == "reasons":
         segments.write_facts(inside, segments.SegmentFacts(4, quarantined={5: "because"}))

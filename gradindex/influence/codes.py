@@ -29,6 +29,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradindex import draws
+from gradindex.draws import Stream
 from gradindex.influence.blockwise import right_transposed
 from gradindex.influence.curvature import Curvature, Ekfac
 from gradindex.influence.gradients import apply_inputs
@@ -65,14 +67,6 @@ def whitening(curvature: Curvature, damping: float) -> tuple[Tensor, Tensor]:
     return w_s.to(dtype), w_a.to(dtype)
 
 
-def random_signs(seed: int, name: str, count: int) -> np.ndarray:
-    """±1 float32 [count] from raw Philox bits keyed by (seed, name): the same on every machine."""
-    key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
-    raw = np.random.Philox(key=np.array([seed, key], dtype=np.uint64)).random_raw(-(-count // 64))
-    bits = np.unpackbits(raw.astype("<u8").view(np.uint8), count=count)
-    return bits.astype(np.float32) * 2 - 1
-
-
 @dataclass
 class _Side:
     """What one module contributes: its mixing matrices, whitening, projections and signs."""
@@ -98,9 +92,7 @@ class Codes:
         offset = 0
         # Offsets go round the buckets in a random order of modules, so that modules of one kind
         # (a model has few kinds, in a fixed cycle) don't pile up in the same buckets.
-        order = np.random.Philox(
-            key=np.array([settings.seed, 0], dtype=np.uint64)
-        ).random_raw(len(modules)).argsort(kind="stable")
+        order = draws.order(Stream.CODE_OFFSETS, settings.seed, len(modules))
         for module in (modules[int(index)] for index in order):
             side, drawn = self._make_side(module, ekfac[module.name], offset)
             digest.update(drawn)
@@ -115,7 +107,7 @@ class Codes:
         k = min(self.settings.width, o, i)
         like = curvature.eigenvalues
         drawn = {
-            part: random_signs(self.settings.seed, f"{module.name}/{part}", count)
+            part: draws.signs(self.settings.seed, f"{module.name}/{part}", count)
             for part, count in (("output", k * o), ("input", k * i), ("bucket", k * k))
         }
         mix_s = torch.from_numpy(drawn["output"]).view(k, o).to(like.device, torch.int8)

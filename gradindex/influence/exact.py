@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gradindex.influence.curvature import Ekfac
-from gradindex.influence.gradients import Splits, in_batches, make_batch
+from gradindex.influence.gradients import Splits, in_batches
 from gradindex.influence.queries import Influences, Preconditioned, Sizes, Terms, collect
 from gradindex.model.network import LanguageModel
 from gradindex.modules import Module
@@ -70,7 +70,7 @@ def rescore(
             return _score_batch(by, preconditioned, [chunk[row] for row in rows], sizes, terms,
                                 by_module)
 
-        lengths, splits = [len(record.ids) for record in chunk], Splits()
+        lengths, splits = [len(record.tokens) for record in chunk], Splits()
         for rows, found in in_batches(lengths, by.batch_tokens, splits, run):
             yield [(first + row, one) for row, one in zip(rows, found, strict=True)]
         by.halved += len(splits.made)
@@ -91,7 +91,7 @@ def _score_batch(
     by: Rescorer, preconditioned: Preconditioned, members: list[Record], sizes: bool, terms: bool,
     by_module: bool,
 ) -> list[Exact]:
-    batch = make_batch([(m.ids, m.scored) for m in members], by.model.device)
+    batch = by.model.batch(members)
     own = Sizes(by.ekfac, by.damping, len(members))
     extra = [own] if sizes else []
     if terms:
@@ -99,8 +99,8 @@ def _score_batch(
         collect(by.model, by.modules, batch, parts, *extra)
         stacked = parts.stacked(by.modules).cpu().numpy()
         found = [
-            Exact(each[: len(m.ids)].sum(keepdims=True, dtype=np.float64)[0],
-                  terms=each[: len(m.ids)].copy())
+            Exact(each[: len(m.tokens)].sum(keepdims=True, dtype=np.float64)[0],
+                  terms=each[: len(m.tokens)].copy())
             for m, each in zip(members, stacked, strict=True)
         ]
     else:

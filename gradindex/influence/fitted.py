@@ -14,6 +14,7 @@ from gradindex.model.config import vocabulary_size
 from gradindex.model.identity import check_identity, tokenizer_digest
 from gradindex.model.network import LanguageModel
 from gradindex.model.source import ModelSource
+from gradindex.objective import NextToken
 from gradindex.storage.integrity import CheckedFiles
 from gradindex.storage.manifest import Manifest, curvature_file
 
@@ -108,6 +109,11 @@ class FittedModel:
                 f"{error} At the build it was {self._source.name}; if it was moved, say where it "
                 "is with --model PATH (gradindex.open(index, model=…))."
             ) from None
+
+    @property
+    def objective(self) -> NextToken:
+        """What of a sequence is scored; the model need not be loaded for it."""
+        return NextToken()
 
     @property
     def allowance(self) -> Allowance:

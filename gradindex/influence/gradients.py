@@ -9,11 +9,10 @@ computes no weight gradients and ends at the first tracked module.
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -22,61 +21,10 @@ from gradindex.errors import InputError, ResourceError
 from gradindex.model.experts import ExpertMap, pack
 from gradindex.model.network import LanguageModel
 from gradindex.modules import Module
-from gradindex.objective import UNSCORED, log_probability
+from gradindex.objective import Batch
 
 Each = Callable[[Module, Tensor, Tensor], None]
 T = TypeVar("T")
-
-
-@dataclass
-class Batch:
-    """Right-padded sequences: tokens [b, t], targets [b, t] (next token or −100), real [b, t].
-
-    `positions` [b, m] belongs to modules that saw other than every token once, in order: fused
-    experts, and maps that ran more than once. It says at which position of its sequence each of the
-    m inputs stood, −1 for padding.
-    """
-
-    tokens: Tensor
-    targets: Tensor
-    real: Tensor
-    positions: dict[str, Tensor] = field(default_factory=dict)
-
-    def real_inputs(self, module: Module) -> Tensor:
-        """Which of the inputs that a module had were real tokens: [b, t], or [b, m]."""
-        positions = self.positions.get(module.name)
-        if positions is None:
-            return self.real
-        return self.real.gather(1, positions.clamp(min=0)) & (positions >= 0)
-
-    def by_position(self, module: Module, terms: Tensor) -> Tensor:
-        """A term of each input of a module, [b, m], added up by its position: [b, t]."""
-        positions = self.positions.get(module.name)
-        if positions is None:
-            return terms
-        return torch.zeros_like(self.tokens, dtype=terms.dtype).scatter_add_(
-            1, positions.clamp(min=0), terms)  # the terms of padding are zero
-
-
-def make_batch(
-    sequences: Sequence[tuple[np.ndarray, np.ndarray]], device: torch.device
-) -> Batch:
-    """Pad (ids [n], scored [n]) pairs on the right.
-
-    Any token id serves as padding: a causal model (`probe.py`) keeps real positions from seeing
-    it, and its output gradients are zero.
-    """
-    longest = max(len(ids) for ids, _ in sequences)
-    tokens = np.zeros((len(sequences), longest), dtype=np.int64)
-    targets = np.full((len(sequences), longest), UNSCORED, dtype=np.int64)
-    real = np.zeros((len(sequences), longest), dtype=bool)
-    for row, (ids, scored) in enumerate(sequences):
-        tokens[row, : len(ids)] = ids
-        targets[row, : len(ids) - 1] = np.where(scored[1:], ids[1:], UNSCORED)
-        real[row, : len(ids)] = True
-    tokens_, targets_, real_ = (
-        torch.from_numpy(array).to(device) for array in (tokens, targets, real))
-    return Batch(tokens_, targets_, real_)
 
 
 def plan_batches(
@@ -100,13 +48,13 @@ def plan_batches(
 
 def backward(
     model: LanguageModel, modules: Sequence[Module], batch: Batch, each: Each,
-    uniforms: Tensor | None = None,
+    numbers: Tensor | None = None,
 ) -> Tensor:
     """Run a batch and call `each(module, a [b, t, i], d [b, t, o])` for every tracked module.
 
     a comes without the bias's 1; d is the gradient of Σ log p of each sequence's targets. A map
     that runs several times has its inputs side by side, an expert only those routed to it, padded
-    with zeros (`Batch.positions`). With `uniforms` [b, t], labels are sampled from the model in
+    with zeros (`Batch.positions`). With `numbers` [b, t], labels are sampled from the model in
     place of the targets (same positions). Returns log p per position [b, t], in nats. Modules
     arrive from the last to the first.
     Raises InputError for a module that runs on anything but [b, t, i] or [b·t, i], gives anything
@@ -114,7 +62,7 @@ def backward(
     its weight may be used otherwise. BatchTooLargeError where memory runs out. Threads take turns.
     """
     with model.one_at_a_time, _out_of_memory(*batch.tokens.shape):
-        return _backward(model, modules, batch, each, uniforms)
+        return _backward(model, modules, batch, each, numbers)
 
 
 class BatchTooLargeError(ResourceError):
@@ -198,7 +146,7 @@ class _Run:
 
 def _backward(
     model: LanguageModel, modules: Sequence[Module], batch: Batch, each: Each,
-    uniforms: Tensor | None,
+    numbers: Tensor | None,
 ) -> Tensor:
     runs: dict[str, list[_Run]] = {}
     ran: set[str] = set()
@@ -233,16 +181,16 @@ def _backward(
             for submodule in model.sharing(module.name):
                 handles.append(submodule.register_forward_hook(keep(module)))
         with torch.enable_grad():
-            logits = model.logits(batch.tokens)
+            outputs = model.objective.outputs(model.network, batch)
     finally:
         for handle in handles:
             handle.remove()
     _check_all_ran(model, modules, ran)
-    made = logits._base if logits._base is not None else logits
+    made = outputs._base if outputs._base is not None else outputs
     kept = any(hasattr(made.grad_fn, name) for name in ("_saved_result", "saved_tensors"))
-    taken = logits.detach().clone() if kept else logits  # tanh goes backward by what it gave
-    log_p, gradient = log_probability(taken, batch.targets, uniforms)
-    logits.backward(gradient)
+    taken = outputs.detach().clone() if kept else outputs  # tanh goes backward by what it gave
+    log_p, gradient = model.objective.log_p(taken, batch, numbers)
+    outputs.backward(gradient)
     if runs:
         missing = ", ".join(sorted(runs)[:3])
         raise InputError(
@@ -306,7 +254,7 @@ def _joined(module: Module, runs: list[_Run], batch: Batch) -> tuple[Tensor, Ten
 
 
 def why_not_finite(
-    model: LanguageModel, modules: Sequence[Module], batch: Batch, uniforms: Tensor | None = None
+    model: LanguageModel, modules: Sequence[Module], batch: Batch, numbers: Tensor | None = None
 ) -> str | None:
     """Where the gradient of a batch of one sequence is first not finite, or None where it is."""
     found: list[str] = []
@@ -317,7 +265,7 @@ def why_not_finite(
                 found.append(f"{what} of {module.name} are not finite")
 
     with torch.no_grad():
-        log_p = backward(model, modules, batch, each, uniforms)
+        log_p = backward(model, modules, batch, each, numbers)
     if not torch.isfinite(log_p).all():
         return "log p is not finite"
     return found[0] if found else None

@@ -14,20 +14,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradindex import draws
 from gradindex.influence.blockwise import rotated, rotator
 from gradindex.influence.codes import Codes
 from gradindex.influence.curvature import Ekfac
 from gradindex.influence.gradients import (
-    Batch,
     Splits,
     apply_inputs,
     backward,
     gradient,
     in_batches,
-    make_batch,
 )
 from gradindex.model.network import LanguageModel
 from gradindex.modules import Module
+from gradindex.objective import Batch
 from gradindex.storage.records import Record
 
 Gradients = dict[str, Tensor]  # [q, o, i] by module name, a row a query
@@ -191,9 +191,7 @@ def slices(module: Module, rows: int) -> Iterator[slice]:
 
 def _factors(p: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """L [q, o, r] and R [q, r, i] of the best rank-r matrices near p [q, o, i]."""
-    devices = [p.device] if p.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):  # the library draws from the global generator
-        torch.manual_seed(0)
+    with draws.always_alike(p.device):
         u, s, v = torch.svd_lowrank(p, q=min(rank + OVERSAMPLING, *p.shape[1:]), niter=4)
     return u[..., :rank] * s[..., None, :rank], v[..., :rank].transpose(1, 2)
 
@@ -277,18 +275,18 @@ class Sizes:
 
 def collect(
     model: LanguageModel, modules: list[Module], batch: Batch,
-    *collectors: Callable[[Module, Tensor, Tensor], None], uniforms: Tensor | None = None,
+    *collectors: Callable[[Module, Tensor, Tensor], None], numbers: Tensor | None = None,
 ) -> None:
     """One forward and backward pass of a batch, handed to every collector.
 
-    With `uniforms` [b, t], labels are drawn from the model, as for `backward`.
+    With `numbers` [b, t], labels are drawn from the model, as for `backward`.
     """
     def each(module: Module, a: Tensor, d: Tensor) -> None:
         for collector in collectors:
             collector(module, a, d)
 
     with torch.no_grad():
-        backward(model, modules, batch, each, uniforms)
+        backward(model, modules, batch, each, numbers)
 
 
 def score(
@@ -307,13 +305,13 @@ def exact_scores(
     """Exact influence of every sequence on every query: float64 [q, sequences]."""
     def run(rows: list[int]) -> np.ndarray:
         members = [sequences[row] for row in rows]
-        batch = make_batch([(member.ids, member.scored) for member in members], model.device)
+        batch = model.batch(members)
         collector = Influences(preconditioned, len(rows))
         collect(model, modules, batch, collector)
         return collector.total.numpy()
 
     scores = np.zeros((len(preconditioned), len(sequences)))
-    lengths = [len(record.ids) for record in sequences]
+    lengths = [len(record.tokens) for record in sequences]
     for rows, found in in_batches(lengths, batch_tokens, Splits(), run):
         scores[:, rows] = found
     return scores

@@ -5,13 +5,14 @@ gradient: `influence/gradients.py` differentiates with respect to module outputs
 """
 
 import threading
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Self
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from gradindex.errors import InputError
@@ -22,6 +23,7 @@ from gradindex.model.loading import dtype_of, readable_errors
 from gradindex.model.quantised import as_dequantised
 from gradindex.model.source import ModelSource
 from gradindex.model.tracked import identity_of, maps_by_weight
+from gradindex.objective import Batch, NextToken, Scored
 
 EXPERTS = "gradindex"  # what our way of running fused experts is called in transformers
 
@@ -33,6 +35,7 @@ class LanguageModel:
     network: Any
     tokenizer: Any | None
     source: ModelSource
+    objective: NextToken = field(default_factory=NextToken)
 
     # Hooks sit on the network itself, which two of these may share: a second thread's pass would
     # be heard by the first one's.
@@ -96,13 +99,9 @@ class LanguageModel:
         """The dtype of sums, curvature and scores: float32, or float64 for a float64 model."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
-    def logits(self, tokens: Tensor) -> Tensor:
-        """Logits [b, t, v] of right-padded tokens [b, t].
-
-        No attention mask is needed: the model is causal (`tracked_modules` sees to it), and no
-        longer than `context_length`, so no real position depends on the padding.
-        """
-        return self.network(input_ids=tokens, use_cache=False).logits
+    def batch(self, texts: Sequence[Scored]) -> Batch:
+        """Texts (records, say) made ready for a pass of this model."""
+        return self.objective.batch(texts, self.device)
 
     def continuation(self, tokens: list[int], length: int) -> list[int]:
         """The model's own greedy continuation of `tokens`, at most `length` tokens.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gradindex.errors import InputError
+from gradindex.model.config import vocabulary_size
 
 LENGTH = 4  # tokens
 NOTHING = 1e-6  # of a gradient, relative to the largest: rounding of a convolution by other means
@@ -29,7 +30,7 @@ def called_in_a_pass(network: Any, modules: Iterable[nn.Module]) -> set[nn.Modul
     place = next(network.parameters()).device
     if place.type == "meta":
         return wanted
-    vocabulary = network.config.get_text_config().vocab_size
+    vocabulary = vocabulary_size(network.config)
     tokens = (vocabulary // 2 + torch.arange(LENGTH, device=place)) % vocabulary
 
     def call(module: nn.Module, _: Any, __: Any) -> None:

@@ -20,24 +20,24 @@ class ChatTemplateError(InputError):
 
 
 @dataclass
-class Tokens:
-    """A tokenised document: ids int32 [n], scored bool [n], spans int64 [n, 2] (characters).
+class Tokenised:
+    """A tokenised document: tokens int32 [n], scored bool [n], spans int64 [n, 2] (characters).
 
     `scored[t]` says that the loss counted the prediction of token t.
     """
 
-    ids: np.ndarray
+    tokens: np.ndarray
     scored: np.ndarray
     spans: np.ndarray
 
 
-def encode(tokenizer: Any, text: str) -> Tokens:
+def encode(tokenizer: Any, text: str) -> Tokenised:
     """A plain document: every token is scored."""
     ids, spans, _ = _tokenize(tokenizer, text, special=True)
-    return Tokens(ids, np.ones(len(ids), dtype=bool), spans)
+    return Tokenised(ids, np.ones(len(ids), dtype=bool), spans)
 
 
-def encode_pair(tokenizer: Any, prompt: str, completion: str) -> Tokens:
+def encode_pair(tokenizer: Any, prompt: str, completion: str) -> Tokenised:
     """Prompt and completion, tokenised as one text; the completion's tokens are scored.
 
     A token that reaches over the border belongs to the completion. An end token that the
@@ -49,10 +49,12 @@ def encode_pair(tokenizer: Any, prompt: str, completion: str) -> Tokens:
     own = np.flatnonzero(~added)
     end = 0 if not len(own) else own[-1] + 1 if text else own[0]
     scored = ~added & (spans[:, 1] > len(prompt))
-    return Tokens(ids[:end], scored[:end], spans[:end])
+    return Tokenised(ids[:end], scored[:end], spans[:end])
 
 
-def encode_messages(tokenizer: Any, messages: list[dict[str, Any]], last: bool = False) -> Tokens:
+def encode_messages(
+    tokenizer: Any, messages: list[dict[str, Any]], last: bool = False
+) -> Tokenised:
     """A chat, rendered by the tokenizer's own template; the assistant's tokens are scored.
 
     With `last`, only the last message's. Raises InputError where the template can't say which
@@ -67,7 +69,7 @@ def encode_messages(tokenizer: Any, messages: list[dict[str, Any]], last: bool =
         earlier = _marked_stretches(tokenizer, before, render_messages(tokenizer, before))
         for start, end in marked[len(earlier or []):]:
             scored |= (spans[:, 1] > start) & (spans[:, 0] < end)
-        return Tokens(ids, scored, spans)
+        return Tokenised(ids, scored, spans)
     for index, message in enumerate(messages):
         if message.get("role") != "assistant" or (last and index < len(messages) - 1):
             continue
@@ -81,7 +83,7 @@ def encode_messages(tokenizer: Any, messages: list[dict[str, Any]], last: bool =
                 "as prompt and completion (--prompt-field, --completion-field)."
             )
         scored |= (spans[:, 1] > len(opened)) & (spans[:, 1] <= len(closed))
-    return Tokens(ids, scored, spans)
+    return Tokenised(ids, scored, spans)
 
 
 def render_messages(tokenizer: Any, messages: list[dict[str, Any]], answer: bool = False) -> str:

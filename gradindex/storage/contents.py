@@ -160,8 +160,8 @@ class Contents:
         if record.id != self.rows["id"][row] or \
                 (segments.digest_of(record) != self.rows["digest"][row]).any():
             wrong = f"has another sequence {self.rows['id'][row]} than rows.npy"
-        elif len(record.ids) > self.manifest.sequence_length or record.ids.min() < 0 or \
-                record.ids.max() >= self.manifest.vocabulary:
+        elif len(record.tokens) > self.manifest.sequence_length or record.tokens.min() < 0 or \
+                record.tokens.max() >= self.manifest.vocabulary:
             wrong = f"has a sequence {record.id} that is too long or outside the vocabulary"
         if wrong:
             raise self.files.damaged(self.file(segment, "records.lmdb"), wrong)

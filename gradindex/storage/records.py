@@ -60,20 +60,9 @@ class Record:
     """A sequence: its id, tokens int32 [n], which of them were scored bool [n], and its parts."""
 
     id: int
-    ids: np.ndarray
+    tokens: np.ndarray
     scored: np.ndarray
     parts: list[Part]
-
-
-def second_half(record: Record) -> np.ndarray:
-    """A sequence as a query: bool [n], the later half of its scored tokens given all before.
-
-    Its first token doesn't count, for nothing predicts it.
-    """
-    places = np.flatnonzero(record.scored[1:]) + 1
-    scored = np.zeros(len(record.ids), dtype=bool)
-    scored[places[len(places) // 2 :]] = True
-    return scored
 
 
 def write(path: Path, records: Iterable[Record]) -> FileFacts:
@@ -173,8 +162,8 @@ def _pack(record: Record) -> bytes:
         {"id": record.id, "parts": [asdict(part) for part in record.parts]},
         ensure_ascii=False, separators=(",", ":"),
     ).encode("utf-8", errors="surrogatepass")
-    body = about + record.ids.astype("<i4").tobytes() + np.packbits(record.scored).tobytes()
-    lengths = _HEADER.pack(0, len(about), len(record.ids))[4:]
+    body = about + record.tokens.astype("<i4").tobytes() + np.packbits(record.scored).tobytes()
+    lengths = _HEADER.pack(0, len(about), len(record.tokens))[4:]
     return struct.pack("<I", zlib.crc32(lengths + body)) + lengths + body
 
 
@@ -184,15 +173,15 @@ def _unpack(value: bytes | None, path: Path, row: int) -> Record:
     checksum, about_length, n = _HEADER.unpack_from(value)
     if zlib.crc32(value[4:]) != checksum:
         raise DamagedIndexError(f"{path}: record {row} is damaged. Copy the index again.")
-    tokens = _HEADER.size + about_length
+    start = _HEADER.size + about_length
     try:
-        if len(value) != tokens + 4 * n + -(-n // 8):
+        if len(value) != start + 4 * n + -(-n // 8):
             raise ValueError(f"{len(value)} bytes for {n} tokens")
-        about = json.loads(value[_HEADER.size : tokens].decode("utf-8", errors="surrogatepass"))
-        ids = np.frombuffer(value, dtype="<i4", count=n, offset=tokens).astype(np.int32)
-        mask = np.frombuffer(value, dtype=np.uint8, offset=tokens + 4 * n)
+        about = json.loads(value[_HEADER.size : start].decode("utf-8", errors="surrogatepass"))
+        tokens = np.frombuffer(value, dtype="<i4", count=n, offset=start).astype(np.int32)
+        mask = np.frombuffer(value, dtype=np.uint8, offset=start + 4 * n)
         scored = np.unpackbits(mask, count=n).astype(bool)
-        record = Record(about["id"], ids, scored, [Part(**part) for part in about["parts"]])
+        record = Record(about["id"], tokens, scored, [Part(**part) for part in about["parts"]])
         _check(record)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedIndexError(
@@ -203,7 +192,7 @@ def _unpack(value: bytes | None, path: Path, row: int) -> Record:
 
 def _check(record: Record) -> None:
     """Raise ValueError for what no writer of ours writes."""
-    if type(record.id) is not int or not record.parts or not len(record.ids):
+    if type(record.id) is not int or not record.parts or not len(record.tokens):
         raise ValueError("no id, no part or no token")
     for part in record.parts:
         numbers = (part.document, part.row, part.start, part.end, part.token)

@@ -76,7 +76,7 @@ def read_facts(folder: Path) -> SegmentFacts:
 
 def digest_of(record: Record) -> np.ndarray:
     """uint64 [2]: the same for sequences of equal tokens and mask, and for no others."""
-    content = record.ids.astype("<i4").tobytes() + record.scored.astype(np.uint8).tobytes()
+    content = record.tokens.astype("<i4").tobytes() + record.scored.astype(np.uint8).tobytes()
     return np.frombuffer(hashlib.sha256(content).digest()[:16], dtype="<u8")
 
 

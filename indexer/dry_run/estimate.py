@@ -23,9 +23,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from gradindex import draws
+from gradindex.draws import Stream, choose
 from gradindex.influence import curvature
 from gradindex.influence.codes import CodeSettings, default_width
 from gradindex.memory import available
+from gradindex.model.config import vocabulary_size
 from gradindex.model.identity import check_identity, identify
 from gradindex.model.network import LanguageModel
 from gradindex.model.tracked import tracked_modules
@@ -47,7 +50,7 @@ from indexer.build_request import BuildRequest, make_request, takes_arguments_of
 from indexer.calibrate import QUERIES, SAMPLE
 from indexer.dry_run.measure import WRITING, Bench, Memory, Work, gpu_available, hashing
 from indexer.fit.budget import budget
-from indexer.fit.schedule import LARGEST_BLOCK, FitSettings, choose_sequences
+from indexer.fit.schedule import LARGEST_BLOCK, FitSettings
 from indexer.prepare import allow, describe
 from indexer.read import ingest
 from indexer.read.corpus import Corpus
@@ -239,14 +242,14 @@ def _read(request: BuildRequest) -> _Read:
     sizes: list[int] = []
     scored = 0
     sample: list[Record] = []
-    random = np.random.default_rng(request.plan["seed"])
+    random = draws.generator(Stream.DRY_RUN_SAMPLE, request.plan["seed"])
     request.say.start("read", 0, "sequences")
     begun = time.perf_counter()
     share = 1.0
     for record in corpus.sequences():
-        lengths.append(len(record.ids))
+        lengths.append(len(record.tokens))
         sizes.append(records.value_bytes(record))
-        scored += int(record.scored[1:].sum())
+        scored += int(corpus.objective.counted(record.scored).sum())
         if len(sample) < most:
             sample.append(record)
         elif (place := int(random.integers(len(lengths)))) < most:  # each with equal chance
@@ -290,8 +293,8 @@ def _disk(
 ) -> dict[str, int]:
     """Bytes of the finished index by part."""
     cut = list(_groups(read.sizes, plan["segment_size"]))
-    vocabulary = model.network.config.get_text_config().vocab_size
-    sequences = [record.ids for record in read.sample[:TOKEN_SAMPLE]]
+    vocabulary = vocabulary_size(model.network.config)
+    sequences = [record.tokens for record in read.sample[:TOKEN_SAMPLE]]
     one = len(token_file.pack(sequences[:1], vocabulary))
     more = (len(token_file.pack(sequences, vocabulary)) - one) / max(1, len(sequences) - 1)
     return {
@@ -322,7 +325,7 @@ def _stages(
         """To write files, and to digest them so many times."""
         return disk[name] * (1 / WRITING + digests / rate)
 
-    chosen = choose_sequences(count, plan["fit_sequences"], plan["seed"])
+    chosen = choose(Stream.FIT_SEQUENCES, plan["seed"], count, plan["fit_sequences"])
     blocks = list(_groups([read.lengths[one] for one in chosen], bench.settings.block))
     fitting, every = Work.of(blocks, tokens), len(bench.partitions)
     covariance, sums = bench.covariance()
@@ -337,7 +340,7 @@ def _stages(
 
     reading = 2 * READ_RECORD * len(chosen)  # a block's records are read again to be counted
     sealing = count * (READ_RECORD + matrices)
-    sample = choose_sequences(count, SAMPLE, plan["seed"])
+    sample = choose(Stream.CALIBRATION_SAMPLE, plan["seed"], count, SAMPLE)
     queries = min(QUERIES, count)
     passes = -(-queries // bench.together)
     request = min(BACKGROUND, count)

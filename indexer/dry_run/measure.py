@@ -29,14 +29,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradindex.draws import Stream
 from gradindex.influence.blockwise import block_rows, covariance_shapes, identity, square_blocks
 from gradindex.influence.codes import Codes, CodeSettings
 from gradindex.influence.curvature import Curvature, Ekfac
-from gradindex.influence.gradients import Batch, plan_batches
+from gradindex.influence.gradients import plan_batches
 from gradindex.influence.queries import Preconditioned, exact_scores
 from gradindex.memory import Allowance, forget_most, most, resident, return_freed
+from gradindex.model.config import vocabulary_size
 from gradindex.model.network import LanguageModel
 from gradindex.modules import Module
+from gradindex.objective import Batch
 from gradindex.storage import token_file
 from gradindex.storage.code_file import UNPACKED_ROWS, CodeIndex, code_bytes
 from gradindex.storage.records import Record
@@ -111,15 +114,15 @@ def batch_bytes(
     sums = {name: kept[shape] for name, shape in shapes.items()}
     turned = {shape: identity(*shape, like) for shape in set(squares.values())}
     vectors = {name: turned[shape] for name, shape in squares.items()}
-    plan = plan_batches([len(record.ids) for record in sample], settings.batch_tokens)
+    plan = plan_batches([len(record.tokens) for record in sample], settings.batch_tokens)
     _forget_peak(model.device)
     before = _used(model.device)
     with torch.no_grad():
         for rows in (plan[0], max(plan, key=len)):
             batch = partial(fit_batch, model, [sample[row] for row in rows], settings.labels,
                             settings.seed)
-            add_covariances(model, modules, sums, *batch(2))
-            add_eigenvalues(model, modules, vectors, sums, *batch(3))
+            add_covariances(model, modules, sums, *batch(Stream.COVARIANCE_LABELS))
+            add_eigenvalues(model, modules, vectors, sums, *batch(Stream.EIGENVALUE_LABELS))
     return max(0, _peak(model.device) - before)
 
 
@@ -154,7 +157,8 @@ class Bench:
         sums = self._zeros(covariance_shapes(self._largest, self._blocks))
 
         def run(records: list[Record]) -> None:
-            add_covariances(self.model, self._largest, sums, *self._batch(records, 2))
+            batch, numbers = self._batch(records, Stream.COVARIANCE_LABELS)
+            add_covariances(self.model, self._largest, sums, batch, numbers)
 
         own = self._fit.covariance
         speed, batch = self._two(run, self.settings.block, own.device)
@@ -187,7 +191,8 @@ class Bench:
         sums = self._zeros({module.name: module.shape for module in self._largest})
 
         def run(records: list[Record]) -> None:
-            add_eigenvalues(self.model, self._largest, vectors, sums, *self._batch(records, 3))
+            batch, numbers = self._batch(records, Stream.EIGENVALUE_LABELS)
+            add_eigenvalues(self.model, self._largest, vectors, sums, batch, numbers)
 
         own = self._fit.eigenvalues
         speed, batch = self._two(run, self.settings.block, own.device)
@@ -214,7 +219,7 @@ class Bench:
 
         held = self._held()
         speed, batch = self._two(run, self.segment, self._held_here())
-        longest = max(len(record.ids) for record in self.sample)
+        longest = max(len(record.tokens) for record in self.sample)
         texts = self.segment * (RECORD_BYTES + 5 * longest)
         coded = self.segment * code_bytes(self.code.length)
         self._note("encode", [(texts + coded, held + batch), (texts + 3 * coded, held)])
@@ -222,7 +227,7 @@ class Bench:
 
     def calibrate(self, codes: Codes, ekfac: Ekfac) -> tuple[Speed, float]:
         """Of exact scores of as many queries as are scored together, and seconds of a query."""
-        typical = sorted(self.sample, key=lambda record: len(record.ids))[len(self.sample) // 2]
+        typical = sorted(self.sample, key=lambda record: len(record.tokens))[len(self.sample) // 2]
         with torch.no_grad():
             seconds = _seconds(lambda: prepare_query(self.model, codes, ekfac, typical))
             queries = Preconditioned.join([prepare_query(self.model, codes, ekfac, typical)[1]
@@ -233,7 +238,7 @@ class Bench:
 
         def run(records: list[Record]) -> None:
             exact_scores(self.model, self.modules, queries, records,
-                         sum(len(record.ids) for record in records) * len(records))
+                         sum(len(record.tokens) for record in records) * len(records))
 
         speed, batch = self._two(run, min(128, len(self.sample)), self._held_here() + stack)
         self._note("calibrate", [(0, self._held() + stack + max(batch, *tables))])
@@ -254,8 +259,8 @@ class Bench:
 
     def token_matrices(self) -> float:
         """Seconds a sequence of making a segment's token matrix."""
-        some = [record.ids for record in self.sample[:512]]
-        vocabulary = self.model.network.config.get_text_config().vocab_size
+        some = [record.tokens for record in self.sample[:512]]
+        vocabulary = vocabulary_size(self.model.network.config)
         return _seconds(lambda: token_file.pack(some, vocabulary)) / len(some)
 
     # ---- measuring
@@ -268,7 +273,7 @@ class Bench:
         The batches are those of `group` sequences of the sample.
         """
         records = self.sample[:group]
-        lengths = [len(record.ids) for record in records]
+        lengths = [len(record.tokens) for record in records]
         plan = plan_batches(lengths, self.settings.batch_tokens)
         padded = np.array([lengths[batch[0]] * len(batch) for batch in plan])
         middle = (np.cumsum(padded) - padded / 2) / padded.sum()
@@ -317,9 +322,9 @@ class Bench:
         return {name: torch.zeros(shape, dtype=self.model.accumulate, device=self.model.device)
                 for name, shape in shapes.items()}
 
-    def _batch(self, records: list[Record], step: int) -> tuple[Batch, Tensor | None]:
+    def _batch(self, records: list[Record], stream: Stream) -> tuple[Batch, Tensor | None]:
         own = self.settings
-        return fit_batch(self.model, records, own.labels, own.seed, step)
+        return fit_batch(self.model, records, own.labels, own.seed, stream)
 
     def _commit(self, shapes: dict[str, tuple[int, int]]) -> float:
         totals = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}

@@ -5,7 +5,7 @@ Three steps over the same sequences (Grosse et al. 2023, §2.3 and App. A):
 2. Q_A and Q_S: their eigenvectors, in float64.
 3. Λ: the average over sequences of (Q_Sᵀ G Q_A)², G the sum over the sequence's tokens.
 Labels are sampled from the model (the Fisher, not the empirical Fisher), independently in 1 and 3,
-by numbers keyed by (seed, step, sequence id): nothing depends on batching.
+by numbers keyed by (seed, stream, sequence id): nothing depends on batching.
 
 Sums are taken within blocks of sequences and added up in order (`sums.py`), so a kill costs one
 block and the resumed fit ends with the same bytes. Where not all modules' matrices fit in memory,
@@ -20,12 +20,12 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pydantic
 import scipy.linalg
 import torch
 from torch import Tensor
 
+from gradindex.draws import Stream, uniforms
 from gradindex.errors import DamagedIndexError, GradindexError
 from gradindex.influence import curvature
 from gradindex.influence.blockwise import (
@@ -36,19 +36,13 @@ from gradindex.influence.blockwise import (
     symmetric,
 )
 from gradindex.influence.curvature import Curvature, Ekfac
-from gradindex.influence.gradients import (
-    Batch,
-    Splits,
-    backward,
-    in_batches,
-    make_batch,
-    why_not_finite,
-)
+from gradindex.influence.gradients import Splits, backward, in_batches, why_not_finite
 from gradindex.influence.queries import slices
 from gradindex.memory import Allowance, return_freed
 from gradindex.model.network import LanguageModel
 from gradindex.model.tracked import untracked
 from gradindex.modules import Module
+from gradindex.objective import Batch
 from gradindex.progress import Progress
 from gradindex.storage import sealed_json
 from gradindex.storage.files import FileFacts, atomic_write, facts_of, make_folder, rename_folder
@@ -125,23 +119,6 @@ class FitNotes:
             ) from None
 
 
-def choose_sequences(count: int, wanted: int, seed: int) -> list[int]:
-    """Ids of `wanted` of `count` sequences, drawn without replacement, ascending."""
-    if wanted >= count:
-        return list(range(count))
-    raw = np.random.Philox(key=np.array([seed, 1], dtype=np.uint64)).random_raw(count)
-    return sorted(int(index) for index in raw.argsort(kind="stable")[:wanted])
-
-
-def uniforms(seed: int, step: int, sequence: int, count: int) -> np.ndarray:
-    """Numbers in [0, 1), float64 [count], keyed by (seed, step, sequence id)."""
-    raw = np.random.Philox(
-        key=np.array([seed, step], dtype=np.uint64),
-        counter=np.array([0, 0, sequence, 0], dtype=np.uint64),
-    ).random_raw(count)
-    return (raw >> np.uint64(11)) * 2.0**-53
-
-
 def fit(
     model: LanguageModel, modules: list[Module], read: Read, settings: FitSettings, index: Path,
     progress: Progress, after: int, share: Share | None = None, allowance: Allowance | None = None,
@@ -196,7 +173,7 @@ def _report(notes: FitNotes, progress: Progress) -> None:
                      "--batch-tokens avoid that")
 
 
-STEPS = {"covariance": 2, "eigenvalues": 3}  # stage: whose labels, see `uniforms`
+LABELS = {"covariance": Stream.COVARIANCE_LABELS, "eigenvalues": Stream.EIGENVALUE_LABELS}
 
 
 class Fit:
@@ -379,16 +356,16 @@ class Fit:
                     if one not in self.notes.quarantined and one not in notes.quarantined]
             records = self.read(kept)
             found = self._try_block(stage.name, key, records, sums, add, notes)
-        return Block(found, sum(len(record.ids) for record in records), notes)
+        return Block(found, sum(len(record.tokens) for record in records), notes)
 
     def _try_block(
         self, stage: str, key: str, records: list[Record], sums: Sums, add: Add, notes: BlockNotes,
     ) -> dict[str, Tensor] | None:
         found = sums.zeros(self.model.accumulate, self.model.device)
-        done, step = 0, STEPS[stage]
+        done, stream = 0, LABELS[stage]
 
         def run(rows: list[int]) -> int:
-            add(found, *self._batch([records[row] for row in rows], step))
+            add(found, *self._batch([records[row] for row in rows], stream))
             return len(rows)
 
         def keep(made: list[tuple[int, int]]) -> None:
@@ -399,7 +376,7 @@ class Fit:
             raise _SumAgainError
 
         splits = Splits(notes.splits, keep)
-        lengths = [len(record.ids) for record in records]
+        lengths = [len(record.tokens) for record in records]
         try:
             for _, count in in_batches(lengths, self.settings.batch_tokens, splits, run):
                 done += count
@@ -414,20 +391,20 @@ class Fit:
         odd = [name for name, part in found.items() if not torch.isfinite(part).all()]
         if not odd:
             return found
-        notes.quarantined.update(self._why_not_finite(records, step, f"the {stage} of {odd[0]}"))
+        notes.quarantined.update(self._why_not_finite(records, stream, f"the {stage} of {odd[0]}"))
         if self.share.first:
             self._note_quarantined(notes.quarantined)
         self.progress.update(-done)
         return None
 
-    def _batch(self, members: list[Record], step: int) -> tuple[Batch, Tensor | None]:
-        return fit_batch(self.model, members, self.settings.labels, self.settings.seed, step)
+    def _batch(self, members: list[Record], stream: Stream) -> tuple[Batch, Tensor | None]:
+        return fit_batch(self.model, members, self.settings.labels, self.settings.seed, stream)
 
-    def _why_not_finite(self, records: list[Record], step: int, what: str) -> dict[int, str]:
+    def _why_not_finite(self, records: list[Record], stream: Stream, what: str) -> dict[int, str]:
         """The sequences that make a sum not finite, and why. Raises GradindexError for none."""
         found = {
             record.id: reason for record in records
-            if (reason := why_not_finite(self.model, self.modules, *self._batch([record], step)))
+            if (reason := why_not_finite(self.model, self.modules, *self._batch([record], stream)))
         }
         if not found:
             raise GradindexError(
@@ -570,17 +547,14 @@ def add_eigenvalues(
 
 
 def fit_batch(
-    model: LanguageModel, members: list[Record], labels: str, seed: int, step: int
+    model: LanguageModel, members: list[Record], labels: str, seed: int, stream: Stream
 ) -> tuple[Batch, Tensor | None]:
-    """The batch of some sequences, and the numbers that draw their labels in a step of the fit."""
-    batch = make_batch([(m.ids, m.scored) for m in members], model.device)
+    """The batch of some sequences, and the numbers that draw their labels, from a stream."""
+    batch = model.batch(members)
     if labels != "model":
         return batch, None
-    numbers = torch.zeros(batch.tokens.shape, dtype=torch.float64)
-    for row, member in enumerate(members):
-        drawn = uniforms(seed, step, member.id, len(member.ids))
-        numbers[row, : len(member.ids)] = torch.from_numpy(drawn)
-    return batch, numbers.to(model.device)
+    return batch, model.objective.label_numbers(
+        batch, members, lambda row, count: uniforms(stream, seed, members[row].id, count))
 
 
 class _SumAgainError(Exception):

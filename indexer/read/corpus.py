@@ -19,6 +19,7 @@ import numpy as np
 
 from gradindex.errors import InputError
 from gradindex.model import tokenise
+from gradindex.objective import NextToken
 from gradindex.storage.records import Part, Record
 from indexer.read.sources import (
     FORMS,
@@ -80,6 +81,7 @@ class Corpus:
         vocabulary: int, end_token: int | None = None,
     ):
         self.settings = settings
+        self.objective = NextToken()
         self.tokenizer = tokenizer
         self.vocabulary = vocabulary
         self.end_token = end_token
@@ -123,51 +125,53 @@ class Corpus:
 
     def _windows(self) -> Iterator[Record]:
         length = self.settings.sequence_length
-        for part, tokens in self._documents():
-            for start in range(0, len(tokens.ids), length):
+        for part, tokenised in self._documents():
+            for start in range(0, len(tokenised.tokens), length):
                 cut = slice(start, start + length)
-                here = _stretch(part, tokens.spans[cut], token=0)
-                yield from self._record(tokens.ids[cut], tokens.scored[cut], [here])
+                here = _stretch(part, tokenised.spans[cut], token=0)
+                yield from self._record(tokenised.tokens[cut], tokenised.scored[cut], [here])
 
     def _packed(self) -> Iterator[Record]:
         length = self.settings.sequence_length
-        ids: list[int] = []
+        tokens: list[int] = []
         scored: list[bool] = []
         parts: list[Part] = []
         assert self.end_token is not None  # as checked above
-        for part, tokens in self._documents():
-            if tokens.ids[-1] != self.end_token:  # some tokenizers add it by themselves
-                tokens = tokenise.Tokens(
-                    np.append(tokens.ids, np.int32(self.end_token)),
-                    np.append(tokens.scored, tokens.scored[-1]),
-                    np.vstack([tokens.spans, tokens.spans[-1:, [1, 1]]]),
+        for part, tokenised in self._documents():
+            if tokenised.tokens[-1] != self.end_token:  # some tokenizers add it by themselves
+                tokenised = tokenise.Tokenised(
+                    np.append(tokenised.tokens, np.int32(self.end_token)),
+                    np.append(tokenised.scored, tokenised.scored[-1]),
+                    np.vstack([tokenised.spans, tokenised.spans[-1:, [1, 1]]]),
                 )
             done = 0
-            while done < len(tokens.ids):
-                cut = slice(done, done + length - len(ids))
-                parts.append(_stretch(part, tokens.spans[cut], token=len(ids)))
-                ids.extend(tokens.ids[cut].tolist())
-                scored.extend(tokens.scored[cut].tolist())
+            while done < len(tokenised.tokens):
+                cut = slice(done, done + length - len(tokens))
+                parts.append(_stretch(part, tokenised.spans[cut], token=len(tokens)))
+                tokens.extend(tokenised.tokens[cut].tolist())
+                scored.extend(tokenised.scored[cut].tolist())
                 done = cut.stop
-                if len(ids) == length:
-                    yield from self._record(np.array(ids, np.int32), np.array(scored), parts)
-                    ids, scored, parts = [], [], []
-        if ids:
-            yield from self._record(np.array(ids, np.int32), np.array(scored), parts)
+                if len(tokens) == length:
+                    yield from self._record(np.array(tokens, np.int32), np.array(scored), parts)
+                    tokens, scored, parts = [], [], []
+        if tokens:
+            yield from self._record(np.array(tokens, np.int32), np.array(scored), parts)
 
-    def _record(self, ids: np.ndarray, scored: np.ndarray, parts: list[Part]) -> Iterator[Record]:
-        if scored[1:].any():
-            yield Record(-1, ids, scored, parts)
+    def _record(
+        self, tokens: np.ndarray, scored: np.ndarray, parts: list[Part]
+    ) -> Iterator[Record]:
+        if self.objective.counted(scored).any():
+            yield Record(-1, tokens, scored, parts)
         else:
             self.skipped.counts["sequence without a scored token"] += 1
 
-    def _documents(self) -> Iterator[tuple[Part, tokenise.Tokens]]:
+    def _documents(self) -> Iterator[tuple[Part, tokenise.Tokenised]]:
         for source, row, content in self._rows():
             try:
                 if isinstance(content, BadRowError):
                     raise content
-                tokens = self._tokens(content)
-                self._check(tokens)
+                tokenised = self._tokenised(content)
+                self._check(tokenised)
                 user_id, fields = self._metadata(content)
             except BadRowError as bad:
                 self._skip(source, row, str(bad))
@@ -176,7 +180,7 @@ class Corpus:
                 raise InputError(f"{source.name}:{row}: {error}") from None
             self.documents += 1
             number = self.documents_before + self.documents - 1
-            yield Part(number, source.name, row, -1, -1, 0, user_id, fields), tokens
+            yield Part(number, source.name, row, -1, -1, 0, user_id, fields), tokenised
             if self.documents == self.settings.limit:
                 return
 
@@ -225,11 +229,12 @@ class Corpus:
             )
         return "text"
 
-    def _tokens(self, content: dict[str, Any]) -> tokenise.Tokens:
+    def _tokenised(self, content: dict[str, Any]) -> tokenise.Tokenised:
         fields = self._fields()
         if self.task == "tokens":
-            ids = content["tokens"].astype(np.int64)
-            return tokenise.Tokens(ids, np.ones(len(ids), bool), np.full((len(ids), 2), -1))
+            tokens = content["tokens"].astype(np.int64)
+            n = len(tokens)
+            return tokenise.Tokenised(tokens, np.ones(n, bool), np.full((n, 2), -1))
         if self.task == "text":
             document = _string(content, fields["text"])
             if not document.strip():
@@ -256,16 +261,16 @@ class Corpus:
             reason = f"the chat template refuses the messages ({error.__cause__})"
             raise BadRowError(reason) from None
 
-    def _check(self, tokens: tokenise.Tokens) -> None:
-        if not len(tokens.ids):
+    def _check(self, tokenised: tokenise.Tokenised) -> None:
+        if not len(tokenised.tokens):
             raise BadRowError("no token")
-        least, most = tokens.ids.min(), tokens.ids.max()
+        least, most = tokenised.tokens.min(), tokenised.tokens.max()
         if least < 0 or most >= self.vocabulary:
             raise BadRowError(
                 f"token id outside the vocabulary (found {least} to {most}, expected 0 to "
                 f"{self.vocabulary - 1})"
             )
-        tokens.ids = tokens.ids.astype(np.int32)
+        tokenised.tokens = tokenised.tokens.astype(np.int32)
 
     def _metadata(self, content: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         self.fields_seen.update(map(str, content))

@@ -120,8 +120,8 @@ def write_records(corpus: Corpus, run: Run, say: Progress) -> dict[str, Any]:
         record.id += run.first
         pending.append(record)
         facts["sequences"] += 1
-        facts["tokens"] += len(record.ids)
-        facts["scored_tokens"] += int(record.scored[1:].sum())
+        facts["tokens"] += len(record.tokens)
+        facts["scored_tokens"] += int(corpus.objective.counted(record.scored).sum())
         say.update(1)
         if len(pending) == run.size:
             flush()

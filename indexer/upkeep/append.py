@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from gradindex.draws import Stream, choose
 from gradindex.errors import InputError
 from gradindex.influence.codes import Codes
 from gradindex.influence.fitted import FittedModel
-from gradindex.influence.gradients import Splits, in_batches, make_batch
+from gradindex.influence.gradients import Splits, in_batches
 from gradindex.influence.queries import Sizes, collect
 from gradindex.memory import parse_bound
 from gradindex.model.network import LanguageModel
@@ -25,7 +26,7 @@ from gradindex.storage.contents import Contents
 from gradindex.storage.records import Record
 from indexer.build_request import check_numbers, open_corpus
 from indexer.fit.quarantine import SHARE
-from indexer.fit.schedule import choose_sequences, uniforms
+from indexer.fit.schedule import fit_batch
 from indexer.read import ingest
 from indexer.read.corpus import CorpusSettings
 from indexer.read.ingest import Run
@@ -144,7 +145,7 @@ def _append(
 
 def _some(among: np.ndarray, seed: int) -> list[int]:
     """A fixed random part of some ids or rows."""
-    return [int(among[one]) for one in choose_sequences(len(among), DRIFT_SAMPLE, seed + 3)]
+    return [int(among[one]) for one in choose(Stream.DRIFT_SAMPLE, seed, len(among), DRIFT_SAMPLE)]
 
 
 # ---- drift
@@ -192,20 +193,17 @@ def _sizes(fitted: FittedModel, codes: Codes, members: list[Record]) -> np.ndarr
 
     def run(rows: list[int]) -> np.ndarray:
         some = [members[row] for row in rows]
-        batch = make_batch([(one.ids, one.scored) for one in some], model.device)
-        numbers = torch.zeros(batch.tokens.shape, dtype=torch.float64)
-        for row, one in enumerate(some):
-            drawn = uniforms(facts.code["seed"], 4, one.id, len(one.ids))
-            numbers[row, : len(one.ids)] = torch.from_numpy(drawn)
+        batch, numbers = fit_batch(model, some, "model", facts.code["seed"], Stream.DRIFT_LABELS)
         sizes = Sizes(fitted.ekfac, facts.damping, len(some))
-        collect(model, codes.modules, batch, sizes, uniforms=numbers.to(model.device))
+        collect(model, codes.modules, batch, sizes, numbers=numbers)
         return sizes.self_influence.numpy()
 
     found = np.zeros(len(members))
-    lengths = [len(one.ids) for one in members]
+    lengths = [len(one.tokens) for one in members]
     for rows, sizes in in_batches(lengths, facts.batch_tokens, Splits(), run):
         found[rows] = sizes
-    return found / np.array([max(1, int(one.scored[1:].sum())) for one in members])
+    counted = [model.objective.counted(one.scored).sum() for one in members]
+    return found / np.maximum(1, counted)
 
 
 def _say_drift(drift: Drift, say: Progress) -> None:

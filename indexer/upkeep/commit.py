@@ -234,7 +234,8 @@ def _rewrite(
         facts.files["records.lmdb"] = records.write(folder / "records.lmdb", here)
         codes = CodeIndex(contents.manifest.code["length"])
         codes.add(contents.codes_of(rows))
-        seal(folder, facts, codes, contents.rows[rows], [record.ids for record in here], vocabulary)
+        seal(folder, facts, codes, contents.rows[rows], [record.tokens for record in here],
+             vocabulary)
         files |= sealed_files(contents.root, segment, facts)
         written.append(segment)
         say.update(len(rows))

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from gradindex.draws import Stream, choose
 from gradindex.errors import DamagedIndexError
 from gradindex.influence.curvature import FiledEkfac
 from gradindex.influence.fitted import FittedModel
@@ -30,7 +31,6 @@ from gradindex.storage.segments import PARTIAL, SegmentFacts
 from indexer.background import unit
 from indexer.calibrate import exact_influence, prepare_query
 from indexer.encode import encode_batch, encode_segment
-from indexer.fit.schedule import choose_sequences
 from indexer.read.ingest import sealed_files
 from indexer.upkeep.commit import commit, refuse_unfinished, writing
 
@@ -207,7 +207,7 @@ def _check_segment(contents: Contents, segment: Segment, last: int) -> int:
     tokens = contents.tokens(segment)
     for row, record in enumerate(held):
         own = tokens.indices[tokens.indptr[row] : tokens.indptr[row + 1]]
-        if not np.array_equal(np.sort(own), np.unique(record.ids)):
+        if not np.array_equal(np.sort(own), np.unique(record.tokens)):
             raise wrong("tokens.npz", f"has other tokens than record {row}")
     return int(rows["id"][-1])
 
@@ -258,7 +258,7 @@ def _check_model(
         return
     codes = fitted.codes
     chosen = contents.places[
-        choose_sequences(len(contents.places), SAMPLE, facts.code["seed"] + 5)]
+        choose(Stream.VERIFIED_SEQUENCES, facts.code["seed"], len(contents.places), SAMPLE)]
     members = contents.records(chosen)
     say.start("encode", len(members), "sequences")
     again = np.zeros((len(members), facts.code["length"]), dtype=np.float32)
@@ -266,7 +266,7 @@ def _check_model(
     def run(rows: list[int]) -> np.ndarray:
         return encode_batch(model, codes, [members[row] for row in rows]).float().cpu().numpy()
 
-    lengths = [len(one.ids) for one in members]
+    lengths = [len(one.tokens) for one in members]
     for rows, vectors in in_batches(lengths, facts.batch_tokens, Splits(), run):
         again[rows] = vectors
         say.update(len(rows))

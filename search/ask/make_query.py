@@ -11,10 +11,9 @@ import numpy as np
 
 from gradindex.errors import InputError
 from gradindex.model import tokenise
-from gradindex.model.config import context_length
+from gradindex.model.config import context_length, vocabulary_size
 from gradindex.modules import numbers_in
-from gradindex.objective import UNSCORED
-from gradindex.results import Query
+from gradindex.results import UNSCORED, Query
 from search.rank.snapshot import OpenIndex
 
 CONTINUATION = 32  # tokens, where no completion is given
@@ -129,7 +128,7 @@ def _one_text(
         tokens = tokenise.encode_pair(index.tokenizer, prompt or "", completion)
         query = _scored_query(tokens, prompt, completion)
     else:
-        ids = tokenise.encode_pair(index.tokenizer, prompt or "", "").ids.tolist()
+        ids = tokenise.encode_pair(index.tokenizer, prompt or "", "").tokens.tolist()
         query = _continued_query(index, ids, prompt)
     _check(query, index.config)
     query.token_texts = tokenise.pieces(index.tokenizer, query.tokens)
@@ -157,13 +156,13 @@ def _chat_query(index: OpenIndex, messages: list[dict[str, Any]]) -> Query:
     return _continued_query(index, ids, prompt)
 
 
-def _scored_query(tokens: tokenise.Tokens, prompt: str | None, completion: str) -> Query:
-    labels = np.where(tokens.scored, tokens.ids, UNSCORED)
-    query = Query(tokens.ids.tolist(), labels.tolist(), prompt, completion)
+def _scored_query(tokenised: tokenise.Tokenised, prompt: str | None, completion: str) -> Query:
+    labels = np.where(tokenised.scored, tokenised.tokens, UNSCORED)
+    query = Query(tokenised.tokens.tolist(), labels.tolist(), prompt, completion)
     border = len(prompt or "")
-    across = np.flatnonzero(tokens.scored & (tokens.spans[:, 0] < border))
+    across = np.flatnonzero(tokenised.scored & (tokenised.spans[:, 0] < border))
     if prompt is not None and len(across):
-        start, end = tokens.spans[across[0]]
+        start, end = tokenised.spans[across[0]]
         both = (prompt + completion)[start:end]
         query.notes.append(
             f"the tokenizer joins the end of the prompt and the start of the completion in one "
@@ -189,7 +188,7 @@ def _continued_query(index: OpenIndex, ids: list[int], prompt: str | None) -> Qu
 
 
 def _check(query: Query, config: Any) -> None:
-    n, vocabulary = len(query.tokens), config.get_text_config().vocab_size
+    n, vocabulary = len(query.tokens), vocabulary_size(config)
     if len(query.labels) != n or any(
         label not in (UNSCORED, token)
         for label, token in zip(query.labels, query.tokens, strict=False)

@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from gradindex import draws
+from gradindex.draws import Stream
 from gradindex.results import Group
 from gradindex.storage.code_file import CodeIndex
 from gradindex.storage.contents import Contents
@@ -85,8 +87,8 @@ def read_grouping(contents: Contents, codes: Sequence[CodeIndex], by: str) -> Gr
 def _shares(record: Record) -> list[tuple[Part, float]]:
     """The parts of a sequence, each with its share of the tokens."""
     starts = [part.token for part in record.parts]
-    ends = [*starts[1:], len(record.ids)]
-    return [(part, (end - start) / len(record.ids))
+    ends = [*starts[1:], len(record.tokens)]
+    return [(part, (end - start) / len(record.tokens))
             for part, start, end in zip(record.parts, starts, ends, strict=True)]
 
 
@@ -131,8 +133,8 @@ def make_grouping(
 
 def chosen_signs(codes: Sequence[CodeIndex], length: int) -> tuple[np.ndarray, np.ndarray]:
     """`some_signs` of all codes of K = `length`, at COORDINATES chosen at random once for all."""
-    order = np.random.Philox(key=np.array([length, 0], dtype=np.uint64)).random_raw(length // 8)
-    octets = np.sort(np.argsort(order, kind="stable")[: COORDINATES // 8])
+    order = draws.order(Stream.GROUP_COORDINATES, length, length // 8)
+    octets = np.sort(order[: COORDINATES // 8])
     signs, steps = zip(*(one.some_signs(octets) for one in codes), strict=True)
     return np.concatenate(signs), np.concatenate(steps)
 

@@ -21,7 +21,7 @@ def make_hit(
     `code_rank` is −1 where it was named; `query_norm` is ‖q̃‖, `modules` those that count.
     """
     first = record.parts[0]
-    tokens = tokenise.pieces(tokenizer, record.ids.tolist())
+    tokens = tokenise.pieces(tokenizer, record.tokens.tolist())
     influence = code_score if exact is None else float(exact.influence[0])
     hit = Hit(
         id=record.id, influence=influence, nats=influence / train_sequences,
@@ -29,7 +29,7 @@ def make_hit(
         source=first.source, row=first.row, document=first.document, start=first.start,
         end=first.end, user_id=first.user_id, fields=first.fields,
         parts=[asdict(part) for part in record.parts], tokens=tokens,
-        token_ids=record.ids.tolist(),
+        token_ids=record.tokens.tolist(),
     )
     if exact is None:
         return hit

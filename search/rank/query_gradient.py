@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradindex.errors import InputError
 from gradindex.influence.exact import Exact, Rescorer, joined
-from gradindex.influence.gradients import Splits, in_batches, make_batch
+from gradindex.influence.gradients import Splits, in_batches
 from gradindex.influence.queries import (
     Gradients,
     Preconditioned,
@@ -18,8 +18,8 @@ from gradindex.influence.queries import (
     query_coordinates,
 )
 from gradindex.modules import Module
-from gradindex.objective import UNSCORED
-from gradindex.results import Query
+from gradindex.objective import Text
+from gradindex.results import UNSCORED, Query
 from search.ask.controls import Settings
 from search.rank.snapshot import OpenIndex
 
@@ -124,10 +124,9 @@ def coordinates_of(
     }
 
     def run(rows: list[int]) -> tuple[Gradients, Tensor]:
-        batch = make_batch([
-            (np.array(text.tokens, np.int32), np.array(text.labels) != UNSCORED)
-            for _, text in (texts[row] for row in rows)
-        ], index.model.device)
+        batch = index.model.batch([
+            Text(np.array(text.tokens, np.int32), np.array(text.labels) != UNSCORED)
+            for _, text in (texts[row] for row in rows)])
         with torch.no_grad():
             return query_coordinates(
                 index.model, modules, index.ekfac, batch, damping)
@@ -136,8 +135,7 @@ def coordinates_of(
     for rows, (coordinates, log_p) in in_batches(lengths, batch_tokens, Splits(), run, most):
         members = [texts[row] for row in rows]
         for (_, text), own in zip(members, log_p.tolist(), strict=True):
-            # log p of token t stands at position t − 1, where it is predicted
-            text.token_log_p = [0.0, *own[: len(text.tokens) - 1]]
+            text.token_log_p = index.objective.by_token(own, len(text.tokens))
         places = torch.tensor([place for place, _ in members], device=index.model.device)
         for name, c in coordinates.items():
             weights = c.new_tensor([text.weight for _, text in members])

@@ -11,7 +11,8 @@ from typing import Self
 import numpy as np
 import torch
 
-from gradindex import memory
+from gradindex import draws, memory
+from gradindex.draws import Stream
 from gradindex.errors import DamagedIndexError, GradindexError
 from gradindex.influence.exact import Exact, Rescorer, rescore
 from gradindex.influence.fitted import FittedModel
@@ -241,17 +242,14 @@ class OpenIndex(FittedModel):
 
     def background(self) -> list[int]:
         """Places of a fixed random sample of the index."""
-        raw = np.random.Philox(
-            key=np.array([self.manifest.code["seed"], 4], dtype=np.uint64)
-        ).random_raw(4 * BACKGROUND)
-        drawn = dict.fromkeys(int(value) for value in raw % np.uint64(len(self)))
-        return sorted(list(drawn)[:BACKGROUND])
+        return draws.distinct(Stream.BACKGROUND_SAMPLE, self.manifest.code["seed"], len(self),
+                              BACKGROUND)
 
     @property
     def wording(self) -> Wording:
         """How rare tokens are, told from the background sample."""
         if self._wording is None:
-            self._wording = Wording([one.ids for one in self.records(self.background())])
+            self._wording = Wording([one.tokens for one in self.records(self.background())])
         return self._wording
 
 

@@ -28,7 +28,7 @@ def _few_numbers(text: str) -> str:
     return text
 
 
-Text = Annotated[str, pydantic.Field(max_length=LONGEST_TEXT)]
+FormText = Annotated[str, pydantic.Field(max_length=LONGEST_TEXT)]
 Numbers = pydantic.AfterValidator(_few_numbers)
 
 
@@ -37,13 +37,13 @@ class Asked(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    prompt: Text = ""
-    completion: Annotated[Text, pydantic.Field(
+    prompt: FormText = ""
+    completion: Annotated[FormText, pydantic.Field(
         description="The text to explain, with its leading space; empty: the model's own greedy "
                     "continuation.")] = ""
-    versus: Annotated[Text, pydantic.Field(
+    versus: Annotated[FormText, pydantic.Field(
         description="Another completion: explain log p(completion) − log p(versus).")] = ""
-    compare: Annotated[Text, pydantic.Field(
+    compare: Annotated[FormText, pydantic.Field(
         description="Another completion, explained side by side with the first; score_on then "
                     "chooses of both, by number.")] = ""
     score_on: Annotated[str, Numbers, pydantic.Field(

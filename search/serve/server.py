@@ -94,7 +94,7 @@ class Site:
             return []
         found = []
         for record in self.searcher.index.records(self.searcher.index.background()[:12]):
-            pieces = tokenise.pieces(self.searcher.index.tokenizer, record.ids.tolist())
+            pieces = tokenise.pieces(self.searcher.index.tokenizer, record.tokens.tolist())
             middle = len(pieces) // 2
             prompt = "".join(pieces[max(0, middle - 16) : middle])
             completion = "".join(pieces[middle : middle + 6])
@@ -292,10 +292,10 @@ class Site:
 
     def _sequence(self, place: int) -> dict[str, Any]:
         record, = self.searcher.index.records([place])
-        pieces = tokenise.pieces(self.searcher.index.tokenizer, record.ids.tolist())
+        pieces = tokenise.pieces(self.searcher.index.tokenizer, record.tokens.tolist())
         return {
             "id": record.id, "text": "".join(pieces), "tokens": pieces,
-            "token_ids": record.ids.tolist(), "scored": record.scored.tolist(),
+            "token_ids": record.tokens.tolist(), "scored": record.scored.tolist(),
             "parts": [asdict(part) for part in record.parts],
             "duplicates": self.searcher.index.copies(place),
         }

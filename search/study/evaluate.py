@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import ndcg_score
 
+from gradindex.draws import Stream, generator
 from gradindex.errors import InputError
 from gradindex.influence.exact import rescore
 from gradindex.results import Query
@@ -94,7 +95,7 @@ def evaluate(
     total = len(searcher)
     ids = np.arange(total)
     if sample is not None and sample < total:
-        ids = np.sort(np.random.default_rng(0).choice(total, sample, replace=False))
+        ids = np.sort(generator(Stream.EVAL_SAMPLE).choice(total, sample, replace=False))
     found = Evaluation(len(queries), total, len(ids), settings.damping, len(settings.modules))
     compared = []
     together = min(searcher.group_size, max(1, fits_in_full(searcher.index, settings)))
@@ -181,7 +182,7 @@ class _Comparison:
 
 
 def _summary(found: Evaluation, compared: list[_Measured]) -> Evaluation:
-    random = np.random.default_rng(0)
+    random = generator(Stream.EVAL_INTERVALS)
     draws = random.integers(0, len(compared), (DRAWS, len(compared)))
     for method, top, length in compared[0].pairs:
         measured = [one.pairs[method, top, length] for one in compared]

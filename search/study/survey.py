@@ -12,17 +12,18 @@ from typing import Any
 
 import numpy as np
 
+from gradindex import draws
+from gradindex.draws import Stream
 from gradindex.errors import InputError
 from gradindex.influence.exact import Rescorer, rescore
 from gradindex.influence.queries import Preconditioned
 from gradindex.model import tokenise
 from gradindex.modules import Module
-from gradindex.objective import UNSCORED
 from gradindex.progress import Progress
-from gradindex.results import Query
+from gradindex.results import UNSCORED, Query
 from gradindex.storage.background_file import ONE_IN
 from gradindex.storage.manifest import Manifest
-from gradindex.storage.records import Record, second_half
+from gradindex.storage.records import Record
 from gradindex.terminal import json_text
 from search.ask.controls import Controls, Settings, settle
 from search.engine import Searcher
@@ -255,12 +256,13 @@ class _Tally:
 def read_texts(index: OpenIndex, progress: Progress) -> Texts:
     """Read every live record."""
     sources, fields = _Tally(), dict[str, _Tally | None]()
+    objective = index.objective
     lengths, scored = np.zeros(len(index), dtype=np.int32), 0
     progress.start("records", len(index), "sequences")
     for place, record in enumerate(_records(index, range(len(index)))):
-        lengths[place] = len(record.ids)
-        scored += int(record.scored[1:].sum())
-        starts = [part.token for part in record.parts] + [len(record.ids)]
+        lengths[place] = len(record.tokens)
+        scored += int(objective.counted(record.scored).sum())
+        starts = [part.token for part in record.parts] + [len(record.tokens)]
         tokens = [end - start for start, end in pairwise(starts)]
         documents = [part.document for part in record.parts]
         sources.add(list(zip([part.source for part in record.parts], documents, tokens,
@@ -294,10 +296,10 @@ def listed(index: OpenIndex, places: list[int]) -> list[Listed]:
     """Sequences to be shown."""
     found = []
     for place, record in zip(places, index.records(places), strict=True):
-        whole = "".join(tokenise.pieces(index.tokenizer, record.ids.tolist()))
+        whole = "".join(tokenise.pieces(index.tokenizer, record.tokens.tolist()))
         first = record.parts[0]
         found.append(Listed(
-            record.id, f"{first.source}:{first.row}", first.user_id, len(record.ids),
+            record.id, f"{first.source}:{first.row}", first.user_id, len(record.tokens),
             whole if len(whole) <= EXCERPT else whole[: EXCERPT - 1] + "…",
             len(index.copies(place)),
         ))
@@ -342,16 +344,17 @@ def own_queries(searcher: Searcher, count: int) -> tuple[list[Query], list[int]]
     """
     index = searcher.index
     places = np.unique(index.contents.first_equal)
-    places = np.random.default_rng(searcher.manifest.code["seed"]).permutation(places)
+    random = draws.generator(Stream.REPORT_QUERIES, searcher.manifest.code["seed"])
+    places = random.permutation(places)
     queries: list[Query] = []
     chosen: list[int] = []
     for first in range(0, len(places), count):
         some = places[first : first + count].tolist()
         for place, record in zip(some, index.records(some), strict=True):
-            scored = second_half(record)
+            scored = index.objective.later_half(record.scored)
             if scored.any() and len(queries) < count:
-                labels = np.where(scored, record.ids, UNSCORED).tolist()
-                queries.append(searcher.make_query(token_ids=record.ids.tolist(), labels=labels,
+                labels = np.where(scored, record.tokens, UNSCORED).tolist()
+                queries.append(searcher.make_query(token_ids=record.tokens.tolist(), labels=labels,
                                                    id=record.id))
                 chosen.append(place)
         if len(queries) == count:
@@ -371,7 +374,7 @@ class Scores:
         self.index, self.own, self.codes = index, own, codes
         total, queries = len(index), len(own)
         size = total if sample is None else min(sample, total)
-        random = np.random.default_rng(index.manifest.code["seed"])
+        random = draws.generator(Stream.REPORT_SAMPLE, index.manifest.code["seed"])
         self.sample = np.arange(total) if size == total else \
             np.sort(random.choice(total, size, replace=False))
         self.allowed = np.ones((queries, total), dtype=bool)  # all but a query's own sequences

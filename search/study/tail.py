@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gradindex.draws import Stream, generator
 from gradindex.results import Result
 
 FEWEST = 50  # values in a tail: below, the estimate of α is biased (Clauset et al., section 3.5)
@@ -107,7 +108,7 @@ def _worse(
 
     A synthetic sample follows the fitted law above x_min, and below it is drawn from the values.
     """
-    random = np.random.default_rng(seed)
+    random = generator(Stream.TAIL_SAMPLES, seed)
     n, low, below = len(logs), logs[points - 1], logs[points:]
     worse = 0
     for _ in range(draws):
@@ -145,7 +146,7 @@ def half_interval(
     n = int(drawn.sum())
     again = np.repeat(weights[None], DRAWS, axis=0)
     if n:
-        random = np.random.default_rng(seed)
+        random = generator(Stream.HALF_INTERVALS, seed)
         again[:, drawn] *= random.multinomial(n, np.full(n, 1 / n), DRAWS)
     low, high = np.quantile(_half(values, again), [0.025, 0.975])
     return math.floor(low), math.ceil(high)
