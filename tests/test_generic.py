@@ -230,7 +230,7 @@ def test_a_build_killed_after_the_queries_ends_with_the_same_bytes(
         real(path, queries)
         raise KilledError
 
-    monkeypatch.setattr(build_module.background, "save", killed)
+    monkeypatch.setattr(build_module.background_file, "save", killed)
     with pytest.raises(KilledError):
         gradindex.build(network, data, tmp_path / "index", **options)
     monkeypatch.undo()

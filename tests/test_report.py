@@ -418,5 +418,5 @@ def test_the_command_refuses(index_folder, arguments, said):
 
 
 def test_the_template_is_part_of_the_package():
-    folder = Path(surveys.__file__).parent / "page"
+    folder = Path(html.__file__).parent / "page"
     assert {"report.html", "report.css", "plots.css"} <= {path.name for path in folder.iterdir()}

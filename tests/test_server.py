@@ -532,7 +532,7 @@ def test_static_files_are_those_of_a_table(running: Running) -> None:
     for name in server.STATIC:
         found = running.ask("GET", f"/static/{name}")
         assert found.status == 200
-        own = Path(server.__file__).with_name("page").joinpath(name).read_bytes()
+        own = Path(html.__file__).with_name("page").joinpath(name).read_bytes()
         assert found.body.startswith(own)  # the page's style and that of its plots are sent as one
     secret = Path(server.__file__).read_bytes()[:80]
     for name in (
