@@ -21,7 +21,6 @@ from gradindex.storage import background_file, manifest
 from gradindex.storage.background_file import BackgroundQueries, thresholds
 from gradindex.storage.files import facts_of
 from indexer import background as background_module
-from indexer import build as build_module
 from indexer.fit.schedule import choose_sequences
 from search.ask.controls import Controls
 from search.rank.generic_rate import all_rates
@@ -230,7 +229,7 @@ def test_a_build_killed_after_the_queries_ends_with_the_same_bytes(
         real(path, queries)
         raise KilledError
 
-    monkeypatch.setattr(build_module.background, "save", killed)
+    monkeypatch.setattr(background_file, "save", killed)
     with pytest.raises(KilledError):
         gradindex.build(network, data, tmp_path / "index", **options)
     monkeypatch.undo()
