@@ -10,8 +10,6 @@ import numpy as np
 import peft
 import pytest
 import torch
-from conftest import SMALL, VOCABULARY, labels_of, random_network
-from reference import sequence_gradient
 
 import gradindex
 from gradindex.errors import IndexMismatchError, InputError
@@ -24,6 +22,9 @@ from gradindex.model.network import (
     parameter_share,
     tracked_modules,
 )
+from support.indexes import SMALL
+from support.models import VOCABULARY, labels_of, random_network
+from support.reference import sequence_gradient
 
 pytestmark = pytest.mark.filterwarnings(  # peft asks transformers by an old name
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

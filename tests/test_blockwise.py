@@ -5,10 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, labels_of
-from reference import covariances, ekfac_matrix, sequence_gradient
-from test_curvature import records_of
-from test_search import QUESTION
 
 import gradindex
 from gradindex.errors import InputError
@@ -37,6 +33,10 @@ from gradindex.model.network import tracked_modules
 from gradindex.modules import Module
 from gradindex.progress import Progress
 from indexer.fit.schedule import FitSettings, eigenvectors, fit
+from support.fits import records_of
+from support.indexes import QUESTION, SMALL
+from support.models import labels_of
+from support.reference import covariances, ekfac_matrix, sequence_gradient
 
 
 def dense(matrix):

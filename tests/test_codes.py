@@ -4,7 +4,6 @@ import faiss
 import numpy as np
 import pytest
 import torch
-from test_curvature import fitted
 
 from gradindex.errors import DamagedIndexError
 from gradindex.influence.codes import (
@@ -23,6 +22,7 @@ from gradindex.modules import Module
 from gradindex.storage.code_file import CodeIndex, code_bytes, scan
 from gradindex.storage.files import facts_of
 from gradindex.storage.integrity import CheckedFiles
+from support.fits import fitted
 
 
 @pytest.fixture

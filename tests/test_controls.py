@@ -6,15 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_search import QUESTION, codes_of
 
 import gradindex
 from gradindex.errors import InputError
 from gradindex.influence.gradients import make_batch
 from gradindex.influence.queries import (
-    Preconditioned,
-    exact_scores,
-    precondition,
     query_coordinates,
 )
 from gradindex.modules import numbers_in
@@ -23,6 +19,8 @@ from search.ask.query_files import ResultsFile, make_queries, read_queries
 from search.engine import drain
 from search.show import render
 from search.study import evaluate
+from support.indexes import QUESTION
+from support.scores import codes_of, exact
 
 OTHER = {"prompt": "The fig number 3 grows", "completion": " by the market."}
 
@@ -30,22 +28,6 @@ OTHER = {"prompt": "The fig number 3 grows", "completion": " by the market."}
 @pytest.fixture(scope="module")
 def index(index_folder):
     return gradindex.open(index_folder)
-
-
-def exact(index, question, damping=0.1, modules=None, **parts):
-    """Influence of every sequence by id, by the many-query routine."""
-    modules = index.manifest.modules if modules is None else modules
-    ekfac = index.index.ekfac
-    query = index.make_query(**question, **parts)
-    total = 0.0
-    stored = index.index.records(list(range(len(index))))
-    for text in query.texts:
-        batch = make_batch([(np.array(text.tokens, np.int32), np.array(text.labels) != -100)],
-                           index.model.device)
-        c, _ = query_coordinates(index.model, modules, ekfac, batch, damping)
-        p = Preconditioned(precondition(ekfac, c))
-        total = total + text.weight * exact_scores(index.model, modules, p, stored, 96)[0]
-    return total
 
 
 def by_id(result):

@@ -10,12 +10,19 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from test_text import CHAT, MARKED_TEMPLATE, PLAIN_TEMPLATE, REWRITING, byte_tokenizer, plain_ids
 
 from gradindex.errors import InputError
 from indexer.read import sources
 from indexer.read.corpus import Corpus, CorpusSettings
 from indexer.read.sources import token_file_width
+from support.tokenizers import (
+    CHAT,
+    MARKED_TEMPLATE,
+    PLAIN_TEMPLATE,
+    REWRITING,
+    byte_tokenizer,
+    plain_ids,
+)
 
 END = 0
 VOCABULARY = 340

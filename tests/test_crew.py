@@ -12,9 +12,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import SMALL
 from safetensors.torch import load_file, save_file
-from test_build import files_of
 
 import gradindex
 import gradindex.model.network
@@ -28,6 +26,7 @@ from indexer.fit.schedule import Fit
 from indexer.ray_build import Crew, Job, Receipt, _Worker
 from indexer.shards import OVER_RAY, Shard, Stage
 from indexer.state import State
+from support.indexes import SMALL, SMALL_FLAGS, files_of
 
 ray = pytest.importorskip("ray")
 
@@ -100,11 +99,8 @@ def gone(process):
 
 def command(model, data, out, cluster):
     """A build of the same index from the command line."""
-    flags = [part for name, value in SMALL.items()
-             for part in (f"--{name.replace('_', '-')}",
-                          ",".join(value) if isinstance(value, list) else str(value))]
     return [sys.executable, "-m", "gradindex", "build", str(model), str(data), "-o", str(out),
-            *flags, "--ray", cluster.address]
+            *SMALL_FLAGS, "--ray", cluster.address]
 
 
 @pytest.mark.parametrize("moment", ["while it starts", "once a block is summed"])

@@ -5,8 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import labels_of
-from reference import covariances, ekfac_matrix, sequence_gradient
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -30,28 +28,11 @@ from gradindex.model.network import tracked_modules
 from gradindex.modules import Module
 from gradindex.progress import Progress, stderr_progress
 from gradindex.storage.files import facts_of
-from gradindex.storage.records import Part, Record
 from indexer.fit.budget import held_bytes
 from indexer.fit.schedule import FitSettings, choose_sequences, eigenvectors, fit, uniforms
-
-
-def records_of(sequences):
-    return [Record(n, ids, scored, [Part(n, "x", n + 1, 0, 1, 0)])
-            for n, (ids, scored) in enumerate(sequences)]
-
-
-def fitted(model, modules, sequences, folder, labels="data", block=2, allowance=None, most=None):
-    """Interrupted when more than `most` blocks are read."""
-    records, reads = records_of(sequences), []
-
-    def read(ids):
-        reads.append(ids)
-        if len(reads) - 1 == most:
-            raise KeyboardInterrupt
-        return [records[n] for n in ids]
-
-    settings = FitSettings(list(range(len(records))), labels, block, 24, 5)
-    return fit(model, modules, read, settings, folder, Progress(), 0, allowance=allowance)[0]
+from support.fits import fitted, records_of
+from support.models import labels_of
+from support.reference import covariances, ekfac_matrix, sequence_gradient
 
 
 def test_partitions_of_modules_give_the_same_bytes(make_model, sequences, tmp_path):

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, small_documents
 
 import gradindex
 from gradindex import cli
@@ -25,6 +24,8 @@ from indexer.dry_run import estimate as estimate_module
 from indexer.dry_run.measure import Speed, Work, _fit_speed
 from indexer.fit.budget import disk_bytes
 from indexer.read.sources import Source, count_rows
+from support.documents import small_documents
+from support.indexes import SMALL
 
 
 def files_of(folder: Path) -> dict[str, int]:

@@ -8,10 +8,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import FRUIT, PLACES, labels_of, random_network, small_documents
-from reference import sequence_gradient
-from test_build import KilledError, files_of
-from test_maintain import TINY, save, tiny_network, tiny_tokens
 
 import gradindex
 from demo.prepare import train_tokenizer
@@ -25,6 +21,11 @@ from indexer.fit.schedule import choose_sequences
 from search.ask.controls import Controls
 from search.rank.generic_rate import all_rates
 from search.study.describe import describe, summary
+from support.documents import FRUIT, PLACES, save, small_documents, tiny_tokens
+from support.indexes import TINY, files_of
+from support.kills import KilledError
+from support.models import labels_of, random_network, tiny_network
+from support.reference import sequence_gradient
 
 QUESTION = {"token_ids": [3, 1, 4, 1, 5]}
 ROWS = 150  # so that a hundredth of the others is two

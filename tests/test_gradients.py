@@ -5,14 +5,14 @@ import threading
 import numpy as np
 import pytest
 import torch
-from conftest import labels_of
-from reference import log_likelihood, sequence_gradient
 
 from gradindex.errors import InputError
 from gradindex.influence.blockwise import rotated
 from gradindex.influence.gradients import apply_inputs, backward, gradient, make_batch, plan_batches
 from gradindex.model.network import log_probability, sample_labels, tracked_modules
 from gradindex.modules import Module
+from support.models import labels_of
+from support.reference import log_likelihood, sequence_gradient
 
 
 def by_hooks(model, modules, batch, uniforms=None):

@@ -8,9 +8,6 @@ from collections import defaultdict
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import SMALL, small_documents
-from test_controls import exact
-from test_search import QUESTION, codes_of
 
 import gradindex
 from gradindex.cli import main_group
@@ -24,6 +21,9 @@ from search.rank.ranking import CodeRanking
 from search.rank.shortlist import Shortlist
 from search.show import wording
 from search.show.render import group_lines
+from support.documents import small_documents
+from support.indexes import QUESTION, SMALL
+from support.scores import codes_of, exact
 
 FRUIT = {"prompt": "The plum", "completion": " number 2"}  # fits in eight tokens
 SHORT = {"k": 5, "shortlist": 15}

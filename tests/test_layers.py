@@ -5,8 +5,6 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import SIZES, SMALL, VOCABULARY, labels_of, random_network, small_documents
-from reference import log_likelihood, sequence_gradient
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -31,6 +29,10 @@ from indexer.build import NOTABLE, describe
 from indexer.fit.schedule import add_covariances
 from search.study.describe import describe as info
 from search.study.describe import summary
+from support.documents import small_documents
+from support.indexes import SMALL
+from support.models import SIZES, VOCABULARY, labels_of, random_network
+from support.reference import log_likelihood, sequence_gradient
 
 LLAMA = SIZES["llama"]
 MIXTURES = {

@@ -1,10 +1,8 @@
 """Append, delete and compact: what an index answers before and after, and after a kill anywhere."""
 
-import functools
 import gc
 import hashlib
 import io
-import itertools
 import json
 import os
 import re
@@ -16,11 +14,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import SMALL, random_network, small_documents
-from reference import sequence_gradient
 from safetensors.torch import load_file
-from test_build import KilledError, files_of
-from test_tfidf import plain_score
 
 import gradindex
 from demo.prepare import train_tokenizer
@@ -37,8 +31,12 @@ from indexer.upkeep import append as append_module
 from indexer.upkeep.commit import Deleted, remove
 from search.ask.controls import Controls
 from search.study.evaluate import evaluate
+from support.documents import save, small_documents, tiny_tokens
+from support.indexes import QUESTION, SMALL, TINY, add, answer, files_of, unlisted
+from support.kills import KilledError, each_kill
+from support.models import random_network, tiny_network
+from support.reference import plain_score, sequence_gradient
 
-QUESTION = {"prompt": "The plum number 26 grows", "completion": " by the river."}
 MARK = "Zanzibar"
 NEW = [
     {"text": "The quince number 77 grows by the gate. The quince number 78 grows by the gate.",
@@ -48,26 +46,6 @@ NEW = [
 ]
 
 # ---- a small index of tokens, for what is repeated often
-
-TINY = {"bits": 512, "segment_size": 4, "batch_tokens": 12}
-
-
-@functools.cache
-def tiny_network():
-    """One layer, float32."""
-    return random_network("gpt_neox", torch.float32, num_hidden_layers=1)
-
-
-def tiny_tokens(seed, rows=8):
-    """Token ids [rows, 6], none of them 36."""
-    return np.random.default_rng(seed).integers(0, 36, (rows, 6))
-
-
-def save(path, tokens):
-    path.parent.mkdir(exist_ok=True)
-    np.save(path, tokens)
-    return path
-
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
@@ -81,10 +59,6 @@ def tiny(tmp_path_factory):
 @pytest.fixture
 def more(tmp_path):
     return save(tmp_path / "more.npy", tiny_tokens(1, 6))
-
-
-def add(index, data=None, **options):
-    return gradindex.append(index, data, model=tiny_network(), **options)
 
 
 # ---- the index of text
@@ -104,12 +78,6 @@ def index(index_folder, tmp_path):
     return shutil.copytree(index_folder, tmp_path / "index")
 
 
-def answer(searcher, question=QUESTION, **controls):
-    """All that a search says, but for seconds and what names the state of the index."""
-    content = searcher.search(**question, **controls).to_dict()
-    return {name: value for name, value in content.items() if name not in ("seconds", "index")}
-
-
 def influences(searcher, question=QUESTION):
     """Exact influence of every sequence by id, without folding equal ones."""
     ids = searcher.index.contents.ids.tolist()
@@ -119,44 +87,6 @@ def influences(searcher, question=QUESTION):
 def records_in(searcher):
     contents = searcher.index.contents
     return contents.records(contents.places)
-
-
-def unlisted(index):
-    """Files and folders that the manifest doesn't account for."""
-    listed = {manifest.NAME, *manifest.load(index).files}
-    folders = {parent for name in listed for parent in map(str, list((index / name).parents))}
-    return {str(path.relative_to(index)) for path in index.rglob("*")
-            if str(path.relative_to(index)) not in listed and str(path) not in folders
-            } - {"deleted"}
-
-
-def each_kill(monkeypatch, fresh, run, error=KilledError, every=1):
-    """Run on a fresh folder that `error` strikes at the n-th sync and any later one, for each n.
-
-    Yields n and the folder, until a run gets to its end.
-    """
-    real = os.fsync
-    for which in itertools.count(step=every):
-        folder, left = fresh(which), [which]
-
-        def fsync(descriptor, left=left):
-            left[0] -= 1
-            if left[0] < 0:
-                raise error
-            real(descriptor)
-
-        monkeypatch.setattr(os, "fsync", fsync)
-        try:
-            run(folder)
-            return
-        except KilledError:
-            pass
-        except GradindexError as said:
-            assert isinstance(error, OSError), said
-            assert said.exit_code == 4, said
-        finally:
-            monkeypatch.setattr(os, "fsync", real)
-        yield which, folder
 
 
 # ---- append

@@ -6,9 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL
-from test_build import files_of
-from test_search import QUESTION
 
 import gradindex
 from gradindex.errors import InputError, ResourceError
@@ -20,6 +17,7 @@ from indexer.fit.budget import held_bytes, partitions
 from indexer.fit.schedule import FitSettings
 from search.ask.controls import Controls, settle
 from search.rank import query_gradient
+from support.indexes import QUESTION, SMALL, files_of
 
 
 @pytest.mark.parametrize("text, expected", [

@@ -7,12 +7,13 @@ import urllib.parse
 
 import pyarrow.parquet
 import pytest
-from conftest import SMALL, small_documents
 
 import gradindex
 from gradindex.results import Result
 from search.serve import serving
 from search.show import html
+from support.documents import small_documents
+from support.indexes import SMALL
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install "

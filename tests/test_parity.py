@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from test_curvature import records_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import gradindex
@@ -21,6 +20,7 @@ from gradindex.influence.queries import Preconditioned, precondition, query_coor
 from gradindex.model.network import LanguageModel, ModelSource, tracked_modules
 from gradindex.progress import Progress
 from indexer.fit.schedule import FitSettings, fit
+from support.fits import records_of
 
 GOLDEN = Path(__file__).parent / "golden" / "kronfluence.safetensors"
 # GPT-NeoX rounds its rotary angles to float32, and in eager attention its softmax too.

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from reference import true_recall
 
 from search.rank.ranking import CodeRanking, best
 from search.rank.recall import estimated_recall, expected_recall, inclusion_probability
 from search.rank.shortlist import Shortlist, longer
+from support.reference import true_recall
 
 
 def claimed_and_actual(random, n, shortlist, k, noise, opponents):

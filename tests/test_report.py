@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import SMALL, small_documents
 
 import gradindex
 from gradindex.cli import main_group
@@ -23,6 +22,8 @@ from search.rank.generic_rate import all_rates
 from search.study import survey as surveys
 from search.study.report import render
 from search.study.tail import fit_tail, half
+from support.documents import small_documents
+from support.indexes import SMALL
 
 BAD = '</style></pre></title><script>alert(1)</script><img src=x onerror=alert(2)>"\'&{{7*7}}{%'
 SHORT = "</pre><script>a()"  # of few tokens

@@ -9,8 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, random_network, small_documents
-from test_curvature import records_of
 
 import gradindex
 from gradindex.errors import DamagedIndexError, IndexMismatchError, InputError
@@ -23,12 +21,14 @@ from gradindex.influence.queries import (
     query_coordinates,
 )
 from gradindex.storage import records
-from search.ask.controls import Controls, _sizes, settle
+from search.ask.controls import Controls, _sizes
 from search.engine import drain
-from search.rank.query_gradient import make_targets
 from search.show import render, wording
-
-QUESTION = {"prompt": "The plum number 26 grows", "completion": " by the river."}
+from support.documents import small_documents
+from support.fits import records_of
+from support.indexes import QUESTION, SMALL
+from support.models import random_network
+from support.scores import codes_of
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +48,6 @@ def truth(index, index_folder):
     stored = [r for s in index.manifest.segments for r in records.read(
         index_folder / "segments" / s.name / "records.lmdb", range(s.rows))]
     return exact_scores(index.model, index.manifest.modules, p, stored, 96)[0]
-
-
-def codes_of(index, question, **controls):
-    """Every sequence's code score."""
-    settings = settle(Controls(**controls), index.manifest)
-    [target], _ = make_targets(index.index, [index.make_query(**question)], settings, 96)
-    return index.index.code_scores(target.vector[None])[0]
 
 
 def ranking(truth, stored_duplicates, sign=1):

@@ -10,7 +10,6 @@ import time
 
 import numpy as np
 import pytest
-from test_server import Running
 
 import gradindex
 from gradindex.errors import DamagedIndexError, GradindexError, InputError
@@ -20,10 +19,11 @@ from search.rank.query_gradient import make_targets
 from search.rank.ray_search import PATIENCE, SharedRanking, deal
 from search.rank.session import Journey
 from search.rank.snapshot import LostError, OpenIndex, Part
+from support.indexes import QUESTION
+from support.server import Running
 
 ray = pytest.importorskip("ray")
 
-QUESTION = {"prompt": "The plum number 26 grows", "completion": " by the river."}
 OTHERS = [{"prompt": "The fig number 3", "completion": " grows by the harbour."},
           {"prompt": "The lime number", "completion": " 4"},
           {"prompt": "A mango", "completion": " grows by the hill. The mango"}]

@@ -1,6 +1,5 @@
 """The TF-IDF filter against the formula of Grosse et al. 2023, §3.2, written out."""
 
-import math
 import zipfile
 
 import numpy as np
@@ -9,17 +8,7 @@ import scipy.sparse
 
 from gradindex.errors import DamagedIndexError
 from gradindex.storage import token_file
-
-
-def plain_score(query, documents, place):
-    """Σ over query tokens of (k₁+1)·e/(k₁+e) · IDF, e = 1 where the document holds the token."""
-    total = 0.0
-    for token in query:
-        count = sum(token in document for document in documents)
-        idf = math.log((len(documents) - count + 0.5) / (count + 0.5) + 1)
-        there = float(token in documents[place])
-        total += (1.5 + 1) * there / (1.5 + there) * idf
-    return total
+from support.reference import plain_score
 
 
 def read(path, rows, vocabulary=10):

@@ -11,10 +11,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import random_network
 from safetensors.torch import load_file
-from test_build import KilledError, files_of
-from test_maintain import TINY, add, answer, save, tiny_network, tiny_tokens, unlisted
 
 import gradindex
 from gradindex.cli import main_group
@@ -36,6 +33,10 @@ from indexer.upkeep import verify as verify_module
 from indexer.upkeep.commit import remove
 from search.show import render
 from search.study.describe import describe
+from support.documents import save, tiny_tokens
+from support.indexes import TINY, add, answer, files_of, unlisted
+from support.kills import KilledError, each_kill
+from support.models import random_network, tiny_network
 
 QUESTION = {"token_ids": [3, 1, 4, 1, 5]}
 TOKENS = tiny_tokens(0, 12)
@@ -326,8 +327,6 @@ def test_records_that_are_lost_alone_are_not_rebuilt(index):
 def test_a_rebuild_killed_anywhere_leaves_an_index_that_can_be_rebuilt(
     index, tmp_path, monkeypatch
 ):
-    from test_maintain import each_kill
-
     flip(index / "segments" / "000001" / "rows.npy")
     whole = shutil.copytree(index, tmp_path / "whole")
     verify(whole, rebuild=True)

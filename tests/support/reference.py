@@ -4,6 +4,8 @@ Everything here is written from the formulas, with `torch.func` or dense algebra
 code with the product.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad
@@ -73,3 +75,14 @@ def true_recall(influence: list[float], found: list[int], k: int) -> float:
     best = set(order[:k])
     kept = sorted(found, key=lambda place: (-influence[place], place))[:k]
     return len(best & set(kept)) / k
+
+
+def plain_score(query: list[int], documents: list[set[int]], place: int) -> float:
+    """Σ over query tokens of (k₁+1)·e/(k₁+e) · IDF, e = 1 where the document holds the token."""
+    total = 0.0
+    for token in query:
+        count = sum(token in document for document in documents)
+        idf = math.log((len(documents) - count + 0.5) / (count + 0.5) + 1)
+        there = float(token in documents[place])
+        total += (1.5 + 1) * there / (1.5 + there) * idf
+    return total
