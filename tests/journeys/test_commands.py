@@ -21,7 +21,7 @@ import gradindex
 from demo.prepare import Settings, new_model, train, train_tokenizer, windows
 from gradindex.progress import Progress
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 COMMAND = [sys.executable, "-m", "gradindex"]
 
 FIRST = ("Zor", "Mel", "Quin", "Bra", "Tol", "Fen", "Gar", "Hul", "Iva", "Jor")

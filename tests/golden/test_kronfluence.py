@@ -22,7 +22,7 @@ from gradindex.progress import Progress
 from indexer.fit.schedule import FitSettings, fit
 from support.fits import records_of
 
-GOLDEN = Path(__file__).parent / "golden" / "kronfluence.safetensors"
+GOLDEN = Path(__file__).parent / "kronfluence.safetensors"
 # GPT-NeoX rounds its rotary angles to float32, and in eager attention its softmax too.
 CASES = {"gpt2": 1e-9, "gpt2_masked": 1e-9, "neox": 1e-6, "neox_masked": 1e-6, "neox_eager": 1e-6}
 

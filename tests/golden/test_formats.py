@@ -13,7 +13,7 @@ from gradindex.errors import DamagedIndexError, IndexMismatchError
 from gradindex.storage import manifest, sealed_json
 from search.study.describe import describe, summary
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parent
 FORMATS = (1, 2, 3)
 QUESTION = {"prompt": "The apple number", "completion": " 8 grows"}
 
