@@ -2,7 +2,8 @@
 
     python benchmarks/statement.py
 
-The draws are those of tests/test_recall.py, at more noise and for smaller k than the test allows.
+The draws are those of tests/rank/test_recall.py, at more noise and for smaller k than the test
+allows.
 """
 
 import sys

@@ -1,8 +1,8 @@
-"""Small models of four families, in float64, and a helper to compare with."""
+"""What many tests begin with: a small model, its documents, and an index of both."""
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,40 +13,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 import gradindex
 from demo.prepare import train_tokenizer
 from gradindex.model.network import LanguageModel
 from gradindex.model.source import ModelSource
 from gradindex.objective import Text
-
-SIZES = {
-    "gpt_neox": dict(hidden_size=12, num_hidden_layers=2, num_attention_heads=2,
-                     intermediate_size=20),
-    "gpt2": dict(n_embd=12, n_layer=2, n_head=2, n_positions=64, n_inner=20),
-    "llama": dict(hidden_size=12, num_hidden_layers=2, num_attention_heads=2,
-                  num_key_value_heads=1, intermediate_size=20),
-    "qwen3": dict(hidden_size=12, num_hidden_layers=2, num_attention_heads=2,
-                  num_key_value_heads=1, intermediate_size=20, head_dim=6),
-}
-VOCABULARY = 37
-
-
-def random_network(family: str, dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
-    """A small random model whose every parameter matters."""
-    settings = {**SIZES[family], "vocab_size": VOCABULARY, "max_position_embeddings": 64,
-                "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None,
-                "attention_dropout": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
-    if family == "gpt2":
-        del settings["max_position_embeddings"], settings["attention_dropout"]
-    config = AutoConfig.for_model(family, **{**settings, **changes})
-    torch.manual_seed(7)
-    network = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return network.eval()
+from support.documents import FRUIT, PLACES, small_documents
+from support.indexes import SMALL
+from support.models import SIZES, VOCABULARY, random_network
 
 
 @pytest.fixture(params=list(SIZES))
@@ -74,25 +49,6 @@ def sequences() -> list[Text]:
     return made
 
 
-def labels_of(ids: np.ndarray, scored: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.where(scored, ids, -100).astype(np.int64))
-
-
-FRUIT = ("apple", "pear", "plum", "fig", "lime", "cherry", "mango", "quince")
-PLACES = ("hill", "river", "market", "garden", "harbour")
-
-
-def small_documents() -> list[dict[str, Any]]:
-    """Forty short documents, one of them twice, some longer than a sequence of 24 tokens."""
-    documents = []
-    for n in range(40):
-        fruit, place = FRUIT[n % 8], PLACES[n % 5]
-        body = f"The {fruit} number {n} grows by the {place}. " * (1 + n % 3)
-        documents.append({"text": body.strip(), "url": f"doc/{n}", "place": place})
-    documents[17]["text"] = documents[9]["text"]
-    return documents
-
-
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random GPT-NeoX with a tokenizer, as save_pretrained writes it."""
@@ -110,10 +66,6 @@ def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-SMALL = {"seq_len": 24, "bits": 512, "segment_size": 16, "batch_tokens": 96,
-         "id_field": "url", "keep_fields": ["place"]}
-
-
 @pytest.fixture(scope="session")
 def index_folder(
     model_folder: Path, data_file: Path, tmp_path_factory: pytest.TempPathFactory
@@ -121,33 +73,6 @@ def index_folder(
     """An index of the forty documents; tests that change it copy it first."""
     out = tmp_path_factory.mktemp("index") / "small.index"
     gradindex.build(str(model_folder), data_file, out, **SMALL)
-    return out
-
-
-# ---- faults (tests/faults), the long run with FAULTS=all
-
-
-@pytest.fixture(scope="session")
-def faults(model_folder: Path, data_file: Path) -> Iterator[Any]:
-    """Children to be killed, and the report of how they fared."""
-    from faults.harness import Faults, Zygote
-
-    harness = Faults(Zygote(model_folder), model_folder, data_file,
-                     {**SMALL, "segment_size": 18}, os.environ.get("FAULTS") == "all")
-    yield harness
-    harness.zygote.close()
-    if os.environ.get("FAULTS_REPORT"):
-        harness.write_report()
-    print(f"\n{harness.report()}")
-
-
-@pytest.fixture(scope="session")
-def index_of_faults(faults: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An index of three segments that the harness built; tests copy it."""
-    out = tmp_path_factory.mktemp("faults") / "three.index"
-    ended = faults.zygote.run("build", {"model": faults.model, "data": faults.data, "out": out,
-                                        "settings": faults.settings})
-    assert ended.done, str(ended)
     return out
 
 

@@ -120,6 +120,17 @@ def test_a_shadowed_package_is_named(tmp_path):
     assert "which hides gradindex's own" in shown.stderr and "search.py" in shown.stderr
 
 
+def test_no_test_file_imports_another():
+    """What several need stands in tests/support, or with the harness of faults."""
+    tests = ROOT / "tests"
+    folders = {path.name for path in tests.iterdir() if path.is_dir()} - {"support"}
+    for path in tests.rglob("*.py"):
+        for name in imports(path):
+            first, last = name.partition(".")[0], name.rpartition(".")[2]
+            assert not last.startswith("test_") and last != "conftest", f"{path} imports {name}"
+            assert first not in folders or name == "faults.harness", f"{path} imports {name}"
+
+
 def test_every_command_has_an_example():
     from gradindex.cli import COMMANDS, main_group
 

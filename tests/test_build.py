@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SIZES, SMALL, VOCABULARY, random_network, small_documents
 from transformers import AutoModelForCausalLM
 
 import gradindex
@@ -25,15 +24,10 @@ from gradindex.storage.locks import only_writer
 from indexer import build as build_module
 from indexer import build_request
 from indexer.read import ingest
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes()
-            for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-class KilledError(BaseException):
-    """Stands for SIGKILL: nothing catches it, no handler cleans up."""
+from support.documents import small_documents
+from support.indexes import SMALL, files_of
+from support.kills import KilledError
+from support.models import SIZES, VOCABULARY, random_network
 
 
 def test_killed_anywhere_it_ends_with_the_same_bytes(

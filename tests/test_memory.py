@@ -6,9 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL
-from test_build import files_of
-from test_search import QUESTION
 
 import gradindex
 from gradindex.errors import InputError, ResourceError
@@ -20,6 +17,7 @@ from indexer.fit.budget import held_bytes, partitions
 from indexer.fit.schedule import FitSettings
 from search.ask.controls import Controls, settle
 from search.rank import query_gradient
+from support.indexes import QUESTION, SMALL, files_of
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -55,7 +53,7 @@ def test_a_build_in_little_memory_gives_the_same_bytes(
     with pytest.raises(ResourceError, match=r"--max-memory .* does not suffice: the model takes"):
         gradindex.build(str(model_folder), data_file, tmp_path / "index", **SMALL,
                         max_memory=index.model.bytes + held - 1)
-    monkeypatch.setattr("indexer.build.batch_bytes", lambda *_: 0)  # it differs from run to run
+    monkeypatch.setattr("indexer.prepare.batch_bytes", lambda *_: 0)  # it differs from run to run
     made = []
     monkeypatch.setattr("indexer.fit.schedule.partitions",
                         lambda *asked: made.append(partitions(*asked)) or made[-1])
@@ -76,7 +74,7 @@ def test_a_build_in_little_memory_gives_the_same_bytes(
 def test_a_dry_run_plans_the_partitions_of_the_build(
     model_folder, data_file, index_folder, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("indexer.build.batch_bytes", lambda *_: 0)  # it differs from run to run
+    monkeypatch.setattr("indexer.prepare.batch_bytes", lambda *_: 0)  # it differs from run to run
     made = []
     monkeypatch.setattr("indexer.fit.schedule.partitions",
                         lambda *asked: made.append(partitions(*asked)) or made[-1])

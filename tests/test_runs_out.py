@@ -19,9 +19,6 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from conftest import random_network
-from test_build import KilledError, files_of
-from test_maintain import TINY, add, each_kill, save, tiny_network, tiny_tokens
 
 import gradindex
 from gradindex.draws import Stream, choose
@@ -34,6 +31,10 @@ from indexer import background, calibrate
 from indexer.fit import schedule as fit_module
 from indexer.fit.schedule import FitNotes, eigenvectors
 from search.study.describe import describe, summary
+from support.documents import save, tiny_tokens
+from support.indexes import TINY, add, files_of
+from support.kills import KilledError, each_kill
+from support.models import random_network, tiny_network
 
 QUESTION = {"token_ids": [3, 1, 4, 1, 5]}
 

@@ -12,8 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import SMALL
-from test_build import files_of
 
 import gradindex
 from gradindex.errors import GradindexError, InputError, ResourceError
@@ -25,6 +23,7 @@ from indexer.fit.budget import SOLVER, held_bytes, partitions
 from indexer.fit.sums import Block, BlockNotes, Sums
 from indexer.shards import Shard, Stage, parse_shard
 from indexer.state import State
+from support.indexes import SMALL, SMALL_FLAGS, files_of
 
 
 @pytest.fixture(autouse=True)
@@ -179,14 +178,11 @@ def test_who_may_write_beside_whom(tmp_path):
 def test_a_killed_shard_runs_again(model_folder, data_file, tmp_path):
     """SIGKILL of one of two processes in the fit; the other waits, and both end."""
     out, threads = tmp_path / "index", torch.get_num_threads()
-    flags = [part for name, value in SMALL.items()
-             for part in (f"--{name.replace('_', '-')}",
-                          ",".join(value) if isinstance(value, list) else str(value))]
 
     def start(number):
         return subprocess.Popen(
             [sys.executable, "-m", "gradindex", "build", str(model_folder), str(data_file), "-o",
-             str(out), *flags, "--shard", "auto"], stderr=subprocess.PIPE, text=True,
+             str(out), *SMALL_FLAGS, "--shard", "auto"], stderr=subprocess.PIPE, text=True,
             env={**os.environ, "RANK": str(number), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"})
 
     first, second = start(0), start(1)

@@ -152,3 +152,15 @@ def fresh(source: Path, place: Path) -> Path:
     """A copy of an index in a place of its own."""
     shutil.rmtree(place, ignore_errors=True)
     return Path(shutil.copytree(source, place, symlinks=True))
+
+
+def build_arguments(faults: Faults, out: Path) -> dict[str, Any]:
+    """What the job `build` takes."""
+    return {"model": faults.model, "data": faults.data, "out": out, "settings": faults.settings}
+
+
+def whole_build(faults: Faults, tmp_path: Path) -> tuple[dict[str, str], float]:
+    """The digests of a build that nothing befell, and its seconds."""
+    ended = faults.zygote.run("build", build_arguments(faults, tmp_path / "whole"))
+    assert ended.done, str(ended)
+    return ended.report["files"], ended.seconds

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from faults.harness import fresh, inject, needs_strace
-from faults.test_kills import build_arguments
 
+from faults.harness import build_arguments, fresh, inject, needs_strace
 from gradindex.storage import manifest, sealed_json
 from gradindex.storage.files import facts_of
 

@@ -5,8 +5,15 @@ import shutil
 import subprocess
 
 import pytest
-from faults.harness import CALLS, fresh, inject, needs_strace
-from faults.test_kills import build_arguments, whole_build
+
+from faults.harness import (
+    CALLS,
+    build_arguments,
+    fresh,
+    inject,
+    needs_strace,
+    whole_build,
+)
 
 # What can fail for want of space or by a failing device; removing and syncing can only fail.
 SPACE = {"write", "pwrite64", "writev", "pwritev", "ftruncate", "mkdir", "fsync", "fdatasync",

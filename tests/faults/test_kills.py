@@ -7,19 +7,9 @@ import subprocess
 import sys
 import time
 
-from faults.harness import fresh, inject, needs_strace
+from faults.harness import build_arguments, fresh, inject, needs_strace, whole_build
 
 BUILD = "SIGKILL at every write, sync, rename, truncate and removal of a 3-segment build"
-
-
-def build_arguments(faults, out):
-    return {"model": faults.model, "data": faults.data, "out": out, "settings": faults.settings}
-
-
-def whole_build(faults, tmp_path):
-    ended = faults.zygote.run("build", build_arguments(faults, tmp_path / "whole"))
-    assert ended.done, str(ended)
-    return ended.report["files"], ended.seconds
 
 
 @needs_strace

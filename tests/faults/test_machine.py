@@ -7,7 +7,6 @@ from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
-from conftest import FRUIT, PLACES
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -22,6 +21,8 @@ import gradindex
 from gradindex.errors import InputError
 from gradindex.model.network import LanguageModel
 from gradindex.model.source import ModelSource
+from support.documents import FRUIT, PLACES
+from support.kills import KilledError
 
 QUESTION = {"prompt": "The apple number", "completion": " 3 grows"}
 FIRST = [f"The {FRUIT[n % 8]} number {n} grows by the {PLACES[n % 5]}." for n in range(9)]
@@ -29,10 +30,6 @@ POOL = [f"Later the {FRUIT[n % 8]} of {PLACES[n % 5]} ripens, {n} times." for n 
     FIRST[:3]
 SETTINGS = {"seq_len": 24, "bits": 512, "segment_size": 4, "batch_tokens": 96, "id_field": "url",
             "fit_sequences": 9}
-
-
-class KilledError(BaseException):
-    """Stands for SIGKILL: nothing catches it."""
 
 
 class Kill:

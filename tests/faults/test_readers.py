@@ -3,9 +3,8 @@
 import json
 import threading
 
-from faults.harness import Zygote, fresh
-
 import gradindex
+from faults.harness import Zygote, fresh
 
 
 def test_readers_beside_a_writer(faults, index_of_faults, tmp_path):

@@ -12,11 +12,13 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import SMALL, random_network, small_documents
 
 import gradindex
 from demo.prepare import train_tokenizer
 from gradindex.storage import manifest
+from support.documents import small_documents
+from support.indexes import SMALL
+from support.models import random_network
 
 OUT = Path(__file__).parent / f"format-{manifest.FORMAT}"
 QUESTION = {"prompt": "The apple number", "completion": " 8 grows"}

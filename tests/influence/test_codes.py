@@ -1,0 +1,226 @@
+"""Codes: unbiased over seeds, their error as stated, the same in every batch."""
+
+import faiss
+import numpy as np
+import pytest
+import torch
+
+from gradindex.draws import signs
+from gradindex.errors import DamagedIndexError
+from gradindex.influence.codes import (
+    Codes,
+    CodeSettings,
+    default_length,
+    default_width,
+    score_error,
+    whitening,
+)
+from gradindex.influence.curvature import Curvature
+from gradindex.influence.gradients import backward, gradient
+from gradindex.model.tracked import tracked_modules
+from gradindex.modules import Module
+from gradindex.storage.code_file import CodeIndex, code_bytes, scan
+from gradindex.storage.files import facts_of
+from gradindex.storage.integrity import CheckedFiles
+from support.fits import fitted
+
+
+@pytest.fixture
+def fitted_model(make_model, sequences, tmp_path):
+    """A Llama, whose q_proj and o_proj are square: both sides mix differently all the same."""
+    model = make_model("llama")
+    modules = tracked_modules(model.network, r"layers\.0\.(self_attn\.[qo]|mlp)")
+    assert any(m.shape[0] == m.shape[1] for m in modules)
+    return model, modules, fitted(model, modules, sequences, tmp_path)
+
+
+def captured(model, modules, sequence):
+    found = {}
+    backward(model, modules, model.batch([sequence]),
+             lambda module, a, d: found.__setitem__(module.name, (module, a, d)))
+    return found
+
+
+@pytest.mark.parametrize("damping, only", [(0.1, ""), (0.001, ""), (10.0, ""), (0.1, "self_attn")])
+def test_mean_over_seeds_is_the_exact_influence(fitted_model, sequences, damping, only):
+    """E⟨v_m, v_q⟩ = I for the query's own damping and modules, whatever the code's were."""
+    model, modules, ekfac = fitted_model
+    found = captured(model, modules, sequences[0])
+    coordinates, exact = {}, 0.0
+    for name, (module, a, d) in found.items():
+        if only in name:
+            g = gradient(module, a, d)
+            coordinates[name] = ekfac[name].coordinates(g, damping)
+            exact += float((ekfac[name].leave_eigenbasis(coordinates[name]) * g).sum())
+    estimates = []
+    while True:
+        codes = Codes(modules, ekfac, CodeSettings(1024, 32, len(estimates), 0.1))
+        v = codes.empty(1)
+        for module, a, d in found.values():
+            codes.add(v, module, a, d)
+        estimates.append(float(v[0] @ codes.query_vectors(coordinates)[0]))
+        if len(estimates) >= 400 and len(estimates) % 100 == 0:
+            error = np.std(estimates) / len(estimates) ** 0.5
+            if error <= 0.01 * exact:
+                break
+    assert abs(np.mean(estimates) - exact) < 4 * error
+
+
+def test_a_subset_of_modules_leaves_the_others_out(fitted_model, sequences):
+    """A query without a module is the query whose coordinates are zero there."""
+    _, modules, ekfac = fitted_model
+    codes = Codes(modules, ekfac, CodeSettings(512, 32, 1, 0.1))
+    coordinates = {m.name: torch.randn(1, *m.shape, dtype=torch.float64) for m in modules}
+    some = dict(list(coordinates.items())[:2])
+    zeroed = {name: c if name in some else torch.zeros_like(c) for name, c in coordinates.items()}
+    torch.testing.assert_close(codes.query_vectors(some), codes.query_vectors(zeroed))
+
+
+def test_vectors_do_not_depend_on_batch_or_padding(fitted_model, sequences):
+    model, modules, ekfac = fitted_model
+    codes = Codes(modules, ekfac, CodeSettings(512, 32, 1, 0.1))
+
+    def encode(chosen):
+        v = codes.empty(len(chosen))
+        backward(model, modules, model.batch(chosen),
+                 lambda module, a, d: codes.add(v, module, a, d))
+        return v
+
+    together = encode(sequences)
+    for row, sequence in enumerate(sequences):
+        torch.testing.assert_close(encode([sequence])[0], together[row], rtol=1e-4, atol=1e-5)
+
+
+def test_the_sketch_keeps_every_entry_once(fitted_model):
+    """Signed, summed into K buckets, all modules spread evenly: norms add up when K is large."""
+    _, modules, ekfac = fitted_model
+    wide = Codes(modules, ekfac, CodeSettings(1 << 14, 32, 3, 0.1))
+    coordinates = {m.name: torch.randn(1, *m.shape, dtype=torch.float64) for m in modules}
+    one_by_one = [wide.query_vectors({name: c}) for name, c in coordinates.items()]
+    together = wide.query_vectors(coordinates)
+    torch.testing.assert_close(sum(one_by_one), together)
+    touched = sum((v != 0).long() for v in one_by_one)
+    assert touched.max() == 1  # far fewer entries than buckets: none shared
+    assert touched.sum() == sum(min(32, *m.shape) ** 2 for m in modules)
+
+
+def test_whitening_is_the_least_squares_separable_fit():
+    torch.manual_seed(0)
+    rows, columns = torch.rand(4, dtype=torch.float64), torch.rand(6, dtype=torch.float64)
+    curvature = Curvature(torch.eye(6), torch.eye(4), torch.outer(rows, columns))
+    w_s, w_a = whitening(curvature, 0.0)  # exactly separable: the fit is exact
+    torch.testing.assert_close(torch.outer(w_s, w_a), torch.outer(rows, columns) ** -0.5)
+    curvature.eigenvalues = torch.rand(4, 6, dtype=torch.float64)
+    w_s, w_a = whitening(curvature, 0.1)
+    target = -0.5 * curvature.damped(0.1).log()
+    design = torch.cat([torch.kron(torch.eye(4), torch.ones(6, 1)),
+                        torch.kron(torch.ones(4, 1), torch.eye(6))], 1).double()
+    solution = torch.linalg.lstsq(design, target.flatten()[:, None], driver="gelsd").solution
+    torch.testing.assert_close(torch.outer(w_s, w_a).log().flatten(), (design @ solution)[:, 0])
+
+
+def test_random_signs_are_fixed_for_ever():
+    """Raw Philox bits: a change here would make every stored code meaningless."""
+    assert signs(0, "layer/input", 12).tolist() == [1, 1, 1, -1, 1, 1, -1, -1, 1, -1, 1, 1]
+    assert np.array_equal(signs(0, "x", 100)[:70], signs(0, "x", 70))
+    assert not np.array_equal(signs(0, "x", 64), signs(0, "y", 64))
+    assert not np.array_equal(signs(0, "x", 64), signs(1, "x", 64))
+    assert abs(signs(4, "x", 1 << 16).mean()) < 0.02
+
+
+def test_defaults():
+    assert [default_length(n) for n in (16, 64, 65, 128, 512)] == [16384, 16384, 32768, 32768,
+                                                                  131072]
+    assert [default_width(32768, n) for n in (8, 16, 24, 100, 1000)] == [256, 176, 144, 80, 32]
+
+
+def test_code_scores_are_unbiased_with_the_stated_error():
+    """FAISS's one-bit score of Gaussian vectors: slope 1, sd c ‖v_q‖ ‖v_m‖ / √K, c ≈ √(π/2)."""
+    random = np.random.default_rng(0)
+    length, n = 2048, 3000
+    vectors = random.standard_normal((n, length)) * random.pareto(3, (n, 1))
+    query = 0.2 * vectors[:1].mean(0) + random.standard_normal(length)
+    index = CodeIndex(length)
+    codes = index.encode(vectors)
+    assert codes.shape == (n, code_bytes(length)) and codes.dtype == np.uint8
+    index.add(codes)
+    truth = vectors @ query
+    sigma = score_error(1.0, float(np.linalg.norm(query)), np.linalg.norm(vectors, axis=1), length)
+    z = (index.scores(query.astype(np.float32)) - truth) / sigma
+    assert abs(z.mean()) < 0.08
+    assert 0.6 < z.std() < 0.9  # √(π/2 − 1) = .76 without the two sketches' own noise
+
+
+def test_codes_survive_the_disk_and_joining(tmp_path):
+    random = np.random.default_rng(1)
+    vectors = random.standard_normal((7, 256)).astype(np.float32)
+    query = random.standard_normal(256).astype(np.float32)
+    index = CodeIndex(256)
+    index.add(index.encode(vectors))
+    path = tmp_path / "vectors.faiss"
+    limits = (faiss.get_deserialization_vector_byte_limit(), faiss.get_deserialization_loop_limit())
+    assert index.write(path) == facts_of(path)
+    again = CodeIndex.parse(path.read_bytes(), 256, 7, path)
+    np.testing.assert_array_equal(again.scores(query), index.scores(query))
+    joined = CodeIndex(256)
+    joined.add(again.codes([4, 2]))
+    np.testing.assert_array_equal(joined.scores(query), index.scores(query)[[4, 2]])
+    for length, rows in ((512, 7), (256, 8)):
+        with pytest.raises(DamagedIndexError, match=f"hold {rows} codes of {length} bits"):
+            CodeIndex.parse(path.read_bytes(), length, rows, path)
+    with pytest.raises(DamagedIndexError, match="can't be read"):
+        CodeIndex.parse(b"not an index", 256, 7, path)
+    assert limits == (faiss.get_deserialization_vector_byte_limit(),
+                      faiss.get_deserialization_loop_limit())
+
+
+def test_a_scan_shares_out_rows_and_changes_nothing(tmp_path, monkeypatch):
+    """Segments of any size, one query or many, read or mapped: the scores of each code alone."""
+    monkeypatch.setattr("gradindex.storage.code_file.SCANNED_ROWS", 5)
+    random = np.random.default_rng(2)
+    segments, alone = [], []
+    queries = random.standard_normal((3, 256)).astype(np.float32)
+    for rows in (1, 5, 23, 64):
+        codes = CodeIndex(256).encode(random.standard_normal((rows, 256)))
+        path = tmp_path / f"{rows}.faiss"
+        whole = CodeIndex(256)
+        whole.add(codes)
+        facts = {path.name: whole.write(path)}
+        segments.append(CodeIndex.parse(CheckedFiles(tmp_path, facts).map(path.name), 256, rows,
+                                        path) if rows % 2 else whole)
+        for code in codes:
+            single = CodeIndex(256)
+            single.add(code[None])
+            alone.append([single.scores(query)[0] for query in queries])
+    for threads in (1, 3):
+        np.testing.assert_array_equal(scan(segments, queries, threads), np.array(alone).T)
+        np.testing.assert_array_equal(scan(segments, queries[1:2], threads)[0],
+                                      np.array(alone)[:, 1])
+    exact = np.concatenate([segment.many_scores(queries) for segment in segments], axis=1)
+    octets = np.arange(32)
+    signs, steps = (np.concatenate(part) for part in zip(
+        *(segment.some_signs(octets) for segment in segments), strict=True))
+    truth = queries.astype(np.float64) @ (
+        2.0 * np.unpackbits(signs, axis=1, bitorder="little") - 1).T * steps
+    np.testing.assert_allclose(exact, truth, rtol=1e-4, atol=1e-4 * np.abs(truth).max())
+    # a query is kept in 16 levels: a uniform error of sd a level / √12 for each of 256 coordinates
+    error = np.ptp(queries, axis=1)[:, None] / 15 / 12**0.5 * 16 * steps
+    assert 0.5 < ((scan(segments, queries, 2) - truth) / error).std() < 1.5
+
+
+def test_digest_names_the_random_numbers(fitted_model):
+    _, modules, ekfac = fitted_model
+    digests = {
+        Codes(modules, ekfac, CodeSettings(512, width, seed, 0.1)).digest
+        for width, seed in ((8, 0), (8, 1), (4, 0))
+    }
+    assert len(digests) == 3
+    assert Codes(modules, ekfac, CodeSettings(512, 8, 0, 10.0)).digest in digests
+
+
+def test_width_is_at_most_the_module():
+    module = Module("m", 0, "mlp", 3, 50, False)
+    ekfac = {"m": Curvature(torch.eye(50), torch.eye(3), torch.ones(3, 50))}
+    codes = Codes([module], ekfac, CodeSettings(512, 32, 0, 0.1))
+    v = codes.query_vectors({"m": torch.ones(1, 3, 50)})[0]
+    assert (v != 0).sum() == 9

@@ -1,0 +1,236 @@
+"""Spans, loss masks and the text of tokens, with tokenizers of the usual kinds."""
+
+
+import numpy as np
+import pytest
+
+from gradindex.errors import InputError
+from gradindex.model import tokenise
+from support.tokenizers import (
+    CHAT,
+    MARKED_TEMPLATE,
+    PLAIN_TEMPLATE,
+    REWRITING,
+    byte_tokenizer,
+    fallback_tokenizer,
+    plain_ids,
+    unigram_tokenizer,
+)
+
+KINDS = [byte_tokenizer, unigram_tokenizer, fallback_tokenizer]
+
+
+def scored_text(tokenizer, tokenised):
+    return tokenizer.decode(tokenised.tokens[tokenised.scored].tolist())
+
+
+# ---- plain text and spans
+
+
+def test_a_plain_document_scores_every_token_with_the_tokenizers_own_special_tokens():
+    tokenizer = byte_tokenizer("<b> $A <e>")
+    tokenised = tokenise.encode(tokenizer, "hello world")
+    assert tokenised.tokens.tolist() == [1, *plain_ids(tokenizer, "hello world"), 0]
+    assert tokenised.tokens.dtype == np.int32
+    assert tokenised.scored.tolist() == [True] * 4
+    assert tokenised.spans.tolist() == [[0, 0], [0, 5], [5, 11], [11, 11]]
+
+
+@pytest.mark.parametrize("trim", [False, True])
+@pytest.mark.parametrize("string", [
+    "hello world", "  the   water \n\n is  cold \n ", "<e> is not special here", " a",
+])
+def test_spans_point_to_the_text_of_each_token(string, trim):
+    tokenizer = byte_tokenizer("<b> $A <e>", trim)
+    tokenised = tokenise.encode(tokenizer, string)
+    found = [string[start:end] for start, end in tokenised.spans[1:-1]]
+    assert found == [tokenizer.decode([token]) for token in tokenised.tokens[1:-1]]
+    assert "".join(found) == string
+
+
+@pytest.mark.parametrize("trim", [False, True])
+def test_tokens_that_share_a_character_share_its_span(trim):
+    tokenised = tokenise.encode(byte_tokenizer(trim=trim), "hello\t𝄞é")
+    assert tokenised.spans.tolist() == [[0, 5], [5, 6], *[[6, 7]] * 4, *[[7, 8]] * 2]
+
+
+def test_spans_of_a_tokenizer_that_prepends_a_space():
+    tokenised = tokenise.encode(unigram_tokenizer(), "the world is cold")
+    found = ["the world is cold"[start:end] for start, end in tokenised.spans]
+    assert found == ["the", " world", " is", " co", "ld"]
+
+
+def test_an_empty_text_has_no_tokens():
+    tokenised = tokenise.encode(byte_tokenizer(), "")
+    assert (tokenised.tokens.tolist(), tokenised.scored.tolist()) == ([], [])
+    assert tokenised.spans.tolist() == []
+
+
+def test_a_tokenizer_without_offsets_is_refused():
+    with pytest.raises(InputError, match="gives no character offsets; expected a fast tokenizer"):
+        tokenise.encode(object(), "hello")
+
+
+# ---- prompt and completion
+
+
+@pytest.mark.parametrize("trim", [False, True])
+@pytest.mark.parametrize(("prompt", "completion", "scored"), [
+    ("hello", " world", " world"),
+    ("hello ", "world", " world"),  # one token for the space and the word
+    ("hel", "lo world", "hello world"),
+    ("hello", "  \n world \n ", "  \n world \n "),
+    ("hello  ", " world", " world"),
+    ("", "  world", "  world"),
+    ("hello \n", "world", "world"),
+    ("", "hello world", "hello world"),
+    ("hello", " yes<e>", " yes<e>"),
+    ("the naïve 😀", "中文", "中文"),
+    ("hello", "", ""),
+])
+def test_only_the_completions_tokens_are_scored(prompt, completion, scored, trim):
+    tokenizer = byte_tokenizer("<b> $A <e>", trim)
+    tokenised = tokenise.encode_pair(tokenizer, prompt, completion)
+    assert tokenised.tokens.tolist() == [1, *plain_ids(tokenizer, prompt + completion)]
+    assert not tokenised.scored[0]
+    assert scored_text(tokenizer, tokenised) == scored
+    assert tokenised.spans[-1, 1] == len(prompt + completion)
+
+
+@pytest.mark.parametrize(("frame", "ids"), [("$A", []), ("$A <e>", []), ("<b> $A <e>", [1])])
+def test_an_empty_pair_is_what_stands_before_a_text(frame, ids):
+    tokenised = tokenise.encode_pair(byte_tokenizer(frame), "", "")
+    assert tokenised.tokens.tolist() == ids
+    assert tokenised.scored.tolist() == [False] * len(ids)
+
+
+# ---- messages
+
+
+@pytest.mark.parametrize("trim", [False, True])
+@pytest.mark.parametrize(("template", "last", "scored"), [
+    (PLAIN_TEMPLATE, False, " yes <|end|>\nno<|end|>\n"),
+    (PLAIN_TEMPLATE, True, "no<|end|>\n"),
+    (MARKED_TEMPLATE, False, " yes <|end|>no<|end|>"),
+    (MARKED_TEMPLATE, True, "no<|end|>"),
+    (MARKED_TEMPLATE.replace("<|end|>{% endgen", "{% endgen"), False, " yes <|no"),  # token " <|"
+    (MARKED_TEMPLATE.replace("{% generation %}", "  {%- generation -%} \n").replace(
+        "{% endgeneration %}", " {%- endgeneration -%} "), False, " yes <|end|>no<|end|>"),
+])
+def test_only_the_assistants_tokens_are_scored(template, last, scored, trim):
+    tokenizer = byte_tokenizer("<b> $A <e>", trim, template)
+    rendered = tokenizer.apply_chat_template(CHAT, tokenize=False)
+    tokenised = tokenise.encode_messages(tokenizer, CHAT, last=last)
+    assert tokenised.tokens.tolist() == plain_ids(tokenizer, rendered)
+    assert scored_text(tokenizer, tokenised) == scored
+    pieces = [rendered[start:end] for start, end in tokenised.spans]
+    assert pieces == [tokenizer.decode([token]) for token in tokenised.tokens]
+
+
+@pytest.mark.parametrize("template", [
+    MARKED_TEMPLATE,
+    MARKED_TEMPLATE.replace("<|end|>{% endgen", "{% endgen"),
+    MARKED_TEMPLATE.replace("{% generation %}", "{%- generation -%}\n"),
+])
+def test_marks_mean_what_they_mean_to_transformers(template):
+    tokenizer = byte_tokenizer(template=template)
+    marked = tokenizer.apply_chat_template(
+        CHAT, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    tokenised = tokenise.encode_messages(tokenizer, CHAT)
+    assert tokenised.scored.astype(int).tolist() == marked["assistant_masks"]
+    assert tokenised.tokens.tolist() == marked["input_ids"]
+
+
+@pytest.mark.parametrize("template", [PLAIN_TEMPLATE, "cold " + PLAIN_TEMPLATE])
+def test_an_assistant_that_speaks_first(template):
+    tokenizer = byte_tokenizer(template=template)
+    chat = [{"role": "assistant", "content": "yes"}, CHAT[0]]
+    tokenised = tokenise.encode_messages(tokenizer, chat)
+    assert scored_text(tokenizer, tokenised) == "yes<|end|>\n"
+
+
+def test_a_template_that_rewrites_earlier_messages_is_refused():
+    tokenizer = byte_tokenizer(template=REWRITING)
+    with pytest.raises(InputError, match=r"rewrites earlier messages.*generation.*--prompt-field"):
+        tokenise.encode_messages(tokenizer, CHAT)
+
+
+def test_marks_make_a_rewriting_template_usable():
+    marked = REWRITING.replace("{{ m.content", "{% generation %}{{ m.content").replace(
+        "'no' }}", "'no' }}{% endgeneration %}")
+    tokenizer = byte_tokenizer(template=marked)
+    chat = [CHAT[1], {"role": "assistant", "content": "cold"}]
+    assert scored_text(tokenizer, tokenise.encode_messages(tokenizer, chat)) == "nocold"
+    assert scored_text(tokenizer, tokenise.encode_messages(tokenizer, chat, last=True)) == "cold"
+
+
+def test_messages_that_the_template_refuses():
+    tokenizer = byte_tokenizer(template="{{ raise_exception('roles must alternate') }}")
+    refused = r"refuses the messages \(roles must alter"
+    with pytest.raises(tokenise.ChatTemplateError, match=refused):
+        tokenise.encode_messages(tokenizer, CHAT)
+
+
+def test_rendering():
+    tokenizer = byte_tokenizer("<b> $A <e>", template=PLAIN_TEMPLATE)
+    rendered = tokenise.render_messages(tokenizer, CHAT[:1], answer=True)
+    assert rendered == "<|user|>is water cold<|end|>\n<|assistant|>"
+    assert tokenise.encode_rendered(tokenizer, rendered) == plain_ids(tokenizer, rendered)
+    assert tokenise.render_messages(tokenizer, []) == ""
+
+
+def test_a_missing_chat_template_names_the_flags():
+    tokenise.check_chat_template(byte_tokenizer(template=PLAIN_TEMPLATE), "chat")
+    with pytest.raises(InputError, match=r"--messages-field chat.*no chat template.*--text-field"):
+        tokenise.check_chat_template(byte_tokenizer(), "chat")
+
+
+# ---- the text of tokens
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", range(20))
+def test_joined_pieces_are_the_decoded_text_whatever_the_ids(kind, seed):
+    tokenizer = kind()
+    ids = np.random.default_rng(seed).integers(0, len(tokenizer), 40).tolist()
+    found = tokenise.pieces(tokenizer, ids)
+    assert "".join(found) == tokenizer.decode(ids)
+    assert len(found) == len(ids)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("string", [
+    "hello world", " hello  world ", "a\N{REPLACEMENT CHARACTER}b\N{REPLACEMENT CHARACTER}", "",
+    "naïve 中文 😀😀", "\U0001f469\u200d\U0001f467 𝄞", "<e>hello<e><e>",
+])
+def test_joined_pieces_are_the_decoded_text(kind, string):
+    tokenizer = kind()
+    ids = tokenizer(string)["input_ids"]
+    assert "".join(tokenise.pieces(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+def test_a_split_character_belongs_to_its_last_token():
+    tokenizer = byte_tokenizer()
+    assert tokenise.pieces(tokenizer, plain_ids(tokenizer, "hello\t𝄞")) == [
+        "hello", "\t", "", "", "", "𝄞"]
+    ids = plain_ids(fallback_tokenizer(), "hé")
+    assert tokenise.pieces(fallback_tokenizer(), ids) == ["", "h", "", "é"]
+
+
+def test_bytes_that_are_no_text_are_replaced_one_by_one():
+    tokenizer = byte_tokenizer()
+    lead, rest = plain_ids(tokenizer, "é")
+    letter = plain_ids(tokenizer, "q")
+    assert tokenise.pieces(tokenizer, [lead, *letter, rest, lead, lead, rest]) == [
+        "�", "q", "�", "�", "", "é"]
+    assert tokenise.pieces(tokenizer, [rest] * 20) == ["�"] * 20
+
+
+def test_the_first_space_goes_as_when_decoding():
+    tokenizer = unigram_tokenizer()
+    ids = tokenizer.convert_tokens_to_ids(["▁the", "▁world", "▁", "▁the", "ld"])
+    assert tokenise.pieces(tokenizer, ids) == ["the", " world", " ", " the", "ld"]
+
+
+def test_pieces_without_a_tokenizer_are_the_ids():
+    assert tokenise.pieces(None, [5, 0]) == ["⟨5⟩", "⟨0⟩"]

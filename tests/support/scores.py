@@ -1,0 +1,36 @@
+"""Every sequence's score on a question: by its code, and exactly."""
+
+import numpy as np
+
+from gradindex.influence.queries import (
+    Preconditioned,
+    exact_scores,
+    precondition,
+    query_coordinates,
+)
+from gradindex.objective import Text
+from search.ask.controls import Controls, settle
+from search.rank.query_gradient import make_targets
+
+
+def codes_of(index, question, **controls):
+    """Every sequence's code score."""
+    settings = settle(Controls(**controls), index.manifest)
+    [target], _ = make_targets(index.index, [index.make_query(**question)], settings, 96)
+    return index.index.code_scores(target.vector[None])[0]
+
+
+def exact(index, question, damping=0.1, modules=None, **parts):
+    """Influence of every sequence by id, by the many-query routine."""
+    modules = index.manifest.modules if modules is None else modules
+    ekfac = index.index.ekfac
+    query = index.make_query(**question, **parts)
+    total = 0.0
+    stored = index.index.records(list(range(len(index))))
+    for text in query.texts:
+        batch = index.model.batch(
+            [Text(np.array(text.tokens, np.int32), np.array(text.labels) != -100)])
+        c, _ = query_coordinates(index.model, modules, ekfac, batch, damping)
+        p = Preconditioned(precondition(ekfac, c))
+        total = total + text.weight * exact_scores(index.model, modules, p, stored, 96)[0]
+    return total

@@ -1,0 +1,396 @@
+"""A search end to end on a small index: stages, sums, statement, refusals, renderings."""
+
+import csv
+import io
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+import gradindex
+from gradindex.errors import DamagedIndexError, IndexMismatchError, InputError
+from gradindex.influence.exact import chunk_ends
+from gradindex.influence.queries import (
+    Preconditioned,
+    exact_scores,
+    precondition,
+    query_coordinates,
+)
+from gradindex.objective import Text
+from gradindex.storage import records
+from search.ask.controls import Controls, _sizes
+from search.engine import drain
+from search.show import render, wording
+from support.documents import small_documents
+from support.fits import records_of
+from support.indexes import QUESTION, SMALL
+from support.models import random_network
+from support.scores import codes_of
+
+
+@pytest.fixture(scope="module")
+def index(index_folder):
+    return gradindex.open(index_folder)
+
+
+@pytest.fixture(scope="module")
+def truth(index, index_folder):
+    """Exact influence of every sequence on QUESTION, by the many-query routine."""
+    query = index.make_query(**QUESTION)
+    scored = np.array(query.labels) != -100
+    batch = index.model.batch([Text(np.array(query.tokens, np.int32), scored)])
+    ekfac = index.index.ekfac
+    c, _ = query_coordinates(index.model, index.manifest.modules, ekfac, batch, 0.1)
+    p = Preconditioned(precondition(ekfac, c))
+    stored = [r for s in index.manifest.segments for r in records.read(
+        index_folder / "segments" / s.name / "records.lmdb", range(s.rows))]
+    return exact_scores(index.model, index.manifest.modules, p, stored, 96)[0]
+
+
+def ranking(truth, stored_duplicates, sign=1):
+    """Ids by influence, later copies of equal sequences left out."""
+    order = sorted(range(len(truth)), key=lambda n: (-sign * truth[n], n))
+    return [n for n in order if n not in stored_duplicates]
+
+
+@pytest.mark.parametrize("opponents", [False, True])
+def test_a_complete_search_is_the_exact_ranking(index, truth, opponents):
+    result = index.search(**QUESTION, shortlist="all", k=10, opponents=opponents)
+    copies = {copy for hit in result for copy in hit.duplicates}
+    expected = ranking(truth, copies, -1 if opponents else 1)[:10]
+    assert [hit.id for hit in result] == expected
+    np.testing.assert_allclose([hit.influence for hit in result], truth[expected], rtol=1e-3)
+    assert result.recall.estimate == 1 and result.recall.cutoff is None
+    assert result.rescored == result.shortlist == result.sequences == len(index)
+
+
+def test_terms_sum_to_the_influence(index):
+    for hit in index.search(**QUESTION, k=5):
+        assert sum(hit.token_influence) == pytest.approx(hit.influence, rel=1e-5)
+        assert sum(hit.layer_influence) == pytest.approx(hit.influence, rel=1e-5)
+        assert sum(hit.module_influence.values()) == pytest.approx(hit.influence, rel=1e-5)
+        terms = np.array(hit.token_layer_influence)
+        np.testing.assert_allclose(terms.sum(0), hit.layer_influence, rtol=1e-5)
+        np.testing.assert_allclose(terms.sum(1), hit.token_influence, rtol=1e-5)
+        assert "".join(hit.tokens) == hit.text and len(hit.tokens) == len(hit.token_ids)
+        assert hit.nats == pytest.approx(hit.influence / len(index))
+
+
+def test_a_short_shortlist_says_what_it_holds(index, truth):
+    result = index.search(**QUESTION, k=5, shortlist=8)
+    codes = codes_of(index, QUESTION)
+    order = np.argsort(-codes, kind="stable")
+    assert {hit.id for hit in result} <= set(order[:8].tolist())
+    assert result.recall.cutoff == pytest.approx(codes[order[8]])
+    assert 0 < result.recall.estimate < 1
+    assert [hit.influence for hit in result] == sorted((h.influence for h in result), reverse=True)
+    for hit in result:
+        assert hit.code_rank == order.tolist().index(hit.id) + 1
+        assert hit.code_score == pytest.approx(codes[hit.id])
+        assert hit.influence == pytest.approx(truth[hit.id], rel=1e-3)
+
+
+def test_equal_sequences_are_one_hit(index):
+    result = index.search(**QUESTION, k=len(index), shortlist="all")
+    assert result.recall.estimate == 1
+    texts = [hit.text for hit in result]
+    assert len(texts) == len(set(texts)) < len(index)
+    assert sum(1 + len(hit.duplicates) for hit in result) == len(index)
+    folded = next(hit for hit in result if hit.document == 9)
+    assert folded.text == small_documents()[17]["text"]
+    for copy in index.rescore(**QUESTION, ids=folded.duplicates):
+        assert copy.document == 17 and copy.text == folded.text
+        assert copy.influence == pytest.approx(folded.influence, rel=1e-4)
+
+
+def test_stages_stream(index):
+    query = index.make_query(**QUESTION)
+    stages = list(index.stages([query], Controls(k=3, shortlist=20)))
+    assert [stage.name for stage in stages[:2]] == ["gradient", "approximate"]
+    assert {stage.name for stage in stages[2:-1]} == {"exact"}
+    assert [stage.done for stage in stages[2:]] == sorted(stage.done for stage in stages[2:])
+    assert stages[-2].done == stages[-2].total == 20
+    assert stages[-1].result.query.log_p == pytest.approx(sum(query.token_log_p))
+    approximate = stages[1].provisional.hits
+    assert [hit.exact for hit in approximate] == [False] * 3
+    assert [hit.code_rank for hit in approximate] == [1, 2, 3]
+    assert all(hit.exact for hit in stages[-1].result.hits)
+
+
+def test_interrupted_it_returns_what_is_exact(index, truth):
+    def follow(stage):
+        if stage.name == "exact" and stage.done >= 20:
+            raise KeyboardInterrupt
+
+    asked = Controls(k=5, shortlist="all")
+    with pytest.raises(KeyboardInterrupt):  # a file of queries is to be gone on with instead
+        drain(index.stages([index.make_query(**QUESTION)], asked), follow)
+    stages = index.stages([index.make_query(**QUESTION)], asked, conclude_early=True)
+    result = drain(stages, follow)
+    assert result.interrupted and 16 <= result.rescored < len(index)
+    assert f"interrupted: {result.rescored} of" in result.warnings[-1]
+    assert result.recall.cutoff is not None and result.recall.estimate < 1
+    for hit in result:
+        assert hit.code_rank <= result.rescored
+        assert hit.influence == pytest.approx(truth[hit.id], rel=1e-3)
+
+
+def test_interrupted_before_rescoring_it_stops(index):
+    def follow(stage):
+        if stage.name == "gradient":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        drain(index.stages([index.make_query(**QUESTION)], Controls()), follow)
+
+
+def test_rescore_scores_what_is_named(index, truth):
+    hits = index.rescore(**QUESTION, ids=[7, 3, 7])
+    assert [hit.id for hit in hits] == [7, 3, 7]
+    np.testing.assert_allclose([hit.influence for hit in hits], truth[[7, 3, 7]], rtol=1e-3)
+    assert index.rescore(**QUESTION, ids=[]) == []
+    by_array = index.rescore(**QUESTION, ids=np.array([3, 7]))
+    assert [hit.id for hit in by_array] == [3, 7]
+    for wrong in (-1, len(index), "3", 1.0, True):
+        with pytest.raises(InputError, match=f"no sequence has the id {wrong!r}; expected 0 to"):
+            index.rescore(**QUESTION, ids=[wrong])
+
+
+def test_batches_do_not_matter(model_folder, data_file, index, tmp_path):
+    other = gradindex.build(str(model_folder), data_file, tmp_path / "one", **{
+        **SMALL, "batch_tokens": 1, "segment_size": 7})
+    found, expected = (one.search(**QUESTION, k=20, shortlist="all") for one in (other, index))
+    assert [hit.id for hit in found][:10] == [hit.id for hit in expected][:10]
+    np.testing.assert_allclose([hit.influence for hit in found],
+                               [hit.influence for hit in expected], rtol=2e-3)
+
+
+def test_searches_in_threads_take_turns(index):
+    expected = [hit.influence for hit in index.search(**QUESTION, k=3)]
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: index.search(**QUESTION, k=3), range(8)))
+    for result in results:
+        assert [hit.influence for hit in result] == expected
+
+
+def test_chunks_grow():
+    assert chunk_ends(0) == [] and chunk_ends(9) == [9]
+    assert chunk_ends(400) == [16, 48, 112, 240, 368, 400]
+
+
+@pytest.mark.parametrize("asked, total, expected", [
+    ({}, 10**6, (20, 1000, 1000)), (dict(k=200), 10**6, (200, 2000, 2000)),
+    ({}, 7, (7, 7, 7)), (dict(k=5, shortlist="all"), 10**6, (5, 10**6, 10**6)),
+    (dict(recall=0.9), 10**6, (20, 100, 10_000)), (dict(recall=0.9, k=1000), 10**6,
+                                                   (1000, 2000, 100_000)),
+    (dict(recall=0.9, shortlist=500), 10**6, (20, 100, 500)), (dict(recall=0.9), 50, (20, 50, 50)),
+])
+def test_default_sizes(asked, total, expected):
+    assert _sizes(Controls(**asked), total) == expected
+
+
+def test_hits_of_the_other_sign_are_pointed_out(index, truth):
+    result = index.search(**QUESTION, k=len(index), shortlist="all")
+    wrong = sum(hit.influence <= 0 for hit in result)
+    assert wrong and result.warnings[0].startswith(f"{wrong} of these hits have influence of the")
+
+
+def test_defaults_shrink_with_the_index(index):
+    result = index.search(**QUESTION)
+    assert len(result) == 20 and result.shortlist == len(index)
+    for arguments, message in [
+        (dict(k=0), "-k 0: expected 1 to"), (dict(k=10**6), "expected 1 to"),
+        (dict(k=9, shortlist=8), "expected at least -k, 9"),
+        (dict(shortlist="most"), "expected a number or all"),
+        (dict(train_sequences=-3), "--train-sequences -3: expected a number above 0"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            index.search(**QUESTION, **arguments)
+
+
+def test_an_index_of_three_sequences(model_folder, tmp_path):
+    rows = [{"text": f"one small document, the {n}th"} for n in range(3)]
+    index = gradindex.build(str(model_folder), rows, tmp_path / "index", bits=512)
+    result = index.search(prompt="one small", completion=" document")
+    assert len(result) == 3 and result.recall.estimate == 1 and result.recall.k == 3
+
+
+def test_an_index_of_ten_sequences(model_folder, tmp_path):
+    """Defaults shrink with the index; a short shortlist, opponents and --recall work on it."""
+    rows = [{"text": f"one small document, the {n}th of ten"} for n in range(10)]
+    index = gradindex.build(str(model_folder), rows, tmp_path / "index", bits=512)
+    question = dict(prompt="one small", completion=" document")
+    whole = index.search(**question)
+    assert len(whole) == whole.shortlist == whole.rescored == 10 and whole.recall.estimate == 1
+    order = [hit.id for hit in whole]
+    assert [hit.id for hit in index.search(**question, opponents=True)] == order[::-1]
+    short = index.search(**question, k=2, shortlist=4)
+    assert short.rescored == 4 and 0 < short.recall.estimate <= 1
+    assert [hit.id for hit in short] == [one for one in order if one in {hit.id for hit in short}]
+    grown = index.search(**question, k=2, recall=1.0)
+    assert [hit.id for hit in grown] == order[:2] and grown.recall.estimate == 1
+    assert [result.rescored for result in index.search_many([question] * 2, k=10)] == [10, 10]
+
+
+def test_queries_that_can_not_be_scored(index):
+    tokens = index.make_query(**QUESTION).tokens
+    for arguments, message in [
+        (dict(), "give one query"),
+        (dict(prompt="a", token_ids=[1, 2]), "give one query"),
+        (dict(prompt="a", completion=""), "completion is empty"),
+        (dict(prompt="", completion="The"), "no token of the query can be scored"),
+        (dict(prompt="word " * 90, completion=" x"), "more than the model's context of 64"),
+        (dict(prompt="word " * 90), "no room for a continuation"),
+        (dict(prompt="caf\udcff", completion="x"), "not valid UTF-8"),
+        (dict(token_ids=[1, 2], labels=[1]), "as many as token_ids"),
+        (dict(token_ids=[1, 2], labels=[1, 3]), "each the token itself or −100"),
+        (dict(token_ids=[1, 10**6]), "outside the vocabulary"),
+        (dict(messages=[{"role": "user", "content": "hi"}]), "no chat template"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            index.search(**arguments)
+    by_tokens = index.search(token_ids=tokens, labels=index.make_query(**QUESTION).labels, k=3)
+    by_text = index.search(**QUESTION, k=3)
+    assert [h.influence for h in by_tokens] == [h.influence for h in by_text]
+
+
+def test_without_a_completion_the_models_own_is_explained(index):
+    result = index.search(prompt="The plum", k=1)
+    query = result.query
+    assert query.generated and query.scored >= 1
+    tokens = torch.tensor([query.tokens])
+    greedy = index.model.network(tokens, use_cache=False).logits[0].argmax(-1).tolist()
+    first = query.labels.index(next(label for label in query.labels if label != -100))
+    assert query.tokens[first:] == greedy[first - 1 : -1]
+
+
+def test_model_and_index_can_be_moved_but_not_exchanged(
+    model_folder, index_folder, tmp_path, truth
+):
+    moved = shutil.copytree(index_folder, tmp_path / "elsewhere")
+    model = shutil.copytree(model_folder, tmp_path / "weights")
+    result = gradindex.open(moved, model=str(model)).search(**QUESTION, k=1)
+    assert result[0].influence == pytest.approx(truth.max(), rel=1e-3)
+    other = random_network("gpt_neox", torch.float32, vocab_size=len(
+        gradindex.open(moved, model=str(model)).model.tokenizer))
+    with torch.no_grad():
+        other.gpt_neox.layers[0].mlp.dense_h_to_4h.weight[0, 0] += 1e-6
+    other.save_pretrained(model)
+    with pytest.raises(IndexMismatchError, match=r"weights have digest .* the index expects"):
+        gradindex.open(moved, model=str(model)).search(**QUESTION)
+    with pytest.raises(IndexMismatchError, match="loaded as float64, the index was built with"):
+        gradindex.open(moved, model=other.double()).search(token_ids=[1, 2, 3])
+
+
+def test_another_tokenizer_is_refused(model_folder, index_folder, tmp_path):
+    model = shutil.copytree(model_folder, tmp_path / "weights")
+    content = json.loads((model / "tokenizer.json").read_text())
+    content["model"]["merges"].pop()
+    (model / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(IndexMismatchError, match=r"tokenizer .* is not the one"):
+        gradindex.open(index_folder, model=str(model)).search(**QUESTION)
+
+
+def test_damage_is_found_on_opening(index_folder, tmp_path):
+    for name, change, message in [
+        ("segments/000000/vectors.faiss", lambda b: b[:-1], "has .* bytes, expected"),
+        ("segments/000001/rows.npy", lambda b: b[:-1] + b"x", "was changed after it was written"),
+        ("manifest.json", lambda b: b[:100], "can't be read"),
+        ("manifest.json", lambda b: b.replace(b'"dtype"', b'"type"', 1), "its own digest differs"),
+        ("manifest.json", lambda b: b.replace(b'"curvature/', b'"../curvature/', 1), "differs"),
+    ]:
+        broken = shutil.copytree(index_folder, tmp_path / "broken")
+        path = broken / name
+        path.write_bytes(change(path.read_bytes()))
+        with pytest.raises(DamagedIndexError, match=message):
+            gradindex.open(broken)
+        shutil.rmtree(broken)
+    broken = shutil.copytree(index_folder, tmp_path / "broken")
+    (broken / "segments/000000/records.lmdb").unlink()
+    with pytest.raises(DamagedIndexError, match=r"records\.lmdb is missing"):
+        gradindex.open(broken)
+    content = (index_folder / "manifest.json").read_text()
+    (broken / "manifest.json").write_text(content.replace('"format": 3', '"format": 9'))
+    with pytest.raises(IndexMismatchError, match=r"has format 9; .* reads formats 1 to 3. Run `"):
+        gradindex.open(broken)
+    with pytest.raises(InputError, match="no index"):
+        gradindex.open(tmp_path)
+
+
+def test_records_are_checked_when_read(tmp_path, sequences):
+    path = tmp_path / "records.lmdb"
+    stored = records_of(sequences)
+    records.write(path, stored)
+    for found, record in zip(records.read(path, range(len(stored))), stored, strict=True):
+        assert (found.id, found.parts) == (record.id, record.parts)
+        np.testing.assert_array_equal(found.tokens, record.tokens)
+        np.testing.assert_array_equal(found.scored, record.scored)
+    content = path.read_bytes()
+    records.write(tmp_path / "again.lmdb", stored)
+    assert (tmp_path / "again.lmdb").read_bytes() == content
+    place = content.index(stored[2].tokens.tobytes())
+    path.write_bytes(content[:place] + b"\xff" + content[place + 1 :])
+    with pytest.raises(DamagedIndexError, match="record 2 is damaged"):
+        records.read(path, [0, 2])
+
+
+# ---- renderings
+
+
+def test_json_holds_everything(index):
+    result = index.search(**QUESTION, k=2, shortlist=10)
+    content = json.loads(result.to_json())
+    assert content["schema"] == 2 and "exact for this index's" in content["units"]
+    assert content["query"]["completion"] == " by the river."
+    assert content["recall"]["estimate"] == result.recall.estimate
+    hit = content["hits"][0]
+    assert hit["user_id"] == small_documents()[hit["document"]]["url"]
+    assert hit["fields"] == {"place": small_documents()[hit["document"]]["place"]}
+    assert sum(hit["token_influence"]) == pytest.approx(hit["influence"], rel=1e-5)
+    assert np.array(hit["token_layer_influence"]).shape == (len(hit["tokens"]), 2)
+    assert result.to_list()[1]["id"] == result[1].id
+    assert result.to_pandas()["influence"].tolist() == [hit.influence for hit in result]
+
+
+def test_terminal_says_what_matters(index):
+    result = index.search(**QUESTION, k=2, shortlist=10)
+    shown = render.terminal(result, width=90)
+    assert max(len(line) for line in shown.splitlines()) <= 90
+    assert "\x1b" not in shown
+    for needed in ("⟦ by the river.⟧", "tokens scored", wording.share(result.recall.estimate),
+                   "one more copy of the sequence would make the completion more likely",
+                   "N_train = ", "taken as the number indexed", result[0].user_id, "nats"):
+        assert needed.replace(" ", "") in shown.replace("\n", "").replace(" ", ""), needed
+    assert "[+" in shown
+    assert "\x1b[44;97;1m" in render.terminal(result, width=90, color=True)
+    complete = render.terminal(index.search(**QUESTION, k=2, shortlist="all"), width=90)
+    assert "recall: complete" in complete
+
+
+def test_hostile_text_is_shown_not_run(index):
+    result = index.search(**QUESTION, k=1)
+    result[0].tokens = ["<script>alert(1)</script>", "\x1b]0;x\x07", "\u202e", "\n"]
+    result[0].token_influence = [1.0, -2.0, 0.5, 0.1]
+    result[0].user_id = "=cmd()"
+    result[0].source = "<b>\x1b[2J"
+    shown = render.terminal(result, width=90)
+    assert "\x1b" not in shown and "\\x1b]0;x\\x07" in shown and "\\u202e" in shown
+    page = result._repr_html_()
+    assert "<script>" not in page and "&lt;script&gt;" in page and "<b>\x1b" not in page
+    table = list(csv.DictReader(io.StringIO(render.csv_table(result))))
+    assert table[0]["user_id"] == "'=cmd()"
+
+
+def test_wrapping_never_cuts_a_colour():
+    colored = "aaa \x1b[44;97;1mbbb ccc\x1b[0m ddd"
+    assert render._wrap(colored, 8) == ["aaa \x1b[44;97;1mbbb\x1b[0m",
+                                        "\x1b[44;97;1mccc\x1b[0m ddd"]
+    assert render._wrap("a" * 12, 5) == ["aaaaa", "aaaaa", "aa"]
+
+
+def test_layer_strip_shows_size_and_sign():
+    assert render.layer_strip([0.0, 1.0, -0.5]) == "▁█(▅)"
+    assert render.layer_strip([]) == ""
