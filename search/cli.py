@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from gradindex.results import Result
     from search.ask.controls import Controls
     from search.ask.query_files import QueryFile
+    from search.ask.question import Question
     from search.engine import Stage
 
 _INDEX = [
@@ -105,6 +106,7 @@ def search(
       gradindex search train.index --queries questions.jsonl -o results.jsonl --recall 0.95
     """
     from search.ask.controls import settle
+    from search.ask.make_query import make_query
     from search.engine import drain
 
     _check_outputs({"-o": output}, [queries, messages])
@@ -119,7 +121,7 @@ def search(
     question = _question(prompt, completion, messages, versus, score_on)
     searcher, progress = _open(index, where)
     settle(controls, searcher.manifest)  # before the model is loaded
-    query = searcher.make_query(**question)
+    query = make_query(searcher.index, question)
     stages = searcher.stages([query], controls, conclude_early=True)
     return _finish(drain(stages, _Follower(progress).follow), form, output)
 
@@ -164,7 +166,7 @@ def _search_many(
             2 * bool(read.problems)
     results = None
     if output is not None:
-        results = query_files.ResultsFile(output, searcher, controls, read.queries)
+        results = query_files.ResultsFile(output, searcher, controls, read.questions)
         if results.done:
             progress.say(f"{len(results.done)} queries are answered in {output} already")
     made = query_files.make_queries(searcher, read, results.done if results else set())
@@ -220,6 +222,7 @@ def rescore(
     """
     from gradindex.results import UNITS
     from search.ask.controls import settle
+    from search.ask.make_query import make_query
     from search.show.render import json_lines
 
     question = _question(prompt, completion, messages, versus, score_on, ids)
@@ -227,7 +230,7 @@ def rescore(
     searcher, progress = _open(index, where)
     settle(controls, searcher.manifest)
     wanted = searcher.known(read_ids(ids))
-    query = searcher.make_query(**question)
+    query = make_query(searcher.index, question)
     progress.start("exact", len(wanted), "sequences")
     for hits in searcher.rescore_stream(query, wanted, controls):
         click.echo(json_lines(hits, UNITS.format(how="exact")), nl=False)
@@ -464,14 +467,17 @@ def _open(index: Path, where: dict[str, Any]) -> tuple["Searcher", "Progress"]:
 def _question(
     prompt: str | None, completion: str | None, messages: Path | None, versus: str | None,
     score_on: str | None, ids: str | None = None,
-) -> dict[str, Any]:
+) -> "Question":
+    """What the flags ask. Raises UsageError for what can't stand together."""
+    from search.ask.question import Question
+
     if messages is not None:
         if prompt is not None or completion is not None or versus is not None:
             raise click.UsageError("--messages and -p, -c, --versus exclude each other; give one "
                                    "query.")
         try:
-            return {"messages": json.loads(read_text(messages, f"--messages {messages}")),
-                    "score_on": score_on}
+            chat = json.loads(read_text(messages, f"--messages {messages}"))
+            return Question(messages=chat, score_on=score_on)
         except ValueError as error:
             raise click.UsageError(f"--messages {messages} is not valid JSON: {error}.") from None
     if prompt is None and completion is None:
@@ -479,8 +485,7 @@ def _question(
                                "or --queries FILE.")
     if [prompt, completion, versus, ids].count("-") > 1:
         raise click.UsageError("only one of -p, -c, --versus and --ids can be standard input, -.")
-    return {"prompt": _text(prompt), "completion": _text(completion), "versus": _text(versus),
-            "score_on": score_on}
+    return Question(_text(prompt), _text(completion), versus=_text(versus), score_on=score_on)
 
 
 def _text(value: str | None) -> str | None:

@@ -23,6 +23,7 @@ from gradindex.results import Comparison, Hit, Query, Result
 from gradindex.storage.manifest import Manifest
 from search.ask.controls import Controls, settle
 from search.ask.make_query import aggregate, make_query
+from search.ask.question import Question
 from search.rank.generic_rate import add_rates
 from search.rank.hits import make_hit
 from search.rank.query_gradient import make_targets
@@ -120,18 +121,18 @@ class Searcher:
     ) -> Result:
         """The k sequences with the most positive influence on log p(completion | prompt).
 
-        The query is a prompt and a completion (without one, the model's own greedy continuation),
-        or `token_ids` with `labels` (−100 where nothing is scored), or chat `messages` whose last
-        is scored. `versus` is another completion: the influence is then that on log p(completion)
-        − log p(versus). `score_on` ("0-2", "5") scores some of the completion's tokens only.
-        Everything else is a field of `Controls`: k, shortlist, recall, opponents, damping,
-        modules, normalize, candidates, rescore, time_limit, rank, train_sequences, group_by.
+        What is asked about are the fields of a `Question`: a prompt and a completion, or
+        `token_ids` with `labels`, or chat `messages`; with `versus`, the influence is that on
+        log p(completion) − log p(versus). Everything else is a field of `Controls`: k, shortlist,
+        recall, opponents, damping, modules, normalize, candidates, rescore, time_limit, rank,
+        train_sequences, group_by.
         Interrupted (Ctrl-C) while rescoring, it returns what is exact so far.
         Raises InputError for an unusable query or control, IndexMismatchError for another model.
         """
+        question = Question(prompt, completion, token_ids, labels, messages, versus, score_on)
         asked = Controls(**controls)
         settle(asked, self.manifest)
-        query = self.make_query(prompt, completion, token_ids, labels, messages, versus, score_on)
+        query = make_query(self.index, question)
         return drain(self.stages([query], asked, conclude_early=True))
 
     def search_many(
@@ -139,12 +140,13 @@ class Searcher:
     ) -> Iterator[Result]:
         """Search for many queries together, a result each, in order.
 
-        A query is one of `make_query`, or a dictionary of its arguments. `aggregated`: one result
-        for the sum of their gradients. Controls and errors as for `search`.
+        A query is one of `make_query`, or a dictionary of a Question's fields. `aggregated`: one
+        result for the sum of their gradients. Controls and errors as for `search`.
         """
         asked = Controls(**controls)
         settle(asked, self.manifest)
-        made = [one if isinstance(one, Query) else self.make_query(**one) for one in queries]
+        made = [one if isinstance(one, Query) else make_query(self.index, Question(**one))
+                for one in queries]
         stages = self.answer([aggregate(made)] if aggregated else made, asked)
         return (stage.result for stage in stages if stage.result is not None)
 
@@ -159,7 +161,8 @@ class Searcher:
             raise InputError(f"{len(completions)} completions: expected two to compare.")
         asked = Controls(**controls)
         settle(asked, self.manifest)
-        queries = [self.make_query(prompt, one, score_on=score_on) for one in completions]
+        queries = [make_query(self.index, Question(prompt, completion, score_on=score_on))
+                   for completion in completions]
         found = [stage.result for stage in self.stages(queries, asked)]
         return self.compared([one for one in found if one is not None], queries, asked)
 
@@ -198,10 +201,11 @@ class Searcher:
         Of the controls, damping, modules, normalize and train_sequences matter; sizes of the
         sequences' gradients come with a `normalize` other than "none".
         """
+        question = Question(prompt, completion, token_ids, labels, messages, versus, score_on)
         asked = Controls(**controls)
         wanted = self.known(ids)
         settle(asked, self.manifest)
-        query = self.make_query(prompt, completion, token_ids, labels, messages, versus, score_on)
+        query = make_query(self.index, question)
         return [hit for batch in self.rescore_stream(query, wanted, asked) for hit in batch]
 
     def rescore_stream(
@@ -242,10 +246,8 @@ class Searcher:
 
         Raises InputError for a query that can't be scored.
         """
-        query = make_query(self.index, prompt, completion, token_ids, labels, messages, versus,
-                           score_on)
-        query.id = id
-        return query
+        return make_query(self.index, Question(prompt, completion, token_ids, labels, messages,
+                                               versus, score_on, id))
 
     def known(self, ids: Iterable[Any]) -> list[int]:
         """The places of sequences' ids. Raises InputError where there is no such sequence."""

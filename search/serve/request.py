@@ -11,6 +11,7 @@ import pydantic
 
 from gradindex.terminal import visible_lines
 from search.ask.controls import Controls
+from search.ask.question import Question
 
 LONGEST_TEXT = 65_536  # characters
 MOST_HITS = 200
@@ -72,11 +73,13 @@ class Asked(pydantic.BaseModel):
         content = json.dumps([index, self.given()], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
-    def queries(self) -> list[dict[str, Any]]:
-        """Arguments of `make_query`; two for a comparison."""
-        common = {"prompt": self.prompt, "score_on": self.score_on or None}
-        first = {**common, "completion": self.completion or None, "versus": self.versus or None}
-        return [first, {**common, "completion": self.compare}] if self.compare else [first]
+    def questions(self) -> list[Question]:
+        """What is asked about; two for a comparison."""
+        prompt, score_on = self.prompt, self.score_on or None
+        first = Question(prompt, self.completion or None, versus=self.versus or None,
+                         score_on=score_on)
+        return [first, Question(prompt, self.compare, score_on=score_on)] if self.compare else \
+            [first]
 
     def controls(self) -> Controls:
         return Controls(**{name: getattr(self, name) for name in (
