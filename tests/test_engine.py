@@ -21,7 +21,8 @@ from gradindex.influence.queries import (
 )
 from gradindex.objective import Text
 from gradindex.storage import records
-from search.ask.controls import Controls, _sizes
+from search.ask.controls import Controls
+from search.ask.settings import _sizes
 from search.engine import drain
 from search.show import render, wording
 from support.documents import small_documents

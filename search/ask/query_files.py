@@ -14,9 +14,10 @@ from typing import Any
 from gradindex.errors import InputError
 from gradindex.results import Query, Result
 from gradindex.terminal import json_text
-from search.ask.controls import Controls, settle
+from search.ask.controls import Controls
 from search.ask.make_query import make_query
 from search.ask.question import Question
+from search.ask.settings import settle
 from search.engine import Searcher
 
 FIELDS: dict[str, type] = {

@@ -36,9 +36,10 @@ from gradindex.model import tokenise
 from gradindex.results import Comparison, Result
 from gradindex.storage.manifest import model_name
 from gradindex.terminal import visible
-from search.ask.controls import settle
+from search.ask.controls import CONTROLS
 from search.ask.make_query import make_query
 from search.ask.question import Question
+from search.ask.settings import settle
 from search.engine import Searcher
 from search.serve.guard import Guard
 from search.serve.jobs import BusyError, Job, Jobs
@@ -143,7 +144,7 @@ class Site:
 
     def _page(self, asked: Asked, job: Job | None, error: str, held: bool) -> str:
         return html.fill("search.html", **self._content(asked, job), asked=asked, error=error,
-                         job=job, held=held, tokens=self._tokens_of(asked))
+                         job=job, held=held, tokens=self._tokens_of(asked), controls=CONTROLS)
 
     async def _asked(self, asked: Asked) -> Job:
         """The job of a search, after what can be checked at once. Raises InputError, BusyError."""

@@ -25,9 +25,10 @@ from gradindex.storage.background_file import ONE_IN
 from gradindex.storage.manifest import Manifest
 from gradindex.storage.records import Record
 from gradindex.terminal import json_text
-from search.ask.controls import Controls, Settings, settle
+from search.ask.controls import Controls
 from search.ask.make_query import make_query
 from search.ask.question import Question
+from search.ask.settings import Settings, settle
 from search.engine import Searcher
 from search.rank.generic_rate import all_rates
 from search.rank.query_gradient import Target, make_targets

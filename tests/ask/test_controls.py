@@ -15,9 +15,10 @@ from gradindex.influence.queries import (
 )
 from gradindex.modules import numbers_in
 from gradindex.objective import Text
-from search.ask.controls import Controls, settle
+from search.ask.controls import Controls
 from search.ask.query_files import ResultsFile, make_queries, read_queries
 from search.ask.question import Question
+from search.ask.settings import settle
 from search.engine import drain
 from search.show import render
 from search.study import evaluate
@@ -174,9 +175,9 @@ def test_without_rescoring_it_says_so(index):
 
 
 def test_recall_is_reached_or_the_limit_is_said(index, monkeypatch):
-    from search.ask import controls
+    from search.ask import settings
 
-    monkeypatch.setattr(controls, "SMALLEST_SHORTLIST", 6)
+    monkeypatch.setattr(settings, "SMALLEST_SHORTLIST", 6)
     lengths = []
     for goal in (0.3, 0.6, 0.9, 1.0):
         result = index.search(**QUESTION, k=3, recall=goal)

@@ -9,7 +9,8 @@ from gradindex.influence.queries import (
     query_coordinates,
 )
 from gradindex.objective import Text
-from search.ask.controls import Controls, settle
+from search.ask.controls import Controls
+from search.ask.settings import settle
 from search.rank.query_gradient import make_targets
 
 
