@@ -31,7 +31,8 @@ from gradindex.influence.curvature import DAMPING
 from gradindex.influence.gradients import apply_inputs, backward, plan_batches
 from gradindex.modules import Module
 from gradindex.progress import duration, stderr_progress
-from gradindex.storage.code_file import CodeIndex, code_bytes
+from gradindex.storage.code_file import CodeIndex
+from gradindex.storage.layout import code_bytes
 from gradindex.storage.records import Record
 
 BATCH_TOKENS = 2048

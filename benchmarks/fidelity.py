@@ -47,7 +47,8 @@ from gradindex.influence.queries import (
 )
 from gradindex.modules import Module
 from gradindex.progress import Progress, duration, stderr_progress
-from gradindex.storage.code_file import CodeIndex, code_bytes
+from gradindex.storage.code_file import CodeIndex
+from gradindex.storage.layout import code_bytes
 from gradindex.storage.records import Record
 from indexer.calibrate import calibrate
 from search.rank.ranking import CodeRanking

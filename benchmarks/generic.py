@@ -94,7 +94,7 @@ def build(work: Workload) -> tuple[Searcher, float, float]:
         noted.write_text(str(time.monotonic() - begun))
     seconds = float(noted.read_text())
     index, facts = searcher.index, searcher.manifest
-    run = Run(out, 0, 0, len(index), facts.plan["segment_size"])
+    run = Run(out, 0, 0, len(index), facts.plan.segment_size)
     _ = index.codes, index.background_queries
     begun = time.monotonic()
     again, _ = make_background(

@@ -39,7 +39,8 @@ from gradindex.influence.queries import Influences, Preconditioned, collect, pre
 from gradindex.model.loading import quiet_transformers
 from gradindex.progress import Progress, stderr_progress
 from gradindex.results import Query
-from gradindex.storage.code_file import CodeIndex, code_bytes
+from gradindex.storage.code_file import CodeIndex
+from gradindex.storage.layout import code_bytes
 from gradindex.storage.records import Record
 from search.engine import Searcher
 from search.rank.groups import Grouping, chosen_signs, make_grouping, read_grouping

@@ -29,8 +29,9 @@ from gradindex.influence.queries import (
 )
 from gradindex.progress import stderr_progress
 from gradindex.storage import code_file
-from gradindex.storage.code_file import CodeIndex, code_bytes, scan
+from gradindex.storage.code_file import CodeIndex, scan
 from gradindex.storage.integrity import CheckedFiles
+from gradindex.storage.layout import code_bytes
 from indexer.encode import encode_batch
 
 LENGTHS = (32768, 131072, 524288)  # bits: codes of 4, 16 and 64 KiB

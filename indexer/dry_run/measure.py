@@ -41,7 +41,8 @@ from gradindex.model.network import LanguageModel
 from gradindex.modules import Module
 from gradindex.objective import Batch
 from gradindex.storage import token_file
-from gradindex.storage.code_file import UNPACKED_ROWS, CodeIndex, code_bytes
+from gradindex.storage.code_file import UNPACKED_ROWS, CodeIndex
+from gradindex.storage.layout import code_bytes
 from gradindex.storage.records import Record
 from indexer.calibrate import QUERIES, prepare_query, stacked_queries
 from indexer.encode import encode_batch

@@ -113,7 +113,7 @@ def settle(controls: Controls, index: Manifest) -> Settings:
         time_limit=controls.time_limit or math.inf, rank=controls.rank,
         train_sequences=controls.train_sequences or index.train_sequences or index.next_id,
         train_sequences_given=bool(controls.train_sequences or index.train_sequences),
-        group_by=_grouping(controls.group_by, index.plan["keep_fields"]),
+        group_by=_grouping(controls.group_by, index.plan.keep_fields),
     )
 
 
@@ -123,7 +123,7 @@ def bounded(settings: Settings, total: int) -> Settings:
                    most=min(settings.most, total))
 
 
-def _grouping(asked: str | None, kept: list[str]) -> str | None:
+def _grouping(asked: str | None, kept: tuple[str, ...]) -> str | None:
     """What groups are made by. Raises InputError for a field that was not kept."""
     known = [*GROUPINGS, *kept]
     if asked is None or asked in known:

@@ -18,7 +18,7 @@ from gradindex.influence.exact import Exact, Rescorer, rescore
 from gradindex.influence.fitted import FittedModel
 from gradindex.influence.queries import Preconditioned
 from gradindex.model.source import ModelSource
-from gradindex.storage import background_file, code_file, locks, manifest, token_file
+from gradindex.storage import background_file, code_file, layout, locks, manifest, token_file
 from gradindex.storage.background_file import BackgroundQueries
 from gradindex.storage.contents import Contents
 from gradindex.storage.manifest import Manifest
@@ -141,7 +141,7 @@ class OpenIndex(FittedModel):
     def segments(self) -> list[code_file.CodeIndex]:
         """The codes of every segment, read at first use; mapped where they would fill memory."""
         if self._segments is None:
-            width = code_file.code_bytes(self.manifest.code["length"])
+            width = layout.code_bytes(self.manifest.code["length"])
             every = width * int(self.contents.starts[-1])
             mapped = every > self.allowance.part(1 / 4, memory.available() // 2)
             with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
@@ -203,7 +203,7 @@ class OpenIndex(FittedModel):
         facts = self.manifest.background
         if self._background_queries is None and facts is not None:
             self._background_queries = background_file.load(
-                self.contents.files.path(manifest.BACKGROUND), facts["queries"],
+                self.contents.files.path(layout.BACKGROUND), facts["queries"],
                 self.manifest.code["length"])
         return self._background_queries
 
@@ -217,7 +217,7 @@ class OpenIndex(FittedModel):
         """The codes at these places as they are kept, in that order: uint8 [places, bytes]."""
         rows = self.contents.places[np.asarray(places, dtype=np.int64)]
         homes = np.searchsorted(self.contents.starts, rows, side="right") - 1
-        found = np.zeros((len(rows), code_file.code_bytes(self.manifest.code["length"])), np.uint8)
+        found = np.zeros((len(rows), layout.code_bytes(self.manifest.code["length"])), np.uint8)
         for home in np.unique(homes).tolist():
             own = rows[homes == home] - self.contents.starts[home]
             found[homes == home] = self.segments()[home].codes(own.tolist())
