@@ -26,9 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.fidelity import tfidf_scores
 from benchmarks.workload import Size, Workload, make_workload
+from gradindex.influence.batches import plan_batches
 from gradindex.influence.codes import Codes, CodeSettings, default_width
 from gradindex.influence.curvature import DAMPING
-from gradindex.influence.gradients import apply_inputs, backward, plan_batches
+from gradindex.influence.gradients import apply_inputs, backward
 from gradindex.modules import Module
 from gradindex.progress import duration, stderr_progress
 from gradindex.storage.code_file import CodeIndex

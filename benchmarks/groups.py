@@ -33,9 +33,10 @@ import numpy as np
 import gradindex
 from demo.documents import standard_library_documents
 from demo.prepare import QUERIES, Settings, prepare
+from gradindex.influence.batches import plan_batches
 from gradindex.influence.codes import Codes, CodeSettings, score_error
-from gradindex.influence.gradients import plan_batches
-from gradindex.influence.queries import Influences, Preconditioned, collect, precondition
+from gradindex.influence.exact import Influences, collect
+from gradindex.influence.queries import Preconditioned, precondition
 from gradindex.model.loading import quiet_transformers
 from gradindex.progress import Progress, stderr_progress
 from gradindex.results import Query

@@ -21,12 +21,8 @@ import torch
 
 from benchmarks.workload import Size, Workload, make_workload
 from gradindex.influence.codes import Codes, CodeSettings, default_width, score_error
-from gradindex.influence.queries import (
-    Preconditioned,
-    exact_scores,
-    precondition,
-    query_coordinates,
-)
+from gradindex.influence.exact import exact_scores
+from gradindex.influence.queries import Preconditioned, precondition, query_coordinates
 from gradindex.progress import stderr_progress
 from gradindex.storage import code_file
 from gradindex.storage.code_file import CodeIndex, scan

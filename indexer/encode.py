@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradindex.influence.batches import Splits, in_batches
 from gradindex.influence.codes import Codes
-from gradindex.influence.gradients import Splits, backward, in_batches, why_not_finite
+from gradindex.influence.gradients import backward, why_not_finite
 from gradindex.model.config import vocabulary_size
 from gradindex.model.network import LanguageModel
 from gradindex.modules import Module

@@ -1,5 +1,6 @@
 """What decides the bytes of an index besides its model: the build command, resolved."""
 
+import json
 from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any
 
@@ -78,9 +79,7 @@ class Plan(CorpusSettings):
     def from_dict(cls, content: dict[str, Any]) -> "Plan":
         """A plan that `to_dict` gave. Raises DamagedIndexError for anything else."""
         try:
-            # strict but for lists, which JSON has in the place of tuples
-            return _ADAPTER.validate_python({**content, "keep_fields": tuple(
-                content.get("keep_fields", ()))})
+            return _ADAPTER.validate_json(json.dumps(content))  # as it is on the disk
         except (pydantic.ValidationError, TypeError) as error:
             raise DamagedIndexError(
                 f"the plan of the build can't be read ({str(error).splitlines()[0][:120]}). Run "

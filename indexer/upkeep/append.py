@@ -14,10 +14,10 @@ import torch
 
 from gradindex.draws import Stream, choose
 from gradindex.errors import InputError
+from gradindex.influence.batches import Splits, in_batches
 from gradindex.influence.codes import Codes
+from gradindex.influence.exact import GradientSizes, collect
 from gradindex.influence.fitted import FittedModel
-from gradindex.influence.gradients import Splits, in_batches
-from gradindex.influence.queries import Sizes, collect
 from gradindex.memory import parse_bound
 from gradindex.model.network import LanguageModel
 from gradindex.model.source import ModelSource
@@ -190,7 +190,7 @@ def _sizes(fitted: FittedModel, codes: Codes, members: list[Record]) -> np.ndarr
     def run(rows: list[int]) -> np.ndarray:
         some = [members[row] for row in rows]
         batch, numbers = fit_batch(model, some, "model", facts.code["seed"], Stream.DRIFT_LABELS)
-        sizes = Sizes(fitted.ekfac, facts.damping, len(some))
+        sizes = GradientSizes(fitted.ekfac, facts.damping, len(some))
         collect(model, codes.modules, batch, sizes, numbers=numbers)
         return sizes.self_influence.numpy()
 

@@ -14,9 +14,9 @@ import torch
 
 from gradindex.draws import Stream, choose
 from gradindex.errors import DamagedIndexError
+from gradindex.influence.batches import Splits, in_batches
 from gradindex.influence.curvature import FiledEkfac
 from gradindex.influence.fitted import FittedModel
-from gradindex.influence.gradients import Splits, in_batches
 from gradindex.model.identity import tensors_digest
 from gradindex.model.source import ModelSource
 from gradindex.progress import Progress

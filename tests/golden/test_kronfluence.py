@@ -15,7 +15,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import gradindex
-from gradindex.influence.queries import Preconditioned, precondition, query_coordinates, score
+from gradindex.influence.queries import Preconditioned, precondition, query_coordinates
 from gradindex.model.network import LanguageModel
 from gradindex.model.source import ModelSource
 from gradindex.model.tracked import tracked_modules
@@ -23,6 +23,7 @@ from gradindex.objective import Text
 from gradindex.progress import Progress
 from indexer.fit.schedule import FitSettings, fit
 from support.fits import records_of
+from support.scores import score
 
 GOLDEN = Path(__file__).parent / "kronfluence.safetensors"
 # GPT-NeoX rounds its rotary angles to float32, and in eager attention its softmax too.
