@@ -134,8 +134,7 @@ class LowRank:
     def terms(self, module: Module, a: Tensor, d: Tensor) -> Tensor:
         """d_tᵀ P a_t for every token, for the only query: [b, t]."""
         dtype = self.left.dtype
-        [found] = _low_rank_terms(module, a.to(dtype), d.to(dtype), self.left, self.right)
-        return found
+        return _low_rank_terms(module, a.to(dtype), d.to(dtype), self.left, self.right)[0]
 
     def scores(self, module: Module, a: Tensor, d: Tensor) -> Tensor:
         """Σ_t d_tᵀ P a_t of every sequence: [q, b]. No gradient is formed, but where L R is small
@@ -247,4 +246,5 @@ def _low_rank_terms(module: Module, a: Tensor, d: Tensor, left: Tensor, right: T
     """d_tᵀ L R a_t for every token, L [q, o, r] and R [q, r, i]: [q, b, t]."""
     own = d @ left.transpose(0, 1).flatten(1)
     own *= apply_inputs(a, right.flatten(0, 1), module.bias)
-    return own.unflatten(-1, left.shape[::2]).sum(-1).movedim(-1, 0)
+    by_query: Tensor = own.unflatten(-1, left.shape[::2]).sum(-1)
+    return by_query.movedim(-1, 0)

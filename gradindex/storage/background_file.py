@@ -53,7 +53,8 @@ class BackgroundQueries:
         reached = np.stack([(scores >= self.upper[:, None]) & counts,
                             (scores <= self.lower[:, None]) & counts]).sum(1)
         with np.errstate(invalid="ignore"):
-            return reached / counts.sum(0)
+            rates: np.ndarray = reached / counts.sum(0)
+        return rates
 
 
 def thresholds(scores: np.ndarray) -> tuple[np.float32, np.float32]:

@@ -55,7 +55,9 @@ class CodeIndex:
 
     def encode(self, vectors: np.ndarray) -> np.ndarray:
         """Vectors float32 [n, K] → codes uint8 [n, code_bytes(K)]."""
-        return self._index.sa_encode(np.ascontiguousarray(vectors, dtype=np.float32))
+        codes: np.ndarray = self._index.sa_encode(
+            np.ascontiguousarray(vectors, dtype=np.float32))
+        return codes
 
     def add(self, codes: np.ndarray) -> None:
         self._index.add_sa_codes(np.ascontiguousarray(codes))

@@ -11,13 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from gradindex.storage import layout, token_file
-from gradindex.storage.code_file import CodeIndex
+from gradindex.storage import layout
 from gradindex.storage.integrity import CheckedFiles
 from gradindex.storage.manifest import Manifest, Segment
 from gradindex.storage.records import Record
 from gradindex.storage.row_file import ROW, digest_of, first_equal, parse_ids
-from gradindex.storage.segments import SegmentFacts, SegmentReader
+from gradindex.storage.segments import SegmentReader
 
 
 class Contents:
@@ -64,7 +63,8 @@ class Contents:
     @cached_property
     def live(self) -> np.ndarray:
         """Which rows can be found: bool [rows]."""
-        return ~np.isnan(self.rows["norm"]) & ~np.isin(self.rows["id"], self.deleted)
+        coded = ~np.isnan(self.rows["norm"])
+        return np.asarray(coded & ~np.isin(self.rows["id"], self.deleted))
 
     @cached_property
     def places(self) -> np.ndarray:
@@ -79,12 +79,12 @@ class Contents:
     @cached_property
     def ids(self) -> np.ndarray:
         """The id of every place, ascending: int64 [N]."""
-        return self.rows["id"][self.places]
+        return np.asarray(self.rows["id"][self.places])
 
     @cached_property
     def norms(self) -> np.ndarray:
         """‖v_m‖ of every place: float64 [N]."""
-        return self.rows["norm"][self.places].astype(np.float64)
+        return np.asarray(self.rows["norm"][self.places], dtype=np.float64)
 
     @cached_property
     def first_equal(self) -> np.ndarray:
@@ -111,26 +111,15 @@ class Contents:
 
     # ---- files
 
-    def codes(self, segment: Segment, mapped: bool = False) -> CodeIndex:
-        """The codes of a segment, all rows: in memory, or `mapped` from the disk."""
-        return self.reader(segment).codes(self.manifest.code["length"], mapped)
-
     def codes_of(self, rows: np.ndarray) -> np.ndarray:
         """The codes of some rows, which ascend: uint8 [rows, bytes]."""
         homes = np.searchsorted(self.starts, rows, side="right") - 1
         found = []
         for home in np.unique(homes).tolist():
             own = (rows[homes == home] - self.starts[home]).tolist()
-            found.append(self.codes(self.segments[home]).codes(own))
+            stored = self.reader(self.segments[home]).codes(self.manifest.code["length"])
+            found.append(stored.codes(own))
         return np.concatenate(found)
-
-    def tokens(self, segment: Segment) -> token_file.Matrix:
-        """Which tokens the sequences of a segment hold, all rows."""
-        return self.reader(segment).tokens(self.manifest.sequence_length, self.manifest.vocabulary)
-
-    def facts(self, segment: Segment) -> SegmentFacts:
-        """How a segment was made."""
-        return self.reader(segment).facts()
 
     def records(self, rows: Sequence[int] | np.ndarray) -> list[Record]:
         """What the sequences of these rows are, in that order."""
@@ -141,11 +130,11 @@ class Contents:
             here = [int(row) for row, own in zip(rows, homes, strict=True) if own == home]
             read = self.reader(segment).records([row - int(self.starts[home]) for row in here])
             for row, record in zip(here, read, strict=True):
-                self._check_record(segment, row, record)
+                self._check(segment, row, record)
                 found[row] = record
         return [found[int(row)] for row in rows]
 
-    def _check_record(self, segment: Segment, row: int, record: Record) -> None:
+    def _check(self, segment: Segment, row: int, record: Record) -> None:
         """Raise DamagedIndexError for a record that is not the row's, or that no model can take."""
         wrong = None
         if record.id != self.rows["id"][row] or \

@@ -220,9 +220,9 @@ def _rewrite(
     place = contents.segments.index(group[0])
     first, end = contents.starts[place], contents.starts[place + len(group)]
     kept = np.flatnonzero(~np.isin(contents.rows["id"][first:end], contents.deleted)) + first
-    vocabulary = contents.tokens(group[0]).shape[1]
+    vocabulary = contents.manifest.vocabulary
     reasons = {one: why for segment in group
-               for one, why in contents.facts(segment).quarantined.items()}
+               for one, why in contents.reader(segment).facts().quarantined.items()}
     written: list[Segment] = []
     files: dict[str, FileFacts] = {}
     for start in range(0, len(kept), full):

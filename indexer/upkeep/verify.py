@@ -196,17 +196,18 @@ def _check_segment(contents: Contents, segment: Segment, last: int) -> int:
     def wrong(file: str, what: str) -> DamagedIndexError:
         return contents.files.damaged(f"segments/{segment.name}/{file}", what)
 
-    rows, facts = contents.rows, contents.facts(segment)
+    rows, facts = contents.rows, contents.reader(segment).facts()
     if rows["id"][0] <= last:
         raise wrong("rows.npy", "has ids that don't follow those of the segment before")
     held = contents.records(range(segment.rows))  # checks each checksum, id and digest
     broken = set(rows["id"][np.isnan(rows["norm"])].tolist())
     if facts.rows != segment.rows or set(facts.quarantined) != broken:
         raise wrong("segment.json", "doesn't say why each row without a code has none")
-    codes = contents.codes(segment)
+    codes = contents.reader(segment).codes(contents.manifest.code["length"])
     if not np.isfinite(codes.scales()).all():
         raise wrong("vectors.faiss", "has a scale that is not finite")
-    tokens = contents.tokens(segment)
+    tokens = contents.reader(segment).tokens(
+        contents.manifest.sequence_length, contents.manifest.vocabulary)
     for row, record in enumerate(held):
         own = tokens.indices[tokens.indptr[row] : tokens.indptr[row + 1]]
         if not np.array_equal(np.sort(own), np.unique(record.tokens)):

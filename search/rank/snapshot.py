@@ -4,7 +4,6 @@ import copy
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -146,7 +145,8 @@ class OpenIndex(FittedModel):
             mapped = every > self.allowance.part(1 / 4, memory.available() // 2)
             with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
                 self._segments = list(pool.map(
-                    partial(self.contents.codes, mapped=mapped), self.contents.segments))
+                    lambda segment: self.contents.reader(segment).codes(
+                        self.manifest.code["length"], mapped), self.contents.segments))
         return self._segments
 
     def code_scores(self, queries: np.ndarray) -> np.ndarray:
@@ -188,7 +188,9 @@ class OpenIndex(FittedModel):
         if self._tokens is None:
             contents = self.contents
             self._tokens = token_file.TokenMatrix(
-                [contents.tokens(segment) for segment in contents.segments], contents.live)
+                [contents.reader(segment).tokens(self.manifest.sequence_length,
+                                                 self.manifest.vocabulary)
+                 for segment in contents.segments], contents.live)
         return self._tokens
 
     def grouping(self, by: str) -> Grouping:

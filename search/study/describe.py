@@ -70,7 +70,8 @@ def _quarantined(contents: Contents) -> dict[int, str]:
         return {}
     deleted = set(contents.deleted.tolist())
     return {one: why for segment in contents.segments
-            for one, why in contents.facts(segment).quarantined.items() if one not in deleted}
+            for one, why in contents.reader(segment).facts().quarantined.items()
+            if one not in deleted}
 
 
 def summary(facts: dict[str, Any]) -> str:
