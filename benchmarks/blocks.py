@@ -19,12 +19,8 @@ from benchmarks.workload import Size, Workload, make_workload
 from gradindex.draws import Stream, choose
 from gradindex.influence import curvature
 from gradindex.influence.curvature import Ekfac
-from gradindex.influence.queries import (
-    Preconditioned,
-    exact_scores,
-    precondition,
-    query_coordinates,
-)
+from gradindex.influence.exact import exact_scores
+from gradindex.influence.queries import Preconditioned, precondition, query_coordinates
 from gradindex.progress import Progress, stderr_progress
 from indexer.fit.schedule import FitSettings, eigenvectors, fit
 

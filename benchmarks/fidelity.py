@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.workload import PROMPT, Size, Workload, fit_on, make_workload
 from gradindex.draws import Stream, choose
+from gradindex.influence.batches import plan_batches
 from gradindex.influence.codes import (
     Codes,
     CodeSettings,
@@ -35,19 +36,13 @@ from gradindex.influence.codes import (
     score_error,
 )
 from gradindex.influence.curvature import Ekfac
-from gradindex.influence.gradients import apply_inputs, backward, plan_batches
-from gradindex.influence.queries import (
-    Gradients,
-    Influences,
-    Preconditioned,
-    collect,
-    exact_scores,
-    precondition,
-    query_coordinates,
-)
+from gradindex.influence.exact import Influences, collect, exact_scores
+from gradindex.influence.gradients import apply_inputs, backward
+from gradindex.influence.queries import Gradients, Preconditioned, precondition, query_coordinates
 from gradindex.modules import Module
 from gradindex.progress import Progress, duration, stderr_progress
-from gradindex.storage.code_file import CodeIndex, code_bytes
+from gradindex.storage.code_file import CodeIndex
+from gradindex.storage.layout import code_bytes
 from gradindex.storage.records import Record
 from indexer.calibrate import calibrate
 from search.rank.ranking import CodeRanking

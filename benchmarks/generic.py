@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import gradindex
 from benchmarks.fidelity import coordinates_of, options
 from benchmarks.workload import Size, Workload, make_workload
-from gradindex.influence.queries import Preconditioned, exact_scores, precondition
+from gradindex.influence.exact import exact_scores
+from gradindex.influence.queries import Preconditioned, precondition
 from gradindex.progress import Progress, duration, stderr_progress
 from gradindex.results import GENERIC
 from gradindex.storage.background_file import BackgroundQueries, thresholds
@@ -94,7 +95,7 @@ def build(work: Workload) -> tuple[Searcher, float, float]:
         noted.write_text(str(time.monotonic() - begun))
     seconds = float(noted.read_text())
     index, facts = searcher.index, searcher.manifest
-    run = Run(out, 0, 0, len(index), facts.plan["segment_size"])
+    run = Run(out, 0, 0, len(index), facts.plan.segment_size)
     _ = index.codes, index.background_queries
     begun = time.monotonic()
     again, _ = make_background(

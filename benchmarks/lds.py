@@ -34,7 +34,8 @@ from benchmarks.workload import Size, Workload, fit_on, library, query_gradients
 from demo.prepare import Settings, new_model, train, train_tokenizer
 from gradindex.influence.codes import Codes, CodeSettings, default_length, default_width
 from gradindex.influence.curvature import DAMPING, Ekfac
-from gradindex.influence.queries import Gradients, Preconditioned, exact_scores, precondition
+from gradindex.influence.exact import exact_scores
+from gradindex.influence.queries import Gradients, Preconditioned, precondition
 from gradindex.model.loading import quiet_transformers
 from gradindex.model.network import LanguageModel
 from gradindex.model.source import ModelSource

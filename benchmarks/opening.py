@@ -18,7 +18,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import gradindex
-from gradindex.storage import manifest, records, segments, token_file
+from gradindex.storage import layout, manifest, records, row_file, segments, token_file
 from gradindex.storage.code_file import CodeIndex
 from gradindex.storage.contents import Contents
 from gradindex.storage.files import facts_of
@@ -65,12 +65,12 @@ def make(folder: Path, count: int, rows: int) -> tuple[Path, object]:
         again = CodeIndex(BITS)
         again.add(codes)
         new.files["vectors.faiss"] = again.write(place / "vectors.faiss")
-        new.files["rows.npy"] = segments.write_rows(
-            place / "rows.npy", segments.make_rows(own, contents.rows["norm"]))
+        new.files["rows.npy"] = row_file.write_rows(
+            place / "rows.npy", row_file.make_rows(own, contents.rows["norm"]))
         new.files["tokens.npz"] = token_file.write(
             place / "tokens.npz", [one.tokens for one in own], VOCABULARY)
         segments.write_facts(place, new)
-        new.files[segments.NAME] = facts_of(place / segments.NAME)
+        new.files[layout.NOTES.name] = facts_of(place / layout.NOTES.name)
         files |= {f"segments/{segment.name}/{name}": one for name, one in new.files.items()}
         made.append(segment)
     manifest.commit(index, replace(
@@ -84,8 +84,9 @@ def measure(index: Path, network: object) -> None:
     facts = manifest.load(index)
     paths = [index / name for name in facts.files]
     total = sum(one.size for one in facts.files.values())
+    own = (index / layout.MANIFEST).stat().st_size
     print(f"{len(facts.segments):,} segments, {facts.rows:,} sequences, {len(paths):,} files, "
-          f"{total / 1e6:,.0f} MB, manifest {(index / manifest.NAME).stat().st_size / 1e6:.1f} MB")
+          f"{total / 1e6:,.0f} MB, manifest {own / 1e6:.1f} MB")
     times = [timed(lambda: gradindex.open(index, model=network)) for _ in range(5)]
     bare = [timed(lambda: [path.stat() for path in paths]) for _ in range(5)]
     print(f"open: {min(times):.2f} s (5 times, slowest {max(times):.2f}); stat of every file "

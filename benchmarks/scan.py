@@ -21,16 +21,13 @@ import torch
 
 from benchmarks.workload import Size, Workload, make_workload
 from gradindex.influence.codes import Codes, CodeSettings, default_width, score_error
-from gradindex.influence.queries import (
-    Preconditioned,
-    exact_scores,
-    precondition,
-    query_coordinates,
-)
+from gradindex.influence.exact import exact_scores
+from gradindex.influence.queries import Preconditioned, precondition, query_coordinates
 from gradindex.progress import stderr_progress
 from gradindex.storage import code_file
-from gradindex.storage.code_file import CodeIndex, code_bytes, scan
+from gradindex.storage.code_file import CodeIndex, scan
 from gradindex.storage.integrity import CheckedFiles
+from gradindex.storage.layout import code_bytes
 from indexer.encode import encode_batch
 
 LENGTHS = (32768, 131072, 524288)  # bits: codes of 4, 16 and 64 KiB

@@ -26,8 +26,9 @@ from gradindex.draws import Stream
 from gradindex.influence.blockwise import covariance_shapes
 from gradindex.influence.codes import Codes, CodeSettings, default_length, default_width
 from gradindex.influence.curvature import Curvature, Ekfac
+from gradindex.influence.exact import Influences, collect
 from gradindex.influence.gradients import backward
-from gradindex.influence.queries import Influences, Preconditioned, collect, query_coordinates
+from gradindex.influence.queries import Preconditioned, query_coordinates
 from gradindex.model.network import LanguageModel
 from gradindex.model.source import ModelSource
 from gradindex.model.tracked import tracked_modules

@@ -4,9 +4,10 @@ Writing belongs to `indexer`, opening to `search`, and neither knows the other: 
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Concatenate, ParamSpec
+from typing import ParamSpec
 
 from gradindex.model.source import ModelSource
 from indexer import build as journey
@@ -41,15 +42,16 @@ def build(request: BuildRequest) -> Searcher | None:
 
 
 def _then_open(
-    write: Callable[Concatenate[str | Path, Arguments], ModelSource | None]
-) -> Callable[Concatenate[str | Path, Arguments], Searcher | None]:
+    write: Callable[Arguments, ModelSource | None]
+) -> Callable[Arguments, Searcher | None]:
     """What writes to an index, followed by opening it; None where there is nothing to open."""
     @functools.wraps(write)
-    def call(
-        index: str | Path, *positional: Arguments.args, **named: Arguments.kwargs
-    ) -> Searcher | None:
-        source = write(index, *positional, **named)
-        return None if source is None else open_index(Path(index), source)
+    def call(*positional: Arguments.args, **named: Arguments.kwargs) -> Searcher | None:
+        source = write(*positional, **named)
+        if source is None:
+            return None
+        given = inspect.signature(write).bind(*positional, **named)
+        return open_index(Path(given.arguments["index"]), source)
 
     return call
 

@@ -1,5 +1,6 @@
 """What a search is asked and what it answers."""
 
+import importlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -302,9 +303,8 @@ class Result:
                 raise ValueError(f"hit {hit.id} has lists of lengths that don't fit.")
 
     def _repr_html_(self) -> str:
-        import gradindex
-
-        return gradindex.render_html(self)
+        # by its public name, and late: what shows a result knows results, not the other way round
+        return str(importlib.import_module("gradindex").render_html(self))
 
 
 @dataclass

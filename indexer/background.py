@@ -11,7 +11,7 @@ from gradindex.model.network import LanguageModel
 from gradindex.progress import Progress
 from gradindex.storage.background_file import BackgroundQueries, thresholds
 from gradindex.storage.code_file import CodeIndex
-from gradindex.storage.segments import digest_of
+from gradindex.storage.row_file import digest_of
 from indexer.calibrate import prepare_query
 from indexer.fit.schedule import Read
 

@@ -35,9 +35,10 @@ from gradindex.model.tracked import (
 )
 from gradindex.modules import Module
 from gradindex.progress import Progress, size
-from gradindex.storage import background_file, code_file, manifest, segments
+from gradindex.storage import background_file, code_file, layout, manifest, row_file
 from gradindex.storage.files import disk_errors, facts_of, make_folder, make_folders
 from gradindex.storage.integrity import refuse_links
+from gradindex.storage.layout import BUILD
 from gradindex.storage.locks import is_lock, one_of_writers, only_writer
 from gradindex.storage.manifest import (
     BackgroundFacts,
@@ -46,7 +47,6 @@ from gradindex.storage.manifest import (
     FitFacts,
     Manifest,
     ModelFacts,
-    Plan,
 )
 from gradindex.version import VERSION
 from indexer.background import make_background
@@ -57,7 +57,7 @@ from indexer.prepare import Prepared, make_codes, prepare
 from indexer.read import ingest
 from indexer.read.ingest import Run
 from indexer.shards import OVER_RAY, Shard, Share, Stage
-from indexer.state import BUILD, State
+from indexer.state import State
 
 
 def build(request: BuildRequest) -> ModelSource | None:
@@ -83,10 +83,10 @@ def build(request: BuildRequest) -> ModelSource | None:
             assert shard.first
             if not (index / "segments").is_dir():
                 make_folder(index / "segments")
-            empty = Run(index, 0, 0, 0, request.plan["segment_size"])
+            empty = Run(index, 0, 0, 0, request.plan.segment_size)
             state.corpus = ingest.write_records(request.corpus, empty, say)
             state.save()
-        ingest.report(state.corpus, state.plan["sequence_length"], say)
+        ingest.report(state.corpus, state.build_plan.sequence_length, say)
 
         # 3) the model and its tracked modules
         about = prepare(index, request.source, request.dtype, state, say, shard.of)
@@ -98,7 +98,7 @@ def build(request: BuildRequest) -> ModelSource | None:
             # 5) every sequence → a code
             if request.ray is None:
                 ingest.encode_run(about.model, _codes(fitted, state), about.run,
-                                  state.plan["batch_tokens"], request.max_bad, say, share)
+                                  state.build_plan.batch_tokens, request.max_bad, say, share)
             else:
                 share.wait(Stage("encode"), lambda: ingest.unsealed(about.run))
         return_freed()
@@ -160,7 +160,7 @@ def _begin_anew_alone(request: BuildRequest) -> None:
     plan is the same, the others may begin at this moment, and must not find the folder locked.
     """
     stored = State.resumed(request.index)
-    if stored is None or stored.plan == request.plan:
+    if stored is None or stored.build_plan == request.plan:
         return
     with contextlib.ExitStack() as stack:
         try:
@@ -197,9 +197,9 @@ def merge(
             say.say(f"{folder} is complete; nothing to do.")
         else:
             _refuse_unfinished(folder, state)
-            plan = state.plan
-            source = given.at_build(plan["model"], plan["revision"], None)
-            about = prepare(folder, source, plan["dtype"], state, say)
+            plan = state.build_plan
+            source = given.at_build(plan.model, plan.revision, None)
+            about = prepare(folder, source, plan.dtype, state, say)
             _complete(folder, _fit(folder, about, Shard(), say), state, say)
     return replace(given, max_memory=None)
 
@@ -207,7 +207,7 @@ def merge(
 def _refuse_unfinished(index: Path, state: State) -> None:
     """Raise InputError for shards that are not done."""
     run = Run(index, 0, 0, (state.corpus or {"sequences": 0})["sequences"],
-              state.plan["segment_size"])
+              state.build_plan.segment_size)
     missing = "the data are not read" if state.corpus is None else \
         "the curvature is not fitted" if not (index / "curvature").is_dir() else None
     left = [run.segments[number].name for number in ingest.unsealed(run)]
@@ -239,25 +239,25 @@ def _fit(index: Path, about: Prepared, share: Share, say: Progress) -> _Fitted:
 
 
 def _codes(fitted: _Fitted, state: State) -> Codes:
-    return make_codes(fitted.modules, fitted.ekfac, state.plan)
+    return make_codes(fitted.modules, fitted.ekfac, state.build_plan)
 
 
 def _complete(index: Path, fitted: _Fitted, state: State, say: Progress) -> None:
     """Steps 6 and 7, once every segment is encoded."""
-    plan, run, model, ekfac = state.plan, fitted.about.run, fitted.about.model, fitted.ekfac
+    plan, run, model, ekfac = state.build_plan, fitted.about.run, fitted.about.model, fitted.ekfac
     assert state.asked is not None
-    codes, length = _codes(fitted, state), plan["bits"]
+    codes, length = _codes(fitted, state), plan.bits
     quarantined = ingest.quarantined(run, state.asked["max_bad"], say)
 
     # 6) how far a code's score is from the exact one, and what comes up whatever is asked
     coded = [one for one in range(run.count) if one not in quarantined]
     calibration = calibrate(
         model, codes, ekfac, run.records, lambda ids: run.codes(ids, length), coded,
-        plan["batch_tokens"], say, fitted.about.allowance,
+        plan.batch_tokens, say, fitted.about.allowance,
     )
     queries, sample = make_background(
         model, codes, ekfac, run.records, lambda ids: run.coded(ids, length), coded, say)
-    background_file.save(index / manifest.BACKGROUND, queries)
+    background_file.save(index / layout.BACKGROUND, queries)
 
     # 7) the commit
     made = _manifest(state, fitted, codes, calibration,
@@ -281,38 +281,38 @@ def _manifest(
     """What the build made."""
     run, model = fitted.about.run, fitted.about.model
     tracked, notes = fitted.modules, fitted.notes
-    plan, facts, asked = state.plan, state.corpus, state.asked
+    plan, facts, asked = state.build_plan, state.corpus, state.asked
     assert facts is not None and asked is not None and state.model is not None
     files = {f"curvature/{name}": one for name, one in notes.files.items()}
-    for name in (manifest.FIT, manifest.BACKGROUND):
+    for name in (layout.FIT, layout.BACKGROUND):
         files[name] = facts_of(run.index / name)
     rows = np.concatenate([run.rows(one) for one in run.segments])
     return Manifest(
         format=manifest.FORMAT, generation=1, versions=_versions(),
         model=ModelFacts(
-            name=anywhere(plan["model"]), revision=plan["revision"],
+            name=anywhere(plan.model), revision=plan.revision,
             files=state.model["files"], tensors=state.model["tensors"],
-            config=state.model["config"], tokenizer=plan["tokenizer"],
+            config=state.model["config"], tokenizer=plan.tokenizer,
             tokenizer_name=asked["tokenizer_name"],
         ),
-        dtype=plan["dtype"], device=plan["device"], threads=state.threads,
+        dtype=plan.dtype, device=plan.device, threads=state.threads,
         task=asked["task"], vocabulary=vocabulary_size(model.network.config),
-        sequence_length=plan["sequence_length"],
+        sequence_length=plan.sequence_length,
         documents=facts["documents"], sequences=run.count - quarantined, tokens=facts["tokens"],
         scored_tokens=facts["scored_tokens"], skipped=facts["skipped"],
-        duplicates=segments.count_equal(rows["digest"][~np.isnan(rows["norm"])]),
+        duplicates=row_file.count_equal(rows["digest"][~np.isnan(rows["norm"])]),
         train_sequences=asked["train_sequences"], modules=tracked,
         parameter_share=parameter_share(model.network, tracked),
-        effective_dimension={name: round(one.effective_dimension(plan["damping"]), 1)
+        effective_dimension={name: round(one.effective_dimension(plan.damping), 1)
                              for name, one in fitted.ekfac.items()},
         fit=FitFacts(sequences=len(fitted.about.settings.ids) - len(notes.quarantined),
-                     labels=plan["fit_labels"], left_out=notes.left_out),
-        damping=plan["damping"], code=CodeFacts(
+                     labels=plan.fit_labels, left_out=notes.left_out),
+        damping=plan.damping, code=CodeFacts(
             length=codes.settings.length, width=codes.settings.width, seed=codes.settings.seed,
             damping=codes.settings.damping, digest=codes.digest,
         ),
         calibration=calibration, background=queries,
-        batch_tokens=plan["batch_tokens"], plan=Plan(**plan),  # type: ignore[typeddict-item]
+        batch_tokens=plan.batch_tokens, plan=plan,
         appended=[],
         next_id=run.count, next_segment=len(run.segments), segments=run.segments,
         deleted=0, deleted_file=None, quarantined=quarantined,

@@ -21,7 +21,7 @@ from gradindex.model.config import context_length, vocabulary_size
 from gradindex.model.identity import tokenizer_digest
 from gradindex.model.source import ModelSource
 from gradindex.progress import Progress
-from gradindex.storage.manifest import MOST_BLOCKS
+from gradindex.storage.plan import MOST_BLOCKS, Plan
 from indexer.fit.quarantine import SHARE
 from indexer.read.corpus import Corpus, CorpusSettings
 from indexer.read.sources import token_file_width
@@ -37,7 +37,7 @@ class BuildRequest:
     index: Path
     source: ModelSource
     corpus: Corpus
-    plan: dict[str, Any]
+    plan: Plan
     dtype: str
     train_sequences: int | None
     max_bad: float
@@ -100,7 +100,7 @@ def make_request(
         sequence_length=_sequence_length(seq_len, config, as_list(data)), pack=pack,
         text_field=text_field, prompt_field=prompt_field, completion_field=completion_field,
         messages_field=messages_field, id_field=id_field, keep_fields=tuple(keep_fields),
-        limit=limit, strict=strict,
+        limit=limit,
     )
     check_numbers(fit_sequences=fit_sequences, covariance_blocks=covariance_blocks,
                   batch_tokens=batch_tokens, damping=damping, segment_size=segment_size,
@@ -111,19 +111,16 @@ def make_request(
     say = progress or Progress()
     own = Shard() if shard is None else parse_shard(shard, wait, say)
     _check_choices(index, seed, covariance_blocks, keep_fields, fit_labels)
-    corpus = open_corpus(data, source, config, settings)
+    corpus = open_corpus(data, source, config, settings, strict)
     place, resolved = source.resolve(dtype)
-    plan = {
-        "model": source.name, "revision": source.revision, "data": corpus.data_facts(),
-        **{name: value for name, value in asdict(settings).items() if name != "strict"},
-        "keep_fields": list(settings.keep_fields), "modules": modules,
-        "fit_sequences": fit_sequences, "fit_labels": fit_labels,
-        "covariance_blocks": covariance_blocks, "damping": damping,
-        "bits": _code_length(bits, settings.sequence_length),
-        "dtype": str(resolved).removeprefix("torch."),
-        "device": place.type, "batch_tokens": batch_tokens, "segment_size": segment_size,
-        "seed": seed, "tokenizer": tokenizer_digest(corpus.tokenizer),
-    }
+    plan = Plan(
+        **asdict(settings), model=source.name, revision=source.revision, data=corpus.data_facts(),
+        modules=modules, fit_sequences=fit_sequences, fit_labels=fit_labels,
+        covariance_blocks=covariance_blocks, damping=damping,
+        bits=_code_length(bits, settings.sequence_length),
+        dtype=str(resolved).removeprefix("torch."), device=place.type, batch_tokens=batch_tokens,
+        segment_size=segment_size, seed=seed, tokenizer=tokenizer_digest(corpus.tokenizer),
+    )
     named = isinstance(tokenizer, (str, Path))
     tokenizer_name = anywhere(str(tokenizer)) if named else None
     return BuildRequest(index, source, corpus, plan, dtype, train_sequences, max_bad,
@@ -154,12 +151,14 @@ def takes_arguments_of(
     return decorate
 
 
-def open_corpus(data: Any, source: ModelSource, config: Any, settings: CorpusSettings) -> Corpus:
+def open_corpus(
+    data: Any, source: ModelSource, config: Any, settings: CorpusSettings, strict: bool = False
+) -> Corpus:
     """The sequences of some data, cut as `settings` say. Raises InputError."""
     tokenizer = source.load_tokenizer()
     return Corpus(
         as_list(data), tokenizer, settings, vocabulary=vocabulary_size(config),
-        end_token=getattr(tokenizer, "eos_token_id", None),
+        end_token=getattr(tokenizer, "eos_token_id", None), strict=strict,
     )
 
 

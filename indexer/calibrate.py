@@ -15,7 +15,8 @@ from gradindex.draws import Stream, choose
 from gradindex.errors import GradindexError
 from gradindex.influence.codes import Codes, score_error
 from gradindex.influence.curvature import Ekfac
-from gradindex.influence.queries import Preconditioned, exact_scores, prepare, query_coordinates
+from gradindex.influence.exact import exact_scores
+from gradindex.influence.queries import Preconditioned, prepare, query_coordinates
 from gradindex.memory import Allowance
 from gradindex.model.network import LanguageModel
 from gradindex.modules import Module

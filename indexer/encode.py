@@ -10,15 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradindex.influence.batches import Splits, in_batches
 from gradindex.influence.codes import Codes
-from gradindex.influence.gradients import Splits, backward, in_batches, why_not_finite
+from gradindex.influence.gradients import backward, why_not_finite
 from gradindex.model.config import vocabulary_size
 from gradindex.model.network import LanguageModel
 from gradindex.modules import Module
 from gradindex.progress import Progress
-from gradindex.storage import segments, token_file
-from gradindex.storage.code_file import CodeIndex, code_bytes
+from gradindex.storage import row_file, segments, token_file
+from gradindex.storage.code_file import CodeIndex
 from gradindex.storage.files import rename_folder
+from gradindex.storage.layout import code_bytes
 from gradindex.storage.records import Record
 from gradindex.storage.segments import SegmentFacts
 
@@ -57,7 +59,7 @@ def encode_segment(
         progress.update(len(rows))
     index.add(rows_codes)
     vocabulary = vocabulary_size(model.network.config)
-    seal(folder, facts, index, segments.make_rows(records, norms),
+    seal(folder, facts, index, row_file.make_rows(records, norms),
          [record.tokens for record in records], vocabulary)
     return facts
 
@@ -71,7 +73,7 @@ def seal(
     Raises ResourceError.
     """
     facts.files["vectors.faiss"] = codes.write(folder / "vectors.faiss")
-    facts.files["rows.npy"] = segments.write_rows(folder / "rows.npy", rows)
+    facts.files["rows.npy"] = row_file.write_rows(folder / "rows.npy", rows)
     facts.files["tokens.npz"] = token_file.write(folder / "tokens.npz", sequences, vocabulary)
     segments.write_facts(folder, facts)
     rename_folder(folder, folder.with_suffix(""))

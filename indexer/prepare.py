@@ -1,10 +1,10 @@
 """What every process of a build makes ready: the model, its modules, how it is to be fitted."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -23,6 +23,7 @@ from gradindex.model.tracked import (
 )
 from gradindex.modules import Module
 from gradindex.progress import Progress, shares
+from gradindex.storage.plan import Plan
 from gradindex.storage.records import Record
 from indexer.dry_run.measure import batch_bytes
 from indexer.fit.budget import disk_bytes, held_bytes, partitions
@@ -52,14 +53,14 @@ def prepare(
     index: Path, source: ModelSource, dtype: str, state: State, say: Progress, shards: int = 1,
 ) -> Prepared:
     """Load and check the model. Raises ResourceError where disk or memory don't suffice."""
-    plan, facts = state.plan, state.corpus
+    plan, facts = state.build_plan, state.corpus
     assert facts is not None and state.asked is not None
     torch.set_num_threads(state.threads)
-    run = Run(index, 0, 0, facts["sequences"], plan["segment_size"])
-    say.say(f"model: loading {source.name} as {plan['dtype']} on {plan['device']}")
+    run = Run(index, 0, 0, facts["sequences"], plan.segment_size)
+    say.say(f"model: loading {source.name} as {plan.dtype} on {plan.device}")
     model = LanguageModel.load(source, dtype)
     state.check_model(model)
-    tracked = tracked_modules(model.network, plan["modules"])
+    tracked = tracked_modules(model.network, plan.modules)
     say.say(f"modules: {describe(model, tracked)}")
     odd = {what: share for what, share in untracked(model.network, tracked).items()
            if what not in (*TRACKABLE, *SMALL_PARTS)}
@@ -67,14 +68,14 @@ def prepare(
         say.say(f"warning: {total:.0%} of the model's parameters can't be tracked, so their "
                 f"influence is in no score: {shares(odd)}")
     settings = FitSettings(
-        choose(Stream.FIT_SEQUENCES, plan["seed"], run.count, plan["fit_sequences"]),
-        plan["fit_labels"], min(plan["segment_size"], LARGEST_BLOCK), plan["batch_tokens"],
-        plan["seed"], state.asked["max_bad"], plan["covariance_blocks"],
+        choose(Stream.FIT_SEQUENCES, plan.seed, run.count, plan.fit_sequences),
+        plan.fit_labels, min(plan.segment_size, LARGEST_BLOCK), plan.batch_tokens,
+        plan.seed, state.asked["max_bad"], plan.covariance_blocks,
     )
     allowance = allow(model, tracked, settings, lambda: run.records(settings.ids[: settings.block]))
     blocks, width = settings.covariance_blocks, model.accumulate.itemsize
     every = partitions(tracked, blocks, width, allowance.planned)
-    ingest.check_disk(run, plan["bits"], _still_needed(index, disk_bytes(
+    ingest.check_disk(run, plan.bits, _still_needed(index, disk_bytes(
         every, blocks, width, AHEAD * shards if shards > 1 else 0)))
     return Prepared(run, model, tracked, settings, allowance)
 
@@ -104,10 +105,10 @@ def allow(
         model.bytes, model.source.max_memory, held, f"fitting {largest}", batch)
 
 
-def make_codes(modules: list[Module], ekfac: Ekfac, plan: Mapping[str, Any]) -> Codes:
+def make_codes(modules: list[Module], ekfac: Ekfac, plan: Plan) -> Codes:
     """The codes that a plan asks for, of modules that have curvature."""
     return Codes(modules, ekfac, CodeSettings(
-        plan["bits"], default_width(plan["bits"], len(modules)), plan["seed"], plan["damping"]))
+        plan.bits, default_width(plan.bits, len(modules)), plan.seed, plan.damping))
 
 
 def describe(model: LanguageModel, tracked: list[Module]) -> str:

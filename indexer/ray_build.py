@@ -23,6 +23,7 @@ from gradindex.model.source import ModelSource
 from gradindex.progress import Progress
 from gradindex.storage.files import disk_errors
 from gradindex.storage.locks import one_of_writers
+from gradindex.storage.plan import Plan
 from indexer.build_request import BuildRequest
 from indexer.fit.schedule import Fit, fitted
 from indexer.prepare import Prepared, make_codes, prepare
@@ -46,13 +47,13 @@ class Job:
 
     index: Path
     source: ModelSource
-    plan: dict[str, Any]
+    plan: Plan
 
     @classmethod
     def of(cls, request: BuildRequest) -> "Job":
         plan = request.plan
         source = replace(request.source, model=str(absolute(request.source.model)), tokenizer=None,
-                         device=plan["device"])
+                         device=plan.device)
         return cls(request.index.resolve(), source, plan)
 
 
@@ -94,7 +95,7 @@ class _Worker:
             raise InputError(f"it finds no build in {self._index}. With --ray the index has to lie "
                              "where every machine sees it by the same path.")
         self._join()
-        device, dtype = job.plan["device"], job.plan["dtype"]
+        device, dtype = job.plan.device, job.plan.dtype
         about = prepare(self._index, job.source, dtype, state, Progress())
         found = about.model
         if (found.device.type, str(found.dtype)) != (device, f"torch.{dtype}"):
@@ -134,7 +135,7 @@ class _Worker:
             self._fit.do(stage, unit)
         elif unit in ingest.unsealed(about.run):
             ingest.encode_one(about.model, self._made_codes(), about.run, about.run.segments[unit],
-                              self._job.plan["batch_tokens"], Progress())
+                              self._job.plan.batch_tokens, Progress())
 
     def _made_codes(self) -> Codes:
         if self._codes is None:
@@ -183,7 +184,7 @@ class Crew:
         connect(self._address)
         state = State.joined(Path(self._job.index), self._job.plan)
         assert state is not None
-        gpu = self._job.plan["device"] == "cuda"
+        gpu = self._job.plan.device == "cuda"
         self._remote = self._ray.remote(_Worker).options(
             num_gpus=int(gpu), num_cpus=1 if gpu else state.threads)
         self._count = self._count or _room(self._ray, gpu, state.threads)

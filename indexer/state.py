@@ -20,6 +20,7 @@ from gradindex.storage import manifest, sealed_json
 from gradindex.storage.files import TEMPORARY, atomic_write
 from gradindex.storage.integrity import open_inside
 from gradindex.storage.locks import NOTE, is_lock
+from gradindex.storage.plan import Plan
 
 BUILD, APPEND = "build.json", "append.json"
 LARGEST = 1 << 26  # bytes of either
@@ -38,12 +39,12 @@ class State:
 
     @classmethod
     def open(
-        cls, index: Path, plan: dict[str, Any], say: Progress, anew: bool = True
+        cls, index: Path, plan: Plan, say: Progress, anew: bool = True
     ) -> "State":
         """The state of the build in `index`, or a new one. Raises as `find` does; ResourceError."""
         state = cls.find(index, plan, say, anew)
         if state is None:
-            state = cls(index / BUILD, plan, torch.get_num_threads())
+            state = cls(index / BUILD, plan.to_dict(), torch.get_num_threads())
             state.save()
         return state
 
@@ -54,7 +55,7 @@ class State:
         return _stored(path) if path.is_file() else None
 
     @classmethod
-    def joined(cls, index: Path, plan: dict[str, Any]) -> "State | None":
+    def joined(cls, index: Path, plan: Plan) -> "State | None":
         """The state of a build that another process began, once its data and model are known.
 
         Raises InputError for another plan, if something was fitted: else it may yet begin anew.
@@ -63,13 +64,13 @@ class State:
         if state is None:
             return None
         if _fitted(index):
-            refuse_difference(index, state.plan, plan)
+            refuse_difference(index, state.plan, plan.to_dict())
         known = state.corpus is not None and state.model is not None
-        return state if known and not _differences(state.plan, plan) else None
+        return state if known and not _differences(state.plan, plan.to_dict()) else None
 
     @classmethod
     def find(
-        cls, index: Path, plan: dict[str, Any], say: Progress, anew: bool = True
+        cls, index: Path, plan: Plan, say: Progress, anew: bool = True
     ) -> "State | None":
         """The state of the build in `index`, which may not exist; None where it begins anew.
 
@@ -77,17 +78,17 @@ class State:
         can be corrected; afterwards, or where other processes may be at work (not `anew`), it is
         refused. Raises InputError.
         """
-        path = index / BUILD
+        path, wanted = index / BUILD, plan.to_dict()
         if manifest.exists(index):
-            refuse_difference(index, dict(manifest.load(index).plan), plan)
-            return cls(path, plan, torch.get_num_threads())
+            refuse_difference(index, manifest.load(index).plan.to_dict(), wanted)
+            return cls(path, wanted, torch.get_num_threads())
         if path.is_file():
             stored = _stored(path)
-            if _fitted(index) or not anew or not _differences(stored.plan, plan):
-                refuse_difference(index, stored.plan, plan)
+            if _fitted(index) or not anew or not _differences(stored.plan, wanted):
+                refuse_difference(index, stored.plan, wanted)
                 return stored
             say.say(f"starting over in {index}, where nothing was fitted yet: "
-                    + "; ".join(_differences(stored.plan, plan)))
+                    + "; ".join(_differences(stored.plan, wanted)))
         elif index.is_dir() and any(
                 entry.name not in (BUILD + TEMPORARY, NOTE) and not is_lock(entry)
                 for entry in index.iterdir()):
@@ -111,6 +112,11 @@ class State:
         state = cls(path, plan, threads)
         state.save()
         return state
+
+    @property
+    def build_plan(self) -> Plan:
+        """The plan of a build. Raises DamagedIndexError where it can't be read as one."""
+        return Plan.from_dict(self.plan)
 
     def save(self) -> None:
         content = {"plan": self.plan, "threads": self.threads, "corpus": self.corpus,

@@ -143,7 +143,7 @@ def test_a_command_that_failed_early_can_be_corrected(model_folder, data_file, t
         with pytest.raises(InputError):
             gradindex.build(str(model_folder), data_file, out, **{**SMALL, **wrong})
     index = gradindex.build(str(model_folder), data_file, out, **SMALL)
-    assert index.manifest.plan["keep_fields"] == ["place"]
+    assert index.manifest.plan.keep_fields == ("place",)
 
 
 def test_the_index_returned_keeps_the_options(tmp_path):
@@ -341,7 +341,7 @@ def test_default_arguments():
 def test_default_plan(model_folder, data_file, index_folder):
     index = gradindex.open(index_folder)
     plan = index.manifest.plan
-    assert {name: plan[name] for name in (
+    assert {name: getattr(plan, name) for name in (
         "pack", "modules", "fit_sequences", "fit_labels", "damping", "seed", "limit", "dtype",
         "device")} == {
         "pack": False, "modules": "mlp", "fit_sequences": 4096, "fit_labels": "model",

@@ -12,13 +12,8 @@ import torch
 
 import gradindex
 from gradindex.errors import DamagedIndexError, IndexMismatchError, InputError
-from gradindex.influence.exact import chunk_ends
-from gradindex.influence.queries import (
-    Preconditioned,
-    exact_scores,
-    precondition,
-    query_coordinates,
-)
+from gradindex.influence.exact import chunk_ends, exact_scores
+from gradindex.influence.queries import Preconditioned, precondition, query_coordinates
 from gradindex.objective import Text
 from gradindex.storage import records
 from search.ask.controls import Controls

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -257,7 +258,7 @@ def test_a_worker_is_where_the_plan_says(model_folder, data_file, tmp_path, one_
         state.plan["device"] = "cuda"
         state.save()
         asked = build(dtype="float64")
-        asked.plan["device"] = "cuda"
+        asked.plan = replace(asked.plan, device="cuda")
         receipt = _Worker(Job.of(asked), 1).load()
         assert receipt.error == "InputError" and "sees no CUDA GPU" in receipt.message
 

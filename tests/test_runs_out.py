@@ -24,7 +24,7 @@ import gradindex
 from gradindex.draws import Stream, choose
 from gradindex.errors import GradindexError, InputError, ResourceError
 from gradindex.influence import gradients
-from gradindex.influence.gradients import Splits
+from gradindex.influence.batches import Splits
 from gradindex.progress import Progress
 from gradindex.storage import files, manifest, segments
 from indexer import background, calibrate

@@ -87,7 +87,8 @@ def right(x: Tensor, q: Tensor, bias: bool = False) -> Tensor:
             torch.addmm(block[-1], part, block[:-1], out=own)
         else:
             torch.mm(part, block, out=own)
-    return found.unflatten(0, x.shape[:-1])
+    product: Tensor = found.unflatten(0, x.shape[:-1])
+    return product
 
 
 def right_transposed(x: Tensor, q: Tensor) -> Tensor:

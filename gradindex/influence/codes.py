@@ -154,7 +154,8 @@ class Codes:
 
 def _mixing(signs: Tensor, like: Tensor) -> Tensor:
     """R [k, n] = signs / √k, in the dtype of `like`."""
-    return signs.to(like.dtype) / len(signs) ** 0.5
+    mixing: Tensor = signs.to(like.dtype) / len(signs) ** 0.5
+    return mixing
 
 
 def _sketch(vectors: Tensor, x: Tensor, signs: Tensor, offset: int) -> None:
@@ -170,4 +171,4 @@ def _sketch(vectors: Tensor, x: Tensor, signs: Tensor, offset: int) -> None:
 
 def score_error(c: float, query_norm: float, norms: np.ndarray, length: int) -> np.ndarray:
     """σ_m = c ‖v_q‖ ‖v_m‖ / √K: the sd of a code's score around the exact influence [n]."""
-    return c * query_norm * norms.astype(np.float64) / length**0.5
+    return np.asarray(c * query_norm * norms.astype(np.float64) / length**0.5)

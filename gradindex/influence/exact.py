@@ -1,18 +1,104 @@
-"""Exact influence of named sequences: their gradients are computed again and scored in full."""
+"""The one meaning of "score": exact EK-FAC influence of a sequence on a query.
 
-from collections.abc import Iterator, Sequence
+I(q, m) = ⟨∇ log p(completion | prompt), (G+λI)⁻¹ ∇ log p(sequence m)⟩ = Σ_u Σ_t d_tᵀ P_u a_t,
+P_u = (G_u+λ_u I)⁻¹ G_q,u  (Grosse et al. 2023, eqs. 25, 30, 31). Positive: one more copy of m
+makes the completion more likely, by I / N_train nats to first order.
+
+Everything needed of a sequence comes from one forward and backward pass: `Influences`, `Terms` and
+`GradientSizes` each take what a module hands over and add up their part. `rescore` runs the passes.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from gradindex.influence.batches import Splits, in_batches
+from gradindex.influence.blockwise import rotator
 from gradindex.influence.curvature import Ekfac
-from gradindex.influence.gradients import Splits, in_batches
-from gradindex.influence.queries import Influences, Preconditioned, Sizes, Terms, collect
+from gradindex.influence.gradients import backward
+from gradindex.influence.queries import Preconditioned, slices
 from gradindex.model.network import LanguageModel
 from gradindex.modules import Module
+from gradindex.objective import Batch
 from gradindex.storage.records import Record
 
 SMALLEST_CHUNK, LARGEST_CHUNK = 16, 128  # sequences; batches are of like lengths within a chunk
+
+
+class Influences:
+    """Adds up I [q, b] of a batch on every query."""
+
+    def __init__(self, preconditioned: Preconditioned, rows: int):
+        self._preconditioned = preconditioned
+        self.total = torch.zeros(len(preconditioned), rows, dtype=torch.float64)
+        self._parts: dict[str, Tensor] = {}
+
+    def __call__(self, module: Module, a: Tensor, d: Tensor) -> None:
+        own = self._preconditioned.of(module).scores(module, a, d).to("cpu", torch.float64)
+        self._parts[module.name] = own
+        self.total += own
+
+    def stacked(self, modules: list[Module]) -> Tensor:
+        """[q, b, u], summing to I over u."""
+        return torch.stack([self._parts[module.name] for module in modules], dim=-1)
+
+
+class Terms:
+    """Keeps the terms of I on one query: [b, t] by module name."""
+
+    def __init__(self, preconditioned: Preconditioned, batch: Batch):
+        self._preconditioned, self._batch = preconditioned, batch
+        self._parts: dict[str, Tensor] = {}
+
+    def __call__(self, module: Module, a: Tensor, d: Tensor) -> None:
+        self._parts[module.name] = self._batch.by_position(
+            module, self._preconditioned.of(module).terms(module, a, d))
+
+    def stacked(self, modules: list[Module]) -> Tensor:
+        """[b, t, u], summing to I over t and u."""
+        return torch.stack([self._parts[module.name] for module in modules], dim=-1)
+
+
+class GradientSizes:
+    """Adds up two sizes of each sequence's gradient, float64 [b].
+
+    `self_influence` = ‖m̃‖² = ∇mᵀ (G+λ)⁻¹ ∇m, with m̃ = (G+λ)^−½ ∇m; `squared_step` =
+    ‖(G+λ)⁻¹ ∇m‖², the change of parameters that adding m causes: I over its square root is
+    θ-RelatIF (Barshan et al. 2020, eq. 7).
+    """
+
+    def __init__(self, ekfac: Ekfac, damping: float, rows: int):
+        self._ekfac, self._damping = ekfac, damping
+        self.self_influence = torch.zeros(rows, dtype=torch.float64)
+        self.squared_step = torch.zeros(rows, dtype=torch.float64)
+
+    def __call__(self, module: Module, a: Tensor, d: Tensor) -> None:
+        c = self._ekfac[module.name]
+        damped = c.damped(self._damping)
+        some = rotator(module, a, d, c.eigenvectors_a, c.eigenvectors_s)
+        for rows in slices(module, len(a)):
+            part = some(rows).square_().div_(damped)
+            self.self_influence[rows] += part.sum((1, 2)).cpu()
+            self.squared_step[rows] += part.div_(damped).sum((1, 2)).cpu()
+
+
+def collect(
+    model: LanguageModel, modules: list[Module], batch: Batch,
+    *collectors: Callable[[Module, Tensor, Tensor], None], numbers: Tensor | None = None,
+) -> None:
+    """One forward and backward pass of a batch, handed to every collector.
+
+    With `numbers` [b, t], labels are drawn from the model, as for `backward`.
+    """
+    def each(module: Module, a: Tensor, d: Tensor) -> None:
+        for collector in collectors:
+            collector(module, a, d)
+
+    with torch.no_grad():
+        backward(model, modules, batch, each, numbers)
 
 
 @dataclass
@@ -59,11 +145,12 @@ def chunk_ends(count: int) -> list[int]:
 
 def rescore(
     by: Rescorer, preconditioned: Preconditioned, sequences: Sequence[Record],
-    sizes: bool = False, terms: bool = False, by_module: bool = False,
+    sizes: bool = False, terms: bool = False, by_module: bool = False, whole: bool = False,
 ) -> Iterator[list[tuple[int, Exact]]]:
-    """Yield, batch by batch, (place in `sequences`, score); chunks in order."""
+    """Yield, batch by batch, (place in `sequences`, score); chunks in order, or one as a `whole`.
+    """
     first = 0
-    for end in chunk_ends(len(sequences)):
+    for end in [len(sequences)] if whole else chunk_ends(len(sequences)):
         chunk = sequences[first:end]
 
         def run(rows: list[int], chunk: Sequence[Record] = chunk) -> list[Exact]:
@@ -75,6 +162,19 @@ def rescore(
             yield [(first + row, one) for row, one in zip(rows, found, strict=True)]
         by.halved += len(splits.made)
         first = end
+
+
+def exact_scores(
+    model: LanguageModel, modules: list[Module], preconditioned: Preconditioned,
+    sequences: list[Record], batch_tokens: int,
+) -> np.ndarray:
+    """Exact influence of every sequence on every query: float64 [q, sequences]."""
+    scores = np.zeros((len(preconditioned), len(sequences)))
+    by = Rescorer(model, modules, {}, 0.0, batch_tokens)  # no sizes are asked for
+    for part in rescore(by, preconditioned, sequences, whole=True):
+        for place, exact in part:
+            scores[:, place] = exact.influence
+    return scores
 
 
 def joined(parts: Sequence[Exact]) -> Exact:
@@ -92,7 +192,7 @@ def _score_batch(
     by_module: bool,
 ) -> list[Exact]:
     batch = by.model.batch(members)
-    own = Sizes(by.ekfac, by.damping, len(members))
+    own = GradientSizes(by.ekfac, by.damping, len(members))
     extra = [own] if sizes else []
     if terms:
         parts = Terms(preconditioned, batch)

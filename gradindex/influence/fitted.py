@@ -16,7 +16,8 @@ from gradindex.model.network import LanguageModel
 from gradindex.model.source import ModelSource
 from gradindex.objective import NextToken
 from gradindex.storage.integrity import CheckedFiles
-from gradindex.storage.manifest import Manifest, curvature_file
+from gradindex.storage.layout import curvature_file
+from gradindex.storage.manifest import Manifest
 
 
 class FittedModel:
@@ -132,7 +133,7 @@ class FittedModel:
 
     @property
     def _covariance_blocks(self) -> int:
-        return self.manifest.plan["covariance_blocks"]
+        return self.manifest.plan.covariance_blocks
 
     @property
     def ekfac(self) -> Ekfac:

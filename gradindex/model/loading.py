@@ -46,7 +46,9 @@ def dtype_called(dtype: str) -> torch.dtype:
 
 def dtype_of(network: Any) -> torch.dtype:
     """What a network computes in; quantised weights are kept in integers."""
-    return next(one.dtype for one in network.parameters() if one.is_floating_point())
+    dtype: torch.dtype = next(
+        one.dtype for one in network.parameters() if one.is_floating_point())
+    return dtype
 
 
 @contextlib.contextmanager

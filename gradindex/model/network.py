@@ -80,7 +80,8 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        return next(self.network.parameters()).device
+        device: torch.device = next(self.network.parameters()).device
+        return device
 
     @property
     def dtype(self) -> torch.dtype:

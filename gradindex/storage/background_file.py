@@ -28,7 +28,7 @@ class BackgroundQueries:
 
     `vectors` float16 [q, K] are v_q / ‖v_q‖; `upper` and `lower` float32 [q] are the thresholds of
     the code scores with these; `ids` int64 [q] are the sequences that the queries were made of and
-    `digests` uint64 [q, 2] those of `segments.digest_of`, by which equal sequences are known even
+    `digests` uint64 [q, 2] those of `row_file.digest_of`, by which equal sequences are known even
     where that one was deleted.
     """
 
@@ -53,7 +53,8 @@ class BackgroundQueries:
         reached = np.stack([(scores >= self.upper[:, None]) & counts,
                             (scores <= self.lower[:, None]) & counts]).sum(1)
         with np.errstate(invalid="ignore"):
-            return reached / counts.sum(0)
+            rates: np.ndarray = reached / counts.sum(0)
+        return rates
 
 
 def thresholds(scores: np.ndarray) -> tuple[np.float32, np.float32]:

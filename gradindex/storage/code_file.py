@@ -28,16 +28,12 @@ except ImportError as error:
 
 from gradindex.errors import DamagedIndexError
 from gradindex.storage.files import FileFacts, Writer, atomic_write
+from gradindex.storage.layout import code_bytes
 
 _ONE_AT_A_TIME = threading.Lock()  # FAISS's limits are the process's
 UNPACKED_ROWS = 256  # codes unpacked at once: 32 MB at 32,768 bits
 QUERY_BITS = 4  # how finely FAISS quantises the query; 8 is half as fast, 0 (not at all) 1/500
 SCANNED_ROWS = 1024  # the fewest rows that a thread scans at a time
-
-
-def code_bytes(length: int) -> int:
-    """Bytes of one code of K = `length` bits."""
-    return length // 8 + 8
 
 
 def file_bytes(length: int, rows: int) -> int:
@@ -59,7 +55,9 @@ class CodeIndex:
 
     def encode(self, vectors: np.ndarray) -> np.ndarray:
         """Vectors float32 [n, K] → codes uint8 [n, code_bytes(K)]."""
-        return self._index.sa_encode(np.ascontiguousarray(vectors, dtype=np.float32))
+        codes: np.ndarray = self._index.sa_encode(
+            np.ascontiguousarray(vectors, dtype=np.float32))
+        return codes
 
     def add(self, codes: np.ndarray) -> None:
         self._index.add_sa_codes(np.ascontiguousarray(codes))

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from gradindex.storage import records, segments, token_file
-from gradindex.storage.code_file import CodeIndex
+from gradindex.storage import layout
 from gradindex.storage.integrity import CheckedFiles
 from gradindex.storage.manifest import Manifest, Segment
 from gradindex.storage.records import Record
+from gradindex.storage.row_file import ROW, digest_of, first_equal, parse_ids
+from gradindex.storage.segments import SegmentReader
 
 
 class Contents:
@@ -34,24 +35,20 @@ class Contents:
     def __len__(self) -> int:
         return len(self.places)
 
-    def file(self, segment: Segment, name: str) -> str:
-        return f"segments/{segment.name}/{name}"
+    def reader(self, segment: Segment) -> SegmentReader:
+        """The reader of one of the segments."""
+        return SegmentReader(self.files, f"{layout.SEGMENTS}/{segment.name}/", segment.rows)
 
     # ---- rows
 
     @cached_property
     def rows(self) -> np.ndarray:
-        """Every row, as segments.ROW [rows]."""
+        """Every row, as row_file.ROW [rows]."""
         if not self.segments:
-            return np.zeros(0, dtype=segments.ROW)
-        found = [
-            segments.parse_rows(self.files.read(name := self.file(segment, "rows.npy")),
-                                segment.rows, self.root / name)
-            for segment in self.segments
-        ]
-        rows = np.concatenate(found)
+            return np.zeros(0, dtype=ROW)
+        rows = np.concatenate([self.reader(segment).rows() for segment in self.segments])
         if (np.diff(rows["id"]) <= 0).any() or rows["id"][-1] >= self.manifest.next_id:
-            raise self.files.damaged(self.file(self.segments[-1], "rows.npy"),
+            raise self.files.damaged(layout.segment_file(self.segments[-1].name, layout.ROWS),
                                      "has ids that don't follow those of the other segments")
         return rows
 
@@ -61,12 +58,13 @@ class Contents:
         name = self.manifest.deleted_file
         if name is None:
             return np.zeros(0, dtype=np.int64)
-        return segments.parse_ids(self.files.read(name), self.manifest.deleted, self.root / name)
+        return parse_ids(self.files.read(name), self.manifest.deleted, self.root / name)
 
     @cached_property
     def live(self) -> np.ndarray:
         """Which rows can be found: bool [rows]."""
-        return ~np.isnan(self.rows["norm"]) & ~np.isin(self.rows["id"], self.deleted)
+        coded = ~np.isnan(self.rows["norm"])
+        return np.asarray(coded & ~np.isin(self.rows["id"], self.deleted))
 
     @cached_property
     def places(self) -> np.ndarray:
@@ -81,17 +79,17 @@ class Contents:
     @cached_property
     def ids(self) -> np.ndarray:
         """The id of every place, ascending: int64 [N]."""
-        return self.rows["id"][self.places]
+        return np.asarray(self.rows["id"][self.places])
 
     @cached_property
     def norms(self) -> np.ndarray:
         """‖v_m‖ of every place: float64 [N]."""
-        return self.rows["norm"][self.places].astype(np.float64)
+        return np.asarray(self.rows["norm"][self.places], dtype=np.float64)
 
     @cached_property
     def first_equal(self) -> np.ndarray:
         """The first place whose sequence has the same tokens and mask: int64 [N]."""
-        return segments.first_equal(self.rows["digest"][self.places])
+        return first_equal(self.rows["digest"][self.places])
 
     @cached_property
     def _equal_order(self) -> np.ndarray:
@@ -113,32 +111,15 @@ class Contents:
 
     # ---- files
 
-    def codes(self, segment: Segment, mapped: bool = False) -> CodeIndex:
-        """The codes of a segment, all rows: in memory, or `mapped` from the disk."""
-        name = self.file(segment, "vectors.faiss")
-        content = self.files.map(name) if mapped else self.files.read(name)
-        return CodeIndex.parse(content, self.manifest.code["length"], segment.rows,
-                               self.root / name)
-
     def codes_of(self, rows: np.ndarray) -> np.ndarray:
         """The codes of some rows, which ascend: uint8 [rows, bytes]."""
         homes = np.searchsorted(self.starts, rows, side="right") - 1
         found = []
         for home in np.unique(homes).tolist():
             own = (rows[homes == home] - self.starts[home]).tolist()
-            found.append(self.codes(self.segments[home]).codes(own))
+            stored = self.reader(self.segments[home]).codes(self.manifest.code["length"])
+            found.append(stored.codes(own))
         return np.concatenate(found)
-
-    def tokens(self, segment: Segment) -> token_file.Matrix:
-        """Which tokens the sequences of a segment hold, all rows."""
-        name = self.file(segment, "tokens.npz")
-        return token_file.parse(self.files.read(name), segment.rows, self.manifest.sequence_length,
-                           self.manifest.vocabulary, self.root / name)
-
-    def facts(self, segment: Segment) -> segments.SegmentFacts:
-        """How a segment was made."""
-        name = self.file(segment, "segment.json")
-        return segments.parse_facts(self.files.read(name), self.root / name)
 
     def records(self, rows: Sequence[int] | np.ndarray) -> list[Record]:
         """What the sequences of these rows are, in that order."""
@@ -147,21 +128,20 @@ class Contents:
         for home in np.unique(homes).tolist():
             segment = self.segments[home]
             here = [int(row) for row, own in zip(rows, homes, strict=True) if own == home]
-            path = self.files.path(self.file(segment, "records.lmdb"), records.audit)
-            read = records.read(path, [row - int(self.starts[home]) for row in here])
+            read = self.reader(segment).records([row - int(self.starts[home]) for row in here])
             for row, record in zip(here, read, strict=True):
-                self._check_record(segment, row, record)
+                self._check(segment, row, record)
                 found[row] = record
         return [found[int(row)] for row in rows]
 
-    def _check_record(self, segment: Segment, row: int, record: Record) -> None:
+    def _check(self, segment: Segment, row: int, record: Record) -> None:
         """Raise DamagedIndexError for a record that is not the row's, or that no model can take."""
         wrong = None
         if record.id != self.rows["id"][row] or \
-                (segments.digest_of(record) != self.rows["digest"][row]).any():
+                (digest_of(record) != self.rows["digest"][row]).any():
             wrong = f"has another sequence {self.rows['id'][row]} than rows.npy"
         elif len(record.tokens) > self.manifest.sequence_length or record.tokens.min() < 0 or \
                 record.tokens.max() >= self.manifest.vocabulary:
             wrong = f"has a sequence {record.id} that is too long or outside the vocabulary"
         if wrong:
-            raise self.files.damaged(self.file(segment, "records.lmdb"), wrong)
+            raise self.files.damaged(layout.segment_file(segment.name, layout.RECORDS), wrong)

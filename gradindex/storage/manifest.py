@@ -21,25 +21,17 @@ from typing_extensions import TypedDict
 
 from gradindex.errors import DamagedIndexError, IndexMismatchError, InputError
 from gradindex.modules import Module
-from gradindex.storage import sealed_json
+from gradindex.storage import layout, sealed_json
 from gradindex.storage.files import FileFacts, atomic_write
 from gradindex.storage.integrity import CheckedFiles, damaged, open_inside
-from gradindex.storage.segments import FILES, ROW
+from gradindex.storage.plan import Count, DataFacts, Plan, Positive
+from gradindex.storage.upgrades import FORMAT, OLDEST, downgrade, upgrade
 from gradindex.version import VERSION
 
-FORMAT = 3
-OLDEST = 1  # that is read; 1 had no background queries, 1 and 2 no split covariances
-NAME = "manifest.json"
 LARGEST = 1 << 28  # bytes of a manifest: a million segments
-MARGIN = 1 << 16  # bytes of a file for what isn't counted
 LARGEST_SIDE = 1 << 20  # of a module
 LARGEST_LENGTH = 1 << 24  # bits of a code
-MOST_BLOCKS = 1024  # of A and of S
-FIT = "curvature/fit.json"
-BACKGROUND = "background.safetensors"
 
-Count = Annotated[int, pydantic.Field(ge=0, le=1 << 60)]
-Positive = Annotated[float, pydantic.Field(gt=0)]
 _MODULE_NAME = re.compile(r"[^/\x00-\x1f\x7f]{1,200}")
 
 
@@ -91,43 +83,6 @@ class BackgroundFacts(TypedDict):
 
     queries: Annotated[int, pydantic.Field(ge=0, le=4096)]
     sample: Count
-
-
-class DataFacts(TypedDict):
-    """A source of documents, and what its content was when it was read."""
-
-    name: str
-    size: Count | None
-    sha256: str
-
-
-class Plan(TypedDict):
-    """The build command, resolved: what decides the bytes of an index besides the model."""
-
-    model: str
-    revision: str | None
-    data: list[DataFacts]
-    sequence_length: Annotated[int, pydantic.Field(gt=0, le=1 << 24)]
-    pack: bool
-    text_field: str | None
-    prompt_field: str | None
-    completion_field: str | None
-    messages_field: str | None
-    id_field: str | None
-    keep_fields: list[str]
-    limit: Count | None
-    modules: str
-    fit_sequences: Count
-    fit_labels: str
-    covariance_blocks: Annotated[int, pydantic.Field(gt=0, le=MOST_BLOCKS)]
-    damping: Positive
-    bits: Count
-    dtype: str
-    device: str
-    batch_tokens: Count
-    segment_size: Annotated[int, pydantic.Field(gt=0, le=1 << 24)]
-    seed: Count
-    tokenizer: str | None
 
 
 class Appended(TypedDict):
@@ -210,20 +165,6 @@ class Manifest:
 _ADAPTER: pydantic.TypeAdapter[Manifest] = pydantic.TypeAdapter(Manifest)
 
 
-def segment_folder(index: Path, name: str) -> Path:
-    return index / "segments" / name
-
-
-def segment_files(segment: Segment) -> list[str]:
-    """The names of a segment's files."""
-    return [f"segments/{segment.name}/{file}" for file in FILES]
-
-
-def curvature_file(module: Module) -> str:
-    """The name of a module's file of curvature."""
-    return f"curvature/{module.name}.safetensors"
-
-
 def model_name(manifest: Manifest) -> str:
     """The hub's name and revision, or a folder's own name without where it was."""
     name, revision = str(manifest.model["name"]), manifest.model["revision"]
@@ -231,8 +172,12 @@ def model_name(manifest: Manifest) -> str:
     return short if revision is None else f"{short} @ {revision[:12]}"
 
 
+def _wrong(index: Path, what: str) -> DamagedIndexError:
+    return damaged(index, layout.MANIFEST, what)
+
+
 def exists(index: Path) -> bool:
-    return (index / NAME).is_file()
+    return (index / layout.MANIFEST).is_file()
 
 
 def digest_of(manifest: Manifest) -> str:
@@ -243,10 +188,7 @@ def digest_of(manifest: Manifest) -> str:
 def _content(manifest: Manifest) -> dict[str, Any]:
     """What the manifest's file says, in its own format."""
     content = asdict(manifest)
-    if manifest.format < 3:
-        del content["plan"]["covariance_blocks"]
-    if manifest.format < 2:
-        del content["background"]
+    downgrade(content)
     return content
 
 
@@ -255,7 +197,8 @@ def commit(index: Path, manifest: Manifest) -> None:
 
     Raises ResourceError.
     """
-    atomic_write(index / NAME, sealed_json.sign(_content(replace(manifest, format=FORMAT))))
+    newest = _content(replace(manifest, format=FORMAT))
+    atomic_write(index / layout.MANIFEST, sealed_json.sign(newest))
 
 
 def load(index: Path) -> Manifest:
@@ -264,12 +207,12 @@ def load(index: Path) -> Manifest:
     Raises InputError where there is no index, DamagedIndexError for a manifest that was changed or
     can't be, IndexMismatchError for another format version.
     """
-    if not (index / NAME).is_symlink() and not exists(index):
-        if (index / "build.json").is_file():
+    if not (index / layout.MANIFEST).is_symlink() and not exists(index):
+        if (index / layout.BUILD).is_file():
             raise InputError(f"{index} is an unfinished build; run the same build command again to "
                              "finish it (or gradindex merge, where shards built it).")
-        if any((index / part).is_dir() for part in ("segments", "curvature")):
-            raise damaged(index, NAME, "is missing: the index was not copied whole, or lost it")
+        if any((index / part).is_dir() for part in (layout.SEGMENTS, layout.CURVATURE)):
+            raise _wrong(index, "is missing: the index was not copied whole, or lost it")
         raise InputError(f"{index} is no index (there is no manifest.json in it); give the folder "
                          "that `gradindex build -o` wrote.")
     content = _parse(index)
@@ -283,9 +226,9 @@ def load(index: Path) -> Manifest:
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"])) or "it"
-        raise damaged(index, NAME, f"is not what an index has: {where}: {first['msg']}") from None
+        raise _wrong(index, f"is not what an index has: {where}: {first['msg']}") from None
     except ValueError as error:
-        raise damaged(index, NAME, f"can't be believed: {error}") from None
+        raise _wrong(index, f"can't be believed: {error}") from None
     _check(index, manifest)
     return manifest
 
@@ -296,28 +239,21 @@ def _checked(content: dict[str, Any]) -> bytes:
     if content["format"] == FORMAT:
         return checked
     own = sealed_json.parse(checked)
-    if content["format"] < 2:
-        if "background" in own:
-            raise ValueError("format 1 has no background queries")
-        own["background"] = None
-    if isinstance(own.get("plan"), dict):
-        if "covariance_blocks" in own["plan"]:
-            raise ValueError("formats 1 and 2 have no split covariances")
-        own["plan"]["covariance_blocks"] = 1
+    upgrade(own)
     return sealed_json.canonical(own)
 
 
 def _parse(index: Path) -> dict[str, Any]:
-    descriptor = open_inside(index, NAME)
+    descriptor = open_inside(index, layout.MANIFEST)
     with os.fdopen(descriptor, "rb") as file:
         raw = file.read(LARGEST + 1)
     if len(raw) > LARGEST:
-        raise damaged(index, NAME, f"is larger than {LARGEST:,} bytes")
+        raise _wrong(index, f"is larger than {LARGEST:,} bytes")
     try:
         content = sealed_json.parse(raw)
         version = content["format"]
     except (ValueError, KeyError) as error:
-        raise damaged(index, NAME, f"can't be read ({str(error)[:200]})") from None
+        raise _wrong(index, f"can't be read ({str(error)[:200]})") from None
     if not isinstance(version, int) or not OLDEST <= version <= FORMAT:
         newer = isinstance(version, int) and version > FORMAT
         raise IndexMismatchError(
@@ -334,45 +270,30 @@ def _check(index: Path, manifest: Manifest) -> None:
     for module in manifest.modules:
         if not _MODULE_NAME.fullmatch(module.name) or not all(
                 0 < side <= LARGEST_SIDE for side in (module.d_out, module.d_in)):
-            raise damaged(index, NAME, f"names a module that can't be: {module.name[:80]!r}")
+            raise _wrong(index, f"names a module that can't be: {module.name[:80]!r}")
     names = [segment.name for segment in manifest.segments]
     numbers = [int(name) for name in names]
     if len(set(names)) < len(names) or any(one >= manifest.next_segment for one in numbers):
-        raise damaged(index, NAME, "lists a segment twice, or one that was never made")
+        raise _wrong(index, "lists a segment twice, or one that was never made")
     live = manifest.rows - manifest.deleted - manifest.quarantined
     if manifest.sequences != live or manifest.rows > manifest.next_id:
-        raise damaged(index, NAME,
+        raise _wrong(index,
                       f"counts {manifest.sequences:,} sequences, its segments {live:,}")
-    expected = {curvature_file(module) for module in manifest.modules} | {FIT}
-    expected |= {name for segment in manifest.segments for name in segment_files(segment)}
-    expected |= {BACKGROUND} if manifest.background is not None else set()
+    expected = {layout.curvature_file(module) for module in manifest.modules} | {layout.FIT}
+    expected |= {file for name in names for file in layout.segment_files(name)}
+    expected |= {layout.BACKGROUND} if manifest.background is not None else set()
     expected |= {manifest.deleted_file} - {None}  # type: ignore[arg-type]
     if odd := expected ^ set(manifest.files):
-        raise damaged(index, NAME, f"lists files that don't fit its contents: {min(odd)[:80]!r}")
-    for name, most in _largest(manifest).items():
+        raise _wrong(index, f"lists files that don't fit its contents: {min(odd)[:80]!r}")
+    deleted = None if manifest.deleted_file is None else (manifest.deleted_file, manifest.deleted)
+    bounds = layout.most_bytes(
+        manifest.modules, {segment.name: segment.rows for segment in manifest.segments},
+        manifest.code["length"], manifest.sequence_length, manifest.next_id,
+        None if manifest.background is None else manifest.background["queries"], deleted)
+    for name, most in bounds.items():
         if manifest.files[name].size > most:
-            raise damaged(index, NAME, f"gives {name} {manifest.files[name].size:,} bytes, more "
+            raise _wrong(index, f"gives {name} {manifest.files[name].size:,} bytes, more "
                           f"than the {most:,} that it can have")
-
-
-def _largest(manifest: Manifest) -> dict[str, int]:
-    """The most bytes that the files read into memory can have."""
-    length, tokens = manifest.code["length"], manifest.sequence_length + 1
-    most = {FIT: MARGIN + 1024 * manifest.next_id}
-    if manifest.deleted_file is not None:
-        most[manifest.deleted_file] = MARGIN + 8 * manifest.deleted
-    if manifest.background is not None:
-        most[BACKGROUND] = MARGIN + manifest.background["queries"] * (2 * length + 32)
-    for module in manifest.modules:
-        o, i = module.shape
-        most[curvature_file(module)] = MARGIN + 8 * (o * o + i * i + o * i)
-    for segment in manifest.segments:
-        folder, rows = f"segments/{segment.name}", segment.rows
-        most[f"{folder}/rows.npy"] = MARGIN + ROW.itemsize * rows
-        most[f"{folder}/vectors.faiss"] = MARGIN + rows * (length // 8 + 8) + 4 * length
-        most[f"{folder}/tokens.npz"] = MARGIN + 16 * rows * tokens
-        most[f"{folder}/segment.json"] = MARGIN + 1024 * rows
-    return most
 
 
 @dataclass
@@ -390,10 +311,4 @@ def problems(files: CheckedFiles, manifest: Manifest, digest: bool = False) -> I
         try:
             files.check(name, digest)
         except DamagedIndexError as error:
-            yield Problem(name, segment_of(name), error)
-
-
-def segment_of(file: str) -> str | None:
-    """The segment that a file belongs to, by its name in the index; None for the others."""
-    parts = file.split("/")
-    return parts[1] if parts[0] == "segments" else None
+            yield Problem(name, layout.segment_of(name), error)

@@ -85,4 +85,5 @@ class TokenMatrix:
         """The TF-IDF score of every sequence for a query's tokens: float64 [N]."""
         weights = np.zeros(len(self._idf))
         np.add.at(weights, np.asarray(tokens, dtype=np.int64), 1.0)
-        return self._held @ (weights * self._idf)
+        scores: np.ndarray = self._held @ (weights * self._idf)
+        return scores

@@ -39,11 +39,12 @@ from gradindex.storage import (
     code_file,
     manifest,
     records,
+    row_file,
     sealed_json,
-    segments,
     token_file,
 )
 from gradindex.storage.integrity import refuse_links
+from gradindex.storage.plan import Plan
 from gradindex.storage.records import Record
 from indexer.background import QUERIES as BACKGROUND
 from indexer.build_request import BuildRequest, make_request, takes_arguments_of
@@ -156,7 +157,7 @@ def estimate(request: BuildRequest) -> Estimate:
 
     # 2) text → lengths
     read = _read(request)
-    ingest.report(read.facts, plan["sequence_length"], say)
+    ingest.report(read.facts, plan.sequence_length, say)
 
     # 3) the model and its tracked modules
     begun = time.perf_counter()
@@ -165,11 +166,11 @@ def estimate(request: BuildRequest) -> Estimate:
         check_identity(model, state.model)
     identify(model)
     start = time.perf_counter() - begun
-    tracked = tracked_modules(model.network, plan["modules"])
-    inner, width = default_width(plan["bits"], len(tracked)), model.accumulate.itemsize
-    settings = FitSettings([], plan["fit_labels"], min(plan["segment_size"], LARGEST_BLOCK),
-                           plan["batch_tokens"], plan["seed"],
-                           covariance_blocks=plan["covariance_blocks"])
+    tracked = tracked_modules(model.network, plan.modules)
+    inner, width = default_width(plan.bits, len(tracked)), model.accumulate.itemsize
+    settings = FitSettings([], plan.fit_labels, min(plan.segment_size, LARGEST_BLOCK),
+                           plan.batch_tokens, plan.seed,
+                           covariance_blocks=plan.covariance_blocks)
     allowed = allow(model, tracked, settings, lambda: read.sample[: settings.block])
     needs = budget(model.bytes, tracked, settings.covariance_blocks, width, allowed.planned, inner)
 
@@ -177,8 +178,8 @@ def estimate(request: BuildRequest) -> Estimate:
     say.say("measuring two batches of each stage")
     bench = Bench(
         model, tracked, read.sample, settings,
-        CodeSettings(plan["bits"], inner, plan["seed"], plan["damping"]),
-        min(plan["segment_size"], len(read.lengths)), allowed,
+        CodeSettings(plan.bits, inner, plan.seed, plan.damping),
+        min(plan.segment_size, len(read.lengths)), allowed,
     )
     disk = _disk(read, model, tracked, plan)
     stages = {"start": (start, 0), **_stages(bench, read, disk, plan)}
@@ -189,9 +190,9 @@ def estimate(request: BuildRequest) -> Estimate:
     text = disk["records"]
     return Estimate(
         model=f"{request.source.name}: {model.network.num_parameters() / 1e6:,.1f} M parameters in "
-              f"{plan['dtype']}; {describe(model, tracked)}",
+              f"{plan.dtype}; {describe(model, tracked)}",
         data=f"{read.facts['documents']:,} documents → {read.facts['sequences']:,} sequences of at "
-             f"most {plan['sequence_length']} tokens, {read.facts['tokens']:,} tokens",
+             f"most {plan.sequence_length} tokens, {read.facts['tokens']:,} tokens",
         documents=read.facts["documents"], sequences=read.facts["sequences"],
         tokens=read.facts["tokens"], read=read.share, stages=stages, disk=disk,
         disk_most=max(sum(disk.values()), text + needs.fit_disk),
@@ -237,12 +238,12 @@ class _Read:
 
 def _read(request: BuildRequest) -> _Read:
     """Raises InputError where a build would."""
-    corpus, most = request.corpus, request.plan["segment_size"]
+    corpus, most = request.corpus, request.plan.segment_size
     lengths: list[int] = []
     sizes: list[int] = []
     scored = 0
     sample: list[Record] = []
-    random = draws.generator(Stream.DRY_RUN_SAMPLE, request.plan["seed"])
+    random = draws.generator(Stream.DRY_RUN_SAMPLE, request.plan.seed)
     request.say.start("read", 0, "sequences")
     begun = time.perf_counter()
     share = 1.0
@@ -289,25 +290,26 @@ def _share(corpus: Corpus, last: Record) -> float:
 
 
 def _disk(
-    read: _Read, model: LanguageModel, tracked: list[Module], plan: dict[str, Any]
+    read: _Read, model: LanguageModel, tracked: list[Module], plan: Plan
 ) -> dict[str, int]:
     """Bytes of the finished index by part."""
-    cut = list(_groups(read.sizes, plan["segment_size"]))
+    cut = list(_groups(read.sizes, plan.segment_size))
     vocabulary = vocabulary_size(model.network.config)
     sequences = [record.tokens for record in read.sample[:TOKEN_SAMPLE]]
     one = len(token_file.pack(sequences[:1], vocabulary))
     more = (len(token_file.pack(sequences, vocabulary)) - one) / max(1, len(sequences) - 1)
     return {
         "records": sum(records.file_bytes(sizes) for sizes in cut),
-        "codes": sum(code_file.file_bytes(plan["bits"], len(sizes))
-                     + len(segments.array_bytes(np.zeros(len(sizes), segments.ROW)))
+        "codes": sum(code_file.file_bytes(plan.bits, len(sizes))
+                     + len(row_file.array_bytes(np.zeros(len(sizes), row_file.ROW)))
                      for sizes in cut),
         "token matrices": round(sum(one + more * (len(sizes) - 1) for sizes in cut)),
-        "curvature": sum(curvature.file_bytes(module, model.accumulate, plan["covariance_blocks"])
+        "curvature": sum(curvature.file_bytes(module, model.accumulate, plan.covariance_blocks)
                          for module in tracked),
-        "background": background_file.file_bytes(min(BACKGROUND, len(read.sizes)), plan["bits"]),
+        "background": background_file.file_bytes(min(BACKGROUND, len(read.sizes)), plan.bits),
         # manifest.json, fit.json and segment.json: a few hundred bytes a file that they name
-        "notes": 4000 + len(sealed_json.sign(plan)) + 1400 * len(cut) + 500 * len(tracked),
+        "notes": 4000 + len(sealed_json.sign(plan.to_dict())) + 1400 * len(cut)
+                 + 500 * len(tracked),
     }
 
 
@@ -315,17 +317,17 @@ def _disk(
 
 
 def _stages(
-    bench: Bench, read: _Read, disk: dict[str, int], plan: dict[str, Any]
+    bench: Bench, read: _Read, disk: dict[str, int], plan: Plan
 ) -> dict[str, tuple[float, int]]:
     """Seconds and sequences of each stage after the model is loaded."""
-    count, tokens = len(read.lengths), plan["batch_tokens"]
+    count, tokens = len(read.lengths), plan.batch_tokens
     rate = hashing()
 
     def kept(name: str, digests: int) -> float:
         """To write files, and to digest them so many times."""
         return disk[name] * (1 / WRITING + digests / rate)
 
-    chosen = choose(Stream.FIT_SEQUENCES, plan["seed"], count, plan["fit_sequences"])
+    chosen = choose(Stream.FIT_SEQUENCES, plan.seed, count, plan.fit_sequences)
     blocks = list(_groups([read.lengths[one] for one in chosen], bench.settings.block))
     fitting, every = Work.of(blocks, tokens), len(bench.partitions)
     covariance, sums = bench.covariance()
@@ -340,7 +342,7 @@ def _stages(
 
     reading = 2 * READ_RECORD * len(chosen)  # a block's records are read again to be counted
     sealing = count * (READ_RECORD + matrices)
-    sample = choose(Stream.CALIBRATION_SAMPLE, plan["seed"], count, SAMPLE)
+    sample = choose(Stream.CALIBRATION_SAMPLE, plan.seed, count, SAMPLE)
     queries = min(QUERIES, count)
     passes = -(-queries // bench.together)
     request = min(BACKGROUND, count)
@@ -352,11 +354,11 @@ def _stages(
         "eigenvectors": (decompositions + 2 * every * sum_a_s, 0),
         "eigenvalues": (every * (eigenvalues * fitting + len(blocks) * sum_table + reading)
                         + kept("curvature", 4), len(chosen)),
-        "encode": (drawn + encode * Work.of(list(_groups(read.lengths, plan["segment_size"])),
+        "encode": (drawn + encode * Work.of(list(_groups(read.lengths, plan.segment_size)),
                                             tokens)
                    + sealing + kept("codes", 2), count),
         "calibrate": (queries * prepare + passes * (exact * pairs), 0),
-        "background": (request * prepare + count * bench.background(request, plan["bits"])
+        "background": (request * prepare + count * bench.background(request, plan.bits)
                        + kept("background", 2), 0),
     }
 

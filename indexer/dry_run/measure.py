@@ -30,18 +30,20 @@ import torch
 from torch import Tensor
 
 from gradindex.draws import Stream
+from gradindex.influence.batches import plan_batches
 from gradindex.influence.blockwise import block_rows, covariance_shapes, identity, square_blocks
 from gradindex.influence.codes import Codes, CodeSettings
 from gradindex.influence.curvature import Curvature, Ekfac
-from gradindex.influence.gradients import plan_batches
-from gradindex.influence.queries import Preconditioned, exact_scores
+from gradindex.influence.exact import exact_scores
+from gradindex.influence.queries import Preconditioned
 from gradindex.memory import Allowance, forget_most, most, resident, return_freed
 from gradindex.model.config import vocabulary_size
 from gradindex.model.network import LanguageModel
 from gradindex.modules import Module
 from gradindex.objective import Batch
 from gradindex.storage import token_file
-from gradindex.storage.code_file import UNPACKED_ROWS, CodeIndex, code_bytes
+from gradindex.storage.code_file import UNPACKED_ROWS, CodeIndex
+from gradindex.storage.layout import code_bytes
 from gradindex.storage.records import Record
 from indexer.calibrate import QUERIES, prepare_query, stacked_queries
 from indexer.encode import encode_batch

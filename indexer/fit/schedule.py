@@ -28,6 +28,7 @@ from torch import Tensor
 from gradindex.draws import Stream, uniforms
 from gradindex.errors import DamagedIndexError, GradindexError
 from gradindex.influence import curvature
+from gradindex.influence.batches import Splits, in_batches
 from gradindex.influence.blockwise import (
     add_outer,
     covariance_shapes,
@@ -36,7 +37,7 @@ from gradindex.influence.blockwise import (
     symmetric,
 )
 from gradindex.influence.curvature import Curvature, Ekfac
-from gradindex.influence.gradients import Splits, backward, in_batches, why_not_finite
+from gradindex.influence.gradients import backward, why_not_finite
 from gradindex.influence.queries import slices
 from gradindex.memory import Allowance, return_freed
 from gradindex.model.network import LanguageModel

@@ -20,6 +20,7 @@ import numpy as np
 from gradindex.errors import InputError
 from gradindex.model import tokenise
 from gradindex.objective import NextToken
+from gradindex.storage.plan import CorpusSettings, DataFacts
 from gradindex.storage.records import Part, Record
 from indexer.read.sources import (
     FORMS,
@@ -45,22 +46,6 @@ NEEDED_FIELDS = {
 }
 
 
-@dataclass(frozen=True)
-class CorpusSettings:
-    """How records are read and cut; lengths in tokens, `limit` in documents."""
-
-    sequence_length: int
-    pack: bool = False
-    text_field: str | None = None
-    prompt_field: str | None = None
-    completion_field: str | None = None
-    messages_field: str | None = None
-    id_field: str | None = None
-    keep_fields: tuple[str, ...] = ()
-    limit: int | None = None
-    strict: bool = False
-
-
 @dataclass
 class Skipped:
     """Rows that could not be used: counted by reason, the first few kept with file and line."""
@@ -73,14 +58,15 @@ class Corpus:
     """The sequences of some data files, in order.
 
     `data` holds paths (see FORMS) or dictionaries in a list, a `datasets.Dataset` or the like.
+    `strict` stops at the first row that can't be used.
     Raises InputError for a path that can't be read, unsuitable fields, or a missing chat template.
     """
 
     def __init__(
         self, data: Iterable[Any], tokenizer: Any | None, settings: CorpusSettings,
-        vocabulary: int, end_token: int | None = None,
+        vocabulary: int, end_token: int | None = None, strict: bool = False,
     ):
-        self.settings = settings
+        self.settings, self.strict = settings, strict
         self.objective = NextToken()
         self.tokenizer = tokenizer
         self.vocabulary = vocabulary
@@ -108,7 +94,7 @@ class Corpus:
                 "--no-pack, or a tokenizer with an eos_token."
             )
 
-    def data_facts(self) -> list[dict[str, Any]]:
+    def data_facts(self) -> list[DataFacts]:
         """Name, size (bytes, or rows) and digest of every source, to notice that it changed."""
         return [{"name": source.name, "size": size_of(source.content),
                  "sha256": digest_of(source.content)} for source in self.sources]
@@ -186,7 +172,7 @@ class Corpus:
 
     def _skip(self, source: Source, row: int, reason: str) -> None:
         where = f"{source.name}:{row}: {reason}"
-        if self.settings.strict:
+        if self.strict:
             raise InputError(f"{where}. Correct it, or leave out --strict to skip such rows.")
         self.skipped.counts[reason.split(" (")[0]] += 1
         if len(self.skipped.examples) < KEPT_EXAMPLES:

@@ -16,12 +16,13 @@ from gradindex.errors import InputError, ResourceError
 from gradindex.influence.codes import Codes
 from gradindex.model.network import LanguageModel
 from gradindex.progress import Progress, size
-from gradindex.storage import code_file, records, segments
+from gradindex.storage import code_file, layout, records, row_file, segments
 from gradindex.storage.files import FileFacts, facts_of, make_folder
 from gradindex.storage.integrity import CheckedFiles
-from gradindex.storage.manifest import Segment, segment_folder
+from gradindex.storage.layout import PARTIAL, segment_folder
+from gradindex.storage.manifest import Segment
 from gradindex.storage.records import Record
-from gradindex.storage.segments import PARTIAL, SegmentFacts
+from gradindex.storage.segments import SegmentFacts, SegmentReader
 from indexer.encode import encode_segment
 from indexer.fit.quarantine import check_quarantine
 from indexer.read.corpus import Corpus
@@ -56,8 +57,7 @@ class Run:
         found: dict[int, Record] = {}
         for segment, here in self._by_segment(ids):
             rows = [(one - self.first) % self.size for one in here]
-            path = self.files(segment).path("records.lmdb", records.audit)
-            found.update(zip(here, records.read(path, rows), strict=True))
+            found.update(zip(here, self.reader(segment).records(rows), strict=True))
         return [found[one] for one in ids]
 
     def codes(self, ids: list[int], length: int) -> tuple[code_file.CodeIndex, np.ndarray]:
@@ -69,25 +69,22 @@ class Run:
         return joined, np.concatenate(norms)
 
     def coded(self, ids: list[int], length: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Codes uint8 [n, bytes] and rows, segments.ROW [n], of ascending ids by sealed segment."""
+        """Codes uint8 [n, bytes] and rows, row_file.ROW [n], of ascending ids by sealed segment."""
         for segment, here in self._by_segment(ids):
             rows = [(one - self.first) % self.size for one in here]
-            files = self.files(segment)
-            stored = code_file.CodeIndex.parse(files.read("vectors.faiss"), length, segment.rows,
-                                             files.root / "vectors.faiss")
-            yield stored.codes(rows), self.rows(segment)[rows]
+            reader = self.reader(segment)
+            yield reader.codes(length).codes(rows), reader.rows()[rows]
 
     def rows(self, segment: Segment) -> np.ndarray:
-        """The rows of a sealed segment, segments.ROW."""
-        files = self.files(segment)
-        return segments.parse_rows(files.read("rows.npy"), segment.rows, files.root / "rows.npy")
+        """The rows of a sealed segment, row_file.ROW."""
+        return self.reader(segment).rows()
 
-    def files(self, segment: Segment) -> CheckedFiles:
+    def reader(self, segment: Segment) -> SegmentReader:
         """A segment's files, checked against what was noted when they were written."""
         folder = self.folder(segment)
         if folder not in self._checked:
             self._checked[folder] = CheckedFiles(folder, segments.read_facts(folder).files)
-        return self._checked[folder]
+        return SegmentReader(self._checked[folder], "", segment.rows)
 
     def _by_segment(self, ids: list[int]) -> list[tuple[Segment, list[int]]]:
         by_number: dict[int, list[int]] = {}
@@ -191,7 +188,7 @@ def check_disk(
     """Raise ResourceError where the codes that are yet to be made, and `fit` bytes of a fit, don't
     fit on the disk."""
     rows = sum(run.segments[place].rows for place in unsealed(run))
-    codes = rows * (code_file.code_bytes(length) + segments.ROW.itemsize)
+    codes = rows * (layout.code_bytes(length) + row_file.ROW.itemsize)
     free = shutil.disk_usage(run.index).free
     if codes + fit > free:
         raise ResourceError(
@@ -229,8 +226,7 @@ def encode_one(
     say: Progress,
 ) -> SegmentFacts:
     """Encode and seal a segment. Raises ResourceError."""
-    path = run.files(segment).path("records.lmdb", records.audit)
-    batch = records.read(path, range(segment.rows))
+    batch = run.reader(segment).records(range(segment.rows))
     return encode_segment(model, codes, batch, run.folder(segment), batch_tokens, say)
 
 
@@ -273,6 +269,6 @@ def file_facts(run: Run) -> dict[str, FileFacts]:
 
 def sealed_files(index: Path, segment: Segment, facts: SegmentFacts) -> dict[str, FileFacts]:
     """The facts of one sealed segment's files, by their names in the index."""
-    own = segment_folder(index, segment.name) / segments.NAME
+    own = segment_folder(index, segment.name) / layout.NOTES.name
     return {f"segments/{segment.name}/{name}": one
-            for name, one in {**facts.files, segments.NAME: facts_of(own)}.items()}
+            for name, one in {**facts.files, layout.NOTES.name: facts_of(own)}.items()}

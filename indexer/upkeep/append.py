@@ -14,23 +14,23 @@ import torch
 
 from gradindex.draws import Stream, choose
 from gradindex.errors import InputError
+from gradindex.influence.batches import Splits, in_batches
 from gradindex.influence.codes import Codes
+from gradindex.influence.exact import GradientSizes, collect
 from gradindex.influence.fitted import FittedModel
-from gradindex.influence.gradients import Splits, in_batches
-from gradindex.influence.queries import Sizes, collect
 from gradindex.memory import parse_bound
 from gradindex.model.network import LanguageModel
 from gradindex.model.source import ModelSource
 from gradindex.progress import Progress
 from gradindex.storage.contents import Contents
+from gradindex.storage.layout import APPEND
 from gradindex.storage.records import Record
 from indexer.build_request import check_numbers, open_corpus
 from indexer.fit.quarantine import SHARE
 from indexer.fit.schedule import fit_batch
 from indexer.read import ingest
-from indexer.read.corpus import CorpusSettings
 from indexer.read.ingest import Run
-from indexer.state import APPEND, State, finished_append
+from indexer.state import State, finished_append
 from indexer.upkeep.commit import commit, writing
 
 DRIFT_SAMPLE = 256  # sequences of each, old and new
@@ -82,12 +82,8 @@ def _append(
 ) -> None:
     facts, plan = contents.manifest, contents.manifest.plan
     _ = fitted.tokenizer  # refused here, before anything is read, if it is another
-    corpus = open_corpus(data, fitted.source, fitted.config, CorpusSettings(
-        sequence_length=plan["sequence_length"], pack=plan["pack"], limit=limit, strict=strict,
-        keep_fields=tuple(plan["keep_fields"]),
-        **{name: plan[name] for name in ("text_field", "prompt_field", "completion_field",
-                                         "messages_field", "id_field")},
-    ))
+    corpus = open_corpus(data, fitted.source, fitted.config, replace(plan.corpus, limit=limit),
+                         strict)
     if corpus.task != facts.task:
         raise InputError(
             f"the data holds {corpus.task}, the index was built on {facts.task}; append the same "
@@ -102,7 +98,7 @@ def _append(
     _ = fitted.model  # as is another model
     state = State.open_append(contents.root, asked, facts.threads)
     torch.set_num_threads(state.threads)
-    run = Run(contents.root, facts.next_id, facts.next_segment, 0, plan["segment_size"])
+    run = Run(contents.root, facts.next_id, facts.next_segment, 0, plan.segment_size)
     if state.corpus is None:
         corpus.documents_before = facts.documents
         try:
@@ -194,7 +190,7 @@ def _sizes(fitted: FittedModel, codes: Codes, members: list[Record]) -> np.ndarr
     def run(rows: list[int]) -> np.ndarray:
         some = [members[row] for row in rows]
         batch, numbers = fit_batch(model, some, "model", facts.code["seed"], Stream.DRIFT_LABELS)
-        sizes = Sizes(fitted.ekfac, facts.damping, len(some))
+        sizes = GradientSizes(fitted.ekfac, facts.damping, len(some))
         collect(model, codes.modules, batch, sizes, numbers=numbers)
         return sizes.self_influence.numpy()
 

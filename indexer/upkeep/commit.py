@@ -15,17 +15,18 @@ import numpy as np
 
 from gradindex.errors import DamagedIndexError, InputError, ResourceError
 from gradindex.progress import Progress, size
-from gradindex.storage import manifest, records, segments
+from gradindex.storage import layout, manifest, records, row_file
 from gradindex.storage.code_file import CodeIndex
 from gradindex.storage.contents import Contents
 from gradindex.storage.files import TEMPORARY, FileFacts, disk_errors, make_folder
 from gradindex.storage.integrity import refuse_links
+from gradindex.storage.layout import APPEND, BUILD, PARTIAL, segment_folder
 from gradindex.storage.locks import free_of_readers, only_writer
-from gradindex.storage.manifest import Manifest, Segment, segment_files, segment_folder
-from gradindex.storage.segments import PARTIAL, SegmentFacts
+from gradindex.storage.manifest import Manifest, Segment
+from gradindex.storage.segments import SegmentFacts
 from indexer.encode import seal
 from indexer.read.ingest import remove_any, remove_unsealed, sealed_files
-from indexer.state import APPEND, BUILD, unfinished_append
+from indexer.state import unfinished_append
 
 
 @contextmanager
@@ -128,7 +129,7 @@ def _of_users(contents: Contents, wanted: set[str], say: Progress) -> set[int]:
 def _equal_left(rows: np.ndarray, new: set[int], gone: set[int]) -> list[int]:
     """Ids of rows that equal one of `new` and stay."""
     out = np.isin(rows["id"], list(new | gone))
-    first = segments.first_equal(rows["digest"])
+    first = row_file.first_equal(rows["digest"])
     equal = np.isin(first, first[np.isin(rows["id"], list(new))])
     return [int(one) for one in rows["id"][equal & ~out]]
 
@@ -183,7 +184,7 @@ def refuse_unfinished(index: Path, facts: Manifest) -> None:
 
 def _groups(contents: Contents) -> list[list[Segment]]:
     """Neighbouring segments to be rewritten together: with deleted rows, or not full."""
-    full = contents.manifest.plan["segment_size"]
+    full = contents.manifest.plan.segment_size
     deleted = np.isin(contents.rows["id"], contents.deleted)
     groups: list[list[Segment]] = [[]]
     holding: set[str] = set()
@@ -201,7 +202,8 @@ def _groups(contents: Contents) -> list[list[Segment]]:
 
 def _check_room(contents: Contents, groups: list[list[Segment]]) -> None:
     needed = sum(contents.manifest.files[name].size
-                 for group in groups for one in group for name in segment_files(one))
+                 for group in groups for one in group
+                 for name in layout.segment_files(one.name))
     free = shutil.disk_usage(contents.root).free
     if needed > free:
         raise ResourceError(
@@ -214,13 +216,13 @@ def _rewrite(
     contents: Contents, group: list[Segment], number: int, say: Progress
 ) -> tuple[list[Segment], dict[str, FileFacts]]:
     """Copy what isn't deleted of neighbouring segments into new ones, numbered from `number`."""
-    full = contents.manifest.plan["segment_size"]
+    full = contents.manifest.plan.segment_size
     place = contents.segments.index(group[0])
     first, end = contents.starts[place], contents.starts[place + len(group)]
     kept = np.flatnonzero(~np.isin(contents.rows["id"][first:end], contents.deleted)) + first
-    vocabulary = contents.tokens(group[0]).shape[1]
+    vocabulary = contents.manifest.vocabulary
     reasons = {one: why for segment in group
-               for one, why in contents.facts(segment).quarantined.items()}
+               for one, why in contents.reader(segment).facts().quarantined.items()}
     written: list[Segment] = []
     files: dict[str, FileFacts] = {}
     for start in range(0, len(kept), full):
@@ -257,8 +259,9 @@ def commit(
     index, facts = contents.root, contents.manifest
     listed = {**facts.files, **new_files}
     files = {name: one for name, one in listed.items()
-             if name.startswith("curvature/") or name == manifest.BACKGROUND}
-    files |= {name: listed[name] for segment in chosen for name in segment_files(segment)}
+             if name.startswith("curvature/") or name == layout.BACKGROUND}
+    files |= {name: listed[name] for segment in chosen
+              for name in layout.segment_files(segment.name)}
     if rows is None:
         rows = Contents(index, replace(facts, segments=chosen, files=files, **changes)).rows
     here = np.array(sorted(deleted & set(rows["id"].tolist())), dtype=np.int64)
@@ -267,7 +270,7 @@ def commit(
         name = f"deleted/{facts.generation + 1:06d}.npy"
         if not (index / "deleted").is_dir():
             make_folder(index / "deleted")
-        files[name] = segments.write_ids(index / name, here)
+        files[name] = row_file.write_ids(index / name, here)
     alive = ~np.isin(rows["id"], here)
     broken = np.isnan(rows["norm"])
     live = rows["digest"][alive & ~broken]
@@ -275,7 +278,7 @@ def commit(
         facts, generation=facts.generation + 1, segments=chosen, files=files,
         sequences=len(live), deleted=len(here), deleted_file=name,
         quarantined=int((alive & broken).sum()),
-        duplicates=segments.count_equal(live), **changes,
+        duplicates=row_file.count_equal(live), **changes,
     ))
 
 

@@ -14,20 +14,21 @@ import torch
 
 from gradindex.draws import Stream, choose
 from gradindex.errors import DamagedIndexError
+from gradindex.influence.batches import Splits, in_batches
 from gradindex.influence.curvature import FiledEkfac
 from gradindex.influence.fitted import FittedModel
-from gradindex.influence.gradients import Splits, in_batches
 from gradindex.model.identity import tensors_digest
 from gradindex.model.source import ModelSource
 from gradindex.progress import Progress
-from gradindex.storage import background_file, locks, manifest, records, segments
+from gradindex.storage import background_file, layout, locks, manifest, records, row_file, segments
 from gradindex.storage.background_file import BackgroundQueries
 from gradindex.storage.code_file import CodeIndex
 from gradindex.storage.contents import Contents
 from gradindex.storage.files import FileFacts, make_folder
-from gradindex.storage.manifest import Manifest, Segment, curvature_file, segment_folder
+from gradindex.storage.layout import PARTIAL, curvature_file, segment_folder
+from gradindex.storage.manifest import Manifest, Segment
 from gradindex.storage.records import Record
-from gradindex.storage.segments import PARTIAL, SegmentFacts
+from gradindex.storage.segments import SegmentFacts
 from indexer.background import unit
 from indexer.calibrate import exact_influence, prepare_query
 from indexer.encode import encode_batch, encode_segment
@@ -136,7 +137,7 @@ def _check_files(root: Path, facts: Manifest, found: Verified, say: Progress) ->
         try:
             contents.files.check(name, digest=True)
         except DamagedIndexError as error:
-            key = manifest.segment_of(name) or name
+            key = layout.segment_of(name) or name
             bad.setdefault(key, []).append((name.rpartition("/")[2], error.wrong))
         found.files += 1
         found.bytes += facts.files[name].size
@@ -148,14 +149,14 @@ def _check_files(root: Path, facts: Manifest, found: Verified, say: Progress) ->
             try:
                 _ = FiledEkfac(lambda one: root / curvature_file(one), [module],
                                torch.device("cpu"), torch.float32,
-                               facts.plan["covariance_blocks"])[module.name]
+                               facts.plan.covariance_blocks)[module.name]
             except DamagedIndexError as error:
                 bad.setdefault(name, []).append((name, error.wrong))
-    if facts.background is not None and manifest.BACKGROUND not in bad:
+    if facts.background is not None and layout.BACKGROUND not in bad:
         try:
-            _background(root / manifest.BACKGROUND, facts)
+            _background(root / layout.BACKGROUND, facts)
         except DamagedIndexError as error:
-            bad.setdefault(manifest.BACKGROUND, []).append((manifest.BACKGROUND, error.wrong))
+            bad.setdefault(layout.BACKGROUND, []).append((layout.BACKGROUND, error.wrong))
     return bad
 
 
@@ -178,7 +179,8 @@ def _check_rows(root: Path, facts: Manifest, bad: _Bad, found: Verified, say: Pr
                 last = _check_segment(Contents(root, facts, [segment]), segment, last)
                 found.records += segment.rows
             except DamagedIndexError as error:
-                file = next((one for one in segments.FILES if f"/{one}" in str(error)), "")
+                file = next((one.name for one in layout.SEGMENT_FILES
+                             if f"/{one.name}" in str(error)), "")
                 bad.setdefault(segment.name, []).append((file, error.wrong))
         say.update(segment.rows)
     say.finish()
@@ -192,19 +194,20 @@ def _check_rows(root: Path, facts: Manifest, bad: _Bad, found: Verified, say: Pr
 def _check_segment(contents: Contents, segment: Segment, last: int) -> int:
     """Raise DamagedIndexError where a segment's files contradict each other; its last id."""
     def wrong(file: str, what: str) -> DamagedIndexError:
-        return contents.files.damaged(contents.file(segment, file), what)
+        return contents.files.damaged(f"segments/{segment.name}/{file}", what)
 
-    rows, facts = contents.rows, contents.facts(segment)
+    rows, facts = contents.rows, contents.reader(segment).facts()
     if rows["id"][0] <= last:
         raise wrong("rows.npy", "has ids that don't follow those of the segment before")
     held = contents.records(range(segment.rows))  # checks each checksum, id and digest
     broken = set(rows["id"][np.isnan(rows["norm"])].tolist())
     if facts.rows != segment.rows or set(facts.quarantined) != broken:
         raise wrong("segment.json", "doesn't say why each row without a code has none")
-    codes = contents.codes(segment)
+    codes = contents.reader(segment).codes(contents.manifest.code["length"])
     if not np.isfinite(codes.scales()).all():
         raise wrong("vectors.faiss", "has a scale that is not finite")
-    tokens = contents.tokens(segment)
+    tokens = contents.reader(segment).tokens(
+        contents.manifest.sequence_length, contents.manifest.vocabulary)
     for row, record in enumerate(held):
         own = tokens.indices[tokens.indptr[row] : tokens.indptr[row + 1]]
         if not np.array_equal(np.sort(own), np.unique(record.tokens)):
@@ -338,16 +341,16 @@ def _compare_background(contents: Contents, fitted: FittedModel, found: Verified
     facts = contents.manifest
     if facts.background is None:
         return
-    queries = _background(contents.files.path(manifest.BACKGROUND), facts)
+    queries = _background(contents.files.path(layout.BACKGROUND), facts)
     there = np.flatnonzero(np.isin(queries.ids, contents.rows["id"]))[:AGAIN]
     rows = np.searchsorted(contents.rows["id"], queries.ids[there])
     for number, record in zip(there, contents.records(rows), strict=True):
         vector = prepare_query(fitted.model, fitted.codes, fitted.ekfac, record)[0]
         stored = queries.vectors[number].astype(np.float64)
-        if (queries.digests[number] != segments.digest_of(record)).any() or \
+        if (queries.digests[number] != row_file.digest_of(record)).any() or \
                 not np.linalg.norm(unit(vector) - stored) <= 10 * SAME_SCORE[facts.dtype] + 1e-3:
             found.findings.append(Finding(
-                manifest.BACKGROUND, f"the query made of sequence {record.id} comes out otherwise",
+                layout.BACKGROUND, f"the query made of sequence {record.id} comes out otherwise",
                 "The model or the curvature is another than the build's: build again."))
             return
 

@@ -72,7 +72,7 @@ def settle(controls: Controls, manifest: Manifest) -> Settings:
         time_limit=controls.time_limit or math.inf, rank=controls.rank,
         train_sequences=controls.train_sequences or manifest.train_sequences or manifest.next_id,
         train_sequences_given=bool(controls.train_sequences or manifest.train_sequences),
-        group_by=_grouping(controls.group_by, manifest.plan["keep_fields"]),
+        group_by=_grouping(controls.group_by, manifest.plan.keep_fields),
     )
 
 
@@ -82,7 +82,7 @@ def bounded(settings: Settings, total: int) -> Settings:
                    most=min(settings.most, total))
 
 
-def _grouping(by: str | None, kept: list[str]) -> str | None:
+def _grouping(by: str | None, kept: tuple[str, ...]) -> str | None:
     """What groups are made by. Raises InputError for a field that was not kept."""
     known = [*GROUPINGS, *kept]
     if by is None or by in known:

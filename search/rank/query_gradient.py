@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from gradindex.errors import InputError
+from gradindex.influence.batches import Splits, in_batches
 from gradindex.influence.exact import Exact, Rescorer, joined
-from gradindex.influence.gradients import Splits, in_batches
 from gradindex.influence.queries import (
     Gradients,
     Preconditioned,

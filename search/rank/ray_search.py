@@ -26,7 +26,7 @@ from gradindex.model.loading import quiet_transformers
 from gradindex.model.source import ModelSource
 from gradindex.modules import Module
 from gradindex.progress import duration
-from gradindex.storage import code_file
+from gradindex.storage import layout
 from gradindex.version import VERSION
 from search.rank.ranking import Ranking, statistic
 from search.rank.snapshot import LostError, OpenIndex, Part
@@ -389,7 +389,7 @@ class SharedIndex(OpenIndex):
         return np.stack([one.scores() for one in self.rankings(queries, 1.0, False)])
 
     def stored_codes(self, places: Sequence[int]) -> np.ndarray:
-        width = code_file.code_bytes(self.manifest.code["length"])
+        width = layout.code_bytes(self.manifest.code["length"])
         empty = np.zeros((len(places), width), np.uint8)
         return self.fill(empty, places, lambda worker, there: worker.stored_codes.remote(there))
 

@@ -4,7 +4,6 @@ import copy
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -18,7 +17,7 @@ from gradindex.influence.exact import Exact, Rescorer, rescore
 from gradindex.influence.fitted import FittedModel
 from gradindex.influence.queries import Preconditioned
 from gradindex.model.source import ModelSource
-from gradindex.storage import background_file, code_file, locks, manifest, token_file
+from gradindex.storage import background_file, code_file, layout, locks, manifest, token_file
 from gradindex.storage.background_file import BackgroundQueries
 from gradindex.storage.contents import Contents
 from gradindex.storage.manifest import Manifest
@@ -141,12 +140,13 @@ class OpenIndex(FittedModel):
     def segments(self) -> list[code_file.CodeIndex]:
         """The codes of every segment, read at first use; mapped where they would fill memory."""
         if self._segments is None:
-            width = code_file.code_bytes(self.manifest.code["length"])
+            width = layout.code_bytes(self.manifest.code["length"])
             every = width * int(self.contents.starts[-1])
             mapped = every > self.allowance.part(1 / 4, memory.available() // 2)
             with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
                 self._segments = list(pool.map(
-                    partial(self.contents.codes, mapped=mapped), self.contents.segments))
+                    lambda segment: self.contents.reader(segment).codes(
+                        self.manifest.code["length"], mapped), self.contents.segments))
         return self._segments
 
     def code_scores(self, queries: np.ndarray) -> np.ndarray:
@@ -188,7 +188,9 @@ class OpenIndex(FittedModel):
         if self._tokens is None:
             contents = self.contents
             self._tokens = token_file.TokenMatrix(
-                [contents.tokens(segment) for segment in contents.segments], contents.live)
+                [contents.reader(segment).tokens(self.manifest.sequence_length,
+                                                 self.manifest.vocabulary)
+                 for segment in contents.segments], contents.live)
         return self._tokens
 
     def grouping(self, by: str) -> Grouping:
@@ -203,7 +205,7 @@ class OpenIndex(FittedModel):
         facts = self.manifest.background
         if self._background_queries is None and facts is not None:
             self._background_queries = background_file.load(
-                self.contents.files.path(manifest.BACKGROUND), facts["queries"],
+                self.contents.files.path(layout.BACKGROUND), facts["queries"],
                 self.manifest.code["length"])
         return self._background_queries
 
@@ -217,7 +219,7 @@ class OpenIndex(FittedModel):
         """The codes at these places as they are kept, in that order: uint8 [places, bytes]."""
         rows = self.contents.places[np.asarray(places, dtype=np.int64)]
         homes = np.searchsorted(self.contents.starts, rows, side="right") - 1
-        found = np.zeros((len(rows), code_file.code_bytes(self.manifest.code["length"])), np.uint8)
+        found = np.zeros((len(rows), layout.code_bytes(self.manifest.code["length"])), np.uint8)
         for home in np.unique(homes).tolist():
             own = rows[homes == home] - self.contents.starts[home]
             found[homes == home] = self.segments()[home].codes(own.tolist())

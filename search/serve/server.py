@@ -70,7 +70,7 @@ class Site:
             "name": name, "path": name if shared else str(index.path), "sequences": len(searcher),
             "model": model_name(searcher.manifest), "train_sequences": jobs.train_sequences,
             "damping": f"{searcher.manifest.damping:g}",
-            "fields": ["document", "source", *searcher.manifest.plan["keep_fields"]],
+            "fields": ["document", "source", *searcher.manifest.plan.keep_fields],
             "warning": "" if index.coverage.whole else str(index.coverage),
         }
         self.examples = self._examples()

@@ -8,13 +8,11 @@ import pydantic
 
 from gradindex.progress import shares, size
 from gradindex.results import GENERIC
-from gradindex.storage import locks, manifest, sealed_json
-from gradindex.storage.code_file import code_bytes
+from gradindex.storage import layout, locks, manifest, sealed_json
 from gradindex.storage.contents import Contents
+from gradindex.storage.layout import code_bytes
 from gradindex.terminal import visible
 
-KINDS = {"records.lmdb": "text", "vectors.faiss": "codes", "rows.npy": "codes",
-         "segment.json": "codes", "tokens.npz": "words", manifest.BACKGROUND: "background"}
 SHOWN = 10  # quarantined sequences
 
 
@@ -31,10 +29,9 @@ def describe(index: Path) -> dict[str, Any]:
     quarantined = _quarantined(contents)
     untracked = _untracked(contents)
     del reader
-    sizes = Counter(dict.fromkeys((*KINDS.values(), "curvature"), 0))
+    sizes = Counter(dict.fromkeys(layout.PARTS, 0))
     for name, about in facts.files.items():
-        kind = KINDS.get(Path(name).name, "curvature")
-        sizes[kind] += about.size
+        sizes[layout.part_of(name)] += about.size
     return {
         "index": str(index), "format": facts.format, "generation": facts.generation,
         "digest": manifest.digest_of(facts),
@@ -53,17 +50,17 @@ def describe(index: Path) -> dict[str, Any]:
         "code": {**facts.code, "bytes": code_bytes(facts.code["length"])},
         "calibration": facts.calibration, "background": facts.background,
         "segments": len(facts.segments), "bytes": dict(sizes),
-        "data": facts.plan["data"], "versions": facts.versions,
+        "data": facts.plan.data, "versions": facts.versions,
     }
 
 
 def _untracked(contents: Contents) -> dict[str, float]:
     """Shares of the model's parameters without curvature, largest first; {} of earlier versions."""
     try:
-        found = sealed_json.parse(contents.files.read(manifest.FIT)).get("untracked", {})
+        found = sealed_json.parse(contents.files.read(layout.FIT)).get("untracked", {})
         known = pydantic.TypeAdapter(dict[str, float]).validate_python(found, strict=True)
     except ValueError:
-        raise contents.files.damaged(manifest.FIT, "can't be read") from None
+        raise contents.files.damaged(layout.FIT, "can't be read") from None
     return dict(sorted(known.items(), key=lambda one: (-one[1], one[0])))
 
 
@@ -73,7 +70,8 @@ def _quarantined(contents: Contents) -> dict[int, str]:
         return {}
     deleted = set(contents.deleted.tolist())
     return {one: why for segment in contents.segments
-            for one, why in contents.facts(segment).quarantined.items() if one not in deleted}
+            for one, why in contents.reader(segment).facts().quarantined.items()
+            if one not in deleted}
 
 
 def summary(facts: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from gradindex.modules import Module
 from gradindex.results import UNITS, Query
 from gradindex.storage.background_file import ONE_IN
-from gradindex.storage.code_file import code_bytes
+from gradindex.storage.layout import code_bytes
 from gradindex.storage.manifest import model_name
 from gradindex.terminal import visible, visible_lines
 from gradindex.version import VERSION

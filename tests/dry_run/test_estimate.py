@@ -18,7 +18,7 @@ from gradindex.influence import curvature
 from gradindex.model.network import LanguageModel
 from gradindex.model.source import ModelSource
 from gradindex.modules import Module
-from gradindex.storage import code_file, records, token_file
+from gradindex.storage import code_file, layout, records, token_file
 from gradindex.storage.records import Part, Record
 from indexer import build as build_module
 from indexer.dry_run import estimate as estimate_module
@@ -248,7 +248,7 @@ def test_the_work_of_batches():
 
 def test_sizes_of_files(tmp_path):
     index = code_file.CodeIndex(512)
-    index.add(np.zeros((7, code_file.code_bytes(512)), np.uint8))
+    index.add(np.zeros((7, layout.code_bytes(512)), np.uint8))
     assert code_file.file_bytes(512, 7) == index.write(tmp_path / "vectors.faiss").size
     sequences = [np.arange(n % 9 + 1) for n in range(30)]
     written = token_file.write(tmp_path / "t.npz", sequences, 50)

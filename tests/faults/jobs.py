@@ -28,8 +28,10 @@ from gradindex.model.source import ModelSource
 from gradindex.storage import (
     background_file,
     code_file,
+    layout,
     manifest,
     records,
+    row_file,
     sealed_json,
     segments,
     token_file,
@@ -132,7 +134,7 @@ def fuzz(target: str, seed: str, number: int, count: int) -> dict[str, Any]:
     content, refused = Path(seed).read_bytes(), 0
     read = {"manifest": fuzz_manifest, "record": fuzz_record, "jsonl": fuzz_jsonl,
             "segment.json": fuzz_segment, "rows.npy": fuzz_rows, "tokens.npz": fuzz_tokens,
-            "vectors.faiss": fuzz_vectors, manifest.BACKGROUND: fuzz_background}[target]
+            "vectors.faiss": fuzz_vectors, layout.BACKGROUND: fuzz_background}[target]
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(count):
             try:
@@ -167,7 +169,7 @@ def fuzz_manifest(content: bytes, folder: Path, dice: random.Random) -> None:
         content = sealed_json.sign(parsed)
     except ValueError:
         pass
-    (folder / manifest.NAME).write_bytes(content)
+    (folder / layout.MANIFEST).write_bytes(content)
     manifest.load(folder)
 
 
@@ -198,7 +200,7 @@ def fuzz_segment(content: bytes, folder: Path, dice: random.Random) -> None:
 
 
 def fuzz_rows(content: bytes, folder: Path, dice: random.Random) -> None:
-    segments.parse_rows(content, 18, Path("rows.npy"))
+    row_file.parse_rows(content, 18, Path("rows.npy"))
 
 
 def fuzz_tokens(content: bytes, folder: Path, dice: random.Random) -> None:
@@ -213,7 +215,7 @@ def fuzz_vectors(content: bytes, folder: Path, dice: random.Random) -> None:
 
 
 def fuzz_background(content: bytes, folder: Path, dice: random.Random) -> None:
-    path = folder / manifest.BACKGROUND
+    path = folder / layout.BACKGROUND
     path.write_bytes(content)
     if dice.random() < 0.8:
         with contextlib.suppress(Exception):  # past its own digest, where it is a file of tensors

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from faults.harness import build_arguments, fresh, inject, needs_strace
-from gradindex.storage import manifest, sealed_json
+from gradindex.storage import layout, manifest, sealed_json
 from gradindex.storage.files import facts_of
 
 HOSTILE = (0, 1, -1, 255, 2**31 - 1, 2**31, 2**40, 2**62, 2**63 - 1, -(2**63))
@@ -143,9 +143,9 @@ def sign(index: Path, name: str) -> None:
 def test_hostile_files_under_a_manifest_that_vouches_for_them(faults, index_of_faults, tmp_path):
     """No digest helps against who writes the digests. Nothing may crash, run or hang even so."""
     dice = random.Random(3)
-    names = [name for name in files_in(index_of_faults) if name != manifest.NAME]
+    names = [name for name in files_in(index_of_faults) if name != layout.MANIFEST]
     index = fresh(index_of_faults, tmp_path / "hostile")
-    vouched = (index / manifest.NAME).read_bytes()
+    vouched = (index / layout.MANIFEST).read_bytes()
     kinds = [kind for kind in KINDS if kind != "bit"]
     for name in names:
         path = index / name
@@ -159,7 +159,7 @@ def test_hostile_files_under_a_manifest_that_vouches_for_them(faults, index_of_f
             assert outcome != "crashed", f"{kind} in {name}: {ended}"
             faults.count("hostile files that the manifest vouches for", injected=1,
                          **{"refused" if outcome == "detected" else "answered from": 1})
-            (index / manifest.NAME).write_bytes(vouched)
+            (index / layout.MANIFEST).write_bytes(vouched)
         path.write_bytes(whole)
 
 
@@ -194,7 +194,7 @@ def test_hostile_manifests(faults, index_of_faults, tmp_path):
         for step in path[:-1]:
             inner = inner[step]
         inner[path[-1]] = dice.choice(hostile_values(inner[path[-1]]))
-        (index / manifest.NAME).write_bytes(sealed_json.sign(spoiled))
+        (index / layout.MANIFEST).write_bytes(sealed_json.sign(spoiled))
         job = dice.choice(["probe", "probe", "info", "verify", "compact", "delete", "append"])
         arguments = {"append": {"data": faults.data, "model": faults.model}, "delete": {"ids": [3]},
                      "verify": {"rebuild": True}}.get(job, {})
@@ -208,7 +208,7 @@ def test_hostile_manifests(faults, index_of_faults, tmp_path):
     for raw in (b"", b"[]", b"{", b"[" * 100_000, b'{"a":' * 50_000, b"\xff\xfe", b'{"format": 1}',
                 b'{"format": NaN}', b'{"format": "1"}', b'{"format": 1e999}', b"null",
                 b'{"format": ' + b"1" * 10_000 + b"}"):
-        (index / manifest.NAME).write_bytes(raw)
+        (index / layout.MANIFEST).write_bytes(raw)
         ended = faults.zygote.run("probe", {"index": index}, memory=MEMORY, timeout=30.0)
         assert judge(ended, "") == "detected", f"{raw[:40]!r}: {ended}"
         faults.count("hostile values in a rightly signed manifest", injected=1, refused=1)

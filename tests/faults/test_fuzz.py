@@ -2,7 +2,7 @@
 
 import pytest
 
-from gradindex.storage import manifest, records
+from gradindex.storage import layout, records
 
 TARGETS = ["manifest", "record", "jsonl", "segment.json", "rows.npy", "tokens.npz", "vectors.faiss",
            "background.safetensors"]
@@ -12,8 +12,8 @@ TARGETS = ["manifest", "record", "jsonl", "segment.json", "rows.npy", "tokens.np
 def test_readers_take_anything(faults, index_of_faults, tmp_path, target):
     first = index_of_faults / "segments" / "000000"
     seed = first / target
-    if target in ("manifest", manifest.BACKGROUND):
-        seed = index_of_faults / (manifest.NAME if target == "manifest" else target)
+    if target in ("manifest", layout.BACKGROUND):
+        seed = index_of_faults / (layout.MANIFEST if target == "manifest" else target)
     if target == "jsonl":
         seed = tmp_path / "few.jsonl"
         seed.write_text("".join(faults.data.read_text().splitlines(keepends=True)[:3]))

@@ -10,7 +10,7 @@ import pytest
 
 import gradindex
 from gradindex.errors import DamagedIndexError, IndexMismatchError
-from gradindex.storage import manifest, sealed_json
+from gradindex.storage import layout, manifest, sealed_json
 from search.study.describe import describe, summary
 
 GOLDEN = Path(__file__).parent
@@ -28,7 +28,7 @@ def test_every_format_is_there():
     for number in FORMATS:
         facts = manifest.load(GOLDEN / f"format-{number}" / "index")
         assert facts.format == number
-        written = json.loads((GOLDEN / f"format-{number}" / "index" / manifest.NAME).read_text())
+        written = json.loads((GOLDEN / f"format-{number}" / "index" / layout.MANIFEST).read_text())
         assert manifest.digest_of(facts) == written[sealed_json.KEY]
 
 
@@ -90,24 +90,24 @@ def test_an_index_of_format_1_has_no_background_queries(tmp_path):
     assert facts["background"] is None
     assert "background queries: none (built by an earlier version)" in summary(facts)
     copied = shutil.copytree(index, tmp_path / "index")
-    content = json.loads((copied / manifest.NAME).read_text())
+    content = json.loads((copied / layout.MANIFEST).read_text())
     del content[sealed_json.KEY]
-    (copied / manifest.NAME).write_bytes(sealed_json.sign({**content, "background": None}))
+    (copied / layout.MANIFEST).write_bytes(sealed_json.sign({**content, "background": None}))
     with pytest.raises(DamagedIndexError, match="format 1 has no background queries"):
         manifest.load(copied)
-    (copied / manifest.NAME).write_bytes(sealed_json.sign({**content, "format": 2}))
+    (copied / layout.MANIFEST).write_bytes(sealed_json.sign({**content, "format": 2}))
     with pytest.raises(DamagedIndexError, match="background: Field required"):
         manifest.load(copied)
 
 
 def test_only_the_newest_format_has_split_covariances(tmp_path):
-    assert [manifest.load(GOLDEN / f"format-{number}" / "index").plan["covariance_blocks"]
+    assert [manifest.load(GOLDEN / f"format-{number}" / "index").plan.covariance_blocks
             for number in FORMATS] == [1, 1, 2]
     index = shutil.copytree(GOLDEN / "format-2" / "index", tmp_path / "index")
-    content = json.loads((index / manifest.NAME).read_text())
+    content = json.loads((index / layout.MANIFEST).read_text())
     del content[sealed_json.KEY]
     content["plan"]["covariance_blocks"] = 2
-    (index / manifest.NAME).write_bytes(sealed_json.sign(content))
+    (index / layout.MANIFEST).write_bytes(sealed_json.sign(content))
     with pytest.raises(DamagedIndexError, match="formats 1 and 2 have no split covariances"):
         manifest.load(index)
 
@@ -126,7 +126,7 @@ def test_a_commit_writes_the_newest_format(tmp_path):
 ])
 def test_other_formats_are_refused_with_what_to_run(tmp_path, version, says):
     index = shutil.copytree(GOLDEN / "format-1" / "index", tmp_path / "index")
-    content = json.loads((index / manifest.NAME).read_text())
-    (index / manifest.NAME).write_text(json.dumps({**content, "format": version}))
+    content = json.loads((index / layout.MANIFEST).read_text())
+    (index / layout.MANIFEST).write_text(json.dumps({**content, "format": version}))
     with pytest.raises(IndexMismatchError, match=says):
         gradindex.open(index)

@@ -15,13 +15,15 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import gradindex
-from gradindex.influence.queries import Preconditioned, precondition, query_coordinates, score
+from gradindex.influence.queries import Preconditioned, precondition, query_coordinates
 from gradindex.model.network import LanguageModel
 from gradindex.model.source import ModelSource
 from gradindex.model.tracked import tracked_modules
+from gradindex.objective import Text
 from gradindex.progress import Progress
 from indexer.fit.schedule import FitSettings, fit
 from support.fits import records_of
+from support.scores import score
 
 GOLDEN = Path(__file__).parent / "kronfluence.safetensors"
 # GPT-NeoX rounds its rotary angles to float32, and in eager attention its softmax too.
@@ -66,7 +68,7 @@ def test_scores_equal_kronfluence(case, tmp_path):
     model = LanguageModel(network, None, ModelSource(network))
     modules = tracked_modules(network, "all")
     assert [module.name for module in modules] == golden.about["modules"]
-    sequences = [(row.astype(np.int32), labels != -100)
+    sequences = [Text(row.astype(np.int32), labels != -100)
                  for row, labels in zip(golden["tokens"], golden["labels"], strict=True)]
     records = records_of(sequences)
     settings = FitSettings(list(range(12)), "data", 5, 36, 0)
@@ -77,8 +79,8 @@ def test_scores_equal_kronfluence(case, tmp_path):
         assert float(ekfac[module.name].eigenvalues.mean()) == pytest.approx(float(mean), rel=1e-6)
     batch = model.batch(sequences)
     for row in range(3):
-        query = (golden["query_tokens"][row].astype(np.int32),
-                 golden["query_labels"][row] != -100)
+        query = Text(golden["query_tokens"][row].astype(np.int32),
+                     golden["query_labels"][row] != -100)
         coordinates, _ = query_coordinates(model, modules, ekfac,
                                            model.batch([query]), 0.1)
         p = Preconditioned(precondition(ekfac, coordinates))

@@ -22,13 +22,9 @@ from gradindex.influence.blockwise import (
 )
 from gradindex.influence.codes import Codes, CodeSettings
 from gradindex.influence.curvature import Curvature
+from gradindex.influence.exact import exact_scores
 from gradindex.influence.gradients import backward
-from gradindex.influence.queries import (
-    Preconditioned,
-    exact_scores,
-    precondition,
-    query_coordinates,
-)
+from gradindex.influence.queries import Preconditioned, precondition, query_coordinates
 from gradindex.model.tracked import tracked_modules
 from gradindex.modules import Module
 from gradindex.progress import Progress
@@ -181,7 +177,7 @@ def test_an_index_of_blocks(model_folder, data_file, index_folder, tmp_path):
     answers = [one.search(**QUESTION, k=5, shortlist="all") for one in (index, usual)]
     assert [hit.influence for hit in answers[0]] != [hit.influence for hit in answers[1]]
     assert json.loads((out / "manifest.json").read_text())["plan"]["covariance_blocks"] == 2
-    assert usual.manifest.plan["covariance_blocks"] == 1
+    assert usual.manifest.plan.covariance_blocks == 1
     with pytest.raises(InputError, match="covariance_blocks: 2 before, 1 now"):
         gradindex.build(str(model_folder), data_file, out, **SMALL)
     for wrong, message in ((0, "expected a number above 0"), (2000, "expected 1 to 1024")):

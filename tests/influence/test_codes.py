@@ -19,9 +19,10 @@ from gradindex.influence.curvature import Curvature
 from gradindex.influence.gradients import backward, gradient
 from gradindex.model.tracked import tracked_modules
 from gradindex.modules import Module
-from gradindex.storage.code_file import CodeIndex, code_bytes, scan
+from gradindex.storage.code_file import CodeIndex, scan
 from gradindex.storage.files import facts_of
 from gradindex.storage.integrity import CheckedFiles
+from gradindex.storage.layout import code_bytes
 from support.fits import fitted
 
 

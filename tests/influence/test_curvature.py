@@ -12,17 +12,14 @@ from gradindex.draws import Stream, choose, uniforms
 from gradindex.errors import DamagedIndexError, GradindexError
 from gradindex.influence import curvature
 from gradindex.influence.curvature import Curvature, FiledEkfac
+from gradindex.influence.exact import GradientSizes, collect, exact_scores
 from gradindex.influence.gradients import backward
 from gradindex.influence.queries import (
     Preconditioned,
-    Sizes,
     _better_joined,
-    collect,
-    exact_scores,
     precondition,
     query_coordinates,
     query_norms,
-    score,
 )
 from gradindex.memory import Allowance
 from gradindex.model.tracked import tracked_modules
@@ -36,6 +33,7 @@ from indexer.fit.schedule import FitSettings, eigenvectors, fit
 from support.fits import fitted, records_of
 from support.models import labels_of
 from support.reference import covariances, ekfac_matrix, sequence_gradient
+from support.scores import score
 
 
 def test_partitions_of_modules_give_the_same_bytes(make_model, sequences, tmp_path):
@@ -171,7 +169,7 @@ def test_sizes_and_query_norms(family, make_model, sequences, tmp_path, block, m
     model = make_model(family)
     modules = tracked_modules(model.network, "all")
     ekfac = fitted(model, modules, sequences, tmp_path)
-    collector = Sizes(ekfac, 0.03, len(sequences))
+    collector = GradientSizes(ekfac, 0.03, len(sequences))
     collect(model, modules, model.batch(sequences), collector)
     for row, (ids, scored) in enumerate(sequences):
         m = sequence_gradient(model.network, [module.name for module in modules],
@@ -235,15 +233,15 @@ def test_scores_of_low_rank_are_those_of_the_product(bias, most, joined, monkeyp
         for rank in (2, None):
             low = Preconditioned(p, rank)
             expected = torch.einsum("qoi,boi->qb", whole(low), g)
-            torch.testing.assert_close(low.scores(module, a, d), expected)
-            repeated = low.scores(module, *(one.repeat(1, 20, 1) for one in (a, d)))
+            torch.testing.assert_close(low.of(module).scores(module, a, d), expected)
+            repeated = low.of(module).scores(module, *(one.repeat(1, 20, 1) for one in (a, d)))
             torch.testing.assert_close(repeated, 20 * expected)
             if rank and queries > 1:
                 left = torch.from_numpy(low.arrays()["m"][0])
                 assert _better_joined(module, left, a.repeat(1, 20, 1)) == bool(joined)
             if queries == 1:
                 torch.testing.assert_close(low.terms(module, a, d).sum(-1), expected[0])
-    empty = low.scores(module, a[:, :0], d[:, :0])  # an expert that no token reached
+    empty = low.of(module).scores(module, a[:, :0], d[:, :0])  # an expert that no token reached
     assert torch.equal(empty, torch.zeros(3, 4, dtype=torch.float64))
 
 

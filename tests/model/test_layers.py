@@ -12,8 +12,9 @@ import gradindex
 from demo.prepare import train_tokenizer
 from gradindex.errors import InputError
 from gradindex.influence.blockwise import covariance_shapes
+from gradindex.influence.exact import Influences, Terms, collect
 from gradindex.influence.gradients import backward, gradient
-from gradindex.influence.queries import Influences, Preconditioned, Terms, collect
+from gradindex.influence.queries import Preconditioned
 from gradindex.model import experts
 from gradindex.model.identity import tensors_digest
 from gradindex.model.network import LanguageModel

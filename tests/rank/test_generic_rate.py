@@ -14,7 +14,7 @@ from demo.prepare import train_tokenizer
 from gradindex.draws import Stream, choose
 from gradindex.errors import DamagedIndexError
 from gradindex.results import GENERIC
-from gradindex.storage import background_file, manifest
+from gradindex.storage import background_file, layout, manifest
 from gradindex.storage.background_file import BackgroundQueries, thresholds
 from gradindex.storage.files import facts_of
 from indexer import background as background_module
@@ -50,7 +50,7 @@ def built(network, tmp_path_factory):
 
 def queries_of(index):
     facts = manifest.load(index)
-    return background_file.load(index / manifest.BACKGROUND, facts.background["queries"], 512)
+    return background_file.load(index / layout.BACKGROUND, facts.background["queries"], 512)
 
 
 def decoded(searcher):
@@ -163,7 +163,7 @@ def test_an_equal_sequence_is_known_though_the_query_s_is_gone(built, network, t
     asked = [TOKENS[one].tolist() for one in queries.ids]
     expected = plain_rates(queries, decoded(grown), tokens, asked)
     np.testing.assert_allclose(all_rates(grown.index), expected, rtol=1e-12)
-    assert files_of(index)[manifest.BACKGROUND] == files_of(built)[manifest.BACKGROUND]
+    assert files_of(index)[layout.BACKGROUND] == files_of(built)[layout.BACKGROUND]
     assert gradindex.verify(index, model=network).sound
 
 
@@ -236,11 +236,11 @@ def test_a_build_killed_after_the_queries_ends_with_the_same_bytes(
     with pytest.raises(KilledError):
         gradindex.build(network, data, tmp_path / "index", **options)
     monkeypatch.undo()
-    (tmp_path / "index" / manifest.BACKGROUND).write_bytes(b"damaged meanwhile")
+    (tmp_path / "index" / layout.BACKGROUND).write_bytes(b"damaged meanwhile")
     gradindex.build(network, data, tmp_path / "index", **options)
     whole, found = files_of(tmp_path / "whole"), files_of(tmp_path / "index")
     assert found == whole
-    assert found[manifest.BACKGROUND] == files_of(built)[manifest.BACKGROUND]
+    assert found[layout.BACKGROUND] == files_of(built)[layout.BACKGROUND]
 
 
 # ---- the file
@@ -279,12 +279,12 @@ def spoiled(queries):
 def test_a_file_of_something_else_is_refused(built, queries, network, tmp_path):
     for wrong in spoiled(queries):
         index = shutil.copytree(built, tmp_path / "index")
-        background_file.save(index / manifest.BACKGROUND, wrong)
+        background_file.save(index / layout.BACKGROUND, wrong)
         with pytest.raises(DamagedIndexError, match=r"expected finite .* Copy the index again"):
-            background_file.load(index / manifest.BACKGROUND, 64, 512)
+            background_file.load(index / layout.BACKGROUND, 64, 512)
         resign(index)
         found = gradindex.verify(index, model=network)
-        assert [one.what for one in found.findings] == [manifest.BACKGROUND]
+        assert [one.what for one in found.findings] == [layout.BACKGROUND]
         with pytest.raises(DamagedIndexError, match="expected finite"):
             gradindex.open(index, model=network).search(**QUESTION)
         shutil.rmtree(index)
@@ -301,11 +301,11 @@ def test_queries_of_something_else_are_found_though_signed(built, queries, netwo
     for wrong in (replace(queries, vectors=np.roll(queries.vectors, 1, axis=0)),
                   replace(queries, digests=np.roll(queries.digests, 1, axis=0))):
         index = shutil.copytree(built, tmp_path / "index")
-        background_file.save(index / manifest.BACKGROUND, wrong)
+        background_file.save(index / layout.BACKGROUND, wrong)
         resign(index)
         assert gradindex.verify(index, no_model=True).sound
         found = gradindex.verify(index, model=network)
-        assert [one.what for one in found.findings] == [manifest.BACKGROUND]
+        assert [one.what for one in found.findings] == [layout.BACKGROUND]
         assert f"sequence {queries.ids[0]} comes out otherwise" in found.findings[0].wrong
         shutil.rmtree(index)
 
@@ -319,7 +319,7 @@ def test_queries_of_something_else_are_found_though_signed(built, queries, netwo
 def test_a_manifest_that_says_otherwise_is_refused(built, tmp_path, change, says):
     index = shutil.copytree(built, tmp_path / "index")
     if change["background"] == {"queries": 3, "sample": 150}:  # beyond the margin
-        with (index / manifest.BACKGROUND).open("ab") as file:
+        with (index / layout.BACKGROUND).open("ab") as file:
             file.write(bytes(1 << 16))
     resign(index, **change)
     with pytest.raises(DamagedIndexError, match=says):
@@ -328,7 +328,7 @@ def test_a_manifest_that_says_otherwise_is_refused(built, tmp_path, change, says
 
 def test_the_queries_stay_whatever_is_written(built, network, tmp_path):
     index = shutil.copytree(built, tmp_path / "index")
-    before = (index / manifest.BACKGROUND).read_bytes()
+    before = (index / layout.BACKGROUND).read_bytes()
     gradindex.append(index, save(tmp_path / "b.npy", tiny_tokens(1, 6)), model=network)
     gradindex.delete(index, [0, 41])
     gradindex.compact(index)
@@ -336,5 +336,5 @@ def test_the_queries_stay_whatever_is_written(built, network, tmp_path):
     path.write_bytes(path.read_bytes()[:-1])
     gc.collect()
     assert gradindex.verify(index, model=network, rebuild=True).rebuilt
-    assert (index / manifest.BACKGROUND).read_bytes() == before
+    assert (index / layout.BACKGROUND).read_bytes() == before
     assert manifest.load(index).background == {"queries": 64, "sample": 150}

@@ -29,9 +29,10 @@ VOCABULARY = 340
 ROWS = [{"text": "hello world", "url": "a", "year": 1}, {"text": "naïve 😀", "url": "b"}]
 
 
-def make_corpus(*data, tokenizer=None, sequence_length=16, **settings):
+def make_corpus(*data, tokenizer=None, sequence_length=16, strict=False, **settings):
     tokenizer = tokenizer or byte_tokenizer()
-    return Corpus(data, tokenizer, CorpusSettings(sequence_length, **settings), VOCABULARY, END)
+    return Corpus(data, tokenizer, CorpusSettings(sequence_length, **settings), VOCABULARY, END,
+                  strict)
 
 
 def read(*data, **settings):

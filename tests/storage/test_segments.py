@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gradindex.storage.records import Part, Record
-from gradindex.storage.segments import digest_of, first_equal
+from gradindex.storage.row_file import digest_of, first_equal
 
 
 @pytest.mark.parametrize("bits", [1, 3, 60])

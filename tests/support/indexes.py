@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import gradindex
-from gradindex.storage import manifest
+from gradindex.storage import layout, manifest
 from support.models import tiny_network
 
 # of small_documents
@@ -26,7 +26,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 def unlisted(index: Path) -> set[str]:
     """Files and folders that the manifest doesn't account for."""
-    listed = {manifest.NAME, *manifest.load(index).files}
+    listed = {layout.MANIFEST, *manifest.load(index).files}
     folders = {parent for name in listed for parent in map(str, list((index / name).parents))}
     return {str(path.relative_to(index)) for path in index.rglob("*")
             if str(path.relative_to(index)) not in listed and str(path) not in folders

@@ -2,12 +2,8 @@
 
 import numpy as np
 
-from gradindex.influence.queries import (
-    Preconditioned,
-    exact_scores,
-    precondition,
-    query_coordinates,
-)
+from gradindex.influence.exact import Terms, collect, exact_scores
+from gradindex.influence.queries import Preconditioned, precondition, query_coordinates
 from gradindex.objective import Text
 from search.ask.controls import Controls
 from search.ask.settings import settle
@@ -35,3 +31,11 @@ def exact(index, question, damping=0.1, modules=None, **parts):
         p = Preconditioned(precondition(ekfac, c))
         total = total + text.weight * exact_scores(index.model, modules, p, stored, 96)[0]
     return total
+
+
+
+def score(model, modules, preconditioned, batch):
+    """The terms of each sequence's influence on one query: [b, t, u], summing to I over t, u."""
+    collector = Terms(preconditioned, batch)
+    collect(model, modules, batch, collector)
+    return collector.stacked(modules)

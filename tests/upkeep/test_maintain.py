@@ -23,11 +23,11 @@ from gradindex.draws import Stream, uniforms
 from gradindex.errors import GradindexError, IndexMismatchError, InputError
 from gradindex.model.network import LanguageModel
 from gradindex.progress import Progress
-from gradindex.storage import manifest, records, token_file
+from gradindex.storage import layout, manifest, records, token_file
+from gradindex.storage.layout import APPEND
 from gradindex.storage.locks import NOTE, only_writer
 from indexer import build as build_module
 from indexer.read import ingest
-from indexer.state import APPEND
 from indexer.upkeep import append as append_module
 from indexer.upkeep.commit import Deleted, remove
 from search.ask.controls import Controls
@@ -98,8 +98,8 @@ def test_appending_adds_segments_and_leaves_every_other_byte(index, place):
     before, old = files_of(index), manifest.load(index)
     searcher = gradindex.append(index, NEW[:2], **place)
     after, new = files_of(index), manifest.load(index)
-    assert {name: after.get(name) for name in before if name != manifest.NAME} == {
-        name: content for name, content in before.items() if name != manifest.NAME}
+    assert {name: after.get(name) for name in before if name != layout.MANIFEST} == {
+        name: content for name, content in before.items() if name != layout.MANIFEST}
     assert unlisted(index) == set()
     assert [one.name for one in new.segments] == [*(one.name for one in old.segments), "000004"]
     assert new.generation == 2 and new.next_segment == 5
@@ -633,7 +633,7 @@ def test_a_compaction_killed_anywhere_leaves_the_old_state_or_the_new(
             monkeypatch, lambda n: shutil.copytree(start, tmp_path / f"killed-{n}"),
             gradindex.compact):
         here = files_of(folder)
-        listed = {manifest.NAME, *manifest.load(folder).files}
+        listed = {layout.MANIFEST, *manifest.load(folder).files}
         state = next(name for name, files in (("old", old), ("new", expected))
                      if files == {one: here.get(one) for one in listed})
         states[state] += 1
@@ -723,7 +723,7 @@ def test_equal_sequences_are_one_hit_that_names_all_copies(tmp_path):
 def test_sequences_of_equal_tokens_and_another_mask_are_not_equal():
     ids = np.array([1, 2, 3], np.int32)
     mask = np.array([True, True, True])
-    from gradindex.storage.segments import digest_of
+    from gradindex.storage.row_file import digest_of
 
     def record(tokens, scored):
         return records.Record(0, tokens, scored, [])

@@ -21,7 +21,7 @@ from gradindex.errors import (
     IndexMismatchError,
     InputError,
 )
-from gradindex.storage import manifest, records, segments, token_file
+from gradindex.storage import layout, manifest, records, row_file, segments, token_file
 from gradindex.storage.code_file import CodeIndex
 from gradindex.storage.contents import Contents
 from gradindex.storage.files import facts_of
@@ -142,7 +142,7 @@ def test_the_command_says_sound_or_what_is_damaged(model_folder, index_folder, t
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("file", segments.FILES)
+@pytest.mark.parametrize("file", layout.SEGMENT_FILES)
 def test_damage_of_a_segment_is_named_with_what_to_do(index, file, damage):
     name = f"segments/000001/{file}"
     damage(index / name)
@@ -161,7 +161,7 @@ def test_damage_of_a_segment_is_named_with_what_to_do(index, file, damage):
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_of_what_every_search_needs_is_named(index, damage):
     facts = manifest.load(index)
-    for name in (manifest.curvature_file(facts.modules[1]), manifest.FIT, manifest.BACKGROUND,
+    for name in (manifest.curvature_file(facts.modules[1]), layout.FIT, layout.BACKGROUND,
                  facts.deleted_file):
         assert (index / name).is_file()
         kept = (index / name).read_bytes()
@@ -185,7 +185,7 @@ def test_damage_of_what_every_search_needs_is_named(index, damage):
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_of_the_manifest_is_named(index, damage):
-    damage(index / manifest.NAME)
+    damage(index / layout.MANIFEST)
     found = verify(index, rebuild=True)
     assert [one.what for one in found.findings] == ["manifest.json"]
     assert "take it from a copy of the index" in found.findings[0].do
@@ -198,9 +198,9 @@ def test_damage_of_the_manifest_is_named(index, damage):
 
 def _rows(index, change):
     path = index / "segments" / "000001" / "rows.npy"
-    rows = segments.parse_array(path.read_bytes(), segments.ROW, path).copy()
+    rows = row_file.parse_array(path.read_bytes(), row_file.ROW, path).copy()
     change(rows)
-    segments.write_rows(path, rows)
+    row_file.write_rows(path, rows)
 
 
 def _digest(rows):
@@ -393,7 +393,7 @@ def test_an_index_that_is_compacted_meanwhile_is_sound(index, monkeypatch):
 # ---- searching what is left
 
 
-@pytest.mark.parametrize("file", segments.FILES)
+@pytest.mark.parametrize("file", layout.SEGMENT_FILES)
 def test_a_damaged_segment_is_refused_by_name_or_left_out(index, file):
     whole = {hit.id: hit.influence for hit in searcher(index).search(**QUESTION, k=10)}
     flip(index / "segments" / "000001" / file)

@@ -1,0 +1,101 @@
+"""Rows and lists of ids, as NumPy files: what each row of a segment is without its text."""
+
+import hashlib
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from gradindex.errors import DamagedIndexError
+from gradindex.storage.files import FileFacts, atomic_write
+from gradindex.storage.records import Record
+
+# A row: its id; ‖v‖, NaN where the sequence is quarantined; and the first 128 bits of the SHA-256
+# of its tokens and loss mask, equal for equal sequences.
+ROW = np.dtype([("id", "<i8"), ("norm", "<f4"), ("digest", "<u8", (2,))])
+
+
+def digest_of(record: Record) -> np.ndarray:
+    """uint64 [2]: the same for sequences of equal tokens and mask, and for no others."""
+    content = record.tokens.astype("<i4").tobytes() + record.scored.astype(np.uint8).tobytes()
+    return np.frombuffer(hashlib.sha256(content).digest()[:16], dtype="<u8")
+
+
+def make_rows(records: Sequence[Record], norms: np.ndarray) -> np.ndarray:
+    """ROW [n] of sequences and their ‖v‖ [n]."""
+    rows = np.zeros(len(records), dtype=ROW)
+    rows["id"] = [record.id for record in records]
+    rows["norm"] = norms
+    rows["digest"] = [digest_of(record) for record in records]
+    return rows
+
+
+def first_equal(digests: np.ndarray) -> np.ndarray:
+    """The place of the first row of equal digest, for digests uint64 [n, 2]: int64 [n]."""
+    order = np.argsort(digests[:, 0], kind="stable")  # stable: equal ones stay in order
+    same = digests[order[1:]] == digests[order[:-1]]
+    if (same[:, 0] & ~same[:, 1]).any():  # 64 bits were not enough to tell all apart
+        order = np.lexsort((digests[:, 1], digests[:, 0]))
+        same = digests[order[1:]] == digests[order[:-1]]
+    new = np.ones(len(digests), dtype=bool)
+    new[1:] = ~same.all(axis=1)
+    first = np.empty(len(digests), dtype=np.int64)
+    first[order] = order[np.flatnonzero(new)[np.cumsum(new) - 1]]
+    return first
+
+
+def count_equal(digests: np.ndarray) -> int:
+    """How many rows equal an earlier one, for digests uint64 [n, 2]."""
+    return int((first_equal(digests) != np.arange(len(digests))).sum())
+
+
+def write_rows(path: Path, rows: np.ndarray) -> FileFacts:
+    """Write ROW [n]. Raises ResourceError."""
+    return atomic_write(path, array_bytes(rows))
+
+
+def parse_rows(content: bytes, count: int, where: Path) -> np.ndarray:
+    """ROW [count], ids ascending and every ‖v‖ finite or NaN. Raises DamagedIndexError."""
+    rows = parse_array(content, ROW, where)
+    norms = rows["norm"]
+    if rows.shape != (count,) or (np.diff(rows["id"]) <= 0).any() or rows["id"][0] < 0 or \
+            np.isinf(norms).any() or (norms < 0).any():
+        raise DamagedIndexError(
+            f"{where} doesn't hold {count} rows with ascending ids. Copy the index again."
+        )
+    return rows
+
+
+def write_ids(path: Path, ids: np.ndarray) -> FileFacts:
+    """Write a list of ids, int64 ascending. Raises ResourceError."""
+    return atomic_write(path, array_bytes(ids.astype("<i8")))
+
+
+def parse_ids(content: bytes, count: int, where: Path) -> np.ndarray:
+    """A list of `count` ids, int64 ascending. Raises DamagedIndexError."""
+    ids = parse_array(content, np.dtype("<i8"), where)
+    if ids.shape != (count,) or (np.diff(ids) <= 0).any():
+        raise DamagedIndexError(
+            f"{where} doesn't hold {count} ascending ids. Copy the index again.")
+    return ids
+
+
+def array_bytes(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def parse_array(content: bytes, dtype: np.dtype, where: Path) -> np.ndarray:
+    """An array of one dimension and the given dtype. Raises DamagedIndexError."""
+    buffer = io.BytesIO(content)
+    try:
+        array = np.load(buffer, allow_pickle=False)
+        if buffer.read(1):
+            raise ValueError("it goes on after the array")
+    except Exception as error:  # hostile bytes make NumPy's header parser raise anything
+        raise DamagedIndexError(f"{where} can't be read: {error}. Copy the index again.") from None
+    if not isinstance(array, np.ndarray) or array.dtype != dtype or array.ndim != 1:
+        raise DamagedIndexError(f"{where} holds no list of {dtype}. Copy the index again.")
+    return array

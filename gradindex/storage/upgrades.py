@@ -1,0 +1,56 @@
+"""Manifests of earlier formats as the newest has them, and back: a function a version.
+
+An index keeps the format that it was written in until a command commits to it. Its digest is that
+of its own format's content, so what a newer format added is taken out again for it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+FORMAT = 3
+OLDEST = 1  # that is read
+
+Content = dict[str, Any]  # of a manifest's JSON
+
+
+def _to_2(content: Content) -> None:
+    """Format 1 had no background queries."""
+    if "background" in content:
+        raise ValueError("format 1 has no background queries")
+    content["background"] = None
+
+
+def _to_3(content: Content) -> None:
+    """Formats 1 and 2 had no split covariances."""
+    plan = content.get("plan")
+    if isinstance(plan, dict):
+        if "covariance_blocks" in plan:
+            raise ValueError("formats 1 and 2 have no split covariances")
+        plan["covariance_blocks"] = 1
+
+
+def _from_2(content: Content) -> None:
+    del content["background"]
+
+
+def _from_3(content: Content) -> None:
+    del content["plan"]["covariance_blocks"]
+
+
+_UP: dict[int, Callable[[Content], None]] = {1: _to_2, 2: _to_3}  # from this version
+_DOWN: dict[int, Callable[[Content], None]] = {3: _from_3, 2: _from_2}  # from this version
+
+
+def upgrade(content: Content) -> None:
+    """Bring a manifest's content to the newest format's, in place; its `format` stays.
+
+    Raises ValueError for what its own format doesn't have.
+    """
+    for version in range(content["format"], FORMAT):
+        _UP[version](content)
+
+
+def downgrade(content: Content) -> None:
+    """Take out of a manifest's content what its own `format` doesn't have, in place."""
+    for version in range(FORMAT, content["format"], -1):
+        _DOWN[version](content)
