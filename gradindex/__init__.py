@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from indexer.upkeep.commit import compact, delete
     from indexer.upkeep.verify import verify
     from search.engine import Searcher, open
-    from search.show.render import render_html
+    from search.show.html import render_html
 
 __version__ = VERSION
 
@@ -40,7 +40,7 @@ _HOMES = {name: home for home, names in {
     "indexer.upkeep.commit": ("compact", "delete"),
     "indexer.upkeep.verify": ("verify",),
     "search.engine": ("Searcher", "open"),
-    "search.show.render": ("render_html",),
+    "search.show.html": ("render_html",),
 }.items() for name in names}
 
 __all__ = [

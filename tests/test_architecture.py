@@ -18,10 +18,10 @@ DOORS = {  # library: the files that it enters through
     "lmdb": {"gradindex/storage/records.py"},
     "faiss": {"gradindex/storage/code_file.py"},
     "safetensors": {"gradindex/storage/tensors.py"},
-    "pyarrow": {"indexer/read/sources.py", "search/show/render.py"},
+    "pyarrow": {"indexer/read/sources.py", "search/show/data_files.py"},
     "jinja2": {"search/show/html.py"},
     "starlette": {"search/serve/guard.py", "search/serve/server.py"},
-    "uvicorn": {"search/serve/serving.py"},
+    "uvicorn": {"search/serve/connections.py", "search/serve/listening.py"},
     "scipy": {"gradindex/storage/token_file.py", "indexer/fit/schedule.py"},
     "sklearn": {"search/study/evaluate.py"},
     "matplotlib": {"search/study/evaluate.py"},
@@ -87,7 +87,7 @@ def test_no_unsafe_readers():
     ("import gradindex", ("torch", "faiss", "transformers", "numpy", "click")),
     ("import gradindex.cli, sys; sys.argv = ['gradindex', '--help']; gradindex.cli._run()",
      ("torch", "faiss", "transformers", "numpy", "pyarrow")),
-    ("import search.engine, search.serve.serving, indexer.ray_build", ("ray",)),
+    ("import search.engine, search.serve.listening, indexer.ray_build", ("ray",)),
 ])
 def test_what_is_not_imported(statement, absent):
     code = f"{statement}\nimport sys\nprint([m for m in {absent!r} if m in sys.modules])"

@@ -19,7 +19,9 @@ from gradindex.storage import records
 from search.ask.controls import Controls
 from search.ask.settings import _sizes, settle
 from search.engine import drain
-from search.show import render, wording
+from search.show import wording
+from search.show.data_files import csv_table
+from search.show.terminal_text import _wrap, layer_strip, render_terminal
 from support.documents import small_documents
 from support.fits import records_of
 from support.indexes import QUESTION, SMALL
@@ -354,7 +356,7 @@ def test_json_holds_everything(index):
 
 def test_terminal_says_what_matters(index):
     result = index.search(**QUESTION, k=2, shortlist=10)
-    shown = render.terminal(result, width=90)
+    shown = render_terminal(result, width=90)
     assert max(len(line) for line in shown.splitlines()) <= 90
     assert "\x1b" not in shown
     for needed in ("⟦ by the river.⟧", "tokens scored", wording.share(result.recall.estimate),
@@ -362,8 +364,8 @@ def test_terminal_says_what_matters(index):
                    "N_train = ", "taken as the number indexed", result[0].user_id, "nats"):
         assert needed.replace(" ", "") in shown.replace("\n", "").replace(" ", ""), needed
     assert "[+" in shown
-    assert "\x1b[44;97;1m" in render.terminal(result, width=90, color=True)
-    complete = render.terminal(index.search(**QUESTION, k=2, shortlist="all"), width=90)
+    assert "\x1b[44;97;1m" in render_terminal(result, width=90, color=True)
+    complete = render_terminal(index.search(**QUESTION, k=2, shortlist="all"), width=90)
     assert "recall: complete" in complete
 
 
@@ -373,21 +375,21 @@ def test_hostile_text_is_shown_not_run(index):
     result[0].token_influence = [1.0, -2.0, 0.5, 0.1]
     result[0].user_id = "=cmd()"
     result[0].source = "<b>\x1b[2J"
-    shown = render.terminal(result, width=90)
+    shown = render_terminal(result, width=90)
     assert "\x1b" not in shown and "\\x1b]0;x\\x07" in shown and "\\u202e" in shown
     page = result._repr_html_()
     assert "<script>" not in page and "&lt;script&gt;" in page and "<b>\x1b" not in page
-    table = list(csv.DictReader(io.StringIO(render.csv_table(result))))
+    table = list(csv.DictReader(io.StringIO(csv_table(result))))
     assert table[0]["user_id"] == "'=cmd()"
 
 
 def test_wrapping_never_cuts_a_colour():
     colored = "aaa \x1b[44;97;1mbbb ccc\x1b[0m ddd"
-    assert render._wrap(colored, 8) == ["aaa \x1b[44;97;1mbbb\x1b[0m",
+    assert _wrap(colored, 8) == ["aaa \x1b[44;97;1mbbb\x1b[0m",
                                         "\x1b[44;97;1mccc\x1b[0m ddd"]
-    assert render._wrap("a" * 12, 5) == ["aaaaa", "aaaaa", "aa"]
+    assert _wrap("a" * 12, 5) == ["aaaaa", "aaaaa", "aa"]
 
 
 def test_layer_strip_shows_size_and_sign():
-    assert render.layer_strip([0.0, 1.0, -0.5]) == "▁█(▅)"
-    assert render.layer_strip([]) == ""
+    assert layer_strip([0.0, 1.0, -0.5]) == "▁█(▅)"
+    assert layer_strip([]) == ""

@@ -45,7 +45,8 @@ from search.serve.guard import Guard
 from search.serve.jobs import BusyError, Job, Jobs
 from search.serve.request import Asked
 from search.serve.schema import openapi
-from search.show import html, plots, render, wording
+from search.show import html, plots, wording
+from search.show.forms import render_form
 from search.study.tail import Tail, upper_tail
 
 EXAMPLES = 3
@@ -228,7 +229,7 @@ class Site:
                 raise HTTPException(404, "A comparison can be downloaded as JSON only.")
             content = (await self._aside(result.to_json)).encode()
         else:
-            content = await self._aside(render.render, result, form)
+            content = await self._aside(render_form, result, form)
         return Response(content, media_type=TYPES[form], headers={
             "Content-Disposition": f'attachment; filename="gradindex-{quote(name)}.{form}"'})
 

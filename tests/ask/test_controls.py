@@ -20,7 +20,8 @@ from search.ask.query_files import ResultsFile, make_queries, read_queries
 from search.ask.question import Question
 from search.ask.settings import settle
 from search.engine import drain
-from search.show import render
+from search.show import html
+from search.show.terminal_text import render_terminal
 from search.study import evaluate
 from support.indexes import QUESTION
 from support.scores import codes_of, exact
@@ -136,7 +137,7 @@ def test_versus_is_the_difference(index):
     assert_equal_to(result, truth)
     first, second = index.search(**QUESTION, k=1), index.search(**other, k=1)
     assert result.query.log_p == pytest.approx(first.query.log_p - second.query.log_p, rel=1e-5)
-    shown = render.terminal(result, width=100)
+    shown = render_terminal(result, width=100)
     assert "versus The plum number 26 grows⟦ by the hill.⟧" in shown
     assert "log p − log p(versus)" in shown
 
@@ -155,7 +156,7 @@ def test_scoring_some_tokens_adds_up(index):
             index.search(**QUESTION, score_on=wrong)
     tokens = index.make_query(**QUESTION, score_on="0")
     assert "⟦" + tokens.token_texts[query.labels.index(next(
-        label for label in query.labels if label != -100))] + "⟧" in render.terminal(parts[0])
+        label for label in query.labels if label != -100))] + "⟧" in render_terminal(parts[0])
 
 
 def test_without_rescoring_it_says_so(index):
@@ -166,12 +167,12 @@ def test_without_rescoring_it_says_so(index):
     assert [hit.influence for hit in result] == pytest.approx(codes[order].tolist())
     assert not any(hit.exact for hit in result)
     assert result.recall.estimate is None and result.rescored == 0
-    assert "recall: unknown, nothing was rescored" in render.terminal(result)
-    assert "approximate, by code alone" in render.terminal(result)
-    assert "≈" in render.terminal(result) and "estimated by code" in result.to_json()
-    assert "exact for this" not in render.terminal(result)
-    assert 'class="hit approximate"' in render.render_html(result)
-    assert 'class="hit approximate"' not in render.render_html(index.search(**QUESTION, k=1))
+    assert "recall: unknown, nothing was rescored" in render_terminal(result)
+    assert "approximate, by code alone" in render_terminal(result)
+    assert "≈" in render_terminal(result) and "estimated by code" in result.to_json()
+    assert "exact for this" not in render_terminal(result)
+    assert 'class="hit approximate"' in html.render_html(result)
+    assert 'class="hit approximate"' not in html.render_html(index.search(**QUESTION, k=1))
 
 
 def test_recall_is_reached_or_the_limit_is_said(index, monkeypatch):
@@ -191,7 +192,7 @@ def test_recall_is_reached_or_the_limit_is_said(index, monkeypatch):
     limited = index.search(**QUESTION, k=3, recall=1.0, shortlist=20)
     assert limited.rescored == 20 and limited.recall.estimate < 1
     assert "100.0% was asked for; rescoring ended at its limit, --shortlist 20" in \
-        " ".join(render.terminal(limited).split())
+        " ".join(render_terminal(limited).split())
 
 
 def test_a_time_limit_ends_rescoring(index):
@@ -210,7 +211,7 @@ def test_candidates_by_words_alone_and_joined(index):
     alone = index.search(**QUESTION, k=3, shortlist=9, candidates="tfidf")
     assert {one for hit in alone for one in (hit.id, *hit.duplicates)} <= set(words)
     assert alone.rescored == 9 and alone.recall.estimate is None
-    assert "recall: unknown; who else there is" in render.terminal(alone)
+    assert "recall: unknown; who else there is" in render_terminal(alone)
     assert [hit.tfidf_rank for hit in alone] == [words.index(hit.id) + 1 for hit in alone]
 
     joined = index.search(**QUESTION, k=3, shortlist=9, candidates="both")
@@ -222,7 +223,7 @@ def test_candidates_by_words_alone_and_joined(index):
     assert joined.recall.cutoff == by_code.recall.cutoff
     everyone = index.search(**QUESTION, k=3, shortlist="all", candidates="tfidf")
     assert everyone.recall.estimate == 1 and everyone.recall.cutoff is None
-    assert "recall: complete" in render.terminal(everyone)
+    assert "recall: complete" in render_terminal(everyone)
 
 
 def test_a_hopeless_search_says_what_would_help(index):
@@ -293,7 +294,7 @@ def test_a_token_over_the_border_is_said(index):
     merged = index.search(prompt="The pl", completion="um number", k=1)
     assert " plum" in pieces
     assert "' plum'; it is scored as part of the completion" in merged.warnings[0]
-    assert "The⟦ plum number⟧" in render.terminal(merged)
+    assert "The⟦ plum number⟧" in render_terminal(merged)
     for controls in (dict(rescore=False), dict(versus="ot")):
         again = index.search(prompt="The pl", completion="um number", k=1, **controls)
         assert "' plum'; it is scored" in again.warnings[0]
@@ -525,5 +526,5 @@ def test_controls_show_in_every_result(index):
     result = drain(index.stages([index.make_query(**QUESTION)], settings))
     content = json.loads(result.to_json())
     assert content["controls"] == json.loads(json.dumps(settings.facts()))
-    shown = " ".join(render.terminal(result, width=100).split())
+    shown = " ".join(render_terminal(result, width=100).split())
     assert "ranked by θ-RelatIF; 2 modules in layer 1, damping 0.5 × mean eigenvalue" in shown

@@ -21,7 +21,7 @@ from search.rank.query_gradient import make_targets
 from search.rank.ranking import CodeRanking
 from search.rank.shortlist import Shortlist
 from search.show import wording
-from search.show.render import group_lines
+from search.show.terminal_text import group_lines
 from support.documents import small_documents
 from support.indexes import QUESTION, SMALL
 from support.scores import codes_of, exact

@@ -34,7 +34,7 @@ import gradindex
 from gradindex.errors import InputError
 from gradindex.results import Result
 from search.engine import Searcher
-from search.serve import guard, jobs, server, serving
+from search.serve import connections, guard, jobs, listening, server
 from search.serve.schema import openapi
 from search.show import html
 from support.server import JSON, Running
@@ -201,19 +201,20 @@ def test_tokens_that_can_be_guessed_are_refused() -> None:
     for given in ("", "x", "short", "a" * 40, "passwordpasswordpassword", "0123" * 10,
                   TOKEN[:-1]):
         with pytest.raises(InputError, match=r"GRADINDEX_TOKEN has .* at least 22 random"):
-            serving.token_for("127.0.0.1", given)
-    assert serving.token_for("127.0.0.1", None) is None
-    assert serving.token_for("0.0.0.0", TOKEN) == serving.token_for("localhost", TOKEN) == TOKEN
-    made = {serving.token_for("0.0.0.0", None) for _ in range(50)}
+            listening.token_for("127.0.0.1", given)
+    assert listening.token_for("127.0.0.1", None) is None
+    assert listening.token_for("0.0.0.0", TOKEN) == listening.token_for("localhost", TOKEN) == TOKEN
+    made = {listening.token_for("0.0.0.0", None) for _ in range(50)}
     assert len(made) == 50
     for one in made:  # one of ours may be given as well
-        assert one is not None and serving.token_for("::", one) == one
+        assert one is not None and listening.token_for("::", one) == one
 
 
 def test_names_of_the_server() -> None:
-    assert serving.names("::1", 8765) == {"127.0.0.1:8765", "localhost:8765", "[::1]:8765"}
-    assert serving.names("127.0.0.1", 80) >= {"localhost", "localhost:80"}  # browsers leave it out
-    assert serving.names("10.0.0.7", 9000, ["lab.example", "a.example:1"]) == {
+    assert listening.host_names("::1", 8765) == {"127.0.0.1:8765", "localhost:8765", "[::1]:8765"}
+    # browsers leave the usual port out
+    assert listening.host_names("127.0.0.1", 80) >= {"localhost", "localhost:80"}
+    assert listening.host_names("10.0.0.7", 9000, ["lab.example", "a.example:1"]) == {
         "10.0.0.7:9000", "127.0.0.1:9000", "localhost:9000", f"{socket.gethostname()}:9000",
         f"{socket.getfqdn()}:9000",
         "lab.example", "lab.example:9000", "a.example:1"}
@@ -339,7 +340,7 @@ def test_bodies_are_cut_off_by_size_while_they_come(start: Callable[..., Running
 
 
 def test_connections_that_send_no_request_are_closed(start: Callable[..., Running]) -> None:
-    class Hasty(serving.Connection):
+    class Hasty(connections.Connection):
         patience = 0.2
 
     running = start(work=False, connection=Hasty)
@@ -367,7 +368,7 @@ def test_connections_that_send_no_request_are_closed(start: Callable[..., Runnin
 def test_only_so_many_connections_are_held(
     start: Callable[..., Running], monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(serving, "MOST_CONNECTIONS", 10)
+    monkeypatch.setattr(connections, "MOST_CONNECTIONS", 10)
     running = start(work=False)
     with contextlib.ExitStack() as held:
         for _ in range(10):

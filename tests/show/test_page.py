@@ -10,7 +10,7 @@ import pytest
 
 import gradindex
 from gradindex.results import Result
-from search.serve import serving
+from search.serve import listening
 from search.show import html
 from support.documents import small_documents
 from support.indexes import SMALL
@@ -44,10 +44,10 @@ def address(model_folder, tmp_path_factory):
     gradindex.build(model_folder, data, out=folder / "an.index",
                     **{**SMALL, "seq_len": 60, "batch_tokens": 240, "modules": "all"})
     searcher = gradindex.open(folder / "an.index")
-    listening = serving.listen("127.0.0.1", None)
-    port = listening.getsockname()[1]
-    running = serving.server(searcher, serving.names("127.0.0.1", port), None)
-    thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]}, daemon=True)
+    listener = listening.listen("127.0.0.1", None)
+    port = listener.getsockname()[1]
+    running = listening.make_server(searcher, listening.host_names("127.0.0.1", port), None)
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     yield f"http://127.0.0.1:{port}"
     running.should_exit = True

@@ -22,7 +22,8 @@ import uvicorn
 
 import gradindex
 from search.engine import Searcher
-from search.serve import guard, jobs, server, serving
+from search.serve import guard, jobs, listening, server
+from search.serve.connections import Connection, configuration
 
 JSON = {"Content-Type": "application/json"}
 VERSIONS = "|".join(re.escape(one) for one in (
@@ -52,17 +53,17 @@ class Running:
 
     def __init__(
         self, searcher: Searcher, token: str | None = None, work: bool = True,
-        slowest_body: float = 10.0, connection: type[serving.Connection] = serving.Connection,
+        slowest_body: float = 10.0, connection: type[Connection] = Connection,
         **settings: Any,
     ):
-        listening = serving.listen("127.0.0.1", 0)
-        self.port = listening.getsockname()[1]
+        listener = listening.listen("127.0.0.1", 0)
+        self.port = listener.getsockname()[1]
         self.jobs = jobs.Jobs(searcher, **settings)
         site = server.application(searcher, self.jobs, {
-            "hosts": serving.names("127.0.0.1", self.port), "token": token,
+            "hosts": listening.host_names("127.0.0.1", self.port), "token": token,
             "slowest_body": slowest_body})
-        self.server = uvicorn.Server(serving.configuration(site, connection))
-        self.thread = threading.Thread(target=self.server.run, args=([listening],))
+        self.server = uvicorn.Server(configuration(site, connection))
+        self.thread = threading.Thread(target=self.server.run, args=([listener],))
         self.thread.start()
         if work:
             self.jobs.start()

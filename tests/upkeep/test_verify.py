@@ -31,7 +31,8 @@ from gradindex.storage.tensors import write_tensors
 from indexer.upkeep import append as append_module
 from indexer.upkeep import verify as verify_module
 from indexer.upkeep.commit import remove
-from search.show import render
+from search.show import html
+from search.show.terminal_text import render_terminal
 from search.study.describe import describe
 from support.documents import save, tiny_tokens
 from support.indexes import TINY, add, answer, files_of, unlisted
@@ -415,8 +416,8 @@ def test_a_damaged_segment_is_refused_by_name_or_left_out(index, file):
     said = "coverage 70.0%: 7 of 10 sequences are searched; segment 000001 is damaged and left " \
         "out, and the recall statement is about the rest"
     assert result.warnings[0] == said
-    assert said in " ".join(render.terminal(result).split())
-    assert said in render.render_html(result)
+    assert said in " ".join(render_terminal(result).split())
+    assert said in html.render_html(result)
     assert result.to_dict()["coverage"] == 0.7 and result.to_dict()["damaged"] == ["000001"]
     with pytest.raises(InputError, match=r"no sequence has the id 5 \(it was deleted, or is in no"):
         rest.rescore(**QUESTION, ids=[5])
