@@ -1,6 +1,6 @@
 # make demo   train a small model, index its training text, ask it three questions
 # make test   lint, types, tests, some faults
-# make faults every fault: kills, full disks, damage (under an hour); the table goes into RESULTS.md
+# make faults every fault: kills, full disks, damage (under an hour); its table is benchmarks/results/faults.md
 # make screenshots  the README's pictures, from the demo's index (needs Chromium)
 # All make .venv themselves. PYTHON, VENV, EXTRA (cpu or gpu) and pip's own variables are honoured.
 
