@@ -1,7 +1,6 @@
 """The transcript in the README: the demo's first question, and what `gradindex search` answers.
 
-    make demo
-    python demo/transcript.py .demo            # writes it into README.md, and docs/transcript.json
+    make transcript                            # writes it into README.md, and docs/transcript.json
     python demo/transcript.py .demo --check    # exit code 1 where the demo answers something else
 
 docs/transcript.json is the saved result. From it the transcript is rendered again wherever it is

@@ -116,7 +116,7 @@ def test_the_transcript_of_the_demo_is_what_a_search_prints():
     saved = results.Result.from_json(transcript.SAVED.read_text(encoding="utf-8"))
     page = transcript.README.read_text(encoding="utf-8")
     assert make_tree.with_block(page, transcript.transcript(saved)) == page, \
-        "run `make demo` and `python demo/transcript.py .demo`"
+        "run `make transcript`"
     assert saved.hits[0].exact and not saved.seconds
 
 
