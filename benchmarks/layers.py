@@ -193,7 +193,7 @@ def compare_bits(repeats: int) -> None:
 @click.command(help=__doc__, context_settings={"max_content_width": 100})
 @click.option("--repeats", default=7)
 def main(repeats: int) -> None:
-    """Print the tables of RESULTS.md."""
+    """Print the tables of results/layers.md."""
     quiet_transformers()
     torch.set_num_threads(1)
     compare_classes()

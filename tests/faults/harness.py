@@ -16,7 +16,7 @@ import pytest
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-RESULTS = ROOT / "benchmarks" / "RESULTS.md"
+RESULTS = ROOT / "benchmarks" / "results" / "faults.md"
 OPENING, CLOSING = "<!-- faults: written by `make faults` -->", "<!-- end of faults -->"
 # What an index is written with. A point is a call of one of them on a file of the index.
 CALLS = ("write", "pwrite64", "writev", "pwritev", "fsync", "fdatasync", "ftruncate", "rename",
@@ -136,7 +136,7 @@ class Faults:
         return "\n".join([*lines, "", CLOSING])
 
     def write_report(self) -> None:
-        """Put the report in its place in benchmarks/RESULTS.md."""
+        """Put the report in its place in benchmarks/results/faults.md."""
         text = RESULTS.read_text()
         before, _, rest = text.partition(OPENING)
         _, _, after = rest.partition(CLOSING)
