@@ -10,6 +10,7 @@ import click
 
 from gradindex.flags import MAX_MEMORY, MODEL, options, read_ids, read_text
 from gradindex.terminal import json_text, visible_lines
+from search.command_line import control_flags, take_controls
 
 if TYPE_CHECKING:
     from gradindex import Searcher
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from gradindex.results import Result
     from search.ask.controls import Controls
     from search.ask.query_files import QueryFile
+    from search.ask.question import Question
     from search.engine import Stage
 
 _INDEX = [
@@ -24,16 +26,11 @@ _INDEX = [
     *MODEL,
     click.option("--batch-tokens", type=int, help="Padded tokens a batch [the build's]."),
     MAX_MEMORY,
-    click.option("--train-sequences", type=int, help="N_train [the build's, or all ever indexed]."),
+    *control_flags("train_sequences"),
     click.option("--allow-damaged", is_flag=True,
                  help="Digest every file and leave damaged segments out; the coverage is said."),
 ]
-_GRADIENT = [
-    click.option("--damping", type=float,
-                 help="λ as a factor of each module's mean eigenvalue [the build's]."),
-    click.option("--modules", metavar="RANGE|KIND|REGEX",
-                 help="Layers (8-15), mlp, attention, adapter, or names that match [all indexed]."),
-]
+_GRADIENT = control_flags("damping", "modules")
 _RAY = [
     click.option("--ray", is_flag=False, flag_value="local", default=None, metavar="[ADDRESS]",
                  help="Let workers of a Ray cluster score the sequences: the one at ADDRESS (auto, "
@@ -54,8 +51,7 @@ _QUERY = [
                  help="Another completion: explain log p of -c minus log p of this."),
     click.option("--score-on", metavar="RANGE",
                  help="Score these tokens of the completion only: 0-2, or 5."),
-    click.option("--normalize", default="none", show_default=True, metavar="none|cosine|relatif",
-                 help="Rank by influence, by influence / (‖q̃‖ ‖m̃‖), or by θ-RelatIF."),
+    *control_flags("normalize"),
 ]
 
 
@@ -64,25 +60,13 @@ _QUERY = [
 @options(_RAY)
 @options(_QUERY)
 @options(_GRADIENT)
-@click.option("-k", type=int, help="Hits [20].")
-@click.option("--shortlist", metavar="N|all",
-              help="Sequences to rescore exactly [1000, or 10 k if more].")
-@click.option("--recall", type=float, metavar="R",
-              help="Rescore until the estimated recall is R, at most --shortlist [10000].")
-@click.option("--no-rescore", is_flag=True, help="Rank by code alone: fast, approximate.")
-@click.option("--opponents", is_flag=True, help="The most negative influence instead.")
-@click.option("--candidates", default="code", show_default=True, metavar="code|tfidf|both",
-              help="Who is rescored: the best by code, by shared rare words, or both lists.")
-@click.option("--group-by", metavar="document|source|FIELD",
-              help="Also total the influence of all sequences by document, source or kept field.")
-@click.option("--time-limit", type=float, metavar="SECONDS",
-              help="Stop rescoring a query after this long.")
+@options(control_flags("k", "shortlist", "recall", "rescore", "opponents", "candidates", "group_by",
+                       "time_limit"))
 @click.option("--queries", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
               help="JSON lines with prompt, completion, id: search for all of them together.")
 @click.option("--aggregate", type=click.Choice(["sum"]),
               help="With --queries: one search, for the sum of their log p.")
-@click.option("--rank", type=int,
-              help="With --queries: rank of the preconditioned gradients [all if 2 GiB, else 32].")
+@options(control_flags("rank"))
 @click.option("--format", "form", default="auto", show_default=True,
               type=click.Choice(["auto", "json", "jsonl", "csv", "parquet", "html"]),
               help="auto is what -o ends in, else text for people; with --queries -o, a JSON "
@@ -92,7 +76,7 @@ _QUERY = [
 def search(
     index: Path, prompt: str | None, completion: str | None, messages: Path | None,
     versus: str | None, score_on: str | None, queries: Path | None, aggregate: str | None,
-    no_rescore: bool, form: str, output: Path | None, **others: Any,
+    form: str, output: Path | None, **flags: Any,
 ) -> int:
     """Which training sequences made the model say COMPLETION after PROMPT?
 
@@ -104,22 +88,23 @@ def search(
       gradindex search train.index -p "Water is composed of" -c " hydrogen and oxygen."
       gradindex search train.index --queries questions.jsonl -o results.jsonl --recall 0.95
     """
-    from search.ask.controls import settle
+    from search.ask.make_query import make_query
+    from search.ask.settings import settle
     from search.engine import drain
 
     _check_outputs({"-o": output}, [queries, messages])
-    where, controls = _split(others, rescore=not no_rescore)
+    controls = take_controls(flags)
     if queries is not None:
         if any(given is not None for given in (prompt, completion, messages, versus, score_on)):
             raise click.UsageError("--queries and -p, -c, --messages, --versus, --score-on exclude "
                                    "each other; those are fields of the file's lines.")
-        return _search_many(index, where, queries, aggregate is not None, controls, form, output)
+        return _search_many(index, flags, queries, aggregate is not None, controls, form, output)
     if aggregate is not None or controls.rank is not None:
         raise click.UsageError("--aggregate and --rank go with --queries FILE.")
     question = _question(prompt, completion, messages, versus, score_on)
-    searcher, progress = _open(index, where)
+    searcher, progress = _open(index, flags)
     settle(controls, searcher.manifest)  # before the model is loaded
-    query = searcher.make_query(**question)
+    query = make_query(searcher.index, question)
     stages = searcher.stages([query], controls, conclude_early=True)
     return _finish(drain(stages, _Follower(progress).follow), form, output)
 
@@ -147,8 +132,8 @@ def _search_many(
 ) -> int:
     """Answer a file of queries; 2 if some could not be."""
     from search.ask import query_files
-    from search.ask.controls import settle
     from search.ask.make_query import aggregate
+    from search.ask.settings import settle
     from search.engine import drain
 
     if form in ("csv", "parquet", "html") and not aggregated:
@@ -164,7 +149,7 @@ def _search_many(
             2 * bool(read.problems)
     results = None
     if output is not None:
-        results = query_files.ResultsFile(output, searcher, controls, read.queries)
+        results = query_files.ResultsFile(output, searcher, controls, read.questions)
         if results.done:
             progress.say(f"{len(results.done)} queries are answered in {output} already")
     made = query_files.make_queries(searcher, read, results.done if results else set())
@@ -187,18 +172,6 @@ def _complain(read: "QueryFile", progress: "Progress") -> None:
         progress.say(f"left out: {problem}")
 
 
-def _split(others: dict[str, Any], **more: Any) -> tuple[dict[str, Any], "Controls"]:
-    """Where the index and its model are, and how to search."""
-    from dataclasses import fields
-
-    from search.ask.controls import Controls
-
-    names = {field.name for field in fields(Controls)}
-    controls = {name: value for name, value in others.items() if name in names}
-    where = {name: value for name, value in others.items() if name not in names}
-    return where, Controls(**controls, **more)
-
-
 @click.command()
 @options(_INDEX)
 @options(_QUERY)
@@ -207,7 +180,7 @@ def _split(others: dict[str, Any], **more: Any) -> tuple[dict[str, Any], "Contro
               help="Ids to score: a line each, as a number or as JSON with an id.")
 def rescore(
     index: Path, prompt: str | None, completion: str | None, messages: Path | None,
-    versus: str | None, score_on: str | None, ids: str, **others: Any,
+    versus: str | None, score_on: str | None, ids: str, **flags: Any,
 ) -> int:
     """Exact influence of the sequences you name, as JSON lines in the same order.
 
@@ -219,15 +192,16 @@ def rescore(
         gradindex rescore train.index -p "2 +" -c " 3" --ids -
     """
     from gradindex.results import UNITS
-    from search.ask.controls import settle
+    from search.ask.make_query import make_query
+    from search.ask.settings import settle
     from search.show.render import json_lines
 
     question = _question(prompt, completion, messages, versus, score_on, ids)
-    where, controls = _split(others)
-    searcher, progress = _open(index, where)
+    controls = take_controls(flags)
+    searcher, progress = _open(index, flags)
     settle(controls, searcher.manifest)
     wanted = searcher.known(read_ids(ids))
-    query = searcher.make_query(**question)
+    query = make_query(searcher.index, question)
     progress.start("exact", len(wanted), "sequences")
     for hits in searcher.rescore_stream(query, wanted, controls):
         click.echo(json_lines(hits, UNITS.format(how="exact")), nl=False)
@@ -249,7 +223,7 @@ def rescore(
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path),
               help="Write a plot (.png, .svg or .pdf).")
 def evaluate(
-    index: Path, queries: Path, sample: str, output: Path | None, plot: Path | None, **others: Any
+    index: Path, queries: Path, sample: str, output: Path | None, plot: Path | None, **flags: Any
 ) -> int:
     """How good is an index? Shortlists by code and by TF-IDF against exact scores.
 
@@ -261,16 +235,16 @@ def evaluate(
       gradindex eval train.index --queries questions.jsonl --sample 10000 --plot eval.png
     """
     from search.ask import query_files
-    from search.ask.controls import settle
+    from search.ask.settings import settle
     from search.study import evaluate as evaluation
 
     _check_outputs({"-o": output, "--plot": plot}, [queries])
     if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
         raise click.UsageError(f"--plot {plot}: expected a name that ends in .png, .svg or .pdf.")
-    where, controls = _split(others)
+    controls = take_controls(flags)
     count = _sample(sample)
     read = query_files.read_queries(queries)
-    searcher, progress = _open(index, where)
+    searcher, progress = _open(index, flags)
     settle(controls, searcher.manifest)
     evaluation.check_sample(count, searcher.manifest)
     made = query_files.make_queries(searcher, read, set())
@@ -303,7 +277,7 @@ def evaluate(
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path),
               default=Path("report.html"), show_default=True, help="The page to write.")
 def report(
-    index: Path, queries: Path | None, sample: str | None, output: Path, **others: Any
+    index: Path, queries: Path | None, sample: str | None, output: Path, **flags: Any
 ) -> int:
     """What is in an index: one HTML page with plots, which needs nothing else.
 
@@ -316,15 +290,15 @@ def report(
       gradindex report train.index --queries questions.jsonl --sample all
     """
     from search.ask import query_files
-    from search.ask.controls import settle
+    from search.ask.settings import settle
     from search.study import survey
     from search.study.report import render
 
     _check_outputs({"-o": output}, [queries])
     count = survey.SAMPLE if sample is None else _sample(sample)
     read = None if queries is None else query_files.read_queries(queries)
-    where, controls = _split(others)
-    searcher, progress = _open(index, where)
+    controls = take_controls(flags)
+    searcher, progress = _open(index, flags)
     settle(controls, searcher.manifest)
     made = None
     if read is not None:
@@ -464,14 +438,17 @@ def _open(index: Path, where: dict[str, Any]) -> tuple["Searcher", "Progress"]:
 def _question(
     prompt: str | None, completion: str | None, messages: Path | None, versus: str | None,
     score_on: str | None, ids: str | None = None,
-) -> dict[str, Any]:
+) -> "Question":
+    """What the flags ask. Raises UsageError for what can't stand together."""
+    from search.ask.question import Question
+
     if messages is not None:
         if prompt is not None or completion is not None or versus is not None:
             raise click.UsageError("--messages and -p, -c, --versus exclude each other; give one "
                                    "query.")
         try:
-            return {"messages": json.loads(read_text(messages, f"--messages {messages}")),
-                    "score_on": score_on}
+            chat = json.loads(read_text(messages, f"--messages {messages}"))
+            return Question(messages=chat, score_on=score_on)
         except ValueError as error:
             raise click.UsageError(f"--messages {messages} is not valid JSON: {error}.") from None
     if prompt is None and completion is None:
@@ -479,8 +456,7 @@ def _question(
                                "or --queries FILE.")
     if [prompt, completion, versus, ids].count("-") > 1:
         raise click.UsageError("only one of -p, -c, --versus and --ids can be standard input, -.")
-    return {"prompt": _text(prompt), "completion": _text(completion), "versus": _text(versus),
-            "score_on": score_on}
+    return Question(_text(prompt), _text(completion), versus=_text(versus), score_on=score_on)
 
 
 def _text(value: str | None) -> str | None:

@@ -8,10 +8,12 @@ sequence's gradient formed once for all of them.
 
 import operator
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from typing_extensions import Unpack
 
 from gradindex.cluster import LOCAL, connect
 from gradindex.errors import InputError
@@ -21,8 +23,11 @@ from gradindex.model.network import LanguageModel
 from gradindex.model.source import ModelSource
 from gradindex.results import Comparison, Hit, Query, Result
 from gradindex.storage.manifest import Manifest
-from search.ask.controls import Controls, settle
+from search.ask.controls import ControlArguments, Controls
 from search.ask.make_query import aggregate, make_query
+from search.ask.question import Question
+from search.ask.settings import settle
+from search.ask.signature import QuestionOptions, SearchArguments, split, with_keywords
 from search.rank.generic_rate import add_rates
 from search.rank.hits import make_hit
 from search.rank.query_gradient import make_targets
@@ -112,44 +117,45 @@ class Searcher:
 
     # ---- what is asked
 
+    @with_keywords
     def search(
-        self, prompt: str | None = None, completion: str | None = None, *,
-        token_ids: Sequence[int] | None = None, labels: Sequence[int] | None = None,
-        messages: list[dict[str, Any]] | None = None, versus: str | None = None,
-        score_on: str | None = None, **controls: Any,
+        self, prompt: str | None = None, completion: str | None = None,
+        **arguments: Unpack[SearchArguments],
     ) -> Result:
         """The k sequences with the most positive influence on log p(completion | prompt).
 
-        The query is a prompt and a completion (without one, the model's own greedy continuation),
-        or `token_ids` with `labels` (−100 where nothing is scored), or chat `messages` whose last
-        is scored. `versus` is another completion: the influence is then that on log p(completion)
-        − log p(versus). `score_on` ("0-2", "5") scores some of the completion's tokens only.
-        Everything else is a field of `Controls`: k, shortlist, recall, opponents, damping,
-        modules, normalize, candidates, rescore, time_limit, rank, train_sequences, group_by.
+        What is asked about are the fields of a `Question`: a prompt and a completion, or
+        `token_ids` with `labels`, or chat `messages`; with `versus`, the influence is that on
+        log p(completion) − log p(versus). Everything else is a field of `Controls`.
         Interrupted (Ctrl-C) while rescoring, it returns what is exact so far.
         Raises InputError for an unusable query or control, IndexMismatchError for another model.
         """
-        asked = Controls(**controls)
-        settle(asked, self.manifest)
-        query = self.make_query(prompt, completion, token_ids, labels, messages, versus, score_on)
-        return drain(self.stages([query], asked, conclude_early=True))
+        question, controls = split(prompt, completion, arguments)
+        settle(controls, self.manifest)
+        query = make_query(self.index, question)
+        return drain(self.stages([query], controls, conclude_early=True))
 
+    @with_keywords
     def search_many(
-        self, queries: Iterable[Query | dict[str, Any]], aggregated: bool = False, **controls: Any
+        self, queries: Iterable[Query | Mapping[str, Any]], aggregated: bool = False,
+        **arguments: Unpack[ControlArguments],
     ) -> Iterator[Result]:
         """Search for many queries together, a result each, in order.
 
-        A query is one of `make_query`, or a dictionary of its arguments. `aggregated`: one result
-        for the sum of their gradients. Controls and errors as for `search`.
+        A query is one of `make_query`, or a dictionary of a Question's fields. `aggregated`: one
+        result for the sum of their gradients. Controls and errors as for `search`.
         """
-        asked = Controls(**controls)
-        settle(asked, self.manifest)
-        made = [one if isinstance(one, Query) else self.make_query(**one) for one in queries]
-        stages = self.answer([aggregate(made)] if aggregated else made, asked)
+        controls = Controls(**arguments)
+        settle(controls, self.manifest)
+        ready = [query if isinstance(query, Query) else make_query(self.index, Question(**query))
+                 for query in queries]
+        stages = self.answer([aggregate(ready)] if aggregated else ready, controls)
         return (stage.result for stage in stages if stage.result is not None)
 
+    @with_keywords
     def compare(
-        self, prompt: str, completions: Sequence[str], score_on: str | None = None, **controls: Any
+        self, prompt: str, completions: Sequence[str], score_on: str | None = None,
+        **arguments: Unpack[ControlArguments],
     ) -> Comparison:
         """Two completions of a prompt side by side: the hits of each, and their influence on both.
 
@@ -157,11 +163,13 @@ class Searcher:
         """
         if len(completions) != 2:
             raise InputError(f"{len(completions)} completions: expected two to compare.")
-        asked = Controls(**controls)
-        settle(asked, self.manifest)
-        queries = [self.make_query(prompt, one, score_on=score_on) for one in completions]
-        found = [stage.result for stage in self.stages(queries, asked)]
-        return self.compared([one for one in found if one is not None], queries, asked)
+        controls = Controls(**arguments)
+        settle(controls, self.manifest)
+        queries = [make_query(self.index, Question(prompt, completion, score_on=score_on))
+                   for completion in completions]
+        results = [stage.result for stage in self.stages(queries, controls)]
+        return self.compared([result for result in results if result is not None], queries,
+                             controls)
 
     def compared(
         self, results: list[Result], queries: list[Query], controls: Controls
@@ -187,22 +195,21 @@ class Searcher:
         """How many queries share a journey, for memory."""
         return max(1, min(LARGEST_GROUP, LARGEST_SCORES // len(self)))
 
+    @with_keywords
     def rescore(
         self, prompt: str | None = None, completion: str | None = None, *, ids: Iterable[int],
-        token_ids: Sequence[int] | None = None, labels: Sequence[int] | None = None,
-        messages: list[dict[str, Any]] | None = None, versus: str | None = None,
-        score_on: str | None = None, **controls: Any,
+        **arguments: Unpack[SearchArguments],
     ) -> list[Hit]:
         """Exact influence of the named sequences, in the order given. Raises like `search`.
 
         Of the controls, damping, modules, normalize and train_sequences matter; sizes of the
         sequences' gradients come with a `normalize` other than "none".
         """
-        asked = Controls(**controls)
-        wanted = self.known(ids)
-        settle(asked, self.manifest)
-        query = self.make_query(prompt, completion, token_ids, labels, messages, versus, score_on)
-        return [hit for batch in self.rescore_stream(query, wanted, asked) for hit in batch]
+        question, controls = split(prompt, completion, arguments)
+        places = self.known(ids)
+        settle(controls, self.manifest)
+        query = make_query(self.index, question)
+        return [hit for hits in self.rescore_stream(query, places, controls) for hit in hits]
 
     def rescore_stream(
         self, query: Query, places: list[int], controls: Controls
@@ -232,20 +239,16 @@ class Searcher:
             add_rates(self.index, hits)
             yield hits
 
+    @with_keywords
     def make_query(
-        self, prompt: str | None = None, completion: str | None = None,
-        token_ids: Sequence[int] | None = None, labels: Sequence[int] | None = None,
-        messages: list[dict[str, Any]] | None = None, versus: str | None = None,
-        score_on: str | None = None, id: Any = None,
+        self, prompt: str | None = None, completion: str | None = None, *, id: Any = None,
+        **options: Unpack[QuestionOptions],
     ) -> Query:
         """Tokenise and check a query, without the model unless it is to continue the prompt.
 
         Raises InputError for a query that can't be scored.
         """
-        query = make_query(self.index, prompt, completion, token_ids, labels, messages, versus,
-                           score_on)
-        query.id = id
-        return query
+        return make_query(self.index, Question(prompt, completion, id=id, **options))
 
     def known(self, ids: Iterable[Any]) -> list[int]:
         """The places of sequences' ids. Raises InputError where there is no such sequence."""

@@ -16,7 +16,8 @@ from gradindex.influence.exact import chunk_ends, exact_scores
 from gradindex.influence.queries import Preconditioned, precondition, query_coordinates
 from gradindex.objective import Text
 from gradindex.storage import records
-from search.ask.controls import Controls, _sizes
+from search.ask.controls import Controls
+from search.ask.settings import _sizes
 from search.engine import drain
 from search.show import render, wording
 from support.documents import small_documents

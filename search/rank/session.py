@@ -11,7 +11,7 @@ from gradindex.influence.queries import Preconditioned
 from gradindex.results import Group, Hit, Recall, Result
 from gradindex.storage.manifest import model_name
 from gradindex.storage.records import Record
-from search.ask.controls import Settings, bounded
+from search.ask.settings import Settings, bounded
 from search.rank.generic_rate import add_rates
 from search.rank.groups import total_groups
 from search.rank.hits import make_hit, normalized

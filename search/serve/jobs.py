@@ -21,6 +21,7 @@ from typing import Any
 
 from gradindex.errors import GradindexError, InputError
 from gradindex.results import Comparison, Result
+from search.ask.make_query import make_query
 from search.engine import Searcher, Stage
 from search.serve.request import Asked
 from search.study.tail import Tail, fit_tail, upper_tail
@@ -207,7 +208,7 @@ class Jobs:
     def _run(self, job: Job) -> None:
         asked = job.asked
         controls = replace(asked.controls(), train_sequences=self.train_sequences)
-        queries = [self.searcher.make_query(**one) for one in asked.queries()]
+        queries = [make_query(self.searcher.index, question) for question in asked.questions()]
         stages = self.searcher.stages(queries, controls, conclude_early=True)
         results: list[Result] = []
         started = 0.0

@@ -19,7 +19,8 @@ from gradindex.errors import InputError
 from gradindex.influence.exact import rescore
 from gradindex.results import Query
 from gradindex.storage.manifest import Manifest
-from search.ask.controls import Controls, settle
+from search.ask.controls import Controls
+from search.ask.settings import settle
 from search.engine import Searcher
 from search.rank.query_gradient import fits_in_full, make_targets
 from search.rank.ranking import CodeRanking, best

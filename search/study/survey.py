@@ -25,7 +25,10 @@ from gradindex.storage.background_file import ONE_IN
 from gradindex.storage.manifest import Manifest
 from gradindex.storage.records import Record
 from gradindex.terminal import json_text
-from search.ask.controls import Controls, Settings, settle
+from search.ask.controls import Controls
+from search.ask.make_query import make_query
+from search.ask.question import Question
+from search.ask.settings import Settings, settle
 from search.engine import Searcher
 from search.rank.generic_rate import all_rates
 from search.rank.query_gradient import Target, make_targets
@@ -354,8 +357,8 @@ def own_queries(searcher: Searcher, count: int) -> tuple[list[Query], list[int]]
             scored = index.objective.later_half(record.scored)
             if scored.any() and len(queries) < count:
                 labels = np.where(scored, record.tokens, UNSCORED).tolist()
-                queries.append(searcher.make_query(token_ids=record.tokens.tolist(), labels=labels,
-                                                   id=record.id))
+                queries.append(make_query(index, Question(
+                    token_ids=record.tokens.tolist(), labels=labels, id=record.id)))
                 chosen.append(place)
         if len(queries) == count:
             break

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,10 @@ from gradindex.influence.queries import (
 )
 from gradindex.modules import numbers_in
 from gradindex.objective import Text
-from search.ask.controls import Controls, settle
+from search.ask.controls import Controls
 from search.ask.query_files import ResultsFile, make_queries, read_queries
+from search.ask.question import Question
+from search.ask.settings import settle
 from search.engine import drain
 from search.show import render
 from search.study import evaluate
@@ -172,9 +175,9 @@ def test_without_rescoring_it_says_so(index):
 
 
 def test_recall_is_reached_or_the_limit_is_said(index, monkeypatch):
-    from search.ask import controls
+    from search.ask import settings
 
-    monkeypatch.setattr(controls, "SMALLEST_SHORTLIST", 6)
+    monkeypatch.setattr(settings, "SMALLEST_SHORTLIST", 6)
     lengths = []
     for goal in (0.3, 0.6, 0.9, 1.0):
         result = index.search(**QUESTION, k=3, recall=goal)
@@ -376,7 +379,7 @@ def test_a_file_of_queries_is_read_line_by_line(index, tmp_path):
         json.dumps({"prompt": "x", "id": True}), '{"prompt": "x", "id": "\\ud800"}', "[" * 100000,
     ]).encode() + b"\n\xff\n")
     read = read_queries(path)
-    assert list(read.queries) == ["a", 7, 11, 9, 13]
+    assert list(read.questions) == ["a", 7, 11, 9, 13]
     made = make_queries(index, read, {"a"})
     assert [query.id for query in made] == [7, 9]
     for number, message in [(4, "not JSON"), (5, "unknown field 'promt'"), (6, "an object"),
@@ -398,8 +401,7 @@ def test_a_file_of_queries_is_read_line_by_line(index, tmp_path):
 
 def test_results_on_disk_are_gone_on_with(index, tmp_path):
     path, controls = tmp_path / "results.jsonl", Controls(k=2, shortlist=9)
-    asked = {one["id"]: {name: value for name, value in one.items() if name != "id"}
-             for one in QUERIES[:3]}
+    asked = {one["id"]: Question(**one) for one in QUERIES[:3]}
     results = list(index.search_many(QUERIES[:3], k=2, shortlist=9))
     first = ResultsFile(path, index, controls, asked)
     assert first.done == set()
@@ -417,7 +419,8 @@ def test_results_on_disk_are_gone_on_with(index, tmp_path):
     assert lines[0]["hits"][0]["influence"] == results[0][0].influence
     with pytest.raises(InputError, match=r"another search \(k: 2 there, 3 now\)"):
         ResultsFile(path, index, Controls(k=3, shortlist=9), asked)
-    for change in ({**asked, "a": OTHER}, {**asked, "a": {**asked["a"], "versus": " x"}},
+    for change in ({**asked, "a": Question(**OTHER)},
+                   {**asked, "a": replace(asked["a"], versus=" x")},
                    {one: asked[one] for one in (7, "c")}):
         with pytest.raises(InputError, match=r"a query 'a' that is not, or no longer the same"):
             ResultsFile(path, index, controls, change)

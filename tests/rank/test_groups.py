@@ -14,7 +14,8 @@ from gradindex.cli import main_group
 from gradindex.errors import InputError
 from gradindex.influence.codes import score_error
 from gradindex.terminal import visible
-from search.ask.controls import Controls, settle
+from search.ask.controls import Controls
+from search.ask.settings import settle
 from search.rank.groups import MOST_GROUPS, Grouping, total_groups
 from search.rank.query_gradient import make_targets
 from search.rank.ranking import CodeRanking

@@ -13,7 +13,8 @@ import pytest
 
 import gradindex
 from gradindex.errors import DamagedIndexError, GradindexError, InputError
-from search.ask.controls import Controls, settle
+from search.ask.controls import Controls
+from search.ask.settings import settle
 from search.engine import Searcher
 from search.rank.query_gradient import make_targets
 from search.rank.ray_search import PATIENCE, SharedRanking, deal
