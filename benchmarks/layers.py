@@ -37,7 +37,7 @@ from gradindex.model.source import ModelSource
 from gradindex.model.tracked import tracked_modules
 from gradindex.modules import Module
 from gradindex.objective import Batch, NextToken, Text
-from indexer.fit.schedule import add_covariances
+from indexer.fit.steps import add_covariances
 
 MIXTURE = dict(vocab_size=4096, hidden_size=256, intermediate_size=512, num_hidden_layers=4,
                num_attention_heads=4, num_key_value_heads=4, num_experts=16, num_experts_per_tok=2)

@@ -24,7 +24,9 @@ from gradindex.progress import Progress
 from gradindex.storage.locks import one_of_writers
 from indexer import ray_build
 from indexer.build_request import make_request
+from indexer.fit.folder import FitFolder
 from indexer.fit.schedule import Fit
+from indexer.fit.units import FitUnits
 from indexer.prepare import prepare
 from indexer.ray_build import Crew, Job, Receipt, _Worker
 from indexer.shards import OVER_RAY, Shard, Stage
@@ -266,12 +268,12 @@ def test_a_worker_is_where_the_plan_says(model_folder, data_file, tmp_path, one_
 def test_a_worker_reads_once_what_units_of_a_stage_share(model_folder, data_file, begun):
     """The numbers of units done by a process each, though the files they share are gone."""
     asked = make_request(str(model_folder), data_file, begun, **SMALL)
-    about = prepare(begun, asked.source, "cpu", "float32", State.resumed(begun), None, Progress())
+    about = prepare(begun, asked.source, "float32", State.resumed(begun), Progress())
     folder = begun / "curvature.partial"
 
-    def fit(number=1):
-        return Fit(about.model, about.tracked, about.run.records, about.settings, folder,
-                   Progress(), 0, Shard(number, 2))
+    def worker():
+        return FitUnits(about.model, about.run.records,
+                        FitFolder(folder, about.tracked, about.settings, first=False), Progress())
 
     def files(pattern):
         return {path.name: {name: one.numpy().tobytes() for name, one in load_file(path).items()}
@@ -280,11 +282,11 @@ def test_a_worker_reads_once_what_units_of_a_stage_share(model_folder, data_file
     def done(stage, units, shared, made):
         """What a process each leaves, what one leaves that reads once, and that it let go."""
         for unit in units:
-            fit().do(stage, unit)
+            worker().do(stage, unit)
         apart = files(made)
         for name in apart:
             (folder / name).unlink()
-        one = fit()
+        one = worker()
         one.do(stage, units[0])
         aside = {path: path.rename(folder / f"aside.{path.name}") for path in folder.glob(shared)}
         assert aside
@@ -297,9 +299,10 @@ def test_a_worker_reads_once_what_units_of_a_stage_share(model_folder, data_file
         assert one._at_hand is None
 
     for block in (1, 2, 3):
-        fit().do(Stage("covariance"), block)
-    first = fit(0)
-    first._add_waiting(Stage("covariance"), first._sums(Stage("covariance")))
+        worker().do(Stage("covariance"), block)
+    first = Fit(about.model, about.tracked, about.run.records, about.settings, folder, Progress(),
+                0, Shard(0, 2))
+    first._add_waiting(Stage("covariance"), first.folder.sums(Stage("covariance")))
     done(Stage("eigenvectors"), range(len(about.tracked)), "covariance-*", "*.eigenvectors.*")
     done(Stage("eigenvalues"), range(4), "*.eigenvectors.*", "eigenvalues-*")
 

@@ -1,6 +1,5 @@
 """What runs out or goes wrong during the work: memory, the disk, numbers, time."""
 
-import contextlib
 import errno
 import functools
 import io
@@ -28,8 +27,9 @@ from gradindex.influence.batches import Splits
 from gradindex.progress import Progress
 from gradindex.storage import files, manifest, segments
 from indexer import background, calibrate
-from indexer.fit import schedule as fit_module
-from indexer.fit.schedule import FitNotes, eigenvectors
+from indexer.fit import eigen
+from indexer.fit.eigen import eigenvectors
+from indexer.fit.notes import FitNotes
 from search.study.describe import describe, summary
 from support.documents import save, tiny_tokens
 from support.indexes import TINY, add, files_of
@@ -152,8 +152,7 @@ def _killed_after_a_split(data, out, at, monkeypatch):
     real = Splits.add
 
     def add_split(self, batch):
-        with contextlib.suppress(Exception):  # by which a fit sums again
-            real(self, batch)
+        real(self, batch)
         raise KilledError
 
     with monkeypatch.context() as patch:
@@ -420,7 +419,7 @@ def test_eigenvectors_are_tried_once_more_on_a_matrix_that_is_moved_a_little(mon
             raise scipy.linalg.LinAlgError("no convergence")
         return real(matrix, driver=driver)
 
-    monkeypatch.setattr(fit_module.scipy.linalg, "eigh", eigh)
+    monkeypatch.setattr(eigen.scipy.linalg, "eigh", eigh)
     found = eigenvectors(covariance(), "m/A")
     np.testing.assert_allclose(found, truth(covariance()), atol=1e-9)
     moved = tries[1] - tries[0]
@@ -438,7 +437,7 @@ def test_a_build_on_fallback_eigenvectors_gives_the_same_scores(data, tmp_path, 
 def test_eigenvectors_that_cannot_be_found_name_the_module(data, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch.linalg, "eigh", fails)
-        patch.setattr(fit_module.scipy.linalg, "eigh", fails)
+        patch.setattr(eigen.scipy.linalg, "eigh", fails)
         with pytest.raises(GradindexError, match=(
                 r"covariance gpt_neox\.layers\.0\.mlp\.dense_h_to_4h/A has no eigendecomposition "
                 r"\(the algorithm failed to converge; .*--modules REGEX.*--fit-sequences")):

@@ -27,7 +27,7 @@ from gradindex.storage.layout import APPEND
 from gradindex.storage.records import Record
 from indexer.build_request import check_numbers, open_corpus
 from indexer.fit.quarantine import SHARE
-from indexer.fit.schedule import fit_batch
+from indexer.fit.steps import fit_batch
 from indexer.read import ingest
 from indexer.read.ingest import Run
 from indexer.state import State, finished_append

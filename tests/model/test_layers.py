@@ -22,7 +22,7 @@ from gradindex.model.source import ModelSource
 from gradindex.model.tracked import parameter_share, tracked_modules, untracked
 from gradindex.modules import Module
 from gradindex.progress import shares, stderr_progress
-from indexer.fit.schedule import add_covariances
+from indexer.fit.steps import add_covariances
 from indexer.prepare import NOTABLE, describe
 from search.study.describe import describe as info
 from search.study.describe import summary
