@@ -265,7 +265,7 @@ def test_a_worker_is_where_the_plan_says(model_folder, data_file, tmp_path, one_
 def test_a_worker_reads_once_what_units_of_a_stage_share(model_folder, data_file, begun):
     """The numbers of units done by a process each, though the files they share are gone."""
     asked = make_request(str(model_folder), data_file, begun, **SMALL)
-    about = prepare(begun, asked.source, "cpu", "float32", State.resumed(begun), None, Progress())
+    about = prepare(begun, asked.source, "float32", State.resumed(begun), Progress())
     folder = begun / "curvature.partial"
 
     def fit(number=1):

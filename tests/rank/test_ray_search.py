@@ -13,6 +13,7 @@ import pytest
 
 import gradindex
 from gradindex.errors import DamagedIndexError, GradindexError, InputError
+from gradindex.model.source import ModelSource
 from search.ask.controls import Controls, settle
 from search.engine import Searcher
 from search.rank.query_gradient import make_targets
@@ -78,7 +79,7 @@ def kill(pid):
 def rest_of(index_folder, searcher, number):
     """A local searcher of what worker `number` has, as if the index held no more."""
     part = Part(searcher.index.contents.manifest, searcher.index._workers[number].segments)
-    index = OpenIndex(index_folder, None, None, "auto", False, False, False, part=part)
+    index = OpenIndex(index_folder, ModelSource(), part=part)
     return Searcher(index, searcher.batch_tokens)
 
 
