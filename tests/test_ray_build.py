@@ -301,7 +301,7 @@ def test_a_worker_reads_once_what_units_of_a_stage_share(model_folder, data_file
 def test_a_killed_driver_goes_on(cluster, alone, model_folder, data_file, tmp_path):
     out = tmp_path / "index"
     again = command(model_folder, data_file, out, cluster)
-    driver = struck(again, signal.SIGKILL, lambda: list(out.glob("segments/000000")),
+    driver = struck(again, signal.SIGKILL, lambda _: list(out.glob("segments/000000")),
                     lambda: shutil.rmtree(out, ignore_errors=True), env=ONE_THREAD)
     assert driver.returncode == -signal.SIGKILL, driver.stderr
     ended = subprocess.run(again, capture_output=True, text=True, env=ONE_THREAD, timeout=HANG)
@@ -340,7 +340,7 @@ def test_a_terminated_driver_goes_on(cluster, alone, model_folder, data_file, tm
     """As one without Ray does, which takes the signal for itself."""
     out = tmp_path / "index"
     driver = struck(command(model_folder, data_file, out, cluster), signal.SIGTERM,
-                    lambda: list(out.glob("curvature.partial/covariance*")),
+                    lambda _: list(out.glob("curvature.partial/covariance*")),
                     lambda: shutil.rmtree(out, ignore_errors=True), stdout=subprocess.PIPE,
                     env=ONE_THREAD)
     assert (driver.returncode, driver.stdout) == (130, ""), driver.stderr

@@ -38,7 +38,7 @@ from search.serve import guard, jobs, server, serving
 from search.serve.schema import openapi
 from search.show import html
 from support.server import JSON, Running, Unhurried
-from support.waiting import HANG, until
+from support.waiting import HANG, heed_interrupts, until
 
 QUERY = {"prompt": "The apple number 3 grows by", "completion": " the garden."}
 OWN = {"Sec-Fetch-Site": "none"}  # typed into the address bar
@@ -899,7 +899,7 @@ def test_view_serves_until_interrupted(index_folder: Path) -> None:
     command = [sys.executable, "-m", "gradindex.cli", "view", str(index_folder), "--no-open",
                "--host", "127.0.0.2"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                               env=environment)
+                               env=environment, preexec_fn=heed_interrupts)
     assert process.stderr is not None
     said = ""
     for line in process.stderr:

@@ -1,6 +1,7 @@
 """Waiting for what has to come. Time decides nothing here: the limits are for what hangs alone."""
 
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -29,18 +30,23 @@ def is_gone(process: int) -> bool:
     return False
 
 
+def heed_interrupts() -> None:
+    """In a child: a shell starts background jobs, such as this test run, with SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def struck(
-    command: Sequence[str | Path], sign: int, moment: Callable[[], Any],
-    fresh: Callable[[], Any], **options: Any,
+    command: Sequence[str | Path], sign: int, moment: Callable[["subprocess.Popen[str]"], Any],
+    fresh: Callable[[], Any] = lambda: None, **options: Any,
 ) -> "subprocess.CompletedProcess[str]":
-    """A command that gets a signal at a moment of its work; `options` are Popen's.
+    """A command that gets a signal once `moment` says so of its process; `options` are Popen's.
 
     One that was through before the signal came begins anew, with `fresh` before it.
     """
     for _ in range(LATE):
         fresh()
         with subprocess.Popen(command, text=True, stderr=subprocess.PIPE, **options) as child:
-            until(lambda child=child: moment() or child.poll() is not None)
+            until(lambda child=child: moment(child) or child.poll() is not None)
             child.send_signal(sign)
             said, errors = child.communicate(timeout=HANG)
         if child.returncode:
