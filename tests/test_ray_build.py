@@ -1,5 +1,6 @@
 """A build on a Ray cluster of two nodes on this machine: the bytes of one process."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -7,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import replace
 from functools import partial
 
@@ -31,7 +31,9 @@ from indexer.prepare import prepare
 from indexer.ray_build import Crew, Job, Receipt, _Worker
 from indexer.shards import OVER_RAY, Shard, Stage
 from indexer.state import State
+from support.clusters import two_nodes
 from support.indexes import SMALL, SMALL_FLAGS, files_of
+from support.waiting import HANG, is_gone, struck, until
 
 ray = pytest.importorskip("ray")
 
@@ -40,13 +42,8 @@ ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 @pytest.fixture(scope="module")
 def cluster():
-    from ray.cluster_utils import Cluster
-
-    node = {"num_cpus": 1, "object_store_memory": 80 << 20}
-    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
-    cluster.add_node(**node)
-    yield cluster
-    cluster.shutdown()
+    with two_nodes(num_cpus=1) as cluster:
+        yield cluster
 
 
 @pytest.fixture
@@ -92,14 +89,8 @@ def process_of(lock):
 
 
 def gone(process):
-    """Whether a process ended, in ten seconds at most."""
-    for _ in range(1000):
-        try:
-            os.kill(process, 0)
-        except ProcessLookupError:
-            return True
-        time.sleep(0.01)
-    return False
+    """Wait until a process ended."""
+    return until(lambda: is_gone(process))
 
 
 def command(model, data, out, cluster):
@@ -172,14 +163,17 @@ def test_a_worker_out_of_reach_is_ended_before_another_does_its_unit(
 
 
 def test_what_is_waited_for(cluster, alone, model_folder, data_file, tmp_path, monkeypatch):
-    """A worker that has no place in the cluster, and one that loads."""
+    """A worker that has no place in the cluster, and two that load."""
     monkeypatch.setattr(ray_build, "PATIENCE", 0.2)
     out = tmp_path / "index"
     out.mkdir()
-    free = threading.Event()
+    locked, free = threading.Event(), threading.Event()
 
     def hold():
-        with one_of_writers(out, 1, OVER_RAY):  # which the first waits for, while it loads
+        with contextlib.ExitStack() as held:  # what workers wait for, while they load
+            for number in (1, 2, 3):
+                held.enter_context(one_of_writers(out, number, OVER_RAY))
+            locked.set()
             free.wait()
 
     def then(line):
@@ -188,6 +182,7 @@ def test_what_is_waited_for(cluster, alone, model_folder, data_file, tmp_path, m
 
     holder = threading.Thread(target=hold)
     holder.start()
+    assert locked.wait(HANG)
     heard = Heard(then)
     try:
         gradindex.build(str(model_folder), data_file, out, **SMALL, ray=cluster.address,
@@ -310,13 +305,10 @@ def test_a_worker_reads_once_what_units_of_a_stage_share(model_folder, data_file
 def test_a_killed_driver_goes_on(cluster, alone, model_folder, data_file, tmp_path):
     out = tmp_path / "index"
     again = command(model_folder, data_file, out, cluster)
-    driver = subprocess.Popen(again, stderr=subprocess.PIPE, text=True, env=ONE_THREAD)
-    while not list(out.glob("segments/000000")):
-        assert driver.poll() is None
-        time.sleep(0.005)
-    driver.send_signal(signal.SIGKILL)
-    driver.communicate()
-    ended = subprocess.run(again, capture_output=True, text=True, env=ONE_THREAD, timeout=120)
+    driver = struck(again, signal.SIGKILL, lambda _: list(out.glob("segments/000000")),
+                    lambda: shutil.rmtree(out, ignore_errors=True), env=ONE_THREAD)
+    assert driver.returncode == -signal.SIGKILL, driver.stderr
+    ended = subprocess.run(again, capture_output=True, text=True, env=ONE_THREAD, timeout=HANG)
     assert ended.returncode == 0, ended.stderr
     assert "next: gradindex search" in ended.stderr
     assert files_of(out) == alone
@@ -351,15 +343,12 @@ def test_what_ray_can_not_do(model_folder, data_file, tmp_path):
 def test_a_terminated_driver_goes_on(cluster, alone, model_folder, data_file, tmp_path):
     """As one without Ray does, which takes the signal for itself."""
     out = tmp_path / "index"
-    driver = subprocess.Popen(command(model_folder, data_file, out, cluster), text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ONE_THREAD)
-    while not list(out.glob("curvature.partial/covariance*")):
-        assert driver.poll() is None
-        time.sleep(0.005)
-    driver.send_signal(signal.SIGTERM)
-    said, errors = driver.communicate()
-    assert (driver.returncode, said) == (130, "")
-    assert errors.rstrip().endswith("goes on when the same command runs again.")
-    assert "Traceback" not in errors and "ray" not in errors.lower()
+    driver = struck(command(model_folder, data_file, out, cluster), signal.SIGTERM,
+                    lambda _: list(out.glob("curvature.partial/covariance*")),
+                    lambda: shutil.rmtree(out, ignore_errors=True), stdout=subprocess.PIPE,
+                    env=ONE_THREAD)
+    assert (driver.returncode, driver.stdout) == (130, ""), driver.stderr
+    assert driver.stderr.rstrip().endswith("goes on when the same command runs again.")
+    assert "Traceback" not in driver.stderr and "ray" not in driver.stderr.lower()
     gradindex.build(str(model_folder), data_file, out, **SMALL, ray=cluster.address)
     assert files_of(out) == alone
