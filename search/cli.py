@@ -103,9 +103,9 @@ def search(
         raise click.UsageError("--aggregate and --rank go with --queries FILE.")
     question = _question(prompt, completion, messages, versus, score_on)
     searcher, progress = _open(index, flags)
-    settle(controls, searcher.manifest)  # before the model is loaded
+    settings = settle(controls, searcher.manifest)  # before the model is loaded
     query = make_query(searcher.index, question)
-    stages = searcher.stages([query], controls, conclude_early=True)
+    stages = searcher.stages([query], settings, conclude_early=True)
     return _finish(drain(stages, _Follower(progress).follow), form, output)
 
 
@@ -140,23 +140,23 @@ def _search_many(
         raise click.UsageError(f"--format {form} holds one query's hits; with --queries take json.")
     read = query_files.read_queries(path)
     searcher, progress = _open(index, where)
-    settle(controls, searcher.manifest)
+    settings = settle(controls, searcher.manifest)
     if aggregated:
         made = query_files.make_queries(searcher, read, set())
         _complain(read, progress)
-        stages = searcher.stages([aggregate(made)], controls, conclude_early=True)
+        stages = searcher.stages([aggregate(made)], settings, conclude_early=True)
         return _finish(drain(stages, _Follower(progress).follow), form, output) or \
             2 * bool(read.problems)
     results = None
     if output is not None:
-        results = query_files.ResultsFile(output, searcher, controls, read.questions)
+        results = query_files.ResultsFile(output, searcher, settings, read.questions)
         if results.done:
             progress.say(f"{len(results.done)} queries are answered in {output} already")
     made = query_files.make_queries(searcher, read, results.done if results else set())
     _complain(read, progress)
     follower = _Follower(progress, len(made))
     color = sys.stdout.isatty() and _color()
-    for stage in searcher.answer(made, controls):
+    for stage in searcher.answer(made, settings):
         follower.follow(stage)
         if stage.result is not None and results is not None:
             results.write(stage.result)
@@ -199,11 +199,11 @@ def rescore(
     question = _question(prompt, completion, messages, versus, score_on, ids)
     controls = take_controls(flags)
     searcher, progress = _open(index, flags)
-    settle(controls, searcher.manifest)
+    settings = settle(controls, searcher.manifest)
     wanted = searcher.known(read_ids(ids))
     query = make_query(searcher.index, question)
     progress.start("exact", len(wanted), "sequences")
-    for hits in searcher.rescore_stream(query, wanted, controls):
+    for hits in searcher.rescore_stream(query, wanted, settings):
         click.echo(json_lines(hits, UNITS.format(how="exact")), nl=False)
         progress.update(len(hits))
     progress.finish()
@@ -245,7 +245,7 @@ def evaluate(
     count = _sample(sample)
     read = query_files.read_queries(queries)
     searcher, progress = _open(index, flags)
-    settle(controls, searcher.manifest)
+    settings = settle(controls, searcher.manifest)
     evaluation.check_sample(count, searcher.manifest)
     made = query_files.make_queries(searcher, read, set())
     _complain(read, progress)
@@ -259,7 +259,7 @@ def evaluate(
         if progress.measured:
             progress.say_expected(progress.seconds_each() * (total - done))
 
-    found = evaluation.evaluate(searcher, made, controls, count, follow)
+    found = evaluation.evaluate(searcher, made, settings, count, follow)
     progress.finish()
     click.echo(evaluation.table(found))
     if output is not None:
@@ -299,12 +299,12 @@ def report(
     read = None if queries is None else query_files.read_queries(queries)
     controls = take_controls(flags)
     searcher, progress = _open(index, flags)
-    settle(controls, searcher.manifest)
+    settings = settle(controls, searcher.manifest)
     made = None
     if read is not None:
         made = query_files.make_queries(searcher, read, set())
         _complain(read, progress)
-    _write(output, render(survey.survey(searcher, made, count, controls, progress)))
+    _write(output, render(survey.survey(searcher, made, count, settings, progress)))
     progress.say(f"the report is in {output}")
     return 2 if read is not None and read.problems else 0
 

@@ -26,7 +26,7 @@ from gradindex.storage.manifest import Manifest
 from search.ask.controls import ControlArguments, Controls
 from search.ask.make_query import aggregate, make_query
 from search.ask.question import Question
-from search.ask.settings import settle
+from search.ask.settings import Settings, settle
 from search.ask.signature import QuestionOptions, SearchArguments, split, with_keywords
 from search.rank.generic_rate import add_rates
 from search.rank.hits import make_hit
@@ -131,9 +131,9 @@ class Searcher:
         Raises InputError for an unusable query or control, IndexMismatchError for another model.
         """
         question, controls = split(prompt, completion, arguments)
-        settle(controls, self.manifest)
+        settings = settle(controls, self.manifest)
         query = make_query(self.index, question)
-        return drain(self.stages([query], controls, conclude_early=True))
+        return drain(self.stages([query], settings, conclude_early=True))
 
     @with_keywords
     def search_many(
@@ -145,11 +145,10 @@ class Searcher:
         A query is one of `make_query`, or a dictionary of a Question's fields. `aggregated`: one
         result for the sum of their gradients. Controls and errors as for `search`.
         """
-        controls = Controls(**arguments)
-        settle(controls, self.manifest)
+        settings = settle(Controls(**arguments), self.manifest)
         ready = [query if isinstance(query, Query) else make_query(self.index, Question(**query))
                  for query in queries]
-        stages = self.answer([aggregate(ready)] if aggregated else ready, controls)
+        stages = self.answer([aggregate(ready)] if aggregated else ready, settings)
         return (stage.result for stage in stages if stage.result is not None)
 
     @with_keywords
@@ -163,32 +162,31 @@ class Searcher:
         """
         if len(completions) != 2:
             raise InputError(f"{len(completions)} completions: expected two to compare.")
-        controls = Controls(**arguments)
-        settle(controls, self.manifest)
+        settings = settle(Controls(**arguments), self.manifest)
         queries = [make_query(self.index, Question(prompt, completion, score_on=score_on))
                    for completion in completions]
-        results = [stage.result for stage in self.stages(queries, controls)]
+        results = [stage.result for stage in self.stages(queries, settings)]
         return self.compared([result for result in results if result is not None], queries,
-                             controls)
+                             settings)
 
     def compared(
-        self, results: list[Result], queries: list[Query], controls: Controls
+        self, results: list[Result], queries: list[Query], settings: Settings
     ) -> Comparison:
         """The comparison of two queries' results: hits of one are rescored for the other too."""
-        if not controls.rescore:
+        if not settings.rescore:
             raise InputError("a comparison needs exact scores: it can't go with rescore=False.")
         own = [{hit.id: hit.influence for hit in result} for result in results]
         for mine, other, query in zip(own, own[::-1], queries, strict=True):
             places = self.known(sorted(set(other) - set(mine)))
-            for hits in self.rescore_stream(query, places, controls):
+            for hits in self.rescore_stream(query, places, settings):
                 mine.update((hit.id, hit.influence) for hit in hits)
         first, second = own
         return Comparison(results, {one: (first[one], second[one]) for one in first})
 
-    def answer(self, queries: list[Query], controls: Controls) -> Iterator[Stage]:
+    def answer(self, queries: list[Query], settings: Settings) -> Iterator[Stage]:
         """The stages of any number of queries, a group after the other."""
         for first in range(0, len(queries), self.group_size):
-            yield from self.stages(queries[first : first + self.group_size], controls)
+            yield from self.stages(queries[first : first + self.group_size], settings)
 
     @property
     def group_size(self) -> int:
@@ -207,15 +205,15 @@ class Searcher:
         """
         question, controls = split(prompt, completion, arguments)
         places = self.known(ids)
-        settle(controls, self.manifest)
+        settings = settle(controls, self.manifest)
         query = make_query(self.index, question)
-        return [hit for hits in self.rescore_stream(query, places, controls) for hit in hits]
+        return [hit for hits in self.rescore_stream(query, places, settings) for hit in hits]
 
     def rescore_stream(
-        self, query: Query, places: list[int], controls: Controls
+        self, query: Query, places: list[int], settings: Settings
     ) -> Iterator[list[Hit]]:
         """Like `rescore` for the places that `known` gives, a chunk at a time."""
-        settings = replace(settle(controls, self.manifest), rank=None)
+        settings = replace(settings, rank=None)  # a single query's gradient is kept in full
         [target], preconditioned = make_targets(self.index, [query], settings, self.batch_tokens)
         by = Rescorer(self.model, settings.modules, self.index.ekfac, settings.damping,
                       self.batch_tokens)
@@ -270,7 +268,7 @@ class Searcher:
     # ---- the stages
 
     def stages(
-        self, queries: list[Query], controls: Controls, conclude_early: bool = False
+        self, queries: list[Query], settings: Settings, conclude_early: bool = False
     ) -> Iterator[Stage]:
         """Search for some queries together, yielding a Stage as each step ends.
 
@@ -278,7 +276,6 @@ class Searcher:
         `search`. With `conclude_early`, a KeyboardInterrupt while sequences are rescored ends the
         rescoring only, and what is exact makes the result.
         """
-        settings = settle(controls, self.manifest)
         clock = _Clock()
 
         # 0) what is read once, at the first search

@@ -17,7 +17,7 @@ from gradindex.influence.queries import Preconditioned, precondition, query_coor
 from gradindex.objective import Text
 from gradindex.storage import records
 from search.ask.controls import Controls
-from search.ask.settings import _sizes
+from search.ask.settings import _sizes, settle
 from search.engine import drain
 from search.show import render, wording
 from support.documents import small_documents
@@ -104,7 +104,7 @@ def test_equal_sequences_are_one_hit(index):
 
 def test_stages_stream(index):
     query = index.make_query(**QUESTION)
-    stages = list(index.stages([query], Controls(k=3, shortlist=20)))
+    stages = list(index.stages([query], settle(Controls(k=3, shortlist=20), index.manifest)))
     assert [stage.name for stage in stages[:2]] == ["gradient", "approximate"]
     assert {stage.name for stage in stages[2:-1]} == {"exact"}
     assert [stage.done for stage in stages[2:]] == sorted(stage.done for stage in stages[2:])
@@ -121,10 +121,10 @@ def test_interrupted_it_returns_what_is_exact(index, truth):
         if stage.name == "exact" and stage.done >= 20:
             raise KeyboardInterrupt
 
-    asked = Controls(k=5, shortlist="all")
+    settings = settle(Controls(k=5, shortlist="all"), index.manifest)
     with pytest.raises(KeyboardInterrupt):  # a file of queries is to be gone on with instead
-        drain(index.stages([index.make_query(**QUESTION)], asked), follow)
-    stages = index.stages([index.make_query(**QUESTION)], asked, conclude_early=True)
+        drain(index.stages([index.make_query(**QUESTION)], settings), follow)
+    stages = index.stages([index.make_query(**QUESTION)], settings, conclude_early=True)
     result = drain(stages, follow)
     assert result.interrupted and 16 <= result.rescored < len(index)
     assert f"interrupted: {result.rescored} of" in result.warnings[-1]
@@ -140,7 +140,8 @@ def test_interrupted_before_rescoring_it_stops(index):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        drain(index.stages([index.make_query(**QUESTION)], Controls()), follow)
+        drain(index.stages([index.make_query(**QUESTION)], settle(Controls(), index.manifest)),
+              follow)
 
 
 def test_rescore_scores_what_is_named(index, truth):

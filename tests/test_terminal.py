@@ -20,6 +20,7 @@ from gradindex.results import Hit, Query, Recall, Result
 from gradindex.terminal import json_text, visible, visible_lines
 from search import cli as search_cli
 from search.ask import query_files
+from search.ask.question import Question
 from search.show import render
 from search.study import describe
 
@@ -215,13 +216,13 @@ def test_what_a_search_prints_and_writes(result, form, capsys, tmp_path):
     assert (visible_lines(ALL) in said) == (form in ("jsonl", "csv"))
 
 
-def test_a_file_of_results(result, monkeypatch, tmp_path):
+def test_a_file_of_results(result, tmp_path):
     """Its lines are inert, begin as they should, and are gone on with."""
-    facts = SimpleNamespace(facts=lambda: result.controls)
-    monkeypatch.setattr(query_files, "settle", lambda controls, manifest: facts)
-    searcher = SimpleNamespace(index=SimpleNamespace(digest="0123"), manifest=None)
-    path, queries = tmp_path / "results.jsonl", {ALL: {"prompt": ALL}, "more": {"prompt": "x"}}
-    file = query_files.ResultsFile(path, searcher, None, queries)
+    settings = SimpleNamespace(facts=lambda: result.controls)
+    searcher = SimpleNamespace(index=SimpleNamespace(digest="0123"))
+    path = tmp_path / "results.jsonl"
+    questions = {ALL: Question(ALL), "more": Question("x")}
+    file = query_files.ResultsFile(path, searcher, settings, questions)
     file.write(result)
     file.close()
     content = path.read_bytes()
@@ -230,7 +231,7 @@ def test_a_file_of_results(result, monkeypatch, tmp_path):
     written = json.loads(content)
     written.pop("asked")
     assert written == result.to_dict()
-    again = query_files.ResultsFile(path, searcher, None, queries)
+    again = query_files.ResultsFile(path, searcher, settings, questions)
     again.close()
     assert again.done == {ALL} and path.read_bytes() == content
 

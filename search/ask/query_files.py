@@ -14,10 +14,9 @@ from typing import Any
 from gradindex.errors import InputError
 from gradindex.results import Query, Result
 from gradindex.terminal import json_text
-from search.ask.controls import Controls
 from search.ask.make_query import make_query
 from search.ask.question import Question
-from search.ask.settings import settle
+from search.ask.settings import Settings
 from search.engine import Searcher
 
 FIELDS: dict[str, type] = {
@@ -120,12 +119,12 @@ class ResultsFile:
     """
 
     def __init__(
-        self, path: Path, searcher: Searcher, controls: Controls, questions: dict[Any, Question]
+        self, path: Path, searcher: Searcher, settings: Settings, questions: dict[Any, Question]
     ):
         self.path = path
         self.done: set[Any] = set()
         self._digests = {name: _digest(question) for name, question in questions.items()}
-        facts = {"index": searcher.index.digest, **settle(controls, searcher.manifest).facts()}
+        facts = {"index": searcher.index.digest, **settings.facts()}
         self._regular = path.is_file() or not path.exists()
         lines = path.read_bytes().split(b"\n") if path.is_file() else [b""]
         for line in lines[:-1]:

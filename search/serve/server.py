@@ -39,7 +39,7 @@ from gradindex.terminal import visible
 from search.ask.controls import CONTROLS
 from search.ask.make_query import make_query
 from search.ask.question import Question
-from search.ask.settings import settle
+from search.ask.settings import Settings, settle
 from search.engine import Searcher
 from search.serve.guard import Guard
 from search.serve.jobs import BusyError, Job, Jobs
@@ -148,17 +148,19 @@ class Site:
 
     async def _asked(self, asked: Asked) -> Job:
         """The job of a search, after what can be checked at once. Raises InputError, BusyError."""
-        await self._aside(self._check, asked)
-        return self.jobs.ask(asked)
+        return self.jobs.ask(asked, await self._aside(self._check, asked))
 
-    def _check(self, asked: Asked) -> None:
+    def _check(self, asked: Asked) -> Settings:
+        """What the search's controls mean here. Raises InputError for what can't be."""
         if asked.compare and (asked.versus or not asked.rescore):
             raise InputError("a comparison is of two completions, scored exactly: it can't go with "
                              "versus or rescore=false.")
-        settle(asked.controls(), self.searcher.manifest)
+        controls = replace(asked.controls(), train_sequences=self.jobs.train_sequences)
+        settings = settle(controls, self.searcher.manifest)
         for question in asked.questions():
             if question.completion is not None:  # a continuation needs the model: later
                 make_query(self.searcher.index, question)
+        return settings
 
     def _tokens_of(self, asked: Asked) -> list[tuple[str, bool]]:
         """The completion's tokens, and which are scored."""

@@ -19,8 +19,7 @@ from gradindex.errors import InputError
 from gradindex.influence.exact import rescore
 from gradindex.results import Query
 from gradindex.storage.manifest import Manifest
-from search.ask.controls import Controls
-from search.ask.settings import settle
+from search.ask.settings import Settings
 from search.engine import Searcher
 from search.rank.query_gradient import fits_in_full, make_targets
 from search.rank.ranking import CodeRanking, best
@@ -82,7 +81,7 @@ def check_sample(sample: int | None, index: Manifest) -> None:
 
 
 def evaluate(
-    searcher: Searcher, queries: list[Query], controls: Controls, sample: int | None,
+    searcher: Searcher, queries: list[Query], settings: Settings, sample: int | None,
     follow: Callable[[int, int], None],
 ) -> Evaluation:
     """Compare on these queries; `sample` sequences, or all. `follow(done, total)` sees progress.
@@ -92,7 +91,6 @@ def evaluate(
     if not queries:
         raise InputError("--queries: no query can be scored; nothing to evaluate.")
     check_sample(sample, searcher.manifest)
-    settings = settle(controls, searcher.manifest)
     total = len(searcher)
     ids = np.arange(total)
     if sample is not None and sample < total:

@@ -400,17 +400,17 @@ def test_a_file_of_queries_is_read_line_by_line(index, tmp_path):
 
 
 def test_results_on_disk_are_gone_on_with(index, tmp_path):
-    path, controls = tmp_path / "results.jsonl", Controls(k=2, shortlist=9)
+    path, settings = tmp_path / "results.jsonl", settle(Controls(k=2, shortlist=9), index.manifest)
     asked = {one["id"]: Question(**one) for one in QUERIES[:3]}
     results = list(index.search_many(QUERIES[:3], k=2, shortlist=9))
-    first = ResultsFile(path, index, controls, asked)
+    first = ResultsFile(path, index, settings, asked)
     assert first.done == set()
     first.write(results[0])
     first.write(results[1])
     first.close()
     whole = path.read_bytes()
     path.write_bytes(whole + whole[:100])  # killed while it wrote
-    second = ResultsFile(path, index, controls, asked)
+    second = ResultsFile(path, index, settings, asked)
     assert second.done == {"a", 7}
     second.write(results[2])
     second.close()
@@ -418,18 +418,18 @@ def test_results_on_disk_are_gone_on_with(index, tmp_path):
     assert [line["query"]["id"] for line in lines] == ["a", 7, "c"]
     assert lines[0]["hits"][0]["influence"] == results[0][0].influence
     with pytest.raises(InputError, match=r"another search \(k: 2 there, 3 now\)"):
-        ResultsFile(path, index, Controls(k=3, shortlist=9), asked)
+        ResultsFile(path, index, settle(Controls(k=3, shortlist=9), index.manifest), asked)
     for change in ({**asked, "a": Question(**OTHER)},
                    {**asked, "a": replace(asked["a"], versus=" x")},
                    {one: asked[one] for one in (7, "c")}):
         with pytest.raises(InputError, match=r"a query 'a' that is not, or no longer the same"):
-            ResultsFile(path, index, controls, change)
+            ResultsFile(path, index, settings, change)
     for foreign in ("something else\n", "no end of line", "a\rb", '{"asked": 1}\n'):
         path.write_text(foreign, newline="")
         with pytest.raises(InputError, match="holds something else than results"):
-            ResultsFile(path, index, controls, asked)
+            ResultsFile(path, index, settings, asked)
         assert path.read_bytes() == foreign.encode()
-    nowhere = ResultsFile(Path("/dev/null"), index, controls, asked)
+    nowhere = ResultsFile(Path("/dev/null"), index, settings, asked)
     nowhere.write(results[0])
     nowhere.close()
 
@@ -442,7 +442,8 @@ def test_an_evaluation_is_the_plain_counts(index, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "TOPS", (5,))
     queries = [index.make_query(**QUESTION), index.make_query(**OTHER)]
     steps = []
-    found = evaluate.evaluate(index, queries, Controls(), None,
+    settings = settle(Controls(), index.manifest)
+    found = evaluate.evaluate(index, queries, settings, None,
                               lambda done, total: steps.append((done, total)))
     assert steps[-1] == (2 * len(index), 2 * len(index))
     truths = [exact(index, question) for question in (QUESTION, OTHER)]
@@ -468,7 +469,7 @@ def test_an_evaluation_is_the_plain_counts(index, tmp_path, monkeypatch):
     assert "2 queries, every sequence scored exactly" in evaluate.table(found)
     # one query at a time, at full rank
     monkeypatch.setattr("search.rank.query_gradient.LARGEST_STACK", 1)
-    again = evaluate.evaluate(index, queries, Controls(), None, lambda done, total: None)
+    again = evaluate.evaluate(index, queries, settings, None, lambda done, total: None)
     for one, other in zip(found.measures, again.measures, strict=True):
         assert one.recall == other.recall and one.claimed == pytest.approx(other.claimed, abs=0.02)
     evaluate.plot(found, tmp_path / "plot.png")
@@ -508,20 +509,21 @@ def test_a_part_stands_for_the_whole():
 
 
 def test_an_evaluation_refuses_what_says_nothing(index):
+    settings = settle(Controls(), index.manifest)
     with pytest.raises(InputError, match="nothing to evaluate"):
-        evaluate.evaluate(index, [], Controls(), None, lambda done, total: None)
+        evaluate.evaluate(index, [], settings, None, lambda done, total: None)
     queries = [index.make_query(**QUESTION)]
     with pytest.raises(InputError, match=r"--sample 2: too few of 52 .* at least 3"):
-        evaluate.evaluate(index, queries, Controls(), 2, lambda done, total: None)
-    found = evaluate.evaluate(index, queries, Controls(), 30, lambda done, total: None)
+        evaluate.evaluate(index, queries, settings, 2, lambda done, total: None)
+    found = evaluate.evaluate(index, queries, settings, 30, lambda done, total: None)
     assert found.scored == 30 and "a random 30 of 52" in evaluate.table(found)
     assert "nothing to compare" in evaluate.table(found)
 
 
 def test_controls_show_in_every_result(index):
-    asked = Controls(k=2, modules="1", damping=0.5, normalize="relatif")
-    result = drain(index.stages([index.make_query(**QUESTION)], asked))
+    settings = settle(Controls(k=2, modules="1", damping=0.5, normalize="relatif"), index.manifest)
+    result = drain(index.stages([index.make_query(**QUESTION)], settings))
     content = json.loads(result.to_json())
-    assert content["controls"] == json.loads(json.dumps(settle(asked, index.manifest).facts()))
+    assert content["controls"] == json.loads(json.dumps(settings.facts()))
     shown = " ".join(render.terminal(result, width=100).split())
     assert "ranked by θ-RelatIF; 2 modules in layer 1, damping 0.5 × mean eigenvalue" in shown

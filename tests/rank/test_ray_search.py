@@ -83,6 +83,13 @@ def rest_of(index_folder, searcher, number):
     return Searcher(index, searcher.batch_tokens)
 
 
+def stages_of(searcher, questions, conclude_early=False, **controls):
+    """The stages of a search, one after the other."""
+    queries = [searcher.make_query(**question) for question in questions]
+    return searcher.stages(queries, settle(Controls(**controls), searcher.manifest),
+                           conclude_early)
+
+
 def same(found, expected):
     """Assert that two results say the same, to rounding."""
     assert [hit.id for hit in found] == [hit.id for hit in expected]
@@ -196,8 +203,7 @@ def test_a_time_limit_leaves_a_prefix_of_the_shortlist(shared):
 
 
 def test_an_interrupted_search_concludes_from_what_is_exact(shared, alone):
-    stages = shared.stages([shared.make_query(**QUESTION)], Controls(shortlist="all"),
-                           conclude_early=True)
+    stages = stages_of(shared, [QUESTION], conclude_early=True, shortlist="all")
     stage = next(one for one in stages if one.name == "exact")
     assert stage.found
     stage = stages.throw(KeyboardInterrupt())
@@ -261,7 +267,7 @@ def test_a_worker_killed_between_searches(shared, alone, index_folder, workers, 
     {**MANY, "candidates": "both", "opponents": True}], ids=str)
 def test_a_worker_killed_while_it_rescores(shared, alone, index_folder, workers, controls):
     result, killed = None, False
-    for stage in shared.stages([shared.make_query(**QUESTION)], Controls(**controls)):
+    for stage in stages_of(shared, [QUESTION], **controls):
         if stage.name == "approximate":  # or it could be through before it dies
             os.kill(workers[0], signal.SIGSTOP)
         elif stage.name == "exact" and not killed:
@@ -276,7 +282,7 @@ def test_a_worker_killed_while_it_rescores(shared, alone, index_folder, workers,
 
 def test_a_worker_killed_before_the_hits_are_shown(shared, index_folder, workers):
     killed = False
-    for stage in shared.stages([shared.make_query(**QUESTION)], Controls(**MANY)):
+    for stage in stages_of(shared, [QUESTION], **MANY):
         if stage.name == "exact" and stage.done == stage.total and not killed:
             kill(workers[1])  # all is exact, but for the background and the terms of hits
             killed = True
@@ -288,9 +294,8 @@ def test_a_worker_killed_before_the_hits_are_shown(shared, index_folder, workers
 
 def test_a_worker_killed_before_hits_by_code_alone_are_shown(shared, alone, workers):
     controls = {"k": 5, "rescore": False}
-    queries = [shared.make_query(**one) for one in (QUESTION, OTHERS[0])]
     results, stages = [], []
-    for stage in shared.stages(queries, Controls(**controls)):
+    for stage in stages_of(shared, [QUESTION, OTHERS[0]], **controls):
         stages.append(stage.name)
         if stage.name == "approximate":
             kill(workers[1])

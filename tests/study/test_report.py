@@ -19,6 +19,7 @@ from gradindex.draws import Stream, generator
 from gradindex.errors import InputError
 from gradindex.progress import Progress
 from search.ask.controls import Controls
+from search.ask.settings import settle
 from search.rank.generic_rate import all_rates
 from search.show import html
 from search.study import survey as surveys
@@ -33,7 +34,8 @@ HIDDEN = "\u202e\x1b[2J\u200b\x07"
 
 
 def survey_of(index, queries=None, sample=None, **controls):
-    return surveys.survey(index, queries, sample, Controls(**controls), Progress(None))
+    settings = settle(Controls(**controls), index.manifest)
+    return surveys.survey(index, queries, sample, settings, Progress(None))
 
 
 @pytest.fixture(scope="module")

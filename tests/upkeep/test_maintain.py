@@ -31,6 +31,7 @@ from indexer.read import ingest
 from indexer.upkeep import append as append_module
 from indexer.upkeep.commit import Deleted, remove
 from search.ask.controls import Controls
+from search.ask.settings import settle
 from search.study.evaluate import evaluate
 from support.documents import save, small_documents, tiny_tokens
 from support.indexes import QUESTION, SMALL, TINY, add, answer, files_of, unlisted
@@ -403,7 +404,8 @@ def test_deleted_sequences_are_in_no_answer_at_once(index, place):
     drawn = searcher.index.contents.ids[searcher.index.background()]
     assert set(drawn.tolist()) <= set(expected)
     made = [searcher.make_query(**QUESTION)]
-    evaluated = evaluate(searcher, made, Controls(), None, lambda *_: None)
+    evaluated = evaluate(searcher, made, settle(Controls(), searcher.manifest), None,
+                         lambda *_: None)
     assert (evaluated.sequences, evaluated.scored) == (len(expected), len(expected))
 
 
