@@ -26,6 +26,7 @@ PAGES = [*MANUAL, ROOT / "CHANGELOG.md", ROOT / "benchmarks" / "RESULTS.md",
          *sorted((ROOT / "benchmarks" / "results").glob("*.md")),
          *sorted((ROOT / "examples").glob("*.md"))]
 FENCE = re.compile(r"^```(.*?)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SPAN = re.compile(r"`([^`\n]+)`")
 LONGEST_README = 150  # lines
 
 
@@ -148,6 +149,13 @@ def _files_in(page: str) -> Iterator[str]:
                 yield "".join([*folders, one])
 
 
+def test_files_that_are_named_exist():
+    for page in MANUAL:
+        for span in SPAN.findall(prose(page)):
+            if re.fullmatch(r"(?:gradindex|indexer|search|tests|benchmarks|demo)/[\w./-]+", span):
+                assert (ROOT / span).exists(), f"{page.name}: {span}"
+
+
 def test_the_tree_has_few_words_a_file():
     for line in make_tree.tree().split("\n"):
         assert len(line) <= make_tree.WIDTH, line
@@ -198,7 +206,6 @@ def test_pages_hold_nothing_of_how_they_were_made(page):
 
 # ---- names
 
-SPAN = re.compile(r"`([^`\n]+)`")
 FLAG = re.compile(r"(?<![\w-])(--?[a-z][a-z0-9-]*)")
 
 
@@ -271,7 +278,7 @@ def test_every_command_and_public_function_is_named():
 # ---- results
 
 SCRIPTS = {path.stem for path in (ROOT / "benchmarks").glob("*.py")
-           } - {"__init__", "workload", "peer"}  # which are parts of others
+           } - {"__init__", "workload", "peer", "same_index"}  # which measure nothing by themselves
 WORDS = ("r10@100", "r100@1000", "claimed", "TF-IDF", "LDS", "training step", "peak memory",
          "kronfluence", "Ray", "ns")
 

@@ -43,8 +43,8 @@ class Shell:
             **os.environ, "PATH": f"{client.parent}{os.pathsep}{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
             "HF_HUB_OFFLINE": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
-        self._server = subprocess.Popen(
-            [sys.executable, __file__, str(address)], stdout=subprocess.PIPE, text=True,
+        self._server = subprocess.Popen(  # -P: what lies beside this file hides no library
+            [sys.executable, "-P", __file__, str(address)], stdout=subprocess.PIPE, text=True,
             env=self._environment)
         assert self._server.stdout is not None
         assert self._server.stdout.readline() == "ready\n"
