@@ -12,6 +12,7 @@ from gradindex.influence.curvature import Ekfac, FiledEkfac
 from gradindex.memory import Allowance
 from gradindex.model.config import vocabulary_size
 from gradindex.model.identity import check_identity, tokenizer_digest
+from gradindex.model.loading import DEVICE
 from gradindex.model.network import LanguageModel
 from gradindex.model.source import ModelSource
 from gradindex.objective import NextToken
@@ -104,7 +105,8 @@ class FittedModel:
         try:
             yield
         except InputError as error:
-            if self._model_given or "--device" in str(error):
+            # a device that isn't there has nothing to do with where the model lies
+            if self._model_given or error.argument == DEVICE:
                 raise
             raise InputError(
                 f"{error} At the build it was {self._source.name}; if it was moved, say where it "
