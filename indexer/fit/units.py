@@ -128,11 +128,11 @@ class FitUnits:
                 self.folder.note(stage, block, notes)
 
         splits = Splits(notes.splits, keep)
-        planned = len(splits.made)
+        planned = len(splits.halved)
 
         def run(rows: list[int]) -> bool:
             """Add a batch, unless one before it was halved: what that left behind spoils all."""
-            if len(splits.made) > planned:
+            if len(splits.halved) > planned:
                 return False
             add(found, *self._batch([records[row] for row in rows], stream))
             return True
