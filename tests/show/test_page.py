@@ -14,11 +14,13 @@ from search.serve import serving
 from search.show import html, wording
 from support.documents import small_documents
 from support.indexes import SMALL
+from support.waiting import HANG
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install "
                                 "chromium")
 
+MILLISECONDS = 1000 * HANG
 HOSTILE = [
     '<script>alert("text")</script>', "<img src=x onerror=alert(1)>", '"><svg onload=alert(2)>',
     "</textarea></title></style><script>alert(3)</script>", "javascript:alert(4)",
@@ -51,7 +53,7 @@ def address(model_folder, tmp_path_factory):
     thread.start()
     yield f"http://127.0.0.1:{port}"
     running.should_exit = True
-    thread.join(10)
+    thread.join(HANG)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +61,8 @@ def browser():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as play:
-        chromium = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        chromium = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"],
+                                        timeout=MILLISECONDS)
         yield chromium
         chromium.close()
 
@@ -72,7 +75,7 @@ class Visit:
         self.bad: list[str] = []
         self.requests: list[str] = []
         self.context = browser.new_context(accept_downloads=True, **options)
-        self.context.set_default_timeout(60_000)
+        self.context.set_default_timeout(MILLISECONDS)
         self.context.grant_permissions(["clipboard-read", "clipboard-write"])
         self.page = self.context.new_page()
         self.page.on("dialog", lambda one: (self.bad.append(f"dialog {one.message}"),
@@ -96,11 +99,13 @@ class Visit:
 
     def wait(self):
         self.page.wait_for_selector("main[data-state=done]")
+        self.page.wait_for_load_state()  # its script has run
 
     def answer(self):
         """The JSON of the result that is shown."""
         job = self.page.get_attribute("main", "data-job")
-        return self.page.request.get(f"{self.address}/api/result/{job}").text()
+        return self.page.request.get(f"{self.address}/api/result/{job}",
+                                     timeout=MILLISECONDS).text()
 
     def result(self):
         return Result.from_json(self.answer())
@@ -319,11 +324,13 @@ def test_without_javascript(browser, address):
     assert page.locator(".filters").is_hidden()
     page.locator("details.all summary").first.click()
     page.click("a:text-is('Opponents')")
+    page.wait_for_selector(".tabs [aria-current]:text-is('Opponents')")
     visit.wait()
     assert page.inner_text(".tabs [aria-current]") == "Opponents"
     shown = [float(one.get_attribute("data-influence")) for one in page.locator(".hit").all()]
     assert shown == sorted(shown) and len(shown) == 20
     page.locator(".to-map").first.click()
+    page.wait_for_selector(".map .c")
     assert page.locator(".map .c").count()
     visit.close()
 
