@@ -37,7 +37,7 @@ test: $(BIN)/.installed lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 
 faults: $(BIN)/.installed
-	FAULTS=all FAULTS_REPORT=1 $(BIN)/python -m pytest -s tests/faults
+	FAULTS=all FAULTS_REPORT=1 $(BIN)/python -m pytest -s -o faulthandler_timeout=0 tests/faults
 
 screenshots: $(BIN)/.installed
 	@test -f $(DEMO)/index/manifest.json || $(MAKE) demo

@@ -33,7 +33,7 @@ from indexer.shards import OVER_RAY, Shard, Stage
 from indexer.state import State
 from support.clusters import two_nodes
 from support.indexes import SMALL, SMALL_FLAGS, files_of
-from support.waiting import HANG, is_gone, struck, until
+from support.waiting import HANG, IN_VAIN, is_gone, struck, until
 
 ray = pytest.importorskip("ray")
 
@@ -79,7 +79,7 @@ def begun(model_folder, data_file, tmp_path, one_thread):
     """The folder of a build whose first block alone is summed."""
     with pytest.raises(GradindexError, match="in vain for shards 1, 2, 3 of 4"):
         gradindex.build(str(model_folder), data_file, tmp_path / "index", **SMALL, shard="0/4",
-                        wait=0.01)
+                        wait=IN_VAIN)
     return tmp_path / "index"
 
 
@@ -244,7 +244,7 @@ def test_a_worker_is_where_the_plan_says(model_folder, data_file, tmp_path, one_
     build = partial(make_request, str(model_folder), data_file, tmp_path / "index", **SMALL)
     with pytest.raises(GradindexError, match="in vain for shard 1 of 2"):
         gradindex.build(str(model_folder), data_file, tmp_path / "index", **SMALL, dtype="float64",
-                        shard="0/2", wait=0.1)
+                        shard="0/2", wait=IN_VAIN)
     worker = _Worker(Job.of(build(dtype="float64")), 1)
     assert worker.load() == Receipt()
     assert worker._about.model.dtype == torch.float64

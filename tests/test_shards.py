@@ -23,7 +23,7 @@ from indexer.fit.sums import Block, BlockNotes, Sums
 from indexer.shards import Shard, Stage, parse_shard
 from indexer.state import State
 from support.indexes import SMALL, SMALL_FLAGS, files_of
-from support.waiting import HANG, until
+from support.waiting import HANG, IN_VAIN, until
 
 
 @pytest.fixture(autouse=True)
@@ -64,9 +64,9 @@ def test_one_process_finishes_what_shards_began(model_folder, data_file, index_f
     """Shard 0 of 2 alone comes as far as the first sum; the blocks of both are used."""
     out = tmp_path / "index"
     with pytest.raises(GradindexError, match=r"in vain for shard 1 of 2: covariance.*--shard 1/2"):
-        gradindex.build(str(model_folder), data_file, out, **SMALL, shard="0/2", wait=0.1)
+        gradindex.build(str(model_folder), data_file, out, **SMALL, shard="0/2", wait=IN_VAIN)
     with pytest.raises(GradindexError, match="in vain for shard 0 of 2"):
-        gradindex.build(str(model_folder), data_file, out, **SMALL, shard="1/2", wait=0.1)
+        gradindex.build(str(model_folder), data_file, out, **SMALL, shard="1/2", wait=IN_VAIN)
     waiting = sorted(path.name for path in (out / "curvature.partial").iterdir())
     assert waiting == ["covariance-0-3.000001.safetensors", "covariance-0-3.000002.safetensors",
                        "covariance-0-3.000003.safetensors", "covariance-0-3.safetensors",
@@ -83,7 +83,7 @@ def test_no_shard_runs_far_ahead(model_folder, data_file, index_folder, tmp_path
     out = tmp_path / "index"
     for shard, said in (("0/2", "shard 1 of 2"), ("1/2", "shard 0 of 2: covariance")):
         with pytest.raises(GradindexError, match=f"in vain for {said}"):
-            gradindex.build(str(model_folder), data_file, out, **SMALL, shard=shard, wait=0.1)
+            gradindex.build(str(model_folder), data_file, out, **SMALL, shard=shard, wait=IN_VAIN)
     assert sorted(path.name for path in out.glob("curvature.partial/covariance-0-3.0*")) == [
         "covariance-0-3.000001.safetensors", "covariance-0-3.000002.safetensors"]
     share(model_folder, data_file, out, 2)
@@ -97,14 +97,16 @@ def test_a_shard_of_another_plan_keeps_a_build_from_beginning_anew(
     """It would add its sums to the new build's."""
     out = tmp_path / "index"
     with pytest.raises(GradindexError, match="in vain for"):
-        gradindex.build(str(model_folder), data_file, out, **SMALL, shard="0/2", wait=0.1)
+        gradindex.build(str(model_folder), data_file, out, **SMALL, shard="0/2", wait=IN_VAIN)
     shutil.rmtree(out / "curvature.partial")
     with one_of_writers(out, 1, "one of 2 shards"), \
             pytest.raises(InputError, match="seed: 0 before, 5 now"):
-        gradindex.build(str(model_folder), data_file, out, **SMALL, seed=5, shard="0/2", wait=0.1)
+        gradindex.build(str(model_folder), data_file, out, **SMALL, seed=5, shard="0/2",
+                        wait=IN_VAIN)
     assert State.resumed(out).plan["seed"] == 0
     with pytest.raises(GradindexError, match="in vain for"):
-        gradindex.build(str(model_folder), data_file, out, **SMALL, seed=5, shard="0/2", wait=0.1)
+        gradindex.build(str(model_folder), data_file, out, **SMALL, seed=5, shard="0/2",
+                        wait=IN_VAIN)
     assert State.resumed(out).plan["seed"] == 5
 
 
@@ -147,7 +149,7 @@ def test_a_later_shard_waits_for_a_build_that_may_begin_anew(model_folder, data_
     for bits, shard in ((2048, "0/2"), (4096, "1/2")):
         with pytest.raises(GradindexError, match="in vain for"):
             gradindex.build(str(model_folder), data_file, out, **{**SMALL, "bits": bits},
-                            shard=shard, wait=0.1)
+                            shard=shard, wait=IN_VAIN)
         shutil.rmtree(out / "curvature.partial", ignore_errors=True)
 
 

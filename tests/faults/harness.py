@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from support.waiting import HANG
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "faults.md"
@@ -63,7 +65,7 @@ class Zygote:
 
     def _tell(self, job: str, arguments: dict[str, Any], **how: Any) -> dict[str, Any]:
         told = {"job": job, "arguments": arguments, "strace": None, "kill_after": None,
-                "memory": None, "file_size": None, "timeout": 60.0, **how}
+                "memory": None, "file_size": None, "processor": None, "timeout": HANG, **how}
         process = self._process
         assert process.stdin is not None and process.stdout is not None
         process.stdin.write(json.dumps(told) + "\n")
@@ -72,7 +74,11 @@ class Zygote:
         return answer
 
     def run(self, job: str, arguments: dict[str, Any], **how: Any) -> Ended:
-        """Run a job in a child; `how`: strace, kill_after, memory, file_size, timeout."""
+        """Run a job in a child; `how`: strace, kill_after, memory, file_size, processor, timeout.
+
+        `processor` bounds the seconds that the child itself works, so that a child that goes round
+        in circles is found soon, and no other on a busy machine.
+        """
         answer = self._tell(job, {name: str(value) if isinstance(value, Path) else value
                                   for name, value in arguments.items()}, **how)
         return Ended(answer["report"], answer["signal"], answer["timed_out"], answer["seconds"])

@@ -10,6 +10,7 @@ from typing import Any
 
 HANG = 900.0  # seconds that no wait lasts on a machine that is merely busy
 LATE = 5  # times that a signal may come too late
+IN_VAIN = 0.1  # seconds that the product is told to wait for others where none are
 
 
 def until(reached: Callable[[], Any]) -> Any:
