@@ -1,7 +1,7 @@
-"""The journey of a search: gradient → approximate hits → exact, n of m → result.
+"""The stages of a search: gradient → approximate hits → exact, n of m → result.
 
 `Searcher` is an open index. `Searcher.stages` yields each stage as it ends, so that a bar or a
-page can show it; `Searcher.search` drains them. Several queries share one journey: one pass of
+page can show it; `Searcher.search` drains them. Several queries share a session: one pass of
 gradients and one scan of the codes; then they are rescored and answered one after the other, each
 sequence's gradient formed once for all of them.
 """
@@ -32,11 +32,11 @@ from search.rank.generic_rate import add_rates
 from search.rank.hits import make_hit
 from search.rank.query_gradient import make_targets
 from search.rank.ray_search import SharedIndex
-from search.rank.session import Journey
+from search.rank.session import Session
 from search.rank.snapshot import OpenIndex
 
-LARGEST_GROUP = 64  # queries of one journey
-LARGEST_SCORES = 1 << 27  # code scores held at once, of all queries of a journey
+LARGEST_GROUP = 64  # queries of one session
+LARGEST_SCORES = 1 << 27  # code scores held at once, of all queries of a session
 
 
 @dataclass
@@ -190,7 +190,7 @@ class Searcher:
 
     @property
     def group_size(self) -> int:
-        """How many queries share a journey, for memory."""
+        """How many queries share a session, for memory."""
         return max(1, min(LARGEST_GROUP, LARGEST_SCORES // len(self)))
 
     @with_keywords
@@ -290,35 +290,37 @@ class Searcher:
         yield Stage("gradient", query=queries[0])
 
         # 2) every sequence's code score; the best make the shortlists
-        journey = Journey(self.index, settings, targets, preconditioned, self.batch_tokens)
+        session = Session(self.index, settings, targets, preconditioned, self.batch_tokens)
         clock.lap("scan")
-        yield Stage("approximate", 0, journey.planned, queries[0],
-                    journey.provisional(0) if len(queries) == 1 else None)
+        yield Stage("approximate", 0, session.planned, queries[0],
+                    session.provisional(session.tracks[0]) if len(queries) == 1 else None)
 
-        for number, query in enumerate(queries):
+        for track in session.tracks:
             clock.restart()
             # 3) exact influence of the shortlist, best first, until the statement is good enough
             interrupted = False
             if settings.rescore:
                 try:
-                    for places in journey.rescore(number):
-                        found = dict(zip(journey.index.contents.ids[places].tolist(),
-                                         journey.influence(number, places), strict=True))
-                        yield Stage("exact", len(journey.exact), journey.planned, query,
-                                    found=found)
-                    if not journey.timed_out:
-                        journey.score_background()
+                    for places in session.rescore(track):
+                        # told by id: places move when a part of the index is lost
+                        ids = session.common.index.contents.ids[places].tolist()
+                        found = dict(zip(ids, track.influence(places), strict=True))
+                        yield Stage("exact", len(session.common.exact), session.planned,
+                                    track.query, found=found)
+                    if not track.timed_out:
+                        session.score_background()
                 except KeyboardInterrupt:
                     if not conclude_early:
                         raise
-                    interrupted = journey.unfinished(number)
+                    interrupted = bool(track.missing())
             clock.lap("rescore")
 
             # 4) the top k and how complete it is; an unfinished shortlist is as long as it got
-            result = journey.conclude(number, interrupted)
+            result = session.conclude(track, interrupted)
             clock.lap("conclude")
             result.seconds = clock.take("rescore", "conclude")
-            yield Stage("result", len(journey.exact), journey.planned, query, result=result)
+            yield Stage("result", len(session.common.exact), session.planned, track.query,
+                        result=result)
 
 
 def drain(stages: Iterator[Stage], follow: Callable[[Stage], None] | None = None) -> Result:

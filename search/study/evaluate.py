@@ -24,7 +24,7 @@ from search.engine import Searcher
 from search.rank.query_gradient import fits_in_full, make_targets
 from search.rank.ranking import CodeRanking, best
 from search.rank.recall import estimated_recall
-from search.rank.session import Journey
+from search.rank.session import Session
 from search.rank.shortlist import Shortlist
 
 METHODS = ("code", "tfidf", "both")
@@ -102,7 +102,7 @@ def evaluate(
         group = queries[first : first + together]
         targets, preconditioned = make_targets(searcher.index, group, settings,
                                                searcher.batch_tokens)
-        journey = Journey(searcher.index, settings, targets, preconditioned, searcher.batch_tokens)
+        session = Session(searcher.index, settings, targets, preconditioned, searcher.batch_tokens)
         truth = np.zeros((len(group), len(ids)))
         # equal sequences count once, as in a search
         new = np.zeros(len(ids), dtype=bool)
@@ -110,16 +110,16 @@ def evaluate(
         done = first * len(ids)
         for start in range(0, len(ids), READ):
             records = searcher.index.records(ids[start : start + READ].tolist())
-            for part in rescore(journey.by, preconditioned, records):
+            for part in rescore(session.common.by, preconditioned, records):
                 for place, exact in part:
                     truth[:, start + place] = exact.influence
                 done += len(part) * len(group)
                 follow(done, len(queries) * len(ids))
-        for number, target in enumerate(targets):
-            words = searcher.index.tokens.scores(target.query.scored_tokens)
+        for track in session.tracks:
+            words = searcher.index.tokens.scores(track.query.scored_tokens)
             compared.append(_Comparison(
-                ids[new], truth[number, new], journey.ranking(number).scores(),
-                searcher.index.norms, journey.noise(number), words, len(ids) / total).measured())
+                ids[new], truth[track.number, new], track.ranking.scores(),
+                searcher.index.norms, track.noise, words, len(ids) / total).measured())
     return _summary(found, compared)
 
 

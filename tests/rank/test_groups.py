@@ -279,7 +279,7 @@ def test_estimates_have_no_bias_and_the_variance_they_say(by_norm, listed):
         chosen = random.choice(n, listed, replace=False)
         shortlist = Shortlist(CodeRanking(codes, norms, by_norm=by_norm), 2.0, length,
                               chosen if listed else None)
-        rescored = set(shortlist.ids(length))
+        rescored = set(shortlist.places(length))
         counted = shortlist.advance(rescored, length)
         sample = random.choice(n, 64, replace=False).tolist()
         estimate, variance = shortlist.estimates(codes, counted, influence[counted], sample,

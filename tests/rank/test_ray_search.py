@@ -20,7 +20,7 @@ from search.ask.settings import settle
 from search.engine import Searcher
 from search.rank.query_gradient import make_targets
 from search.rank.ray_search import SharedRanking, deal
-from search.rank.session import Journey
+from search.rank.session import Session
 from search.rank.snapshot import LostError, OpenIndex, Part
 from support.clusters import two_nodes
 from support.indexes import QUESTION
@@ -314,11 +314,12 @@ def test_an_interrupt_while_others_move_up_changes_nothing(
     [target], preconditioned = make_targets(
         shared.index, [shared.make_query(**QUESTION)], settle(Controls(**MANY), shared.manifest),
         shared.batch_tokens)
-    journey = Journey(shared.index, settle(Controls(**MANY), shared.manifest), [target],
+    session = Session(shared.index, settle(Controls(**MANY), shared.manifest), [target],
                       preconditioned, shared.batch_tokens)
-    for _ in journey.rescore(0):
+    [track], common = session.tracks, session.common
+    for _ in session.rescore(track):
         pass
-    before = dict(journey.exact), journey.index, journey.shortlists
+    before = dict(common.exact), common.index, track.shortlist
     lost = LostError(frozenset(shared.index._workers[1].segments), "it is gone")
 
     def interrupted(*_):
@@ -327,13 +328,13 @@ def test_an_interrupt_while_others_move_up_changes_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(SharedRanking, "best", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            journey._go_on_without(lost)
-    assert (journey.exact, journey.index, journey.shortlists) == before
-    journey._go_on_without(lost)
+            session._go_on_without(lost)
+    assert (common.exact, common.index, track.shortlist) == before
+    session._go_on_without(lost)
     same_rest = rest_of(index_folder, shared, 0).search(**QUESTION, **MANY)
-    for _ in journey.rescore(0):
+    for _ in session.rescore(track):
         pass
-    assert [hit.id for hit in journey.conclude(0, False)] == [hit.id for hit in same_rest]
+    assert [hit.id for hit in session.conclude(track, False)] == [hit.id for hit in same_rest]
 
 
 def test_a_worker_that_gives_no_sign_is_given_up(shared, alone, workers):
