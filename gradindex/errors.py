@@ -30,13 +30,16 @@ class InputError(GradindexError):
 
 
 class IndexMismatchError(GradindexError):
-    """The index was built with something else than what it is now used with."""
+    """The index was built with another model, tokenizer or format than it is used with now."""
 
     exit_code = 3
 
 
 class DamagedIndexError(GradindexError):
-    """A file of the index is missing, cut short or changed; `wrong` is that without the advice."""
+    """A file of the index is missing, cut short or changed.
+
+    `wrong` says what is wrong without advice, for reports that give their own.
+    """
 
     exit_code = 3
 
@@ -46,6 +49,6 @@ class DamagedIndexError(GradindexError):
 
 
 class ResourceError(GradindexError):
-    """Memory or disk ran out; what was committed before is intact."""
+    """Memory or disk ran out; whatever was committed before is intact."""
 
     exit_code = 4

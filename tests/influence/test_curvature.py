@@ -242,7 +242,7 @@ def test_scores_of_low_rank_are_those_of_the_product(bias, most, joined, monkeyp
                 left = torch.from_numpy(low.arrays()["m"][0])
                 assert _product_is_cheaper(module, left, a.repeat(1, 20, 1)) == bool(joined)
             if queries == 1:
-                torch.testing.assert_close(low.terms(module, a, d).sum(-1), expected[0])
+                torch.testing.assert_close(low.of(module).terms(module, a, d).sum(-1), expected[0])
     empty = low.of(module).scores(module, a[:, :0], d[:, :0])  # an expert that no token reached
     assert torch.equal(empty, torch.zeros(3, 4, dtype=torch.float64))
 
