@@ -22,6 +22,7 @@ needs_strace = pytest.mark.skipif(
 
 def library(name: str) -> Any:
     """An optional library; without it the test, or the file, is skipped."""
+    __tracebackhide__ = True  # or two files that skip are one to xdist
     return pytest.importorskip(name, reason=_reason(name, f"pip install {name}"))
 
 
