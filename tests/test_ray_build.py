@@ -33,9 +33,10 @@ from indexer.shards import OVER_RAY, Shard, Stage
 from indexer.state import State
 from support.clusters import two_nodes
 from support.indexes import SMALL, SMALL_FLAGS, files_of
+from support.needed import library
 from support.waiting import HANG, IN_VAIN, is_gone, struck, until
 
-ray = pytest.importorskip("ray")
+ray = library("ray")
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 

@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from support.waiting import HANG
 
 HERE = Path(__file__).parent
@@ -23,9 +21,6 @@ OPENING, CLOSING = "<!-- faults: written by `make faults` -->", "<!-- end of fau
 # What an index is written with. A point is a call of one of them on a file of the index.
 CALLS = ("write", "pwrite64", "writev", "pwritev", "fsync", "fdatasync", "ftruncate", "rename",
          "renameat", "renameat2", "mkdir", "unlink", "unlinkat", "rmdir")
-
-needs_strace = pytest.mark.skipif(shutil.which("strace") is None,
-                                  reason="strace is not installed (Debian: apt-get install strace)")
 
 
 @dataclass

@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from faults.harness import build_arguments, fresh, inject, needs_strace
+from faults.harness import build_arguments, fresh, inject
 from gradindex.storage import layout, manifest, sealed_json
 from gradindex.storage.files import facts_of
+from support.needed import needs_strace
 
 HOSTILE = (0, 1, -1, 255, 2**31 - 1, 2**31, 2**40, 2**62, 2**63 - 1, -(2**63))
 KINDS = ("bit", "byte", "integer", "cut", "zeros", "junk", "swap")

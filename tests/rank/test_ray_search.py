@@ -24,10 +24,11 @@ from search.rank.session import Session
 from search.rank.snapshot import LostError, OpenIndex, Part
 from support.clusters import two_nodes
 from support.indexes import QUESTION
+from support.needed import library
 from support.server import Running
 from support.waiting import HANG
 
-ray = pytest.importorskip("ray")
+ray = library("ray")
 
 OTHERS = [{"prompt": "The fig number 3", "completion": " grows by the harbour."},
           {"prompt": "The lime number", "completion": " 4"},

@@ -1,7 +1,6 @@
 """The page as people use it, in a real browser: needs Chromium (Debian's package), else skipped."""
 
 import json
-import shutil
 import threading
 import urllib.parse
 
@@ -14,12 +13,10 @@ from search.serve import serving
 from search.show import html, wording
 from support.documents import small_documents
 from support.indexes import SMALL
+from support.needed import CHROMIUM, needs_chromium
 from support.waiting import HANG
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install "
-                                "chromium")
-
+pytestmark = needs_chromium
 MILLISECONDS = 1000 * HANG
 HOSTILE = [
     '<script>alert("text")</script>', "<img src=x onerror=alert(1)>", '"><svg onload=alert(2)>',
