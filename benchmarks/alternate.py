@@ -46,13 +46,14 @@ def main() -> None:
         for side in order:
             measured[side].append(rows(sides[side], given.script, given.arguments))
         print(f"round {number + 1} of {given.rounds}", file=sys.stderr, flush=True)
-    print("| | before | now | now / before | of single rounds |\n|---|---|---|---|---|")
+    print("| | before | now | now / before | of single rounds |")
+    print("|---|---|---|---|---|")
     for name in measured[0][0]:
         before, now = ([one[name] for one in side] for side in measured)
         ratios = sorted(b / a for a, b in zip(before, now, strict=True))
         first, second = statistics.median(before), statistics.median(now)
-        print(f"| {name} | {first:,.1f} | {second:,.1f} | {second / first:.3f} | {ratios[0]:.2f} to "
-              f"{ratios[-1]:.2f} |")
+        print(f"| {name} | {first:,.1f} | {second:,.1f} | {second / first:.3f} | "
+              f"{ratios[0]:.2f} to {ratios[-1]:.2f} |")
 
 
 if __name__ == "__main__":
