@@ -22,7 +22,9 @@ from gradindex.influence.curvature import Ekfac
 from gradindex.influence.exact import exact_scores
 from gradindex.influence.queries import Preconditioned, precondition, query_coordinates
 from gradindex.progress import Progress, stderr_progress
-from indexer.fit.schedule import FitSettings, eigenvectors, fit
+from indexer.fit.eigen import eigenvectors
+from indexer.fit.notes import FitSettings
+from indexer.fit.schedule import fit
 
 
 def scores(work: Workload, ekfac: Ekfac) -> np.ndarray:

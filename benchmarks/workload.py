@@ -27,7 +27,8 @@ from gradindex.model.tracked import tracked_modules
 from gradindex.modules import Module
 from gradindex.progress import Progress
 from gradindex.storage.records import Part, Record
-from indexer.fit.schedule import FitSettings, fit
+from indexer.fit.notes import FitSettings
+from indexer.fit.schedule import fit
 
 PROMPT, COMPLETION = 64, 32
 

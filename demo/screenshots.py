@@ -1,4 +1,4 @@
-"""Pictures of the page and of the terminal for the README: `python demo/screenshots.py .demo docs`.
+"""Pictures of the page and the terminal for the documents: `python demo/screenshots.py .demo docs`.
 
 Asks the demo's index its first question, in Chromium (Debian's package) and in a terminal.
 """

@@ -24,20 +24,24 @@ if TYPE_CHECKING:
     from gradindex.facade import append, build, merge
     from gradindex.results import Group, Hit, Query, Recall, Result
     from indexer.dry_run.estimate import Estimate, estimate
-    from indexer.upkeep.commit import compact, delete
+    from indexer.upkeep.compact import compact
+    from indexer.upkeep.delete import delete
     from indexer.upkeep.verify import verify
     from search.engine import Searcher, open
     from search.show.html import render_html
 
 __version__ = VERSION
 
+# One table says where each public name lives; the imports above repeat it for type checkers alone,
+# which can't follow `__getattr__`.
 _HOMES = {name: home for home, names in {
     "gradindex.errors": ("DamagedIndexError", "GradindexError", "IndexMismatchError", "InputError",
                          "ResourceError"),
     "gradindex.results": ("Group", "Hit", "Query", "Recall", "Result"),
     "gradindex.facade": ("append", "build", "merge"),
     "indexer.dry_run.estimate": ("Estimate", "estimate"),
-    "indexer.upkeep.commit": ("compact", "delete"),
+    "indexer.upkeep.compact": ("compact",),
+    "indexer.upkeep.delete": ("delete",),
     "indexer.upkeep.verify": ("verify",),
     "search.engine": ("Searcher", "open"),
     "search.show.html": ("render_html",),
@@ -54,6 +58,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'gradindex' has no attribute {name!r}")
     home = _HOMES[name]
+    # Only names that lead to `indexer` or `search` need them: `except gradindex.InputError` works
+    # where another package hides one of the two.
     if home.split(".")[0] != "gradindex" or home == "gradindex.facade":
         _check_siblings()
     return getattr(importlib.import_module(home), name)
@@ -64,16 +70,18 @@ def __dir__() -> list[str]:
 
 
 def _check_siblings() -> None:
-    """Raise GradindexError where another `indexer` or `search` shadows the ones installed here."""
+    """Raise GradindexError where another `indexer` or `search` hides the ones installed here."""
     from pathlib import Path
 
     from gradindex.errors import GradindexError
 
+    # Both are common words: a user's own search.py in the working directory would be imported, and
+    # fail in ways that name neither it nor us.
     for name in ("indexer", "search"):
-        found = importlib.import_module(name).__file__
+        origin = importlib.import_module(name).__file__
         expected = Path(__file__).parent.parent / name / "__init__.py"
-        if found is None or Path(found).resolve() != expected.resolve():
+        if origin is None or Path(origin).resolve() != expected.resolve():
             raise GradindexError(
-                f"`import {name}` finds {found or 'a folder without __init__.py'}, which hides "
+                f"`import {name}` finds {origin or 'a folder without __init__.py'}, which hides "
                 f"gradindex's own {expected}. Rename it, or run from another folder."
             )

@@ -38,6 +38,8 @@ COMMANDS = {
 class LazyGroup(click.Group):
     """Imports a command's module when the command is looked up (click's own recipe)."""
 
+    # What a command needs takes seconds to import (torch, FAISS), and `gradindex --help` looks up
+    # every command: so the modules themselves import only click at the top.
     def list_commands(self, context: click.Context) -> list[str]:
         return list(COMMANDS)
 
@@ -67,17 +69,20 @@ def main() -> None:
         click.echo(f"gradindex runs on Linux and macOS (on Windows through WSL); this is "
                    f"{sys.platform}.", err=True)
         sys.exit(1)
+    # A job scheduler ends a job by SIGTERM: like Ctrl-C, it leaves what was committed, and says so.
     signal.signal(signal.SIGTERM, _interrupt)
     sys.excepthook = _unexpected
     sys.exit(_run())
 
 
 def _run() -> int:
+    """Run the command and return its exit code; every error that is ours ends in one line."""
     try:
         return int(main_group(standalone_mode=False) or 0)
     except click.exceptions.Exit as stop:
         return stop.exit_code
     except click.ClickException as error:
+        # click quotes arguments in its messages as they are, terminal escapes among them.
         message = _Message()
         error.show(message)
         click.echo(visible_lines(message.getvalue()), nl=False, err=True)
@@ -90,6 +95,8 @@ def _run() -> int:
         _say(error)
         return error.exit_code
     except ImportError as error:
+        # FAISS is left to the user to install; our own message that says how has no name. Any other
+        # module that can't be imported is a fault, and wants its traceback.
         if error.name is not None and error.name != "faiss":
             raise
         _say(error)
@@ -108,8 +115,10 @@ def _run() -> int:
 
 
 class _Message(io.StringIO):
-    """What click says, with the escapes that it takes out where there is no terminal."""
+    """Receives what click says, and is no terminal, but says that it is one."""
 
+    # click would take escapes out of a message for anything else, and what the user typed with
+    # them: they are to be shown.
     def isatty(self) -> bool:
         return True
 
@@ -121,7 +130,7 @@ def _say(error: Exception) -> None:
 def _unexpected(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    """Python's own traceback, which may quote data."""
+    """Print a traceback as Python does, with hidden characters shown: it may quote data."""
     lines = traceback.format_exception(kind, error, trace)
     click.echo(visible_lines("".join(lines)), nl=False, err=True)
 

@@ -1,4 +1,8 @@
-"""The way to a Ray cluster, as --ray says where it is: Ray's only door."""
+"""Ray, through its only door: the cluster that --ray names.
+
+Who reaches a cluster can run code on it. So an instance that is started here has no dashboard, and
+only paths and plain values are handed to workers.
+"""
 
 import os
 import signal
@@ -13,22 +17,22 @@ LOCAL = "local"  # the address of an instance that is started here
 
 
 def connect(address: str) -> Any:
-    """Ray, connected to the cluster at `address`: "auto", host:port, or LOCAL to start one here.
+    """The library, connected to the cluster at `address`.
 
-    A process that is connected already stays so. One that is started here has no dashboard, by
-    which others could run code. Raises InputError where there is no Ray, or no cluster.
+    That is "auto", host:port, or LOCAL to start an instance on this machine. A process that is
+    connected already stays so. Raises InputError where there is no Ray, or no cluster.
     """
     check_address(address)
     ray = load_ray()
     if not ray.is_initialized():
-        own: dict[str, Any] = {"include_dashboard": False} if address == LOCAL else {}
-        terminated = signal.getsignal(signal.SIGTERM)
+        options: dict[str, Any] = {"include_dashboard": False} if address == LOCAL else {}
+        handler = signal.getsignal(signal.SIGTERM)
         try:
-            ray.init(address, log_to_driver=False, logging_level="error", **own)
+            ray.init(address, log_to_driver=False, logging_level="error", **options)
             # or Ray's thread says on standard output, which is data, what it thinks of dead workers
             ray._private.worker._worker_logs_enabled = False
             if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, terminated)  # which Ray has taken
+                signal.signal(signal.SIGTERM, handler)  # which Ray has replaced
         except (OSError, RuntimeError, ValueError) as error:
             raise InputError(
                 f"--ray {address}: no cluster can be reached there "
@@ -40,6 +44,7 @@ def connect(address: str) -> Any:
 
 def load_ray() -> Any:
     """The library. Raises InputError where it isn't installed."""
+    # before the import, which reads it: gradindex sends nothing anywhere by itself
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
@@ -50,7 +55,8 @@ def load_ray() -> Any:
 
 
 def check_address(address: str) -> None:
-    """Raise InputError for an address where nobody listens: Ray itself tries for minutes."""
+    """Raise InputError for an address that isn't one, or where nobody listens."""
+    # Ray itself would try for minutes to reach nobody.
     host, _, port = address.rpartition(":")
     if address in (LOCAL, "auto"):
         return
@@ -67,5 +73,6 @@ def check_address(address: str) -> None:
 
 
 def absolute(name: str | Path) -> str | Path:
-    """A folder's path as workers know it, whose working directory is another; a hub id as it is."""
+    """The path of a folder from the root; a hub id, which is no folder, as it is."""
+    # Workers have another working directory.
     return Path(name).absolute() if Path(name).exists() else name

@@ -17,19 +17,29 @@ class GradindexError(Exception):
 
 
 class InputError(GradindexError):
-    """A flag, a file, a record or a query can't be used as it is."""
+    """A flag, a file, a record or a query can't be used as it is.
+
+    `argument` names the one that can't, where who catches it has to know.
+    """
 
     exit_code = 2
 
+    def __init__(self, message: str, argument: str | None = None):
+        super().__init__(message)
+        self.argument = argument
+
 
 class IndexMismatchError(GradindexError):
-    """The index was built with something else than what it is now used with."""
+    """The index was built with another model, tokenizer or format than it is used with now."""
 
     exit_code = 3
 
 
 class DamagedIndexError(GradindexError):
-    """A file of the index is missing, cut short or changed; `wrong` is that without the advice."""
+    """A file of the index is missing, cut short or changed.
+
+    `wrong` says what is wrong without advice, for reports that give their own.
+    """
 
     exit_code = 3
 
@@ -39,6 +49,6 @@ class DamagedIndexError(GradindexError):
 
 
 class ResourceError(GradindexError):
-    """Memory or disk ran out; what was committed before is intact."""
+    """Memory or disk ran out; whatever was committed before is intact."""
 
     exit_code = 4

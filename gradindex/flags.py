@@ -22,46 +22,49 @@ MAX_MEMORY = click.option(
 
 
 def options(flags: list[Callable[..., Any]]) -> Callable[..., Any]:
-    """A decorator that adds several flags to a command, in order."""
+    """A decorator that adds several flags to a command; its help shows them in this order."""
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        for flag in reversed(flags):
+        for flag in reversed(flags):  # the last one that decorates comes first in the help
             function = flag(function)
         return function
     return decorate
 
 
-def read_text(path: Path, asked: str) -> str:
-    """A file's text; `asked` is how the user named it. Raises UsageError."""
+def read_text(path: Path, argument: str) -> str:
+    """A file's text; `argument` is the part of the command that names it. Raises UsageError."""
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise click.UsageError(f"{asked}: {error.strerror}. A file is read there.") from None
+        raise click.UsageError(f"{argument}: {error.strerror}. A file is read there.") from None
     except UnicodeDecodeError as error:
         raise click.UsageError(
-            f"{asked}: not UTF-8 (byte {error.start}). Convert it, with iconv say."
+            f"{argument}: not UTF-8 (byte {error.start}). Convert it, with iconv say."
         ) from None
 
 
 def read_ids(source: str) -> Iterator[int]:
-    """Ids from a file, or from standard input for "-": a line each, a number or JSON with an id.
+    """Sequences' ids from a file, or from standard input for "-".
 
-    Raises UsageError.
+    Each line is a number or a JSON object with an "id", as hits are printed. Raises UsageError.
     """
     for number, line in read_lines(source, "--ids"):
         try:
             content = json.loads(line)
-            found = content["id"] if isinstance(content, dict) else content
-            if isinstance(found, bool) or not isinstance(found, int):
+            sequence = content["id"] if isinstance(content, dict) else content
+            if isinstance(sequence, bool) or not isinstance(sequence, int):  # True is an int
                 raise ValueError
         except (ValueError, KeyError):
             raise click.UsageError(
                 f"--ids {source}, line {number}: {line[:60]!r} is neither a number nor JSON with "
                 "an id."
             ) from None
-        yield found
+        yield sequence
 
 
 def read_lines(source: str, flag: str) -> list[tuple[int, str]]:
-    """The lines that aren't blank, with their numbers, of a file or of standard input ("-")."""
+    """The lines that aren't blank, with their numbers from 1, of a file or of standard input ("-").
+
+    Raises UsageError, which names the `flag`.
+    """
     text = sys.stdin.read() if source == "-" else read_text(Path(source), f"{flag} {source}")
     return [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]

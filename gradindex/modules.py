@@ -11,7 +11,11 @@ from gradindex.errors import InputError
 class Module:
     """One tracked linear map s = W a; with a bias, a 1 is appended to a as its last entry.
 
-    `kind` is "mlp" (whatever isn't attention), "attention", or "adapter" for LoRA's own maps.
+    `layer` is the number of the block that it belongs to. `kind` is "mlp" (whatever isn't
+    attention), "attention", or "adapter" for LoRA's own maps.
+
+    >>> Module("layers.0.mlp.up", layer=0, kind="mlp", d_out=8, d_in=2, bias=True).shape
+    (8, 3)
     """
 
     name: str
@@ -23,7 +27,7 @@ class Module:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """[o, i] of its gradient, the bias folded in."""
+        """[o, i], the shape of its gradient. A bias is the last column and counts in i."""
         return self.d_out, self.d_in + self.bias
 
 
@@ -31,19 +35,25 @@ KINDS = {"mlp": {"mlp"}, "attention": {"attention"}, "all": {"mlp", "attention"}
          "adapter": {"adapter"}}
 
 
-def choose_modules(found: Sequence[Module], choice: str, what: str) -> list[Module]:
-    """Those of a layer range, of a kind, or whose name matches, in order.
+def choose_modules(modules: Sequence[Module], choice: str, what: str) -> list[Module]:
+    """The modules of some layers, of some kinds, or whose names match, in order.
 
-    `choice`: layers ("8-15", "0,2-4"); "mlp" (all but attention), "attention", "all" (both),
-    "adapter" (lora_A and lora_B), several of these with commas; or a regular expression searched in
-    names. Raises InputError where none is chosen; `what` says then what they were chosen from.
+    `choice` is layers ("8-15", "0,2-4"); or "mlp" (all but attention), "attention", "all" (both),
+    "adapter" (lora_A and lora_B), several of these with commas; or a regular expression, searched
+    in names. Raises InputError where none is chosen, and says with `what` what there was to choose.
+
+    >>> modules = [Module(f"layers.{n}.mlp", n, "mlp", 4, 4, False) for n in range(4)]
+    >>> [module.layer for module in choose_modules(modules, "0,2-3", "the model's modules")]
+    [0, 2, 3]
     """
     layers, kinds = numbers_in(choice), [part.strip() for part in choice.split(",")]
+    # Numbers and words come first, though both are regular expressions too: "8-15" or "mlp" means
+    # a layer or a kind to whoever types it, never a part of a name.
     if layers is not None:
-        chosen = [module for module in found if module.layer in layers]
+        chosen = [module for module in modules if module.layer in layers]
     elif set(kinds) <= set(KINDS):
-        wanted = set().union(*(KINDS[kind] for kind in kinds))
-        chosen = [module for module in found if module.kind in wanted]
+        allowed = set().union(*(KINDS[kind] for kind in kinds))
+        chosen = [module for module in modules if module.kind in allowed]
     else:
         try:
             pattern = re.compile(choice)
@@ -52,11 +62,11 @@ def choose_modules(found: Sequence[Module], choice: str, what: str) -> list[Modu
                 f"--modules {choice!r}: neither layers (8-15), nor some of {', '.join(KINDS)}, nor "
                 f"a regular expression: {error}."
             ) from None
-        chosen = [module for module in found if pattern.search(module.name)]
+        chosen = [module for module in modules if pattern.search(module.name)]
     if not chosen:
-        layers = {module.layer for module in found}
+        layers = {module.layer for module in modules}
         shown = f", which are in layers {min(layers)} to {max(layers)} and named like " \
-            f"{found[0].name}" if layers else ""
+            f"{modules[0].name}" if layers else ""
         raise InputError(
             f"--modules {choice!r} matches none of {what}{shown}. Give layers (8-15), "
             f"{', '.join(KINDS)}, or a regular expression."
@@ -65,7 +75,12 @@ def choose_modules(found: Sequence[Module], choice: str, what: str) -> list[Modu
 
 
 def numbers_in(text: str) -> set[int] | None:
-    """The numbers of "3", "8-15" or "0,2-4", both ends included; None where it isn't that."""
+    """The numbers of "3", "8-15" or "0,2-4", both ends included; None for any other text.
+
+    >>> numbers_in("0,2-4"), numbers_in("mlp")
+    ({0, 2, 3, 4}, None)
+    """
+    # six digits at most: "0-9999999999" would fill the memory
     if not re.fullmatch(r"\d{1,6}(-\d{1,6})?(,\d{1,6}(-\d{1,6})?)*", text):
         return None
     numbers = set()

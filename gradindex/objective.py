@@ -22,7 +22,7 @@ RUN = 64  # labels that are summed up before one of them is drawn
 
 
 class Scored(Protocol):
-    """A text to be scored: token ids int32 [n], and which of them count, bool [n]."""
+    """A text to be scored: its token ids, int32 [n], and which of them count, bool [n]."""
 
     @property
     def tokens(self) -> np.ndarray: ...
@@ -32,7 +32,7 @@ class Scored(Protocol):
 
 
 class Text(NamedTuple):
-    """A text that isn't indexed, such as a query's."""
+    """A text that isn't indexed, such as a query's: `tokens` int32 [n], `scored` bool [n]."""
 
     tokens: np.ndarray
     scored: np.ndarray
@@ -40,11 +40,13 @@ class Text(NamedTuple):
 
 @dataclass
 class Batch:
-    """Right-padded sequences: tokens [b, t], targets [b, t] (next token or −100), real [b, t].
+    """Sequences padded on the right, as a model takes them.
 
-    `positions` [b, m] belongs to modules that saw other than every token once, in order: fused
-    experts, and maps that ran more than once. It says at which position of its sequence each of the
-    m inputs stood, −1 for padding.
+    `tokens` int64 [b, t] are token ids; `targets` int64 [b, t] what each position is to predict, or
+    UNSCORED; `real` bool [b, t] is false for padding. `positions` int64 [b, m], by name, are of
+    modules that don't see every token once, in order: fused experts, and maps that run more than
+    once. They say at which position of its sequence each of the module's m inputs stands, −1 for
+    padding.
     """
 
     tokens: Tensor
@@ -53,14 +55,20 @@ class Batch:
     positions: dict[str, Tensor] = field(default_factory=dict)
 
     def real_inputs(self, module: Module) -> Tensor:
-        """Which of the inputs that a module had were real tokens: [b, t], or [b, m]."""
+        """Which of a module's inputs are of real tokens: bool [b, t], or [b, m] with positions."""
         positions = self.positions.get(module.name)
         if positions is None:
             return self.real
         return self.real.gather(1, positions.clamp(min=0)) & (positions >= 0)
 
     def by_position(self, module: Module, terms: Tensor) -> Tensor:
-        """A term of each input of a module, [b, m], added up by its position: [b, t]."""
+        """Terms of a module's inputs, [b, m], added up by the position of each: [b, t].
+
+        >>> positions = {"expert": torch.tensor([[2, 2, -1]])}
+        >>> batch = Batch(torch.zeros(1, 3), torch.zeros(1, 3), torch.ones(1, 3), positions)
+        >>> batch.by_position(Module("expert", 0, "mlp", 1, 1, False), torch.tensor([[1, 2, 0]]))
+        tensor([[0, 0, 3]])
+        """
         positions = self.positions.get(module.name)
         if positions is None:
             return terms
@@ -69,64 +77,76 @@ class Batch:
 
 
 class NextToken:
-    """Causal language models: Σ log p of each scored token, given all before it.
+    """Causal language models: Σ log p of each scored token, given all tokens before it.
 
-    Position t predicts token t + 1, so a sequence's first token is never scored and what is said of
-    a token stands one position before it.
-
-    >>> NextToken().targets(np.array([5, 6, 7]), np.array([True, False, True])).tolist()
-    [-100, 7, -100]
+    Position t predicts token t + 1. So a sequence's first token is never scored, and what belongs
+    to predicting a token stands one position before it.
     """
 
     def counted(self, scored: np.ndarray) -> np.ndarray:
-        """Which tokens log p sums over, of those that a mask [n] lets count: bool [n]."""
+        """Which tokens log p sums over where the mask is `scored` bool [n]: bool [n].
+
+        >>> NextToken().counted(np.array([True, False, True])).tolist()
+        [False, False, True]
+        """
         counted = scored.copy()
         counted[:1] = False
         return counted
 
     def targets(self, tokens: np.ndarray, scored: np.ndarray) -> np.ndarray:
-        """What each position is to predict, UNSCORED where that doesn't count: int64 [n]."""
+        """The token that each position is to predict, UNSCORED where that doesn't count: int64 [n].
+
+        `tokens` int32 [n] are token ids, `scored` bool [n] the mask.
+
+        >>> NextToken().targets(np.array([5, 6, 7]), np.array([True, False, True])).tolist()
+        [-100, 7, -100]
+        """
         targets = np.full(len(tokens), UNSCORED, dtype=np.int64)
         targets[:-1] = np.where(scored[1:], tokens[1:], UNSCORED)
         return targets
 
     def later_half(self, scored: np.ndarray) -> np.ndarray:
-        """A sequence as a query: bool [n], the later half of its scored tokens given all before."""
-        places = np.flatnonzero(self.counted(scored))
+        """The mask, bool [n], of a sequence that serves as a query: what of it is the completion.
+
+        That is the later half of the tokens that its own mask `scored` bool [n] counts.
+
+        >>> NextToken().later_half(np.array([True, True, True, True, True])).tolist()
+        [False, False, False, True, True]
+        """
+        numbers = np.flatnonzero(self.counted(scored))
         later = np.zeros(len(scored), dtype=bool)
-        later[places[len(places) // 2 :]] = True
+        later[numbers[len(numbers) // 2 :]] = True
         return later
 
     def batch(self, texts: Sequence[Scored], device: torch.device) -> Batch:
-        """Texts, padded on the right.
-
-        Any token id serves as padding: a causal model (`model/probe.py`) keeps real positions from
-        seeing it, and its output gradients are zero.
-        """
+        """Texts as one batch, padded on the right to the longest of them."""
         shape = len(texts), max(len(text.tokens) for text in texts)
+        # Any token id serves as padding: a causal model (`model/probe.py`) keeps real positions
+        # from seeing it, and its output gradients are zero.
         tokens, targets = np.zeros(shape, np.int64), np.full(shape, UNSCORED, np.int64)
         real = np.zeros(shape, dtype=bool)
         for row, text in enumerate(texts):
-            here = row, slice(len(text.tokens))
-            tokens[here], targets[here] = text.tokens, self.targets(text.tokens, text.scored)
-            real[here] = True
+            stretch = row, slice(len(text.tokens))
+            tokens[stretch], targets[stretch] = text.tokens, self.targets(text.tokens, text.scored)
+            real[stretch] = True
         tokens_, targets_, real_ = (
             torch.from_numpy(array).to(device) for array in (tokens, targets, real))
         return Batch(tokens_, targets_, real_)
 
     def outputs(self, network: Any, batch: Batch) -> Tensor:
-        """Logits [b, t, v].
-
-        No attention mask is needed: the network is causal, and no longer than its context, so no
-        real position depends on the padding.
-        """
+        """Logits [b, t, v]: what the network says of each position's next token."""
+        # No attention mask: the network is causal, so no real position depends on the padding, and
+        # with a mask another attention kernel would run, which rounds otherwise.
         logits: Tensor = network(input_ids=batch.tokens, use_cache=False).logits
         return logits
 
     def label_numbers(
         self, batch: Batch, texts: Sequence[Scored], draw: Callable[[int, int], np.ndarray]
     ) -> Tensor:
-        """What draws a label at each position: [b, t] in [0, 1), by `draw(row, count)`."""
+        """The random numbers in [0, 1) that draw a label at each position: float64 [b, t].
+
+        `draw(row, count)` gives those of one text, [count]; padding has 0.
+        """
         numbers = torch.zeros(batch.tokens.shape, dtype=torch.float64)
         for row, text in enumerate(texts):
             count = len(text.tokens)
@@ -136,14 +156,19 @@ class NextToken:
     def log_p(
         self, outputs: Tensor, batch: Batch, numbers: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """log p [b, t] of a batch's targets, and its gradient, see `log_probability`.
+        """log p [b, t] of a batch's targets in nats, and its gradient [b, t, v] by the outputs.
 
-        With `numbers` of `label_numbers`, labels drawn from the model take the targets' places.
+        The gradient takes the memory of the outputs. With `numbers` [b, t] of `label_numbers`,
+        labels drawn from the model take the targets' places. See `log_probability`.
         """
         return log_probability(outputs, batch.targets, numbers)
 
     def by_token(self, log_p: Sequence[float], count: int) -> list[float]:
-        """log p of each of `count` tokens, from that of each position."""
+        """log p of each of a text's `count` tokens in nats, from that of each position.
+
+        >>> NextToken().by_token([-1.5, -0.5, 0.0], count=3)
+        [0.0, -1.5, -0.5]
+        """
         return [0.0, *log_p[: count - 1]]
 
 
@@ -154,23 +179,33 @@ def log_probability(
 
     logits [b, t, v]; targets [b, t], the token to predict at each position or UNSCORED. With
     `uniforms` [b, t] in [0, 1), a label drawn from the model takes the place of each target.
-    Returns log p per position [b, t] in nats (0 where unscored; float32 or better) and
-    ∂(Σ log p)/∂logits = onehot(target) − softmax(logits), zero where unscored, [b, t, v].
+    Returns log p of each position [b, t] in nats (0 where unscored; float32, or float64 for such
+    logits) and ∂(Σ log p)/∂logits = onehot(target) − softmax(logits), 0 where unscored, [b, t, v].
+
+    >>> logits = torch.tensor([[[1.0, 3.0], [1.0, 1.0]]]).log()
+    >>> log_p, gradient = log_probability(logits, torch.tensor([[1, UNSCORED]]))
+    >>> torch.exp(log_p), gradient.round(decimals=2)
+    (tensor([[0.7500, 1.0000]]), tensor([[[-0.2500,  0.2500],
+             [ 0.0000,  0.0000]]]))
     """
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     flat, flat_targets = logits.detach().flatten(0, 1), targets.flatten()
     token_log_p = torch.zeros(flat_targets.shape, dtype=wide, device=flat.device)
+    # Some positions at a time, from logits to gradient in one go: every step of it reads what the
+    # one before left in the cache, and no second tensor of the logits' size is made.
     rows = max(1, CACHED_LOGITS // flat.shape[1])
-    for here in map(slice, range(0, len(flat), rows), range(rows, len(flat) + rows, rows)):
-        some = flat[here]
-        log_p = torch.log_softmax(some.to(wide), dim=-1)
-        p = torch.exp(log_p, out=some if some.dtype == wide else torch.empty_like(log_p))
-        labels = (flat_targets[here].clamp(min=0) if uniforms is None else
-                  sample_labels(p, uniforms.flatten()[here])).unsqueeze(-1)
-        token_log_p[here] = log_p.gather(-1, labels).squeeze(-1)
+    for part in map(slice, range(0, len(flat), rows), range(rows, len(flat) + rows, rows)):
+        part_logits = flat[part]
+        log_p = torch.log_softmax(part_logits.to(wide), dim=-1)
+        p = torch.exp(
+            log_p, out=part_logits if part_logits.dtype == wide else torch.empty_like(log_p))
+        labels = (flat_targets[part].clamp(min=0) if uniforms is None else
+                  sample_labels(p, uniforms.flatten()[part])).unsqueeze(-1)
+        token_log_p[part] = log_p.gather(-1, labels).squeeze(-1)
         p.neg_().scatter_add_(-1, labels, torch.ones_like(labels, dtype=wide))
-        if p is not some:
-            some.copy_(p)
+        if p is not part_logits:
+            part_logits.copy_(p)
+    # Unscored positions went through as if their target were 0; now they count for nothing.
     [unscored] = torch.nonzero(flat_targets == UNSCORED, as_tuple=True)
     token_log_p.index_fill_(0, unscored, 0)
     flat.index_fill_(0, unscored, 0)
@@ -178,13 +213,17 @@ def log_probability(
 
 
 def sample_labels(p: Tensor, uniforms: Tensor) -> Tensor:
-    """One label per row drawn from p [n, v], by inverting its cumulative distribution: int64 [n].
+    """A label for each row, int64 [n], drawn from its probabilities p [n, v].
 
-    Depends on nothing but the row and its uniform number in [0, 1). First comes the run of labels
-    it falls into, then the label within: the sum of all is read once, and only a run is summed up
-    step by step.
+    The cumulative distribution is inverted at `uniforms` [n] in [0, 1), so a label depends on
+    nothing but its row and its number, and not on the batch.
+
+    >>> sample_labels(torch.tensor([[0.5, 0.25, 0.25]] * 3), torch.tensor([0.49, 0.5, 0.99]))
+    tensor([0, 1, 2])
     """
     v = p.shape[1]
+    # First the run of labels that the number falls into, then the label within it: p is read once,
+    # and step by step only one run is summed up, not the whole vocabulary.
     whole = v // RUN * RUN
     sums = p[:, :whole].unflatten(1, (-1, RUN)).sum(-1)
     if whole < v:

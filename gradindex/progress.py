@@ -14,7 +14,14 @@ EVERY = 30.0  # seconds between lines where there is no terminal
 
 
 class Progress:
-    """Says what is going on; `Progress(None)` is silent, as a library should be."""
+    """Says what is going on, on a stream; `Progress(None)` is silent, as a library should be.
+
+    >>> progress = Progress(sys.stdout)
+    >>> progress.start("encode", total=10, unit="sequences", done=4)
+    >>> progress.update(6)
+    >>> progress.finish()  # doctest: +ELLIPSIS
+    encode: 10 sequences (...)
+    """
 
     def __init__(self, stream: TextIO | None = None):
         self._stream = stream
@@ -23,33 +30,31 @@ class Progress:
         self._stage = ""
         self._unit = ""
         self._total = self._done = self._updates = 0
-        self._begun = self._printed = 0.0
+        self._start_time = self._printed = 0.0
         self._first = (0.0, 0)
 
     def say(self, line: str) -> None:
-        """One line of plain fact."""
+        """Show one line."""
         if self._stream is None:
             return
         if self._bar is not None:
-            self._bar.clear()
+            self._bar.clear()  # or the line would be written behind a half-drawn bar
         print(visible_lines(line), file=self._stream, flush=True)
 
     def start(self, stage: str, total: int, unit: str, done: int = 0) -> None:
-        """Begin a stage of `total` units (0: unknown), `done` of which need not be done again."""
+        """Begin a stage of `total` units (0: unknown), of which `done` were done in earlier runs.
+        """
         self._stage, self._unit, self._total = stage, unit, total
         self._done, self._updates = done, 0
-        self._begun = self._printed = time.monotonic()
+        self._start_time = self._printed = time.monotonic()
         if self._terminal:
-            from tqdm import tqdm
+            from tqdm import tqdm  # late: most uses have no terminal
 
             self._bar = tqdm(total=total or None, initial=done, desc=stage, unit=f" {unit}",
                              leave=False, file=self._stream, dynamic_ncols=True, mininterval=0.2)
 
     def update(self, n: int, total: int | None = None) -> None:
-        """`n` more units are done, of a `total` that may have changed meanwhile.
-
-        After two batches the time left is known.
-        """
+        """Note that `n` more units are done; `total` is the new one where it has changed."""
         if total is not None and total != self._total:
             self._total = total
             if self._bar is not None:
@@ -63,46 +68,54 @@ class Progress:
             self._printed = now
             of = f"/{self._total:,}" if self._total else ""
             self.say(f"  {self._stage}: {self._done:,}{of} {self._unit}{self._left(now)}")
+        # Speed is measured from the end of the first batch: that one warms caches up, and may have
+        # loaded what the others find loaded.
         if self._updates == 1:
             self._first = (now, self._done)
 
     def _left(self, now: float) -> str:
+        """How long the rest of the stage will take, in words; nothing while that isn't known."""
         if not self._total or self._done <= self._first[1]:
             return ""
         return f", about {duration((self._total - self._done) * self.seconds_each(now))} left"
 
     def seconds_each(self, now: float | None = None) -> float:
-        """Seconds a unit, measured since the end of the stage's first batch (which warms up)."""
+        """Seconds that a unit takes, measured since the end of the stage's first batch."""
         when, done = self._first
         elapsed = (time.monotonic() if now is None else now) - when
         return elapsed / max(1, self._done - done)
 
     def say_expected(self, seconds: float) -> None:
-        """What two measured batches promise for everything still to come."""
+        """Say how many seconds everything still to come will take, from two measured batches."""
         self.say(f"expected: about {duration(seconds)} more (measured on two batches)")
 
     @property
     def measured(self) -> bool:
-        """True at the moment two batches of a stage have been measured."""
-        return self._updates == 3
+        """Whether the update just made is the one after which two batches have been measured."""
+        return self._updates == 3  # equal, not above: what hangs on it is said once
 
     def finish(self, summary: str = "") -> None:
-        """End the stage with one line."""
+        """End the stage with one line: `summary`, or what was done, and how long it took."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-        seconds = time.monotonic() - self._begun
+        seconds = time.monotonic() - self._start_time
         done = f"{self._done:,} {self._unit}" if self._unit else ""
         self.say(f"{self._stage}: {summary or done} ({duration(seconds)})")
 
 
 def stderr_progress() -> Progress:
+    """The progress of the command line: on standard error, for standard output is data."""
     return Progress(sys.stderr)
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: 0.4 s, 12 s, 3 min 20 s, 5 h 12 min."""
-    if seconds < 9.95:
+    """A duration as people say it.
+
+    >>> duration(0.42), duration(12.3), duration(200), duration(18720)
+    ('0.4 s', '12 s', '3 min 20 s', '5 h 12 min')
+    """
+    if seconds < 9.95:  # which would be rounded to "10.0 s", while 10 is "10 s"
         return f"{seconds:.1f} s"
     whole = round(seconds)
     if whole < 60:
@@ -113,7 +126,11 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes as people say them, in powers of 1,000."""
+    """A number of bytes as people say it, in powers of 1,000.
+
+    >>> size(512), size(1.2e6)
+    ('512 bytes', '1.2 MB')
+    """
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 999.5:
             return f"{count:.3g} {unit}"
@@ -122,5 +139,9 @@ def size(count: float) -> str:
 
 
 def shares(parts: dict[str, float]) -> str:
-    """Parts of a whole by name as people say them; those below 0.05% aren't worth it."""
+    """Parts of a whole, by name, as people say them. Those below 0.05% are left out.
+
+    >>> shares({"mlp": 0.62, "attention": 0.3797, "norms": 0.0003})
+    'mlp 62.0%, attention 38.0%'
+    """
     return ", ".join(f"{name} {share:.1%}" for name, share in parts.items() if share >= 0.0005)

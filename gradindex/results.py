@@ -1,4 +1,7 @@
-"""What a search is asked and what it answers."""
+"""What a search is asked and what it answers.
+
+The names of fields are those of the saved JSON: they change only with SCHEMA.
+"""
 
 import importlib
 import json
@@ -22,10 +25,16 @@ GENERIC = 0.25  # of the background queries: a sequence that comes up for as man
 
 @dataclass
 class Query:
-    """A scored text: tokens and labels [t], −100 where a token isn't scored.
+    """What is asked about: a text, some of whose tokens are scored.
 
+    `tokens` [t] are token ids, `labels` [t] the same, with −100 where a token isn't scored;
+    `token_texts` [t] are their texts and `token_log_p` [t] log p in nats, 0 where not scored.
     `others` are further texts whose log p is added, each times its own `weight`: −1 for the
     completion that this one is compared with (`versus`), 1 for the members of an aggregate.
+
+    >>> query = Query([7, 8, 9], [-100, 8, 9], token_log_p=[0.0, -1.0, -2.0], weight=0.5)
+    >>> query.scored, query.log_p
+    (2, -1.5)
     """
 
     tokens: list[int]
@@ -38,7 +47,7 @@ class Query:
     others: list["Query"] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what the user should know of how it was read
     token_texts: list[str] = field(default_factory=list)
-    token_log_p: list[float] = field(default_factory=list)  # nats, 0 where not scored
+    token_log_p: list[float] = field(default_factory=list)
 
     @property
     def texts(self) -> list["Query"]:
@@ -47,16 +56,16 @@ class Query:
 
     @property
     def scored(self) -> int:
-        """How many tokens log p sums over (a first token is never predicted)."""
+        """How many tokens log p sums over."""
         return sum(map(self.is_scored, range(len(self.labels))))
 
-    def is_scored(self, place: int) -> bool:
-        """Whether log p counts the token at a place."""
-        return place > 0 and self.labels[place] != UNSCORED
+    def is_scored(self, position: int) -> bool:
+        """Whether log p counts the token at a position of the text."""
+        return position > 0 and self.labels[position] != UNSCORED  # nothing predicts the first
 
     @property
     def scored_tokens(self) -> list[int]:
-        """The tokens scored, of all texts: what the TF-IDF filter looks for."""
+        """The scored token ids of all texts: what the TF-IDF filter looks for."""
         return [token for text in self.texts
                 for token, label in zip(text.tokens, text.labels, strict=True) if label != UNSCORED]
 
@@ -70,25 +79,34 @@ class Query:
 class Hit:
     """A training sequence and its influence on the query.
 
-    `influence` is exact where `exact` is true, else the code's estimate. `nats` is influence /
-    N_train: what one more copy would add to log p(completion | prompt), to first order.
-    `self_influence` is ‖m̃‖², m̃ = (G+λ)^−½ ∇m; `cosine` influence / (‖q̃‖ ‖m̃‖), the same for every
-    scale of the sequence's gradient; `relatif` influence / ‖(G+λ)⁻¹ ∇m‖ (θ-RelatIF).
-    `token_influence` [t] and `layer_influence` [layers] each sum to `influence`, and so does
-    `token_layer_influence` [t, layers]; token t's entry counts the gradient that enters at t, so
-    it belongs to predicting what follows t (Grosse et al. 2023, eq. 31). `layer_influence` goes
-    with `Result.layers`; layers that were left out are not among them.
-    `percentile` says which share of a random sample of the index ranks no higher. `lexical` is the
-    share of the query's tokens that the sequence holds too, 0 to 1, each token once and weighed by
-    how rare it is in that sample. `kind_influence` sums influence by kind of module (mlp,
-    attention, adapter). `duplicates` are the ids of equal sequences; `near_duplicates` those of
-    hits further down that share most of their wording with this one, and have its id as `near`.
-    `generic_rate` is the share of the index's background queries (some of its own sequences, as
-    queries) for which the sequence's code score is among the highest hundredth, or the lowest where
-    `influence` is negative: 0.01 by chance. It is `generic` from 0.25 on: what comes up for every
-    query says little about this one. The rate is that of the build's damping and of all modules;
-    None where the index keeps no background queries, or none but of equal sequences.
-    `start` and `end` are characters of the document's text (−1 where it came as tokens).
+    Size: `influence` is exact where `exact` is true, else the code's estimate; positive: one more
+    copy makes the completion more likely. `nats` is influence / N_train: what one more copy would
+    add to log p(completion | prompt), to first order. `self_influence` is ‖m̃‖², m̃ = (G+λ)^−½ ∇m;
+    `cosine` is influence / (‖q̃‖ ‖m̃‖), the same for every scale of the sequence's gradient;
+    `relatif` is influence / ‖(G+λ)⁻¹ ∇m‖ (θ-RelatIF, Barshan et al. 2020).
+
+    Shares: `token_influence` [t], `layer_influence` [layers] and `token_layer_influence` [t,
+    layers] each sum to `influence`. Token t's entry counts the gradient that enters at t, so it
+    belongs to predicting what follows t (Grosse et al. 2023, eq. 31). Layers are those of
+    `Result.layers`. `kind_influence` sums influence by kind of module (mlp, attention, adapter).
+
+    Comparison: `percentile` is the share of a random sample of the index that ranks no higher.
+    `lexical` is the share of the query's tokens that the sequence holds too, 0 to 1, each token
+    once and weighed by how rare it is in that sample. `generic_rate` is the share of the index's
+    background queries (some of its own sequences, as queries) for which the sequence's code score
+    is among the highest hundredth, or the lowest where `influence` is negative: 0.01 by chance. It
+    is that of the build's damping and of all modules; None where the index has no background
+    queries, or none but of equal sequences.
+
+    Origin: `start` and `end` are characters of the document's text (−1 where it came as tokens).
+    `duplicates` are the ids of equal sequences; `near_duplicates` those of hits further down that
+    share most of their wording with this one, and have its id as `near`.
+
+    >>> hit = Hit(id=3, influence=250.0, nats=250.0 / 10_000, exact=True, code_score=240.0,
+    ...           code_rank=1, text="Ice melts.", source="a.jsonl", row=4, document=3, start=0,
+    ...           end=10, generic_rate=0.3)
+    >>> hit.nats, hit.generic
+    (0.025, True)
     """
 
     id: int
@@ -126,7 +144,10 @@ class Hit:
 
     @property
     def generic(self) -> bool:
-        """Whether the sequence comes up for at least a quarter of the background queries."""
+        """Whether the sequence comes up for a quarter of the background queries or more.
+
+        What comes up for every query says little about this one.
+        """
         return self.generic_rate is not None and self.generic_rate >= GENERIC
 
 
@@ -135,10 +156,15 @@ class Recall:
     """How complete the answer is: the estimated share of the true top k that it holds.
 
     `estimate` is None where completeness is unknown (approximate scores, TF-IDF candidates alone).
-    `cutoff` is the statistic of the best sequence left out of the shortlist by code (None: none
-    was). `c` is the calibration of the code's error for this index, `c_here` the same measured on
-    this query's background sample. `asked` is the recall that was asked for, if any.
-    `shortlist_for_95` is the length at which the statement would reach .95, where it doesn't.
+    `cutoff` is the highest code score left out of the shortlist, as a statistic of the ranking, or
+    None where nothing was left out. `c` is the index's calibration of the error of code scores,
+    `c_here` the same as measured on this query's background sample. `asked` is the recall that the
+    search was asked for, if any. `shortlist_for_95` is the length of a shortlist at which the
+    estimate would reach .95, where it doesn't.
+
+    >>> recall = Recall(k=10, estimate=0.87, cutoff=12.5, c=1.3, shortlist_for_95=400)
+    >>> f"about {recall.estimate:.0%} of the true top {recall.k}"
+    'about 87% of the true top 10'
     """
 
     k: int
@@ -152,16 +178,17 @@ class Recall:
 
 @dataclass
 class Group:
-    """The live sequences of one document, source or value of a field, and their total influence.
+    """The sequences of one document, source or value of a field, and their total influence.
 
-    `influence` is the total over all of them in the index, each by the share of its tokens that is
-    of this `value` (all, unless documents are packed); positive: one more copy of each would make
-    the completion more likely, by `nats` = influence / N_train to first order. `standard_error` is
-    its sd over draws of the code's random projection; 0 where every sequence was rescored.
-    That is said of a group you had in mind: those listed first are there for their size, and so
-    for their error too (on average about one standard error of it, see benchmarks/RESULTS.md).
-    `hits` are the ids of the result's hits among them, in the result's order. A value of None: the
-    documents without the field.
+    `influence` is the total over all `sequences` of the group in the index. Where documents are
+    packed, a sequence counts by the share of its tokens that belongs to the group. Positive: one
+    more copy of each would make the completion more likely, by `nats` = influence / N_train to
+    first order. `standard_error` is the standard deviation of `influence` over draws of the code's
+    random projection; 0 where every sequence was rescored. It holds for a group that you had in
+    mind before: those at the top of a list are there for their size, and so for their error too (on
+    average about one standard error of it, see benchmarks/RESULTS.md).
+    `hits` are the ids of the result's hits in the group, in the result's order. The `value` None is
+    that of documents without the field.
     """
 
     value: Any
@@ -176,15 +203,15 @@ class Group:
 class Result:
     """Hits in order of influence (or what `controls` says), and everything needed to judge them.
 
-    `rescored` counts the sequences scored exactly for this query's shortlist. `seconds` by step:
-    queries searched together share load, gradient and scan. `coverage` is the share of the index's
-    sequences that was searched, below 1 where `damaged` segments were left out, or some that were
-    lost with their worker (a warning names them).
+    `shortlist` is its length, `rescored` the number of sequences scored exactly for it. `seconds`
+    are by step; queries that are searched together share load, gradient and scan. `coverage` is the
+    share of the index's sequences that was searched: below 1 where `damaged` segments were left
+    out, or some that were lost with their worker (a warning names them).
     `exact_influence` are the exact scores of all that was rescored for the shortlist, most positive
     first (opponents: most negative first), equal sequences once: the tail of their distribution.
     `sample_influence` are those of the random sample.
     With `group_by`, `groups` are the 100 with the largest total (in size; of opponents, the most
-    negative) and every other one with a hit, in that order, out of `group_count`; `total` is the
+    negative) and every other one with a hit, in that order, out of `group_count`. `total` is the
     group of all sequences that were searched, its value None.
     """
 
@@ -219,6 +246,7 @@ class Result:
 
     @property
     def opponents(self) -> bool:
+        """Whether the search was for sequences that make the completion less likely."""
         return bool(self.controls["opponents"])
 
     def __len__(self) -> int:
@@ -231,21 +259,23 @@ class Result:
         return self.hits[rank]
 
     def to_list(self) -> list[dict[str, Any]]:
-        """One plain dictionary a hit."""
+        """A list with a plain dictionary for each hit."""
         return [asdict(hit) for hit in self.hits]
 
     def to_pandas(self) -> Any:
-        """A DataFrame with a row a hit (needs pandas)."""
-        import pandas
+        """A pandas DataFrame with a row for each hit. Raises ImportError where pandas is missing.
+        """
+        import pandas  # late: nothing else needs it, so it is no requirement
 
         return pandas.DataFrame(self.to_list())
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain JSON types."""
         content = asdict(self)
-        for text, about in zip(self.query.texts, [content["query"], *content["query"]["others"]],
+        # What a reader of the JSON would else have to compute; `from_json` takes it out again.
+        for text, saved in zip(self.query.texts, [content["query"], *content["query"]["others"]],
                                strict=True):
-            about["scored"] = text.scored
+            saved["scored"] = text.scored
         content["query"]["log_p"] = self.query.log_p
         return {"schema": SCHEMA, "units": self.units, **content}
 
@@ -256,25 +286,28 @@ class Result:
     @classmethod
     def from_json(cls, text: str) -> "Result":
         """A result that `to_json` wrote. Raises ValueError for anything else."""
-        import pydantic
+        import pydantic  # late: only saved results need it
 
         try:
             content = json.loads(text)
-            found = content["schema"]
+            schema = content["schema"]
         except (ValueError, KeyError, TypeError, RecursionError):
             raise ValueError("it is not JSON, or has no schema.") from None
-        if found != SCHEMA:
-            raise ValueError(f"it has schema {str(found)[:20]}, this gradindex reads {SCHEMA}; "
+        if schema != SCHEMA:
+            raise ValueError(f"it has schema {str(schema)[:20]}, this gradindex reads {SCHEMA}; "
                              "search again.")
         if "results" in content:
             raise ValueError("it is a comparison; expected one search's result.")
-        for added in ("schema", "units", "asked"):
-            content.pop(added, None)
+        # What `to_dict` and files of many results add are no fields. Every step minds the types:
+        # the text may be a stranger's, and pydantic sees it only at the end.
+        for extra in ("schema", "units", "asked"):
+            content.pop(extra, None)
         query = content.get("query")
-        for text_of in [query, *(query.get("others") or [])] if isinstance(query, dict) else []:
-            for added in ("scored", "log_p"):
-                text_of.pop(added, None) if isinstance(text_of, dict) else None
+        for saved in [query, *(query.get("others") or [])] if isinstance(query, dict) else []:
+            for extra in ("scored", "log_p"):
+                saved.pop(extra, None) if isinstance(saved, dict) else None
         try:
+            # strict: a string where a number belongs would fail later, in whatever shows it
             result: Result = pydantic.TypeAdapter(cls).validate_json(
                 json.dumps(content), strict=True)
         except pydantic.ValidationError as error:
@@ -318,15 +351,18 @@ class Comparison:
     influence: dict[int, tuple[float, float]]
 
     def pairs(self) -> list[tuple[Hit, float, float]]:
-        """Every hit once, with its influence on both, what is most for the first rather first."""
+        """Every hit once, as (hit, influence on the first, influence on the second).
+
+        First come those that speak most for the first completion rather than the second.
+        """
         hits = {hit.id: hit for result in self.results for hit in result}
-        found = [(hit, *self.influence[one]) for one, hit in hits.items()]
-        return sorted(found, key=lambda one: one[2] - one[1])
+        pairs = [(hit, *self.influence[number]) for number, hit in hits.items()]
+        return sorted(pairs, key=lambda pair: pair[2] - pair[1])
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain JSON types."""
         return {"schema": SCHEMA, "results": [result.to_dict() for result in self.results],
-                "influence": {str(one): list(pair) for one, pair in self.influence.items()}}
+                "influence": {str(number): list(pair) for number, pair in self.influence.items()}}
 
     def to_json(self) -> str:
         """One JSON object with everything."""

@@ -9,7 +9,8 @@ import re
 from typing import Any
 
 # All of them but tab and newline. Written out, for asking unicodedata about every code point takes
-# a tenth of a second; tests/test_terminal.py compares.
+# a tenth of a second; tests/test_terminal.py compares. A stranger's training text may hold any of
+# them, and a terminal obeys some: it would move its cursor, or write a line that nobody said.
 _HIDDEN = (
     r"\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891\u08e2\u180e"
     r"\u200b-\u200f\u2028-\u202e\u2060-\u2064\u2066-\u206f\ud800-\uf8ff\ufeff\ufff9-\ufffb"
@@ -21,22 +22,38 @@ _IN_A_LINE = re.compile(rf"[\t\n{_HIDDEN}]")
 
 
 def visible(text: str) -> str:
-    r"""One line: newlines as ⏎, tabs as →, other hidden characters as \xNN, \uNNNN, \UNNNNNNNN."""
+    r"""Text as one line: newlines as ⏎, tabs as →, other hidden characters as escapes.
+
+    Escapes are \xNN, \uNNNN or \UNNNNNNNN.
+
+    >>> print(visible("two\nlines, \x1b[31mred"))
+    two⏎lines, \x1b[31mred
+    """
     return _IN_A_LINE.sub(_escape, text)
 
 
 def visible_lines(text: str) -> str:
-    """The same with newlines and tabs as they are: for messages, CSV and HTML."""
+    r"""Text with newlines and tabs as they are, and other hidden characters as escapes.
+
+    For messages, CSV and HTML.
+
+    >>> print(visible_lines("\u202eevil"))
+    \u202eevil
+    """
     return _IN_LINES.sub(_escape, text)
 
 
 def json_text(value: Any, **options: Any) -> str:
     r"""JSON that parses to `value`, readable, with hidden characters as \uNNNN.
 
-    `options` are of json.dumps; NaN and infinities raise ValueError. (JSON has no words for a high
-    lone surrogate followed by a low one: they parse as the character that the two encode.)
+    `options` are those of json.dumps. Raises ValueError for NaN and infinities. A lone high
+    surrogate followed by a lone low one parses as the character that the two encode: JSON can't
+    tell these apart.
+
+    >>> print(json_text({"text": "a\u200bb"}))
+    {"text": "a\u200bb"}
     """
-    # json.dumps escapes newlines and tabs itself: those left are of the indentation.
+    # json.dumps escapes newlines and tabs itself, so those that are left belong to the indentation.
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, **options)
     return _IN_LINES.sub(_json_escape, text)
 

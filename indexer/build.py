@@ -52,7 +52,8 @@ from gradindex.version import VERSION
 from indexer.background import make_background
 from indexer.build_request import BuildRequest, anywhere
 from indexer.calibrate import calibrate
-from indexer.fit.schedule import FitNotes, fit
+from indexer.fit.notes import FitNotes
+from indexer.fit.schedule import fit
 from indexer.prepare import Prepared, make_codes, prepare
 from indexer.read import ingest
 from indexer.read.ingest import Run

@@ -173,8 +173,8 @@ def delete(index: Path, ids: str | None, user_ids: str | None, names: tuple[str,
       echo 4711 | gradindex delete train.index --ids -
     """
     from gradindex.progress import stderr_progress
-    from indexer.upkeep.commit import delete as run
-    from indexer.upkeep.commit import remove
+    from indexer.upkeep.delete import delete as run
+    from indexer.upkeep.delete import give_up
 
     progress = stderr_progress()
     if bool(names) + (ids is not None or user_ids is not None) != 1:
@@ -183,7 +183,7 @@ def delete(index: Path, ids: str | None, user_ids: str | None, names: tuple[str,
     if ids == user_ids == "-":
         raise click.UsageError("only one of --ids and --user-ids can be standard input, -.")
     if names:
-        rows = remove(index, names, progress)
+        rows = give_up(index, names, progress)
         progress.say(f"{rows:,} sequences given up with their segments")
         return
     own = set(_user_ids(user_ids)) if user_ids else set()
@@ -211,7 +211,7 @@ def compact(index: Path) -> None:
       gradindex compact train.index
     """
     from gradindex.progress import stderr_progress
-    from indexer.upkeep.commit import compact as run
+    from indexer.upkeep.compact import compact as run
 
     run(index, stderr_progress())
 

@@ -27,7 +27,8 @@ from gradindex.storage.plan import Plan
 from gradindex.storage.records import Record
 from indexer.dry_run.measure import batch_bytes
 from indexer.fit.budget import disk_bytes, held_bytes, partitions
-from indexer.fit.schedule import AHEAD, LARGEST_BLOCK, FitSettings
+from indexer.fit.notes import FitSettings
+from indexer.fit.schedule import AHEAD, LARGEST_BLOCK
 from indexer.read import ingest
 from indexer.read.ingest import Run
 from indexer.state import State

@@ -25,10 +25,12 @@ from gradindex.storage.files import disk_errors
 from gradindex.storage.locks import one_of_writers
 from gradindex.storage.plan import Plan
 from indexer.build_request import BuildRequest
-from indexer.fit.schedule import Fit, fitted
+from indexer.fit.folder import FitFolder
+from indexer.fit.schedule import read_fitted
+from indexer.fit.units import FitUnits
 from indexer.prepare import Prepared, make_codes, prepare
 from indexer.read import ingest
-from indexer.shards import OVER_RAY, Shard, Stage
+from indexer.shards import OVER_RAY, Stage
 from indexer.state import State
 
 TRIES = 4  # of a unit that fails, or to have a worker there
@@ -74,7 +76,7 @@ class _Worker:
         self._stack = contextlib.ExitStack()
         self._codes: Codes | None = None
         self._about: Prepared
-        self._fit: Fit
+        self._units: FitUnits
 
     def process(self) -> int:
         """The process's number: it has its place."""
@@ -104,8 +106,9 @@ class _Worker:
                 f"began with, {dtype} on {device}. Give all machines the same versions of "
                 "gradindex, torch and transformers.")
         self._about = about
-        self._fit = Fit(found, about.tracked, about.run.records, about.settings,
-                        self._index / "curvature.partial", Progress(), 0, Shard(1, 2))
+        folder = FitFolder(self._index / "curvature.partial", about.tracked, about.settings,
+                           first=False)
+        self._units = FitUnits(found, about.run.records, folder, Progress())
 
     def _join(self) -> None:
         """Take the number's lock, which a worker of a killed driver may hold for a moment yet."""
@@ -132,16 +135,16 @@ class _Worker:
     def _do(self, stage: Stage, unit: int) -> None:
         about = self._about
         if stage.name != "encode":
-            self._fit.do(stage, unit)
+            self._units.do(stage, unit)
         elif unit in ingest.unsealed(about.run):
             ingest.encode_one(about.model, self._made_codes(), about.run, about.run.segments[unit],
                               self._job.plan.batch_tokens, Progress())
 
     def _made_codes(self) -> Codes:
         if self._codes is None:
-            self._fit.forget()
+            self._units.forget()
             about = self._about
-            ekfac, _ = fitted(about.model, about.tracked, about.settings.covariance_blocks,
+            ekfac, _ = read_fitted(about.model, about.tracked, about.settings.covariance_blocks,
                               self._index, Progress(), about.allowance)
             kept = [module for module in about.tracked if module.name in ekfac]
             self._codes = make_codes(kept, ekfac, self._job.plan)

@@ -22,7 +22,7 @@ DOORS = {  # library: the files that it enters through
     "jinja2": {"search/show/html.py"},
     "starlette": {"search/serve/guard.py", "search/serve/server.py"},
     "uvicorn": {"search/serve/connections.py", "search/serve/listening.py"},
-    "scipy": {"gradindex/storage/token_file.py", "indexer/fit/schedule.py"},
+    "scipy": {"gradindex/storage/token_file.py", "indexer/fit/eigen.py"},
     "sklearn": {"search/study/evaluate.py"},
     "matplotlib": {"search/study/evaluate.py"},
     "peft": set(),

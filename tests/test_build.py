@@ -231,7 +231,7 @@ def test_every_sequence_knows_its_place(index_folder):
 
 
 def test_refusals_come_before_anything_expensive(model_folder, data_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(ModelSource, "load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(LanguageModel, "load", lambda *_: pytest.fail("the model was loaded"))
     model = str(model_folder)
     chat = tmp_path / "chat.jsonl"
     chat.with_suffix(".json").write_text("[]")

@@ -14,7 +14,7 @@ from gradindex.model.tracked import tracked_modules
 from gradindex.storage.records import Part, Record
 from indexer.dry_run.measure import batch_bytes
 from indexer.fit.budget import held_bytes, partitions
-from indexer.fit.schedule import FitSettings
+from indexer.fit.notes import FitSettings
 from search.ask.controls import Controls
 from search.ask.settings import settle
 from search.rank import query_gradient

@@ -3,7 +3,13 @@
 Grosse et al. 2023 (App. A) split large A and S in O = 2 blocks along the diagonal and leave out
 what is between them: memory falls by O, eigendecompositions take 1/O² of the time. A matrix
 [n, n] in O blocks is kept as its blocks of m = ⌈n/O⌉ rows each, one below the other: [n, m]. The
-last may have fewer rows, and as many columns fewer (those are zero). One block is the plain matrix.
+last block may have fewer rows; it then has as many columns fewer, and the rest of its rows is zero.
+With O = 1, [n, m] is the plain matrix.
+
+    [a b . .]                   [a b]
+    [c d . .]   is kept as      [c d]   n = 4, O = 2, m = 2
+    [. . e f]                   [e f]
+    [. . g h]                   [g h]
 """
 
 from collections.abc import Callable, Sequence
@@ -19,17 +25,29 @@ LINE = 16  # numbers: 64 bytes in float32
 
 
 def block_rows(n: int, blocks: int) -> int:
-    """m, the rows of a block of a matrix [n, n]."""
+    """m, the rows of each of `blocks` blocks of a matrix [n, n].
+
+    >>> block_rows(5, 2)  # the second has two
+    3
+    """
     return -(-n // blocks)
 
 
 def square_entries(module: Module, blocks: int) -> int:
-    """How many numbers A and S of a module have, or Q_A and Q_S."""
+    """How many numbers a module's A and S have together; Q_A and Q_S have as many.
+
+    >>> square_entries(Module("m", 0, "mlp", d_out=2, d_in=3, bias=True), blocks=2)  # 2·1 + 4·2
+    10
+    """
     return sum(n * block_rows(n, blocks) for n in module.shape)
 
 
 def covariance_shapes(modules: Sequence[Module], blocks: int) -> dict[str, tuple[int, int]]:
-    """The shapes of A [i, m] and S [o, m] by `name/A` and `name/S`."""
+    """The shapes of every module's A, [i, m], and S, [o, m], by the names `name/A` and `name/S`.
+
+    >>> covariance_shapes([Module("m", 0, "mlp", d_out=2, d_in=3, bias=False)], blocks=1)
+    {'m/A': (3, 3), 'm/S': (2, 2)}
+    """
     shapes = {}
     for module in modules:
         o, i = module.shape
@@ -39,93 +57,135 @@ def covariance_shapes(modules: Sequence[Module], blocks: int) -> dict[str, tuple
 
 
 def square_blocks(matrix: Tensor) -> list[Tensor]:
-    """The square blocks of a matrix [n, m], to read or to write."""
+    """The square blocks of a matrix [n, m], as views: writing to one writes to the matrix.
+
+    >>> square_blocks(torch.tensor([[1, 2], [3, 4], [5, 0]]))
+    [tensor([[1, 2],
+            [3, 4]]), tensor([[5]])]
+    """
     return [rows[:, : len(rows)] for rows in matrix.split(matrix.shape[1])]
 
 
 def identity(n: int, m: int, like: Tensor) -> Tensor:
-    """The identity [n, n] in blocks of m rows: [n, m], of the dtype and device of `like`."""
-    made = like.new_zeros(n, m)
-    for block in square_blocks(made):
+    """The identity [n, n] in blocks of m rows: [n, m], of the dtype and device of `like`.
+
+    >>> identity(3, 2, torch.zeros(1)).tolist()
+    [[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]
+    """
+    matrix = like.new_zeros(n, m)
+    for block in square_blocks(matrix):
         block.fill_diagonal_(1)
-    return made
+    return matrix
 
 
 def add_outer(sums: Tensor, rows: Tensor, bias: bool = False) -> None:
-    """Add Σ x xᵀ over rows x [t, n], the upper triangle of its diagonal blocks, to sums [n, m].
+    """Add Σ x xᵀ over the rows x of [t, n] to sums [n, m]: upper triangles of the blocks alone.
 
-    With a bias, x lacks its last entry, a 1. What lies below the triangle is unfinished, see
-    `symmetric`: leaving it out saves up to half the arithmetic.
+    With a bias, the rows are [t, n − 1] and stand for (x, 1). `symmetric` finishes a block; what
+    `add_outer` leaves below a triangle means nothing.
+
+    >>> sums = torch.zeros(2, 2)
+    >>> add_outer(sums, torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    >>> symmetric(sums).tolist()
+    [[10.0, 14.0], [14.0, 20.0]]
     """
     n, m = sums.shape
     for first, block in zip(range(0, n, m), square_blocks(sums), strict=True):
         part = rows[:, first : first + m]
         width = part.shape[1]
+        # Strip by strip, so that most of what lies below the triangle is never computed: up to
+        # half of the arithmetic of the fit's first pass.
         for start in range(0, width, STRIP):
             end = min(start + STRIP, width)
             block[start:end, start:width].addmm_(part[:, start:end].T, part[:, start:])
-        if bias and first + m >= n:
+        if bias and first + m >= n:  # only the last block holds the bias
             block[:width, width] += part.sum(0)
             block[width, width] += len(part)
 
 
 def symmetric(block: Tensor) -> Tensor:
-    """A square block whose upper triangle `add_outer` summed, mirrored: a new matrix."""
+    """The symmetric matrix [n, n] of which `add_outer` summed the upper triangle; a new one."""
     return block.triu().add_(block.triu(1).T)
 
 
 def right(x: Tensor, q: Tensor, bias: bool = False) -> Tensor:
-    """x Q for x [..., n], Q [n, n] in blocks as [n, m]. With a bias, x lacks its last entry, a 1.
+    """x Q [..., t, n] for x [..., t, n] and Q [n, n], which is kept in blocks [n, m].
 
-    Rows of the result lie whole cache lines apart: products into odd rows take a third longer.
+    With a bias, x is [..., t, n − 1] and stands for (x, 1).
+
+    >>> right(torch.tensor([[1.0]]), torch.tensor([[2.0, 0.0], [0.0, 3.0]]), bias=True).tolist()
+    [[2.0, 3.0]]
     """
     rows, (n, m) = x.flatten(0, -2), q.shape
-    found = rows.new_empty(len(rows), -(-n // LINE) * LINE)[:, :n]
+    # The product's rows begin whole cache lines apart: into odd rows it takes a third longer.
+    product = rows.new_empty(len(rows), -(-n // LINE) * LINE)[:, :n]
     for first, block in zip(range(0, n, m), square_blocks(q), strict=True):
-        part, own = rows[:, first : first + m], found[:, first : first + m]
+        part, target = rows[:, first : first + m], product[:, first : first + m]
         if bias and first + m >= n:
-            torch.addmm(block[-1], part, block[:-1], out=own)
+            torch.addmm(block[-1], part, block[:-1], out=target)
         else:
-            torch.mm(part, block, out=own)
-    product: Tensor = found.unflatten(0, x.shape[:-1])
-    return product
+            torch.mm(part, block, out=target)
+    shaped: Tensor = product.unflatten(0, x.shape[:-1])
+    return shaped
 
 
 def right_transposed(x: Tensor, q: Tensor) -> Tensor:
-    """x Qᵀ for x [..., n], Q [n, n] in blocks as [n, m]."""
+    """x Qᵀ [..., t, n] for x [..., t, n] and Q [n, n], which is kept in blocks [n, m].
+
+    >>> q = torch.tensor([[0.0, 1.0], [3.0, 0.0]])
+    >>> right_transposed(torch.tensor([[1.0, 2.0]]), q).tolist()
+    [[2.0, 3.0]]
+    """
     return _beside([part @ block.T for part, block in
                     zip(x.split(q.shape[1], -1), square_blocks(q), strict=True)])
 
 
 def _beside(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)  # cat would copy the only one
 
 
 def enter(g: Tensor, q_a: Tensor, q_s: Tensor) -> Tensor:
-    """Q_Sᵀ G Q_A for G [..., o, i], Q_A [i, m] and Q_S [o, m] in blocks."""
+    """Q_Sᵀ G Q_A [..., o, i] for G [..., o, i], Q_A [i, m] and Q_S [o, m] in blocks.
+
+    >>> g, swap = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    >>> enter(g, q_a=swap, q_s=torch.ones(1, 1)).tolist()
+    [[2.0, 1.0]]
+    """
     return right(right(g.mT, q_s).mT, q_a)
 
 
 def leave(c: Tensor, q_a: Tensor, q_s: Tensor) -> Tensor:
-    """Q_S C Q_Aᵀ for C [..., o, i], Q_A [i, m] and Q_S [o, m] in blocks."""
+    """Q_S C Q_Aᵀ [..., o, i], which undoes `enter`.
+
+    >>> turn = torch.tensor([[0.6, -0.8], [0.8, 0.6]])
+    >>> g = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    >>> bool(torch.allclose(leave(enter(g, turn, turn), turn, turn), g))
+    True
+    """
     return right_transposed(right_transposed(c.mT, q_s).mT, q_a)
 
 
 def rotated(module: Module, a: Tensor, d: Tensor, q_a: Tensor, q_s: Tensor) -> Tensor:
-    """Q_Sᵀ G Q_A of each sequence, [b, o, i], see `rotator`."""
+    """Q_Sᵀ G Q_A of every sequence, [b, o, i]; the arguments are those of `rotator`."""
     return rotator(module, a, d, q_a, q_s)(slice(None))
 
 
 def rotator(
     module: Module, a: Tensor, d: Tensor, q_a: Tensor, q_s: Tensor
 ) -> Callable[[slice], Tensor]:
-    """What gives Q_Sᵀ G Q_A of some sequences, [n, o, i], in the dtype of the eigenvectors.
+    """A function from a slice of the batch to Q_Sᵀ G Q_A of its n sequences, [n, o, i].
 
-    Of a [b, t, i] and d [b, t, o]; Q_A [i, m] and Q_S [o, m] are in blocks. Either the tokens are
-    rotated, all at once, or some sequences' gradients, whichever takes less arithmetic: few long
-    sequences of a narrow module are better multiplied first.
+    a [b, t, i] and d [b, t, o] are a batch's inputs and output gradients, without the bias's 1;
+    Q_A [i, m] and Q_S [o, m] are in blocks, and the result has their dtype.
+
+    >>> m = Module("m", 0, "mlp", d_out=1, d_in=2, bias=False)
+    >>> a, d = torch.tensor([[[1.0, 2.0], [0.0, 1.0]]]), torch.ones(1, 2, 1)
+    >>> rotator(m, a, d, torch.eye(2), 2 * torch.ones(1, 1))(slice(0, 1)).tolist()
+    [[[2.0, 6.0]]]
     """
     (o, i), a, d = module.shape, a.to(q_a.dtype), d.to(q_a.dtype)
+    # Either the tokens are rotated, all at once, or the gradients, a slice at a time: whichever
+    # takes less arithmetic. Few long sequences of a narrow module are better multiplied first.
     if a.shape[1] * (q_s.numel() + q_a.numel()) <= o * i * (q_s.shape[1] + q_a.shape[1]):
         d, a = right(d, q_s), right(a, q_a, module.bias)
         return lambda rows: d[rows].mT @ a[rows]

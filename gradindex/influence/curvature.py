@@ -28,7 +28,16 @@ DAMPING = 0.1  # of mean(Λ), as in Grosse et al. 2023, §5
 class Curvature:
     """One module's eigenvectors Q_A [i, m] and Q_S [o, m] (columns) and eigenvalues Λ [o, i].
 
-    The eigenvectors are in blocks of m rows; m = i, and m = o, where there is but one.
+    The eigenvectors are in blocks of m rows (`blockwise.py`); where there is one block, Q_A is
+    [i, i] and Q_S is [o, o]. `factor` is the damping in units of mean(Λ): λ = factor · mean(Λ).
+
+    >>> curvature = Curvature(torch.eye(2), torch.eye(1), torch.tensor([[1.0, 3.0]]))
+    >>> curvature.damped(0.5)
+    tensor([[2., 4.]])
+    >>> curvature.coordinates(torch.tensor([[4.0, 4.0]]), 0.5)
+    tensor([[2., 1.]])
+    >>> round(curvature.effective_dimension(0.5), 4)  # 1/2 + 3/4
+    1.25
     """
 
     eigenvectors_a: Tensor
@@ -36,20 +45,22 @@ class Curvature:
     eigenvalues: Tensor
 
     def damped(self, factor: float) -> Tensor:
-        """Λ + factor · mean(Λ)  [o, i]."""
+        """Λ + λ  [o, i], a new tensor."""
+        # Never in place: a second search with another damping would find the first one's λ in Λ.
         return self.eigenvalues + factor * self.eigenvalues.mean()
 
     def coordinates(self, gradient: Tensor, factor: float) -> Tensor:
-        """C = (Q_Sᵀ G Q_A) / (Λ+λ)  [o, i]: the preconditioned gradient in the eigenbasis."""
+        """C = (Q_Sᵀ G Q_A) / (Λ+λ)  [..., o, i]: a preconditioned gradient, in the eigenbasis."""
         return enter(gradient, self.eigenvectors_a, self.eigenvectors_s) / \
             self.damped(factor)
 
     def leave_eigenbasis(self, coordinates: Tensor) -> Tensor:
-        """Q_S C Q_Aᵀ  [o, i]."""
+        """Q_S C Q_Aᵀ  [..., o, i]: coordinates in the eigenbasis as a gradient again."""
         return leave(coordinates, self.eigenvectors_a, self.eigenvectors_s)
 
     def effective_dimension(self, factor: float = DAMPING) -> float:
         """Σ Λ/(Λ+λ): how many directions the damping leaves."""
+        # in float64: up to millions of terms between 0 and 1
         return float((self.eigenvalues.double() / self.damped(factor).double()).sum())
 
 
@@ -57,6 +68,7 @@ Ekfac = Mapping[str, Curvature]  # by module name
 
 
 def path_of(folder: Path, module: Module) -> Path:
+    """The file of a module's curvature in a folder of such files."""
     return folder / f"{module.name}.safetensors"
 
 
@@ -69,13 +81,18 @@ def save(folder: Path, module: Module, curvature: Curvature) -> FileFacts:
 
 
 def file_entries(module: Module, covariance_blocks: int) -> int:
-    """How many numbers one module's curvature has, A and S in so many blocks."""
+    """How many numbers Q_A, Q_S and Λ of a module have, A and S being in so many blocks.
+
+    >>> file_entries(Module("m", 0, "mlp", d_out=2, d_in=3, bias=False), 1)  # 9 + 4 + 6
+    19
+    """
     o, i = module.shape
     return square_entries(module, covariance_blocks) + o * i
 
 
 def file_bytes(module: Module, dtype: torch.dtype, covariance_blocks: int) -> int:
-    """Bytes of one module's file, but for some digits of its header."""
+    """Bytes of one module's file, exact but for some digits in its header."""
+    # Of one number each: only the names count, and a tensor's shape and offsets are those digits.
     small = {name: torch.zeros(1, dtype=dtype)
              for name in ("eigenvectors_a", "eigenvectors_s", "eigenvalues")}
     entries = file_entries(module, covariance_blocks)
@@ -83,23 +100,23 @@ def file_bytes(module: Module, dtype: torch.dtype, covariance_blocks: int) -> in
 
 
 class FiledEkfac(Mapping[str, Curvature]):
-    """The curvature of some modules, each read from its file when it is asked for.
+    """The curvature of some modules by name, each read from its file when it is asked for.
 
-    `path` gives a module's file. On a CPU that is mapped, not copied. What was read is kept as long
-    as all that is kept together takes at most `held` bytes [any number]; other modules are read
-    again each time. Raises DamagedIndexError, at the first reading, for a missing or unreadable
-    file, or one that is no curvature of A and S in so many blocks.
+    `path` gives a module's file, which on a CPU is mapped and not copied. Modules are kept in
+    memory up to `bound` bytes in all [any number]; the others are read again each time. Raises
+    DamagedIndexError, when a module is first read, for a file that is missing, unreadable or no
+    curvature of A and S in so many blocks.
     """
 
     def __init__(
         self, path: Callable[[Module], Path], modules: Sequence[Module], device: torch.device,
-        dtype: torch.dtype, covariance_blocks: int, held: int | None = None,
+        dtype: torch.dtype, covariance_blocks: int, bound: int | None = None,
     ):
         self._path, self._device, self._dtype = path, device, dtype
         self._covariance_blocks = covariance_blocks
         self._modules = {module.name: module for module in modules}
-        self._room = math.inf if held is None else held
-        self._kept: dict[str, Curvature] = {}
+        self._room = math.inf if bound is None else bound
+        self._cache: dict[str, Curvature] = {}
         self._checked: set[str] = set()
 
     def __len__(self) -> int:
@@ -112,10 +129,11 @@ class FiledEkfac(Mapping[str, Curvature]):
         return name in self._modules
 
     def __getitem__(self, name: str) -> Curvature:
-        if name in self._kept:
-            return self._kept[name]
+        if name in self._cache:
+            return self._cache[name]
         module = self._modules[name]
         where = self._path(module)
+        # Digested only once: what doesn't fit into memory is read again for every batch.
         tensors = read_tensors(where, name not in self._checked)[0]
         if name not in self._checked:
             _check(module, self._covariance_blocks, tensors, where)
@@ -125,12 +143,12 @@ class FiledEkfac(Mapping[str, Curvature]):
         size = file_entries(module, self._covariance_blocks) * self._dtype.itemsize
         if size <= self._room:
             self._room -= size
-            self._kept[name] = curvature
+            self._cache[name] = curvature  # never dropped: every batch asks for all, in one order
         return curvature
 
 
 def _check(module: Module, covariance_blocks: int, tensors: dict[str, Tensor], where: Path) -> None:
-    """Raise DamagedIndexError for what is no curvature of the module."""
+    """Raise DamagedIndexError unless these tensors are a curvature of the module."""
     o, i = module.shape
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     expected = {"eigenvectors_a": (i, block_rows(i, covariance_blocks)),

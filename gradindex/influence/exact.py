@@ -29,7 +29,14 @@ SMALLEST_CHUNK, LARGEST_CHUNK = 16, 128  # sequences; batches are of like length
 
 
 class Influences:
-    """Adds up I [q, b] of a batch on every query."""
+    """Adds up the influence I [q, b] of a batch's sequences on every query, module by module.
+
+    >>> m = Module("m", 0, "mlp", d_out=1, d_in=2, bias=False)
+    >>> influences = Influences(Preconditioned({"m": torch.tensor([[[1.0, 2.0]]])}), rows=1)
+    >>> influences(m, a=torch.tensor([[[1.0, 1.0], [0.0, 1.0]]]), d=torch.ones(1, 2, 1))
+    >>> influences.total.tolist()  # (1 + 2) of the first token and 2 of the second
+    [[5.0]]
+    """
 
     def __init__(self, preconditioned: Preconditioned, rows: int):
         self._preconditioned = preconditioned
@@ -37,17 +44,26 @@ class Influences:
         self._parts: dict[str, Tensor] = {}
 
     def __call__(self, module: Module, a: Tensor, d: Tensor) -> None:
-        own = self._preconditioned.of(module).scores(module, a, d).to("cpu", torch.float64)
-        self._parts[module.name] = own
-        self.total += own
+        # float64: float32 would lose digits over hundreds of modules of unlike size
+        share = self._preconditioned.of(module).scores(module, a, d).to("cpu", torch.float64)
+        self._parts[module.name] = share
+        self.total += share
 
     def stacked(self, modules: list[Module]) -> Tensor:
-        """[q, b, u], summing to I over u."""
+        """The shares of the modules, float64 [q, b, u]: summed over u they are I."""
         return torch.stack([self._parts[module.name] for module in modules], dim=-1)
 
 
 class Terms:
-    """Keeps the terms of I on one query: [b, t] by module name."""
+    """Keeps the terms of the influence on one query, by token and module.
+
+    >>> m = Module("m", 0, "mlp", d_out=1, d_in=2, bias=False)
+    >>> batch = Batch(torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1, 2))
+    >>> terms = Terms(Preconditioned({"m": torch.tensor([[[1.0, 2.0]]])}), batch)
+    >>> terms(m, a=torch.tensor([[[1.0, 1.0], [0.0, 1.0]]]), d=torch.ones(1, 2, 1))
+    >>> terms.stacked([m]).tolist()
+    [[[3.0], [2.0]]]
+    """
 
     def __init__(self, preconditioned: Preconditioned, batch: Batch):
         self._preconditioned, self._batch = preconditioned, batch
@@ -58,16 +74,24 @@ class Terms:
             module, self._preconditioned.of(module).terms(module, a, d))
 
     def stacked(self, modules: list[Module]) -> Tensor:
-        """[b, t, u], summing to I over t and u."""
+        """The terms d_tᵀ P_u a_t, [b, t, u]: summed over t and u they are I."""
         return torch.stack([self._parts[module.name] for module in modules], dim=-1)
 
 
 class GradientSizes:
-    """Adds up two sizes of each sequence's gradient, float64 [b].
+    """Adds up two sizes of each sequence's gradient ∇m, float64 [b].
 
-    `self_influence` = ‖m̃‖² = ∇mᵀ (G+λ)⁻¹ ∇m, with m̃ = (G+λ)^−½ ∇m; `squared_step` =
-    ‖(G+λ)⁻¹ ∇m‖², the change of parameters that adding m causes: I over its square root is
+    `self_influence` is ∇mᵀ (G+λ)⁻¹ ∇m, which is ‖m̃‖² for m̃ = (G+λ)^−½ ∇m. `squared_step` is
+    ‖(G+λ)⁻¹ ∇m‖², the squared change of parameters that adding m causes: I over its square root is
     θ-RelatIF (Barshan et al. 2020, eq. 7).
+
+    >>> m = Module("m", 0, "mlp", d_out=1, d_in=2, bias=False)
+    >>> from gradindex.influence.curvature import Curvature
+    >>> ekfac = {"m": Curvature(torch.eye(2), torch.eye(1), torch.tensor([[2.0, 4.0]]))}
+    >>> sizes = GradientSizes(ekfac, damping=0.0, rows=1)
+    >>> sizes(m, a=torch.tensor([[[2.0, 4.0]]]), d=torch.ones(1, 1, 1))
+    >>> sizes.self_influence.tolist(), sizes.squared_step.tolist()  # 4/2 + 16/4, 1² + 1²
+    ([6.0], [2.0])
     """
 
     def __init__(self, ekfac: Ekfac, damping: float, rows: int):
@@ -78,9 +102,10 @@ class GradientSizes:
     def __call__(self, module: Module, a: Tensor, d: Tensor) -> None:
         c = self._ekfac[module.name]
         damped = c.damped(self._damping)
-        some = rotator(module, a, d, c.eigenvectors_a, c.eigenvectors_s)
+        rotate = rotator(module, a, d, c.eigenvectors_a, c.eigenvectors_s)
+        # Here gradients are formed after all, [n, o, i]: some at a time, and changed in place.
         for rows in slices(module, len(a)):
-            part = some(rows).square_().div_(damped)
+            part = rotate(rows).square_().div_(damped)
             self.self_influence[rows] += part.sum((1, 2)).cpu()
             self.squared_step[rows] += part.div_(damped).sum((1, 2)).cpu()
 
@@ -89,7 +114,7 @@ def collect(
     model: LanguageModel, modules: list[Module], batch: Batch,
     *collectors: Callable[[Module, Tensor, Tensor], None], numbers: Tensor | None = None,
 ) -> None:
-    """One forward and backward pass of a batch, handed to every collector.
+    """One forward and backward pass of a batch, whose a and d every collector is called with.
 
     With `numbers` [b, t], labels are drawn from the model, as for `backward`.
     """
@@ -103,9 +128,11 @@ def collect(
 
 @dataclass
 class Rescorer:
-    """How gradients are formed: the model, the modules that count, λ's factor, tokens a batch.
+    """How sequences are scored exactly.
 
-    `halved` counts the batches that were halved because memory ran out.
+    `modules` are those that count, `damping` is λ in units of mean(Λ), and a batch has at most
+    `batch_tokens` tokens, padding counted. `halved` counts the batches that were halved because
+    memory ran out.
     """
 
     model: LanguageModel
@@ -118,10 +145,11 @@ class Rescorer:
 
 @dataclass
 class Exact:
-    """One sequence, scored: influence [q] on each query, and the sizes of its gradient if asked.
+    """The exact scores of one sequence.
 
-    `terms` [t, u] by token and module, for a single query and if asked; `by_module` [q, u] if
-    asked.
+    `influence` float64 [q] is its influence on each query. The rest is None unless `rescore` was
+    asked for it: the sizes of `GradientSizes`; `terms` [t, u], by token and module, which exist for
+    a single query only; and `by_module` float64 [q, u].
     """
 
     influence: np.ndarray
@@ -132,10 +160,12 @@ class Exact:
 
 
 def chunk_ends(count: int) -> list[int]:
-    """Where the chunks of `count` sequences end: small ones first, so that something is exact soon.
+    """Where the chunks of `count` sequences end. Whenever one is done, a prefix of them is exact.
 
-    Whenever a chunk is finished, a prefix of the sequences is exact.
+    >>> chunk_ends(200)
+    [16, 48, 112, 200]
     """
+    # Small chunks first: a user who watches, or interrupts, has exact scores of the best soon.
     ends, size = [0], SMALLEST_CHUNK
     while ends[-1] < count:
         ends.append(min(count, ends[-1] + size))
@@ -147,7 +177,11 @@ def rescore(
     by: Rescorer, preconditioned: Preconditioned, sequences: Sequence[Record],
     sizes: bool = False, terms: bool = False, by_module: bool = False, whole: bool = False,
 ) -> Iterator[list[tuple[int, Exact]]]:
-    """Yield, batch by batch, (place in `sequences`, score); chunks in order, or one as a `whole`.
+    """Score sequences exactly, and yield each batch as pairs (position in `sequences`, scores).
+
+    Within a chunk (`chunk_ends`) batches come in no order of the sequences; chunks come in order.
+    As a `whole`, all are one chunk. `sizes`, `terms` and `by_module` say which parts of `Exact` are
+    wanted. Raises ResourceError where memory doesn't hold one sequence.
     """
     first = 0
     for end in [len(sequences)] if whole else chunk_ends(len(sequences)):
@@ -158,9 +192,9 @@ def rescore(
                                 by_module)
 
         lengths, splits = [len(record.tokens) for record in chunk], Splits()
-        for rows, found in in_batches(lengths, by.batch_tokens, splits, run):
-            yield [(first + row, one) for row, one in zip(rows, found, strict=True)]
-        by.halved += len(splits.made)
+        for rows, scores in in_batches(lengths, by.batch_tokens, splits, run):
+            yield [(first + row, exact) for row, exact in zip(rows, scores, strict=True)]
+        by.halved += len(splits.halved)
         first = end
 
 
@@ -177,8 +211,39 @@ def exact_scores(
     return scores
 
 
+def self_influence(
+    by: Rescorer, sequences: list[Record],
+    batch_of: Callable[[list[Record]], tuple[Batch, Tensor | None]],
+) -> np.ndarray:
+    """‖m̃‖² of every sequence: float64 [sequences], see `GradientSizes`.
+
+    `batch_of` makes the batch of some, and the numbers that draw their labels from the model [its
+    targets are the labels].
+    """
+    def run(rows: list[int]) -> np.ndarray:
+        batch, numbers = batch_of([sequences[row] for row in rows])
+        sizes = GradientSizes(by.ekfac, by.damping, len(rows))
+        collect(by.model, by.modules, batch, sizes, numbers=numbers)
+        return sizes.self_influence.numpy()
+
+    every = np.zeros(len(sequences))
+    lengths = [len(record.tokens) for record in sequences]
+    for rows, sizes in in_batches(lengths, by.batch_tokens, Splits(), run):
+        every[rows] = sizes
+    return every
+
+
 def joined(parts: Sequence[Exact]) -> Exact:
-    """One sequence's score from those by parts of the modules, in order; with terms and sizes."""
+    """A sequence's scores on all modules from those on parts of them, with terms and sizes.
+
+    Parts, in the order of their modules, are what a search scores where memory doesn't hold the
+    query's whole gradient.
+
+    >>> parts = [Exact(np.array([n]), n, n, np.array([[n]])) for n in (1.0, 2.0)]
+    >>> joined(parts)
+    Exact(influence=array([3.]), self_influence=3.0, squared_step=3.0, terms=array([[1., 2.]]),
+          by_module=None)
+    """
     return Exact(
         np.sum([part.influence for part in parts], axis=0),
         sum(part.self_influence or 0.0 for part in parts),
@@ -191,28 +256,32 @@ def _score_batch(
     by: Rescorer, preconditioned: Preconditioned, members: list[Record], sizes: bool, terms: bool,
     by_module: bool,
 ) -> list[Exact]:
+    """The scores of one batch of sequences, in their order; see `rescore`."""
     batch = by.model.batch(members)
-    own = GradientSizes(by.ekfac, by.damping, len(members))
-    extra = [own] if sizes else []
+    gradient_sizes = GradientSizes(by.ekfac, by.damping, len(members))
+    extra = [gradient_sizes] if sizes else []
     if terms:
         parts = Terms(preconditioned, batch)
         collect(by.model, by.modules, batch, parts, *extra)
         stacked = parts.stacked(by.modules).cpu().numpy()
-        found = [
-            Exact(each[: len(m.tokens)].sum(keepdims=True, dtype=np.float64)[0],
-                  terms=each[: len(m.tokens)].copy())
-            for m, each in zip(members, stacked, strict=True)
+        # The score is the sum of the very terms that are shown, so that they add up to it. Padding
+        # has none, and each is copied, or one hit would keep the whole batch's terms in memory.
+        scores = [
+            Exact(by_token[: len(m.tokens)].sum(keepdims=True, dtype=np.float64)[0],
+                  terms=by_token[: len(m.tokens)].copy())
+            for m, by_token in zip(members, stacked, strict=True)
         ]
     else:
         influences = Influences(preconditioned, len(members))
         collect(by.model, by.modules, batch, influences, *extra)
-        found = [Exact(column) for column in influences.total.numpy().T]
+        scores = [Exact(column) for column in influences.total.numpy().T]
         if by_module:
             shares = influences.stacked(by.modules).transpose(0, 1).numpy()
-            for one, share in zip(found, shares, strict=True):
-                one.by_module = share
+            for exact, share in zip(scores, shares, strict=True):
+                exact.by_module = share
     if sizes:
-        for one, size, step in zip(found, own.self_influence.tolist(), own.squared_step.tolist(),
-                                   strict=True):
-            one.self_influence, one.squared_step = size, step
-    return found
+        for exact, size, step in zip(
+                scores, gradient_sizes.self_influence.tolist(),
+                gradient_sizes.squared_step.tolist(), strict=True):
+            exact.self_influence, exact.squared_step = size, step
+    return scores

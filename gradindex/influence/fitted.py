@@ -12,6 +12,7 @@ from gradindex.influence.curvature import Ekfac, FiledEkfac
 from gradindex.memory import Allowance
 from gradindex.model.config import vocabulary_size
 from gradindex.model.identity import check_identity, tokenizer_digest
+from gradindex.model.loading import DEVICE
 from gradindex.model.network import LanguageModel
 from gradindex.model.source import ModelSource
 from gradindex.objective import NextToken
@@ -21,17 +22,17 @@ from gradindex.storage.manifest import Manifest
 
 
 class FittedModel:
-    """The model of an index, loaded and checked at first use; so are its curvature and codes.
+    """The model of an index with its curvature and codes, each loaded and checked at first use.
 
-    `given` says where the weights are now, if not where they were at the build, and how much
-    memory may be used (`allowance`).
+    `source` says where the model is now, if not where it was at the build, on what device it is to
+    run, and how much memory may be used (`allowance`).
     """
 
-    def __init__(self, manifest: Manifest, files: CheckedFiles, given: ModelSource):
+    def __init__(self, manifest: Manifest, files: CheckedFiles, source: ModelSource):
         self.manifest = manifest
         self._files = files
-        self._model_given = given.model is not None
-        self._source = given.at_build(
+        self._model_named = source.model is not None
+        self._source = source.at_build(
             manifest.model["name"], manifest.model["revision"], manifest.model["tokenizer_name"])
         self._model: LanguageModel | None = None
         self._tokenizer: Any | None = None
@@ -53,6 +54,7 @@ class FittedModel:
             facts = self.manifest
             source = replace(self._source, tokenizer=self.tokenizer)  # which isn't read twice
             with self._explained():
+                # A model object is never cast behind its owner's back: another dtype is refused.
                 model = LanguageModel.load(source, "auto" if source.is_object else facts.dtype)
             dtype = str(model.dtype).removeprefix("torch.")
             if dtype != facts.dtype:
@@ -61,26 +63,28 @@ class FittedModel:
                     f"Load it with dtype={facts.dtype}, or build a new index with --dtype {dtype}."
                 )
             check_identity(model, dict(facts.model))
-            own = vocabulary_size(model.network.config)
-            if own != facts.vocabulary:
+            vocabulary = vocabulary_size(model.network.config)
+            if vocabulary != facts.vocabulary:
                 raise IndexMismatchError(
-                    f"the model has {own} tokens, the index was built with {facts.vocabulary}. "
-                    "Pass the right one with --model."
+                    f"the model has {vocabulary} tokens, the index was built with "
+                    f"{facts.vocabulary}. Pass the right one with --model."
                 )
             self._model = model
         return self._model
 
     @property
     def tokenizer(self) -> Any | None:
-        """The model's tokenizer, if it has one. Raises IndexMismatchError for another."""
+        """The model's tokenizer, or None. Raises IndexMismatchError for another than the build's.
+        """
         if not self._tokenizer_read:
             with self._explained():
                 self._config = self._source.load_config()
                 tokenizer = self._source.load_tokenizer()
-            expected, found = self.manifest.model["tokenizer"], tokenizer_digest(tokenizer)
-            if tokenizer is not None and expected not in (None, found):
+            expected, digest = self.manifest.model["tokenizer"], tokenizer_digest(tokenizer)
+            # An index of token files may have been built without one, and any may read it then.
+            if tokenizer is not None and expected not in (None, digest):
                 raise IndexMismatchError(
-                    f"the tokenizer (digest {str(found)[:12]}) is not the one the index was built "
+                    f"the tokenizer (digest {str(digest)[:12]}) is not the one the index was built "
                     f"with ({expected[:12]}). Pass the right model with --model, or its tokenizer "
                     "with --tokenizer."
                 )
@@ -89,14 +93,15 @@ class FittedModel:
 
     @property
     def config(self) -> Any:
-        """The model's configuration."""
+        """The model's configuration, which needs none of its weights."""
         _ = self.tokenizer  # read with it
         return self._config
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
-        """Where the model can't be had, say what it was and how to say where it is."""
-        if not self._model_given and self.manifest.model["files"] is None:
+        """Add to an error about a missing model where it was at the build. Raises InputError."""
+        # A model object left no name: nothing can be looked for before the user passes it again.
+        if not self._model_named and self.manifest.model["files"] is None:
             raise InputError(
                 "this index was built from a model object; pass the model (--model PATH, or "
                 "gradindex.open(index, model=…))."
@@ -104,7 +109,8 @@ class FittedModel:
         try:
             yield
         except InputError as error:
-            if self._model_given or "--device" in str(error):
+            # a device that isn't there has nothing to do with where the model lies
+            if self._model_named or error.argument == DEVICE:
                 raise
             raise InputError(
                 f"{error} At the build it was {self._source.name}; if it was moved, say where it "
@@ -113,19 +119,21 @@ class FittedModel:
 
     @property
     def objective(self) -> NextToken:
-        """What of a sequence is scored; the model need not be loaded for it."""
+        """What the model is trained for; the model itself isn't loaded for it."""
         return NextToken()
 
     @property
     def allowance(self) -> Allowance:
-        """What may be used beside the model. Raises ResourceError where that is too little."""
+        """What memory may be used beside the model. Raises ResourceError where it is too little."""
         if self._source.max_memory is None:
             return Allowance()
         if self._allowance is None:
             width = self.model.accumulate.itemsize
+            # One module's curvature has to fit, and as much again for a batch: whatever else is
+            # read, is read a module at a time.
             largest, entries = max(
                 ((module, ekfac_files.file_entries(module, self._covariance_blocks))
-                 for module in self.manifest.modules), key=lambda one: one[1])
+                 for module in self.manifest.modules), key=lambda pair: pair[1])
             self._allowance = Allowance.beside(
                 self.model.bytes, self._source.max_memory, width * entries,
                 f"the curvature of {largest.name}", width * entries)
@@ -137,7 +145,7 @@ class FittedModel:
 
     @property
     def ekfac(self) -> Ekfac:
-        """The curvature of every tracked module, read when it is first used."""
+        """The curvature of every tracked module by name, each read when it is first used."""
         if self._ekfac is None:
             self._ekfac = FiledEkfac(
                 lambda module: self._files.path(curvature_file(module)), self.manifest.modules,
@@ -148,12 +156,14 @@ class FittedModel:
 
     @property
     def codes(self) -> Codes:
-        """The code's projections. Raises DamagedIndexError if they can't be drawn again."""
+        """What makes vectors of gradients. Raises DamagedIndexError if it can't be drawn again."""
         if self._codes is None:
             facts = self.manifest.code
             self._codes = Codes(self.manifest.modules, self.ekfac, CodeSettings(
                 facts["length"], facts["width"], facts["seed"], facts["damping"]
             ))
+            # The random numbers aren't stored. Others than the build's would give scores that look
+            # as good as any and mean nothing.
             if self._codes.digest != facts["digest"]:
                 raise DamagedIndexError(
                     "the random numbers of the code came out differently from the build's "

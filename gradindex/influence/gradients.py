@@ -31,14 +31,15 @@ def backward(
 ) -> Tensor:
     """Run a batch and call `each(module, a [b, t, i], d [b, t, o])` for every tracked module.
 
-    a comes without the bias's 1; d is the gradient of Σ log p of each sequence's targets. A map
-    that runs several times has its inputs side by side, an expert only those routed to it, padded
-    with zeros (`Batch.positions`). With `numbers` [b, t], labels are sampled from the model in
-    place of the targets (same positions). Returns log p per position [b, t], in nats. Modules
-    arrive from the last to the first.
-    Raises InputError for a module that runs on anything but [b, t, i] or [b·t, i], gives anything
-    but a tensor, whose output doesn't matter, or that, being no fused expert, doesn't run at all:
-    its weight may be used otherwise. BatchTooLargeError where memory runs out. Threads take turns.
+    a are the module's inputs, without the bias's 1; d is the gradient of Σ log p of each sequence's
+    targets with respect to its outputs. Modules arrive from the last to the first. A map that runs
+    several times has the inputs of its runs one behind the other, an expert only those that were
+    routed to it, padded with zeros: [b, m, i], see `Batch.positions`. With `numbers` [b, t] in
+    [0, 1), labels drawn from the model take the places of the targets.
+    Returns log p of each position's target, or label, in nats: [b, t].
+    Raises BatchTooLargeError where memory runs out, and InputError for a module that runs on
+    anything but [b, t, i] or [b·t, i], that returns anything but a tensor, whose output has no part
+    in the logits, or that doesn't run at all and is no fused expert. Threads take turns.
     """
     with model.one_at_a_time, out_of_memory(*batch.tokens.shape):
         return _backward(model, modules, batch, each, numbers)
@@ -46,8 +47,10 @@ def backward(
 
 @dataclass
 class _Run:
-    """One run of a module: its inputs, for an expert their places in the batch, and in the end its
-    output gradients."""
+    """One run of a module, d being there once the backward pass has reached it.
+
+    `places` int64 [n] are those of an expert's inputs among the batch's b·t tokens, and a [n, i].
+    """
 
     a: Tensor
     places: Tensor | None
@@ -78,12 +81,14 @@ def _backward(
             ran.add(module.name)
             if not output.requires_grad:  # the first tracked module: the graph begins here
                 output.requires_grad_()
-            output.register_hook(partial(arrived, module, run))
+            output.register_hook(partial(receive, module, run))
         return hook
 
-    def arrived(module: Module, run: _Run, d: Tensor) -> None:
+    def receive(module: Module, run: _Run, d: Tensor) -> None:
         run.d = d if run.places is not None else d.reshape(*batch.tokens.shape, -1)
-        if all(one.d is not None for one in runs[module.name]):
+        # A shared map's gradient is the sum over its runs, and its square is not the sum of theirs:
+        # it is handed over when all have arrived. Popped, so that memory holds few modules at once.
+        if all(earlier.d is not None for earlier in runs[module.name]):
             each(module, *_joined(module, runs.pop(module.name), batch))
 
     try:
@@ -93,13 +98,16 @@ def _backward(
         with torch.enable_grad():
             outputs = model.objective.outputs(model.network, batch)
     finally:
+        # The network is the user's: it must not keep our hooks when a pass fails.
         for handle in handles:
             handle.remove()
     _check_all_ran(model, modules, ran)
-    made = outputs._base if outputs._base is not None else outputs
-    kept = any(hasattr(made.grad_fn, name) for name in ("_saved_result", "saved_tensors"))
-    taken = outputs.detach().clone() if kept else outputs  # tanh goes backward by what it gave
-    log_p, gradient = model.objective.log_p(taken, batch, numbers)
+    # The logits are the largest tensor of a pass, so their gradient takes their memory; but not
+    # where the backward pass still reads them, as tanh does, which goes backward by its result.
+    base = outputs._base if outputs._base is not None else outputs
+    needed = any(hasattr(base.grad_fn, name) for name in ("_saved_result", "saved_tensors"))
+    logits = outputs.detach().clone() if needed else outputs
+    log_p, gradient = model.objective.log_p(logits, batch, numbers)
     outputs.backward(gradient)
     if runs:
         missing = ", ".join(sorted(runs)[:3])
@@ -107,7 +115,9 @@ def _backward(
             f"the output of {missing} doesn't influence the logits, so it has no gradient. Leave "
             "it out with --modules REGEX."
         )
-    for module in modules:  # experts to which nothing was routed
+    # Experts to which nothing was routed are handed over all the same, with no inputs: what adds
+    # up modules would otherwise miss one, and a stack of them would have other sizes.
+    for module in modules:
         if module.name not in ran:
             batch.positions[module.name] = batch.tokens[:, :0]
             each(module, gradient.new_zeros(len(batch.tokens), 0, module.d_in),
@@ -116,7 +126,7 @@ def _backward(
 
 
 def _check_all_ran(model: LanguageModel, modules: Sequence[Module], ran: set[str]) -> None:
-    """Raise InputError for a map that didn't run; an expert may have nothing routed to it."""
+    """Raise InputError for a map that didn't run, unless it is an expert with nothing to do."""
     for module in modules:
         if module.name not in ran and not isinstance(model.sharing(module.name)[0], ExpertMap):
             raise InputError(
@@ -127,10 +137,12 @@ def _check_all_ran(model: LanguageModel, modules: Sequence[Module], ran: set[str
 
 
 def _by_sequence(module: Module, a: Tensor, batch: Batch) -> Tensor:
-    """Inputs [b, t, i] from such, or from [b·t, i], as a block of a mixture flattens them.
+    """A module's inputs as [b, t, i], given as that or flattened: [b·t, i].
 
-    Raises InputError for others.
+    Raises InputError for any other shape.
     """
+    # Blocks of a mixture of experts flatten the batch. Anything else mixes sequences or positions
+    # in an order that can't be known, and a wrong guess would give wrong scores without a word.
     if a.shape[:-1] not in (batch.tokens.shape, (batch.tokens.numel(),)):
         raise InputError(
             f"module {module.name} ran on something else than [batch, token, feature] (its input: "
@@ -141,7 +153,11 @@ def _by_sequence(module: Module, a: Tensor, batch: Batch) -> Tensor:
 
 
 def _joined(module: Module, runs: list[_Run], batch: Batch) -> tuple[Tensor, Tensor]:
-    """a [b, m, i] and d [b, m, o] of all runs of a module; their positions go to the batch."""
+    """a [b, m, i] and d [b, m, o] of all runs of a module, one behind the other.
+
+    Where m isn't t, or the inputs aren't in the order of tokens, `batch.positions` says which token
+    each belongs to.
+    """
     if len(runs) == 1 and runs[0].places is None:
         assert runs[0].d is not None
         return runs[0].a, runs[0].d
@@ -166,30 +182,49 @@ def _joined(module: Module, runs: list[_Run], batch: Batch) -> tuple[Tensor, Ten
 def why_not_finite(
     model: LanguageModel, modules: Sequence[Module], batch: Batch, numbers: Tensor | None = None
 ) -> str | None:
-    """Where the gradient of a batch of one sequence is first not finite, or None where it is."""
-    found: list[str] = []
+    """What of a sequence's gradient is not finite, in words, or None where all of it is finite.
+
+    `batch` holds that one sequence. log p is named first, then the module that is reached first in
+    the backward pass.
+    """
+    reasons: list[str] = []
 
     def each(module: Module, a: Tensor, d: Tensor) -> None:
         for what, tensor in (("output gradients", d), ("inputs", a)):
-            if not found and not torch.isfinite(tensor).all():
-                found.append(f"{what} of {module.name} are not finite")
+            if not reasons and not torch.isfinite(tensor).all():
+                reasons.append(f"{what} of {module.name} are not finite")
 
     with torch.no_grad():
         log_p = backward(model, modules, batch, each, numbers)
     if not torch.isfinite(log_p).all():
         return "log p is not finite"
-    return found[0] if found else None
+    return reasons[0] if reasons else None
 
 
 def apply_inputs(a: Tensor, matrix: Tensor, bias: bool) -> Tensor:
-    """matrix [n, i] times the inputs, without appending the bias's 1: [b, t, i] → [b, t, n]."""
+    """`matrix` times every input a_t: [b, t, i] → [b, t, n], without appending the bias's 1 to a.
+
+    `matrix` is [n, i], or with a bias [n, i + 1].
+
+    >>> apply_inputs(torch.tensor([[[1.0, 2.0]]]), torch.tensor([[3.0, 4.0, 5.0]]), bias=True)
+    tensor([[[16.]]])
+    """
     if bias:
+        # a with a 1 appended would be a copy of the largest tensors of a pass
         return functional.linear(a, matrix[:, :-1], matrix[:, -1])
     return functional.linear(a, matrix)
 
 
 def gradient(module: Module, a: Tensor, d: Tensor) -> Tensor:
-    """G = Σ_t d_t a_tᵀ, one per sequence: [b, o, i]; the bias is the last column."""
+    """G = Σ_t d_t a_tᵀ of every sequence, [b, o, i], from a [b, t, i] and d [b, t, o].
+
+    With a bias, G is [b, o, i + 1], the last column being the bias's gradient.
+
+    >>> m = Module("m", 0, "mlp", d_out=1, d_in=2, bias=True)
+    >>> a = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])  # two tokens of one sequence
+    >>> gradient(m, a, d=torch.tensor([[[1.0], [10.0]]]))
+    tensor([[[31., 42., 11.]]])
+    """
     if module.bias:
         a = functional.pad(a, (0, 1), value=1.0)
     return torch.einsum("bto,bti->boi", d, a)

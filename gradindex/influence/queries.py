@@ -1,8 +1,8 @@
 """Queries made ready: their gradients in the eigenbasis, preconditioned, whole or of low rank.
 
-P_u = (G_u+λ_u I)⁻¹ G_q,u  (Grosse et al. 2023, eqs. 25, 30) is what every sequence's gradient is
-multiplied with (`exact.py`). Of many queries it may be kept as two factors of low rank, which
-bounds its memory (§3.2.2 there).
+P_u = (G_u+λ_u I)⁻¹ G_q,u  (Grosse et al. 2023, eqs. 25, 30) is a query's preconditioned gradient.
+The influence of a sequence is its inner product with the sequence's gradient (`exact.py`). For many
+queries, P_u may be kept as two factors of low rank, which bounds its memory (§3.2.2 there).
 """
 
 from collections.abc import Iterator
@@ -25,14 +25,18 @@ Gradients = dict[str, Tensor]  # [q, o, i] by module name, a row a query
 Arrays = dict[str, np.ndarray | tuple[np.ndarray, np.ndarray]]  # whole, or L and R, by module name
 
 OVERSAMPLING = 8  # directions beyond the rank, so that the best come out right (Halko et al. 2011)
-LARGEST_BLOCK = 1 << 22  # entries of gradients, or of what low-rank queries take, formed at once
-LARGEST_JOINED = 1 << 23  # entries of L R: 32 MB in float32
+LARGEST_BLOCK = 1 << 22  # numbers of a temporary tensor: 16 MB in float32
+LARGEST_PRODUCT = 1 << 23  # entries of L R: 32 MB in float32
 
 
 def query_coordinates(
     model: LanguageModel, modules: list[Module], ekfac: Ekfac, batch: Batch, damping: float
 ) -> tuple[Gradients, Tensor]:
-    """C_u [q, o, i] of each query of a batch by module name, and log p [q, t] in nats."""
+    """The coordinates C_u [q, o, i] of a batch's queries by module name, and log p [q, t] in nats.
+
+    C_u = (Q_Sᵀ G_u Q_A) / (Λ+λ) is the preconditioned gradient in the eigenbasis; `damping` is λ in
+    units of mean(Λ).
+    """
     coordinates: Gradients = {}
 
     def each(module: Module, a: Tensor, d: Tensor) -> None:
@@ -41,16 +45,31 @@ def query_coordinates(
         coordinates[module.name] = g / c.damped(damping)
 
     log_p = backward(model, modules, batch, each)
+    # Modules arrived from the last to the first; all later sums go in the order of the model.
     return {module.name: coordinates[module.name] for module in modules}, log_p
 
 
 def precondition(ekfac: Ekfac, coordinates: Gradients) -> Gradients:
-    """P_u = Q_S C_u Q_Aᵀ from coordinates C_u, both [q, o, i] by module name."""
+    """P_u = Q_S C_u Q_Aᵀ from coordinates C_u, both [q, o, i] by module name.
+
+    >>> from gradindex.influence.curvature import Curvature
+    >>> swap = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    >>> ekfac = {"m": Curvature(swap, torch.eye(1), torch.ones(1, 2))}
+    >>> precondition(ekfac, {"m": torch.tensor([[[1.0, 2.0]]])})
+    {'m': tensor([[[2., 1.]]])}
+    """
     return {name: ekfac[name].leave_eigenbasis(c) for name, c in coordinates.items()}
 
 
 def query_norms(ekfac: Ekfac, coordinates: Gradients, damping: float) -> Tensor:
-    """‖q̃‖ [q], q̃ = (G+λ)^−½ ∇q: the square root of each query's influence on itself."""
+    """‖q̃‖ [q], q̃ = (G+λ)^−½ ∇q: the square root of each query's influence on itself.
+
+    >>> from gradindex.influence.curvature import Curvature
+    >>> ekfac = {"m": Curvature(torch.eye(2), torch.eye(1), torch.tensor([[1.0, 3.0]]))}
+    >>> query_norms(ekfac, {"m": torch.tensor([[[2.0, 2.0]]])}, damping=0.0)  # √(4·1 + 4·3)
+    tensor([4.])
+    """
+    # C already holds one factor 1/(Λ+λ); its square times Λ+λ leaves the one that is wanted.
     total = sum((c.square() * ekfac[name].damped(damping)).sum((1, 2))
                 for name, c in coordinates.items())
     assert isinstance(total, Tensor)
@@ -61,21 +80,22 @@ def prepare(
     codes: Codes, ekfac: Ekfac, coordinates: Gradients, damping: float, vectors: Tensor,
     squares: Tensor, preconditioned: "Preconditioned",
 ) -> None:
-    """Make queries ready, module by module, and empty `coordinates` (C_u [q, o, i]) on the way.
+    """Make queries ready for scan and rescoring, from their coordinates C_u [q, o, i].
 
-    Adds to their vectors v_q [q, K], to ‖q̃‖² [q], and to their preconditioned gradients. So no more
-    than one module is there twice.
+    Adds their parts to the vectors v_q [q, K], to the squared norms ‖q̃‖² [q] and to the
+    preconditioned gradients. `coordinates` is empty afterwards.
     """
     for name in list(coordinates):
-        one = {name: coordinates.pop(name)}
-        codes.add_query(vectors, name, one[name])
-        squares += query_norms(ekfac, one, damping).square()
-        preconditioned.add(precondition(ekfac, one))
+        # Taken out, so that memory holds no more than one module twice: as C_u and as P_u.
+        single = {name: coordinates.pop(name)}
+        codes.add_query(vectors, name, single[name])
+        squares += query_norms(ekfac, single, damping).square()
+        preconditioned.add(precondition(ekfac, single))
 
 
 @dataclass(frozen=True)
 class Whole:
-    """P of one module for several queries: [q, o, i].
+    """P of one module for several queries, [q, o, i], every entry of it.
 
     >>> p = torch.tensor([[[2.0, 0.0], [0.0, 1.0]]])
     >>> a, d = torch.ones(1, 3, 2), torch.ones(1, 3, 2)  # three tokens of one sequence
@@ -89,33 +109,39 @@ class Whole:
         return len(self.p)
 
     def terms(self, module: Module, a: Tensor, d: Tensor) -> Tensor:
-        """d_tᵀ P a_t for every token, for the only query: [b, t]."""
+        """d_tᵀ P a_t for every token, [b, t], where there is one query."""
         [p] = self.p
         return terms(module, a.to(p.dtype), d.to(p.dtype), p)
 
     def scores(self, module: Module, a: Tensor, d: Tensor) -> Tensor:
-        """Σ_t d_tᵀ P a_t of every sequence: [q, b]. Each sequence's gradient is formed once."""
+        """Σ_t d_tᵀ P a_t of every sequence: [q, b], from a [b, t, i] and d [b, t, o]."""
         if len(self) == 1:
             return self.terms(module, a, d).sum(-1)[None]
         p, a, d = self.p, a.to(self.p.dtype), d.to(self.p.dtype)
-        # some rows of the gradients at a time, so that P is read once and not once a sequence
+        # Of several queries, each sequence's gradient is formed once for all of them, some of its
+        # rows at a time, so that P is read once and not once a sequence.
         most = max(1, LARGEST_BLOCK // max(1, len(a) * p.shape[2]))
-        found = p.new_zeros(len(p), len(a))
-        for rows, some in zip(p.split(most, 1), d.split(most, -1), strict=True):
-            found += rows.flatten(1) @ gradient(module, a, some).flatten(1).T
-        return found
+        scores = p.new_zeros(len(p), len(a))
+        for p_rows, d_rows in zip(p.split(most, 1), d.split(most, -1), strict=True):
+            scores += p_rows.flatten(1) @ gradient(module, a, d_rows).flatten(1).T
+        return scores
 
     def arrays(self) -> np.ndarray:
-        """The same for another process."""
+        """P as NumPy's array, to be sent to another process: [q, o, i]."""
         return self.p.cpu().numpy()
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """The same of rank r: L [q, o, r] times R [q, r, i].
+    """P of one module for several queries as a product of rank r: L [q, o, r] times R [q, r, i].
 
-    The factors are the truncated singular value decomposition's, found by subspace iteration from
-    fixed numbers.
+    The factors are those of the truncated singular value decomposition, found by subspace iteration
+    from fixed numbers.
+
+    >>> p = torch.outer(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0, 5.0]))[None]
+    >>> low = LowRank.of(p, rank=1)
+    >>> low.left.shape, low.right.shape, bool(torch.allclose(low.left @ low.right, p, atol=1e-4))
+    (torch.Size([1, 2, 1]), torch.Size([1, 1, 3]), True)
     """
 
     left: Tensor
@@ -123,7 +149,9 @@ class LowRank:
 
     @classmethod
     def of(cls, p: Tensor, rank: int) -> "LowRank":
-        """The best matrices of rank r near p [q, o, i]."""
+        """The matrices of rank r nearest to p [q, o, i], nearly."""
+        # PyTorch draws the start from its global generator: unguarded, the same search would give
+        # other scores each time, and the user's own numbers would shift.
         with draws.always_alike(p.device):
             u, s, v = torch.svd_lowrank(p, q=min(rank + OVERSAMPLING, *p.shape[1:]), niter=4)
         return cls(u[..., :rank] * s[..., None, :rank], v[..., :rank].transpose(1, 2))
@@ -132,40 +160,51 @@ class LowRank:
         return len(self.left)
 
     def terms(self, module: Module, a: Tensor, d: Tensor) -> Tensor:
-        """d_tᵀ P a_t for every token, for the only query: [b, t]."""
+        """d_tᵀ P a_t for every token, [b, t], where there is one query."""
         dtype = self.left.dtype
         return _low_rank_terms(module, a.to(dtype), d.to(dtype), self.left, self.right)[0]
 
     def scores(self, module: Module, a: Tensor, d: Tensor) -> Tensor:
-        """Σ_t d_tᵀ P a_t of every sequence: [q, b]. No gradient is formed, but where L R is small
-        and takes less arithmetic than the tokens by its factors."""
+        """Σ_t d_tᵀ P a_t of every sequence: [q, b], from a [b, t, i] and d [b, t, o]."""
         if len(self) == 1:
             return self.terms(module, a, d).sum(-1)[None]
-        if _better_joined(module, self.left, a):
+        # As a rule the factors are applied to tokens and no gradient is formed; but where L R is
+        # small and there are many tokens, gradients take less arithmetic.
+        if _product_is_cheaper(module, self.left, a):
             return Whole(self.left @ self.right).scores(module, a, d)
         left, right = self.left, self.right
         a, d = a.to(left.dtype), d.to(left.dtype)
         most = max(1, LARGEST_BLOCK // max(1, a.shape[0] * a.shape[1] * left.shape[2]))
         return torch.cat([
-            _low_rank_terms(module, a, d, *some).sum(-1)
-            for some in zip(left.split(most), right.split(most), strict=True)])
+            _low_rank_terms(module, a, d, *factors).sum(-1)
+            for factors in zip(left.split(most), right.split(most), strict=True)])
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """The same for another process."""
+        """L and R as NumPy's arrays, to be sent to another process: [q, o, r] and [q, r, i]."""
         return self.left.cpu().numpy(), self.right.cpu().numpy()
 
 
 class Preconditioned:
-    """P_u of several queries, by module name: Whole, or LowRank where `rank` is less than all."""
+    """P_u of several queries, by module name: Whole, or LowRank in modules larger than `rank`.
+
+    `rank` is None in the end where nothing had to be reduced.
+
+    >>> gradients = {"small": torch.ones(2, 1, 3), "large": torch.ones(2, 4, 4)}
+    >>> queries = Preconditioned(gradients, rank=1)
+    >>> len(queries), queries.rank
+    (2, 1)
+    >>> type(queries.of(Module("small", 0, "mlp", 1, 3, False))).__name__
+    'Whole'
+    """
 
     def __init__(self, gradients: Gradients, rank: int | None = None):
         self._parts: dict[str, Whole | LowRank] = {}
         self._rank = rank
-        self.rank: int | None = None  # of what was reduced to it, if anything was
+        self.rank: int | None = None
         self.add(gradients)
 
     def add(self, gradients: Gradients) -> None:
-        """More modules of the same queries."""
+        """Add modules, P_u [q, o, i] by name, of the same queries."""
         for name, p in gradients.items():
             if self._rank is None or self._rank >= min(p.shape[1:]):
                 self._parts[name] = Whole(p)
@@ -176,37 +215,40 @@ class Preconditioned:
         return len(next(iter(self._parts.values())))
 
     def of(self, module: Module) -> Whole | LowRank:
-        """One module's."""
+        """P_u of one module."""
         return self._parts[module.name]
 
     @classmethod
     def join(cls, parts: list["Preconditioned"]) -> "Preconditioned":
-        """The queries of several, in order; all of one rank. They are emptied, to save memory."""
+        """All queries of several objects of one rank, in order. The objects are empty afterwards.
+        """
         joined = cls({})
         joined.rank = parts[0].rank
+        # Emptied module by module: the queries of all parts together are what memory just holds.
         for name in list(parts[0]._parts):
             joined._parts[name] = _joined([part._parts.pop(name) for part in parts])
         return joined
 
     def arrays(self) -> Arrays:
-        """All of it in NumPy's arrays, for another process."""
+        """All of it as NumPy's arrays, to be sent to another process."""
         return {name: part.arrays() for name, part in self._parts.items()}
 
     @classmethod
     def from_arrays(
         cls, arrays: Arrays, rank: int | None, device: torch.device
     ) -> "Preconditioned":
-        """What `arrays` was called on, on another device; the arrays are copied."""
-        made = cls({})
-        made.rank = rank
+        """The queries that `arrays` gave in another process, on this one's device."""
+        queries = cls({})
+        queries.rank = rank
+        # Copied: what arrives from another process may be memory that PyTorch may not write to.
         for name, part in arrays.items():
-            made._parts[name] = Whole(torch.tensor(part, device=device)) \
+            queries._parts[name] = Whole(torch.tensor(part, device=device)) \
                 if isinstance(part, np.ndarray) else LowRank(
                     *(torch.tensor(factor, device=device) for factor in part))
-        return made
+        return queries
 
     def one(self, query: int) -> "Preconditioned":
-        """One query's, whole gradients only."""
+        """The query of this number alone. Modules of low rank are left out."""
         if len(self) == 1:
             return self
         return Preconditioned({name: part.p[query : query + 1]
@@ -222,29 +264,40 @@ def _joined(parts: list[Whole | LowRank]) -> Whole | LowRank:
 
 
 def slices(module: Module, rows: int) -> Iterator[slice]:
-    """Some of `rows` at a time, whose gradients [n, o, i] fit in memory together."""
+    """Slices of `rows` sequences, of like sizes, whose gradients [n, o, i] memory holds at once.
+
+    >>> list(slices(Module("m", 0, "mlp", d_out=1024, d_in=1024, bias=False), rows=6))
+    [slice(0, 3, None), slice(3, 6, None)]
+    """
     most = max(1, LARGEST_BLOCK // (module.shape[0] * module.shape[1]))
-    size = -(-rows // -(-rows // most)) if rows else 1  # of like numbers
+    size = -(-rows // -(-rows // most)) if rows else 1  # 3 and 3, not 4 and 2
     for first in range(0, rows, size):
         yield slice(first, min(first + size, rows))
 
 
 def terms(module: Module, a: Tensor, d: Tensor, p: Tensor) -> Tensor:
-    """d_tᵀ P a_t for every token: a [b, t, i], d [b, t, o], P [o, i] → [b, t]."""
+    """d_tᵀ P a_t for every token, [b, t], from a [b, t, i], d [b, t, o] and P [o, i].
+
+    >>> p, a = torch.tensor([[1.0, 2.0]]), torch.tensor([[[1.0, 1.0], [0.0, 1.0]]])
+    >>> terms(Module("m", 0, "mlp", 1, 2, False), a, torch.tensor([[[1.0], [-1.0]]]), p)
+    tensor([[ 3., -2.]])
+    """
     return apply_inputs(a, p, module.bias).mul_(d).sum(-1)
 
 
-def _better_joined(module: Module, left: Tensor, a: Tensor) -> bool:
-    """Whether L [q, o, r] times R [q, r, i] had better be made for a batch a [b, t, i]."""
+def _product_is_cheaper(module: Module, left: Tensor, a: Tensor) -> bool:
+    """Whether scoring a batch a [b, t, i] by L R takes less arithmetic than by L [q, o, r] and R.
+    """
     (o, i), (queries, _, rank), (rows, length, _) = module.shape, left.shape, a.shape
-    return queries * o * i <= LARGEST_JOINED and \
+    return queries * o * i <= LARGEST_PRODUCT and \
         o * i * (queries * rank + rows * length + rows * queries) < \
         rows * length * queries * rank * (o + i)
 
 
 def _low_rank_terms(module: Module, a: Tensor, d: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """d_tᵀ L R a_t for every token, L [q, o, r] and R [q, r, i]: [q, b, t]."""
-    own = d @ left.transpose(0, 1).flatten(1)
-    own *= apply_inputs(a, right.flatten(0, 1), module.bias)
-    by_query: Tensor = own.unflatten(-1, left.shape[::2]).sum(-1)
+    """d_tᵀ L R a_t for every token, [q, b, t], with L [q, o, r] and R [q, r, i]."""
+    # All queries' factors side by side, [·, q·r]: two large products and not 2q small ones.
+    products = d @ left.transpose(0, 1).flatten(1)
+    products *= apply_inputs(a, right.flatten(0, 1), module.bias)
+    by_query: Tensor = products.unflatten(-1, left.shape[::2]).sum(-1)
     return by_query.movedim(-1, 0)

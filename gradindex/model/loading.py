@@ -14,25 +14,27 @@ from gradindex.model.adapters import CONFIG, WEIGHTS, Adapter
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64,
           "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEVICE = "device"  # the argument that an InputError is about
 
 
 def device_called(device: str) -> torch.device:
-    """The device of a name; "auto" is a GPU if there is one. Raises InputError."""
+    """The device of a name; "auto" is a GPU if there is one. Raises InputError of DEVICE."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         place = torch.device(device)
     except RuntimeError:
-        raise InputError(f"--device {device}: expected auto, cpu, cuda or cuda:N.") from None
+        raise InputError(f"--device {device}: expected auto, cpu, cuda or cuda:N.",
+                         DEVICE) from None
     if place.type == "cuda" and not torch.cuda.is_available():
         raise InputError(
             f"--device {device}: this PyTorch ({torch.__version__}) sees no CUDA GPU. "
-            "Use --device cpu, or install a CUDA build of torch."
+            "Use --device cpu, or install a CUDA build of torch.", DEVICE,
         )
     if place.type not in ("cpu", "cuda") or (place.index or 0) >= max(1, torch.cuda.device_count()):
         raise InputError(
             f"--device {device}: expected auto, cpu, cuda or cuda:N; this machine has "
-            f"{torch.cuda.device_count()} GPUs."
+            f"{torch.cuda.device_count()} GPUs.", DEVICE,
         )
     return place
 

@@ -130,18 +130,19 @@ class Contents:
             here = [int(row) for row, own in zip(rows, homes, strict=True) if own == home]
             read = self.reader(segment).records([row - int(self.starts[home]) for row in here])
             for row, record in zip(here, read, strict=True):
-                self._check(segment, row, record)
+                _check(self, segment, row, record)
                 found[row] = record
         return [found[int(row)] for row in rows]
 
-    def _check(self, segment: Segment, row: int, record: Record) -> None:
-        """Raise DamagedIndexError for a record that is not the row's, or that no model can take."""
-        wrong = None
-        if record.id != self.rows["id"][row] or \
-                (digest_of(record) != self.rows["digest"][row]).any():
-            wrong = f"has another sequence {self.rows['id'][row]} than rows.npy"
-        elif len(record.tokens) > self.manifest.sequence_length or record.tokens.min() < 0 or \
-                record.tokens.max() >= self.manifest.vocabulary:
-            wrong = f"has a sequence {record.id} that is too long or outside the vocabulary"
-        if wrong:
-            raise self.files.damaged(layout.segment_file(segment.name, layout.RECORDS), wrong)
+
+def _check(contents: Contents, segment: Segment, row: int, record: Record) -> None:
+    """Raise DamagedIndexError for a record that is not the row's, or that no model can take."""
+    wrong = None
+    if record.id != contents.rows["id"][row] or \
+            (digest_of(record) != contents.rows["digest"][row]).any():
+        wrong = f"has another sequence {contents.rows['id'][row]} than rows.npy"
+    elif len(record.tokens) > contents.manifest.sequence_length or record.tokens.min() < 0 or \
+            record.tokens.max() >= contents.manifest.vocabulary:
+        wrong = f"has a sequence {record.id} that is too long or outside the vocabulary"
+    if wrong:
+        raise contents.files.damaged(layout.segment_file(segment.name, layout.RECORDS), wrong)

@@ -51,7 +51,8 @@ from indexer.build_request import BuildRequest, make_request, takes_arguments_of
 from indexer.calibrate import QUERIES, SAMPLE
 from indexer.dry_run.measure import WRITING, Bench, Memory, Work, gpu_available, hashing
 from indexer.fit.budget import budget
-from indexer.fit.schedule import LARGEST_BLOCK, FitSettings
+from indexer.fit.notes import FitSettings
+from indexer.fit.schedule import LARGEST_BLOCK
 from indexer.prepare import allow, describe
 from indexer.read import ingest
 from indexer.read.corpus import Corpus

@@ -14,12 +14,10 @@ import torch
 
 from gradindex.draws import Stream, choose
 from gradindex.errors import InputError
-from gradindex.influence.batches import Splits, in_batches
 from gradindex.influence.codes import Codes
-from gradindex.influence.exact import GradientSizes, collect
+from gradindex.influence.exact import Rescorer, self_influence
 from gradindex.influence.fitted import FittedModel
 from gradindex.memory import parse_bound
-from gradindex.model.network import LanguageModel
 from gradindex.model.source import ModelSource
 from gradindex.progress import Progress
 from gradindex.storage.contents import Contents
@@ -27,7 +25,7 @@ from gradindex.storage.layout import APPEND
 from gradindex.storage.records import Record
 from indexer.build_request import check_numbers, open_corpus
 from indexer.fit.quarantine import SHARE
-from indexer.fit.schedule import fit_batch
+from indexer.fit.steps import fit_batch
 from indexer.read import ingest
 from indexer.read.ingest import Run
 from indexer.state import State, finished_append
@@ -184,22 +182,12 @@ def measure_drift(
 
 def _sizes(fitted: FittedModel, codes: Codes, members: list[Record]) -> np.ndarray:
     """s of each sequence, see Drift: float64 [n]."""
-    model: LanguageModel = fitted.model
-    facts = fitted.manifest
-
-    def run(rows: list[int]) -> np.ndarray:
-        some = [members[row] for row in rows]
-        batch, numbers = fit_batch(model, some, "model", facts.code["seed"], Stream.DRIFT_LABELS)
-        sizes = GradientSizes(fitted.ekfac, facts.damping, len(some))
-        collect(model, codes.modules, batch, sizes, numbers=numbers)
-        return sizes.self_influence.numpy()
-
-    found = np.zeros(len(members))
-    lengths = [len(one.tokens) for one in members]
-    for rows, sizes in in_batches(lengths, facts.batch_tokens, Splits(), run):
-        found[rows] = sizes
+    manifest, model = fitted.manifest, fitted.model
+    by = Rescorer(model, codes.modules, fitted.ekfac, manifest.damping, manifest.batch_tokens)
+    sizes = self_influence(by, members, lambda records: fit_batch(
+        model, records, "model", manifest.code["seed"], Stream.DRIFT_LABELS))
     counted = [model.objective.counted(one.scored).sum() for one in members]
-    return found / np.maximum(1, counted)
+    return sizes / np.maximum(1, counted)
 
 
 def _say_drift(drift: Drift, say: Progress) -> None:

@@ -16,7 +16,7 @@ from gradindex.influence.exact import GradientSizes, collect, exact_scores
 from gradindex.influence.gradients import backward
 from gradindex.influence.queries import (
     Preconditioned,
-    _better_joined,
+    _product_is_cheaper,
     precondition,
     query_coordinates,
     query_norms,
@@ -29,7 +29,9 @@ from gradindex.progress import Progress, stderr_progress
 from gradindex.storage.files import facts_of
 from gradindex.storage.tensors import DTYPES, read_tensors, write_tensors
 from indexer.fit.budget import held_bytes
-from indexer.fit.schedule import FitSettings, eigenvectors, fit
+from indexer.fit.eigen import eigenvectors
+from indexer.fit.notes import FitSettings
+from indexer.fit.schedule import fit
 from support.fits import fitted, records_of
 from support.models import labels_of
 from support.reference import covariances, ekfac_matrix, sequence_gradient
@@ -222,7 +224,7 @@ def test_low_rank_gradients_are_the_truncated_svd():
 def test_scores_of_low_rank_are_those_of_the_product(bias, most, joined, monkeypatch):
     """By the factors or by L R, whatever is taken at once."""
     monkeypatch.setattr("gradindex.influence.queries.LARGEST_BLOCK", most)
-    monkeypatch.setattr("gradindex.influence.queries.LARGEST_JOINED", joined)
+    monkeypatch.setattr("gradindex.influence.queries.LARGEST_PRODUCT", joined)
     torch.manual_seed(6)
     module = Module("m", 0, "mlp", 5, 7, bias)
     a, d = torch.randn(4, 6, 7, dtype=torch.float64), torch.randn(4, 6, 5, dtype=torch.float64)
@@ -238,9 +240,9 @@ def test_scores_of_low_rank_are_those_of_the_product(bias, most, joined, monkeyp
             torch.testing.assert_close(repeated, 20 * expected)
             if rank and queries > 1:
                 left = torch.from_numpy(low.arrays()["m"][0])
-                assert _better_joined(module, left, a.repeat(1, 20, 1)) == bool(joined)
+                assert _product_is_cheaper(module, left, a.repeat(1, 20, 1)) == bool(joined)
             if queries == 1:
-                torch.testing.assert_close(low.terms(module, a, d).sum(-1), expected[0])
+                torch.testing.assert_close(low.of(module).terms(module, a, d).sum(-1), expected[0])
     empty = low.of(module).scores(module, a[:, :0], d[:, :0])  # an expert that no token reached
     assert torch.equal(empty, torch.zeros(3, 4, dtype=torch.float64))
 
