@@ -52,7 +52,7 @@ def main(queries: int, cache: Path, **size: object) -> None:
     work = make_workload(cache, Size(**size), queries, progress)  # type: ignore[arg-type]
     searcher, seconds, own = build(work)
     index = searcher.index
-    background = index.background_queries
+    background = index.tables.background_queries
     assert background is not None
     print(f"{work.summary()}\nK = {searcher.manifest.code['length']:,}, {len(background)} "
           f"background queries\n")
@@ -96,14 +96,14 @@ def build(work: Workload) -> tuple[Searcher, float, float]:
     seconds = float(noted.read_text())
     index, facts = searcher.index, searcher.manifest
     run = Run(out, 0, 0, len(index), facts.plan.segment_size)
-    _ = index.codes, index.background_queries
+    _ = index.codes, index.tables.background_queries
     begun = time.monotonic()
     again, _ = make_background(
         index.model, index.codes, index.ekfac, run.records,
         lambda ids: run.coded(ids, facts.code["length"]), list(range(len(index))), Progress())
     own = time.monotonic() - begun
-    assert index.background_queries is not None
-    assert np.array_equal(again.vectors, index.background_queries.vectors)
+    assert index.tables.background_queries is not None
+    assert np.array_equal(again.vectors, index.tables.background_queries.vectors)
     return searcher, seconds, own
 
 
@@ -111,7 +111,7 @@ def planted(
     work: Workload, index: OpenIndex, queries: Preconditioned, exact: np.ndarray
 ) -> None:
     """The rates of odd sequences, appended to a copy of the index: by code, and exactly."""
-    background, folder = index.background_queries, work.folder / "planted.index"
+    background, folder = index.tables.background_queries, work.folder / "planted.index"
     assert background is not None
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(index.path, folder)

@@ -6,10 +6,9 @@ gradients and one scan of the codes; then they are rescored and answered one aft
 sequence's gradient formed once for all of them.
 """
 
-import operator
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from typing_extensions import Unpack
 
 from gradindex.cluster import LOCAL, connect
 from gradindex.errors import InputError
-from gradindex.influence.exact import LARGEST_CHUNK, Exact, Rescorer
 from gradindex.memory import parse_bound
 from gradindex.model.network import LanguageModel
 from gradindex.model.source import ModelSource
@@ -28,8 +26,7 @@ from search.ask.make_query import aggregate, make_query
 from search.ask.question import Question
 from search.ask.settings import Settings, settle
 from search.ask.signature import QuestionOptions, SearchArguments, split, with_keywords
-from search.rank.generic_rate import add_rates
-from search.rank.hits import make_hit
+from search.rank.named import place_of, rescore_named
 from search.rank.query_gradient import make_targets
 from search.rank.ray_search import SharedIndex
 from search.rank.session import Session
@@ -213,29 +210,7 @@ class Searcher:
         self, query: Query, places: list[int], settings: Settings
     ) -> Iterator[list[Hit]]:
         """Like `rescore` for the places that `known` gives, a chunk at a time."""
-        settings = replace(settings, rank=None)  # a single query's gradient is kept in full
-        [target], preconditioned = make_targets(self.index, [query], settings, self.batch_tokens)
-        by = Rescorer(self.model, settings.modules, self.index.ekfac, settings.damping,
-                      self.batch_tokens)
-        words = [token for text in query.texts for token in text.tokens]
-        for first in range(0, len(places), LARGEST_CHUNK):
-            chunk = places[first : first + LARGEST_CHUNK]
-            scores = self.index.code_scores_at(chunk, target.vector).tolist()
-            found: dict[int, Exact] = {}
-            for part in self.index.rescore(by, preconditioned, chunk, terms=True,
-                                           sizes=settings.normalize != "none"):
-                found.update(part)
-            hits = [
-                make_hit(self.index.tokenizer, record, found[place], score, -1,
-                         settings.train_sequences, settings.modules, target.norm)
-                for place, record, score in zip(chunk, self.index.records(chunk), scores,
-                                                strict=True)
-            ]
-            for place, hit in zip(chunk, hits, strict=True):
-                hit.duplicates = self.index.copies(place)
-                hit.lexical = self.index.wording.overlap(words, hit.token_ids)
-            add_rates(self.index, hits)
-            yield hits
+        return rescore_named(self.index, query, places, settings, self.batch_tokens)
 
     @with_keywords
     def make_query(
@@ -250,20 +225,7 @@ class Searcher:
 
     def known(self, ids: Iterable[Any]) -> list[int]:
         """The places of sequences' ids. Raises InputError where there is no such sequence."""
-        return [self._known(one) for one in ids]
-
-    def _known(self, one: Any) -> int:
-        try:
-            number = -1 if isinstance(one, bool) else operator.index(one)
-        except TypeError:
-            number = -1
-        place = self.index.contents.place_of(number)
-        if place is None:
-            last = self.manifest.next_id - 1
-            gone = " (it was deleted, or is in no segment that is searched)" \
-                if 0 <= number <= last else ""
-            raise InputError(f"no sequence has the id {one!r}{gone}; expected 0 to {last}.")
-        return place
+        return [place_of(self.index, one) for one in ids]
 
     # ---- the stages
 

@@ -136,7 +136,7 @@ def _hit(
                    settings.modules, track.target.norm)
     hit.duplicates = index.copies(place)
     tokens = [token for text in track.query.texts for token in text.tokens]
-    hit.lexical = index.wording.overlap(tokens, hit.token_ids)
+    hit.lexical = index.tables.wording.overlap(tokens, hit.token_ids)
     hit.tfidf_rank = track.shortlist.rank_in_list(place)
     return hit
 

@@ -13,7 +13,7 @@ def add_rates(index: OpenIndex, hits: Sequence[Hit]) -> None:
 
     Raises DamagedIndexError where the file of background queries is not what it was.
     """
-    queries, contents = index.background_queries, index.contents
+    queries, contents = index.tables.background_queries, index.contents
     if queries is None or not hits:
         return
     places = np.searchsorted(contents.ids, [hit.id for hit in hits])
@@ -30,7 +30,7 @@ def all_rates(index: OpenIndex) -> np.ndarray | None:
     NaN where no background query counts; None where the index keeps none. Segments are scanned one
     after the other. Raises DamagedIndexError.
     """
-    queries, contents = index.background_queries, index.contents
+    queries, contents = index.tables.background_queries, index.contents
     if queries is None:
         return None
     rates = np.empty((2, len(contents.rows)))

@@ -13,9 +13,10 @@ from gradindex.influence.queries import Preconditioned
 from gradindex.results import Result
 from search.ask.settings import Settings, bounded
 from search.rank.conclusion import conclude, provisional
+from search.rank.coverage import LostError
 from search.rank.query_gradient import Target
 from search.rank.shortlist import Shortlist
-from search.rank.snapshot import LostError, OpenIndex
+from search.rank.snapshot import OpenIndex
 from search.rank.track import Common, Track, make_shortlist
 
 

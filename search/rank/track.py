@@ -130,6 +130,6 @@ def make_shortlist(
     """Who is rescored for a query, with a TF-IDF list where one is asked for."""
     listed = None
     if settings.candidates != "code":
-        listed = best(index.tokens.scores(target.query.scored_tokens), settings.first)
+        listed = best(index.tables.tokens.scores(target.query.scored_tokens), settings.first)
     return Shortlist(ranking, code_noise(index, target), settings.most, listed,
                      by_list=settings.candidates == "tfidf")

@@ -116,7 +116,7 @@ def evaluate(
                 done += len(part) * len(group)
                 follow(done, len(queries) * len(ids))
         for track in session.tracks:
-            words = searcher.index.tokens.scores(track.query.scored_tokens)
+            words = searcher.index.tables.tokens.scores(track.query.scored_tokens)
             compared.append(_Comparison(
                 ids[new], truth[track.number, new], track.ranking.scores(),
                 searcher.index.norms, track.noise, words, len(ids) / total).measured())

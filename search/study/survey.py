@@ -29,10 +29,11 @@ from search.ask.make_query import make_query
 from search.ask.question import Question
 from search.ask.settings import Settings
 from search.engine import Searcher
+from search.rank.coverage import Coverage
 from search.rank.generic_rate import all_rates
 from search.rank.query_gradient import Target, make_targets
 from search.rank.ranking import best
-from search.rank.snapshot import Coverage, OpenIndex
+from search.rank.snapshot import OpenIndex
 from search.study.tail import Tail, fit_tail, half, half_interval
 
 QUERIES = 16  # of the index's own sequences

@@ -204,7 +204,8 @@ def test_a_time_limit_ends_rescoring(index):
 
 def test_candidates_by_words_alone_and_joined(index):
     query = index.make_query(**QUESTION)
-    words = np.argsort(-index.index.tokens.scores(query.scored_tokens), kind="stable")[:9].tolist()
+    scores = index.index.tables.tokens.scores(query.scored_tokens)
+    words = np.argsort(-scores, kind="stable")[:9].tolist()
     codes = np.argsort(-codes_of(index, QUESTION), kind="stable")[:9].tolist()
     truth = exact(index, QUESTION)
 
@@ -449,7 +450,7 @@ def test_an_evaluation_is_the_plain_counts(index, tmp_path, monkeypatch):
     assert steps[-1] == (2 * len(index), 2 * len(index))
     truths = [exact(index, question) for question in (QUESTION, OTHER)]
     codes = [codes_of(index, question) for question in (QUESTION, OTHER)]
-    words = [index.index.tokens.scores(query.scored_tokens) for query in queries]
+    words = [index.index.tables.tokens.scores(query.scored_tokens) for query in queries]
     for one in found.measures:
         shares = []
         for truth, code, word in zip(truths, codes, words, strict=True):

@@ -18,10 +18,12 @@ from gradindex.progress import duration
 from search.ask.controls import Controls
 from search.ask.settings import settle
 from search.engine import Searcher
+from search.rank.coverage import LostError
 from search.rank.query_gradient import make_targets
-from search.rank.ray_search import SharedRanking, deal
+from search.rank.ray_pool import deal
+from search.rank.ray_search import SharedRanking
 from search.rank.session import Session
-from search.rank.snapshot import LostError, OpenIndex, Part
+from search.rank.snapshot import OpenIndex, SegmentSubset
 from support.clusters import two_nodes
 from support.indexes import QUESTION
 from support.needed import library
@@ -51,7 +53,7 @@ def alone(index_folder):
 @pytest.fixture(scope="module")
 def shared(cluster, index_folder):
     searcher = gradindex.open(index_folder, ray=cluster.address)
-    searcher.index.patience = searcher.index.back = HANG
+    searcher.index.pool.patience = searcher.index.pool.back = HANG
     searcher.index.load()
     return searcher
 
@@ -65,12 +67,12 @@ def workers(shared):
 
 def whole(searcher):
     """Wait for every worker, and return their process ids."""
-    for worker in searcher.index._workers:
+    for worker in searcher.index.pool.workers:
         worker.until = max(worker.until, time.monotonic() + HANG)
     searcher.index.load()
-    assert all(worker.ready for worker in searcher.index._workers)
+    assert all(worker.ready for worker in searcher.index.pool.workers)
     return ray.get([worker.actor.__ray_call__.remote(lambda _: os.getpid())
-                    for worker in searcher.index._workers])
+                    for worker in searcher.index.pool.workers])
 
 
 def kill(pid):
@@ -79,8 +81,9 @@ def kill(pid):
 
 def rest_of(index_folder, searcher, number):
     """A local searcher of what worker `number` has, as if the index held no more."""
-    part = Part(searcher.index.contents.manifest, searcher.index._workers[number].segments)
-    index = OpenIndex(index_folder, ModelSource(), part=part)
+    subset = SegmentSubset(searcher.index.contents.manifest,
+                           searcher.index.pool.workers[number].segments)
+    index = OpenIndex(index_folder, ModelSource(), subset=subset)
     return Searcher(index, searcher.batch_tokens)
 
 
@@ -241,14 +244,14 @@ def test_the_command_line_starts_workers_here(alone, index_folder, tmp_path):
 
 def partial(result, shared, lost):
     """Assert that a result is of all but worker `lost`, and says so."""
-    left = sum(len(rest.segments) for number, rest in enumerate(shared.index._workers)
+    left = sum(len(rest.segments) for number, rest in enumerate(shared.index.pool.workers)
                if number != lost)
     segments = shared.index.contents.segments
     assert 0 < left < len(segments) and not result.damaged
     assert result.sequences < len(shared) and result.coverage == result.sequences / len(shared)
     warning = result.warnings[0]
     assert f"{result.sequences} of {len(shared)} sequences are searched" in warning
-    assert all(name in warning for name in shared.index._workers[lost].segments)
+    assert all(name in warning for name in shared.index.pool.workers[lost].segments)
     assert f"worker {lost + 1} of 2 on " in warning
     return warning
 
@@ -321,7 +324,7 @@ def test_an_interrupt_while_others_move_up_changes_nothing(
     for _ in session.rescore(track):
         pass
     before = dict(common.exact), common.index, track.shortlist
-    lost = LostError(frozenset(shared.index._workers[1].segments), "it is gone")
+    lost = LostError(frozenset(shared.index.pool.workers[1].segments), "it is gone")
 
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -341,14 +344,14 @@ def test_an_interrupt_while_others_move_up_changes_nothing(
 def test_a_worker_that_gives_no_sign_is_given_up(shared, alone, workers):
     for patience in (2.0, 20.0, 200.0):  # within which the other has to answer
         os.kill(workers[1], signal.SIGSTOP)
-        shared.index.patience = patience
+        shared.index.pool.patience = patience
         try:
             result = shared.search(**QUESTION, **MANY)
             break
         except GradindexError as error:
             assert "worker 1 of 2" in str(error) and patience < 200.0
         finally:
-            shared.index.patience = HANG
+            shared.index.pool.patience = HANG
         workers = whole(shared)
     assert "worker 2 of 2" in (warning := partial(result, shared, 1))
     assert f"gave no sign for {duration(patience)}" in warning

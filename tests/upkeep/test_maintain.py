@@ -400,7 +400,7 @@ def test_deleted_sequences_are_in_no_answer_at_once(index, place):
     assert len(held) == len(expected)
     tokens = searcher.make_query(**QUESTION).scored_tokens
     np.testing.assert_allclose(
-        searcher.index.tokens.scores(tokens),
+        searcher.index.tables.tokens.scores(tokens),
         [plain_score(tokens, held, place) for place in range(len(held))], rtol=1e-12)
     drawn = searcher.index.contents.ids[searcher.index.background()]
     assert set(drawn.tolist()) <= set(expected)

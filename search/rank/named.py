@@ -1,0 +1,61 @@
+"""Sequences that are named by their ids: where they are, and their exact influence on a query."""
+
+import operator
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from gradindex.errors import InputError
+from gradindex.influence.exact import LARGEST_CHUNK, Exact, Rescorer
+from gradindex.results import Hit, Query
+from search.ask.settings import Settings
+from search.rank.generic_rate import add_rates
+from search.rank.hits import make_hit
+from search.rank.query_gradient import make_targets
+from search.rank.snapshot import OpenIndex, finite
+
+
+def place_of(index: OpenIndex, named: Any) -> int:
+    """The place of a sequence's id. Raises InputError where it is none, or nobody has it."""
+    try:
+        # True would be sequence 1; whatever else counts as an integer may come, NumPy's too
+        number = -1 if isinstance(named, bool) else operator.index(named)
+    except TypeError:
+        number = -1
+    place = index.contents.place_of(number)
+    if place is None:
+        last = index.manifest.next_id - 1
+        gone = " (it was deleted, or is in no segment that is searched)" \
+            if 0 <= number <= last else ""
+        raise InputError(f"no sequence has the id {named!r}{gone}; expected 0 to {last}.")
+    return place
+
+
+def rescore_named(
+    index: OpenIndex, query: Query, places: list[int], settings: Settings, batch_tokens: int
+) -> Iterator[list[Hit]]:
+    """Hits with the exact influence of the sequences at some places, a chunk at a time, in order.
+
+    A place may come twice. Raises InputError, LostError.
+    """
+    settings = replace(settings, rank=None)  # a single query's gradient is kept in full
+    [target], preconditioned = make_targets(index, [query], settings, batch_tokens)
+    by = Rescorer(index.model, settings.modules, index.ekfac, settings.damping, batch_tokens)
+    tokens = [token for text in query.texts for token in text.tokens]
+    for first in range(0, len(places), LARGEST_CHUNK):
+        chunk = places[first : first + LARGEST_CHUNK]
+        code_scores = finite(index.codes_at(chunk).scores(target.vector), index.path).tolist()
+        scores: dict[int, Exact] = {}
+        for batch in index.rescore(by, preconditioned, chunk, terms=True,
+                                   sizes=settings.normalize != "none"):
+            scores.update(batch)
+        hits = []
+        for place, record, code_score in zip(chunk, index.records(chunk), code_scores, strict=True):
+            # no rank: nobody looked at the order of the others
+            hit = make_hit(index.tokenizer, record, scores[place], code_score, -1,
+                           settings.train_sequences, settings.modules, target.norm)
+            hit.duplicates = index.copies(place)
+            hit.lexical = index.tables.wording.overlap(tokens, hit.token_ids)
+            hits.append(hit)
+        add_rates(index, hits)
+        yield hits

@@ -1,0 +1,118 @@
+"""A search over Ray, in a worker's process: some segments, scored by code and exactly.
+
+Arrays, records and dataclasses come and go, never objects of the user's. What is sent once for a
+query carries a name, by which a worker knows that it has it already.
+"""
+
+import gc
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gradindex.errors import GradindexError, InputError
+from gradindex.influence.exact import Exact, Rescorer
+from gradindex.influence.queries import Arrays, Preconditioned
+from gradindex.model.loading import quiet_transformers
+from gradindex.model.source import ModelSource
+from gradindex.modules import Module
+from gradindex.version import VERSION
+from search.rank.ranking import Ranking
+from search.rank.snapshot import OpenIndex, SegmentSubset
+
+
+@dataclass(frozen=True)
+class Whereabouts:
+    """Where a worker finds the index and its model, and with which version of gradindex."""
+
+    version: str
+    path: Path
+    source: ModelSource
+
+
+@dataclass(frozen=True)
+class Rescoring:
+    """How sequences are to be rescored; `query` tells preconditioned gradients apart."""
+
+    query: str
+    rank: int | None
+    modules: list[Module]
+    damping: float
+    batch_tokens: int
+    sizes: bool
+    terms: bool
+
+
+@dataclass(frozen=True)
+class Ordering:
+    """How sequences are to be ordered by code; `queries` tells query vectors apart."""
+
+    queries: str
+    sign: float
+    by_norm: bool
+
+
+class Worker:
+    """Some segments of an index, opened at first use; places are those among them alone."""
+
+    def __init__(self, where: Whereabouts, subset: SegmentSubset, threads: int):
+        self._where, self._subset, self._threads = where, subset, threads
+        self._query = ""
+        self._preconditioned = Preconditioned({})
+        self._ranked = Ordering("", 1.0, False)
+        self._rankings: Sequence[Ranking] = []
+
+    @cached_property
+    def index(self) -> OpenIndex:
+        """The segments, opened. Raises what a user has to mend: GradindexError, InputError."""
+        where = self._where
+        if where.version != VERSION:
+            raise GradindexError(f"it has gradindex {VERSION}, who asks has "
+                                 f"{where.version}. Install the same everywhere.")
+        if not where.path.is_dir():
+            raise InputError(f"it finds no folder {where.path}. With --ray the index has to lie "
+                             "where every machine sees it by the same path.")
+        torch.set_num_threads(self._threads)
+        quiet_transformers()
+        return OpenIndex(where.path, where.source, subset=self._subset)
+
+    def load(self) -> None:
+        """Read the model, the curvature and the codes now."""
+        self.index.load()
+        gc.collect()
+        gc.freeze()  # what stays for good would stop a query for 0.2 s now and then
+
+    def ask(
+        self, how: Ordering, queries: np.ndarray, number: int, what: str, *given: Any
+    ) -> Any:
+        """What the `Ranking` of these places by one of the queries [q, K] answers.
+
+        The codes are scored once for all that is asked of the same queries one after the other.
+        """
+        if self._ranked != how:
+            self._ranked, self._rankings = Ordering("", 1.0, False), []  # free before the next
+            self._rankings = self.index.rankings(queries, how.sign, how.by_norm)
+            self._ranked = how
+        return getattr(self._rankings[number], what)(*given)
+
+    def stored_codes(self, places: np.ndarray) -> np.ndarray:
+        """As `OpenIndex.stored_codes`."""
+        return self.index.stored_codes(places.tolist())
+
+    def rescore(
+        self, how: Rescoring, arrays: Arrays, places: np.ndarray
+    ) -> Iterator[tuple[list[tuple[int, Exact]], int]]:
+        """As `OpenIndex.rescore`, with how many batches were halved since the one before."""
+        index = self.index
+        if self._query != how.query:
+            self._preconditioned = Preconditioned.from_arrays(arrays, how.rank, index.model.device)
+            self._query = how.query
+        by = Rescorer(index.model, how.modules, index.ekfac, how.damping, how.batch_tokens)
+        before = 0
+        for batch in index.rescore(by, self._preconditioned, places.tolist(), how.sizes, how.terms):
+            yield batch, by.halved - before
+            before = by.halved

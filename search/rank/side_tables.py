@@ -1,0 +1,59 @@
+"""What a search reads of an index besides codes and records: words, and background queries."""
+
+from gradindex import draws
+from gradindex.draws import Stream
+from gradindex.storage import background_file, layout
+from gradindex.storage.background_file import BackgroundQueries
+from gradindex.storage.contents import Contents
+from gradindex.storage.token_file import TokenMatrix
+from search.rank.likeness import Wording
+
+RANDOM_SAMPLE = 64  # sequences rescored with every query
+
+
+class SideTables:
+    """Tables of the sequences of an index, each read at first use.
+
+    They know the contents and nothing else, least of all the open index: a circle would keep it,
+    and its lock, until Python happens to look for circles. Reading raises DamagedIndexError.
+    """
+
+    def __init__(self, contents: Contents):
+        self._contents = contents
+        self._tokens: TokenMatrix | None = None
+        self._wording: Wording | None = None
+        self._background_queries: BackgroundQueries | None = None
+
+    @property
+    def tokens(self) -> TokenMatrix:
+        """Which tokens the sequence of each place holds."""
+        if self._tokens is None:
+            contents, manifest = self._contents, self._contents.manifest
+            self._tokens = TokenMatrix(
+                [contents.reader(segment).tokens(manifest.sequence_length, manifest.vocabulary)
+                 for segment in contents.segments], contents.live)
+        return self._tokens
+
+    @property
+    def wording(self) -> Wording:
+        """How rare tokens are, told from the random sample."""
+        if self._wording is None:
+            rows = self._contents.places[random_sample(self._contents, len(self._contents))]
+            self._wording = Wording([record.tokens for record in self._contents.records(rows)])
+        return self._wording
+
+    @property
+    def background_queries(self) -> BackgroundQueries | None:
+        """The background queries; None where an earlier version built the index."""
+        facts = self._contents.manifest.background
+        if self._background_queries is None and facts is not None:
+            self._background_queries = background_file.load(
+                self._contents.files.path(layout.BACKGROUND), facts["queries"],
+                self._contents.manifest.code["length"])
+        return self._background_queries
+
+
+def random_sample(contents: Contents, total: int) -> list[int]:
+    """Some of the `total` places, drawn at random once for all, ascending."""
+    return draws.distinct(Stream.BACKGROUND_SAMPLE, contents.manifest.code["seed"], total,
+                          RANDOM_SAMPLE)
