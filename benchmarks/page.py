@@ -21,9 +21,10 @@ from gradindex.results import Hit, Recall, Result
 from search.ask.controls import Controls
 from search.ask.settings import settle
 from search.engine import Searcher
-from search.serve import server
-from search.serve.jobs import Job, Jobs
-from search.serve.request import Asked
+from search.serve.jobs import Jobs, SearchJob
+from search.serve.pages import Pages
+from search.serve.reception import Reception
+from search.serve.request import SearchRequest
 from search.show import html
 
 HITS, TOKENS, LAYERS = 50, 512, 12
@@ -41,16 +42,16 @@ def main() -> None:
     said("gradindex --help", times, 150)
     searcher = gradindex.open(index)
     said("gradient to approximate hits", first_hits(searcher), 1000)
-    site = server.Site(searcher, Jobs(searcher), shared=False)
-    asked = Asked(prompt="Write a message with severity", completion=" 'ERROR' on the root logger",
-                  k=HITS)
-    job = Job("0" * 16, asked, settle(asked.controls(), searcher.manifest), "done", "result",
-              result=heavy(searcher, asked))
+    pages = Pages(Reception(searcher, Jobs(searcher)), shared=False)
+    asked = SearchRequest(prompt="Write a message with severity",
+                          completion=" 'ERROR' on the root logger", k=HITS)
+    job = SearchJob("0" * 16, asked, settle(asked.controls(), searcher.manifest), "done", "result",
+                    result=heavy(searcher, asked))
     page = ""
     times = []
     for _ in range(TIMES):
         begun = time.perf_counter()
-        page = site._page(asked, job, "", False)
+        page = pages.fill(asked, job, "", False)
         times.append(time.perf_counter() - begun)
     said(f"filling a page of {HITS} hits of {TOKENS} tokens", times[1:], 100)
     parts = {"page": page, "style.css": html.style(), "page.js": html.asset("page.js")}
@@ -87,7 +88,7 @@ def first_hits(searcher: Searcher) -> list[float]:
     return times
 
 
-def heavy(searcher: Searcher, asked: Asked) -> Result:
+def heavy(searcher: Searcher, asked: SearchRequest) -> Result:
     """A result of HITS hits of TOKENS tokens and LAYERS layers."""
     random = np.random.default_rng(0)
     query = searcher.make_query(asked.prompt, asked.completion)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from gradindex.progress import Progress
     from gradindex.results import Result
     from search.ask.controls import Controls
-    from search.engine import Stage
+    from search.engine import SearchStage
 
 
 @click.command()
@@ -151,7 +151,7 @@ class _Follower:
         self._answered = self._done = 0
         self._running = False
 
-    def follow(self, stage: "Stage") -> None:
+    def follow(self, stage: "SearchStage") -> None:
         """Show one stage; bars go on from query to query as long as more is to be scored."""
         progress = self._progress
         if stage.name == "gradient" and stage.query is not None and not self._queries:

@@ -37,12 +37,12 @@ LARGEST_SCORES = 1 << 27  # code scores held at once, of all queries of a sessio
 
 
 @dataclass
-class Stage:
+class SearchStage:
     """Where a search stands: `name` is gradient, approximate, exact or result.
 
     `provisional` is there after `approximate` (the hits by code, of a single query), `result` at
-    the end of each query. `done` of `total` sequences are exact; `found` are the exact influences
-    that a stage `exact` adds, by id.
+    the end of each query. `done` of `total` sequences are exact; `influence` are the exact
+    influences that a stage `exact` adds, by id.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Stage:
     total: int = 0
     query: Query | None = None
     provisional: Result | None = None
-    found: dict[int, float] = field(default_factory=dict)
+    influence: dict[int, float] = field(default_factory=dict)
     result: Result | None = None
 
 
@@ -180,7 +180,7 @@ class Searcher:
         first, second = own
         return Comparison(results, {one: (first[one], second[one]) for one in first})
 
-    def answer(self, queries: list[Query], settings: Settings) -> Iterator[Stage]:
+    def answer(self, queries: list[Query], settings: Settings) -> Iterator[SearchStage]:
         """The stages of any number of queries, a group after the other."""
         for first in range(0, len(queries), self.group_size):
             yield from self.stages(queries[first : first + self.group_size], settings)
@@ -231,8 +231,8 @@ class Searcher:
 
     def stages(
         self, queries: list[Query], settings: Settings, conclude_early: bool = False
-    ) -> Iterator[Stage]:
-        """Search for some queries together, yielding a Stage as each step ends.
+    ) -> Iterator[SearchStage]:
+        """Search for some queries together, yielding a SearchStage as each step ends.
 
         A result comes for each query, in order, as soon as its shortlist is exact. Raises as
         `search`. With `conclude_early`, a KeyboardInterrupt while sequences are rescored ends the
@@ -249,12 +249,12 @@ class Searcher:
         # 1) each query's gradient, preconditioned, as a vector and in full
         targets, preconditioned = make_targets(self.index, queries, settings, self.batch_tokens)
         clock.lap("gradient")
-        yield Stage("gradient", query=queries[0])
+        yield SearchStage("gradient", query=queries[0])
 
         # 2) every sequence's code score; the best make the shortlists
         session = Session(self.index, settings, targets, preconditioned, self.batch_tokens)
         clock.lap("scan")
-        yield Stage("approximate", 0, session.planned, queries[0],
+        yield SearchStage("approximate", 0, session.planned, queries[0],
                     session.provisional(session.tracks[0]) if len(queries) == 1 else None)
 
         for track in session.tracks:
@@ -266,9 +266,9 @@ class Searcher:
                     for places in session.rescore(track):
                         # told by id: places move when a part of the index is lost
                         ids = session.common.index.contents.ids[places].tolist()
-                        found = dict(zip(ids, track.influence(places), strict=True))
-                        yield Stage("exact", len(session.common.exact), session.planned,
-                                    track.query, found=found)
+                        influence = dict(zip(ids, track.influence(places), strict=True))
+                        yield SearchStage("exact", len(session.common.exact), session.planned,
+                                    track.query, influence=influence)
                     if not track.timed_out:
                         session.score_background()
                 except KeyboardInterrupt:
@@ -281,11 +281,13 @@ class Searcher:
             result = session.conclude(track, interrupted)
             clock.lap("conclude")
             result.seconds = clock.take("rescore", "conclude")
-            yield Stage("result", len(session.common.exact), session.planned, track.query,
+            yield SearchStage("result", len(session.common.exact), session.planned, track.query,
                         result=result)
 
 
-def drain(stages: Iterator[Stage], follow: Callable[[Stage], None] | None = None) -> Result:
+def drain(
+    stages: Iterator[SearchStage], follow: Callable[[SearchStage], None] | None = None
+) -> Result:
     """Run a search of one query to its end, showing each stage to `follow`.
 
     A KeyboardInterrupt, wherever it strikes during rescoring, is handed to the search, which then

@@ -20,7 +20,8 @@ DOORS = {  # library: the files that it enters through
     "safetensors": {"gradindex/storage/tensors.py"},
     "pyarrow": {"indexer/read/sources.py", "search/show/data_files.py"},
     "jinja2": {"search/show/html.py"},
-    "starlette": {"search/serve/guard.py", "search/serve/server.py"},
+    "starlette": {f"search/serve/{name}.py" for name in
+                  ("api", "guard", "pages", "reception", "server")},
     "uvicorn": {"search/serve/connections.py", "search/serve/listening.py"},
     "scipy": {"gradindex/storage/token_file.py", "indexer/fit/eigen.py"},
     "sklearn": {"search/study/evaluate.py"},

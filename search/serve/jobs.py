@@ -23,8 +23,8 @@ from gradindex.errors import GradindexError, InputError
 from gradindex.results import Comparison, Result
 from search.ask.make_query import make_query
 from search.ask.settings import Settings
-from search.engine import Searcher, Stage
-from search.serve.request import Asked
+from search.engine import Searcher, SearchStage
+from search.serve.request import SearchRequest
 from search.study.tail import Tail, fit_tail, upper_tail
 
 QUEUE = 16  # jobs that may wait
@@ -41,15 +41,15 @@ class BusyError(GradindexError):
 
 
 @dataclass
-class Job:
+class SearchJob:
     """A search and where it stands; `settings` are what its controls mean here.
 
-    `state` goes from waiting to running to done or failed. `found` are the exact influences so
+    `state` goes from waiting to running to done or failed. `scores` are the exact influences so
     far, as (id, influence). `wake` are called, from the worker's thread, at every change.
     """
 
     id: str
-    asked: Asked
+    request: SearchRequest
     settings: Settings
     state: str = "waiting"
     stage: str = ""
@@ -57,7 +57,7 @@ class Job:
     total: int = 0
     seconds_left: float | None = None
     provisional: Result | None = None
-    found: list[tuple[int, float]] = field(default_factory=list)
+    scores: list[tuple[int, float]] = field(default_factory=list)
     result: Result | Comparison | None = None
     tail: Tail | None = None  # of the result's exact scores
     error: str = ""
@@ -107,8 +107,8 @@ class Jobs:
         self.ready = threading.Event()  # the model and the codes are loaded
         self.problem = ""
         self._over = False  # the worker has ended
-        self._waiting: queue.Queue[Job] = queue.Queue(QUEUE)
-        self._jobs: OrderedDict[str, Job] = OrderedDict()
+        self._waiting: queue.Queue[SearchJob] = queue.Queue(QUEUE)
+        self._jobs: OrderedDict[str, SearchJob] = OrderedDict()
         self._guard = threading.Lock()
         self._worker = threading.Thread(target=self._work, name="search", daemon=True)
 
@@ -119,9 +119,9 @@ class Jobs:
     def queued(self) -> int:
         return self._waiting.qsize()
 
-    def ask(self, asked: Asked, settings: Settings) -> Job:
+    def submit(self, request: SearchRequest, settings: Settings) -> SearchJob:
         """The job of a search, new or not. Raises BusyError where none can be taken on."""
-        name = asked.id(self.searcher.index.digest)
+        name = request.id(self.searcher.index.digest)
         with self._guard:
             job = self._jobs.get(name)
             if job is not None and job.whole:
@@ -130,7 +130,7 @@ class Jobs:
                 return job
             if self._over:
                 raise BusyError(ENDED)
-            job = Job(name, asked, settings)
+            job = SearchJob(name, request, settings)
             try:
                 self._waiting.put_nowait(job)
             except queue.Full:
@@ -139,7 +139,7 @@ class Jobs:
             self._jobs.move_to_end(name)
             return job
 
-    def get(self, name: str) -> Job | None:
+    def get(self, name: str) -> SearchJob | None:
         with self._guard:
             job = self._jobs.get(name)
             if job is not None:
@@ -188,7 +188,7 @@ class Jobs:
         message = message.replace(f"{self.searcher.index.path.absolute().parent}/", "")
         return re.sub(r"(?<![\w.:/])/(?:[^/\s'\"]+/)+", "", message)
 
-    def _answer(self, job: Job) -> None:
+    def _answer(self, job: SearchJob) -> None:
         if self._is_forgotten(job):
             self._drop(job)
             return
@@ -207,9 +207,9 @@ class Jobs:
             self._fail(job, f"the search failed ({own}); the server's log has it under "
                             f"{number}.", 500)
 
-    def _run(self, job: Job) -> None:
-        asked = job.asked
-        queries = [make_query(self.searcher.index, question) for question in asked.questions()]
+    def _run(self, job: SearchJob) -> None:
+        queries = [make_query(self.searcher.index, question)
+                   for question in job.request.questions()]
         stages = self.searcher.stages(queries, job.settings, conclude_early=True)
         results: list[Result] = []
         started = 0.0
@@ -225,32 +225,32 @@ class Jobs:
             if stage.name == "exact" and stage.done:
                 spent = time.monotonic() - started
                 job.seconds_left = spent / stage.done * (stage.total - stage.done)
-            job.found.extend(stage.found.items())
+            job.scores.extend(stage.influence.items())
             if stage.result is not None:
                 results.append(stage.result)
             self._changed(job)
-        found = results[0] if not asked.compare else \
+        found = results[0] if not job.request.compare else \
             self.searcher.compared(results, queries, job.settings)
         if isinstance(found, Result):
             job.tail = fit_tail(upper_tail(found))
         job.result = found
         self._end(job, "done")
 
-    def _is_forgotten(self, job: Job) -> bool:
+    def _is_forgotten(self, job: SearchJob) -> bool:
         return not job.watchers and time.monotonic() - job.seen > self._forgotten
 
-    def _drop(self, job: Job) -> None:
+    def _drop(self, job: SearchJob) -> None:
         self._fail(job, "nobody waited for this search any more, so it was given up.", 503)
         with self._guard:
             if self._jobs.get(job.id) is job:
                 del self._jobs[job.id]
 
-    def _fail(self, job: Job, error: str, status: int) -> None:
+    def _fail(self, job: SearchJob, error: str, status: int) -> None:
         job.error, job.error_status = error, status
         self._end(job, "failed")
 
-    def _end(self, job: Job, state: str) -> None:
-        job.state, job.provisional, job.found = state, None, []
+    def _end(self, job: SearchJob, state: str) -> None:
+        job.state, job.provisional, job.scores = state, None, []
         self._changed(job)
         with self._guard:
             ended = [one for one in self._jobs.values() if one.ended]
@@ -259,7 +259,7 @@ class Jobs:
                 values -= ended[0].values
                 del self._jobs[ended.pop(0).id]
 
-    def _changed(self, job: Job) -> None:
+    def _changed(self, job: SearchJob) -> None:
         for wake in list(job.wake):
             wake()
 
@@ -268,7 +268,7 @@ class _ForgottenError(Exception):
     pass
 
 
-def _until_stopped(stages: Any, job: Job) -> Generator[Stage, None, None]:
+def _until_stopped(stages: Any, job: SearchJob) -> Generator[SearchStage, None, None]:
     """The stages; where the job is to stop, each query concludes from what is exact by then."""
     while True:
         try:

@@ -9,7 +9,8 @@ from urllib.parse import urlencode
 
 import pydantic
 
-from gradindex.terminal import visible_lines
+from gradindex.errors import InputError
+from gradindex.terminal import visible, visible_lines
 from search.ask.controls import (
     CONTROLS,
     DEFAULTS,
@@ -22,6 +23,7 @@ from search.ask.question import Question
 
 LONGEST_TEXT = 65_536  # characters
 MOST_NUMBERS = 100_000  # in the ranges of a field
+TOKEN_FIELDS = ("score", "scored_of")  # of the form: which tokens are ticked, of which completion
 
 
 def _few_numbers(text: str) -> str:
@@ -45,10 +47,12 @@ FormText = Annotated[str, pydantic.Field(max_length=LONGEST_TEXT)]
 Numbers = pydantic.AfterValidator(_few_numbers)
 
 
-class Asked(pydantic.BaseModel):
+class SearchRequest(pydantic.BaseModel):
     """A query and how to search for it. What is left out has the defaults of `gradindex search`."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    # "Asked" is what the API's description has called it since its first version
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False,
+                                       title="Asked")
 
     prompt: FormText = ""
     completion: Annotated[FormText, pydantic.Field(
@@ -76,9 +80,9 @@ class Asked(pydantic.BaseModel):
         """The fields that are not their defaults, as JSON types."""
         return self.model_dump(exclude_defaults=True)
 
-    def id(self, index: str) -> str:
+    def id(self, digest: str) -> str:
         """What names this search of the index with that digest."""
-        content = json.dumps([index, self.given()], sort_keys=True)
+        content = json.dumps([digest, self.given()], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def questions(self) -> list[Question]:
@@ -100,12 +104,13 @@ class Asked(pydantic.BaseModel):
             {name: str(value).lower() if isinstance(value, bool) else value
              for name, value in self.given().items()})
 
-    def changed(self, **fields: Any) -> "Asked":
+    def changed(self, **fields: Any) -> "SearchRequest":
+        """The same search but for some fields."""
         return self.model_copy(update=fields)
 
-    def command(self, index: str, train_sequences: int | None = None) -> str:
+    def command(self, path: str, train_sequences: int | None = None) -> str:
         """The same as a command line; of a comparison, its first side."""
-        parts = ["gradindex", "search", _quoted(index), "-p", _text(self.prompt)]
+        parts = ["gradindex", "search", _quoted(path), "-p", _text(self.prompt)]
         for flag, value in (("-c", self.completion), ("--versus", self.versus)):
             parts += [flag, _text(value)] * bool(value)
         parts += ["--score-on", self.score_on] * bool(self.score_on)
@@ -118,18 +123,18 @@ class Asked(pydantic.BaseModel):
         parts += ["--train-sequences", str(train_sequences)] * (train_sequences is not None)
         return " ".join(parts)
 
-    def python(self, index: str, train_sequences: int | None = None) -> str:
+    def python(self, path: str, train_sequences: int | None = None) -> str:
         """The same as Python."""
-        own = self.given()
+        named = self.given()
         if train_sequences is not None:
-            own["train_sequences"] = train_sequences
-        both = [own.pop("completion", ""), own.pop("compare", "")]
+            named["train_sequences"] = train_sequences
+        both = [named.pop("completion", ""), named.pop("compare", "")]
         if self.compare:
             first, verb = [f"completions={both!r}"], "compare"
         else:
             first, verb = [f"completion={both[0]!r}"] * bool(both[0]), "search"
-        arguments = ", ".join(first + [f"{name}={value!r}" for name, value in own.items()])
-        return f"import gradindex\nresult = gradindex.open({index!r}).{verb}({arguments})"
+        arguments = ", ".join(first + [f"{name}={value!r}" for name, value in named.items()])
+        return f"import gradindex\nresult = gradindex.open({path!r}).{verb}({arguments})"
 
 
 def _text(value: str) -> str:
@@ -142,3 +147,42 @@ def _quoted(value: str) -> str:
     if visible_lines(value) == value:
         return shlex.quote(value)
     return "$'" + visible_lines(value.replace("\\", "\\\\").replace("'", "\\'")) + "'"
+
+
+def from_form(fields: list[tuple[str, str]]) -> SearchRequest:
+    """A search from a URL's fields. Raises InputError.
+
+    Each ticked token comes as a field `score`; they count while the completion is still the one
+    whose tokens the page showed (`scored_of`).
+    """
+    content: dict[str, Any] = {}
+    ticked = [value for name, value in fields if name == "score"]
+    ticked_of = next((value for name, value in fields if name == "scored_of"), None)
+    for name, value in fields:
+        # browsers send a text area's lines with \r\n
+        value = value.replace("\r\n", "\n")
+        if value and name not in (*TOKEN_FIELDS, "job"):
+            number = whole_number(value) if name == "shortlist" else None
+            content[name] = value if number is None else number
+    if ticked_of is not None and ticked_of.replace("\r\n", "\n") == content.get("completion"):
+        content["score_on"] = ",".join(ticked)
+    try:
+        request = SearchRequest.model_validate(content)
+    except pydantic.ValidationError as error:
+        raise InputError(first_problem(error)) from None
+    # to the request, no token chosen is the same as nothing said of tokens: all
+    if ticked_of is not None and content.get("score_on") == "" and "completion" in content:
+        raise InputError("no token is chosen to score; choose at least one.")
+    return request
+
+
+def whole_number(text: str) -> int | None:
+    """A whole number of 64 bits, or None."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 19 else None
+
+
+def first_problem(error: pydantic.ValidationError) -> str:
+    """What is wrong with a request, in a line: the first of it."""
+    problem = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    where = ".".join(map(str, problem["loc"])) or "the request"
+    return visible(f"{where}: {problem['msg']}"[:300])

@@ -7,7 +7,7 @@ import pydantic
 
 import gradindex
 from gradindex.results import SCHEMA, Comparison, Result
-from search.serve.request import LONGEST_TEXT, Asked
+from search.serve.request import LONGEST_TEXT, SearchRequest
 
 _REFERENCE = "#/components/schemas/{model}"
 
@@ -86,7 +86,7 @@ def _schemas() -> dict[str, Any]:
     schemas["Result"]["properties"] |= {"schema": {"const": SCHEMA}, "units": {"type": "string"}}
     schemas["Comparison"]["properties"]["schema"] = {"const": SCHEMA}
     schemas["Query"]["properties"] |= {"scored": {"type": "integer"}, "log_p": {"type": "number"}}
-    schemas["Asked"] = Asked.model_json_schema(ref_template=_REFERENCE)
+    schemas["Asked"] = SearchRequest.model_json_schema(ref_template=_REFERENCE)
     schemas["Problem"] = {"type": "object", "required": ["error"],
                           "properties": {"error": {"type": "string"}}}
     schemas["Job"] = {"type": "object", "required": ["id", "state", "result", "events"],

@@ -15,7 +15,7 @@ from search.ask.question import Question
 from search.ask.settings import settle
 from search.ask.signature import QuestionOptions, split
 from search.engine import Searcher
-from search.serve.request import Asked
+from search.serve.request import SearchRequest
 
 QUESTION = {"prompt", "completion", "token_ids", "labels", "messages", "versus", "score_on"}
 BY_NAME = {"prompt", "completion", "id"}  # not among the options
@@ -79,9 +79,9 @@ def test_the_flags_are_those_of_the_table():
 
 
 def test_a_request_has_the_defaults_and_bounds_of_the_table():
-    schema = Asked.model_json_schema()["properties"]
-    asked = Asked(prompt="x")
-    controls = set(CONTROLS) & set(Asked.model_fields)
+    schema = SearchRequest.model_json_schema()["properties"]
+    asked = SearchRequest(prompt="x")
+    controls = set(CONTROLS) & set(SearchRequest.model_fields)
     assert set(CONTROLS) - controls == {"time_limit", "rank", "train_sequences"}
     for name in controls:
         assert getattr(asked, name) == getattr(DEFAULTS, name)
@@ -95,7 +95,7 @@ def test_a_request_has_the_defaults_and_bounds_of_the_table():
         assert choices == CONTROLS[name].choices
     assert asked.controls() == DEFAULTS
     with pytest.raises(pydantic.ValidationError, match="pattern"):
-        Asked(prompt="x", modules="(a+)+b")
+        SearchRequest(prompt="x", modules="(a+)+b")
 
 
 @pytest.mark.parametrize("name, wrong, expected", [

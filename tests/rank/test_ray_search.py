@@ -209,7 +209,7 @@ def test_a_time_limit_leaves_a_prefix_of_the_shortlist(shared):
 def test_an_interrupted_search_concludes_from_what_is_exact(shared, alone):
     stages = stages_of(shared, [QUESTION], conclude_early=True, shortlist="all")
     stage = next(one for one in stages if one.name == "exact")
-    assert stage.found
+    assert stage.influence
     stage = stages.throw(KeyboardInterrupt())
     assert stage.result.interrupted and stage.result.recall.cutoff is not None
     same(shared.search(**QUESTION, **MANY), alone.search(**QUESTION, **MANY))

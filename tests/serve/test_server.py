@@ -34,7 +34,7 @@ import gradindex
 from gradindex.errors import InputError
 from gradindex.results import Result
 from search.engine import Searcher
-from search.serve import connections, guard, jobs, listening, server
+from search.serve import connections, guard, jobs, listening, pages, server
 from search.serve.schema import openapi
 from search.show import html
 from support.server import JSON, Running, Unhurried
@@ -427,7 +427,7 @@ def test_what_is_not_http_is_refused_with_our_headers(running: Running) -> None:
 
 
 def test_static_files_are_those_of_a_table(running: Running) -> None:
-    for name in server.STATIC:
+    for name in pages.STATIC:
         found = running.ask("GET", f"/static/{name}")
         assert found.status == 200
         own = Path(html.__file__).with_name("page").joinpath(name).read_bytes()
@@ -504,7 +504,7 @@ def test_downloads(running: Running, searcher: Searcher) -> None:
     found = running.wait(job).json
     ids = [hit["id"] for hit in found["hits"]]
     files = {}
-    for form, kind in server.TYPES.items():
+    for form, kind in pages.TYPES.items():
         answer = running.ask("GET", f"/download/{job}.{form}")
         assert answer.status == 200 and answer.headers["content-type"] == kind
         assert answer.headers["content-disposition"] == \
@@ -552,7 +552,7 @@ def test_stages_come_in_order_with_the_exact_scores_of_the_result(
     followed = running.events(asked["id"])
     told = [next(followed)]
 
-    def changed(job: jobs.Job) -> None:
+    def changed(job: jobs.SearchJob) -> None:
         """As ever, but that the worker waits until the change is told, so that each is."""
         really_changed(job)
         now = {"state": job.state, "stage": job.stage, "done": job.done}
@@ -615,7 +615,7 @@ def test_stop_concludes_from_what_is_exact(
         assert any(warning.startswith("interrupted: ") for warning in result["warnings"])
         assert all(hit["exact"] for hit in result["hits"])
     # who stopped it may look again; who asks anew gets all of it
-    shown = running.ask("GET", f"{job.asked.url()}&job={job.id}", OWN).text
+    shown = running.ask("GET", f"{job.request.url()}&job={job.id}", OWN).text
     assert "interrupted: " in shown
     running.ask("POST", "/api/search", body={**QUERY, "k": 2, **more})
     again = running.wait(asked["id"]).json
@@ -687,7 +687,7 @@ def test_a_model_that_cant_be_loaded_is_told(
     start: Callable[..., Running], index_folder: Path, model_folder: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(server, "QUICK", HANG)  # a page waits until its search has failed
+    monkeypatch.setattr(pages, "QUICK", HANG)  # a page waits until its search has failed
     other = tmp_path / "other"
     shutil.copytree(model_folder, other)
     weights = safetensors.torch.load_file(other / "model.safetensors")
@@ -757,7 +757,7 @@ def test_searches_that_nobody_waits_for_are_given_up(
     assert job is not None and left is not None
     go, really_changed = threading.Event(), running.jobs._changed
 
-    def changed(job: jobs.Job) -> None:
+    def changed(job: jobs.SearchJob) -> None:
         really_changed(job)
         if job.stage == "exact":
             go.wait(HANG)

@@ -14,7 +14,7 @@ import gradindex
 from gradindex.cli import COMMANDS, main_group
 from gradindex.results import Result
 from search.rank.likeness import SHINGLE, Wording, fold_near
-from search.serve.request import Asked
+from search.serve.request import SearchRequest, from_form
 from search.show import html, wording
 from search.show.data_files import csv_table, json_lines, parquet, read_result
 from search.show.forms import render_form
@@ -236,11 +236,10 @@ def test_csv_has_the_users_fields(result):
 def test_a_search_as_address_command_and_python(index, index_folder):
     from urllib.parse import parse_qsl, urlsplit
 
-    from search.serve.server import _from_form
-
-    asked = Asked(prompt="The pear's \"number\"\n", completion=" 3 & 4", k=5, opponents=True,
-                  shortlist="all", normalize="cosine", score_on="0-1", rescore=True)
-    assert _from_form(parse_qsl(urlsplit(asked.url()).query)) == asked
+    asked = SearchRequest(prompt="The pear's \"number\"\n", completion=" 3 & 4", k=5,
+                          opponents=True, shortlist="all", normalize="cosine", score_on="0-1",
+                          rescore=True)
+    assert from_form(parse_qsl(urlsplit(asked.url()).query)) == asked
     space: dict = {}
     exec(asked.python(str(index_folder)), space)
     expected = index.search(prompt=asked.prompt, completion=asked.completion, k=5, opponents=True,
@@ -261,7 +260,7 @@ def test_a_shell_reads_what_was_quoted(text):
 
     from search.command_line import read_argument
 
-    command = Asked(prompt=text, completion=" x").command("an index")
+    command = SearchRequest(prompt=text, completion=" x").command("an index")
     shown = subprocess.run(["bash", "-c", command.replace("gradindex", "printf '%s\\0'", 1)],
                            capture_output=True, check=True, env={"LC_ALL": "C.UTF-8"}).stdout
     assert [*map(read_argument, shown.decode().split("\0")[3:4])] == [text]

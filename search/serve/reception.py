@@ -1,0 +1,90 @@
+"""The way from a request to its job, which the pages and the API share."""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from starlette.exceptions import HTTPException
+
+from gradindex.errors import InputError
+from gradindex.results import UNSCORED
+from search.ask.make_query import make_query
+from search.ask.question import Question
+from search.ask.settings import Settings, settle
+from search.engine import Searcher
+from search.serve.jobs import Jobs, SearchJob
+from search.serve.request import SearchRequest
+from search.show import html
+
+
+class Reception:
+    """Checks requests, hands them to `jobs`, and does beside the event loop what takes a while."""
+
+    def __init__(self, searcher: Searcher, jobs: Jobs):
+        self.searcher, self.jobs = searcher, jobs
+        self._thread = ThreadPoolExecutor(1, "page")
+
+    async def aside(self, function: Callable[..., Any], *given: Any, **named: Any) -> Any:
+        """What a function returns that would hold up other requests.
+
+        One after another in one thread: each further one would make the server wait longer for its
+        turn.
+        """
+        return await asyncio.get_running_loop().run_in_executor(
+            self._thread, partial(function, *given, **named))
+
+    async def submit(self, request: SearchRequest) -> SearchJob:
+        """The job of a search, after what can be checked at once. Raises InputError, BusyError."""
+        return self.jobs.submit(request, await self.aside(self._check, request))
+
+    def _check(self, request: SearchRequest) -> Settings:
+        """What the search's controls mean here. Raises InputError for what can't be."""
+        if request.compare and (request.versus or not request.rescore):
+            raise InputError("a comparison is of two completions, scored exactly: it can't go with "
+                             "versus or rescore=false.")
+        controls = replace(request.controls(), train_sequences=self.jobs.train_sequences)
+        settings = settle(controls, self.searcher.manifest)
+        for question in request.questions():
+            if question.completion is not None:  # a continuation needs the model: later
+                make_query(self.searcher.index, question)
+        return settings
+
+    def tokens_of(self, request: SearchRequest) -> list[tuple[str, bool]]:
+        """The completion's tokens, and which are scored; none where it can't be tokenised."""
+        if not request.completion:
+            return []
+        question = Question(request.prompt, request.completion)
+        try:
+            whole = make_query(self.searcher.index, question)
+            chosen = make_query(self.searcher.index,
+                                replace(question, score_on=request.score_on or None))
+        except InputError:
+            return []
+        return [(piece, label != UNSCORED) for (piece, scored, _), label in
+                zip(html.query(whole), chosen.labels, strict=True) if scored]
+
+    def job(self, name: str) -> SearchJob:
+        """A job by its id. Raises HTTPException where it is not kept any more, or never was."""
+        job = self.jobs.get(name)
+        if job is None:
+            raise HTTPException(404, "There is no such result any more. Search again.")
+        return job
+
+
+def changes_of(job: SearchJob) -> tuple[asyncio.Event, Callable[[], None]]:
+    """An event that is set at every change of a job, and what ends that."""
+    loop, changed = asyncio.get_running_loop(), asyncio.Event()
+
+    def wake() -> None:  # in the worker's thread
+        loop.call_soon_threadsafe(changed.set)
+
+    job.wake.add(wake)
+    return changed, lambda: job.wake.discard(wake)
+
+
+def retry_after(status: int) -> dict[str, str] | None:
+    """The header that says when to ask again, where that is worth it."""
+    return {"Retry-After": "5"} if status == 503 else None
