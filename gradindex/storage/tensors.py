@@ -33,7 +33,7 @@ def write_tensors(
         for tensor in plain.values():
             file.write(_bytes(tensor))
 
-    return atomic_write(path, write, len(header) + sum(one.nbytes for one in plain.values()))
+    return atomic_write(path, write, len(header) + sum(tensor.nbytes for tensor in plain.values()))
 
 
 def header_bytes(tensors: dict[str, Tensor]) -> int:
