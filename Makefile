@@ -1,7 +1,8 @@
 # make demo   train a small model, index its training text, ask it three questions
 # make test   lint, types, tests, some faults
-# make faults every fault: kills, full disks, damage (under an hour); the table goes into RESULTS.md
-# make screenshots  the README's pictures, from the demo's index (needs Chromium)
+# make faults every fault: kills, full disks, damage (under an hour); its table is benchmarks/results/faults.md
+# make screenshots  the documents' pictures, from the demo's index (needs Chromium)
+# make transcript   the README's transcript, from the demo's index
 # All make .venv themselves. PYTHON, VENV, EXTRA (cpu or gpu) and pip's own variables are honoured.
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 export OMP_WAIT_POLICY ?= passive
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test faults screenshots lint clean
+.PHONY: demo test faults screenshots transcript lint clean
 
 # torch first: a range would let pip choose a newer build with several GB of CUDA libraries.
 $(BIN)/.installed: pyproject.toml constraints.txt
@@ -36,11 +37,15 @@ test: $(BIN)/.installed lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 
 faults: $(BIN)/.installed
-	FAULTS=all FAULTS_REPORT=1 $(BIN)/python -m pytest -s tests/faults
+	FAULTS=all FAULTS_REPORT=1 $(BIN)/python -m pytest -s -o faulthandler_timeout=0 tests/faults
 
 screenshots: $(BIN)/.installed
 	@test -f $(DEMO)/index/manifest.json || $(MAKE) demo
 	$(BIN)/python demo/screenshots.py $(DEMO) docs
+
+transcript: $(BIN)/.installed
+	@test -f $(DEMO)/index/manifest.json || $(MAKE) demo
+	$(BIN)/python demo/transcript.py $(DEMO)
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check .

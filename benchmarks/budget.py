@@ -27,7 +27,7 @@ from gradindex.modules import Module
 from gradindex.storage.records import Part, Record
 from indexer.dry_run.measure import batch_bytes
 from indexer.fit.budget import Budget, budget, held_bytes
-from indexer.fit.schedule import FitSettings
+from indexer.fit.notes import FitSettings
 
 LENGTH = 512  # tokens a sequence
 ROOMS = (24, 80, 141)  # GB

@@ -17,7 +17,8 @@ import numpy as np
 import gradindex
 from gradindex.influence.exact import Rescorer
 from gradindex.progress import stderr_progress
-from search.ask.controls import Controls, settle
+from search.ask.controls import Controls
+from search.ask.settings import settle
 from search.rank.query_gradient import make_targets
 from search.study.survey import QUERIES, TOP, Scores, own_queries
 from search.study.tail import fit_tail, half, half_interval

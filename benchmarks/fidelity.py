@@ -323,7 +323,7 @@ class Asked:
         self.shortlist = Shortlist(
             CodeRanking(scores, norms, control.sign, control.normalize != "none"), noise, n)
         places = np.empty(n, dtype=np.int64)
-        places[self.shortlist.ids(n)] = np.arange(n)
+        places[self.shortlist.places(n)] = np.arange(n)
         self.code_place = places  # of every sequence in the order by code
 
     def actual(self, k: int, length: int) -> float:

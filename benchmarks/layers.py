@@ -37,7 +37,7 @@ from gradindex.model.source import ModelSource
 from gradindex.model.tracked import tracked_modules
 from gradindex.modules import Module
 from gradindex.objective import Batch, NextToken, Text
-from indexer.fit.schedule import add_covariances
+from indexer.fit.steps import add_covariances
 
 MIXTURE = dict(vocab_size=4096, hidden_size=256, intermediate_size=512, num_hidden_layers=4,
                num_attention_heads=4, num_key_value_heads=4, num_experts=16, num_experts_per_tok=2)
@@ -193,7 +193,7 @@ def compare_bits(repeats: int) -> None:
 @click.command(help=__doc__, context_settings={"max_content_width": 100})
 @click.option("--repeats", default=7)
 def main(repeats: int) -> None:
-    """Print the tables of RESULTS.md."""
+    """Print the tables of results/layers.md."""
     quiet_transformers()
     torch.set_num_threads(1)
     compare_classes()

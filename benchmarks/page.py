@@ -19,6 +19,7 @@ import gradindex
 from gradindex.model import tokenise
 from gradindex.results import Hit, Recall, Result
 from search.ask.controls import Controls
+from search.ask.settings import settle
 from search.engine import Searcher
 from search.serve import server
 from search.serve.jobs import Job, Jobs
@@ -43,7 +44,8 @@ def main() -> None:
     site = server.Site(searcher, Jobs(searcher), shared=False)
     asked = Asked(prompt="Write a message with severity", completion=" 'ERROR' on the root logger",
                   k=HITS)
-    job = Job("0" * 16, asked, "done", "result", result=heavy(searcher, asked))
+    job = Job("0" * 16, asked, settle(asked.controls(), searcher.manifest), "done", "result",
+              result=heavy(searcher, asked))
     page = ""
     times = []
     for _ in range(TIMES):
@@ -78,7 +80,7 @@ def first_hits(searcher: Searcher) -> list[float]:
         pieces = tokenise.pieces(searcher.index.tokenizer, record.tokens.tolist())
         middle = len(pieces) // 2
         query = searcher.make_query("".join(pieces[:middle]), "".join(pieces[middle:]) or " a")
-        stages = searcher.stages([query], Controls())
+        stages = searcher.stages([query], settle(Controls(), searcher.manifest))
         assert next(stages).name == "gradient"
         times.append(seconds(lambda stages=stages: next(stages)))
         stages.close()

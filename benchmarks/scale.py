@@ -21,7 +21,7 @@ from demo.prepare import Settings
 from gradindex.memory import forget_most, most, resident, return_freed
 from gradindex.storage.code_file import CodeIndex, scan
 from gradindex.storage.layout import code_bytes
-from indexer.fit.schedule import eigenvectors
+from indexer.fit.eigen import eigenvectors
 
 WIDTHS = (96, 192, 384, 768)
 LENGTHS = (64, 128, 256, 512)

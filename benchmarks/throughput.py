@@ -37,7 +37,8 @@ from gradindex.objective import Batch, Text
 from gradindex.storage.code_file import CodeIndex
 from gradindex.storage.records import Part, Record
 from indexer.encode import encode_batch
-from indexer.fit.schedule import add_covariances, add_eigenvalues, eigenvectors, fit_batch
+from indexer.fit.eigen import eigenvectors
+from indexer.fit.steps import add_covariances, add_eigenvalues, fit_batch
 
 VOCABULARY = 4096
 

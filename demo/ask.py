@@ -20,10 +20,9 @@ from demo.prepare import QUERIES
 def main(folder: Path) -> None:
     """Search the index in FOLDER for each of the demo's queries."""
     command = Path(sys.executable).with_name("gradindex")
-    for prompt, completion in QUERIES:
-        arguments = ["search", str(folder / "index"), "-p", prompt, "-c", completion, "-k", "3"]
-        shown = " ".join(_quoted(argument) for argument in arguments)
-        click.echo(f"\n{'─' * 78}\n$ gradindex {shown}\n")
+    for query in QUERIES:
+        arguments = search_arguments(folder, *query)
+        click.echo(f"\n{'─' * 78}\n$ {as_typed(arguments)}\n")
         subprocess.run([str(command), *arguments], check=True)
     click.echo(f"\n{'─' * 78}\nTry next:")
     index = folder / "index"
@@ -37,6 +36,16 @@ def main(folder: Path) -> None:
     ):
         click.echo(f"  gradindex {line:<66} # {what}")
     click.echo(f"(gradindex is in {command.parent}: activate it, or put it in front)")
+
+
+def search_arguments(folder: Path, prompt: str, completion: str) -> list[str]:
+    """What `gradindex` is called with to ask the demo's index in `folder`."""
+    return ["search", str(folder / "index"), "-p", prompt, "-c", completion, "-k", "3"]
+
+
+def as_typed(arguments: list[str]) -> str:
+    """The command as a user would type it."""
+    return " ".join(["gradindex", *map(_quoted, arguments)])
 
 
 def _quoted(argument: str) -> str:

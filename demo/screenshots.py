@@ -1,4 +1,4 @@
-"""Pictures of the page and of the terminal for the README: `python demo/screenshots.py .demo docs`.
+"""Pictures of the page and the terminal for the documents: `python demo/screenshots.py .demo docs`.
 
 Asks the demo's index its first question, in Chromium (Debian's package) and in a terminal.
 """
@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 import gradindex
 from demo.prepare import QUERIES
-from search.serve import serving
+from search.serve import listening
 
 WIDTH, HEIGHT = 1240, 1250
 COLUMNS = 104
@@ -61,10 +61,11 @@ def main(folder: Path, out: Path) -> None:
 
 
 def _serve(index: Path) -> str:
-    listening = serving.listen("127.0.0.1", None)
-    port = listening.getsockname()[1]
-    running = serving.server(gradindex.open(index), serving.names("127.0.0.1", port), None)
-    threading.Thread(target=running.run, kwargs={"sockets": [listening]}, daemon=True).start()
+    listener = listening.listen("127.0.0.1", None)
+    port = listener.getsockname()[1]
+    hosts = listening.host_names("127.0.0.1", port)
+    running = listening.make_server(gradindex.open(index), hosts, None)
+    threading.Thread(target=running.run, kwargs={"sockets": [listener]}, daemon=True).start()
     return f"http://127.0.0.1:{port}/"
 
 

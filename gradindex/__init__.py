@@ -24,10 +24,11 @@ if TYPE_CHECKING:
     from gradindex.facade import append, build, merge
     from gradindex.results import Group, Hit, Query, Recall, Result
     from indexer.dry_run.estimate import Estimate, estimate
-    from indexer.upkeep.commit import compact, delete
+    from indexer.upkeep.compact import compact
+    from indexer.upkeep.delete import delete
     from indexer.upkeep.verify import verify
     from search.engine import Searcher, open
-    from search.show.render import render_html
+    from search.show.html import render_html
 
 __version__ = VERSION
 
@@ -39,10 +40,11 @@ _HOMES = {name: home for home, names in {
     "gradindex.results": ("Group", "Hit", "Query", "Recall", "Result"),
     "gradindex.facade": ("append", "build", "merge"),
     "indexer.dry_run.estimate": ("Estimate", "estimate"),
-    "indexer.upkeep.commit": ("compact", "delete"),
+    "indexer.upkeep.compact": ("compact",),
+    "indexer.upkeep.delete": ("delete",),
     "indexer.upkeep.verify": ("verify",),
     "search.engine": ("Searcher", "open"),
-    "search.show.render": ("render_html",),
+    "search.show.html": ("render_html",),
 }.items() for name in names}
 
 __all__ = [

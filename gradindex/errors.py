@@ -17,9 +17,16 @@ class GradindexError(Exception):
 
 
 class InputError(GradindexError):
-    """A flag, a file, a record or a query can't be used as it is."""
+    """A flag, a file, a record or a query can't be used as it is.
+
+    `argument` names the one that can't, where who catches it has to know.
+    """
 
     exit_code = 2
+
+    def __init__(self, message: str, argument: str | None = None):
+        super().__init__(message)
+        self.argument = argument
 
 
 class IndexMismatchError(GradindexError):

@@ -13,7 +13,7 @@ from gradindex.storage.background_file import BackgroundQueries, thresholds
 from gradindex.storage.code_file import CodeIndex
 from gradindex.storage.row_file import digest_of
 from indexer.calibrate import prepare_query
-from indexer.fit.schedule import Read
+from indexer.fit.units import Read
 
 QUERIES = 64
 LARGEST_SAMPLE = 1 << 20  # sequences whose scores are held at once: 256 MiB

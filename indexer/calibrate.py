@@ -24,7 +24,7 @@ from gradindex.progress import Progress
 from gradindex.storage.code_file import CodeIndex
 from gradindex.storage.manifest import Calibration
 from gradindex.storage.records import Record
-from indexer.fit.schedule import Read
+from indexer.fit.units import Read
 
 QUERIES = 16
 SAMPLE = 128

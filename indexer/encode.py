@@ -4,6 +4,7 @@ A segment is written in `NNNNNN.partial/` (its records are there already) and re
 Its batches are a function of its sequences' lengths, and of the splits noted in its segment.json.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -43,12 +44,8 @@ def encode_segment(
         facts.splits = made
         segments.write_facts(folder, facts)
 
-    def run(rows: list[int]) -> np.ndarray:
-        vectors = encode_batch(model, codes, [records[row] for row in rows])
-        return vectors.float().cpu().numpy()
-
-    lengths = [len(record.tokens) for record in records]
-    for rows, array in in_batches(lengths, batch_tokens, Splits(facts.splits, keep), run):
+    splits = Splits(facts.splits, keep)
+    for rows, array in encode_batches(model, codes, records, batch_tokens, splits):
         with np.errstate(over="ignore", invalid="ignore"):
             norms[rows] = np.linalg.norm(array.astype(np.float64), axis=1)
         good = np.isfinite(norms[rows])
@@ -82,6 +79,20 @@ def seal(
 def _why(model: LanguageModel, codes: Codes, record: Record) -> str:
     batch = model.batch([record])
     return why_not_finite(model, codes.modules, batch) or "its code's norm is not finite"
+
+
+def encode_batches(
+    model: LanguageModel, codes: Codes, records: list[Record], batch_tokens: int, splits: Splits,
+) -> Iterator[tuple[list[int], np.ndarray]]:
+    """Yield, batch by batch, which of the records it holds and their vectors, float32 [b, K].
+
+    `splits` are the batches that are halved, and those that have to be on the way. Raises
+    ResourceError.
+    """
+    def run(rows: list[int]) -> np.ndarray:
+        return encode_batch(model, codes, [records[row] for row in rows]).float().cpu().numpy()
+
+    return in_batches([len(record.tokens) for record in records], batch_tokens, splits, run)
 
 
 def encode_batch(model: LanguageModel, codes: Codes, records: list[Record]) -> Tensor:

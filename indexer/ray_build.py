@@ -25,11 +25,13 @@ from gradindex.storage.files import disk_errors
 from gradindex.storage.locks import one_of_writers
 from gradindex.storage.plan import Plan
 from indexer.build_request import BuildRequest
-from indexer.fit.schedule import Fit, fitted
+from indexer.fit.folder import FitFolder
+from indexer.fit.schedule import read_fitted
+from indexer.fit.units import FitUnits
 from indexer.prepare import Prepared, make_codes, prepare
 from indexer.read import ingest
-from indexer.shards import OVER_RAY, Shard, Stage
-from indexer.state import State
+from indexer.shards import OVER_RAY, Stage
+from indexer.state import BuildState
 
 TRIES = 4  # of a unit that fails, or to have a worker there
 PAUSE = 5.0  # seconds before a unit is tried again, and longer each time: a shared folder lags
@@ -74,7 +76,7 @@ class _Worker:
         self._stack = contextlib.ExitStack()
         self._codes: Codes | None = None
         self._about: Prepared
-        self._fit: Fit
+        self._units: FitUnits
 
     def process(self) -> int:
         """The process's number: it has its place."""
@@ -90,7 +92,7 @@ class _Worker:
 
     def _load(self) -> None:
         job = self._job
-        state = State.joined(self._index, job.plan) if self._index.is_dir() else None
+        state = BuildState.joined(self._index, job.plan) if self._index.is_dir() else None
         if state is None:
             raise InputError(f"it finds no build in {self._index}. With --ray the index has to lie "
                              "where every machine sees it by the same path.")
@@ -104,8 +106,9 @@ class _Worker:
                 f"began with, {dtype} on {device}. Give all machines the same versions of "
                 "gradindex, torch and transformers.")
         self._about = about
-        self._fit = Fit(found, about.tracked, about.run.records, about.settings,
-                        self._index / "curvature.partial", Progress(), 0, Shard(1, 2))
+        folder = FitFolder(self._index / "curvature.partial", about.tracked, about.settings,
+                           first=False)
+        self._units = FitUnits(found, about.run.records, folder, Progress())
 
     def _join(self) -> None:
         """Take the number's lock, which a worker of a killed driver may hold for a moment yet."""
@@ -132,17 +135,17 @@ class _Worker:
     def _do(self, stage: Stage, unit: int) -> None:
         about = self._about
         if stage.name != "encode":
-            self._fit.do(stage, unit)
+            self._units.do(stage, unit)
         elif unit in ingest.unsealed(about.run):
             ingest.encode_one(about.model, self._made_codes(), about.run, about.run.segments[unit],
                               self._job.plan.batch_tokens, Progress())
 
     def _made_codes(self) -> Codes:
         if self._codes is None:
-            self._fit.forget()
+            self._units.forget()
             about = self._about
-            ekfac, _ = fitted(about.model, about.tracked, about.settings.covariance_blocks,
-                              self._index, Progress(), about.allowance)
+            ekfac, _ = read_fitted(about.model, about.tracked, about.settings.covariance_blocks,
+                                   self._index, Progress(), about.allowance)
             kept = [module for module in about.tracked if module.name in ekfac]
             self._codes = make_codes(kept, ekfac, self._job.plan)
         return self._codes
@@ -182,7 +185,7 @@ class Crew:
 
     def __enter__(self) -> "Crew":
         connect(self._address)
-        state = State.joined(Path(self._job.index), self._job.plan)
+        state = BuildState.joined(Path(self._job.index), self._job.plan)
         assert state is not None
         gpu = self._job.plan.device == "cuda"
         self._remote = self._ray.remote(_Worker).options(

@@ -1,17 +1,19 @@
-"""The journey of a search: gradient → approximate hits → exact, n of m → result.
+"""The stages of a search: gradient → approximate hits → exact, n of m → result.
 
 `Searcher` is an open index. `Searcher.stages` yields each stage as it ends, so that a bar or a
-page can show it; `Searcher.search` drains them. Several queries share one journey: one pass of
+page can show it; `Searcher.search` drains them. Several queries share a session: one pass of
 gradients and one scan of the codes; then they are rescored and answered one after the other, each
 sequence's gradient formed once for all of them.
 """
 
 import operator
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from typing_extensions import Unpack
 
 from gradindex.cluster import LOCAL, connect
 from gradindex.errors import InputError
@@ -21,17 +23,20 @@ from gradindex.model.network import LanguageModel
 from gradindex.model.source import ModelSource
 from gradindex.results import Comparison, Hit, Query, Result
 from gradindex.storage.manifest import Manifest
-from search.ask.controls import Controls, settle
+from search.ask.controls import ControlArguments, Controls
 from search.ask.make_query import aggregate, make_query
+from search.ask.question import Question
+from search.ask.settings import Settings, settle
+from search.ask.signature import QuestionOptions, SearchArguments, split, with_keywords
 from search.rank.generic_rate import add_rates
 from search.rank.hits import make_hit
 from search.rank.query_gradient import make_targets
 from search.rank.ray_search import SharedIndex
-from search.rank.session import Journey
+from search.rank.session import Session
 from search.rank.snapshot import OpenIndex
 
-LARGEST_GROUP = 64  # queries of one journey
-LARGEST_SCORES = 1 << 27  # code scores held at once, of all queries of a journey
+LARGEST_GROUP = 64  # queries of one session
+LARGEST_SCORES = 1 << 27  # code scores held at once, of all queries of a session
 
 
 @dataclass
@@ -112,44 +117,44 @@ class Searcher:
 
     # ---- what is asked
 
+    @with_keywords
     def search(
-        self, prompt: str | None = None, completion: str | None = None, *,
-        token_ids: Sequence[int] | None = None, labels: Sequence[int] | None = None,
-        messages: list[dict[str, Any]] | None = None, versus: str | None = None,
-        score_on: str | None = None, **controls: Any,
+        self, prompt: str | None = None, completion: str | None = None,
+        **arguments: Unpack[SearchArguments],
     ) -> Result:
         """The k sequences with the most positive influence on log p(completion | prompt).
 
-        The query is a prompt and a completion (without one, the model's own greedy continuation),
-        or `token_ids` with `labels` (−100 where nothing is scored), or chat `messages` whose last
-        is scored. `versus` is another completion: the influence is then that on log p(completion)
-        − log p(versus). `score_on` ("0-2", "5") scores some of the completion's tokens only.
-        Everything else is a field of `Controls`: k, shortlist, recall, opponents, damping,
-        modules, normalize, candidates, rescore, time_limit, rank, train_sequences, group_by.
+        What is asked about are the fields of a `Question`: a prompt and a completion, or
+        `token_ids` with `labels`, or chat `messages`; with `versus`, the influence is that on
+        log p(completion) − log p(versus). Everything else is a field of `Controls`.
         Interrupted (Ctrl-C) while rescoring, it returns what is exact so far.
         Raises InputError for an unusable query or control, IndexMismatchError for another model.
         """
-        asked = Controls(**controls)
-        settle(asked, self.manifest)
-        query = self.make_query(prompt, completion, token_ids, labels, messages, versus, score_on)
-        return drain(self.stages([query], asked, conclude_early=True))
+        question, controls = split(prompt, completion, arguments)
+        settings = settle(controls, self.manifest)
+        query = make_query(self.index, question)
+        return drain(self.stages([query], settings, conclude_early=True))
 
+    @with_keywords
     def search_many(
-        self, queries: Iterable[Query | dict[str, Any]], aggregated: bool = False, **controls: Any
+        self, queries: Iterable[Query | Mapping[str, Any]], aggregated: bool = False,
+        **arguments: Unpack[ControlArguments],
     ) -> Iterator[Result]:
         """Search for many queries together, a result each, in order.
 
-        A query is one of `make_query`, or a dictionary of its arguments. `aggregated`: one result
-        for the sum of their gradients. Controls and errors as for `search`.
+        A query is one of `make_query`, or a dictionary of a Question's fields. `aggregated`: one
+        result for the sum of their gradients. Controls and errors as for `search`.
         """
-        asked = Controls(**controls)
-        settle(asked, self.manifest)
-        made = [one if isinstance(one, Query) else self.make_query(**one) for one in queries]
-        stages = self.answer([aggregate(made)] if aggregated else made, asked)
+        settings = settle(Controls(**arguments), self.manifest)
+        ready = [query if isinstance(query, Query) else make_query(self.index, Question(**query))
+                 for query in queries]
+        stages = self.answer([aggregate(ready)] if aggregated else ready, settings)
         return (stage.result for stage in stages if stage.result is not None)
 
+    @with_keywords
     def compare(
-        self, prompt: str, completions: Sequence[str], score_on: str | None = None, **controls: Any
+        self, prompt: str, completions: Sequence[str], score_on: str | None = None,
+        **arguments: Unpack[ControlArguments],
     ) -> Comparison:
         """Two completions of a prompt side by side: the hits of each, and their influence on both.
 
@@ -157,58 +162,58 @@ class Searcher:
         """
         if len(completions) != 2:
             raise InputError(f"{len(completions)} completions: expected two to compare.")
-        asked = Controls(**controls)
-        settle(asked, self.manifest)
-        queries = [self.make_query(prompt, one, score_on=score_on) for one in completions]
-        found = [stage.result for stage in self.stages(queries, asked)]
-        return self.compared([one for one in found if one is not None], queries, asked)
+        settings = settle(Controls(**arguments), self.manifest)
+        queries = [make_query(self.index, Question(prompt, completion, score_on=score_on))
+                   for completion in completions]
+        results = [stage.result for stage in self.stages(queries, settings)]
+        return self.compared([result for result in results if result is not None], queries,
+                             settings)
 
     def compared(
-        self, results: list[Result], queries: list[Query], controls: Controls
+        self, results: list[Result], queries: list[Query], settings: Settings
     ) -> Comparison:
         """The comparison of two queries' results: hits of one are rescored for the other too."""
-        if not controls.rescore:
+        if not settings.rescore:
             raise InputError("a comparison needs exact scores: it can't go with rescore=False.")
         own = [{hit.id: hit.influence for hit in result} for result in results]
         for mine, other, query in zip(own, own[::-1], queries, strict=True):
             places = self.known(sorted(set(other) - set(mine)))
-            for hits in self.rescore_stream(query, places, controls):
+            for hits in self.rescore_stream(query, places, settings):
                 mine.update((hit.id, hit.influence) for hit in hits)
         first, second = own
         return Comparison(results, {one: (first[one], second[one]) for one in first})
 
-    def answer(self, queries: list[Query], controls: Controls) -> Iterator[Stage]:
+    def answer(self, queries: list[Query], settings: Settings) -> Iterator[Stage]:
         """The stages of any number of queries, a group after the other."""
         for first in range(0, len(queries), self.group_size):
-            yield from self.stages(queries[first : first + self.group_size], controls)
+            yield from self.stages(queries[first : first + self.group_size], settings)
 
     @property
     def group_size(self) -> int:
-        """How many queries share a journey, for memory."""
+        """How many queries share a session, for memory."""
         return max(1, min(LARGEST_GROUP, LARGEST_SCORES // len(self)))
 
+    @with_keywords
     def rescore(
         self, prompt: str | None = None, completion: str | None = None, *, ids: Iterable[int],
-        token_ids: Sequence[int] | None = None, labels: Sequence[int] | None = None,
-        messages: list[dict[str, Any]] | None = None, versus: str | None = None,
-        score_on: str | None = None, **controls: Any,
+        **arguments: Unpack[SearchArguments],
     ) -> list[Hit]:
         """Exact influence of the named sequences, in the order given. Raises like `search`.
 
         Of the controls, damping, modules, normalize and train_sequences matter; sizes of the
         sequences' gradients come with a `normalize` other than "none".
         """
-        asked = Controls(**controls)
-        wanted = self.known(ids)
-        settle(asked, self.manifest)
-        query = self.make_query(prompt, completion, token_ids, labels, messages, versus, score_on)
-        return [hit for batch in self.rescore_stream(query, wanted, asked) for hit in batch]
+        question, controls = split(prompt, completion, arguments)
+        places = self.known(ids)
+        settings = settle(controls, self.manifest)
+        query = make_query(self.index, question)
+        return [hit for hits in self.rescore_stream(query, places, settings) for hit in hits]
 
     def rescore_stream(
-        self, query: Query, places: list[int], controls: Controls
+        self, query: Query, places: list[int], settings: Settings
     ) -> Iterator[list[Hit]]:
         """Like `rescore` for the places that `known` gives, a chunk at a time."""
-        settings = replace(settle(controls, self.manifest), rank=None)
+        settings = replace(settings, rank=None)  # a single query's gradient is kept in full
         [target], preconditioned = make_targets(self.index, [query], settings, self.batch_tokens)
         by = Rescorer(self.model, settings.modules, self.index.ekfac, settings.damping,
                       self.batch_tokens)
@@ -232,20 +237,16 @@ class Searcher:
             add_rates(self.index, hits)
             yield hits
 
+    @with_keywords
     def make_query(
-        self, prompt: str | None = None, completion: str | None = None,
-        token_ids: Sequence[int] | None = None, labels: Sequence[int] | None = None,
-        messages: list[dict[str, Any]] | None = None, versus: str | None = None,
-        score_on: str | None = None, id: Any = None,
+        self, prompt: str | None = None, completion: str | None = None, *, id: Any = None,
+        **options: Unpack[QuestionOptions],
     ) -> Query:
         """Tokenise and check a query, without the model unless it is to continue the prompt.
 
         Raises InputError for a query that can't be scored.
         """
-        query = make_query(self.index, prompt, completion, token_ids, labels, messages, versus,
-                           score_on)
-        query.id = id
-        return query
+        return make_query(self.index, Question(prompt, completion, id=id, **options))
 
     def known(self, ids: Iterable[Any]) -> list[int]:
         """The places of sequences' ids. Raises InputError where there is no such sequence."""
@@ -267,7 +268,7 @@ class Searcher:
     # ---- the stages
 
     def stages(
-        self, queries: list[Query], controls: Controls, conclude_early: bool = False
+        self, queries: list[Query], settings: Settings, conclude_early: bool = False
     ) -> Iterator[Stage]:
         """Search for some queries together, yielding a Stage as each step ends.
 
@@ -275,7 +276,6 @@ class Searcher:
         `search`. With `conclude_early`, a KeyboardInterrupt while sequences are rescored ends the
         rescoring only, and what is exact makes the result.
         """
-        settings = settle(controls, self.manifest)
         clock = _Clock()
 
         # 0) what is read once, at the first search
@@ -290,35 +290,37 @@ class Searcher:
         yield Stage("gradient", query=queries[0])
 
         # 2) every sequence's code score; the best make the shortlists
-        journey = Journey(self.index, settings, targets, preconditioned, self.batch_tokens)
+        session = Session(self.index, settings, targets, preconditioned, self.batch_tokens)
         clock.lap("scan")
-        yield Stage("approximate", 0, journey.planned, queries[0],
-                    journey.provisional(0) if len(queries) == 1 else None)
+        yield Stage("approximate", 0, session.planned, queries[0],
+                    session.provisional(session.tracks[0]) if len(queries) == 1 else None)
 
-        for number, query in enumerate(queries):
+        for track in session.tracks:
             clock.restart()
             # 3) exact influence of the shortlist, best first, until the statement is good enough
             interrupted = False
             if settings.rescore:
                 try:
-                    for places in journey.rescore(number):
-                        found = dict(zip(journey.index.contents.ids[places].tolist(),
-                                         journey.influence(number, places), strict=True))
-                        yield Stage("exact", len(journey.exact), journey.planned, query,
-                                    found=found)
-                    if not journey.timed_out:
-                        journey.score_background()
+                    for places in session.rescore(track):
+                        # told by id: places move when a part of the index is lost
+                        ids = session.common.index.contents.ids[places].tolist()
+                        found = dict(zip(ids, track.influence(places), strict=True))
+                        yield Stage("exact", len(session.common.exact), session.planned,
+                                    track.query, found=found)
+                    if not track.timed_out:
+                        session.score_background()
                 except KeyboardInterrupt:
                     if not conclude_early:
                         raise
-                    interrupted = journey.unfinished(number)
+                    interrupted = bool(track.missing())
             clock.lap("rescore")
 
             # 4) the top k and how complete it is; an unfinished shortlist is as long as it got
-            result = journey.conclude(number, interrupted)
+            result = session.conclude(track, interrupted)
             clock.lap("conclude")
             result.seconds = clock.take("rescore", "conclude")
-            yield Stage("result", len(journey.exact), journey.planned, query, result=result)
+            yield Stage("result", len(session.common.exact), session.planned, track.query,
+                        result=result)
 
 
 def drain(stages: Iterator[Stage], follow: Callable[[Stage], None] | None = None) -> Result:

@@ -22,6 +22,15 @@ from gradindex.objective import Text
 from support.documents import FRUIT, PLACES, small_documents
 from support.indexes import SMALL
 from support.models import SIZES, VOCABULARY, random_network
+from support.needed import missing
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say what was skipped for want of what, and how to get it."""
+    if lines := missing(terminalreporter.stats.get("skipped", [])):
+        terminalreporter.section("skipped for want of")
+        for line in lines:
+            terminalreporter.line(line)
 
 
 @pytest.fixture(params=list(SIZES))

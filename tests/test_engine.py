@@ -16,9 +16,12 @@ from gradindex.influence.exact import chunk_ends, exact_scores
 from gradindex.influence.queries import Preconditioned, precondition, query_coordinates
 from gradindex.objective import Text
 from gradindex.storage import records
-from search.ask.controls import Controls, _sizes
+from search.ask.controls import Controls
+from search.ask.settings import _sizes, settle
 from search.engine import drain
-from search.show import render, wording
+from search.show import wording
+from search.show.data_files import csv_table
+from search.show.terminal_text import _wrap, layer_strip, render_terminal
 from support.documents import small_documents
 from support.fits import records_of
 from support.indexes import QUESTION, SMALL
@@ -103,7 +106,7 @@ def test_equal_sequences_are_one_hit(index):
 
 def test_stages_stream(index):
     query = index.make_query(**QUESTION)
-    stages = list(index.stages([query], Controls(k=3, shortlist=20)))
+    stages = list(index.stages([query], settle(Controls(k=3, shortlist=20), index.manifest)))
     assert [stage.name for stage in stages[:2]] == ["gradient", "approximate"]
     assert {stage.name for stage in stages[2:-1]} == {"exact"}
     assert [stage.done for stage in stages[2:]] == sorted(stage.done for stage in stages[2:])
@@ -120,10 +123,10 @@ def test_interrupted_it_returns_what_is_exact(index, truth):
         if stage.name == "exact" and stage.done >= 20:
             raise KeyboardInterrupt
 
-    asked = Controls(k=5, shortlist="all")
+    settings = settle(Controls(k=5, shortlist="all"), index.manifest)
     with pytest.raises(KeyboardInterrupt):  # a file of queries is to be gone on with instead
-        drain(index.stages([index.make_query(**QUESTION)], asked), follow)
-    stages = index.stages([index.make_query(**QUESTION)], asked, conclude_early=True)
+        drain(index.stages([index.make_query(**QUESTION)], settings), follow)
+    stages = index.stages([index.make_query(**QUESTION)], settings, conclude_early=True)
     result = drain(stages, follow)
     assert result.interrupted and 16 <= result.rescored < len(index)
     assert f"interrupted: {result.rescored} of" in result.warnings[-1]
@@ -139,7 +142,8 @@ def test_interrupted_before_rescoring_it_stops(index):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        drain(index.stages([index.make_query(**QUESTION)], Controls()), follow)
+        drain(index.stages([index.make_query(**QUESTION)], settle(Controls(), index.manifest)),
+              follow)
 
 
 def test_rescore_scores_what_is_named(index, truth):
@@ -352,7 +356,7 @@ def test_json_holds_everything(index):
 
 def test_terminal_says_what_matters(index):
     result = index.search(**QUESTION, k=2, shortlist=10)
-    shown = render.terminal(result, width=90)
+    shown = render_terminal(result, width=90)
     assert max(len(line) for line in shown.splitlines()) <= 90
     assert "\x1b" not in shown
     for needed in ("⟦ by the river.⟧", "tokens scored", wording.share(result.recall.estimate),
@@ -360,8 +364,8 @@ def test_terminal_says_what_matters(index):
                    "N_train = ", "taken as the number indexed", result[0].user_id, "nats"):
         assert needed.replace(" ", "") in shown.replace("\n", "").replace(" ", ""), needed
     assert "[+" in shown
-    assert "\x1b[44;97;1m" in render.terminal(result, width=90, color=True)
-    complete = render.terminal(index.search(**QUESTION, k=2, shortlist="all"), width=90)
+    assert "\x1b[44;97;1m" in render_terminal(result, width=90, color=True)
+    complete = render_terminal(index.search(**QUESTION, k=2, shortlist="all"), width=90)
     assert "recall: complete" in complete
 
 
@@ -371,21 +375,21 @@ def test_hostile_text_is_shown_not_run(index):
     result[0].token_influence = [1.0, -2.0, 0.5, 0.1]
     result[0].user_id = "=cmd()"
     result[0].source = "<b>\x1b[2J"
-    shown = render.terminal(result, width=90)
+    shown = render_terminal(result, width=90)
     assert "\x1b" not in shown and "\\x1b]0;x\\x07" in shown and "\\u202e" in shown
     page = result._repr_html_()
     assert "<script>" not in page and "&lt;script&gt;" in page and "<b>\x1b" not in page
-    table = list(csv.DictReader(io.StringIO(render.csv_table(result))))
+    table = list(csv.DictReader(io.StringIO(csv_table(result))))
     assert table[0]["user_id"] == "'=cmd()"
 
 
 def test_wrapping_never_cuts_a_colour():
     colored = "aaa \x1b[44;97;1mbbb ccc\x1b[0m ddd"
-    assert render._wrap(colored, 8) == ["aaa \x1b[44;97;1mbbb\x1b[0m",
+    assert _wrap(colored, 8) == ["aaa \x1b[44;97;1mbbb\x1b[0m",
                                         "\x1b[44;97;1mccc\x1b[0m ddd"]
-    assert render._wrap("a" * 12, 5) == ["aaaaa", "aaaaa", "aa"]
+    assert _wrap("a" * 12, 5) == ["aaaaa", "aaaaa", "aa"]
 
 
 def test_layer_strip_shows_size_and_sign():
-    assert render.layer_strip([0.0, 1.0, -0.5]) == "▁█(▅)"
-    assert render.layer_strip([]) == ""
+    assert layer_strip([0.0, 1.0, -0.5]) == "▁█(▅)"
+    assert layer_strip([]) == ""

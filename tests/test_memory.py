@@ -14,8 +14,9 @@ from gradindex.model.tracked import tracked_modules
 from gradindex.storage.records import Part, Record
 from indexer.dry_run.measure import batch_bytes
 from indexer.fit.budget import held_bytes, partitions
-from indexer.fit.schedule import FitSettings
-from search.ask.controls import Controls, settle
+from indexer.fit.notes import FitSettings
+from search.ask.controls import Controls
+from search.ask.settings import settle
 from search.rank import query_gradient
 from support.indexes import QUESTION, SMALL, files_of
 

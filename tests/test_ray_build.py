@@ -1,5 +1,6 @@
 """A build on a Ray cluster of two nodes on this machine: the bytes of one process."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -7,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import replace
 from functools import partial
 
@@ -24,27 +24,27 @@ from gradindex.progress import Progress
 from gradindex.storage.locks import one_of_writers
 from indexer import ray_build
 from indexer.build_request import make_request
+from indexer.fit.folder import FitFolder
 from indexer.fit.schedule import Fit
+from indexer.fit.units import FitUnits
 from indexer.prepare import prepare
 from indexer.ray_build import Crew, Job, Receipt, _Worker
 from indexer.shards import OVER_RAY, Shard, Stage
-from indexer.state import State
+from indexer.state import BuildState
+from support.clusters import two_nodes
 from support.indexes import SMALL, SMALL_FLAGS, files_of
+from support.needed import library
+from support.waiting import HANG, IN_VAIN, is_gone, struck, until
 
-ray = pytest.importorskip("ray")
+ray = library("ray")
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
 def cluster():
-    from ray.cluster_utils import Cluster
-
-    node = {"num_cpus": 1, "object_store_memory": 80 << 20}
-    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
-    cluster.add_node(**node)
-    yield cluster
-    cluster.shutdown()
+    with two_nodes(num_cpus=1) as cluster:
+        yield cluster
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def begun(model_folder, data_file, tmp_path, one_thread):
     """The folder of a build whose first block alone is summed."""
     with pytest.raises(GradindexError, match="in vain for shards 1, 2, 3 of 4"):
         gradindex.build(str(model_folder), data_file, tmp_path / "index", **SMALL, shard="0/4",
-                        wait=0.01)
+                        wait=IN_VAIN)
     return tmp_path / "index"
 
 
@@ -90,14 +90,8 @@ def process_of(lock):
 
 
 def gone(process):
-    """Whether a process ended, in ten seconds at most."""
-    for _ in range(1000):
-        try:
-            os.kill(process, 0)
-        except ProcessLookupError:
-            return True
-        time.sleep(0.01)
-    return False
+    """Wait until a process ended."""
+    return until(lambda: is_gone(process))
 
 
 def command(model, data, out, cluster):
@@ -170,14 +164,17 @@ def test_a_worker_out_of_reach_is_ended_before_another_does_its_unit(
 
 
 def test_what_is_waited_for(cluster, alone, model_folder, data_file, tmp_path, monkeypatch):
-    """A worker that has no place in the cluster, and one that loads."""
+    """A worker that has no place in the cluster, and two that load."""
     monkeypatch.setattr(ray_build, "PATIENCE", 0.2)
     out = tmp_path / "index"
     out.mkdir()
-    free = threading.Event()
+    locked, free = threading.Event(), threading.Event()
 
     def hold():
-        with one_of_writers(out, 1, OVER_RAY):  # which the first waits for, while it loads
+        with contextlib.ExitStack() as held:  # what workers wait for, while they load
+            for number in (1, 2, 3):
+                held.enter_context(one_of_writers(out, number, OVER_RAY))
+            locked.set()
             free.wait()
 
     def then(line):
@@ -186,6 +183,7 @@ def test_what_is_waited_for(cluster, alone, model_folder, data_file, tmp_path, m
 
     holder = threading.Thread(target=hold)
     holder.start()
+    assert locked.wait(HANG)
     heard = Heard(then)
     try:
         gradindex.build(str(model_folder), data_file, out, **SMALL, ray=cluster.address,
@@ -247,15 +245,15 @@ def test_a_worker_is_where_the_plan_says(model_folder, data_file, tmp_path, one_
     build = partial(make_request, str(model_folder), data_file, tmp_path / "index", **SMALL)
     with pytest.raises(GradindexError, match="in vain for shard 1 of 2"):
         gradindex.build(str(model_folder), data_file, tmp_path / "index", **SMALL, dtype="float64",
-                        shard="0/2", wait=0.1)
+                        shard="0/2", wait=IN_VAIN)
     worker = _Worker(Job.of(build(dtype="float64")), 1)
     assert worker.load() == Receipt()
     assert worker._about.model.dtype == torch.float64
     worker._stack.close()
     assert not list(tmp_path.glob("index/shard.*"))
     if not torch.cuda.is_available():
-        state = State.resumed(tmp_path / "index")
-        state.plan["device"] = "cuda"
+        state = BuildState.resumed(tmp_path / "index")
+        state.saved_plan["device"] = "cuda"
         state.save()
         asked = build(dtype="float64")
         asked.plan = replace(asked.plan, device="cuda")
@@ -266,12 +264,12 @@ def test_a_worker_is_where_the_plan_says(model_folder, data_file, tmp_path, one_
 def test_a_worker_reads_once_what_units_of_a_stage_share(model_folder, data_file, begun):
     """The numbers of units done by a process each, though the files they share are gone."""
     asked = make_request(str(model_folder), data_file, begun, **SMALL)
-    about = prepare(begun, asked.source, "cpu", "float32", State.resumed(begun), None, Progress())
+    about = prepare(begun, asked.source, "float32", BuildState.resumed(begun), Progress())
     folder = begun / "curvature.partial"
 
-    def fit(number=1):
-        return Fit(about.model, about.tracked, about.run.records, about.settings, folder,
-                   Progress(), 0, Shard(number, 2))
+    def worker():
+        return FitUnits(about.model, about.run.records,
+                        FitFolder(folder, about.tracked, about.settings, first=False), Progress())
 
     def files(pattern):
         return {path.name: {name: one.numpy().tobytes() for name, one in load_file(path).items()}
@@ -280,11 +278,11 @@ def test_a_worker_reads_once_what_units_of_a_stage_share(model_folder, data_file
     def done(stage, units, shared, made):
         """What a process each leaves, what one leaves that reads once, and that it let go."""
         for unit in units:
-            fit().do(stage, unit)
+            worker().do(stage, unit)
         apart = files(made)
         for name in apart:
             (folder / name).unlink()
-        one = fit()
+        one = worker()
         one.do(stage, units[0])
         aside = {path: path.rename(folder / f"aside.{path.name}") for path in folder.glob(shared)}
         assert aside
@@ -297,9 +295,10 @@ def test_a_worker_reads_once_what_units_of_a_stage_share(model_folder, data_file
         assert one._at_hand is None
 
     for block in (1, 2, 3):
-        fit().do(Stage("covariance"), block)
-    first = fit(0)
-    first._add_waiting(Stage("covariance"), first._sums(Stage("covariance")))
+        worker().do(Stage("covariance"), block)
+    first = Fit(about.model, about.tracked, about.run.records, about.settings, folder, Progress(),
+                0, Shard(0, 2))
+    first._add_waiting(Stage("covariance"), first.folder.sums(Stage("covariance")))
     done(Stage("eigenvectors"), range(len(about.tracked)), "covariance-*", "*.eigenvectors.*")
     done(Stage("eigenvalues"), range(4), "*.eigenvectors.*", "eigenvalues-*")
 
@@ -307,13 +306,10 @@ def test_a_worker_reads_once_what_units_of_a_stage_share(model_folder, data_file
 def test_a_killed_driver_goes_on(cluster, alone, model_folder, data_file, tmp_path):
     out = tmp_path / "index"
     again = command(model_folder, data_file, out, cluster)
-    driver = subprocess.Popen(again, stderr=subprocess.PIPE, text=True, env=ONE_THREAD)
-    while not list(out.glob("segments/000000")):
-        assert driver.poll() is None
-        time.sleep(0.005)
-    driver.send_signal(signal.SIGKILL)
-    driver.communicate()
-    ended = subprocess.run(again, capture_output=True, text=True, env=ONE_THREAD, timeout=120)
+    driver = struck(again, signal.SIGKILL, lambda _: list(out.glob("segments/000000")),
+                    lambda: shutil.rmtree(out, ignore_errors=True), env=ONE_THREAD)
+    assert driver.returncode == -signal.SIGKILL, driver.stderr
+    ended = subprocess.run(again, capture_output=True, text=True, env=ONE_THREAD, timeout=HANG)
     assert ended.returncode == 0, ended.stderr
     assert "next: gradindex search" in ended.stderr
     assert files_of(out) == alone
@@ -348,15 +344,12 @@ def test_what_ray_can_not_do(model_folder, data_file, tmp_path):
 def test_a_terminated_driver_goes_on(cluster, alone, model_folder, data_file, tmp_path):
     """As one without Ray does, which takes the signal for itself."""
     out = tmp_path / "index"
-    driver = subprocess.Popen(command(model_folder, data_file, out, cluster), text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ONE_THREAD)
-    while not list(out.glob("curvature.partial/covariance*")):
-        assert driver.poll() is None
-        time.sleep(0.005)
-    driver.send_signal(signal.SIGTERM)
-    said, errors = driver.communicate()
-    assert (driver.returncode, said) == (130, "")
-    assert errors.rstrip().endswith("goes on when the same command runs again.")
-    assert "Traceback" not in errors and "ray" not in errors.lower()
+    driver = struck(command(model_folder, data_file, out, cluster), signal.SIGTERM,
+                    lambda _: list(out.glob("curvature.partial/covariance*")),
+                    lambda: shutil.rmtree(out, ignore_errors=True), stdout=subprocess.PIPE,
+                    env=ONE_THREAD)
+    assert (driver.returncode, driver.stdout) == (130, ""), driver.stderr
+    assert driver.stderr.rstrip().endswith("goes on when the same command runs again.")
+    assert "Traceback" not in driver.stderr and "ray" not in driver.stderr.lower()
     gradindex.build(str(model_folder), data_file, out, **SMALL, ray=cluster.address)
     assert files_of(out) == alone

@@ -1,6 +1,5 @@
 """What runs out or goes wrong during the work: memory, the disk, numbers, time."""
 
-import contextlib
 import errno
 import functools
 import io
@@ -10,9 +9,7 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -28,13 +25,15 @@ from gradindex.influence.batches import Splits
 from gradindex.progress import Progress
 from gradindex.storage import files, manifest, segments
 from indexer import background, calibrate
-from indexer.fit import schedule as fit_module
-from indexer.fit.schedule import FitNotes, eigenvectors
+from indexer.fit import eigen
+from indexer.fit.eigen import eigenvectors
+from indexer.fit.notes import FitNotes
 from search.study.describe import describe, summary
 from support.documents import save, tiny_tokens
 from support.indexes import TINY, add, files_of
 from support.kills import KilledError, each_kill
 from support.models import random_network, tiny_network
+from support.waiting import struck
 
 QUESTION = {"token_ids": [3, 1, 4, 1, 5]}
 
@@ -152,8 +151,7 @@ def _killed_after_a_split(data, out, at, monkeypatch):
     real = Splits.add
 
     def add_split(self, batch):
-        with contextlib.suppress(Exception):  # by which a fit sums again
-            real(self, batch)
+        real(self, batch)
         raise KilledError
 
     with monkeypatch.context() as patch:
@@ -420,7 +418,7 @@ def test_eigenvectors_are_tried_once_more_on_a_matrix_that_is_moved_a_little(mon
             raise scipy.linalg.LinAlgError("no convergence")
         return real(matrix, driver=driver)
 
-    monkeypatch.setattr(fit_module.scipy.linalg, "eigh", eigh)
+    monkeypatch.setattr(eigen.scipy.linalg, "eigh", eigh)
     found = eigenvectors(covariance(), "m/A")
     np.testing.assert_allclose(found, truth(covariance()), atol=1e-9)
     moved = tries[1] - tries[0]
@@ -438,7 +436,7 @@ def test_a_build_on_fallback_eigenvectors_gives_the_same_scores(data, tmp_path, 
 def test_eigenvectors_that_cannot_be_found_name_the_module(data, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch.linalg, "eigh", fails)
-        patch.setattr(fit_module.scipy.linalg, "eigh", fails)
+        patch.setattr(eigen.scipy.linalg, "eigh", fails)
         with pytest.raises(GradindexError, match=(
                 r"covariance gpt_neox\.layers\.0\.mlp\.dense_h_to_4h/A has no eigendecomposition "
                 r"\(the algorithm failed to converge; .*--modules REGEX.*--fit-sequences")):
@@ -610,6 +608,18 @@ def test_a_compaction_without_room_is_refused_before_it_writes(data, tmp_path, m
 # ---- time
 
 
+def seconds_worked_by_children():
+    """Seconds of the processor, whatever else the machine does, of children that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def seconds_worked(process):
+    """The same of a process that is there."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def test_a_command_that_is_told_to_stop_stops_within_seconds_and_goes_on(
     index_folder, model_folder, tmp_path
 ):
@@ -617,23 +627,24 @@ def test_a_command_that_is_told_to_stop_stops_within_seconds_and_goes_on(
     more.write_text("".join(json.dumps({
         "text": f"A late plum ripens in the garden, number {n}. " * 3, "url": f"late/{n}",
         "place": "garden"}) + "\n" for n in range(40)))
-    index = shutil.copytree(index_folder, tmp_path / "index")
+    index, worked = tmp_path / "index", {}
     whole = shutil.copytree(index_folder, tmp_path / "whole")
-    child = subprocess.Popen(
-        [sys.executable, "-m", "gradindex", "append", str(index), str(more)],
-        stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent)
-    try:
-        deadline = time.monotonic() + 60
-        while not list((index / "segments").glob("*.partial")):
-            assert child.poll() is None and time.monotonic() < deadline
-            time.sleep(0.01)
-        begun = time.monotonic()
-        child.send_signal(signal.SIGTERM)
-        _, said = child.communicate(timeout=20)
-    finally:
-        child.kill()
-    assert child.returncode == 130, said
-    assert time.monotonic() - begun < 10
+
+    def fresh():
+        shutil.rmtree(index, ignore_errors=True)
+        shutil.copytree(index_folder, index)
+        worked["by others"] = seconds_worked_by_children()
+
+    def begun(child):
+        if found := list((index / "segments").glob("*.partial")):
+            worked["until then"] = seconds_worked(child.pid)
+        return found
+
+    child = struck([sys.executable, "-m", "gradindex", "append", str(index), str(more)],
+                   signal.SIGTERM, begun, fresh, cwd=Path(__file__).parent.parent)
+    assert child.returncode == 130, child.stderr
+    assert seconds_worked_by_children() - sum(worked.values()) < 10
+    said = child.stderr
     assert "an append" in said and "goes on when the same command runs again" in said
     assert "Traceback" not in said
     assert (index / "append.json").is_file() and not (index / "writer.json").exists()

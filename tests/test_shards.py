@@ -6,9 +6,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,8 +21,9 @@ from indexer import shards
 from indexer.fit.budget import SOLVER, held_bytes, partitions
 from indexer.fit.sums import Block, BlockNotes, Sums
 from indexer.shards import Shard, Stage, parse_shard
-from indexer.state import State
+from indexer.state import BuildState
 from support.indexes import SMALL, SMALL_FLAGS, files_of
+from support.waiting import HANG, IN_VAIN, until
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +35,7 @@ def share(model_folder, data_file, out, of, **changes):
     """Run all shards at once, in threads; what each returned."""
     def one(number):
         return gradindex.build(str(model_folder), data_file, out, **{**SMALL, **changes},
-                               shard=f"{number}/{of}", wait=60)
+                               shard=f"{number}/{of}", wait=HANG)
 
     with ThreadPoolExecutor(of) as pool:
         waited = [pool.submit(one, number) for number in range(of)]
@@ -64,9 +64,9 @@ def test_one_process_finishes_what_shards_began(model_folder, data_file, index_f
     """Shard 0 of 2 alone comes as far as the first sum; the blocks of both are used."""
     out = tmp_path / "index"
     with pytest.raises(GradindexError, match=r"in vain for shard 1 of 2: covariance.*--shard 1/2"):
-        gradindex.build(str(model_folder), data_file, out, **SMALL, shard="0/2", wait=0.1)
+        gradindex.build(str(model_folder), data_file, out, **SMALL, shard="0/2", wait=IN_VAIN)
     with pytest.raises(GradindexError, match="in vain for shard 0 of 2"):
-        gradindex.build(str(model_folder), data_file, out, **SMALL, shard="1/2", wait=0.1)
+        gradindex.build(str(model_folder), data_file, out, **SMALL, shard="1/2", wait=IN_VAIN)
     waiting = sorted(path.name for path in (out / "curvature.partial").iterdir())
     assert waiting == ["covariance-0-3.000001.safetensors", "covariance-0-3.000002.safetensors",
                        "covariance-0-3.000003.safetensors", "covariance-0-3.safetensors",
@@ -83,7 +83,7 @@ def test_no_shard_runs_far_ahead(model_folder, data_file, index_folder, tmp_path
     out = tmp_path / "index"
     for shard, said in (("0/2", "shard 1 of 2"), ("1/2", "shard 0 of 2: covariance")):
         with pytest.raises(GradindexError, match=f"in vain for {said}"):
-            gradindex.build(str(model_folder), data_file, out, **SMALL, shard=shard, wait=0.1)
+            gradindex.build(str(model_folder), data_file, out, **SMALL, shard=shard, wait=IN_VAIN)
     assert sorted(path.name for path in out.glob("curvature.partial/covariance-0-3.0*")) == [
         "covariance-0-3.000001.safetensors", "covariance-0-3.000002.safetensors"]
     share(model_folder, data_file, out, 2)
@@ -97,15 +97,17 @@ def test_a_shard_of_another_plan_keeps_a_build_from_beginning_anew(
     """It would add its sums to the new build's."""
     out = tmp_path / "index"
     with pytest.raises(GradindexError, match="in vain for"):
-        gradindex.build(str(model_folder), data_file, out, **SMALL, shard="0/2", wait=0.1)
+        gradindex.build(str(model_folder), data_file, out, **SMALL, shard="0/2", wait=IN_VAIN)
     shutil.rmtree(out / "curvature.partial")
     with one_of_writers(out, 1, "one of 2 shards"), \
             pytest.raises(InputError, match="seed: 0 before, 5 now"):
-        gradindex.build(str(model_folder), data_file, out, **SMALL, seed=5, shard="0/2", wait=0.1)
-    assert State.resumed(out).plan["seed"] == 0
+        gradindex.build(str(model_folder), data_file, out, **SMALL, seed=5, shard="0/2",
+                        wait=IN_VAIN)
+    assert BuildState.resumed(out).plan.seed == 0
     with pytest.raises(GradindexError, match="in vain for"):
-        gradindex.build(str(model_folder), data_file, out, **SMALL, seed=5, shard="0/2", wait=0.1)
-    assert State.resumed(out).plan["seed"] == 5
+        gradindex.build(str(model_folder), data_file, out, **SMALL, seed=5, shard="0/2",
+                        wait=IN_VAIN)
+    assert BuildState.resumed(out).plan.seed == 5
 
 
 def test_what_is_done_needs_no_room_on_the_disk(model_folder, data_file, tmp_path, monkeypatch):
@@ -147,7 +149,7 @@ def test_a_later_shard_waits_for_a_build_that_may_begin_anew(model_folder, data_
     for bits, shard in ((2048, "0/2"), (4096, "1/2")):
         with pytest.raises(GradindexError, match="in vain for"):
             gradindex.build(str(model_folder), data_file, out, **{**SMALL, "bits": bits},
-                            shard=shard, wait=0.1)
+                            shard=shard, wait=IN_VAIN)
         shutil.rmtree(out / "curvature.partial", ignore_errors=True)
 
 
@@ -186,14 +188,13 @@ def test_a_killed_shard_runs_again(model_folder, data_file, tmp_path):
             env={**os.environ, "RANK": str(number), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"})
 
     first, second = start(0), start(1)
-    while not list(out.glob("curvature.partial/covariance-0-*")):
-        assert first.poll() is None and second.poll() is None
-        time.sleep(0.002)
+    until(lambda: first.poll() is not None or second.poll() is not None
+          or list(out.glob("curvature.partial/covariance-0-*")))
     second.send_signal(signal.SIGKILL)
     second.communicate()
     assert second.returncode == -signal.SIGKILL
     again = start(1)
-    said = [child.communicate(timeout=120)[1] for child in (first, again)]
+    said = [child.communicate(timeout=HANG)[1] for child in (first, again)]
     assert [first.returncode, again.returncode] == [0, 0], said
     assert f"shard 0/2 is done; when all are: gradindex merge {out}" in said[0]
     gradindex.merge(out)
@@ -209,24 +210,31 @@ def test_a_killed_shard_runs_again(model_folder, data_file, tmp_path):
 # ---- waiting
 
 
-def test_waiting_ends_when_nothing_is_missing_and_counts_from_the_last_news():
+@pytest.fixture
+def clock(monkeypatch):
+    """[seconds]: time that passes while a shard sleeps, and never else."""
+    now = [0.0]
+    monkeypatch.setattr(shards, "time", SimpleNamespace(
+        monotonic=lambda: now[0], sleep=lambda seconds: now.__setitem__(0, now[0] + seconds)))
+    return now
+
+
+def test_waiting_ends_when_nothing_is_missing_and_counts_from_the_last_news(clock):
     left = [[3, 5], [3, 5], [5], []]
     shard = Shard(0, 4, patience=math.inf)
     shard.wait(Stage("blocks"), lambda: left.pop(0))
     assert not left
-    begun = time.monotonic()
+    begun = clock[0]
     states = iter([[1], [1], [1, 2]])
     with pytest.raises(GradindexError, match=r"shards 1, 2 of 4: blocks \(2 missing\)"):
         Shard(0, 4, patience=0.05).wait(Stage("blocks"), lambda: next(states, [1, 2]))
-    assert time.monotonic() - begun >= 0.05
+    assert clock[0] - begun >= 0.05
 
 
-def test_a_shard_says_whom_it_waits_for(monkeypatch):
+def test_a_shard_says_whom_it_waits_for(monkeypatch, clock):
     said = []
     monkeypatch.setattr(Progress, "say", lambda self, line: said.append(line))
-    done = threading.Event()
-    threading.Timer(0.05, done.set).start()
-    Shard(1, 3).wait(Stage("eigenvectors", 2), lambda: [] if done.is_set() else [3, 2])
+    Shard(1, 3).wait(Stage("eigenvectors", 2), lambda: [3, 2] if clock[0] < 0.05 else [])
     assert said == ["waiting for shards 0, 2 of 3: eigenvectors of partition 2"]
 
 

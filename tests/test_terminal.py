@@ -20,7 +20,10 @@ from gradindex.results import Hit, Query, Recall, Result
 from gradindex.terminal import json_text, visible, visible_lines
 from search import cli as search_cli
 from search.ask import query_files
-from search.show import render
+from search.ask.question import Question
+from search.show.data_files import csv_table, json_lines
+from search.show.html import render_html
+from search.show.terminal_text import render_terminal
 from search.study import describe
 
 CATEGORIES = {"Cc", "Cf", "Co", "Cs", "Zl", "Zp"}
@@ -154,7 +157,7 @@ def result():
 @pytest.mark.parametrize("color", [False, True])
 @pytest.mark.parametrize("width", [60, 100, 160])
 def test_the_terminal(result, color, width):
-    shown = render.terminal(result, width=width, color=color)
+    shown = render_terminal(result, width=width, color=color)
     assert_inert(shown, color=color)
     together = re.sub(r"\s", "", OWN_COLORS.sub("", shown) if color else shown)
     for _, one in HOSTILE.values():
@@ -168,23 +171,23 @@ def test_the_terminal(result, color, width):
 def test_a_row_that_is_text_is_shown_too(result):
     """A hostile record may hold anything where a number is expected."""
     result[0].row = result[0].id = "\x1b[2J"
-    assert_inert(render.terminal(result, width=100))
-    assert_inert(render.csv_table(result), keep="\n\t")
-    assert_inert(render.render_html(result), keep="\n\t")
+    assert_inert(render_terminal(result, width=100))
+    assert_inert(csv_table(result), keep="\n\t")
+    assert_inert(render_html(result), keep="\n\t")
 
 
 def test_json_of_a_result(result):
     written = result.to_json()
     assert_inert(written, keep="")
     assert json.loads(written) == result.to_dict()
-    lines = render.json_lines(result.hits, result.units)
+    lines = json_lines(result.hits, result.units)
     assert_inert(lines)
     assert [json.loads(line) for line in lines.split("\n")[:-1]] == [
         {**hit, "units": result.units} for hit in result.to_list()]
 
 
 def test_csv(result):
-    table = render.csv_table(result)
+    table = csv_table(result)
     assert_inert(table, keep="\n\t")
     rows = list(csv.DictReader(io.StringIO(table)))
     assert [row["source"] for row in rows] == [visible_lines(ALL)] * 4
@@ -215,13 +218,13 @@ def test_what_a_search_prints_and_writes(result, form, capsys, tmp_path):
     assert (visible_lines(ALL) in said) == (form in ("jsonl", "csv"))
 
 
-def test_a_file_of_results(result, monkeypatch, tmp_path):
+def test_a_file_of_results(result, tmp_path):
     """Its lines are inert, begin as they should, and are gone on with."""
-    facts = SimpleNamespace(facts=lambda: result.controls)
-    monkeypatch.setattr(query_files, "settle", lambda controls, manifest: facts)
-    searcher = SimpleNamespace(index=SimpleNamespace(digest="0123"), manifest=None)
-    path, queries = tmp_path / "results.jsonl", {ALL: {"prompt": ALL}, "more": {"prompt": "x"}}
-    file = query_files.ResultsFile(path, searcher, None, queries)
+    settings = SimpleNamespace(facts=lambda: result.controls)
+    searcher = SimpleNamespace(index=SimpleNamespace(digest="0123"))
+    path = tmp_path / "results.jsonl"
+    questions = {ALL: Question(ALL), "more": Question("x")}
+    file = query_files.ResultsFile(path, searcher, settings, questions)
     file.write(result)
     file.close()
     content = path.read_bytes()
@@ -230,7 +233,7 @@ def test_a_file_of_results(result, monkeypatch, tmp_path):
     written = json.loads(content)
     written.pop("asked")
     assert written == result.to_dict()
-    again = query_files.ResultsFile(path, searcher, None, queries)
+    again = query_files.ResultsFile(path, searcher, settings, questions)
     again.close()
     assert again.done == {ALL} and path.read_bytes() == content
 

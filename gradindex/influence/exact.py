@@ -211,6 +211,28 @@ def exact_scores(
     return scores
 
 
+def self_influence(
+    by: Rescorer, sequences: list[Record],
+    batch_of: Callable[[list[Record]], tuple[Batch, Tensor | None]],
+) -> np.ndarray:
+    """‖m̃‖² of every sequence: float64 [sequences], see `GradientSizes`.
+
+    `batch_of` makes the batch of some, and the numbers that draw their labels from the model [its
+    targets are the labels].
+    """
+    def run(rows: list[int]) -> np.ndarray:
+        batch, numbers = batch_of([sequences[row] for row in rows])
+        sizes = GradientSizes(by.ekfac, by.damping, len(rows))
+        collect(by.model, by.modules, batch, sizes, numbers=numbers)
+        return sizes.self_influence.numpy()
+
+    every = np.zeros(len(sequences))
+    lengths = [len(record.tokens) for record in sequences]
+    for rows, sizes in in_batches(lengths, by.batch_tokens, Splits(), run):
+        every[rows] = sizes
+    return every
+
+
 def joined(parts: Sequence[Exact]) -> Exact:
     """A sequence's scores on all modules from those on parts of them, with terms and sizes.
 

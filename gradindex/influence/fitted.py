@@ -12,7 +12,7 @@ from gradindex.influence.curvature import Ekfac, FiledEkfac
 from gradindex.memory import Allowance
 from gradindex.model.config import vocabulary_size
 from gradindex.model.identity import check_identity, tokenizer_digest
-from gradindex.model.loading import DeviceError
+from gradindex.model.loading import DEVICE
 from gradindex.model.network import LanguageModel
 from gradindex.model.source import ModelSource
 from gradindex.objective import NextToken
@@ -108,10 +108,9 @@ class FittedModel:
             )
         try:
             yield
-        except DeviceError:
-            raise
         except InputError as error:
-            if self._model_named:  # then where it was doesn't matter
+            # a device that isn't there has nothing to do with where the model lies
+            if self._model_named or error.argument == DEVICE:
                 raise
             raise InputError(
                 f"{error} At the build it was {self._source.name}; if it was moved, say where it "

@@ -14,31 +14,29 @@ from gradindex.model.adapters import CONFIG, WEIGHTS, Adapter
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64,
           "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class DeviceError(InputError):
-    """The device that was asked for isn't there; where the model lies is not the matter."""
+DEVICE = "device"  # the argument that an InputError is about
 
 
 def device_called(device: str) -> torch.device:
-    """The device of a name; "auto" is a GPU if there is one. Raises DeviceError."""
+    """The device of a name; "auto" is a GPU if there is one. Raises InputError of DEVICE."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         called = torch.device(device)
     except RuntimeError:
-        raise DeviceError(f"--device {device}: expected auto, cpu, cuda or cuda:N.") from None
+        raise InputError(f"--device {device}: expected auto, cpu, cuda or cuda:N.",
+                         DEVICE) from None
     # Named, and not "auto": going on without the GPU that was asked for would take days in silence.
     if called.type == "cuda" and not torch.cuda.is_available():
-        raise DeviceError(
+        raise InputError(
             f"--device {device}: this PyTorch ({torch.__version__}) sees no CUDA GPU. "
-            "Use --device cpu, or install a CUDA build of torch."
+            "Use --device cpu, or install a CUDA build of torch.", DEVICE,
         )
     gpus = max(1, torch.cuda.device_count())
     if called.type not in ("cpu", "cuda") or (called.index or 0) >= gpus:
-        raise DeviceError(
+        raise InputError(
             f"--device {device}: expected auto, cpu, cuda or cuda:N; this machine has "
-            f"{torch.cuda.device_count()} GPUs."
+            f"{torch.cuda.device_count()} GPUs.", DEVICE,
         )
     return called
 

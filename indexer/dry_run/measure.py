@@ -48,13 +48,9 @@ from gradindex.storage.records import Record
 from indexer.calibrate import QUERIES, prepare_query, stacked_queries
 from indexer.encode import encode_batch
 from indexer.fit.budget import FitMoments, curvature_bytes, held_bytes, partitions, projection_bytes
-from indexer.fit.schedule import (
-    FitSettings,
-    add_covariances,
-    add_eigenvalues,
-    eigenvectors,
-    fit_batch,
-)
+from indexer.fit.eigen import eigenvectors
+from indexer.fit.notes import FitSettings
+from indexer.fit.steps import add_covariances, add_eigenvalues, fit_batch
 
 LARGEST_MATRIX = 1024  # decomposed to be timed; larger ones take (n / 1024)³ times that
 ENOUGH = 2.0  # seconds: a batch is run again until it took so long, or REPEATS times

@@ -1,20 +1,79 @@
-"""What a search may be asked besides its query, checked before any model is loaded."""
+"""What a search may be told besides its question: one table, read by Python, flags, form and JSON.
+
+Nothing heavy is imported here, so that the command line can show its flags at once. What controls
+mean for an index, and whether they can be had, is told by `settings.py`.
+"""
 
 import math
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args, get_type_hints
 
-from gradindex.errors import InputError
-from gradindex.modules import Module, choose_modules
-from gradindex.storage.manifest import Manifest
+from typing_extensions import TypedDict
 
-DEFAULT_HITS = 20
-DEFAULT_SHORTLIST = 1000
-SMALLEST_SHORTLIST = 100  # where `recall` begins
-GROWTH = 10  # with `recall`, the shortlist may grow to this many times its default
-NORMALIZATIONS = ("none", "cosine", "relatif")
-CANDIDATES = ("code", "tfidf", "both")
-GROUPINGS = ("document", "source")  # besides the fields that were kept
+Normalization = Literal["none", "cosine", "relatif"]
+Candidates = Literal["code", "tfidf", "both"]
+MOST_HITS = 200  # that the page is asked for at once
+MOST_RESCORED = 100_000
+# layers, kinds, or a regular expression that can't take for ever: no groups, few repetitions
+PLAIN_MODULES = r"^[ \w.,|^$\\-]*([*+?][ \w.,|^$\\-]*){0,3}$"
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Between what a value has to lie; None where it isn't bounded.
+
+    A number is more than `above`, or `least` or more, and `most` or less. A text has at most so
+    many `letters` and matches `pattern`.
+    """
+
+    above: float | None = None
+    least: float | None = None
+    most: float | None = None
+    letters: int | None = None
+    pattern: str | None = None
+
+    def hold(self, number: float) -> bool:
+        """Whether a number lies between them; infinities and NaN never do."""
+        return math.isfinite(number) and (self.above is None or number > self.above) and (
+            self.least is None or number >= self.least) and (
+            self.most is None or number <= self.most)
+
+    def __str__(self) -> str:
+        """What is expected, for errors."""
+        return "a share above 0, at most 1" if self == SHARE else f"a number above {self.above:g}"
+
+
+UNBOUNDED = Bounds()
+ABOVE_ZERO = Bounds(above=0)
+SHARE = Bounds(above=0, most=1)
+
+
+@dataclass(frozen=True)
+class Control:
+    """What is known of one control, wherever it is set.
+
+    `help` is what the command line says of it; brackets hold what is taken where it isn't given
+    and the index decides. `flag` is its flag, `unit` what the flag's value is called. `bounds` hold
+    everywhere, `page` where strangers ask; `api` is what is said of it there.
+    """
+
+    help: str
+    flag: str
+    unit: str | None
+    choices: tuple[str, ...]
+    bounds: Bounds
+    page: Bounds
+    api: str | None
+
+
+def about(
+    help: str, flag: str = "", *, unit: str | None = None, choices: tuple[str, ...] = (),
+    bounds: Bounds = UNBOUNDED, page: Bounds | None = None, api: str | None = None,
+) -> dict[str, Control]:
+    """A control, to go with a field of `Controls`. Choices are its unit too, bounds the page's."""
+    return {"control": Control(help, flag, unit or "|".join(choices) or None, choices, bounds,
+                               bounds if page is None else page, api)}
 
 
 @dataclass(frozen=True)
@@ -35,140 +94,68 @@ class Controls:
     group_by: also total influence by "document", "source", or a field that was kept at the build.
     """
 
-    k: int | None = None
-    shortlist: int | str | None = None
-    recall: float | None = None
-    opponents: bool = False
-    damping: float | None = None
-    modules: str | None = None
-    normalize: str = "none"
-    candidates: str = "code"
-    rescore: bool = True
-    time_limit: float | None = None
-    rank: int | None = None
-    train_sequences: int | None = None
-    group_by: str | None = None
+    k: int | None = field(default=None, metadata=about(
+        "Hits [20].", "-k", page=Bounds(least=1, most=MOST_HITS)))
+    shortlist: int | str | None = field(default=None, metadata=about(
+        "Sequences to rescore exactly [1000, or 10 k if more].", unit="N|all",
+        page=Bounds(least=1, most=MOST_RESCORED)))
+    recall: float | None = field(default=None, metadata=about(
+        "Rescore until the estimated recall is R, at most --shortlist [10000].", unit="R",
+        bounds=SHARE))
+    opponents: bool = field(default=False, metadata=about(
+        "The most negative influence instead."))
+    damping: float | None = field(default=None, metadata=about(
+        "λ as a factor of each module's mean eigenvalue [the build's].",
+        bounds=ABOVE_ZERO, page=Bounds(least=1e-12, most=1e12)))
+    modules: str | None = field(default=None, metadata=about(
+        "Layers (8-15), mlp, attention, adapter, or names that match [all indexed].",
+        unit="RANGE|KIND|REGEX", page=Bounds(letters=256, pattern=PLAIN_MODULES),
+        api="Layers (8-15), kinds (mlp, attention), or a regular expression of letters, digits and "
+            ". , | ^ $ \\ - with at most three of * + ?."))
+    normalize: Normalization = field(default="none", metadata=about(
+        "Rank by influence, by influence / (‖q̃‖ ‖m̃‖), or by θ-RelatIF.",
+        choices=get_args(Normalization)))
+    candidates: Candidates = field(default="code", metadata=about(
+        "Who is rescored: the best by code, by shared rare words, or both lists.",
+        choices=get_args(Candidates)))
+    rescore: bool = field(default=True, metadata=about(
+        "Rank by code alone: fast, approximate.", "--no-rescore"))
+    time_limit: float | None = field(default=None, metadata=about(
+        "Stop rescoring a query after this long.", unit="SECONDS", bounds=ABOVE_ZERO))
+    rank: int | None = field(default=None, metadata=about(
+        "With --queries: rank of the preconditioned gradients [all if 2 GiB, else 32].",
+        bounds=ABOVE_ZERO))
+    train_sequences: int | None = field(default=None, metadata=about(
+        "N_train [the build's, or all ever indexed].", bounds=ABOVE_ZERO))
+    group_by: str | None = field(default=None, metadata=about(
+        "Also total the influence of all sequences by document, source or kept field.",
+        unit="document|source|FIELD", page=Bounds(letters=256),
+        api="document, source or a kept field."))
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What Controls mean for one index; `first` and `most` bound the shortlist's length."""
+class ControlArguments(TypedDict, total=False):
+    """The fields of `Controls` as keywords of a function; editors read them here."""
 
-    k: int
-    first: int
-    most: int
+    k: int | None
+    shortlist: int | str | None
     recall: float | None
-    sign: float
-    damping: float
-    modules: list[Module]
-    normalize: str
-    candidates: str
+    opponents: bool
+    damping: float | None
+    modules: str | None
+    normalize: Normalization
+    candidates: Candidates
     rescore: bool
-    time_limit: float
+    time_limit: float | None
     rank: int | None
-    train_sequences: int
-    train_sequences_given: bool
+    train_sequences: int | None
     group_by: str | None
 
-    def facts(self) -> dict[str, Any]:
-        """What a result says of how it was found."""
-        return {
-            "k": self.k, "shortlist": self.most, "recall": self.recall,
-            "opponents": self.sign < 0, "damping": self.damping,
-            "modules": [module.name for module in self.modules], "normalize": self.normalize,
-            "candidates": self.candidates, "rescore": self.rescore, "rank": self.rank,
-            "train_sequences": self.train_sequences, "group_by": self.group_by,
-            "time_limit": None if math.isinf(self.time_limit) else self.time_limit,
-        }
+
+TYPES: Mapping[str, Any] = get_type_hints(Controls)
+DEFAULTS = Controls()
+CONTROLS: Mapping[str, Control] = {one.name: one.metadata["control"] for one in fields(Controls)}
 
 
-def settle(controls: Controls, index: Manifest) -> Settings:
-    """Controls with the index's defaults put in. Raises InputError for what can't be."""
-    _whole(k=controls.k, rank=controls.rank, train_sequences=controls.train_sequences)
-    _above_zero(damping=controls.damping, time_limit=controls.time_limit, rank=controls.rank,
-                train_sequences=controls.train_sequences)
-    _one_of("normalize", controls.normalize, NORMALIZATIONS)
-    _one_of("candidates", controls.candidates, CANDIDATES)
-    if controls.recall is not None and not (
-            isinstance(controls.recall, (int, float)) and 0 < controls.recall <= 1):
-        raise InputError(f"--recall {controls.recall}: expected a share above 0, at most 1.")
-    if controls.recall is not None and controls.candidates == "tfidf":
-        raise InputError("--recall needs --candidates code or both: what a TF-IDF list misses is "
-                         "unknown.")
-    if not controls.rescore and (controls.recall is not None or controls.candidates != "code"
-                                 or controls.normalize == "relatif"):
-        raise InputError("--no-rescore ranks by code alone: it can't go with --recall, "
-                         "--candidates tfidf or both, or --normalize relatif.")
-    if not index.sequences:
-        raise InputError("the index holds no sequence any more: all were deleted. Append documents "
-                         "with `gradindex append`.")
-    k, first, most = _sizes(controls, index.sequences)
-    return Settings(
-        k=k, first=first, most=most, recall=controls.recall,
-        sign=-1.0 if controls.opponents else 1.0, damping=controls.damping or index.damping,
-        modules=index.modules if controls.modules is None else choose_modules(
-            index.modules, controls.modules, "the indexed modules"),
-        normalize=controls.normalize,
-        candidates=controls.candidates, rescore=controls.rescore,
-        time_limit=controls.time_limit or math.inf, rank=controls.rank,
-        train_sequences=controls.train_sequences or index.train_sequences or index.next_id,
-        train_sequences_given=bool(controls.train_sequences or index.train_sequences),
-        group_by=_grouping(controls.group_by, index.plan.keep_fields),
-    )
-
-
-def bounded(settings: Settings, total: int) -> Settings:
-    """Settings for fewer sequences than they were made for."""
-    return replace(settings, k=min(settings.k, total), first=min(settings.first, total),
-                   most=min(settings.most, total))
-
-
-def _grouping(asked: str | None, kept: tuple[str, ...]) -> str | None:
-    """What groups are made by. Raises InputError for a field that was not kept."""
-    known = [*GROUPINGS, *kept]
-    if asked is None or asked in known:
-        return asked
-    fields = f"kept were {', '.join(kept)}" if kept else \
-        "none was kept; build with --keep-fields for more"
-    raise InputError(f"--group-by {asked}: expected {', '.join(GROUPINGS)} or a field that was "
-                     f"kept at the build ({fields}).")
-
-
-def _sizes(controls: Controls, total: int) -> tuple[int, int, int]:
-    """k, and the lengths that a shortlist begins with and at most grows to."""
-    k, shortlist = controls.k, controls.shortlist
-    if k is not None and not 1 <= k <= total:
-        raise InputError(f"-k {k}: expected 1 to {total}, the sequences in the index.")
-    k = min(DEFAULT_HITS, total) if k is None else k
-    length = max(DEFAULT_SHORTLIST, 10 * k)
-    if shortlist == "all":
-        length = total
-    elif shortlist is not None:
-        try:
-            length = int(shortlist)
-        except ValueError:
-            raise InputError(f"--shortlist {shortlist}: expected a number or all.") from None
-        if length < k:
-            raise InputError(f"--shortlist {length}: expected at least -k, {k}.")
-    if controls.recall is None:
-        return k, min(length, total), min(length, total)
-    most = min(total, length if shortlist is not None else GROWTH * length)
-    return k, min(most, max(SMALLEST_SHORTLIST, 2 * k)), most
-
-
-def _whole(**numbers: Any) -> None:
-    for name, value in numbers.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise InputError(f"--{name.replace('_', '-')} {value!r}: expected a whole number.")
-
-
-def _above_zero(**numbers: Any) -> None:
-    for name, value in numbers.items():
-        if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
-            raise InputError(f"--{name.replace('_', '-')} {value}: expected a number above 0.")
-
-
-def _one_of(name: str, value: str, expected: tuple[str, ...]) -> None:
-    if value not in expected:
-        raise InputError(f"--{name} {value}: expected {', '.join(expected[:-1])} or "
-                         f"{expected[-1]}.")
+def flag_of(name: str) -> str:
+    """A control's flag on the command line."""
+    return CONTROLS[name].flag or f"--{name.replace('_', '-')}"

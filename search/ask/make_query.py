@@ -1,9 +1,7 @@
-"""A prompt and a completion, a chat, or tokens → a Query, checked before anything is computed."""
+"""A Question → a Query: tokenised, and checked before anything is computed."""
 
-import contextlib
-import json
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,54 +12,29 @@ from gradindex.model import tokenise
 from gradindex.model.config import context_length, vocabulary_size
 from gradindex.modules import numbers_in
 from gradindex.results import UNSCORED, Query
+from search.ask.question import Question, as_versus
 from search.rank.snapshot import OpenIndex
 
 CONTINUATION = 32  # tokens, where no completion is given
 
 
-def make_query(
-    index: OpenIndex, prompt: str | None = None, completion: str | None = None,
-    token_ids: Sequence[int] | None = None, labels: Sequence[int] | None = None,
-    messages: list[dict[str, Any]] | None = None, versus: str | None = None,
-    score_on: str | None = None,
-) -> Query:
+def make_query(index: OpenIndex, question: Question) -> Query:
     """The query, tokenised. Without a completion, the model's own greedy continuation.
 
-    `versus` is another completion of the prompt, whose log p is taken off; `score_on` says which
-    of the completion's tokens are scored ("0-2", "5"; from 0, both ends included).
     Raises InputError where it can't be scored: nothing predicted, too long (it is never cut),
     token ids outside the vocabulary.
     """
-    if versus is not None and (prompt is None or completion is None):
-        raise InputError("--versus compares two completions of one prompt: give -p and -c.")
-    if versus is not None and versus == completion:
-        raise InputError("--versus is the completion itself: there is nothing to compare.")
-    if score_on is not None and not numbers_in(score_on):
-        raise InputError(f"--score-on {score_on!r}: expected tokens of the completion by number, "
-                         "such as 0-2 or 5.")
-    if labels is not None and token_ids is None:
-        raise InputError("labels go with token_ids; of a text, --score-on chooses tokens.")
-    _check_given(prompt, completion, token_ids, messages)
-    if versus is not None:
-        with _as_versus():
-            _check_given(prompt, versus, None, None)
-    query = _one_text(index, prompt, completion, token_ids, labels, messages)
-    if score_on is not None:
-        query.labels = _kept_labels(query, score_on)
-    if versus is not None:
-        with _as_versus():
-            query.others = [replace(_one_text(index, prompt, versus), weight=-1.0)]
-        if score_on is not None:
-            query.others[0].labels = _kept_labels(query.others[0], score_on)
+    question.check()
+    query = _one_text(index, question)
+    query.id = question.id
+    if question.score_on is not None:
+        query.labels = _kept_labels(query, question.score_on)
+    if question.versus is not None:
+        with as_versus():
+            query.others = [replace(_one_text(index, question.other), weight=-1.0)]
+        if question.score_on is not None:
+            query.others[0].labels = _kept_labels(query.others[0], question.score_on)
     return query
-
-
-@contextlib.contextmanager
-def _as_versus() -> Iterator[None]:
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"--versus: {error}") from None
 
 
 def aggregate(queries: list[Query]) -> Query:
@@ -85,51 +58,24 @@ def _kept_labels(query: Query, score_on: str) -> list[int]:
     return [label if place in kept else UNSCORED for place, label in enumerate(query.labels)]
 
 
-def _check_given(
-    prompt: str | None, completion: str | None, token_ids: Sequence[int] | None,
-    messages: list[dict[str, Any]] | None,
-) -> None:
-    """What can be said without a tokenizer. Raises InputError."""
-    given = [prompt is not None or completion is not None, token_ids is not None,
-             messages is not None]
-    if sum(given) != 1:
-        raise InputError(
-            "give one query: a prompt and a completion, or token_ids and labels, or messages."
-        )
-    for part in (prompt, completion, json.dumps(messages, ensure_ascii=False, default=str)):
-        try:
-            (part or "").encode("utf-8")
-        except UnicodeEncodeError as error:
-            letter = error.object[error.start]
-            raise InputError(
-                f"the query is not valid UTF-8 (character {error.start}: {letter!r}). Put it in a "
-                "UTF-8 file and give @FILE."
-            ) from None
-    if completion == "":
-        raise InputError("the completion is empty; give the text to explain, or leave -c out "
-                         "to explain the model's own continuation.")
-
-
-def _one_text(
-    index: OpenIndex, prompt: str | None = None, completion: str | None = None,
-    token_ids: Sequence[int] | None = None, labels: Sequence[int] | None = None,
-    messages: list[dict[str, Any]] | None = None,
-) -> Query:
-    if token_ids is not None:
-        query = Query(_whole_numbers("token_ids", token_ids),
-                      _whole_numbers("labels", token_ids if labels is None else labels))
+def _one_text(index: OpenIndex, question: Question) -> Query:
+    """A question's own text, without what it is compared with. Raises InputError."""
+    if question.token_ids is not None:
+        labels = question.token_ids if question.labels is None else question.labels
+        query = Query(_whole_numbers("token_ids", question.token_ids),
+                      _whole_numbers("labels", labels))
     elif index.tokenizer is None:
         raise InputError(
             "the model has no tokenizer; give --tokenizer, or the query as token_ids and labels."
         )
-    elif messages is not None:
-        query = _chat_query(index, messages)
-    elif completion is not None:
-        tokens = tokenise.encode_pair(index.tokenizer, prompt or "", completion)
-        query = _scored_query(tokens, prompt, completion)
+    elif question.messages is not None:
+        query = _chat_query(index, question.messages)
+    elif question.completion is not None:
+        pair = tokenise.encode_pair(index.tokenizer, question.prompt or "", question.completion)
+        query = _scored_query(pair, question.prompt, question.completion)
     else:
-        ids = tokenise.encode_pair(index.tokenizer, prompt or "", "").tokens.tolist()
-        query = _continued_query(index, ids, prompt)
+        prompt = tokenise.encode_pair(index.tokenizer, question.prompt or "", "").tokens.tolist()
+        query = _continued_query(index, prompt, question.prompt)
     _check(query, index.config)
     query.token_texts = tokenise.pieces(index.tokenizer, query.tokens)
     return query
@@ -149,11 +95,11 @@ def _chat_query(index: OpenIndex, messages: list[dict[str, Any]]) -> Query:
     ):
         raise InputError("messages must be a list of objects with a role and a content.")
     if messages[-1]["role"] == "assistant":
-        tokens = tokenise.encode_messages(index.tokenizer, messages, last=True)
-        return _scored_query(tokens, None, str(messages[-1]["content"]))
+        tokenised = tokenise.encode_messages(index.tokenizer, messages, last=True)
+        return _scored_query(tokenised, None, str(messages[-1]["content"]))
     prompt = tokenise.render_messages(index.tokenizer, messages, answer=True)
-    ids = tokenise.encode_rendered(index.tokenizer, prompt)
-    return _continued_query(index, ids, prompt)
+    tokens = tokenise.encode_rendered(index.tokenizer, prompt)
+    return _continued_query(index, tokens, prompt)
 
 
 def _scored_query(tokenised: tokenise.Tokenised, prompt: str | None, completion: str) -> Query:
@@ -171,20 +117,22 @@ def _scored_query(tokenised: tokenise.Tokenised, prompt: str | None, completion:
     return query
 
 
-def _continued_query(index: OpenIndex, ids: list[int], prompt: str | None) -> Query:
-    if not ids:
+def _continued_query(index: OpenIndex, tokens: list[int], prompt: str | None) -> Query:
+    """A prompt's tokens with what the model itself says after them."""
+    if not tokens:
         raise InputError("the prompt is empty and there is no completion: nothing to explain.")
-    longest = context_length(index.config) or len(ids) + CONTINUATION
-    if len(ids) >= longest:
+    longest = context_length(index.config) or len(tokens) + CONTINUATION
+    if len(tokens) >= longest:
         raise InputError(
-            f"the prompt has {len(ids)} tokens and the model's context is {longest}, so there is "
-            "no room for a continuation. Shorten the prompt; it is never cut silently."
+            f"the prompt has {len(tokens)} tokens and the model's context is {longest}, so there "
+            "is no room for a continuation. Shorten the prompt; it is never cut silently."
         )
-    own = index.model.continuation(ids, min(CONTINUATION, longest - len(ids)))
-    if not own:
+    answer = index.model.continuation(tokens, min(CONTINUATION, longest - len(tokens)))
+    if not answer:
         raise InputError("the model ends right after the prompt; give a completion with -c.")
-    continuation = "".join(tokenise.pieces(index.tokenizer, own))
-    return Query(ids + own, [UNSCORED] * len(ids) + own, prompt, continuation, generated=True)
+    completion = "".join(tokenise.pieces(index.tokenizer, answer))
+    return Query(tokens + answer, [UNSCORED] * len(tokens) + answer, prompt, completion,
+                 generated=True)
 
 
 def _check(query: Query, config: Any) -> None:

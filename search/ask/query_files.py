@@ -14,7 +14,9 @@ from typing import Any
 from gradindex.errors import InputError
 from gradindex.results import Query, Result
 from gradindex.terminal import json_text
-from search.ask.controls import Controls, settle
+from search.ask.make_query import make_query
+from search.ask.question import Question
+from search.ask.settings import Settings
 from search.engine import Searcher
 
 FIELDS: dict[str, type] = {
@@ -26,9 +28,9 @@ OPENING = b'{"asked": "'  # of every line of results
 
 @dataclass
 class QueryFile:
-    """The queries of a file by id (a line's own, else its number), and what was wrong in it."""
+    """The questions of a file by id (a line's own, else its number), and what was wrong in it."""
 
-    queries: dict[Any, dict[str, Any]] = field(default_factory=dict)
+    questions: dict[Any, Question] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
 
@@ -48,21 +50,21 @@ def read_queries(path: Path) -> QueryFile:
         if not line.strip():
             continue
         try:
-            query = _parse(line)
-            own = query.pop("id", number)
-            if own in read.queries:
-                raise ValueError(f"the id {own!r} was there before (a line without an id has its "
-                                 "number)")
-            read.queries[own] = query
+            question = _parse(line, number)
+            if question.id in read.questions:
+                raise ValueError(f"the id {question.id!r} was there before (a line without an id "
+                                 "has its number)")
+            read.questions[question.id] = question
         except ValueError as error:
             read.problems.append(f"{path}:{number}: {error}")
-    if not read.queries and not read.problems:
+    if not read.questions and not read.problems:
         raise InputError(f"--queries {path} holds no query; expected JSON lines with a prompt and "
                          "a completion.")
     return read
 
 
-def _parse(line: bytes) -> dict[str, Any]:
+def _parse(line: bytes, number: int) -> Question:
+    """What a line asks; without an id of its own it has its number. Raises ValueError."""
     try:
         query = json.loads(line.decode("utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
@@ -80,7 +82,7 @@ def _parse(line: bytes) -> dict[str, Any]:
         elif not isinstance(value, FIELDS[name]):
             kind = "text" if FIELDS[name] is str else "a list"
             raise ValueError(f"field {name!r} is not {kind}")
-    return query
+    return Question(**{"id": number, **query})
 
 
 def _check_id(value: Any) -> None:
@@ -94,18 +96,18 @@ def make_queries(searcher: Searcher, read: QueryFile, done: set[Any]) -> list[Qu
 
     Raises InputError or IndexMismatchError where the model or its tokenizer can't be had.
     """
-    left = {own: arguments for own, arguments in read.queries.items() if own not in done}
+    left = [question for question in read.questions.values() if question.id not in done]
     if left:
         _ = searcher.index.tokenizer  # what is wrong with it is no query's fault
-    if any("prompt" in arguments and "completion" not in arguments for arguments in left.values()):
+    if any(question.prompt is not None and question.completion is None for question in left):
         _ = searcher.model  # which continues a prompt
-    made = []
-    for own, arguments in left.items():
+    queries = []
+    for question in left:
         try:
-            made.append(searcher.make_query(**arguments, id=own))
+            queries.append(make_query(searcher.index, question))
         except InputError as error:
-            read.problems.append(f"query {own!r}: {error}")
-    return made
+            read.problems.append(f"query {question.id!r}: {error}")
+    return queries
 
 
 class ResultsFile:
@@ -117,12 +119,12 @@ class ResultsFile:
     """
 
     def __init__(
-        self, path: Path, searcher: Searcher, controls: Controls, queries: dict[Any, dict[str, Any]]
+        self, path: Path, searcher: Searcher, settings: Settings, questions: dict[Any, Question]
     ):
         self.path = path
         self.done: set[Any] = set()
-        self._digests = {own: _digest(arguments) for own, arguments in queries.items()}
-        facts = {"index": searcher.index.digest, **settle(controls, searcher.manifest).facts()}
+        self._digests = {name: _digest(question) for name, question in questions.items()}
+        facts = {"index": searcher.index.digest, **settings.facts()}
         self._regular = path.is_file() or not path.exists()
         lines = path.read_bytes().split(b"\n") if path.is_file() else [b""]
         for line in lines[:-1]:
@@ -171,5 +173,6 @@ class ResultsFile:
         self._file.close()
 
 
-def _digest(arguments: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()[:16]
+def _digest(question: Question) -> str:
+    """Sixteen digits that tell a question from every other."""
+    return hashlib.sha256(json.dumps(question.given(), sort_keys=True).encode()).hexdigest()[:16]

@@ -20,7 +20,7 @@ from gradindex.influence.queries import (
 from gradindex.modules import Module
 from gradindex.objective import Text
 from gradindex.results import UNSCORED, Query
-from search.ask.controls import Settings
+from search.ask.settings import Settings
 from search.rank.snapshot import OpenIndex
 
 LARGEST_STACK = 1 << 31  # bytes of preconditioned gradients kept in full

@@ -20,8 +20,8 @@ class Shortlist:
     """How far along one query's order of sequences they are rescored.
 
     The error of a code's score has sd noise · ‖v_m‖. `most` is the longest the shortlist may grow:
-    of the order, no more is fetched. `listed` are the ids of a TF-IDF list, which come on top of
-    the shortlist; with `by_list` they alone are taken.
+    of the order, no more is fetched. `listed` are the places of a TF-IDF list, which come on
+    top of the shortlist; with `by_list` they alone are taken.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Shortlist:
         self._by_list = by_list
         self.length = 0  # along the order, all of them rescored
 
-    def ids(self, length: int) -> list[int]:
+    def places(self, length: int) -> list[int]:
         """Who is to be rescored for a shortlist of `length` by code, best first."""
         listed: list[int] = self.listed.tolist()
         return listed if self._by_list else list(
@@ -45,12 +45,12 @@ class Shortlist:
     def advance(self, rescored: Container[int], length: int) -> list[int]:
         """Note how far the order is rescored, and return who counts: that far, and the list."""
         if self._by_list:
-            return [one for one in self.ids(length) if one in rescored]
+            return [place for place in self.places(length) if place in rescored]
         self.length = 0
         while self.length < length and int(self._order[self.length]) in rescored:
             self.length += 1
         listed: list[int] = self.listed.tolist()
-        self._list_done = all(one in rescored for one in listed)
+        self._list_done = all(place in rescored for place in listed)
         counted = self._order[: self.length].tolist()
         return list(dict.fromkeys([*counted, *listed])) if self._list_done else counted
 
@@ -60,13 +60,13 @@ class Shortlist:
         return None if self.length >= self._total else float(self._statistic[self.length])
 
     def probability(
-        self, ids: list[int], influence: np.ndarray, cutoff: float | None
+        self, places: list[int], influence: np.ndarray, cutoff: float | None
     ) -> np.ndarray:
-        """π of sequences with exact `influence` (times the sign): their chance to be rescored."""
-        places = np.asarray(ids, dtype=np.int64)
-        pi = inclusion_probability(*self._in_order(places, influence), cutoff)
+        """π of places with exact `influence` (times the sign): their chance to be rescored."""
+        chosen = np.asarray(places, dtype=np.int64)
+        pi = inclusion_probability(*self._in_order(chosen, influence), cutoff)
         if self._list_done:
-            pi[np.isin(places, self.listed)] = 1.0
+            pi[np.isin(chosen, self.listed)] = 1.0
         return pi
 
     def _in_order(self, places: np.ndarray, influence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -78,18 +78,18 @@ class Shortlist:
         return influence / unit(norms), error / unit(norms)
 
     def estimates(
-        self, scores: np.ndarray, ids: list[int], influence: np.ndarray, sample: list[int],
+        self, scores: np.ndarray, counted: list[int], influence: np.ndarray, sample: list[int],
         of_sample: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray]:
         """An unbiased estimate of every influence, and the variance of its error: float64 [N].
 
-        `scores` are the codes'; `ids` are those who count, `sample` a random sample, each with
-        exact `influence`; all times the sign. An estimate is the code's score; of those that were
-        to be rescored whatever their code the influence; of those that their code let in the
-        influence plus the mean error of codes let in. See `recall.included_error`.
+        `scores` [N] are the codes'; `counted` are the places that count, `sample` those of a random
+        sample, each with exact `influence`; all times the sign. An estimate is the code's score; of
+        those that were to be rescored whatever their code the influence; of those that their code
+        let in the influence plus the mean error of codes let in. See `recall.included_error`.
         """
         estimate, variance = scores.astype(np.float64), (self._noise * self.ranking.norms) ** 2
-        places = np.asarray(ids, dtype=np.int64)
+        places = np.asarray(counted, dtype=np.int64)
         mean, left = included_error(*self._in_order(places, influence), self.cutoff)
         if self._list_done:
             certain = np.isin(places, self.listed)
@@ -100,25 +100,25 @@ class Shortlist:
         return estimate, variance
 
     def length_for(
-        self, goal: float, ids: list[int], influence: np.ndarray, k: int
+        self, goal: float, places: list[int], influence: np.ndarray, k: int
     ) -> int:
         """The shortest length whose expected statement reaches `goal`, judged by what is exact.
 
-        `ids` and `influence` are the rescored, best first. Sequences like those found but missed
+        `places` and `influence` are the rescored, best first. Sequences like those found but missed
         so far are counted through their π (see recall.py).
         """
         cutoff = self.cutoff
         if cutoff is None:
             return self._total
-        now = self.probability(ids, influence, cutoff)
+        now = self.probability(places, influence, cutoff)
 
         def reached(other: float) -> bool:
-            then = self.probability(ids, influence, other)
+            then = self.probability(places, influence, other)
             return expected_recall(now, then, k) >= goal
 
         if reached(cutoff):
             return min(self.length + 1, self._total)
-        values, error = self._in_order(np.asarray(ids, dtype=np.int64), influence)
+        values, error = self._in_order(np.asarray(places, dtype=np.int64), influence)
         certain = np.min(values - CERTAIN * error, initial=cutoff)
         low, high = float(np.nextafter(certain, -np.inf)), cutoff
         if not reached(low):
@@ -129,10 +129,10 @@ class Shortlist:
         [above] = self.ranking.before(np.array([low]), np.array([0]))
         return min(max(int(above), self.length + 1), self._total)
 
-    def place_in_list(self, one: int) -> int | None:
-        """Rank in the TF-IDF list, from 1, or None."""
-        found = np.flatnonzero(self.listed == one)
-        return int(found[0]) + 1 if len(found) else None
+    def rank_in_list(self, place: int) -> int | None:
+        """Rank of a place in the TF-IDF list, from 1, or None."""
+        at = np.flatnonzero(self.listed == place)
+        return int(at[0]) + 1 if len(at) else None
 
     def ranks(self, places: list[int]) -> list[int]:
         """Where places are in the order by code, from 1."""

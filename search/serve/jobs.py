@@ -16,11 +16,13 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from gradindex.errors import GradindexError, InputError
 from gradindex.results import Comparison, Result
+from search.ask.make_query import make_query
+from search.ask.settings import Settings
 from search.engine import Searcher, Stage
 from search.serve.request import Asked
 from search.study.tail import Tail, fit_tail, upper_tail
@@ -40,14 +42,15 @@ class BusyError(GradindexError):
 
 @dataclass
 class Job:
-    """A search and where it stands. `state` goes from waiting to running to done or failed.
+    """A search and where it stands; `settings` are what its controls mean here.
 
-    `found` are the exact influences so far, as (id, influence). `wake` are called, from the
-    worker's thread, at every change.
+    `state` goes from waiting to running to done or failed. `found` are the exact influences so
+    far, as (id, influence). `wake` are called, from the worker's thread, at every change.
     """
 
     id: str
     asked: Asked
+    settings: Settings
     state: str = "waiting"
     stage: str = ""
     done: int = 0
@@ -116,7 +119,7 @@ class Jobs:
     def queued(self) -> int:
         return self._waiting.qsize()
 
-    def ask(self, asked: Asked) -> Job:
+    def ask(self, asked: Asked, settings: Settings) -> Job:
         """The job of a search, new or not. Raises BusyError where none can be taken on."""
         name = asked.id(self.searcher.index.digest)
         with self._guard:
@@ -127,7 +130,7 @@ class Jobs:
                 return job
             if self._over:
                 raise BusyError(ENDED)
-            job = Job(name, asked)
+            job = Job(name, asked, settings)
             try:
                 self._waiting.put_nowait(job)
             except queue.Full:
@@ -206,9 +209,8 @@ class Jobs:
 
     def _run(self, job: Job) -> None:
         asked = job.asked
-        controls = replace(asked.controls(), train_sequences=self.train_sequences)
-        queries = [self.searcher.make_query(**one) for one in asked.queries()]
-        stages = self.searcher.stages(queries, controls, conclude_early=True)
+        queries = [make_query(self.searcher.index, question) for question in asked.questions()]
+        stages = self.searcher.stages(queries, job.settings, conclude_early=True)
         results: list[Result] = []
         started = 0.0
         for stage in _until_stopped(stages, job):
@@ -228,7 +230,7 @@ class Jobs:
                 results.append(stage.result)
             self._changed(job)
         found = results[0] if not asked.compare else \
-            self.searcher.compared(results, queries, controls)
+            self.searcher.compared(results, queries, job.settings)
         if isinstance(found, Result):
             job.tail = fit_tail(upper_tail(found))
         job.result = found

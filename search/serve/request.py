@@ -10,14 +10,18 @@ from urllib.parse import urlencode
 import pydantic
 
 from gradindex.terminal import visible_lines
-from search.ask.controls import Controls
+from search.ask.controls import (
+    CONTROLS,
+    DEFAULTS,
+    Candidates,
+    Controls,
+    Normalization,
+    flag_of,
+)
+from search.ask.question import Question
 
 LONGEST_TEXT = 65_536  # characters
-MOST_HITS = 200
-MOST_RESCORED = 100_000
 MOST_NUMBERS = 100_000  # in the ranges of a field
-# layers, kinds, or a regular expression that can't take for ever: no groups, few repetitions
-MODULES = r"^[ \w.,|^$\\-]*([*+?][ \w.,|^$\\-]*){0,3}$"
 
 
 def _few_numbers(text: str) -> str:
@@ -26,6 +30,15 @@ def _few_numbers(text: str) -> str:
     if sum(max(0, int(last) - int(first)) for first, last in ranges) > MOST_NUMBERS:
         raise ValueError(f"more than {MOST_NUMBERS:,} numbers")
     return text
+
+
+def _of_page(name: str) -> Any:
+    """What pydantic is to hold a control to: the page's bounds of it."""
+    control = CONTROLS[name]
+    bounds = control.page
+    return pydantic.Field(gt=bounds.above, ge=bounds.least, le=bounds.most,
+                          max_length=bounds.letters, pattern=bounds.pattern,
+                          description=control.api)
 
 
 FormText = Annotated[str, pydantic.Field(max_length=LONGEST_TEXT)]
@@ -48,20 +61,16 @@ class Asked(pydantic.BaseModel):
                     "chooses of both, by number.")] = ""
     score_on: Annotated[str, Numbers, pydantic.Field(
         max_length=4096, description="Tokens of the completion to score, such as 0-2,5.")] = ""
-    k: Annotated[int, pydantic.Field(ge=1, le=MOST_HITS)] | None = None
-    shortlist: Annotated[int, pydantic.Field(ge=1, le=MOST_RESCORED)] | Literal["all"] | None = None
-    recall: Annotated[float, pydantic.Field(gt=0, le=1)] | None = None
-    opponents: bool = False
-    rescore: bool = True
-    damping: Annotated[float, pydantic.Field(ge=1e-12, le=1e12)] | None = None
-    modules: Annotated[str, Numbers, pydantic.Field(
-        max_length=256, pattern=MODULES,
-        description="Layers (8-15), kinds (mlp, attention), or a regular expression of letters, "
-                    "digits and . , | ^ $ \\ - with at most three of * + ?.")] | None = None
-    normalize: Literal["none", "cosine", "relatif"] = "none"
-    candidates: Literal["code", "tfidf", "both"] = "code"
-    group_by: Annotated[str, pydantic.Field(
-        max_length=256, description="document, source or a kept field.")] | None = None
+    k: Annotated[int, _of_page("k")] | None = DEFAULTS.k
+    shortlist: Annotated[int, _of_page("shortlist")] | Literal["all"] | None = None
+    recall: Annotated[float, _of_page("recall")] | None = DEFAULTS.recall
+    opponents: bool = DEFAULTS.opponents
+    rescore: bool = DEFAULTS.rescore
+    damping: Annotated[float, _of_page("damping")] | None = DEFAULTS.damping
+    modules: Annotated[str, Numbers, _of_page("modules")] | None = DEFAULTS.modules
+    normalize: Normalization = DEFAULTS.normalize
+    candidates: Candidates = DEFAULTS.candidates
+    group_by: Annotated[str, _of_page("group_by")] | None = DEFAULTS.group_by
 
     def given(self) -> dict[str, Any]:
         """The fields that are not their defaults, as JSON types."""
@@ -72,16 +81,18 @@ class Asked(pydantic.BaseModel):
         content = json.dumps([index, self.given()], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
-    def queries(self) -> list[dict[str, Any]]:
-        """Arguments of `make_query`; two for a comparison."""
-        common = {"prompt": self.prompt, "score_on": self.score_on or None}
-        first = {**common, "completion": self.completion or None, "versus": self.versus or None}
-        return [first, {**common, "completion": self.compare}] if self.compare else [first]
+    def questions(self) -> list[Question]:
+        """What is asked about; two for a comparison."""
+        prompt, score_on = self.prompt, self.score_on or None
+        first = Question(prompt, self.completion or None, versus=self.versus or None,
+                         score_on=score_on)
+        return [first, Question(prompt, self.compare, score_on=score_on)] if self.compare else \
+            [first]
 
     def controls(self) -> Controls:
-        return Controls(**{name: getattr(self, name) for name in (
-            "k", "shortlist", "recall", "opponents", "rescore", "damping", "modules", "normalize",
-            "candidates", "group_by")})
+        """How to search. What isn't a field here is the server's to say, or can't be asked."""
+        return Controls(**{name: getattr(self, name) for name in CONTROLS
+                           if name in type(self).model_fields})
 
     def url(self) -> str:
         """The page of this search."""
@@ -98,12 +109,12 @@ class Asked(pydantic.BaseModel):
         for flag, value in (("-c", self.completion), ("--versus", self.versus)):
             parts += [flag, _text(value)] * bool(value)
         parts += ["--score-on", self.score_on] * bool(self.score_on)
-        parts += ["-k", str(self.k)] * (self.k is not None)
-        parts += ["--opponents"] * self.opponents + ["--no-rescore"] * (not self.rescore)
+        parts += [flag_of("k"), str(self.k)] * (self.k is not None)
+        parts += [flag_of("opponents")] * self.opponents + [flag_of("rescore")] * (not self.rescore)
         for name in ("shortlist", "recall", "damping", "modules", "normalize", "candidates",
                      "group_by"):
             if name in self.given():
-                parts += [f"--{name.replace('_', '-')}", _quoted(str(getattr(self, name)))]
+                parts += [flag_of(name), _quoted(str(getattr(self, name)))]
         parts += ["--train-sequences", str(train_sequences)] * (train_sequences is not None)
         return " ".join(parts)
 

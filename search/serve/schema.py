@@ -7,7 +7,7 @@ import pydantic
 
 import gradindex
 from gradindex.results import SCHEMA, Comparison, Result
-from search.serve.request import Asked
+from search.serve.request import LONGEST_TEXT, Asked
 
 _REFERENCE = "#/components/schemas/{model}"
 
@@ -20,7 +20,7 @@ def openapi() -> dict[str, Any]:
     found = {"oneOf": [{"$ref": "#/components/schemas/Result"},
                        {"$ref": "#/components/schemas/Comparison"}]}
     texts = {"type": "object", "additionalProperties": False, "properties": {
-        name: {"type": "string", "maxLength": 65_536} for name in ("prompt", "completion")}}
+        name: {"type": "string", "maxLength": LONGEST_TEXT} for name in ("prompt", "completion")}}
     problem = {"400": "not JSON", "401": "the token is missing or wrong",
                "403": "another site, or another name of this server",
                "404": "no such result or sequence", "405": "another method",

@@ -12,7 +12,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 from urllib.parse import parse_qsl, quote
@@ -36,13 +36,17 @@ from gradindex.model import tokenise
 from gradindex.results import Comparison, Result
 from gradindex.storage.manifest import model_name
 from gradindex.terminal import visible
-from search.ask.controls import settle
+from search.ask.controls import CONTROLS
+from search.ask.make_query import make_query
+from search.ask.question import Question
+from search.ask.settings import Settings, settle
 from search.engine import Searcher
 from search.serve.guard import Guard
 from search.serve.jobs import BusyError, Job, Jobs
 from search.serve.request import Asked
 from search.serve.schema import openapi
-from search.show import html, plots, render, wording
+from search.show import html, plots, wording
+from search.show.forms import render_form
 from search.study.tail import Tail, upper_tail
 
 EXAMPLES = 3
@@ -141,30 +145,33 @@ class Site:
 
     def _page(self, asked: Asked, job: Job | None, error: str, held: bool) -> str:
         return html.fill("search.html", **self._content(asked, job), asked=asked, error=error,
-                         job=job, held=held, tokens=self._tokens_of(asked))
+                         job=job, held=held, tokens=self._tokens_of(asked), controls=CONTROLS)
 
     async def _asked(self, asked: Asked) -> Job:
         """The job of a search, after what can be checked at once. Raises InputError, BusyError."""
-        await self._aside(self._check, asked)
-        return self.jobs.ask(asked)
+        return self.jobs.ask(asked, await self._aside(self._check, asked))
 
-    def _check(self, asked: Asked) -> None:
+    def _check(self, asked: Asked) -> Settings:
+        """What the search's controls mean here. Raises InputError for what can't be."""
         if asked.compare and (asked.versus or not asked.rescore):
             raise InputError("a comparison is of two completions, scored exactly: it can't go with "
                              "versus or rescore=false.")
-        settle(asked.controls(), self.searcher.manifest)
-        for query in asked.queries():
-            if query["completion"] is not None:  # a continuation needs the model: later
-                self.searcher.make_query(**query)
+        controls = replace(asked.controls(), train_sequences=self.jobs.train_sequences)
+        settings = settle(controls, self.searcher.manifest)
+        for question in asked.questions():
+            if question.completion is not None:  # a continuation needs the model: later
+                make_query(self.searcher.index, question)
+        return settings
 
     def _tokens_of(self, asked: Asked) -> list[tuple[str, bool]]:
         """The completion's tokens, and which are scored."""
         if not asked.completion:
             return []
         try:
-            whole = self.searcher.make_query(asked.prompt, asked.completion)
-            chosen = self.searcher.make_query(asked.prompt, asked.completion,
-                                              score_on=asked.score_on or None)
+            question = Question(asked.prompt, asked.completion)
+            whole = make_query(self.searcher.index, question)
+            chosen = make_query(self.searcher.index,
+                                replace(question, score_on=asked.score_on or None))
         except InputError:
             return []
         return [(piece, label != -100) for (piece, scored, _), label in
@@ -222,7 +229,7 @@ class Site:
                 raise HTTPException(404, "A comparison can be downloaded as JSON only.")
             content = (await self._aside(result.to_json)).encode()
         else:
-            content = await self._aside(render.render, result, form)
+            content = await self._aside(render_form, result, form)
         return Response(content, media_type=TYPES[form], headers={
             "Content-Disposition": f'attachment; filename="gradindex-{quote(name)}.{form}"'})
 

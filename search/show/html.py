@@ -80,8 +80,8 @@ def document(result: Result) -> str:
                 policy=policy(styles, script), scale=wording.strongest(result.hits), mapped=mapped)
 
 
-def fragment(result: Result) -> str:
-    """The result's cards with their styles, to stand inside another page."""
+def render_html(result: Result) -> str:
+    """Token-highlighted cards as a self-contained fragment, for notebooks and other pages."""
     return fill("fragment.html", result=result, style=Markup(style()),
                 scale=wording.strongest(result.hits), mapped=set())
 

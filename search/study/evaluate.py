@@ -19,12 +19,12 @@ from gradindex.errors import InputError
 from gradindex.influence.exact import rescore
 from gradindex.results import Query
 from gradindex.storage.manifest import Manifest
-from search.ask.controls import Controls, settle
+from search.ask.settings import Settings
 from search.engine import Searcher
 from search.rank.query_gradient import fits_in_full, make_targets
 from search.rank.ranking import CodeRanking, best
 from search.rank.recall import estimated_recall
-from search.rank.session import Journey
+from search.rank.session import Session
 from search.rank.shortlist import Shortlist
 
 METHODS = ("code", "tfidf", "both")
@@ -81,7 +81,7 @@ def check_sample(sample: int | None, index: Manifest) -> None:
 
 
 def evaluate(
-    searcher: Searcher, queries: list[Query], controls: Controls, sample: int | None,
+    searcher: Searcher, queries: list[Query], settings: Settings, sample: int | None,
     follow: Callable[[int, int], None],
 ) -> Evaluation:
     """Compare on these queries; `sample` sequences, or all. `follow(done, total)` sees progress.
@@ -91,7 +91,6 @@ def evaluate(
     if not queries:
         raise InputError("--queries: no query can be scored; nothing to evaluate.")
     check_sample(sample, searcher.manifest)
-    settings = settle(controls, searcher.manifest)
     total = len(searcher)
     ids = np.arange(total)
     if sample is not None and sample < total:
@@ -103,7 +102,7 @@ def evaluate(
         group = queries[first : first + together]
         targets, preconditioned = make_targets(searcher.index, group, settings,
                                                searcher.batch_tokens)
-        journey = Journey(searcher.index, settings, targets, preconditioned, searcher.batch_tokens)
+        session = Session(searcher.index, settings, targets, preconditioned, searcher.batch_tokens)
         truth = np.zeros((len(group), len(ids)))
         # equal sequences count once, as in a search
         new = np.zeros(len(ids), dtype=bool)
@@ -111,16 +110,16 @@ def evaluate(
         done = first * len(ids)
         for start in range(0, len(ids), READ):
             records = searcher.index.records(ids[start : start + READ].tolist())
-            for part in rescore(journey.by, preconditioned, records):
+            for part in rescore(session.common.by, preconditioned, records):
                 for place, exact in part:
                     truth[:, start + place] = exact.influence
                 done += len(part) * len(group)
                 follow(done, len(queries) * len(ids))
-        for number, target in enumerate(targets):
-            words = searcher.index.tokens.scores(target.query.scored_tokens)
+        for track in session.tracks:
+            words = searcher.index.tokens.scores(track.query.scored_tokens)
             compared.append(_Comparison(
-                ids[new], truth[number, new], journey.ranking(number).scores(),
-                searcher.index.norms, journey.noise(number), words, len(ids) / total).measured())
+                ids[new], truth[track.number, new], track.ranking.scores(),
+                searcher.index.norms, track.noise, words, len(ids) / total).measured())
     return _summary(found, compared)
 
 

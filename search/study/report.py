@@ -32,7 +32,7 @@ BINS = 40
 SHOWN = 220  # letters of a query's prompt, and of its completion
 
 
-def render(found: Survey) -> str:
+def render_report(found: Survey) -> str:
     """The page."""
     environment = html.environment(
         line=visible, lines=visible_lines, whole=_whole, number=wording.unsigned, percent=_percent,

@@ -25,7 +25,9 @@ from gradindex.storage.background_file import ONE_IN
 from gradindex.storage.manifest import Manifest
 from gradindex.storage.records import Record
 from gradindex.terminal import json_text
-from search.ask.controls import Controls, Settings, settle
+from search.ask.make_query import make_query
+from search.ask.question import Question
+from search.ask.settings import Settings
 from search.engine import Searcher
 from search.rank.generic_rate import all_rates
 from search.rank.query_gradient import Target, make_targets
@@ -171,19 +173,18 @@ def check_sample(sample: int | None) -> None:
 
 
 def survey(
-    searcher: Searcher, queries: list[Query] | None, sample: int | None, controls: Controls,
+    searcher: Searcher, queries: list[Query] | None, sample: int | None, settings: Settings,
     progress: Progress,
 ) -> Survey:
     """Survey an index over these queries, or over some of its own sequences.
 
-    `sample` sequences are scored exactly (None: all). Of the controls train_sequences matters;
-    everything is said of all modules, at the damping of the codes. Raises InputError where there is
-    nothing to ask about, or more queries than are answered together, otherwise as
-    `Searcher.search`.
+    `sample` sequences are scored exactly (None: all). `settings` are those without any control but
+    train_sequences: everything is said of all modules, at the damping of the codes.
+    Raises InputError where there is nothing to ask about, or more queries than are answered
+    together, otherwise as `Searcher.search`.
     """
     index, manifest = searcher.index, searcher.manifest
     check_sample(sample)
-    settings = settle(Controls(train_sequences=controls.train_sequences), manifest)
     most = searcher.group_size
     if queries is not None and not 0 < len(queries) <= most:
         raise InputError(f"--queries: {len(queries)} queries can be scored; a report takes 1 to "
@@ -354,8 +355,8 @@ def own_queries(searcher: Searcher, count: int) -> tuple[list[Query], list[int]]
             scored = index.objective.later_half(record.scored)
             if scored.any() and len(queries) < count:
                 labels = np.where(scored, record.tokens, UNSCORED).tolist()
-                queries.append(searcher.make_query(token_ids=record.tokens.tolist(), labels=labels,
-                                                   id=record.id))
+                queries.append(make_query(index, Question(
+                    token_ids=record.tokens.tolist(), labels=labels, id=record.id)))
                 chosen.append(place)
         if len(queries) == count:
             break

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,13 @@ from gradindex.influence.queries import (
 )
 from gradindex.modules import numbers_in
 from gradindex.objective import Text
-from search.ask.controls import Controls, settle
+from search.ask.controls import Controls
 from search.ask.query_files import ResultsFile, make_queries, read_queries
+from search.ask.question import Question
+from search.ask.settings import settle
 from search.engine import drain
-from search.show import render
+from search.show import html
+from search.show.terminal_text import render_terminal
 from search.study import evaluate
 from support.indexes import QUESTION
 from support.scores import codes_of, exact
@@ -133,7 +137,7 @@ def test_versus_is_the_difference(index):
     assert_equal_to(result, truth)
     first, second = index.search(**QUESTION, k=1), index.search(**other, k=1)
     assert result.query.log_p == pytest.approx(first.query.log_p - second.query.log_p, rel=1e-5)
-    shown = render.terminal(result, width=100)
+    shown = render_terminal(result, width=100)
     assert "versus The plum number 26 grows⟦ by the hill.⟧" in shown
     assert "log p − log p(versus)" in shown
 
@@ -152,7 +156,7 @@ def test_scoring_some_tokens_adds_up(index):
             index.search(**QUESTION, score_on=wrong)
     tokens = index.make_query(**QUESTION, score_on="0")
     assert "⟦" + tokens.token_texts[query.labels.index(next(
-        label for label in query.labels if label != -100))] + "⟧" in render.terminal(parts[0])
+        label for label in query.labels if label != -100))] + "⟧" in render_terminal(parts[0])
 
 
 def test_without_rescoring_it_says_so(index):
@@ -163,18 +167,18 @@ def test_without_rescoring_it_says_so(index):
     assert [hit.influence for hit in result] == pytest.approx(codes[order].tolist())
     assert not any(hit.exact for hit in result)
     assert result.recall.estimate is None and result.rescored == 0
-    assert "recall: unknown, nothing was rescored" in render.terminal(result)
-    assert "approximate, by code alone" in render.terminal(result)
-    assert "≈" in render.terminal(result) and "estimated by code" in result.to_json()
-    assert "exact for this" not in render.terminal(result)
-    assert 'class="hit approximate"' in render.render_html(result)
-    assert 'class="hit approximate"' not in render.render_html(index.search(**QUESTION, k=1))
+    assert "recall: unknown, nothing was rescored" in render_terminal(result)
+    assert "approximate, by code alone" in render_terminal(result)
+    assert "≈" in render_terminal(result) and "estimated by code" in result.to_json()
+    assert "exact for this" not in render_terminal(result)
+    assert 'class="hit approximate"' in html.render_html(result)
+    assert 'class="hit approximate"' not in html.render_html(index.search(**QUESTION, k=1))
 
 
 def test_recall_is_reached_or_the_limit_is_said(index, monkeypatch):
-    from search.ask import controls
+    from search.ask import settings
 
-    monkeypatch.setattr(controls, "SMALLEST_SHORTLIST", 6)
+    monkeypatch.setattr(settings, "SMALLEST_SHORTLIST", 6)
     lengths = []
     for goal in (0.3, 0.6, 0.9, 1.0):
         result = index.search(**QUESTION, k=3, recall=goal)
@@ -188,7 +192,7 @@ def test_recall_is_reached_or_the_limit_is_said(index, monkeypatch):
     limited = index.search(**QUESTION, k=3, recall=1.0, shortlist=20)
     assert limited.rescored == 20 and limited.recall.estimate < 1
     assert "100.0% was asked for; rescoring ended at its limit, --shortlist 20" in \
-        " ".join(render.terminal(limited).split())
+        " ".join(render_terminal(limited).split())
 
 
 def test_a_time_limit_ends_rescoring(index):
@@ -207,7 +211,7 @@ def test_candidates_by_words_alone_and_joined(index):
     alone = index.search(**QUESTION, k=3, shortlist=9, candidates="tfidf")
     assert {one for hit in alone for one in (hit.id, *hit.duplicates)} <= set(words)
     assert alone.rescored == 9 and alone.recall.estimate is None
-    assert "recall: unknown; who else there is" in render.terminal(alone)
+    assert "recall: unknown; who else there is" in render_terminal(alone)
     assert [hit.tfidf_rank for hit in alone] == [words.index(hit.id) + 1 for hit in alone]
 
     joined = index.search(**QUESTION, k=3, shortlist=9, candidates="both")
@@ -219,7 +223,7 @@ def test_candidates_by_words_alone_and_joined(index):
     assert joined.recall.cutoff == by_code.recall.cutoff
     everyone = index.search(**QUESTION, k=3, shortlist="all", candidates="tfidf")
     assert everyone.recall.estimate == 1 and everyone.recall.cutoff is None
-    assert "recall: complete" in render.terminal(everyone)
+    assert "recall: complete" in render_terminal(everyone)
 
 
 def test_a_hopeless_search_says_what_would_help(index):
@@ -290,7 +294,7 @@ def test_a_token_over_the_border_is_said(index):
     merged = index.search(prompt="The pl", completion="um number", k=1)
     assert " plum" in pieces
     assert "' plum'; it is scored as part of the completion" in merged.warnings[0]
-    assert "The⟦ plum number⟧" in render.terminal(merged)
+    assert "The⟦ plum number⟧" in render_terminal(merged)
     for controls in (dict(rescore=False), dict(versus="ot")):
         again = index.search(prompt="The pl", completion="um number", k=1, **controls)
         assert "' plum'; it is scored" in again.warnings[0]
@@ -376,7 +380,7 @@ def test_a_file_of_queries_is_read_line_by_line(index, tmp_path):
         json.dumps({"prompt": "x", "id": True}), '{"prompt": "x", "id": "\\ud800"}', "[" * 100000,
     ]).encode() + b"\n\xff\n")
     read = read_queries(path)
-    assert list(read.queries) == ["a", 7, 11, 9, 13]
+    assert list(read.questions) == ["a", 7, 11, 9, 13]
     made = make_queries(index, read, {"a"})
     assert [query.id for query in made] == [7, 9]
     for number, message in [(4, "not JSON"), (5, "unknown field 'promt'"), (6, "an object"),
@@ -397,18 +401,17 @@ def test_a_file_of_queries_is_read_line_by_line(index, tmp_path):
 
 
 def test_results_on_disk_are_gone_on_with(index, tmp_path):
-    path, controls = tmp_path / "results.jsonl", Controls(k=2, shortlist=9)
-    asked = {one["id"]: {name: value for name, value in one.items() if name != "id"}
-             for one in QUERIES[:3]}
+    path, settings = tmp_path / "results.jsonl", settle(Controls(k=2, shortlist=9), index.manifest)
+    asked = {one["id"]: Question(**one) for one in QUERIES[:3]}
     results = list(index.search_many(QUERIES[:3], k=2, shortlist=9))
-    first = ResultsFile(path, index, controls, asked)
+    first = ResultsFile(path, index, settings, asked)
     assert first.done == set()
     first.write(results[0])
     first.write(results[1])
     first.close()
     whole = path.read_bytes()
     path.write_bytes(whole + whole[:100])  # killed while it wrote
-    second = ResultsFile(path, index, controls, asked)
+    second = ResultsFile(path, index, settings, asked)
     assert second.done == {"a", 7}
     second.write(results[2])
     second.close()
@@ -416,17 +419,18 @@ def test_results_on_disk_are_gone_on_with(index, tmp_path):
     assert [line["query"]["id"] for line in lines] == ["a", 7, "c"]
     assert lines[0]["hits"][0]["influence"] == results[0][0].influence
     with pytest.raises(InputError, match=r"another search \(k: 2 there, 3 now\)"):
-        ResultsFile(path, index, Controls(k=3, shortlist=9), asked)
-    for change in ({**asked, "a": OTHER}, {**asked, "a": {**asked["a"], "versus": " x"}},
+        ResultsFile(path, index, settle(Controls(k=3, shortlist=9), index.manifest), asked)
+    for change in ({**asked, "a": Question(**OTHER)},
+                   {**asked, "a": replace(asked["a"], versus=" x")},
                    {one: asked[one] for one in (7, "c")}):
         with pytest.raises(InputError, match=r"a query 'a' that is not, or no longer the same"):
-            ResultsFile(path, index, controls, change)
+            ResultsFile(path, index, settings, change)
     for foreign in ("something else\n", "no end of line", "a\rb", '{"asked": 1}\n'):
         path.write_text(foreign, newline="")
         with pytest.raises(InputError, match="holds something else than results"):
-            ResultsFile(path, index, controls, asked)
+            ResultsFile(path, index, settings, asked)
         assert path.read_bytes() == foreign.encode()
-    nowhere = ResultsFile(Path("/dev/null"), index, controls, asked)
+    nowhere = ResultsFile(Path("/dev/null"), index, settings, asked)
     nowhere.write(results[0])
     nowhere.close()
 
@@ -439,7 +443,8 @@ def test_an_evaluation_is_the_plain_counts(index, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "TOPS", (5,))
     queries = [index.make_query(**QUESTION), index.make_query(**OTHER)]
     steps = []
-    found = evaluate.evaluate(index, queries, Controls(), None,
+    settings = settle(Controls(), index.manifest)
+    found = evaluate.evaluate(index, queries, settings, None,
                               lambda done, total: steps.append((done, total)))
     assert steps[-1] == (2 * len(index), 2 * len(index))
     truths = [exact(index, question) for question in (QUESTION, OTHER)]
@@ -465,7 +470,7 @@ def test_an_evaluation_is_the_plain_counts(index, tmp_path, monkeypatch):
     assert "2 queries, every sequence scored exactly" in evaluate.table(found)
     # one query at a time, at full rank
     monkeypatch.setattr("search.rank.query_gradient.LARGEST_STACK", 1)
-    again = evaluate.evaluate(index, queries, Controls(), None, lambda done, total: None)
+    again = evaluate.evaluate(index, queries, settings, None, lambda done, total: None)
     for one, other in zip(found.measures, again.measures, strict=True):
         assert one.recall == other.recall and one.claimed == pytest.approx(other.claimed, abs=0.02)
     evaluate.plot(found, tmp_path / "plot.png")
@@ -505,20 +510,21 @@ def test_a_part_stands_for_the_whole():
 
 
 def test_an_evaluation_refuses_what_says_nothing(index):
+    settings = settle(Controls(), index.manifest)
     with pytest.raises(InputError, match="nothing to evaluate"):
-        evaluate.evaluate(index, [], Controls(), None, lambda done, total: None)
+        evaluate.evaluate(index, [], settings, None, lambda done, total: None)
     queries = [index.make_query(**QUESTION)]
     with pytest.raises(InputError, match=r"--sample 2: too few of 52 .* at least 3"):
-        evaluate.evaluate(index, queries, Controls(), 2, lambda done, total: None)
-    found = evaluate.evaluate(index, queries, Controls(), 30, lambda done, total: None)
+        evaluate.evaluate(index, queries, settings, 2, lambda done, total: None)
+    found = evaluate.evaluate(index, queries, settings, 30, lambda done, total: None)
     assert found.scored == 30 and "a random 30 of 52" in evaluate.table(found)
     assert "nothing to compare" in evaluate.table(found)
 
 
 def test_controls_show_in_every_result(index):
-    asked = Controls(k=2, modules="1", damping=0.5, normalize="relatif")
-    result = drain(index.stages([index.make_query(**QUESTION)], asked))
+    settings = settle(Controls(k=2, modules="1", damping=0.5, normalize="relatif"), index.manifest)
+    result = drain(index.stages([index.make_query(**QUESTION)], settings))
     content = json.loads(result.to_json())
-    assert content["controls"] == json.loads(json.dumps(settle(asked, index.manifest).facts()))
-    shown = " ".join(render.terminal(result, width=100).split())
+    assert content["controls"] == json.loads(json.dumps(settings.facts()))
+    shown = " ".join(render_terminal(result, width=100).split())
     assert "ranked by θ-RelatIF; 2 modules in layer 1, damping 0.5 × mean eigenvalue" in shown

@@ -72,7 +72,7 @@ def test_the_counts_are_the_builds(found, index_folder):
 
 def test_the_most_on_the_disk_while_it_is_fitted(model_folder, data_file, tmp_path, monkeypatch):
     """Looked at before and after every file is written, whose temporary copy lies beside it."""
-    import gradindex.influence.curvature as files
+    import gradindex.storage.tensors as files
 
     out, most = tmp_path / "index", 0
     real = files.atomic_write

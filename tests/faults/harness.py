@@ -12,18 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pytest
+from support.waiting import HANG
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-RESULTS = ROOT / "benchmarks" / "RESULTS.md"
+RESULTS = ROOT / "benchmarks" / "results" / "faults.md"
 OPENING, CLOSING = "<!-- faults: written by `make faults` -->", "<!-- end of faults -->"
 # What an index is written with. A point is a call of one of them on a file of the index.
 CALLS = ("write", "pwrite64", "writev", "pwritev", "fsync", "fdatasync", "ftruncate", "rename",
          "renameat", "renameat2", "mkdir", "unlink", "unlinkat", "rmdir")
-
-needs_strace = pytest.mark.skipif(shutil.which("strace") is None,
-                                  reason="strace is not installed (Debian: apt-get install strace)")
 
 
 @dataclass
@@ -63,7 +60,7 @@ class Zygote:
 
     def _tell(self, job: str, arguments: dict[str, Any], **how: Any) -> dict[str, Any]:
         told = {"job": job, "arguments": arguments, "strace": None, "kill_after": None,
-                "memory": None, "file_size": None, "timeout": 60.0, **how}
+                "memory": None, "file_size": None, "processor": None, "timeout": HANG, **how}
         process = self._process
         assert process.stdin is not None and process.stdout is not None
         process.stdin.write(json.dumps(told) + "\n")
@@ -72,7 +69,11 @@ class Zygote:
         return answer
 
     def run(self, job: str, arguments: dict[str, Any], **how: Any) -> Ended:
-        """Run a job in a child; `how`: strace, kill_after, memory, file_size, timeout."""
+        """Run a job in a child; `how`: strace, kill_after, memory, file_size, processor, timeout.
+
+        `processor` bounds the seconds that the child itself works, so that a child that goes round
+        in circles is found soon, and no other on a busy machine.
+        """
         answer = self._tell(job, {name: str(value) if isinstance(value, Path) else value
                                   for name, value in arguments.items()}, **how)
         return Ended(answer["report"], answer["signal"], answer["timed_out"], answer["seconds"])
@@ -136,7 +137,7 @@ class Faults:
         return "\n".join([*lines, "", CLOSING])
 
     def write_report(self) -> None:
-        """Put the report in its place in benchmarks/RESULTS.md."""
+        """Put the report in its place in benchmarks/results/faults.md."""
         text = RESULTS.read_text()
         before, _, rest = text.partition(OPENING)
         _, _, after = rest.partition(CLOSING)

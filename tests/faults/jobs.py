@@ -10,7 +10,6 @@ import json
 import random
 import struct
 import tempfile
-import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -103,12 +102,15 @@ def answer(index: str, **options: Any) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
-def read_for(index: str, seconds: float) -> dict[str, Any]:
-    """Answers seen by opening again and again, in order, and by one searcher opened first."""
-    until = time.monotonic() + seconds
+def read_until(index: str, begun: str, over: str) -> dict[str, Any]:
+    """Answers seen by opening again and again, in order, and by one searcher opened first.
+
+    It makes a file `begun` then, and ends when there is a file `over`.
+    """
     first = gradindex.open(index, **MODEL)
+    Path(begun).touch()
     seen, held, queries = [], set(), 0
-    while time.monotonic() < until:
+    while not queries or not Path(over).exists():
         now = plain_answer(gradindex.open(index, **MODEL))
         if not seen or seen[-1] != now:
             seen.append(now)

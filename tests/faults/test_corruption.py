@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from faults.harness import build_arguments, fresh, inject, needs_strace
+from faults.harness import build_arguments, fresh, inject
 from gradindex.storage import layout, manifest, sealed_json
 from gradindex.storage.files import facts_of
+from support.needed import needs_strace
 
 HOSTILE = (0, 1, -1, 255, 2**31 - 1, 2**31, 2**40, 2**62, 2**63 - 1, -(2**63))
 KINDS = ("bit", "byte", "integer", "cut", "zeros", "junk", "swap")
@@ -92,7 +93,7 @@ def test_damage_is_detected_or_harmless(faults, index_of_faults, tmp_path):
             outcome = judge(ended, truth)
             assert outcome in ("detected", "harmless"), f"{kind} in {name}: {outcome}: {ended}"
             faults.count(f"damage to {suffix} files", injected=1, **{outcome: 1})
-            bare = faults.zygote.run("bare", {"path": path}, memory=MEMORY, timeout=3.0)
+            bare = faults.zygote.run("bare", {"path": path}, memory=MEMORY, processor=3)
             faults.count(f"the same to the library alone, {suffix}", injected=1,
                          **{judge_bare(bare, bare_truth): 1})
         path.write_bytes(whole)
@@ -122,7 +123,7 @@ def test_files_that_are_no_files(faults, index_of_faults, tmp_path, what):
             path.symlink_to(outside)
         elif what == "device":
             path.symlink_to("/dev/zero")
-        ended = faults.zygote.run("probe", {"index": index}, memory=MEMORY, timeout=20.0)
+        ended = faults.zygote.run("probe", {"index": index}, memory=MEMORY, processor=20)
         assert judge(ended, "") == "detected", f"{what}, {name}: {ended}"
         faults.count("files removed, or replaced by a folder, pipe, link or device", injected=1,
                      detected=1)
@@ -154,7 +155,7 @@ def test_hostile_files_under_a_manifest_that_vouches_for_them(faults, index_of_f
             kind = kinds[(number + names.index(name)) % len(kinds)]
             path.write_bytes(damage(kind, whole, other, dice))
             sign(index, name)
-            ended = faults.zygote.run("probe", {"index": index}, memory=MEMORY, timeout=30.0)
+            ended = faults.zygote.run("probe", {"index": index}, memory=MEMORY, processor=30)
             outcome = judge(ended, "")
             assert outcome != "crashed", f"{kind} in {name}: {ended}"
             faults.count("hostile files that the manifest vouches for", injected=1,
@@ -198,7 +199,7 @@ def test_hostile_manifests(faults, index_of_faults, tmp_path):
         job = dice.choice(["probe", "probe", "info", "verify", "compact", "delete", "append"])
         arguments = {"append": {"data": faults.data, "model": faults.model}, "delete": {"ids": [3]},
                      "verify": {"rebuild": True}}.get(job, {})
-        ended = faults.zygote.run(job, {"index": index, **arguments}, memory=MEMORY, timeout=30.0)
+        ended = faults.zygote.run(job, {"index": index, **arguments}, memory=MEMORY, processor=30)
         if job not in ("probe", "info"):
             index = fresh(index_of_faults, tmp_path / "hostile")
         outcome = "answered" if ended.done else judge(ended, "")
@@ -209,7 +210,7 @@ def test_hostile_manifests(faults, index_of_faults, tmp_path):
                 b'{"format": NaN}', b'{"format": "1"}', b'{"format": 1e999}', b"null",
                 b'{"format": ' + b"1" * 10_000 + b"}"):
         (index / layout.MANIFEST).write_bytes(raw)
-        ended = faults.zygote.run("probe", {"index": index}, memory=MEMORY, timeout=30.0)
+        ended = faults.zygote.run("probe", {"index": index}, memory=MEMORY, processor=30)
         assert judge(ended, "") == "detected", f"{raw[:40]!r}: {ended}"
         faults.count("hostile values in a rightly signed manifest", injected=1, refused=1)
 
@@ -269,7 +270,7 @@ def test_no_command_touches_what_a_link_leads_to(faults, index_of_faults, tmp_pa
         (index / place).symlink_to(tmp_path / "letter" if file else home)
         arguments = {"append": {"data": faults.data, "model": faults.model}, "delete": {"ids": [5]},
                      "verify": {"rebuild": True}}.get(job, {})
-        ended = faults.zygote.run(job, {"index": index, **arguments}, timeout=30.0)
+        ended = faults.zygote.run(job, {"index": index, **arguments}, processor=30)
         assert ended.done or judge(ended, "") == "detected", f"{job}: {ended}"
         for path, content in before.items():
             assert path.read_bytes() == content, f"{job} through {place} changed {path}"

@@ -11,9 +11,9 @@ from faults.harness import (
     build_arguments,
     fresh,
     inject,
-    needs_strace,
     whole_build,
 )
+from support.needed import needs_strace, skip_without_root
 
 # What can fail for want of space or by a failing device; removing and syncing can only fail.
 SPACE = {"write", "pwrite64", "writev", "pwritev", "ftruncate", "mkdir", "fsync", "fdatasync",
@@ -106,7 +106,7 @@ def test_a_file_system_that_fills_up(faults, tmp_path):
     tried = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)],
                            capture_output=True)
     if tried.returncode:
-        pytest.skip("mounting a tmpfs needs root")
+        skip_without_root("mount a file system")
     try:
         step = 16 if faults.long else 64
         for kilobytes in range(step, 1024, step):

@@ -24,7 +24,7 @@ def test_readers_take_anything(faults, index_of_faults, tmp_path, target):
     for number in range(faults.size(1, 8)):
         ended = faults.zygote.run("fuzz", {
             "target": target, "seed": seed, "number": number,
-            "count": faults.size(1000, 5000) // (20 if target == "jsonl" else 1)}, timeout=300.0)
+            "count": faults.size(1000, 5000) // (20 if target == "jsonl" else 1)}, processor=300)
         faults.count(f"mutations fed to the reader of {target}", crashed=int(not ended.done))
         assert ended.done, f"{target}, part {number}: {ended}"
         assert target == "jsonl" or ended.report["refused"] > 0  # bad rows are skipped

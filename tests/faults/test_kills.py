@@ -7,7 +7,8 @@ import subprocess
 import sys
 import time
 
-from faults.harness import build_arguments, fresh, inject, needs_strace, whole_build
+from faults.harness import build_arguments, fresh, inject, whole_build
+from support.needed import needs_strace
 
 BUILD = "SIGKILL at every write, sync, rename, truncate and removal of a 3-segment build"
 

@@ -5,25 +5,12 @@ import threading
 
 import gradindex
 from faults.harness import Zygote, fresh
+from support.waiting import until
 
 
-def test_readers_beside_a_writer(faults, index_of_faults, tmp_path):
-    """Who opens sees a commit, never an earlier one after a later one; who has it open, its own."""
-    index = fresh(index_of_faults, tmp_path / "index")
-    rounds, readers = faults.size(1, 8), faults.size(1, 3)
-    zygotes = [Zygote(faults.model) for _ in range(readers)]
-    seconds = faults.size(4, 100)
-    reports = [None] * readers
-
-    def read(number):
-        reports[number] = zygotes[number].run("read_for", {"index": index, "seconds": seconds},
-                                              timeout=seconds + 60.0)
-
+def commit(faults, index, more, rounds):
+    """Append, delete and compact so often; what a reader is to answer before and after each."""
     committed = [faults.zygote.run("committed", {"index": index}).report["answer"]]
-    threads = [threading.Thread(target=read, args=(number,)) for number in range(readers)]
-    for thread in threads:
-        thread.start()
-    more = tmp_path / "more.jsonl"
     for number in range(rounds):
         more.write_text("".join(json.dumps({"text": f"Round {number} brings a fig {n} by the hill.",
                                             "url": f"{number}/{n}", "place": "hill"}) + "\n"
@@ -37,8 +24,30 @@ def test_readers_beside_a_writer(faults, index_of_faults, tmp_path):
                 committed.append(now)
             else:
                 assert job == "compact"
+    return committed
+
+
+def test_readers_beside_a_writer(faults, index_of_faults, tmp_path):
+    """Who opens sees a commit, never an earlier one after a later one; who has it open, its own."""
+    index = fresh(index_of_faults, tmp_path / "index")
+    rounds, readers = faults.size(1, 8), faults.size(1, 3)
+    zygotes = [Zygote(faults.model) for _ in range(readers)]
+    over, reports = tmp_path / "over", [None] * readers
+
+    def read(number):
+        reports[number] = zygotes[number].run("read_until", {
+            "index": index, "begun": tmp_path / f"begun-{number}", "over": over})
+
+    threads = [threading.Thread(target=read, args=(number,)) for number in range(readers)]
     for thread in threads:
-        thread.join()
+        thread.start()
+    try:
+        until(lambda: len(list(tmp_path.glob("begun-*"))) == readers or any(reports))
+        committed = commit(faults, index, tmp_path / "more.jsonl", rounds)
+    finally:
+        over.touch()
+        for thread in threads:
+            thread.join()
     for zygote in zygotes:
         zygote.close()
     assert len(set(committed)) == len(committed) == 1 + 2 * rounds

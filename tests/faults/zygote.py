@@ -4,8 +4,8 @@ Importing torch takes seconds; thousands of children that are to be killed can't
 zygote runs no thread, or a child could be forked while one of them holds a lock, and wait for ever
 (tqdm's monitor and Arrow's allocator start threads unless they are told not to). It reads a JSON
 line per job from standard input and answers with one: how the child ended, and what it reported. A
-child may be attached to strace before it begins, be killed after some time, or be limited in memory
-and file size.
+child may be attached to strace before it begins, be killed after some time, or be limited in
+memory, in file size and in what it takes of the processor.
 """
 
 import json
@@ -99,6 +99,8 @@ def _child(told: dict[str, Any], jobs: Any, writer: int) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
     if told["memory"]:
         resource.setrlimit(resource.RLIMIT_AS, (told["memory"], told["memory"]))
+    if told["processor"]:
+        resource.setrlimit(resource.RLIMIT_CPU, (told["processor"], told["processor"]))
     if told["file_size"]:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (told["file_size"], told["file_size"]))

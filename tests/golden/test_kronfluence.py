@@ -21,7 +21,8 @@ from gradindex.model.source import ModelSource
 from gradindex.model.tracked import tracked_modules
 from gradindex.objective import Text
 from gradindex.progress import Progress
-from indexer.fit.schedule import FitSettings, fit
+from indexer.fit.notes import FitSettings
+from indexer.fit.schedule import fit
 from support.fits import records_of
 from support.scores import score
 

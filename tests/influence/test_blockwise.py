@@ -28,7 +28,9 @@ from gradindex.influence.queries import Preconditioned, precondition, query_coor
 from gradindex.model.tracked import tracked_modules
 from gradindex.modules import Module
 from gradindex.progress import Progress
-from indexer.fit.schedule import FitSettings, eigenvectors, fit
+from indexer.fit.eigen import eigenvectors
+from indexer.fit.notes import FitSettings
+from indexer.fit.schedule import fit
 from support.fits import records_of
 from support.indexes import QUESTION, SMALL
 from support.models import labels_of

@@ -29,7 +29,9 @@ from gradindex.progress import Progress, stderr_progress
 from gradindex.storage.files import facts_of
 from gradindex.storage.tensors import DTYPES, read_tensors, write_tensors
 from indexer.fit.budget import held_bytes
-from indexer.fit.schedule import FitSettings, eigenvectors, fit
+from indexer.fit.eigen import eigenvectors
+from indexer.fit.notes import FitSettings
+from indexer.fit.schedule import fit
 from support.fits import fitted, records_of
 from support.models import labels_of
 from support.reference import covariances, ekfac_matrix, sequence_gradient

@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ import pytest
 import gradindex
 from demo.prepare import Settings, new_model, train, train_tokenizer, windows
 from gradindex.progress import Progress
+from support.waiting import HANG, LATE, heed_interrupts, struck
 
 ROOT = Path(__file__).parent.parent.parent
 COMMAND = [sys.executable, "-m", "gradindex"]
@@ -117,7 +117,7 @@ def trained_index(trained, tmp_path_factory):
 def run(*arguments, **options):
     environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
     return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True,
-                          env=environment, timeout=300, **options)
+                          env=environment, timeout=HANG, **options)
 
 
 QUESTION = ("-p", "The first president of Velmora was", "-c", f" {facts()[1][1]}.")
@@ -338,7 +338,7 @@ def test_model_and_index_moved_and_a_hub_id(trained, trained_index, tmp_path):
     for arguments in (("build", "someone/facts@v1", few, "-o", tmp_path / "hub.index"),
                       ("search", tmp_path / "hub.index", *QUESTION, "-k", "1")):
         done = subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True,
-                              env=environment, timeout=300)
+                              env=environment, timeout=HANG)
         assert done.returncode == 0, done.stderr
 
 
@@ -349,18 +349,22 @@ def test_killed_and_run_again(trained, tmp_path):
     whole = run(*arguments, tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
     environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
-    out = tmp_path / "killed"
-    for sign, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 130)):
-        child = subprocess.Popen([*COMMAND, *arguments, str(out)], stderr=subprocess.PIPE,
-                                 text=True, env=environment)
-        waited_for = "curvature.partial/covariance-*" if sign == signal.SIGKILL else \
-            "segments/000001"
-        while not list(out.glob(waited_for)) and child.poll() is None:
-            time.sleep(0.005)
-        child.send_signal(sign)
-        shown = child.communicate()[1]
-        assert child.returncode == code, shown
-    assert "goes on when the same command runs again" in shown
+    out, before = tmp_path / "killed", tmp_path / "before"
+    out.mkdir()
+    for sign, code, waited_for in ((signal.SIGKILL, -9, "curvature.partial/covariance-*"),
+                                   (signal.SIGTERM, 130, "segments/000001")):
+        shutil.copytree(out, before)
+
+        def fresh():
+            shutil.rmtree(out)
+            shutil.copytree(before, out)
+
+        ended = struck([*COMMAND, *arguments, str(out)], sign,
+                       lambda _, waited_for=waited_for: list(out.glob(waited_for)), fresh,
+                       env=environment)
+        assert ended.returncode == code, ended.stderr
+        shutil.rmtree(before)
+    assert "goes on when the same command runs again" in ended.stderr
     assert run(*arguments, out).returncode == 0
     for path in sorted((tmp_path / "whole").rglob("*")):
         if path.is_file():
@@ -370,18 +374,19 @@ def test_killed_and_run_again(trained, tmp_path):
 
 def test_interrupted_search_prints_what_is_exact(trained_index):
     index, _ = trained_index
-    child = subprocess.Popen(
-        [*COMMAND, "search", str(index), *QUESTION, "--shortlist", "all", "--format", "json",
-         "--batch-tokens", "1"],  # a sequence a batch: time enough to interrupt
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_WAIT_POLICY": "passive"},
-        # a shell starts background jobs, such as this test run perhaps, with SIGINT ignored
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    for line in child.stderr:
-        if line.startswith("expected"):  # rescoring is under way
-            child.send_signal(signal.SIGINT)
+    for _ in range(LATE):
+        child = subprocess.Popen(
+            [*COMMAND, "search", str(index), *QUESTION, "--shortlist", "all", "--format", "json",
+             "--batch-tokens", "1"],  # a sequence a batch: time enough to interrupt
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "OMP_WAIT_POLICY": "passive"}, preexec_fn=heed_interrupts)
+        for line in child.stderr:
+            if line.startswith("expected"):  # rescoring is under way
+                child.send_signal(signal.SIGINT)
+                break
+        shown, errors = child.communicate(timeout=HANG)
+        if child.returncode:
             break
-    shown, errors = child.communicate()
     content = json.loads(shown)
     assert child.returncode == 130, errors
     assert content["interrupted"] and content["rescored"] < content["sequences"]
@@ -392,19 +397,19 @@ def test_the_built_wheel_works_outside_the_clone(trained, tmp_path):
     """The journey again from the wheel alone, in another folder."""
     subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps",
                     "--disable-pip-version-check", "--wheel-dir", str(tmp_path), str(ROOT)],
-                   check=True, timeout=300)
+                   check=True, timeout=HANG)
     wheel, = tmp_path.glob("gradindex-*.whl")
     site = tmp_path / "site"
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps",
                     "--disable-pip-version-check", "--target", str(site), str(wheel)],
-                   check=True, timeout=300)
+                   check=True, timeout=HANG)
     environment = {**os.environ, "PYTHONPATH": str(site), "OMP_WAIT_POLICY": "passive"}
     few = tmp_path / "few.jsonl"
     few.write_text("".join(trained[1].read_text().splitlines(keepends=True)[:60]))
 
     def outside(*arguments):
         done = subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True,
-                              env=environment, cwd=tmp_path, timeout=300)
+                              env=environment, cwd=tmp_path, timeout=HANG)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

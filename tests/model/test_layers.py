@@ -22,13 +22,14 @@ from gradindex.model.source import ModelSource
 from gradindex.model.tracked import parameter_share, tracked_modules, untracked
 from gradindex.modules import Module
 from gradindex.progress import shares, stderr_progress
-from indexer.fit.schedule import add_covariances
+from indexer.fit.steps import add_covariances
 from indexer.prepare import NOTABLE, describe
 from search.study.describe import describe as info
 from search.study.describe import summary
 from support.documents import small_documents
 from support.indexes import SMALL
 from support.models import SIZES, VOCABULARY, labels_of, random_network
+from support.needed import library
 from support.reference import log_likelihood, sequence_gradient
 
 LLAMA = SIZES["llama"]
@@ -275,12 +276,11 @@ def test_a_bias_shared_under_two_weights(make_model, sequences):
     assert sum(untracked(network, modules).values()) + share == pytest.approx(1)
 
 
-@pytest.mark.parametrize("biases", [True, False])
+@pytest.mark.parametrize("mixture, biases", [
+    *((family, False) for family in MIXTURES), ("gpt_oss", True)], indirect=["mixture"])
 def test_experts_of_two_blocks_that_share_their_tensors(mixture, sequences, biases):
     """One map each, the sum of both blocks' runs; a bias only where that is shared as well."""
     first, second = (one for one in mixture.modules() if experts.is_fused(one))
-    if not first.has_bias and not biases:
-        pytest.skip("it has no biases")
     names = ["gate_up_proj", "down_proj"]
     for name in names + [f"{name}_bias" for name in names if first.has_bias and biases]:
         setattr(second, name, getattr(first, name))
@@ -359,7 +359,7 @@ def check_shared(network, modules, found, sequences):
 @pytest.fixture(params=[8, 4], scope="module")
 def quantised(request, tmp_path_factory):
     """Bits, a whole model in float32 and a folder with it quantised, and its tokenizer."""
-    pytest.importorskip("bitsandbytes")
+    library("bitsandbytes")
     from transformers import BitsAndBytesConfig
 
     folder = tmp_path_factory.mktemp("quantised")
@@ -410,8 +410,8 @@ def test_a_quantised_base(quantised, sequences):
         parameter_share(network, tracked_modules(network, "all")), rel=1e-12)
     same = dequantised(network, model.network)
     before = tensors_digest(model.network)
-    network = LanguageModel.load(ModelSource(str(packed), device="cpu")).network
-    assert before == tensors_digest(network)
+    again = LanguageModel.load(ModelSource(str(packed), device="cpu"))
+    assert before == tensors_digest(again.network)
     model.continuation([1, 2, 3], 3)  # passes without gradients, which pack 4-bit weights anew
     batch = model.batch(sequences)
     found, log_p = captured(model, modules, batch)
@@ -470,7 +470,7 @@ def test_a_quantised_model_has_the_dtype_it_has(quantised):
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers by an old name
 def test_an_adapter_over_a_quantised_base(quantised, sequences, tmp_path):
     """QLoRA: gradients as over the dequantised base, then an index over the adapter alone."""
-    peft = pytest.importorskip("peft")
+    peft = library("peft")
     _, network, packed = quantised
     wrapped = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(packed), peft.LoraConfig(
         r=2, lora_alpha=3, target_modules=["q_proj", "gate_proj"], task_type="CAUSAL_LM"))

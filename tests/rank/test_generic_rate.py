@@ -19,6 +19,7 @@ from gradindex.storage.background_file import BackgroundQueries, thresholds
 from gradindex.storage.files import facts_of
 from indexer import background as background_module
 from search.ask.controls import Controls
+from search.ask.settings import settle
 from search.rank.generic_rate import all_rates
 from search.study.describe import describe, summary
 from support.documents import FRUIT, PLACES, save, small_documents, tiny_tokens
@@ -142,7 +143,8 @@ def test_every_hit_has_its_rate(built, network):
     [result] = searcher.search_many([QUESTION])
     content = json.loads(result.to_json())["hits"][0]
     assert content["generic_rate"] == rates[int(content["influence"] < 0), content["id"]]
-    stages = searcher.stages([searcher.make_query(**QUESTION)], Controls(k=3))
+    stages = searcher.stages([searcher.make_query(**QUESTION)],
+                             settle(Controls(k=3), searcher.manifest))
     approximate = next(stage.provisional for stage in stages
                        if stage.name == "approximate").hits
     assert all(hit.generic_rate is not None for hit in approximate)

@@ -14,13 +14,14 @@ from gradindex.cli import main_group
 from gradindex.errors import InputError
 from gradindex.influence.codes import score_error
 from gradindex.terminal import visible
-from search.ask.controls import Controls, settle
+from search.ask.controls import Controls
+from search.ask.settings import settle
 from search.rank.groups import MOST_GROUPS, Grouping, total_groups
 from search.rank.query_gradient import make_targets
 from search.rank.ranking import CodeRanking
 from search.rank.shortlist import Shortlist
 from search.show import wording
-from search.show.render import group_lines
+from search.show.terminal_text import group_lines
 from support.documents import small_documents
 from support.indexes import QUESTION, SMALL
 from support.scores import codes_of, exact
@@ -278,7 +279,7 @@ def test_estimates_have_no_bias_and_the_variance_they_say(by_norm, listed):
         chosen = random.choice(n, listed, replace=False)
         shortlist = Shortlist(CodeRanking(codes, norms, by_norm=by_norm), 2.0, length,
                               chosen if listed else None)
-        rescored = set(shortlist.ids(length))
+        rescored = set(shortlist.places(length))
         counted = shortlist.advance(rescored, length)
         sample = random.choice(n, 64, replace=False).tolist()
         estimate, variance = shortlist.estimates(codes, counted, influence[counted], sample,

@@ -13,16 +13,22 @@ import pytest
 
 import gradindex
 from gradindex.errors import DamagedIndexError, GradindexError, InputError
-from search.ask.controls import Controls, settle
+from gradindex.model.source import ModelSource
+from gradindex.progress import duration
+from search.ask.controls import Controls
+from search.ask.settings import settle
 from search.engine import Searcher
 from search.rank.query_gradient import make_targets
-from search.rank.ray_search import PATIENCE, SharedRanking, deal
-from search.rank.session import Journey
+from search.rank.ray_search import SharedRanking, deal
+from search.rank.session import Session
 from search.rank.snapshot import LostError, OpenIndex, Part
+from support.clusters import two_nodes
 from support.indexes import QUESTION
+from support.needed import library
 from support.server import Running
+from support.waiting import HANG
 
-ray = pytest.importorskip("ray")
+ray = library("ray")
 
 OTHERS = [{"prompt": "The fig number 3", "completion": " grows by the harbour."},
           {"prompt": "The lime number", "completion": " 4"},
@@ -32,14 +38,9 @@ MANY = {"k": 5, "shortlist": 20}
 
 @pytest.fixture(scope="module")
 def cluster():
-    from ray.cluster_utils import Cluster
-
-    node = {"num_cpus": 3, "num_gpus": 0, "object_store_memory": 80 << 20}
-    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
-    cluster.add_node(**node)
-    yield cluster
-    ray.shutdown()
-    cluster.shutdown()
+    with two_nodes(num_cpus=3, num_gpus=0) as cluster:
+        yield cluster
+        ray.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +51,7 @@ def alone(index_folder):
 @pytest.fixture(scope="module")
 def shared(cluster, index_folder):
     searcher = gradindex.open(index_folder, ray=cluster.address)
+    searcher.index.patience = searcher.index.back = HANG
     searcher.index.load()
     return searcher
 
@@ -64,7 +66,7 @@ def workers(shared):
 def whole(searcher):
     """Wait for every worker, and return their process ids."""
     for worker in searcher.index._workers:
-        worker.until = max(worker.until, time.monotonic() + 60)
+        worker.until = max(worker.until, time.monotonic() + HANG)
     searcher.index.load()
     assert all(worker.ready for worker in searcher.index._workers)
     return ray.get([worker.actor.__ray_call__.remote(lambda _: os.getpid())
@@ -78,8 +80,15 @@ def kill(pid):
 def rest_of(index_folder, searcher, number):
     """A local searcher of what worker `number` has, as if the index held no more."""
     part = Part(searcher.index.contents.manifest, searcher.index._workers[number].segments)
-    index = OpenIndex(index_folder, None, None, "auto", False, False, False, part=part)
+    index = OpenIndex(index_folder, ModelSource(), part=part)
     return Searcher(index, searcher.batch_tokens)
+
+
+def stages_of(searcher, questions, conclude_early=False, **controls):
+    """The stages of a search, one after the other."""
+    queries = [searcher.make_query(**question) for question in questions]
+    return searcher.stages(queries, settle(Controls(**controls), searcher.manifest),
+                           conclude_early)
 
 
 def same(found, expected):
@@ -195,8 +204,7 @@ def test_a_time_limit_leaves_a_prefix_of_the_shortlist(shared):
 
 
 def test_an_interrupted_search_concludes_from_what_is_exact(shared, alone):
-    stages = shared.stages([shared.make_query(**QUESTION)], Controls(shortlist="all"),
-                           conclude_early=True)
+    stages = stages_of(shared, [QUESTION], conclude_early=True, shortlist="all")
     stage = next(one for one in stages if one.name == "exact")
     assert stage.found
     stage = stages.throw(KeyboardInterrupt())
@@ -221,7 +229,7 @@ def test_the_command_line_starts_workers_here(alone, index_folder, tmp_path):
     ended = subprocess.run(
         [sys.executable, "-m", "gradindex.cli", "search", str(index_folder), "-o", str(out),
          "-p", QUESTION["prompt"], "-c", QUESTION["completion"], "-k", "5", "--shortlist", "20",
-         "--ray", "--ray-workers", "2"], capture_output=True, text=True, timeout=120)
+         "--ray", "--ray-workers", "2"], capture_output=True, text=True, timeout=HANG)
     assert ended.returncode == 0 and ended.stdout == "", ended.stderr
     assert "ray" not in ended.stderr.lower(), ended.stderr
     found, expected = json.loads(out.read_text()), alone.search(**QUESTION, **MANY)
@@ -260,7 +268,7 @@ def test_a_worker_killed_between_searches(shared, alone, index_folder, workers, 
     {**MANY, "candidates": "both", "opponents": True}], ids=str)
 def test_a_worker_killed_while_it_rescores(shared, alone, index_folder, workers, controls):
     result, killed = None, False
-    for stage in shared.stages([shared.make_query(**QUESTION)], Controls(**controls)):
+    for stage in stages_of(shared, [QUESTION], **controls):
         if stage.name == "approximate":  # or it could be through before it dies
             os.kill(workers[0], signal.SIGSTOP)
         elif stage.name == "exact" and not killed:
@@ -275,7 +283,7 @@ def test_a_worker_killed_while_it_rescores(shared, alone, index_folder, workers,
 
 def test_a_worker_killed_before_the_hits_are_shown(shared, index_folder, workers):
     killed = False
-    for stage in shared.stages([shared.make_query(**QUESTION)], Controls(**MANY)):
+    for stage in stages_of(shared, [QUESTION], **MANY):
         if stage.name == "exact" and stage.done == stage.total and not killed:
             kill(workers[1])  # all is exact, but for the background and the terms of hits
             killed = True
@@ -287,9 +295,8 @@ def test_a_worker_killed_before_the_hits_are_shown(shared, index_folder, workers
 
 def test_a_worker_killed_before_hits_by_code_alone_are_shown(shared, alone, workers):
     controls = {"k": 5, "rescore": False}
-    queries = [shared.make_query(**one) for one in (QUESTION, OTHERS[0])]
     results, stages = [], []
-    for stage in shared.stages(queries, Controls(**controls)):
+    for stage in stages_of(shared, [QUESTION, OTHERS[0]], **controls):
         stages.append(stage.name)
         if stage.name == "approximate":
             kill(workers[1])
@@ -308,11 +315,12 @@ def test_an_interrupt_while_others_move_up_changes_nothing(
     [target], preconditioned = make_targets(
         shared.index, [shared.make_query(**QUESTION)], settle(Controls(**MANY), shared.manifest),
         shared.batch_tokens)
-    journey = Journey(shared.index, settle(Controls(**MANY), shared.manifest), [target],
+    session = Session(shared.index, settle(Controls(**MANY), shared.manifest), [target],
                       preconditioned, shared.batch_tokens)
-    for _ in journey.rescore(0):
+    [track], common = session.tracks, session.common
+    for _ in session.rescore(track):
         pass
-    before = dict(journey.exact), journey.index, journey.shortlists
+    before = dict(common.exact), common.index, track.shortlist
     lost = LostError(frozenset(shared.index._workers[1].segments), "it is gone")
 
     def interrupted(*_):
@@ -321,24 +329,29 @@ def test_an_interrupt_while_others_move_up_changes_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(SharedRanking, "best", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            journey._go_on_without(lost)
-    assert (journey.exact, journey.index, journey.shortlists) == before
-    journey._go_on_without(lost)
+            session._go_on_without(lost)
+    assert (common.exact, common.index, track.shortlist) == before
+    session._go_on_without(lost)
     same_rest = rest_of(index_folder, shared, 0).search(**QUESTION, **MANY)
-    for _ in journey.rescore(0):
+    for _ in session.rescore(track):
         pass
-    assert [hit.id for hit in journey.conclude(0, False)] == [hit.id for hit in same_rest]
+    assert [hit.id for hit in session.conclude(track, False)] == [hit.id for hit in same_rest]
 
 
 def test_a_worker_that_gives_no_sign_is_given_up(shared, alone, workers):
-    os.kill(workers[1], signal.SIGSTOP)
-    shared.index.patience = 2.0
-    try:
-        result = shared.search(**QUESTION, **MANY)
-    finally:
-        shared.index.patience = PATIENCE
+    for patience in (2.0, 20.0, 200.0):  # within which the other has to answer
+        os.kill(workers[1], signal.SIGSTOP)
+        shared.index.patience = patience
+        try:
+            result = shared.search(**QUESTION, **MANY)
+            break
+        except GradindexError as error:
+            assert "worker 1 of 2" in str(error) and patience < 200.0
+        finally:
+            shared.index.patience = HANG
+        workers = whole(shared)
     assert "worker 2 of 2" in (warning := partial(result, shared, 1))
-    assert "gave no sign for 2.0 s" in warning
+    assert f"gave no sign for {duration(patience)}" in warning
     same(shared.search(**QUESTION, **MANY), alone.search(**QUESTION, **MANY))
 
 

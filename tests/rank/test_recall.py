@@ -82,7 +82,7 @@ def test_an_unfinished_list_is_not_counted_as_certain():
         scores = influence + 3.0 * random.standard_normal(n)
         others = best(influence + 3.0 * random.standard_normal(n), 1000)
         shortlist = Shortlist(CodeRanking(scores, np.ones(n)), 3.0, n, others)
-        exact = set(shortlist.ids(100)[:60])
+        exact = set(shortlist.places(100)[:60])
         taken = shortlist.advance(exact, 100)
         assert set(taken) == exact
         ranked = sorted(taken, key=lambda one: -influence[one])
@@ -132,7 +132,7 @@ def test_the_length_for_a_recall_is_found():
         length = shortlist.length_for(0.9, ranked, influence[ranked], k)
         assert 200 < length <= n
         top = set(np.argsort(-influence)[:k].tolist())
-        held.append(len(top & set(shortlist.ids(length))) / k)
+        held.append(len(top & set(shortlist.places(length))) / k)
     assert np.mean(held) == pytest.approx(0.9, abs=0.04)
 
 
@@ -163,7 +163,7 @@ def test_the_length_is_the_shortest_that_does(by_norm, listed, noise, most):
 def test_a_shortlist_by_hand():
     scores = np.array([1.0, 3.0, 2.0, 3.0, -1.0])
     shortlist = Shortlist(CodeRanking(scores, np.ones(5)), 1.0, 3, np.array([4, 3]))
-    assert shortlist.ids(2) == [1, 3, 4] and shortlist.ids(3) == [1, 3, 2, 4]
+    assert shortlist.places(2) == [1, 3, 4] and shortlist.places(3) == [1, 3, 2, 4]
     assert shortlist.advance({1}, 2) == [1] and shortlist.cutoff == 3.0
     assert shortlist.advance({1, 3}, 2) == [1, 3] and shortlist.cutoff == 2.0  # 4 is still missing
     np.testing.assert_allclose(shortlist.probability([3], np.array([2.0]), 2.0), [0.5])
@@ -172,14 +172,14 @@ def test_a_shortlist_by_hand():
         shortlist.probability([1, 3, 4], np.array([3.0, 2.0, -9.0]), 2.0),
         [0.8413447460685429, 1.0, 1.0])
     assert shortlist.ranks([*range(5)]) == [4, 1, 3, 2, 5]
-    assert shortlist.place_in_list(3) == 2 and shortlist.place_in_list(1) is None
+    assert shortlist.rank_in_list(3) == 2 and shortlist.rank_in_list(1) is None
     whole = Shortlist(CodeRanking(scores, np.ones(5)), 1.0, 5)
     assert whole.advance(range(5), 5) == [1, 3, 2, 0, 4] and whole.cutoff is None
     alone = Shortlist(CodeRanking(scores, np.ones(5)), 1.0, 3, np.array([4, 3]), by_list=True)
     assert alone.advance({3, 4, 1}, 3) == [4, 3]
     by_norm = Shortlist(
         CodeRanking(scores, np.array([1.0, 3.0, 1.0, 0.0, 1.0]), by_norm=True), 1.0, 4)
-    assert by_norm.ids(4) == [2, 0, 1, 3]  # a gradient of zero counts as zero
+    assert by_norm.places(4) == [2, 0, 1, 3]  # a gradient of zero counts as zero
 
 
 def test_best_breaks_ties_by_place():

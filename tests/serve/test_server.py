@@ -34,10 +34,11 @@ import gradindex
 from gradindex.errors import InputError
 from gradindex.results import Result
 from search.engine import Searcher
-from search.serve import guard, jobs, server, serving
+from search.serve import connections, guard, jobs, listening, server
 from search.serve.schema import openapi
 from search.show import html
-from support.server import JSON, Running
+from support.server import JSON, Running, Unhurried
+from support.waiting import HANG, heed_interrupts, until
 
 QUERY = {"prompt": "The apple number 3 grows by", "completion": " the garden."}
 OWN = {"Sec-Fetch-Site": "none"}  # typed into the address bar
@@ -201,19 +202,20 @@ def test_tokens_that_can_be_guessed_are_refused() -> None:
     for given in ("", "x", "short", "a" * 40, "passwordpasswordpassword", "0123" * 10,
                   TOKEN[:-1]):
         with pytest.raises(InputError, match=r"GRADINDEX_TOKEN has .* at least 22 random"):
-            serving.token_for("127.0.0.1", given)
-    assert serving.token_for("127.0.0.1", None) is None
-    assert serving.token_for("0.0.0.0", TOKEN) == serving.token_for("localhost", TOKEN) == TOKEN
-    made = {serving.token_for("0.0.0.0", None) for _ in range(50)}
+            listening.token_for("127.0.0.1", given)
+    assert listening.token_for("127.0.0.1", None) is None
+    assert listening.token_for("0.0.0.0", TOKEN) == listening.token_for("localhost", TOKEN) == TOKEN
+    made = {listening.token_for("0.0.0.0", None) for _ in range(50)}
     assert len(made) == 50
     for one in made:  # one of ours may be given as well
-        assert one is not None and serving.token_for("::", one) == one
+        assert one is not None and listening.token_for("::", one) == one
 
 
 def test_names_of_the_server() -> None:
-    assert serving.names("::1", 8765) == {"127.0.0.1:8765", "localhost:8765", "[::1]:8765"}
-    assert serving.names("127.0.0.1", 80) >= {"localhost", "localhost:80"}  # browsers leave it out
-    assert serving.names("10.0.0.7", 9000, ["lab.example", "a.example:1"]) == {
+    assert listening.host_names("::1", 8765) == {"127.0.0.1:8765", "localhost:8765", "[::1]:8765"}
+    # browsers leave the usual port out
+    assert listening.host_names("127.0.0.1", 80) >= {"localhost", "localhost:80"}
+    assert listening.host_names("10.0.0.7", 9000, ["lab.example", "a.example:1"]) == {
         "10.0.0.7:9000", "127.0.0.1:9000", "localhost:9000", f"{socket.gethostname()}:9000",
         f"{socket.getfqdn()}:9000",
         "lab.example", "lab.example:9000", "a.example:1"}
@@ -298,7 +300,7 @@ def test_bodies_are_cut_off_by_size_while_they_come(start: Callable[..., Running
            "Content-Type: application/json\r\n"
     full = guard.LARGEST_BODY
     for length in (full + 1, 10**12, 10**30):  # told at once, before any of it is sent
-        with socket.create_connection(("127.0.0.1", running.port), timeout=30) as connection:
+        with running.connect() as connection:
             connection.sendall(f"{head}Content-Length: {length}\r\n\r\n".encode())
             assert running.read(connection).status in (413, 400), length
     for wrong in ("-1", "+5", "0x10", "1e3", "5, 6", "²"):
@@ -307,15 +309,14 @@ def test_bodies_are_cut_off_by_size_while_they_come(start: Callable[..., Running
     twice = f"{head}Content-Length: 5\r\nContent-Length: 6\r\n\r\nabcdef"
     assert running.raw(twice.encode()).status == 400
     chunk = b"10000\r\n" + b" " * 0x10000 + b"\r\n"
-    with socket.create_connection(("127.0.0.1", running.port), timeout=30) as connection:
+    with running.connect() as connection:
         connection.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
         for _ in range(full // 0x10000 + 1):
             connection.sendall(chunk)
         assert running.read(connection).status == 413
     for lie in (b"zz\r\nabc\r\n", b"-5\r\nabc\r\n", b"3\r\nabcdef\r\n", b"F" * 40 + b"\r\n"):
-        with socket.create_connection(("127.0.0.1", running.port), timeout=30) as connection:
+        with running.connect() as connection:
             connection.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode() + lie)
-            connection.settimeout(30)
             found = b""
             while piece := connection.recv(1 << 16):
                 found += piece
@@ -324,42 +325,57 @@ def test_bodies_are_cut_off_by_size_while_they_come(start: Callable[..., Running
     lie = head.replace(str(running.port), str(short.port))
     for sent in (f"{lie}Content-Length: 50\r\n\r\n{{", f"{lie}Transfer-Encoding: chunked\r\n\r\n5"):
         assert short.raw(sent.encode()).status == 408
-    drip = socket.create_connection(("127.0.0.1", short.port), timeout=30)
-    drip.sendall(f"{lie}Content-Length: 1000\r\n\r\n".encode())
-    with drip:  # every byte in time, the whole not
-        for _ in range(100):
-            try:
-                drip.sendall(b" ")
-            except OSError:
-                break
+    drip = short.connect()
+    drip.sendall(f"{lie}Content-Length: 100000\r\n\r\n".encode())
+    with drip, pytest.raises(OSError):  # every byte in time, the whole not
+        for _ in range(int(HANG / 0.05)):
+            drip.sendall(b" ")
             time.sleep(0.05)
-        else:
-            pytest.fail("it listened for ever")
     assert running.ask("GET", "/healthz").json["queued"] == 0
 
 
 def test_connections_that_send_no_request_are_closed(start: Callable[..., Running]) -> None:
-    class Hasty(serving.Connection):
-        patience = 0.2
+    class Watched(Unhurried):
+        looks = 0
 
-    running = start(work=False, connection=Hasty)
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            latest.append(self)
+
+        def _look(self, before: Any) -> None:
+            super()._look(before)
+            self.looks += 1
+
+    latest: list[Watched] = []
+
+    def hurry() -> None:
+        """From now on the latest connection is looked at every 0.2 s."""
+        latest[-1].patience = 0.2
+        latest[-1].loop.call_soon_threadsafe(latest[-1]._look, None)
+
+    running = start(work=False, connection=Watched)
     for sent in (b"", b"GET", b"GET / HTTP/1.1\r\nHost: x\r\nX: ", b"\x16\x03\x01\x02"):
-        with socket.create_connection(("127.0.0.1", running.port), timeout=30) as connection:
+        latest.clear()
+        with running.connect() as connection:
             connection.sendall(sent)
+            until(lambda: latest)
+            hurry()
             while connection_open(connection):
                 pass
     # an answered request doesn't buy more time for a body that never comes
-    with socket.create_connection(("127.0.0.1", running.port), timeout=30) as connection:
+    with running.connect() as connection:
         connection.sendall(f"POST / HTTP/1.1\r\nHost: 127.0.0.1:{running.port}\r\n"
                            "Content-Length: 1000\r\n\r\n".encode())
         assert running.read(connection, "POST").status == 405
+        hurry()
         while connection_open(connection):
             pass
     # a stream that is followed is not a connection without a request
     job = running.ask("POST", "/api/search", body=QUERY).json["id"]
     followed = running.events(job)
     assert next(followed)[1]["state"] == "waiting"
-    time.sleep(1.0)
+    hurry()
+    until(lambda: latest[-1].looks > 5)
     running.jobs.start()
     assert [name for name, _ in followed][-1] == "end"
 
@@ -367,20 +383,21 @@ def test_connections_that_send_no_request_are_closed(start: Callable[..., Runnin
 def test_only_so_many_connections_are_held(
     start: Callable[..., Running], monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(serving, "MOST_CONNECTIONS", 10)
+    monkeypatch.setattr(connections, "MOST_CONNECTIONS", 10)
     running = start(work=False)
     with contextlib.ExitStack() as held:
         for _ in range(10):
             held.enter_context(socket.create_connection(("127.0.0.1", running.port)))
-        with socket.create_connection(("127.0.0.1", running.port), timeout=30) as one_more:
+        with running.connect() as one_more:
             assert not connection_open(one_more)
-    until = time.monotonic() + 30
-    while True:
+
+    def answered() -> bool:
         try:
-            assert running.ask("GET", "/healthz").status == 200
-            break
+            return running.ask("GET", "/healthz").status == 200
         except (ConnectionError, http.client.BadStatusLine):  # the others aren't gone yet
-            assert time.monotonic() < until
+            return False
+
+    until(answered)
 
 
 def connection_open(connection: socket.socket) -> bool:
@@ -526,17 +543,26 @@ def test_sequences_and_tokens(running: Running, searcher: Searcher) -> None:
 
 
 def test_stages_come_in_order_with_the_exact_scores_of_the_result(
-    start: Callable[..., Running], index_folder: Path,
+    start: Callable[..., Running], index_folder: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     running = start(gradindex.open(index_folder, batch_tokens=240), work=False)
     asked = running.ask("POST", "/api/search", body=QUERY).json
     job = running.jobs.get(asked["id"])
     assert job is not None
-    job.wake.add(lambda: time.sleep(0.15))  # in the worker, at every stage
     followed = running.events(asked["id"])
     told = [next(followed)]
+
+    def changed(job: jobs.Job) -> None:
+        """As ever, but that the worker waits until the change is told, so that each is."""
+        really_changed(job)
+        now = {"state": job.state, "stage": job.stage, "done": job.done}
+        until(lambda: any(now.items() <= content.items() for _, content in told))
+
+    really_changed = running.jobs._changed
+    monkeypatch.setattr(running.jobs, "_changed", changed)
     running.jobs.start()
-    told += followed
+    for one in followed:
+        told.append(one)
     assert told[-1] == ("end", {}) and {name for name, _ in told[:-1]} == {"stage"}
     stages = [content for name, content in told if name == "stage"]
     order = ["", "gradient", "approximate", "exact", "result"]
@@ -575,11 +601,11 @@ def test_stop_concludes_from_what_is_exact(
     def hold() -> None:
         if job.stage == "exact" and job.done > 12 and not go.is_set():  # some of the best are there
             reached.set()
-            go.wait(30)
+            go.wait(HANG)
 
     job.wake.add(hold)
     running.jobs.start()
-    assert reached.wait(30)
+    assert reached.wait(HANG)
     assert running.ask("POST", f"/api/result/{asked['id']}/stop", body={}).status == 202
     go.set()
     found = running.wait(asked["id"]).json
@@ -659,7 +685,9 @@ def test_a_worker_that_ends_leaves_nobody_waiting(start: Callable[..., Running])
 
 def test_a_model_that_cant_be_loaded_is_told(
     start: Callable[..., Running], index_folder: Path, model_folder: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(server, "QUICK", HANG)  # a page waits until its search has failed
     other = tmp_path / "other"
     shutil.copytree(model_folder, other)
     weights = safetensors.torch.load_file(other / "model.safetensors")
@@ -680,10 +708,7 @@ def test_a_model_that_cant_be_loaded_is_told(
     assert 'data-state="failed"' in page.text and "can&#39;t be loaded" in page.text
     assert str(tmp_path) not in page.text.partition("<details")[0]
     shutil.copy(model_folder / "model.safetensors", other / "model.safetensors")
-    until = time.monotonic() + 30
-    while running.ask("GET", "/healthz").status == 503:
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    until(lambda: running.ask("GET", "/healthz").status == 200)
     assert running.search(QUERY)["hits"]
     assert running.ask("GET", "/healthz").json == {
         "status": "ok", "ready": True, "queued": 0, "error": ""}
@@ -721,30 +746,40 @@ def test_only_so_many_searches_wait(start: Callable[..., Running]) -> None:
 
 
 def test_searches_that_nobody_waits_for_are_given_up(
-    start: Callable[..., Running], index_folder: Path,
+    start: Callable[..., Running], index_folder: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     running = start(gradindex.open(index_folder, batch_tokens=96), work=False, forgotten=0.3)
     waiting = running.ask("POST", "/api/search", body={**QUERY, "k": 1}).json["id"]
     left = running.jobs.get(waiting)
-    time.sleep(0.4)
+    time.sleep(0.4)  # at least: so long nobody asks for the first
     asked = running.ask("POST", "/api/search", body=QUERY).json["id"]
     job = running.jobs.get(asked)
     assert job is not None and left is not None
-    job.wake.add(lambda: time.sleep(0.1))
+    go, really_changed = threading.Event(), running.jobs._changed
+
+    def changed(job: jobs.Job) -> None:
+        really_changed(job)
+        if job.stage == "exact":
+            go.wait(HANG)
+
+    monkeypatch.setattr(running.jobs, "_changed", changed)
     followed = running.events(asked)
     assert next(followed)[1]["state"] == "waiting"
+    time.sleep(0.4)  # watched, however long
     running.jobs.start()
-    while next(followed)[1]["stage"] != "exact":  # watched, however long
+    while next(followed)[1]["stage"] != "exact":
         pass
     assert left.state == "failed" and "given up" in left.error
     assert not job.ended
     followed.close()  # the client is gone
-    until = time.monotonic() + 30
-    while not job.ended and time.monotonic() < until:
-        time.sleep(0.05)
+    until(lambda: not job.watchers)
+    time.sleep(0.4)
+    go.set()
+    until(lambda: job.ended)
     assert job.state == "failed" and job.error_status == 503 and job.watchers == 0
     for one in (waiting, asked):
         assert running.wait(one).status in (404, 503)  # 503 until it is forgotten
+    running.jobs._forgotten = HANG
     assert running.search({**QUERY, "k": 1})["hits"]
 
 
@@ -844,7 +879,7 @@ def test_any_request_gets_an_answer_of_the_schema(
         def answer(case: Any) -> None:
             nonlocal count
             count += 1
-            response = case.call(base_url=address, timeout=30)
+            response = case.call(base_url=address, timeout=HANG)
             assert response.status_code < 500 or (
                 response.status_code == 503 and "wait already" in response.text), response.text
             case.validate_response(response, checks=HELD)
@@ -865,7 +900,7 @@ def test_view_serves_until_interrupted(index_folder: Path) -> None:
     command = [sys.executable, "-m", "gradindex.cli", "view", str(index_folder), "--no-open",
                "--host", "127.0.0.2"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                               env=environment)
+                               env=environment, preexec_fn=heed_interrupts)
     assert process.stderr is not None
     said = ""
     for line in process.stderr:
@@ -875,7 +910,7 @@ def test_view_serves_until_interrupted(index_folder: Path) -> None:
     token = re.search(r"token, the password of any user: (\S+)", said)
     address = re.search(r"the page: http://(127\.0\.0\.2:(\d+))/", said)
     assert token is not None and address is not None, said
-    connection = http.client.HTTPConnection("127.0.0.2", int(address[2]), timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.2", int(address[2]), timeout=HANG)
     connection.request("GET", "/healthz")
     refused = connection.getresponse()
     assert refused.status == 401
@@ -884,6 +919,6 @@ def test_view_serves_until_interrupted(index_folder: Path) -> None:
     assert connection.getresponse().status == 200
     connection.close()
     process.send_signal(signal.SIGINT)
-    out, rest = process.communicate(timeout=60)
+    out, rest = process.communicate(timeout=HANG)
     assert out == "" and "Traceback" not in rest and token[1] not in rest
     assert process.returncode in (0, 130)

@@ -1,7 +1,6 @@
 """The page as people use it, in a real browser: needs Chromium (Debian's package), else skipped."""
 
 import json
-import shutil
 import threading
 import urllib.parse
 
@@ -10,15 +9,15 @@ import pytest
 
 import gradindex
 from gradindex.results import Result
-from search.serve import serving
-from search.show import html
+from search.serve import listening
+from search.show import html, wording
 from support.documents import small_documents
 from support.indexes import SMALL
+from support.needed import CHROMIUM, needs_chromium
+from support.waiting import HANG
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install "
-                                "chromium")
-
+pytestmark = needs_chromium
+MILLISECONDS = 1000 * HANG
 HOSTILE = [
     '<script>alert("text")</script>', "<img src=x onerror=alert(1)>", '"><svg onload=alert(2)>',
     "</textarea></title></style><script>alert(3)</script>", "javascript:alert(4)",
@@ -44,14 +43,14 @@ def address(model_folder, tmp_path_factory):
     gradindex.build(model_folder, data, out=folder / "an.index",
                     **{**SMALL, "seq_len": 60, "batch_tokens": 240, "modules": "all"})
     searcher = gradindex.open(folder / "an.index")
-    listening = serving.listen("127.0.0.1", None)
-    port = listening.getsockname()[1]
-    running = serving.server(searcher, serving.names("127.0.0.1", port), None)
-    thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]}, daemon=True)
+    listener = listening.listen("127.0.0.1", None)
+    port = listener.getsockname()[1]
+    running = listening.make_server(searcher, listening.host_names("127.0.0.1", port), None)
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     yield f"http://127.0.0.1:{port}"
     running.should_exit = True
-    thread.join(10)
+    thread.join(HANG)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +58,8 @@ def browser():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as play:
-        chromium = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        chromium = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"],
+                                        timeout=MILLISECONDS)
         yield chromium
         chromium.close()
 
@@ -72,7 +72,7 @@ class Visit:
         self.bad: list[str] = []
         self.requests: list[str] = []
         self.context = browser.new_context(accept_downloads=True, **options)
-        self.context.set_default_timeout(60_000)
+        self.context.set_default_timeout(MILLISECONDS)
         self.context.grant_permissions(["clipboard-read", "clipboard-write"])
         self.page = self.context.new_page()
         self.page.on("dialog", lambda one: (self.bad.append(f"dialog {one.message}"),
@@ -96,11 +96,13 @@ class Visit:
 
     def wait(self):
         self.page.wait_for_selector("main[data-state=done]")
+        self.page.wait_for_load_state()  # its script has run
 
     def answer(self):
         """The JSON of the result that is shown."""
         job = self.page.get_attribute("main", "data-job")
-        return self.page.request.get(f"{self.address}/api/result/{job}").text()
+        return self.page.request.get(f"{self.address}/api/result/{job}",
+                                     timeout=MILLISECONDS).text()
 
     def result(self):
         return Result.from_json(self.answer())
@@ -139,12 +141,12 @@ def test_a_search_from_typing_to_exact_results(visit):
         [hit.influence for hit in result]
     assert not page.locator(".approximate").count()
     first = result[0]
-    start, end = html.cards.window(first)
+    start, end = wording.window(first)
     assert text_of(cards.first) == "…" * (start > 0) + html.visible_lines(
         "".join(first.tokens[start:end])) + "…" * (end < len(first.tokens))
     tinted = cards.first.locator(".text").first.locator("span[title]")
     strongest = max(range(len(first.tokens)), key=lambda place: abs(first.token_influence[place]))
-    assert html.cards.number(first.token_influence[strongest]) in [
+    assert wording.number(first.token_influence[strongest]) in [
         tinted.nth(place).get_attribute("title") for place in range(tinted.count())]
     # another tab, the same address: the same answer at once
     other = visit.context.new_page()
@@ -165,7 +167,7 @@ def test_layers_are_summed_again_and_kept_in_the_address(visit):
         layers = [float(one) for one in cards.nth(rank).get_attribute("data-layers").split()]
         value = sum(layers[1:])
         shown.append(value)
-        assert cards.nth(rank).locator(".influence").inner_text() == html.cards.number(value)
+        assert cards.nth(rank).locator(".influence").inner_text() == wording.number(value)
     assert shown == sorted(shown, reverse=True)
     assert "layers 1 to 1" in page.inner_text(".filters .shown") and page.url.endswith("#first=1")
     order = [cards.nth(rank).get_attribute("data-id") for rank in range(cards.count())]
@@ -231,7 +233,7 @@ def test_the_map_of_a_hit(visit):
     top = max(abs(value) for row in result[0].token_layer_influence for value in row)
     for place, row in enumerate(result[0].token_layer_influence):
         assert columns.nth(place).locator("rect").count() == sum(
-            bool(html.cards.shade(value, top)) for value in row)
+            bool(wording.shade(value, top)) for value in row)
 
 
 def test_tokens_can_be_chosen(visit):
@@ -261,7 +263,7 @@ def test_two_completions_side_by_side(visit):
             assert both["influence"][str(hit.id)][place] == hit.influence
     differences = sorted((a - b for a, b in both["influence"].values()), reverse=True)
     assert [rows.nth(place).locator("td").nth(2).inner_text() for place in range(rows.count())] \
-        == [html.cards.number(one) for one in differences]
+        == [wording.number(one) for one in differences]
 
 
 def test_totals_by_field(visit):
@@ -277,8 +279,8 @@ def test_totals_by_field(visit):
     for place in range(rows.count()):
         group, cells = result.groups[place], rows.nth(place).locator("td")
         assert cells.nth(0).inner_text() == html.visible_lines(group.value)
-        assert cells.nth(1).inner_text() == html.cards.number(group.influence)
-        assert cells.nth(2).inner_text() == html.cards.unsigned(group.standard_error)
+        assert cells.nth(1).inner_text() == wording.number(group.influence)
+        assert cells.nth(2).inner_text() == wording.unsigned(group.standard_error)
         assert cells.nth(5).inner_text().split() == [str(one) for one in group.hits[:8]] + \
             ["…"] * (len(group.hits) > 8)
 
@@ -319,11 +321,13 @@ def test_without_javascript(browser, address):
     assert page.locator(".filters").is_hidden()
     page.locator("details.all summary").first.click()
     page.click("a:text-is('Opponents')")
+    page.wait_for_selector(".tabs [aria-current]:text-is('Opponents')")
     visit.wait()
     assert page.inner_text(".tabs [aria-current]") == "Opponents"
     shown = [float(one.get_attribute("data-influence")) for one in page.locator(".hit").all()]
     assert shown == sorted(shown) and len(shown) == 20
     page.locator(".to-map").first.click()
+    page.wait_for_selector(".map .c")
     assert page.locator(".map .c").count()
     visit.close()
 

@@ -19,10 +19,11 @@ from gradindex.draws import Stream, generator
 from gradindex.errors import InputError
 from gradindex.progress import Progress
 from search.ask.controls import Controls
+from search.ask.settings import settle
 from search.rank.generic_rate import all_rates
 from search.show import html
 from search.study import survey as surveys
-from search.study.report import render
+from search.study.report import render_report
 from search.study.tail import fit_tail, half
 from support.documents import small_documents
 from support.indexes import SMALL
@@ -33,7 +34,8 @@ HIDDEN = "\u202e\x1b[2J\u200b\x07"
 
 
 def survey_of(index, queries=None, sample=None, **controls):
-    return surveys.survey(index, queries, sample, Controls(**controls), Progress(None))
+    settings = settle(Controls(**controls), index.manifest)
+    return surveys.survey(index, queries, sample, settings, Progress(None))
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +246,7 @@ def test_queries_of_the_user(index):
     hits = index.rescore("The plum number 26 grows", " by the river.",
                          ids=index.index.contents.ids.tolist())
     assert one.half == half(np.array([hit.influence for hit in hits]), np.ones(len(hits)))
-    page = render(found)
+    page = render_report(found)
     assert "yours" in page and "N_train = 500:" in page and "<mark> by the river.</mark>" in page
 
 
@@ -309,7 +311,7 @@ def check_inert(content):
 
 
 def test_the_page_says_what_was_found(found):
-    page = check_inert(render(found))
+    page = check_inert(render_report(found))
     text = " ".join(page.text.split())
     assert f"{found.total:,} training sequences of model" in text
     assert "positive means that one more copy of the sequence would make the completion" in text
@@ -320,11 +322,11 @@ def test_the_page_says_what_was_found(found):
     assert links == ids
     plots = [attributes for tag, attributes in page.elements if tag == "svg"]
     assert all(one["role"] == "img" and one["aria-label"] for one in plots) and len(plots) > 20
-    assert render(found) == render(found)
+    assert render_report(found) == render_report(found)
 
 
 def test_classes_of_the_page_have_a_style(found):
-    content = render(found)
+    content = render_report(found)
     style = Page(content).styles[0]
     used = {name for classes in re.findall(r'class="([^"]*)"', content) for name in classes.split()}
     assert all(name == "gradindex-plot" or name.startswith(("r-", "plot-")) for name in used)
@@ -345,7 +347,7 @@ def test_hostile_text_is_inert(model_folder, tmp_path):
                             keep_fields=[f"{BAD}{HIDDEN}", "rtl"])
     queries = [index.make_query(f"{SHORT}{HIDDEN}", f" plum{SHORT}", id=BAD)]
     for found in (survey_of(index), survey_of(index, queries)):
-        content = render(found)
+        content = render_report(found)
         page = check_inert(content)
         assert "<i>index&" in page.text
         assert BAD in page.text and SHORT in page.text
@@ -366,7 +368,7 @@ def test_an_index_of_few(index_folder, tmp_path, left):
     index, total = small_part(index_folder, tmp_path, left)
     found = survey_of(index)
     assert len(found.asked) == left and found.asked[0].others == left - 1
-    text = " ".join(check_inert(render(found)).text.split())
+    text = " ".join(check_inert(render_report(found)).text.split())
     assert f"{left} of {left} sequences" in text
     assert f"deleted, text still here{total - left}" in text.replace(" deleted", "deleted")
     assert "No power law was fitted" in text
@@ -378,7 +380,7 @@ def test_damage_is_said(index_folder, tmp_path):
     (first / "vectors.faiss").write_bytes(b"no")
     index = gradindex.open(tmp_path / "index", allow_damaged=True)
     found = survey_of(index)
-    text = " ".join(check_inert(render(found)).text.split())
+    text = " ".join(check_inert(render_report(found)).text.split())
     assert found.total == len(index) < found.coverage.of_sequences
     assert f"coverage {found.coverage.share:.1%}" in text
     assert f"damaged segments1: {first.name}" in text.replace("segments 1", "segments1")

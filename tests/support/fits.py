@@ -2,7 +2,8 @@
 
 from gradindex.progress import Progress
 from gradindex.storage.records import Part, Record
-from indexer.fit.schedule import FitSettings, fit
+from indexer.fit.notes import FitSettings
+from indexer.fit.schedule import fit
 
 
 def records_of(sequences):

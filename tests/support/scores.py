@@ -5,7 +5,8 @@ import numpy as np
 from gradindex.influence.exact import Terms, collect, exact_scores
 from gradindex.influence.queries import Preconditioned, precondition, query_coordinates
 from gradindex.objective import Text
-from search.ask.controls import Controls, settle
+from search.ask.controls import Controls
+from search.ask.settings import settle
 from search.rank.query_gradient import make_targets
 
 

@@ -10,10 +10,9 @@ import re
 import socket
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import starlette
 import torch
@@ -22,7 +21,9 @@ import uvicorn
 
 import gradindex
 from search.engine import Searcher
-from search.serve import guard, jobs, server, serving
+from search.serve import guard, jobs, listening, server
+from search.serve.connections import Connection, configuration
+from support.waiting import HANG, until
 
 JSON = {"Content-Type": "application/json"}
 VERSIONS = "|".join(re.escape(one) for one in (
@@ -47,22 +48,28 @@ class Answer:
         return self.body.decode()
 
 
+class Unhurried(Connection):
+    """For clients on a busy machine."""
+
+    patience = HANG
+
+
 class Running:
     """A server in a thread, on a free port of the loopback. Without `work` no search begins."""
 
     def __init__(
         self, searcher: Searcher, token: str | None = None, work: bool = True,
-        slowest_body: float = 10.0, connection: type[serving.Connection] = serving.Connection,
+        slowest_body: float = HANG, connection: type[Connection] = Unhurried,
         **settings: Any,
     ):
-        listening = serving.listen("127.0.0.1", 0)
-        self.port = listening.getsockname()[1]
+        listener = listening.listen("127.0.0.1", 0)
+        self.port = listener.getsockname()[1]
         self.jobs = jobs.Jobs(searcher, **settings)
         site = server.application(searcher, self.jobs, {
-            "hosts": serving.names("127.0.0.1", self.port), "token": token,
+            "hosts": listening.host_names("127.0.0.1", self.port), "token": token,
             "slowest_body": slowest_body})
-        self.server = uvicorn.Server(serving.configuration(site, connection))
-        self.thread = threading.Thread(target=self.server.run, args=([listening],))
+        self.server = uvicorn.Server(configuration(site, connection))
+        self.thread = threading.Thread(target=self.server.run, args=([listener],))
         self.thread.start()
         if work:
             self.jobs.start()
@@ -85,9 +92,12 @@ class Running:
         return self.raw("\r\n".join([*lines, "Connection: close", "", ""]).encode("latin-1")
                         + (body or b""), method)
 
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=HANG)
+
     def raw(self, request: bytes, method: str = "GET") -> Answer:
         """The answer to bytes sent as they are."""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=30) as connection:
+        with self.connect() as connection:
             connection.sendall(request)
             return self.read(connection, method)
 
@@ -114,15 +124,15 @@ class Running:
 
     def wait(self, job: str) -> Answer:
         """The answer of a job that ended."""
-        until = time.monotonic() + 60
-        while (found := self.ask("GET", f"/api/result/{job}")).status == 202:
-            assert time.monotonic() < until
-            time.sleep(0.02)
-        return found
+        def ended() -> Answer | None:
+            found = self.ask("GET", f"/api/result/{job}")
+            return None if found.status == 202 else found
+
+        return cast(Answer, until(ended))
 
     def events(self, job: str) -> Iterator[tuple[str, Any]]:
         """The server-sent events of a job until its end."""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=30) as connection:
+        with self.connect() as connection:
             connection.sendall(f"GET /api/result/{job}/events HTTP/1.1\r\nHost: 127.0.0.1:"
                                f"{self.port}\r\nConnection: close\r\n\r\n".encode())
             found = http.client.HTTPResponse(connection)

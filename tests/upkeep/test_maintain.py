@@ -29,8 +29,10 @@ from gradindex.storage.locks import NOTE, only_writer
 from indexer import build as build_module
 from indexer.read import ingest
 from indexer.upkeep import append as append_module
-from indexer.upkeep.commit import Deleted, remove
+from indexer.upkeep import commit as commit_module
+from indexer.upkeep.delete import Deleted, give_up
 from search.ask.controls import Controls
+from search.ask.settings import settle
 from search.study.evaluate import evaluate
 from support.documents import save, small_documents, tiny_tokens
 from support.indexes import QUESTION, SMALL, TINY, add, answer, files_of, unlisted
@@ -181,13 +183,13 @@ def test_an_append_killed_anywhere_ends_with_the_same_bytes(tiny, more, tmp_path
 def test_an_append_killed_right_after_its_commit_is_finished(tiny, more, tmp_path, monkeypatch):
     """Whatever is done to the index before the command is run again."""
     index = shutil.copytree(tiny, tmp_path / "index")
-    real = manifest.commit
+    real = commit_module.commit_manifest
 
     def killed(*arguments):
         real(*arguments)
         raise KilledError
 
-    monkeypatch.setattr(manifest, "commit", killed)
+    monkeypatch.setattr(commit_module, "commit_manifest", killed)
     with pytest.raises(KilledError):
         add(index, more)
     monkeypatch.undo()
@@ -403,7 +405,8 @@ def test_deleted_sequences_are_in_no_answer_at_once(index, place):
     drawn = searcher.index.contents.ids[searcher.index.background()]
     assert set(drawn.tolist()) <= set(expected)
     made = [searcher.make_query(**QUESTION)]
-    evaluated = evaluate(searcher, made, Controls(), None, lambda *_: None)
+    evaluated = evaluate(searcher, made, settle(Controls(), searcher.manifest), None,
+                         lambda *_: None)
     assert (evaluated.sequences, evaluated.scored) == (len(expected), len(expected))
 
 
@@ -671,7 +674,7 @@ def test_only_one_writer_at_a_time(tiny, more, tmp_path):
     said = f"another process is writing to .*: gradindex test in process {os.getpid()} on .*Wait"
     for write in (lambda: add(index, more), lambda: add(index, discard=True),
                   lambda: gradindex.delete(index, [1]), lambda: gradindex.compact(index),
-                  lambda: remove(index, ["000000"])):
+                  lambda: give_up(index, ["000000"])):
         with only_writer(index, "gradindex test"), pytest.raises(GradindexError, match=said):
             write()
         assert files_of(index) == files_of(tiny)

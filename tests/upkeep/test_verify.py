@@ -30,8 +30,9 @@ from gradindex.storage.locks import only_writer
 from gradindex.storage.tensors import write_tensors
 from indexer.upkeep import append as append_module
 from indexer.upkeep import verify as verify_module
-from indexer.upkeep.commit import remove
-from search.show import render
+from indexer.upkeep.delete import give_up
+from search.show import html
+from search.show.terminal_text import render_terminal
 from search.study.describe import describe
 from support.documents import save, tiny_tokens
 from support.indexes import TINY, add, answer, files_of, unlisted
@@ -142,7 +143,7 @@ def test_the_command_says_sound_or_what_is_damaged(model_folder, index_folder, t
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("file", layout.SEGMENT_FILES)
+@pytest.mark.parametrize("file", [one.name for one in layout.SEGMENT_FILES])
 def test_damage_of_a_segment_is_named_with_what_to_do(index, file, damage):
     name = f"segments/000001/{file}"
     damage(index / name)
@@ -161,7 +162,7 @@ def test_damage_of_a_segment_is_named_with_what_to_do(index, file, damage):
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_of_what_every_search_needs_is_named(index, damage):
     facts = manifest.load(index)
-    for name in (manifest.curvature_file(facts.modules[1]), layout.FIT, layout.BACKGROUND,
+    for name in (layout.curvature_file(facts.modules[1]), layout.FIT, layout.BACKGROUND,
                  facts.deleted_file):
         assert (index / name).is_file()
         kept = (index / name).read_bytes()
@@ -220,7 +221,8 @@ def _contradiction(index, what):
     if what == "tokens":
         token_file.write(inside / "tokens.npz", [np.array([1, 2])] * 4, 37)
     elif what == "scale":
-        codes = Contents(index, manifest.load(index)).codes(manifest.load(index).segments[1])
+        contents = Contents(index, manifest.load(index))
+        codes = contents.reader(contents.segments[1]).codes(contents.manifest.code["length"])
         stored = codes.codes([0, 1, 2, 3]).copy()
         stored[3, -4:] = np.array([np.nan], np.float32).view(np.uint8)
         wrong = CodeIndex(512)
@@ -302,7 +304,7 @@ def test_what_cannot_be_rebuilt_is_given_up_first(index, tmp_path):
     assert found.rebuilt == ["000000"] and [one.what for one in found.findings] == [
         "segment 000001"]
     with pytest.raises(InputError, match="--segment 000007: no such segment; expected one of"):
-        remove(index, ["000007"])
+        give_up(index, ["000007"])
     done = CliRunner().invoke(main_group, ["delete", str(index), "--segment", "000001"])
     assert done.exit_code == 0 and "4 sequences given up" in done.stderr
     assert verify(index, rebuild=True).rebuilt == ["000000"]
@@ -376,13 +378,13 @@ def test_an_unfinished_append_is_finished_or_dropped_before_a_rebuild(
 
 def test_an_index_that_is_compacted_meanwhile_is_sound(index, monkeypatch):
     """Verify reads what was listed when it began."""
-    real = verify_module._check_files
+    real = verify_module.find_damage
 
     def meanwhile(*arguments):
         assert gradindex.compact(index) == 2
         return real(*arguments)
 
-    monkeypatch.setattr(verify_module, "_check_files", meanwhile)
+    monkeypatch.setattr(verify_module, "find_damage", meanwhile)
     assert verify(index).sound
     monkeypatch.undo()
     gc.collect()
@@ -393,7 +395,7 @@ def test_an_index_that_is_compacted_meanwhile_is_sound(index, monkeypatch):
 # ---- searching what is left
 
 
-@pytest.mark.parametrize("file", layout.SEGMENT_FILES)
+@pytest.mark.parametrize("file", [one.name for one in layout.SEGMENT_FILES])
 def test_a_damaged_segment_is_refused_by_name_or_left_out(index, file):
     whole = {hit.id: hit.influence for hit in searcher(index).search(**QUESTION, k=10)}
     flip(index / "segments" / "000001" / file)
@@ -415,8 +417,8 @@ def test_a_damaged_segment_is_refused_by_name_or_left_out(index, file):
     said = "coverage 70.0%: 7 of 10 sequences are searched; segment 000001 is damaged and left " \
         "out, and the recall statement is about the rest"
     assert result.warnings[0] == said
-    assert said in " ".join(render.terminal(result).split())
-    assert said in render.render_html(result)
+    assert said in " ".join(render_terminal(result).split())
+    assert said in html.render_html(result)
     assert result.to_dict()["coverage"] == 0.7 and result.to_dict()["damaged"] == ["000001"]
     with pytest.raises(InputError, match=r"no sequence has the id 5 \(it was deleted, or is in no"):
         rest.rescore(**QUESTION, ids=[5])
@@ -506,7 +508,7 @@ def test_tensors_that_only_their_digest_tells_apart_are_found(index, monkeypatch
 
 def test_codes_of_other_sequences_are_found_though_signed(index):
     facts = manifest.load(index)
-    codes = Contents(index, facts).codes(facts.segments[2])
+    codes = Contents(index, facts).reader(facts.segments[2]).codes(facts.code["length"])
     wrong = CodeIndex(512)
     wrong.add(np.roll(codes.codes([0, 1, 2, 3]), 1, axis=0))
     wrong.write(index / "segments" / "000002" / "vectors.faiss")
@@ -531,7 +533,7 @@ def test_norms_of_other_sequences_are_found_though_signed(index):
 
 def test_curvature_of_another_fit_is_found_though_signed(index):
     """Eigenvalues in another order: codes and scores both come out differently."""
-    name = manifest.curvature_file(manifest.load(index).modules[0])
+    name = layout.curvature_file(manifest.load(index).modules[0])
     tensors = load_file(index / name)
     tensors["eigenvalues"] = tensors["eigenvalues"].flip(0).contiguous()
     write_tensors(index / name, tensors)

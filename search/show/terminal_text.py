@@ -1,25 +1,15 @@
-"""One result, four renderings: terminal, files of data (JSON, JSON lines, CSV, Parquet), HTML page,
-notebook. HTML's templates are in `html.py`, what is shown of a hit in `wording.py`.
+"""A result as text for people, on a terminal or in a file.
 
-Sign and units are said on each. Text of training data is never trusted: hidden characters are
-made visible in all of them, everything is escaped in HTML.
+Sign and units are said. Text of training data is never trusted: hidden characters are made
+visible. What is shown of a hit is in `wording.py`.
 """
 
-import contextlib
-import csv
-import io
-import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
 
-from gradindex.errors import InputError
 from gradindex.results import Group, Hit, Query, Result
-from gradindex.terminal import json_text, visible, visible_lines
-from search.show import html, wording
+from gradindex.terminal import visible
+from search.show import wording
 
 MOST_TEXTS = 3  # of a query's further texts, shown
 MARKED = 0.25  # a token is marked from this share of the strongest token's influence on
@@ -27,44 +17,10 @@ PLUS, MINUS = "1;94", "1;33"  # ANSI: bold, bright blue or yellow
 BARS = "▁▂▃▄▅▆▇█"
 
 
-def render(result: Result, form: str) -> bytes:
-    """A file's content: `form` is json, jsonl, csv, parquet or html (one self-contained page)."""
-    if form == "parquet":
-        return parquet(result)
-    text = result.to_json() + "\n" if form == "json" else \
-        json_lines(result.hits, result.units) if form == "jsonl" else \
-        csv_table(result) if form == "csv" else html.document(result)
-    return text.encode()
 
-
-def read(path: Path, number: int | None = None) -> Result:
-    """A result that was written as JSON, the `number`-th from 1 of a file with one a line.
-
-    Raises InputError for what is no result, or one of several where none is chosen.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} can't be read: {error}.") from None
-    lines = [line for line in text.split("\n") if line.strip()]
-    with contextlib.suppress(ValueError):  # one object over several lines
-        lines = [json.dumps(json.loads(text))]
-    if len(lines) > 1 and number is None:
-        raise InputError(f"{path} holds {len(lines)} results; choose one with --query, from 1 on.")
-    number = number or 1
-    if not 1 <= number <= len(lines):
-        raise InputError(f"--query {number}: {path} holds {len(lines)} results.")
-    try:
-        return Result.from_json(lines[number - 1])
-    except ValueError as error:
-        raise InputError(
-            f"{path} is no result of `gradindex search --format json`: {error}") from None
-
-
-# ---- terminal
-
-
-def terminal(result: Result, width: int | None = None, color: bool = False) -> str:
+def render_terminal(
+    result: Result, width: int | None = None, color: bool = False
+) -> str:
     """The result for people: `color` uses ANSI, else strong tokens stand in [brackets]."""
     width = max(60, min(width or shutil.get_terminal_size((100, 24)).columns, 160))
     lines = [*_heading(result, width), ""]
@@ -223,97 +179,3 @@ def _wrap(text: str, width: int) -> list[str]:
         line += piece
         length += len(piece)
     return [*lines, line] if line else lines
-
-
-# ---- data
-
-
-def json_lines(hits: Iterable[Hit], units: str) -> str:
-    """One JSON object a hit and line, each with what its numbers mean."""
-    return "".join(json_text({**asdict(hit), "units": units}) + "\n" for hit in hits)
-
-
-CSV_COLUMNS = (
-    "rank", "id", "influence", "nats", "exact", "percentile", "lexical", "generic_rate", "cosine",
-    "relatif", "self_influence", "code_score", "code_rank", "tfidf_rank", "source", "row",
-    "document", "start", "end", "user_id", "duplicates", "near_duplicates", "near",
-    "layer_influence", "kind_influence", "text", "units",
-)
-
-
-def csv_table(result: Result) -> str:
-    """A table with a row a hit; text that a spreadsheet would run as a formula is defused."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    fields = sorted({name for hit in result for name in hit.fields})
-    writer.writerow([*CSV_COLUMNS, *(_defuse(f"field:{name}") for name in fields)])
-    for rank, hit in enumerate(result.hits, 1):
-        content = {**asdict(hit), "rank": rank, "units": result.units}
-        for name in ("duplicates", "near_duplicates", "layer_influence"):
-            content[name] = " ".join(map(str, content[name]))
-        own = [_plain(hit.fields.get(name)) for name in fields]
-        writer.writerow([_defuse(value) for value in
-                         (*(_plain(content[name]) for name in CSV_COLUMNS), *own)])
-    return out.getvalue()
-
-
-def _plain(value: Any) -> Any:
-    """A number or text as it is, anything else as JSON."""
-    return json_text(value) if isinstance(value, (dict, list)) else value
-
-
-def _defuse(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    value = visible_lines(value)
-    return f"'{value}" if value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
-
-
-def parquet(result: Result) -> bytes:
-    """A Parquet file with a row a hit; what isn't of a hit is in its metadata, as JSON.
-
-    Ids, fields and parts, whose types are the user's, are JSON text.
-    """
-    import pyarrow.parquet
-
-    schema = pyarrow.schema([("rank", pyarrow.int64()), *_columns(pyarrow)])
-    rows = [{"rank": rank, **asdict(hit)} for rank, hit in enumerate(result.hits, 1)]
-    plain = {name for name, kind in get_type_hints(Hit).items() if _inner(kind) is None}
-    for row in rows:
-        row.update((name, json_text(row[name])) for name in plain)
-    about = {name: value for name, value in result.to_dict().items() if name != "hits"}
-    table = pyarrow.Table.from_pylist(rows, schema=schema.with_metadata(
-        {"gradindex": json_text(about)}))
-    out = pyarrow.BufferOutputStream()
-    pyarrow.parquet.write_table(table, out)
-    return bytes(out.getvalue())
-
-
-def _columns(pyarrow: Any) -> Iterator[tuple[str, Any]]:
-    """Names and Arrow types of a hit's columns."""
-    kinds = {int: pyarrow.int64(), float: pyarrow.float64(), bool: pyarrow.bool_(),
-             str: pyarrow.string()}
-    for name, kind in get_type_hints(Hit).items():
-        inner = _inner(kind)
-        column = pyarrow.string() if inner is None else kinds[inner[0]]
-        for _ in range(inner[1] if inner else 0):
-            column = pyarrow.list_(column)
-        yield name, column
-
-
-def _inner(kind: Any) -> tuple[type, int] | None:
-    """The scalar type inside lists (or optional), and how deep; None for what has no one type."""
-    if kind in (int, float, bool, str):
-        return kind, 0
-    others = [one for one in get_args(kind) if one is not type(None)]
-    if len(others) != 1 or (inner := _inner(others[0])) is None:
-        return None
-    return inner[0], inner[1] + (get_origin(kind) is list)
-
-
-# ---- HTML
-
-
-def render_html(result: Result) -> str:
-    """Token-highlighted cards as a self-contained fragment, for notebooks."""
-    return html.fragment(result)

@@ -15,7 +15,10 @@ from gradindex.cli import COMMANDS, main_group
 from gradindex.results import Result
 from search.rank.likeness import SHINGLE, Wording, fold_near
 from search.serve.request import Asked
-from search.show import html, render, wording
+from search.show import html, wording
+from search.show.data_files import csv_table, json_lines, parquet, read_result
+from search.show.forms import render_form
+from search.show.terminal_text import render_terminal
 
 QUESTION = {"prompt": "The apple number", "completion": " 3 grows by the river."}
 
@@ -136,10 +139,10 @@ def test_layer_strip_and_map(result):
 
 
 def test_the_units_and_the_sign_are_said_everywhere(result):
-    for shown in (render.terminal(result), result._repr_html_(), html.document(result),
-                  result.to_json(), render.csv_table(result),
-                  *render.json_lines(result.hits, result.units).splitlines(),
-                  render.parquet(result).decode("utf-8", "ignore")):
+    for shown in (render_terminal(result), result._repr_html_(), html.document(result),
+                  result.to_json(), csv_table(result),
+                  *json_lines(result.hits, result.units).splitlines(),
+                  parquet(result).decode("utf-8", "ignore")):
         together = " ".join(shown.split())
         assert "positive means that one more copy of the sequence would make" in together
 
@@ -153,7 +156,7 @@ def test_export_is_what_search_writes(result, form, tmp_path):
     out = tmp_path / f"again.{form}"
     done = CliRunner().invoke(main_group, ["export", str(tmp_path / "result.json"), "-o", str(out)])
     assert done.exit_code == 0, done.output
-    assert out.read_bytes() == render.render(result, form)
+    assert out.read_bytes() == render_form(result, form)
 
 
 def test_a_result_is_read_as_it_was(result):
@@ -190,7 +193,7 @@ def test_a_file_that_is_no_result(result, change, said, tmp_path):
     path = tmp_path / "result.json"
     path.write_text(json.dumps(content))
     with pytest.raises(gradindex.InputError, match=said):
-        render.read(path)
+        read_result(path)
 
 
 def test_several_results_in_a_file(index, result, tmp_path):
@@ -198,16 +201,16 @@ def test_several_results_in_a_file(index, result, tmp_path):
     path = tmp_path / "results.jsonl"
     path.write_text(json.dumps({"asked": "x", **result.to_dict()}) + "\n" + other.to_json() + "\n")
     with pytest.raises(gradindex.InputError, match="holds 2 results"):
-        render.read(path)
+        read_result(path)
     (tmp_path / "pretty.json").write_text(json.dumps(json.loads(result.to_json()), indent=2))
-    assert render.read(tmp_path / "pretty.json") == result
-    assert render.read(path, 1) == result and render.read(path, 2) == other
+    assert read_result(tmp_path / "pretty.json") == result
+    assert read_result(path, 1) == result and read_result(path, 2) == other
     with pytest.raises(gradindex.InputError, match="--query 3"):
-        render.read(path, 3)
+        read_result(path, 3)
 
 
 def test_parquet_holds_everything(result):
-    table = pyarrow.parquet.read_table(pyarrow.BufferReader(render.parquet(result)))
+    table = pyarrow.parquet.read_table(pyarrow.BufferReader(parquet(result)))
     rows = table.to_pylist()
     for rank, (row, hit) in enumerate(zip(rows, result, strict=True), 1):
         assert row.pop("rank") == rank
@@ -223,7 +226,7 @@ def test_csv_has_the_users_fields(result):
     import csv
     import io
 
-    rows = list(csv.DictReader(io.StringIO(render.csv_table(result))))
+    rows = list(csv.DictReader(io.StringIO(csv_table(result))))
     assert [row["field:place"] for row in rows] == [hit.fields["place"] for hit in result]
 
 
@@ -256,12 +259,12 @@ def test_a_shell_reads_what_was_quoted(text):
     """The argument as bash hands it on, and as the command then takes it."""
     import subprocess
 
-    from search.cli import _text
+    from search.command_line import read_argument
 
     command = Asked(prompt=text, completion=" x").command("an index")
     shown = subprocess.run(["bash", "-c", command.replace("gradindex", "printf '%s\\0'", 1)],
                            capture_output=True, check=True, env={"LC_ALL": "C.UTF-8"}).stdout
-    assert [*map(_text, shown.decode().split("\0")[3:4])] == [text]
+    assert [*map(read_argument, shown.decode().split("\0")[3:4])] == [text]
 
 
 def test_hits_that_rose_and_fell(result):

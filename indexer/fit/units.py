@@ -1,0 +1,174 @@
+"""The units of a fit that can be shared out: a block of sequences summed up, a module's Q.
+
+Each is a function of the model and of what the folder holds, whoever does it and when.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from gradindex.draws import Stream
+from gradindex.errors import GradindexError
+from gradindex.influence.batches import Splits, in_batches
+from gradindex.influence.blockwise import square_blocks
+from gradindex.influence.gradients import why_not_finite
+from gradindex.memory import return_freed
+from gradindex.model.network import LanguageModel
+from gradindex.objective import Batch
+from gradindex.progress import Progress
+from gradindex.storage.records import Record
+from gradindex.storage.tensors import write_tensors
+from indexer.fit.eigen import eigenvectors
+from indexer.fit.folder import FitFolder
+from indexer.fit.steps import Add, add_covariances, add_eigenvalues, fit_batch
+from indexer.fit.sums import Block, BlockNotes, Sums
+from indexer.shards import Stage
+
+Read = Callable[[list[int]], list[Record]]  # the records of ids, in their order
+LABELS = {"covariance": Stream.COVARIANCE_LABELS, "eigenvalues": Stream.EIGENVALUE_LABELS}
+
+
+class FitUnits:
+    """Does units of a fit in `folder`, one at a time.
+
+    `to_come` is how many sequences are to be passed through the model from the first batch on, for
+    the expected time.
+    """
+
+    def __init__(
+        self, model: LanguageModel, read: Read, folder: FitFolder, progress: Progress,
+        to_come: float = 0,
+    ):
+        self.model, self.read, self.folder = model, read, folder
+        self.progress, self.to_come = progress, to_come
+        self._at_hand: tuple[Stage, Sums, Add] | None = None  # of `do`
+
+    def do(self, stage: Stage, unit: int) -> None:
+        """Do one unit and leave it for the process that goes through the stages.
+
+        What units of a stage read alike is kept until one of another stage comes, or `forget`.
+        """
+        self.folder.read_notes()
+        if self._at_hand is None or self._at_hand[0] != stage:
+            self.forget()
+            name = "covariance" if stage.name == "eigenvectors" else stage.name
+            self._at_hand = (stage, self.folder.sums(Stage(name, stage.partition)),
+                             self.adder(stage))
+        _, sums, add = self._at_hand
+        if stage.name == "eigenvectors":
+            self.decompose(unit, sums)
+        elif not sums.has(unit):
+            sums.keep(unit, self.sum_block(stage, unit, sums, add))
+
+    def forget(self) -> None:
+        """Free the memory of what `do` keeps."""
+        self._at_hand = None
+
+    def adder(self, stage: Stage) -> Add:
+        """What adds a batch to the sums of a stage."""
+        modules = self.folder.partition(stage.partition)
+        if stage.name == "covariance":
+            return partial(add_covariances, self.model, modules)
+        vectors: dict[str, Tensor] = {}
+
+        def add(sums: dict[str, Tensor], batch: Batch, numbers: Tensor | None) -> None:
+            if not vectors:  # read by who has something to sum up, all or none
+                vectors.update({
+                    f"{module.name}/{side}": tensor.to(self.model.device, self.model.accumulate)
+                    for module in modules for side, tensor in self.folder.vectors(module).items()})
+            add_eigenvalues(self.model, modules, vectors, sums, batch, numbers)
+
+        return add
+
+    def decompose(self, number: int, covariance: Sums) -> None:
+        """The eigenvectors of a module, by its number. Raises GradindexError."""
+        totals, positions = covariance.totals()
+        module, vectors = self.folder.modules[number], {}
+        for side in ("A", "S"):
+            name = f"{module.name}/{side}"
+            vectors[side] = torch.zeros_like(totals[name])
+            for place, block in zip(square_blocks(vectors[side]), square_blocks(totals[name]),
+                                    strict=True):
+                place.copy_(eigenvectors(block / positions, name))
+            self.progress.update(1)
+        write_tensors(self.folder.vectors_path(module), vectors)
+        return_freed()
+
+    # ---- a block
+
+    def sum_block(self, stage: Stage, block: int, sums: Sums, add: Add) -> Block:
+        """A block's sums.
+
+        A batch adds to the sums as it goes, so where one fails half-way, or they are not finite,
+        they are spoilt and the block is summed again, as its notes then say. The first shard writes
+        those down at once.
+        """
+        notes = BlockNotes(self.folder.notes.splits.get(f"{stage} {block}", []))
+        while True:
+            left_out = {*self.folder.notes.quarantined, *notes.quarantined}
+            records = self.read([one for one in self.folder.blocks[block]
+                                 if one not in left_out])
+            found = self._try_block(stage, block, records, sums, add, notes)
+            if found is not None:
+                return Block(found, sum(len(record.tokens) for record in records), notes)
+
+    def _try_block(
+        self, stage: Stage, block: int, records: list[Record], sums: Sums, add: Add,
+        notes: BlockNotes,
+    ) -> dict[str, Tensor] | None:
+        """The sums of a block; None where it has to be summed again, as `notes` then say."""
+        found = sums.zeros(self.model.accumulate, self.model.device)
+        stream, done = LABELS[stage.name], 0
+
+        def keep(made: list[tuple[int, int]]) -> None:
+            notes.splits = made
+            if self.folder.first:
+                self.folder.note(stage, block, notes)
+
+        splits = Splits(notes.splits, keep)
+        planned = len(splits.halved)
+
+        def run(rows: list[int]) -> bool:
+            """Add a batch, unless one before it was halved: what that left behind spoils all."""
+            if len(splits.halved) > planned:
+                return False
+            add(found, *self._batch([records[row] for row in rows], stream))
+            return True
+
+        lengths = [len(record.tokens) for record in records]
+        for rows, added in in_batches(lengths, self.folder.settings.batch_tokens, splits, run):
+            if not added:
+                self.progress.update(-done)
+                return None
+            done += len(rows)
+            self.progress.update(len(rows))
+            if self.progress.measured and stage.name == "covariance":
+                self.progress.say_expected(self.progress.seconds_each() * self.to_come)
+        odd = [name for name, part in found.items() if not torch.isfinite(part).all()]
+        if not odd:
+            return found
+        notes.quarantined.update(
+            self._why_not_finite(records, stream, f"the {stage.name} of {odd[0]}"))
+        if self.folder.first:
+            self.folder.note(stage, block, notes)
+        self.progress.update(-done)
+        return None
+
+    def _batch(self, members: list[Record], stream: Stream) -> tuple[Batch, Tensor | None]:
+        settings = self.folder.settings
+        return fit_batch(self.model, members, settings.labels, settings.seed, stream)
+
+    def _why_not_finite(self, records: list[Record], stream: Stream, what: str) -> dict[int, str]:
+        """The sequences that make a sum not finite, and why. Raises GradindexError for none."""
+        found = {
+            record.id: reason for record in records if (reason := why_not_finite(
+                self.model, self.folder.modules, *self._batch([record], stream)))
+        }
+        if not found:
+            raise GradindexError(
+                f"{what} is not finite within sequences {records[0].id} to {records[-1].id}, "
+                "though each gradient is. Try --dtype float32."
+            )
+        return found

@@ -1,0 +1,101 @@
+"""Take sequences out of every answer, or give up segments that are damaged.
+
+Nothing is rewritten: a list of deleted ids, and a manifest that names it, is all that is new.
+"""
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gradindex.errors import InputError
+from gradindex.progress import Progress
+from gradindex.storage.contents import Contents
+from gradindex.storage.row_file import first_equal
+from indexer.upkeep.commit import commit, writing
+
+
+@dataclass(frozen=True)
+class Deleted:
+    """What a delete did: how many ids it took out, how many were out already, and the ids of equal
+    sequences that are still in."""
+
+    deleted: int
+    already: int
+    equal_left: list[int]
+
+
+def delete(
+    index: str | Path, ids: Iterable[int] = (), user_ids: Collection[str] = (),
+    progress: Progress | None = None,
+) -> Deleted:
+    """Take sequences out of every answer, by id, or by the user's own id of a document in them.
+
+    Their text stays in the index's files until `compact`. Searchers that are open already keep
+    finding them. Raises InputError, deleting nothing, for an id that no sequence ever had, and
+    ResourceError.
+    """
+    progress = progress or Progress()
+    with writing(Path(index), "gradindex delete", progress) as contents:
+        manifest, rows = contents.manifest, contents.rows
+        wanted = {int(one) for one in ids} | _of_users(contents, set(map(str, user_ids)), progress)
+        if never := sorted(one for one in wanted if not 0 <= one < manifest.next_id):
+            raise InputError(f"no sequence has the id {never[0]}; expected 0 to "
+                             f"{manifest.next_id - 1}. Nothing was deleted.")
+        # ids without a row were deleted and compacted away: like those listed, out already
+        gone = set(contents.deleted.tolist())
+        new = set(rows["id"][np.isin(rows["id"], list(wanted))].tolist()) - gone
+        if not new:
+            return Deleted(0, len(wanted), [])
+        equal_left = _equal_left(rows, new, gone)
+        commit(contents, manifest.segments, gone | new, {})
+    return Deleted(len(new), len(wanted) - len(new), equal_left)
+
+
+def _of_users(contents: Contents, wanted: set[str], progress: Progress) -> set[int]:
+    """Ids of the sequences that hold a document of these user ids. Raises InputError."""
+    if not wanted:
+        return set()
+    ids: set[int] = set()
+    seen: set[str] = set()
+    progress.start("look up", len(contents.rows), "sequences")
+    for number, segment in enumerate(contents.segments):
+        start = int(contents.starts[number])
+        for record in contents.records(range(start, start + segment.rows)):
+            held = {str(part.user_id) for part in record.parts if part.user_id is not None}
+            if held & wanted:
+                ids.add(record.id)
+                seen |= held & wanted
+        progress.update(segment.rows)
+    progress.finish()
+    if missing := sorted(wanted - seen):
+        raise InputError(
+            f"no document has the id {missing[0]!r} of your own. Nothing was deleted. Was the "
+            "index built with --id-field?")
+    return ids
+
+
+def _equal_left(rows: np.ndarray, new: set[int], gone: set[int]) -> list[int]:
+    """Ids of rows that equal one of `new` and stay."""
+    out = np.isin(rows["id"], list(new | gone))
+    first = first_equal(rows["digest"])
+    equal = np.isin(first, first[np.isin(rows["id"], list(new))])
+    return [int(one) for one in rows["id"][equal & ~out]]
+
+
+def give_up(index: str | Path, names: Collection[str], progress: Progress | None = None) -> int:
+    """Give up damaged segments, so that the index is whole without them; returns their rows.
+
+    Raises InputError for a name that is no segment's.
+    """
+    progress = progress or Progress()
+    with writing(Path(index), "gradindex delete", progress, damaged=True) as contents:
+        manifest = contents.manifest
+        known = [segment.name for segment in manifest.segments]
+        if unknown := sorted(set(names) - set(known)):
+            raise InputError(f"--segment {unknown[0]}: no such segment; expected one of "
+                             f"{', '.join(known[:5])}{', …' if len(known) > 5 else ''}.")
+        kept = [segment for segment in manifest.segments if segment.name not in names]
+        commit(contents, kept, set(contents.deleted.tolist()), {})
+    return sum(segment.rows for segment in manifest.segments if segment.name in names)

@@ -1,0 +1,84 @@
+"""Mend an index: damaged segments are encoded again from their records, where those are sound."""
+
+from pathlib import Path
+
+import torch
+
+from gradindex.errors import DamagedIndexError
+from gradindex.influence.fitted import FittedModel
+from gradindex.model.source import ModelSource
+from gradindex.progress import Progress
+from gradindex.storage import layout
+from gradindex.storage.contents import Contents
+from gradindex.storage.files import FileFacts
+from gradindex.storage.manifest import Segment
+from gradindex.storage.segments import SegmentFacts
+from indexer.encode import encode_segment
+from indexer.read.ingest import sealed_files, write_partial
+from indexer.upkeep.commit import commit, refuse_unfinished, writing
+from indexer.upkeep.damage import find_damage, sound_records
+
+
+def rebuild(index: Path, given: ModelSource, progress: Progress) -> list[str]:
+    """Encode damaged segments again from their records, in one commit; the names of those.
+
+    `given` says where the model is now. Raises DamagedIndexError where a segment that can't be
+    mended can't even be counted, InputError while an append is unfinished.
+    """
+    with writing(index, "gradindex verify --rebuild", progress, damaged=True) as contents:
+        manifest = contents.manifest
+        refuse_unfinished(index, manifest)  # whose segments have the numbers that are next
+
+        # 1) what is damaged is found again, now that nobody else writes
+        damage = find_damage(index, manifest, Progress())
+        if damage.outside_segments:
+            return []
+        names = [name for name in sorted(damage.reasons) if sound_records(contents, name)]
+        if not names:
+            return []
+        for name in sorted(set(damage.reasons) - set(names)):  # which stay as they are
+            _check_countable(contents, name)
+
+        # 2) each of them under a new name, in the same place
+        fitted = FittedModel(manifest, contents.files, given)
+        torch.set_num_threads(manifest.threads)  # as at the build: more give other bits
+        chosen: list[Segment] = []
+        files: dict[str, FileFacts] = {}
+        number = manifest.next_segment
+        progress.start("rebuild", sum(one.rows for one in manifest.segments if one.name in names),
+                       "sequences")
+        for segment in manifest.segments:
+            if segment.name in names:
+                new = Segment(layout.segment_name(number), segment.rows)
+                facts = _encode_again(contents, fitted, segment, new, progress)
+                files |= sealed_files(index, new, facts)
+                segment, number = new, number + 1
+            chosen.append(segment)
+        progress.finish()
+
+        # 3) one commit
+        commit(contents, chosen, set(contents.deleted.tolist()), files, next_segment=number)
+    return names
+
+
+def _check_countable(contents: Contents, name: str) -> None:
+    """Raise DamagedIndexError where not even a segment's rows can be read."""
+    kept = [segment for segment in contents.manifest.segments if segment.name == name]
+    try:
+        _ = Contents(contents.root, contents.manifest, kept).rows
+    except DamagedIndexError as error:
+        raise DamagedIndexError(
+            f"{error.wrong}, and its records are lost too, so nothing can be rebuilt beside it. "
+            f"Take segments/{name} from a copy of the index, or give it up first: `gradindex "
+            f"delete {contents.root} --segment {name}`."
+        ) from None
+
+
+def _encode_again(
+    contents: Contents, fitted: FittedModel, segment: Segment, new: Segment, progress: Progress
+) -> SegmentFacts:
+    """Write and seal a new segment from an old one's records."""
+    members = sound_records(contents, segment.name)
+    folder = write_partial(contents.root, new.name, members)
+    return encode_segment(fitted.model, fitted.codes, members, folder,
+                          fitted.manifest.batch_tokens, progress)

@@ -1,0 +1,131 @@
+"""Controls → settings: what they mean for one index, checked before any model is loaded."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+from gradindex.errors import InputError
+from gradindex.modules import Module, choose_modules
+from gradindex.storage.manifest import Manifest
+from search.ask.controls import CONTROLS, TYPES, UNBOUNDED, Controls
+
+DEFAULT_HITS = 20
+DEFAULT_SHORTLIST = 1000
+SMALLEST_SHORTLIST = 100  # where `recall` begins
+GROWTH = 10  # with `recall`, the shortlist may grow to this many times its default
+GROUPINGS = ("document", "source")  # besides the fields that were kept
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What Controls mean for one index; `first` and `most` bound the shortlist's length."""
+
+    k: int
+    first: int
+    most: int
+    recall: float | None
+    sign: float
+    damping: float
+    modules: list[Module]
+    normalize: str
+    candidates: str
+    rescore: bool
+    time_limit: float
+    rank: int | None
+    train_sequences: int
+    train_sequences_given: bool
+    group_by: str | None
+
+    def facts(self) -> dict[str, Any]:
+        """What a result says of how it was found."""
+        return {
+            "k": self.k, "shortlist": self.most, "recall": self.recall,
+            "opponents": self.sign < 0, "damping": self.damping,
+            "modules": [module.name for module in self.modules], "normalize": self.normalize,
+            "candidates": self.candidates, "rescore": self.rescore, "rank": self.rank,
+            "train_sequences": self.train_sequences, "group_by": self.group_by,
+            "time_limit": None if math.isinf(self.time_limit) else self.time_limit,
+        }
+
+
+def settle(controls: Controls, manifest: Manifest) -> Settings:
+    """Controls with the index's defaults put in. Raises InputError for what can't be."""
+    _check_each(controls)
+    if controls.recall is not None and controls.candidates == "tfidf":
+        raise InputError("--recall needs --candidates code or both: what a TF-IDF list misses is "
+                         "unknown.")
+    if not controls.rescore and (controls.recall is not None or controls.candidates != "code"
+                                 or controls.normalize == "relatif"):
+        raise InputError("--no-rescore ranks by code alone: it can't go with --recall, "
+                         "--candidates tfidf or both, or --normalize relatif.")
+    if not manifest.sequences:
+        raise InputError("the index holds no sequence any more: all were deleted. Append documents "
+                         "with `gradindex append`.")
+    k, first, most = _sizes(controls, manifest.sequences)
+    return Settings(
+        k=k, first=first, most=most, recall=controls.recall,
+        sign=-1.0 if controls.opponents else 1.0, damping=controls.damping or manifest.damping,
+        modules=manifest.modules if controls.modules is None else choose_modules(
+            manifest.modules, controls.modules, "the indexed modules"),
+        normalize=controls.normalize,
+        candidates=controls.candidates, rescore=controls.rescore,
+        time_limit=controls.time_limit or math.inf, rank=controls.rank,
+        train_sequences=controls.train_sequences or manifest.train_sequences or manifest.next_id,
+        train_sequences_given=bool(controls.train_sequences or manifest.train_sequences),
+        group_by=_grouping(controls.group_by, manifest.plan.keep_fields),
+    )
+
+
+def bounded(settings: Settings, total: int) -> Settings:
+    """Settings for fewer sequences than they were made for."""
+    return replace(settings, k=min(settings.k, total), first=min(settings.first, total),
+                   most=min(settings.most, total))
+
+
+def _grouping(by: str | None, kept: tuple[str, ...]) -> str | None:
+    """What groups are made by. Raises InputError for a field that was not kept."""
+    known = [*GROUPINGS, *kept]
+    if by is None or by in known:
+        return by
+    fields = f"kept were {', '.join(kept)}" if kept else \
+        "none was kept; build with --keep-fields for more"
+    raise InputError(f"--group-by {by}: expected {', '.join(GROUPINGS)} or a field that was "
+                     f"kept at the build ({fields}).")
+
+
+def _sizes(controls: Controls, total: int) -> tuple[int, int, int]:
+    """k, and the lengths that a shortlist begins with and at most grows to."""
+    k, shortlist = controls.k, controls.shortlist
+    if k is not None and not 1 <= k <= total:
+        raise InputError(f"-k {k}: expected 1 to {total}, the sequences in the index.")
+    k = min(DEFAULT_HITS, total) if k is None else k
+    length = max(DEFAULT_SHORTLIST, 10 * k)
+    if shortlist == "all":
+        length = total
+    elif shortlist is not None:
+        try:
+            length = int(shortlist)
+        except ValueError:
+            raise InputError(f"--shortlist {shortlist}: expected a number or all.") from None
+        if length < k:
+            raise InputError(f"--shortlist {length}: expected at least -k, {k}.")
+    if controls.recall is None:
+        return k, min(length, total), min(length, total)
+    most = min(total, length if shortlist is not None else GROWTH * length)
+    return k, min(most, max(SMALLEST_SHORTLIST, 2 * k)), most
+
+
+def _check_each(controls: Controls) -> None:
+    """Raise InputError for the first control that has a value it can't have."""
+    for name, control in CONTROLS.items():
+        value, flag = getattr(controls, name), f"--{name.replace('_', '-')}"
+        if control.choices and value not in control.choices:
+            *others, last = control.choices
+            raise InputError(f"{flag} {value}: expected {', '.join(others)} or {last}.")
+        # users of Python may give anything; what compares as a number need not be one
+        if value is not None and TYPES[name] == int | None and (
+                isinstance(value, bool) or not isinstance(value, int)):
+            raise InputError(f"{flag} {value!r}: expected a whole number.")
+        if value is not None and control.bounds != UNBOUNDED and not (
+                isinstance(value, (int, float)) and control.bounds.hold(value)):
+            raise InputError(f"{flag} {value}: expected {control.bounds}.")

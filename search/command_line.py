@@ -1,0 +1,189 @@
+"""What the commands of this package share: flags, and what becomes of them.
+
+It is read whenever a command's help is, so nothing heavy is imported before it is needed.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import click
+
+from gradindex.flags import MAX_MEMORY, MODEL, read_text
+from search.ask.controls import CONTROLS, DEFAULTS, TYPES, Controls, flag_of
+from search.ask.question import Question
+
+if TYPE_CHECKING:
+    from gradindex.progress import Progress
+    from search.ask.query_files import QueryFile
+    from search.engine import Searcher
+
+Flag = Callable[[Any], Any]  # a decorator of click's
+
+
+def control_flags(*names: str) -> list[Flag]:
+    """The flags of some controls, in that order, as the table of controls has them."""
+    return [_control_flag(name) for name in names]
+
+
+def _control_flag(name: str) -> Flag:
+    control, flag, default = CONTROLS[name], flag_of(name), getattr(DEFAULTS, name)
+    if TYPES[name] is bool:
+        return click.option(flag, is_flag=True, help=control.help)
+    return click.option(flag, type=_type_of_flag(name), default=default, metavar=control.unit,
+                        show_default=default is not None, help=control.help)
+
+
+def _type_of_flag(name: str) -> type | None:
+    """What click makes of a flag's text: a number, or None where it stays text."""
+    kinds = get_args(TYPES[name])
+    return None if str in kinds else next((kind for kind in kinds if kind in (int, float)), None)
+
+
+OUTPUT_FILE = click.Path(dir_okay=False, path_type=Path)
+INDEX_FLAGS = [
+    click.argument("index", type=click.Path(path_type=Path)),
+    *MODEL,
+    click.option("--batch-tokens", type=int, help="Padded tokens a batch [the build's]."),
+    MAX_MEMORY,
+    *control_flags("train_sequences"),
+    click.option("--allow-damaged", is_flag=True,
+                 help="Digest every file and leave damaged segments out; the coverage is said."),
+]
+RAY_FLAGS = [
+    click.option("--ray", is_flag=False, flag_value="local", default=None, metavar="[ADDRESS]",
+                 help="Let workers of a Ray cluster score the sequences: the one at ADDRESS (auto, "
+                      "host:port), or one that is started here."),
+    click.option("--ray-workers", type=click.IntRange(min=1), metavar="N",
+                 help="How many [one for each GPU of the cluster, else for each machine]."),
+]
+QUESTION_FLAGS = [
+    click.option("-p", "--prompt", metavar="TEXT",
+                 help="Prompt; @FILE and - read it, @@ stands for @."),
+    click.option("-c", "--completion", metavar="TEXT",
+                 help="Completion to explain, with its leading space; @FILE reads it [the model's "
+                      "own continuation]."),
+    click.option("--messages", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+                 help="JSON file of chat messages; the last one is explained."),
+    click.option("--versus", metavar="TEXT",
+                 help="Another completion: explain log p of -c minus log p of this."),
+    click.option("--score-on", metavar="RANGE",
+                 help="Score these tokens of the completion only: 0-2, or 5."),
+]
+TEXTS = ("prompt", "completion", "versus")  # of a question, which may stand in a file
+
+
+# ---- what the flags say
+
+
+def take_controls(flags: dict[str, Any]) -> Controls:
+    """The controls among a command's flags, which are taken out of them."""
+    chosen: dict[str, Any] = {}
+    for name in CONTROLS:
+        given = flag_of(name).removeprefix("--").replace("-", "_")
+        if TYPES[name] is bool and getattr(DEFAULTS, name):
+            # what is on unless a flag says no
+            if given in flags:
+                chosen[name] = not flags.pop(given)
+        elif name in flags:
+            chosen[name] = flags.pop(name)
+    return Controls(**chosen)
+
+
+def take_question(flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags that say what is asked, by name, which are taken out of a command's flags."""
+    return {name: flags.pop(name) for name in (*TEXTS, "messages", "score_on")}
+
+
+def read_question(given: dict[str, Any], ids: str | None = None) -> Question:
+    """What the flags of `take_question` ask, files read. Raises UsageError.
+
+    `ids` is where ids are read, for standard input has one reader.
+    """
+    texts, messages = {name: given[name] for name in TEXTS}, given["messages"]
+    if messages is not None:
+        if any(text is not None for text in texts.values()):
+            raise click.UsageError("--messages and -p, -c, --versus exclude each other; give one "
+                                   "query.")
+        try:
+            chat = json.loads(read_text(messages, f"--messages {messages}"))
+        except ValueError as error:
+            raise click.UsageError(f"--messages {messages} is not valid JSON: {error}.") from None
+        return Question(messages=chat, score_on=given["score_on"])
+    if given["prompt"] is None and given["completion"] is None:
+        raise click.UsageError('give the query: -p "PROMPT" -c " COMPLETION", or --messages FILE, '
+                               "or --queries FILE.")
+    if [*texts.values(), ids].count("-") > 1:
+        raise click.UsageError("only one of -p, -c, --versus and --ids can be standard input, -.")
+    return Question(read_argument(given["prompt"]), read_argument(given["completion"]),
+                    versus=read_argument(given["versus"]), score_on=given["score_on"])
+
+
+def read_argument(value: str | None) -> str | None:
+    """The text that an argument stands for: its own, a file's (@FILE) or standard input's (-)."""
+    if value == "-":
+        return sys.stdin.read()
+    if value is not None and value.startswith("@@"):
+        return value[1:]
+    if value is not None and value.startswith("@"):
+        return read_text(Path(value[1:]), value)
+    return value
+
+
+def sample_size(given: str) -> int | None:
+    """How many sequences --sample asks for, None for all. Raises UsageError."""
+    if given != "all" and not (given.isdecimal() and int(given)):
+        raise click.UsageError(f"--sample {given}: expected a number above 0, or all.")
+    return None if given == "all" else int(given)
+
+
+def open_searcher(index: Path, flags: dict[str, Any]) -> tuple["Searcher", "Progress"]:
+    """An index, opened as the flags that are left say, and what tells of progress."""
+    from gradindex.model.loading import quiet_transformers
+    from gradindex.progress import stderr_progress
+    from search.engine import open as open_index
+
+    quiet_transformers()
+    searcher, progress = open_index(index, **flags), stderr_progress()
+    if not searcher.index.coverage.whole:
+        progress.say(f"warning: {searcher.index.coverage}")
+    return searcher, progress
+
+
+def complain(read: "QueryFile", progress: "Progress") -> None:
+    """Say which lines of a file of queries are left out, and why."""
+    for problem in read.problems:
+        progress.say(f"left out: {problem}")
+
+
+# ---- what is written
+
+
+def check_outputs(outputs: dict[str, Path | None], inputs: list[Path | None]) -> None:
+    """Raise UsageError for what can't be written, or would replace what is read."""
+    for flag, path in outputs.items():
+        if path is not None and not path.parent.is_dir():
+            raise click.UsageError(f"{flag} {path}: there is no folder {path.parent}.")
+        if path is not None and path.resolve() in [other.resolve() for other in inputs if other]:
+            raise click.UsageError(f"{flag} {path}: that file is read here; give another.")
+
+
+def write_output(output: Path, content: str | bytes) -> None:
+    """A file is replaced as a whole; anything else (a device, a pipe) is written to."""
+    from gradindex.storage.files import atomic_write
+
+    output = output.resolve()
+    raw = content.encode() if isinstance(content, str) else content
+    if output.exists() and not output.is_file():
+        output.write_bytes(raw)
+    else:
+        atomic_write(output, raw)
+
+
+def may_color() -> bool:
+    """Whether standard output is a terminal on which the user wants colours."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and \
+        os.environ.get("TERM") != "dumb"
