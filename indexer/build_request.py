@@ -115,9 +115,8 @@ def make_request(
         batch_tokens=batch_tokens, segment_size=segment_size, seed=seed,
         tokenizer=tokenizer_digest(corpus.tokenizer),
     )
-    named = isinstance(tokenizer, (str, Path))
-    facts = RequestFacts(corpus.task, train_sequences, max_bad,
-                         anywhere(str(tokenizer)) if named else None)
+    tokenizer_name = anywhere(str(tokenizer)) if isinstance(tokenizer, (str, Path)) else None
+    facts = RequestFacts(corpus.task, train_sequences, max_bad, tokenizer_name)
     return BuildRequest(index, source, corpus, plan, dtype, facts, progress, share, ray,
                         ray_workers)
 

@@ -21,7 +21,7 @@ from gradindex.progress import Progress
 from gradindex.storage import row_file, segments, token_file
 from gradindex.storage.code_file import CodeIndex
 from gradindex.storage.files import rename_folder
-from gradindex.storage.layout import code_bytes
+from gradindex.storage.layout import CODES, ROWS, TOKENS, code_bytes
 from gradindex.storage.records import Record
 from gradindex.storage.segments import SegmentFacts
 
@@ -35,28 +35,29 @@ def encode_segment(
     A sequence whose gradient is not finite has no code: its row's norm is NaN, and segment.json
     says why. Raises ResourceError.
     """
-    facts = segments.read_facts(folder)
-    index = CodeIndex(codes.settings.length)
-    rows_codes = np.zeros((len(records), code_bytes(codes.settings.length)), dtype=np.uint8)
+    facts = segments.read_facts(folder)  # with the splits of an earlier attempt
+    code_index = CodeIndex(codes.settings.length)
+    stored = np.zeros((len(records), code_bytes(codes.settings.length)), dtype=np.uint8)
     norms = np.zeros(len(records), dtype=np.float32)
 
-    def keep(made: list[tuple[int, int]]) -> None:
-        facts.splits = made
+    def keep(halved: list[tuple[int, int]]) -> None:
+        facts.splits = halved
         segments.write_facts(folder, facts)
 
+    # noted before a half is tried, so that who goes on after a kill forms the same batches
     splits = Splits(facts.splits, keep)
-    for rows, array in encode_batches(model, codes, records, batch_tokens, splits):
-        with np.errstate(over="ignore", invalid="ignore"):
-            norms[rows] = np.linalg.norm(array.astype(np.float64), axis=1)
-        good = np.isfinite(norms[rows])
-        rows_codes[np.array(rows)[good]] = index.encode(array[good])
-        for row in np.array(rows)[~good].tolist():
+    for rows, vectors in encode_batches(model, codes, records, batch_tokens, splits):
+        with np.errstate(over="ignore", invalid="ignore"):  # norms that float32 can't hold, too
+            norms[rows] = np.linalg.norm(vectors.astype(np.float64), axis=1)
+        finite = np.isfinite(norms[rows])
+        stored[np.array(rows)[finite]] = code_index.encode(vectors[finite])
+        for row in np.array(rows)[~finite].tolist():
             facts.quarantined[records[row].id] = _why(model, codes, records[row])
             norms[row] = np.nan
         progress.update(len(rows))
-    index.add(rows_codes)
+    code_index.add(stored)
     vocabulary = vocabulary_size(model.network.config)
-    seal(folder, facts, index, row_file.make_rows(records, norms),
+    seal(folder, facts, code_index, row_file.make_rows(records, norms),
          [record.tokens for record in records], vocabulary)
     return facts
 
@@ -69,14 +70,16 @@ def seal(
 
     Raises ResourceError.
     """
-    facts.files["vectors.faiss"] = codes.write(folder / "vectors.faiss")
-    facts.files["rows.npy"] = row_file.write_rows(folder / "rows.npy", rows)
-    facts.files["tokens.npz"] = token_file.write(folder / "tokens.npz", sequences, vocabulary)
+    files = facts.files
+    files[CODES.name] = codes.write(folder / CODES.name)
+    files[ROWS.name] = row_file.write_rows(folder / ROWS.name, rows)
+    files[TOKENS.name] = token_file.write(folder / TOKENS.name, sequences, vocabulary)
     segments.write_facts(folder, facts)
     rename_folder(folder, folder.with_suffix(""))
 
 
 def _why(model: LanguageModel, codes: Codes, record: Record) -> str:
+    """Why a sequence has no code."""
     batch = model.batch([record])
     return why_not_finite(model, codes.modules, batch) or "its code's norm is not finite"
 

@@ -27,7 +27,7 @@ from gradindex.storage.records import Record
 from indexer.dry_run.measure import batch_bytes
 from indexer.fit.budget import disk_bytes, held_bytes, partitions
 from indexer.fit.notes import FitSettings
-from indexer.fit.schedule import AHEAD, LARGEST_BLOCK
+from indexer.fit.schedule import AHEAD, BLOCK_SEQUENCES
 from indexer.read import ingest
 from indexer.read.ingest import Run
 from indexer.state import BuildState
@@ -46,7 +46,7 @@ class Prepared:
     allowance: Allowance
 
 
-def prepare(
+def prepare_build(
     index: Path, source: ModelSource, dtype: str, state: BuildState, progress: Progress,
     shards: int = 1,
 ) -> Prepared:
@@ -59,22 +59,23 @@ def prepare(
     model = LanguageModel.load(source, dtype)
     state.check_model(model)
     tracked = tracked_modules(model.network, plan.modules)
-    progress.say(f"modules: {describe(model, tracked)}")
-    odd = {what: share for what, share in untracked(model.network, tracked).items()
-           if what not in (*TRACKABLE, *SMALL_PARTS)}
-    if (total := sum(odd.values())) > NOTABLE:
+    progress.say(f"modules: {describe_modules(model, tracked)}")
+    # what nobody chose to leave out, and is more than norms and the like
+    lost = {what: share for what, share in untracked(model.network, tracked).items()
+            if what not in (*TRACKABLE, *SMALL_PARTS)}
+    if (total := sum(lost.values())) > NOTABLE:
         progress.say(f"warning: {total:.0%} of the model's parameters can't be tracked, so their "
-                     f"influence is in no score: {shares(odd)}")
+                     f"influence is in no score: {shares(lost)}")
     settings = FitSettings(
         choose(Stream.FIT_SEQUENCES, plan.seed, run.count, plan.fit_sequences),
-        plan.fit_labels, min(plan.segment_size, LARGEST_BLOCK), plan.batch_tokens,
+        plan.fit_labels, min(plan.segment_size, BLOCK_SEQUENCES), plan.batch_tokens,
         plan.seed, request.max_bad, plan.covariance_blocks,
     )
     allowance = allow(model, tracked, settings, lambda: run.records(settings.ids[: settings.block]))
     blocks, width = settings.covariance_blocks, model.accumulate.itemsize
-    every = partitions(tracked, blocks, width, allowance.planned)
+    groups = partitions(tracked, blocks, width, allowance.planned)
     ingest.check_disk(run, plan.bits, _still_needed(index, disk_bytes(
-        every, blocks, width, AHEAD * shards if shards > 1 else 0)))
+        groups, blocks, width, AHEAD * shards if shards > 1 else 0)))
     return Prepared(run, model, tracked, settings, allowance)
 
 
@@ -82,8 +83,8 @@ def _still_needed(index: Path, fit: int) -> int:
     """What a fit of so many bytes still needs on the disk."""
     if (index / "curvature").is_dir():
         return 0
-    there = sum(one.stat().st_size for one in (index / "curvature.partial").glob("*"))
-    return max(0, fit - there)
+    written = sum(file.stat().st_size for file in (index / "curvature.partial").glob("*"))
+    return max(0, fit - written)
 
 
 def allow(
@@ -109,7 +110,7 @@ def make_codes(modules: list[Module], ekfac: Ekfac, plan: Plan) -> Codes:
         plan.bits, default_width(plan.bits, len(modules)), plan.seed, plan.damping))
 
 
-def describe(model: LanguageModel, tracked: list[Module]) -> str:
+def describe_modules(model: LanguageModel, tracked: list[Module]) -> str:
     """Which modules are tracked, their share of the model, and what isn't tracked."""
     kinds: dict[str, int] = {}
     for module in tracked:

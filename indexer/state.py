@@ -27,7 +27,7 @@ from gradindex.storage.manifest import load as load_manifest
 from gradindex.storage.plan import DataFacts, Plan
 from indexer.read.corpus import CorpusFacts
 
-LARGEST = 1 << 26  # bytes of either file
+LARGEST_STATE = 1 << 26  # bytes of either file
 
 Threads = Annotated[int, pydantic.Field(gt=0, le=1 << 16)]
 
@@ -87,7 +87,7 @@ class BuildState:
         path = index / BUILD
         if not path.is_file():
             return None
-        stored = _read(path, _BUILD)
+        stored = _read_state(path, _BUILD)
         return cls(path, stored["plan"], stored["threads"], stored["corpus"], stored["model"],
                    stored.get("asked"))
 
@@ -115,15 +115,15 @@ class BuildState:
         can be corrected; afterwards, or where other processes may be at work (not `anew`), it is
         refused. Raises InputError.
         """
-        wanted = plan.to_dict()
+        current = plan.to_dict()
         if index_exists(index):
-            _refuse_difference(index, load_manifest(index).plan.to_dict(), wanted)
-            return cls(index / BUILD, wanted, torch.get_num_threads())
+            _refuse_difference(index, load_manifest(index).plan.to_dict(), current)
+            return cls(index / BUILD, current, torch.get_num_threads())
         state = cls.resumed(index)
         if state is not None:
-            changes = _differences(state.saved_plan, wanted)
+            changes = _differences(state.saved_plan, current)
             if _is_fitted(index) or not anew or not changes:
-                _refuse_difference(index, state.saved_plan, wanted)
+                _refuse_difference(index, state.saved_plan, current)
                 return state
             progress.say(f"starting over in {index}, where nothing was fitted yet: "
                          + "; ".join(changes))
@@ -143,7 +143,8 @@ class BuildState:
 
     def save(self) -> None:
         """Write build.json. Raises ResourceError."""
-        _write(self.path, self.saved_plan, self.threads, self.corpus, self.model, self.request)
+        _write_state(
+            self.path, self.saved_plan, self.threads, self.corpus, self.model, self.request)
 
     def check_model(self, model: LanguageModel) -> None:
         """Remember the weights' digest, or raise IndexMismatchError if they changed."""
@@ -201,12 +202,12 @@ class AppendState:
         path = index / APPEND
         if not os.path.lexists(path):
             return None
-        stored = _read(path, _APPEND)
+        stored = _read_state(path, _APPEND)
         return cls(path, stored["plan"], stored["threads"], stored["corpus"])
 
     def save(self) -> None:
         """Write append.json. Raises ResourceError."""
-        _write(self.path, asdict(self.plan), self.threads, self.corpus)
+        _write_state(self.path, asdict(self.plan), self.threads, self.corpus)
 
 
 def unfinished_append(index: Path, next_id: int) -> AppendState | None:
@@ -250,12 +251,12 @@ _APPEND: pydantic.TypeAdapter[_StoredAppend] = pydantic.TypeAdapter(_StoredAppen
 _Stored = TypeVar("_Stored", _StoredBuild, _StoredAppend)
 
 
-def _read(path: Path, adapter: pydantic.TypeAdapter[_Stored]) -> _Stored:
+def _read_state(path: Path, adapter: pydantic.TypeAdapter[_Stored]) -> _Stored:
     """What a file holds, checked. Raises DamagedIndexError."""
     try:
         with os.fdopen(open_inside(path.parent, path.name), "rb") as file:
             return adapter.validate_json(
-                sealed_json.check(sealed_json.parse(file.read(LARGEST))))
+                sealed_json.check(sealed_json.parse(file.read(LARGEST_STATE))))
     except ValueError as error:
         raise DamagedIndexError(
             f"{path} can't be read ({str(error).splitlines()[0][:120]}). It says how far a command "
@@ -264,7 +265,7 @@ def _read(path: Path, adapter: pydantic.TypeAdapter[_Stored]) -> _Stored:
         ) from None
 
 
-def _write(
+def _write_state(
     path: Path, plan: dict[str, Any], threads: int, corpus: CorpusFacts | None,
     model: ModelIdentity | None = None, request: RequestFacts | None = None,
 ) -> None:
@@ -275,16 +276,17 @@ def _write(
     atomic_write(path, sealed_json.sign(content))
 
 
-def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def _differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """Where two plans differ, an entry each."""
     return [
-        f"{name}: {before.get(name)!r} before, {now.get(name)!r} now"
-        for name in sorted({*before, *now}) if before.get(name) != now.get(name)
+        f"{name}: {saved.get(name)!r} before, {current.get(name)!r} now"
+        for name in sorted({*saved, *current}) if saved.get(name) != current.get(name)
     ]
 
 
-def _refuse_difference(index: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+def _refuse_difference(index: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
     """Raise InputError where a plan is another than the one that was begun."""
-    changes = _differences(before, now)
+    changes = _differences(saved, current)
     if changes:
         raise InputError(
             f"{index} was begun with another command ({'; '.join(changes)}). Run the first command "

@@ -41,8 +41,8 @@ QUESTION = {"token_ids": [3, 1, 4, 1, 5]}
 @pytest.fixture(autouse=True)
 def few_queries(monkeypatch):
     """A build asks two queries each and computes in one thread, for time."""
-    monkeypatch.setattr(calibrate, "QUERIES", 2)
-    monkeypatch.setattr(background, "QUERIES", 2)
+    monkeypatch.setattr(calibrate, "CALIBRATION_QUERIES", 2)
+    monkeypatch.setattr(background, "BACKGROUND_QUERIES", 2)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

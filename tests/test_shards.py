@@ -20,7 +20,7 @@ from gradindex.storage.locks import one_of_writers, only_writer
 from indexer import shards
 from indexer.fit.budget import SOLVER, held_bytes, partitions
 from indexer.fit.sums import Block, BlockNotes, Sums
-from indexer.shards import Shard, Stage, parse_shard
+from indexer.shards import BuildStage, Shard, parse_shard
 from indexer.state import BuildState
 from support.indexes import SMALL, SMALL_FLAGS, files_of
 from support.waiting import HANG, IN_VAIN, until
@@ -222,19 +222,19 @@ def clock(monkeypatch):
 def test_waiting_ends_when_nothing_is_missing_and_counts_from_the_last_news(clock):
     left = [[3, 5], [3, 5], [5], []]
     shard = Shard(0, 4, patience=math.inf)
-    shard.wait(Stage("blocks"), lambda: left.pop(0))
+    shard.complete(BuildStage("blocks"), lambda: left.pop(0))
     assert not left
     begun = clock[0]
     states = iter([[1], [1], [1, 2]])
     with pytest.raises(GradindexError, match=r"shards 1, 2 of 4: blocks \(2 missing\)"):
-        Shard(0, 4, patience=0.05).wait(Stage("blocks"), lambda: next(states, [1, 2]))
+        Shard(0, 4, patience=0.05).complete(BuildStage("blocks"), lambda: next(states, [1, 2]))
     assert clock[0] - begun >= 0.05
 
 
 def test_a_shard_says_whom_it_waits_for(monkeypatch, clock):
     said = []
     monkeypatch.setattr(Progress, "say", lambda self, line: said.append(line))
-    Shard(1, 3).wait(Stage("eigenvectors", 2), lambda: [3, 2] if clock[0] < 0.05 else [])
+    Shard(1, 3).complete(BuildStage("eigenvectors", 2), lambda: [3, 2] if clock[0] < 0.05 else [])
     assert said == ["waiting for shards 0, 2 of 3: eigenvectors of partition 2"]
 
 

@@ -36,7 +36,7 @@ def eigenvectors(covariance: Tensor, name: str) -> Tensor:
         except (torch.linalg.LinAlgError, scipy.linalg.LinAlgError, ValueError) as error:
             reasons.append(" ".join(str(error).split()))
             continue
-        if (wrong := _wrong(matrix, values, vectors)) is None:
+        if (wrong := _unsound(matrix, values, vectors)) is None:
             # either sign is an eigenvector's: fixed, an index has the same bytes on every machine
             largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
             return vectors.mul_(torch.where(largest < 0, -1.0, 1.0))
@@ -57,7 +57,7 @@ def _qr_iteration(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(values), torch.from_numpy(vectors)
 
 
-def _wrong(matrix: Tensor, values: Tensor, vectors: Tensor) -> str | None:
+def _unsound(matrix: Tensor, values: Tensor, vectors: Tensor) -> str | None:
     """What is unsound about an eigendecomposition, or None."""
     residual = torch.linalg.norm((matrix @ vectors).addcmul_(vectors, values, value=-1))
     product = vectors.T @ vectors

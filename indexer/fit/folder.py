@@ -17,7 +17,7 @@ from gradindex.storage.tensors import read_tensors
 from indexer.fit.notes import FitNotes, FitSettings
 from indexer.fit.quarantine import check_quarantine
 from indexer.fit.sums import BlockNotes, Sums
-from indexer.shards import Stage
+from indexer.shards import BuildStage
 
 
 class FitFolder:
@@ -39,9 +39,9 @@ class FitFolder:
 
     def partition(self, number: int) -> list[Module]:
         """The modules that are fitted together."""
-        return [self.modules[one] for one in self.notes.partitions[number]]
+        return [self.modules[place] for place in self.notes.partitions[number]]
 
-    def sums(self, stage: Stage) -> Sums:
+    def sums(self, stage: BuildStage) -> Sums:
         """The sums of a stage, "covariance" or "eigenvalues", of its partition."""
         numbers, modules = self.notes.partitions[stage.partition], self.partition(stage.partition)
         shapes = covariance_shapes(modules, self.settings.covariance_blocks) \
@@ -74,14 +74,14 @@ class FitFolder:
         return [self.modules.index(module) for module in missing
                 if module.name not in self.notes.left_out and self.path.is_dir()]
 
-    def note(self, stage: Stage, block: int, happened: BlockNotes) -> None:
+    def note(self, stage: BuildStage, number: int, notes: BlockNotes) -> None:
         """Write down what happened in a block, before anything is made of it.
 
         Raises GradindexError where too many sequences are quarantined by now.
         """
-        if happened.splits:
-            self.notes.splits[f"{stage} {block}"] = happened.splits
-        self.notes.quarantined.update(happened.quarantined)
+        if notes.splits:
+            self.notes.splits[f"{stage} {number}"] = notes.splits
+        self.notes.quarantined.update(notes.quarantined)
         check_quarantine(self.notes.quarantined, len(self.settings.ids), self.settings.bad,
                          "of the fit")
         if self.notes.quarantined or self.notes.splits:

@@ -23,7 +23,7 @@ from gradindex.model.tracked import parameter_share, tracked_modules, untracked
 from gradindex.modules import Module
 from gradindex.progress import shares, stderr_progress
 from indexer.fit.steps import add_covariances
-from indexer.prepare import NOTABLE, describe
+from indexer.prepare import NOTABLE, describe_modules
 from search.study.describe import describe as info
 from search.study.describe import summary
 from support.documents import small_documents
@@ -534,7 +534,8 @@ def test_what_is_not_tracked_is_said(make_model):
     modules = tracked_modules(network)
     assert untracked(network, modules)["Odd"] == pytest.approx(
         144 / sum(p.numel() for p in network.parameters()))
-    assert "not tracked: " in describe(model, modules) and "Odd" in describe(model, modules)
+    described = describe_modules(model, modules)
+    assert "not tracked: " in described and "Odd" in described
 
 
 class Rounded(nn.Linear):

@@ -97,10 +97,10 @@ def as_dataset(folder):
     return datasets.Dataset.from_list(ROWS)
 
 
-FORMS = [as_jsonl, as_gzip, as_zstd, as_parquet, as_saved_dataset, as_list, as_dataset]
+DATA_FORMS = [as_jsonl, as_gzip, as_zstd, as_parquet, as_saved_dataset, as_list, as_dataset]
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", DATA_FORMS)
 def test_every_form_gives_the_same_sequences(form, tmp_path):
     data = form(tmp_path)
     first, second = read(data, id_field="url", keep_fields=("year", "none"))
@@ -115,7 +115,7 @@ def test_every_form_gives_the_same_sequences(form, tmp_path):
         assert (part.user_id, part.fields) == (url, {"year": year, "none": None})
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", DATA_FORMS)
 def test_every_form_knows_its_size_and_content(form, tmp_path):
     data = form(tmp_path)
     [fact] = make_corpus(data).data_facts()
