@@ -25,6 +25,13 @@ from support.models import SIZES, VOCABULARY, random_network
 from support.needed import missing
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collect_file(file_path: Path) -> Any:
+    """Collect tests here, and no examples: a look for these would import every script."""
+    collectors = yield
+    return [one for one in collectors if type(one).__name__ != "DoctestModule"]
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Say what was skipped for want of what, and how to get it."""
     if lines := missing(terminalreporter.stats.get("skipped", [])):
