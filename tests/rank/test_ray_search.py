@@ -380,6 +380,7 @@ def damage(index):
     file.write_bytes(content)
 
 
+@pytest.mark.slow
 def test_a_damaged_segment(cluster, index_folder, tmp_path):
     copy = tmp_path / "index"
     shutil.copytree(index_folder, copy)
