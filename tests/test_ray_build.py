@@ -37,6 +37,7 @@ from support.needed import library
 from support.waiting import HANG, IN_VAIN, is_gone, struck, until
 
 ray = library("ray")
+pytestmark = pytest.mark.xdist_group("a cluster to build")
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -100,7 +101,8 @@ def command(model, data, out, cluster):
             *SMALL_FLAGS, "--ray", cluster.address]
 
 
-@pytest.mark.parametrize("moment", ["while it starts", "once a block is summed"])
+@pytest.mark.parametrize("moment", [
+    pytest.param("while it starts", marks=pytest.mark.slow), "once a block is summed"])
 def test_the_bytes_of_one_process_though_a_worker_is_killed(
     moment, cluster, alone, model_folder, data_file, tmp_path
 ):
@@ -142,6 +144,7 @@ def test_a_model_named_from_another_folder(
     assert there["files"] == here["files"]
 
 
+@pytest.mark.slow
 def test_a_worker_out_of_reach_is_ended_before_another_does_its_unit(
     cluster, alone, model_folder, data_file, tmp_path, monkeypatch
 ):
@@ -163,6 +166,7 @@ def test_a_worker_out_of_reach_is_ended_before_another_does_its_unit(
     assert gone(*reached) and files_of(out) == alone
 
 
+@pytest.mark.slow
 def test_what_is_waited_for(cluster, alone, model_folder, data_file, tmp_path, monkeypatch):
     """A worker that has no place in the cluster, and two that load."""
     monkeypatch.setattr(ray_build, "WORKER_PATIENCE", 0.2)
@@ -195,6 +199,7 @@ def test_what_is_waited_for(cluster, alone, model_folder, data_file, tmp_path, m
     assert files_of(out) == alone
 
 
+@pytest.mark.slow
 def test_an_error_of_the_folder_is_tried_again(
     cluster, alone, model_folder, data_file, begun, monkeypatch
 ):
@@ -341,6 +346,7 @@ def test_what_ray_can_not_do(model_folder, data_file, tmp_path):
     assert not (tmp_path / "index").exists()
 
 
+@pytest.mark.slow
 def test_a_terminated_driver_goes_on(cluster, alone, model_folder, data_file, tmp_path):
     """As one without Ray does, which takes the signal for itself."""
     out = tmp_path / "index"

@@ -103,7 +103,10 @@ def noted(out):
                     for folder in sorted((out / "segments").iterdir())}
 
 
-def test_memory_that_runs_out_anywhere_in_a_build_halves_the_batch(data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
+def test_memory_that_runs_out_anywhere_in_a_build_halves_the_batch(
+    every, data, tmp_path, monkeypatch
+):
     """At every pass and every module of it; killed after the split was noted, the bytes are equal.
 
     Where one sequence alone is too much, as for a query of the calibration, that is said; the same
@@ -113,7 +116,7 @@ def test_memory_that_runs_out_anywhere_in_a_build_halves_the_batch(data, tmp_pat
     expected, right = files_of(tmp_path / "whole"), scores(whole)
     assert noted(tmp_path / "whole") == ({}, {"000000": []})
     stages = dict.fromkeys(("fit", "encode", "calibrate", "single"), 0)
-    for at in itertools.count():
+    for at in itertools.count(step=every):
         out = tmp_path / f"at-{at}"
         with monkeypatch.context() as patch:
             memory = Memory(patch, at)
@@ -358,7 +361,10 @@ def test_all_bad_sequences_are_an_error_whatever_is_allowed(rows, tmp_path):
         gradindex.build(poisoned(float("nan")), tokens, tmp_path / "index", max_bad=1.0, **TINY)
 
 
-def test_killed_anywhere_with_bad_sequences_it_ends_with_the_same_bytes(tmp_path, monkeypatch):
+@pytest.mark.parametrize("every", [9, pytest.param(4, marks=pytest.mark.slow)])
+def test_killed_anywhere_with_bad_sequences_it_ends_with_the_same_bytes(
+    every, tmp_path, monkeypatch
+):
     tokens = save(tmp_path / "a.npy", with_rare(0, 6, [1, 4]))
     network = poisoned(float("nan"))
     options = {**TINY, "segment_size": 3, "modules": "dense_h_to_4h"}
@@ -366,7 +372,7 @@ def test_killed_anywhere_with_bad_sequences_it_ends_with_the_same_bytes(tmp_path
     expected = files_of(tmp_path / "whole")
     for which, out in each_kill(
             monkeypatch, lambda n: tmp_path / f"killed-{n}",
-            lambda out: gradindex.build(network, tokens, out, **options), every=4):
+            lambda out: gradindex.build(network, tokens, out, **options), every=every):
         gradindex.build(network, tokens, out, **options)
         assert files_of(out) == expected, f"killed at sync {which}"
     assert which > 50
@@ -478,12 +484,15 @@ LEAST = {"modules": "dense_h_to_4h", "batch_tokens": 4096}  # one module, one ba
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_a_full_disk_is_said_wherever_it_fills_and_the_build_goes_on(data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_full_disk_is_said_wherever_it_fills_and_the_build_goes_on(
+    every, data, tmp_path, monkeypatch
+):
     """At every sync; then again with room, which ends with the same bytes."""
     build(data, tmp_path / "whole", **LEAST)
     expected = files_of(tmp_path / "whole")
     for which, out in each_kill(monkeypatch, lambda n: tmp_path / f"full-{n}",
-                                lambda out: build(data, out, **LEAST), FULL):
+                                lambda out: build(data, out, **LEAST), FULL, every):
         build(data, out, **LEAST)
         assert files_of(out) == expected, f"full at sync {which}"
     assert which > 30

@@ -5,6 +5,7 @@ from typing import Any
 
 import gradindex
 from gradindex.storage import layout, manifest
+from gradindex.storage.records import Record
 from support.models import tiny_network
 
 # of small_documents
@@ -42,3 +43,15 @@ def answer(searcher: Any, question: dict[str, Any] = QUESTION, **controls: Any) 
     """All that a search says, but for seconds and what names the state of the index."""
     content = searcher.search(**question, **controls).to_dict()
     return {name: value for name, value in content.items() if name not in ("seconds", "index")}
+
+
+def influences(searcher: Any, question: dict[str, Any] = QUESTION) -> dict[int, float]:
+    """Exact influence of every sequence by id, without folding equal ones."""
+    ids = searcher.index.contents.ids.tolist()
+    return {hit.id: hit.influence for hit in searcher.rescore(**question, ids=ids)}
+
+
+def records_in(searcher: Any) -> list[Record]:
+    """What an open index holds, in order."""
+    contents = searcher.index.contents
+    return contents.records(contents.places)
