@@ -185,7 +185,7 @@ def check(what: str, value: Any, shape: Any, sizes: dict[str, Any]) -> None:
     elif entries := _arrays_in(value):
         for entry in entries:
             _agree(what, tuple(entry.shape), shape, sizes)
-            for letter in OWN & set(shape.split()):
+            for letter in OWN.intersection(letters_of(shape)):
                 sizes.pop(letter)
     elif not isinstance(value, dict):
         _agree(what, (len(value),), shape, sizes)
@@ -198,8 +198,11 @@ def _arrays_in(value: Any) -> list[Any]:
         isinstance(entries[0], ARRAYS) else []
 
 
+letters_of = functools.cache(str.split)  # for there are many calls
+
+
 def _agree(what: str, found: tuple[int, ...], shape: str, sizes: dict[str, Any]) -> None:
-    letters, rest = shape.split(), found
+    letters, rest = letters_of(shape), found
     if letters[0] == "...":
         letters = letters[1:]
         before, rest = found[: len(found) - len(letters)], found[len(found) - len(letters) :]
@@ -207,8 +210,9 @@ def _agree(what: str, found: tuple[int, ...], shape: str, sizes: dict[str, Any])
         assert known == before, f"{what} is {list(found)}, expected [{shape}] with {known} for ..."
     assert len(rest) == len(letters), f"{what} is {list(found)}, expected [{shape}]"
     for letter, size in zip(letters, rest, strict=True):
-        known = int(letter) if letter.isdigit() else \
-            size if letter == "_" else sizes.setdefault(letter, size)
+        if letter == "_":
+            continue
+        known = int(letter) if letter.isdigit() else sizes.setdefault(letter, size)
         assert known == size, f"{what} is {list(found)}, expected [{shape}] with {letter} = {known}"
 
 
@@ -216,19 +220,20 @@ def checked(name: str, function: Callable[..., Any], shapes: dict[str, Any]) -> 
     """A function that checks the shapes of its arguments and of what it returns."""
     named = [parameter.name for parameter in inspect.signature(function).parameters.values()
              if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    labels = {part: f"{name}: {part if part != 'return' else 'what it returns'}" for part in shapes}
     verify = check  # beside the function, for it is to have the globals of another module
 
     def call(*positional: Any, **keywords: Any) -> Any:
         sizes: dict[str, Any] = {}
         for argument, value in (*zip(named, positional, strict=False), *keywords.items()):
             if argument in shapes:
-                verify(f"{name}: {argument}", value, shapes[argument], sizes)
+                verify(labels[argument], value, shapes[argument], sizes)
         result = function(*positional, **keywords)
         if "return" in shapes:
-            verify(f"{name}: what it returns", result, shapes["return"], sizes)
+            verify(labels["return"], result, shapes["return"], sizes)
         return result
 
-    # by which its examples are found
+    # with the globals of the function's module: by these, its examples are found
     copy = types.FunctionType(call.__code__, function.__globals__, function.__name__, None,
                               call.__closure__)
     return functools.update_wrapper(copy, function)
