@@ -23,6 +23,9 @@ from support.documents import FRUIT, PLACES, small_documents
 from support.indexes import SMALL
 from support.models import SIZES, VOCABULARY, random_network
 from support.needed import missing
+from support.shapes import install
+
+install()  # of the checks of shapes
 
 
 @pytest.hookimpl(wrapper=True)
