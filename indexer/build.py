@@ -39,7 +39,6 @@ from gradindex.storage.integrity import refuse_links
 from gradindex.storage.layout import BUILD
 from gradindex.storage.locks import is_lock, one_of_writers, only_writer
 from gradindex.storage.manifest import (
-    FORMAT,
     BackgroundFacts,
     Calibration,
     CodeFacts,
@@ -50,6 +49,7 @@ from gradindex.storage.manifest import (
 from gradindex.storage.manifest import commit as commit_manifest
 from gradindex.storage.manifest import exists as index_exists
 from gradindex.storage.manifest import load as load_manifest
+from gradindex.storage.upgrades import FORMAT
 from gradindex.version import VERSION
 from indexer.background import make_background
 from indexer.build_request import BuildRequest, anywhere

@@ -20,9 +20,9 @@ from gradindex.model.config import context_length, vocabulary_size
 from gradindex.model.identity import tokenizer_digest
 from gradindex.model.source import ModelSource
 from gradindex.progress import Progress
-from gradindex.storage.plan import MOST_BLOCKS, Plan
+from gradindex.storage.plan import MOST_BLOCKS, CorpusSettings, Plan
 from indexer import defaults
-from indexer.read.corpus import Corpus, CorpusSettings
+from indexer.read.corpus import Corpus
 from indexer.read.sources import token_file_width
 from indexer.shards import Shard, parse_shard
 from indexer.state import RequestFacts

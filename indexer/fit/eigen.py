@@ -7,6 +7,7 @@ it gives is checked, and a slower method is tried before a fit is given up.
 import scipy.linalg
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined, unused-ignore]  # no stub
 
 from gradindex.errors import GradindexError
 from gradindex.influence.blockwise import symmetric
@@ -33,7 +34,7 @@ def eigenvectors(covariance: Tensor, name: str) -> Tensor:
         matrix.diagonal().add_(jitter * matrix.diagonal().mean())
         try:
             values, vectors = solve(matrix)
-        except (torch.linalg.LinAlgError, scipy.linalg.LinAlgError, ValueError) as error:
+        except (LinAlgError, scipy.linalg.LinAlgError, ValueError) as error:
             reasons.append(" ".join(str(error).split()))
             continue
         if (wrong := _unsound(matrix, values, vectors)) is None:

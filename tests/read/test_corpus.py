@@ -12,8 +12,9 @@ import pyarrow.parquet
 import pytest
 
 from gradindex.errors import InputError
+from gradindex.storage.plan import CorpusSettings
 from indexer.read import sources
-from indexer.read.corpus import Corpus, CorpusSettings
+from indexer.read.corpus import Corpus
 from indexer.read.sources import token_file_width
 from support.tokenizers import (
     CHAT,
