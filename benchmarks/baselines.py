@@ -28,13 +28,13 @@ from benchmarks.fidelity import tfidf_scores
 from benchmarks.workload import Size, Workload, make_workload
 from gradindex.influence.batches import plan_batches
 from gradindex.influence.codes import Codes, CodeSettings, default_width
-from gradindex.influence.curvature import DAMPING
 from gradindex.influence.gradients import apply_inputs, backward
 from gradindex.modules import Module
 from gradindex.progress import duration, stderr_progress
 from gradindex.storage.code_file import CodeIndex
 from gradindex.storage.layout import code_bytes
 from gradindex.storage.records import Record
+from indexer.defaults import DAMPING
 
 BATCH_TOKENS = 2048
 LENGTHS = (4096, 8192, 16384, 32768, 65536)  # K, bits

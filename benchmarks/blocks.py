@@ -22,6 +22,7 @@ from gradindex.influence.curvature import Ekfac
 from gradindex.influence.exact import exact_scores
 from gradindex.influence.queries import Preconditioned, precondition, query_coordinates
 from gradindex.progress import Progress, stderr_progress
+from indexer.defaults import DAMPING
 from indexer.fit.eigen import eigenvectors
 from indexer.fit.notes import FitSettings
 from indexer.fit.schedule import fit
@@ -77,7 +78,7 @@ def main(queries: int, fit_sequences: int, cache: Path) -> None:
             seconds = time.perf_counter() - begun
             size = sum(path.stat().st_size for path in Path(home).rglob("*.safetensors"))
             found = scores(work, ekfac)
-            effective = sum(one.effective_dimension() for one in ekfac.values())
+            effective = sum(one.effective_dimension(DAMPING) for one in ekfac.values())
         if whole is None:
             whole = found
         measures = np.array([

@@ -25,10 +25,10 @@ from benchmarks.baselines import BATCH_TOKENS, ByModule, Seen, look, recall, sid
 from benchmarks.fidelity import options
 from benchmarks.workload import Size, Workload, make_workload
 from gradindex.influence.batches import plan_batches
-from gradindex.influence.curvature import DAMPING
 from gradindex.progress import duration, stderr_progress
 from gradindex.results import UNSCORED
 from gradindex.storage.records import Record
+from indexer.defaults import DAMPING
 
 Check = tuple[str, float, float, str]  # inverse, seconds a query, passes over its sample, how near
 

@@ -33,7 +33,7 @@ from benchmarks.fidelity import tfidf_scores
 from benchmarks.workload import Size, Workload, fit_on, library, query_gradients, record
 from demo.prepare import Settings, new_model, train, train_tokenizer
 from gradindex.influence.codes import Codes, CodeSettings, default_length, default_width
-from gradindex.influence.curvature import DAMPING, Ekfac
+from gradindex.influence.curvature import Ekfac
 from gradindex.influence.exact import exact_scores
 from gradindex.influence.queries import Gradients, Preconditioned, precondition
 from gradindex.model.loading import quiet_transformers
@@ -45,6 +45,7 @@ from gradindex.progress import Progress, duration, stderr_progress
 from gradindex.storage.code_file import CodeIndex
 from gradindex.storage.files import atomic_write
 from gradindex.storage.records import Record
+from indexer.defaults import DAMPING
 from indexer.encode import encode_batch
 
 LENGTH, PROMPT = 64, 32  # tokens of a sequence and of a query; of a query, those not scored

@@ -27,6 +27,7 @@ from gradindex.model.tracked import tracked_modules
 from gradindex.modules import Module
 from gradindex.progress import Progress
 from gradindex.storage.records import Part, Record
+from indexer.defaults import DAMPING
 from indexer.fit.notes import FitSettings
 from indexer.fit.schedule import fit
 
@@ -70,7 +71,7 @@ class Workload:
     def summary(self) -> str:
         count = self.model.network.num_parameters() / 1e6
         tracked = sum(m.shape[0] * m.shape[1] for m in self.modules) / 1e6
-        effective = sum(c.effective_dimension() for c in self.ekfac.values())
+        effective = sum(c.effective_dimension(DAMPING) for c in self.ekfac.values())
         return (f"GPT-NeoX of {count:.1f} M parameters ({self.size.modules}: {tracked:.1f} M "
                 f"tracked, effective dimension {effective:,.0f}), {self.size.dtype}, {self.loss}; "
                 f"{len(self.train):,} sequences of {self.size.length} tokens; {len(self.queries)} "

@@ -58,7 +58,7 @@ from indexer.prepare import Prepared, make_codes, prepare
 from indexer.read import ingest
 from indexer.read.ingest import Run
 from indexer.shards import OVER_RAY, Shard, Share, Stage
-from indexer.state import State
+from indexer.state import BuildState
 
 
 def build(request: BuildRequest) -> ModelSource | None:
@@ -68,15 +68,15 @@ def build(request: BuildRequest) -> ModelSource | None:
     as `gradindex.build`.
     """
     # 1) what is asked for was settled when the request was made (`build_request.py`)
-    index, say, shard = request.index, request.say, request.shard
+    index, progress, shard = request.index, request.progress, request.shard
     with _writing(request) as state:
         if manifest.exists(index):
             if shard.first:
                 _check_finished(index, request)
-            say.say(f"{index} is complete; nothing to do.")
+            progress.say(f"{index} is complete; nothing to do.")
             return _whole(request)
         if shard.first:
-            state.asked = request.facts()
+            state.request = request.facts
             state.save()
 
         # 2) text → sequences, on disk as records; the other shards began when this was done
@@ -85,31 +85,31 @@ def build(request: BuildRequest) -> ModelSource | None:
             if not (index / "segments").is_dir():
                 make_folder(index / "segments")
             empty = Run(index, 0, 0, 0, request.plan.segment_size)
-            state.corpus = ingest.write_records(request.corpus, empty, say)
+            state.corpus = ingest.write_records(request.corpus, empty, progress)
             state.save()
-        ingest.report(state.corpus, state.build_plan.sequence_length, say)
+        ingest.report_read(state.corpus, state.plan.sequence_length, progress)
 
         # 3) the model and its tracked modules
-        about = prepare(index, request.source, request.dtype, state, say, shard.of)
+        about = prepare(index, request.source, request.dtype, state, progress, shard.of)
         with _shared_out(request) as share:
 
             # 4) EK-FAC curvature
-            fitted = _fit(index, about, share, say)
+            fitted = _fit(index, about, share, progress)
 
             # 5) every sequence → a code
             if request.ray is None:
                 ingest.encode_run(about.model, _codes(fitted, state), about.run,
-                                  state.build_plan.batch_tokens, request.max_bad, say, share)
+                                  state.plan.batch_tokens, request.facts.max_bad, progress, share)
             else:
                 share.wait(Stage("encode"), lambda: ingest.unsealed(about.run))
         return_freed()
         if shard.of > 1:
-            say.say(f"shard {shard.number}/{shard.of} is done; when all are: gradindex merge "
-                    f"{index}")
+            progress.say(f"shard {shard.number}/{shard.of} is done; when all are: gradindex merge "
+                         f"{index}")
             return None
 
         # 6) and 7) how good the codes are, and the commit
-        _complete(index, fitted, state, say)
+        _complete(index, fitted, state, progress)
     return _whole(request)
 
 
@@ -122,9 +122,9 @@ def _whole(request: BuildRequest) -> ModelSource | None:
 
 
 @contextlib.contextmanager
-def _writing(request: BuildRequest) -> Iterator[State]:
+def _writing(request: BuildRequest) -> Iterator[BuildState]:
     """Be the one process that writes to the index, or one of those that do so together."""
-    index, say, shard = request.index, request.say, request.shard
+    index, progress, shard = request.index, request.progress, request.shard
     together = shard.of > 1 or request.ray is not None
     if shard.first:
         with disk_errors(index):
@@ -133,13 +133,13 @@ def _writing(request: BuildRequest) -> Iterator[State]:
                 _begin_anew_alone(request)
     else:
         shard.wait(Stage("reading the data"), lambda: [] if manifest.exists(index) or
-                   State.joined(index, request.plan) else [0])
+                   BuildState.joined(index, request.plan) else [0])
     group = f"one of {shard.of} shards" if shard.of > 1 else OVER_RAY
     writing = one_of_writers(index, shard.number, group) if together else \
         only_writer(index, "gradindex build")
     with writing, disk_errors(index):
         refuse_links(index)
-        yield State.open(index, request.plan, say, anew=not together)
+        yield BuildState.open(index, request.plan, progress, anew=not together)
 
 
 @contextlib.contextmanager
@@ -150,7 +150,7 @@ def _shared_out(request: BuildRequest) -> Iterator[Share]:
         return
     from indexer.ray_build import Crew, Job
 
-    with Crew(request.ray, request.ray_workers, Job.of(request), request.say) as crew:
+    with Crew(request.ray, request.ray_workers, Job.of(request), request.progress) as crew:
         yield crew
 
 
@@ -160,8 +160,8 @@ def _begin_anew_alone(request: BuildRequest) -> None:
     A shard of the old plan that is still at work would add its sums to the new one's. Where the
     plan is the same, the others may begin at this moment, and must not find the folder locked.
     """
-    stored = State.resumed(request.index)
-    if stored is None or stored.build_plan == request.plan:
+    stored = BuildState.resumed(request.index)
+    if stored is None or stored.plan == request.plan:
         return
     with contextlib.ExitStack() as stack:
         try:
@@ -169,7 +169,7 @@ def _begin_anew_alone(request: BuildRequest) -> None:
         except GradindexError:
             return
         refuse_links(request.index)
-        State.open(request.index, request.plan, request.say)
+        BuildState.open(request.index, request.plan, request.progress)
 
 
 def merge(
@@ -183,32 +183,31 @@ def merge(
     Raises InputError where there is nothing to merge or something is missing, IndexMismatchError
     for another model, GradindexError while another process writes to the index; ResourceError.
     """
-    folder, say = Path(index), progress or Progress()
+    folder, progress = Path(index), progress or Progress()
     given = ModelSource(model, tokenizer, device, trust_remote_code, allow_pickle,
                         parse_bound(max_memory))
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder; expected one that gradindex build --shard wrote.")
     with only_writer(folder, "gradindex merge"), disk_errors(folder):
         refuse_links(folder)
-        state = State.resumed(folder)
+        state = BuildState.resumed(folder)
         if state is None and not manifest.exists(folder):
             raise InputError(f"{folder} holds no unfinished build. Run gradindex build … --shard "
                              "i/n first, once for each i.")
         if state is None or manifest.exists(folder):
-            say.say(f"{folder} is complete; nothing to do.")
+            progress.say(f"{folder} is complete; nothing to do.")
         else:
             _refuse_unfinished(folder, state)
-            plan = state.build_plan
+            plan = state.plan
             source = given.at_build(plan.model, plan.revision, None)
-            about = prepare(folder, source, plan.dtype, state, say)
-            _complete(folder, _fit(folder, about, Shard(), say), state, say)
+            about = prepare(folder, source, plan.dtype, state, progress)
+            _complete(folder, _fit(folder, about, Shard(), progress), state, progress)
     return replace(given, max_memory=None)
 
 
-def _refuse_unfinished(index: Path, state: State) -> None:
+def _refuse_unfinished(index: Path, state: BuildState) -> None:
     """Raise InputError for shards that are not done."""
-    run = Run(index, 0, 0, (state.corpus or {"sequences": 0})["sequences"],
-              state.build_plan.segment_size)
+    run = Run(index, 0, 0, state.corpus.sequences if state.corpus else 0, state.plan.segment_size)
     missing = "the data are not read" if state.corpus is None else \
         "the curvature is not fitted" if not (index / "curvature").is_dir() else None
     left = [run.segments[number].name for number in ingest.unsealed(run)]
@@ -233,57 +232,57 @@ class _Fitted:
     notes: FitNotes
 
 
-def _fit(index: Path, about: Prepared, share: Share, say: Progress) -> _Fitted:
-    ekfac, notes = fit(about.model, about.tracked, about.run.records, about.settings, index, say,
-                       about.run.count, share, about.allowance)
+def _fit(index: Path, about: Prepared, share: Share, progress: Progress) -> _Fitted:
+    ekfac, notes = fit(about.model, about.tracked, about.run.records, about.settings, index,
+                       progress, about.run.count, share, about.allowance)
     return _Fitted(about, [one for one in about.tracked if one.name in ekfac], ekfac, notes)
 
 
-def _codes(fitted: _Fitted, state: State) -> Codes:
-    return make_codes(fitted.modules, fitted.ekfac, state.build_plan)
+def _codes(fitted: _Fitted, state: BuildState) -> Codes:
+    return make_codes(fitted.modules, fitted.ekfac, state.plan)
 
 
-def _complete(index: Path, fitted: _Fitted, state: State, say: Progress) -> None:
+def _complete(index: Path, fitted: _Fitted, state: BuildState, progress: Progress) -> None:
     """Steps 6 and 7, once every segment is encoded."""
-    plan, run, model, ekfac = state.build_plan, fitted.about.run, fitted.about.model, fitted.ekfac
-    assert state.asked is not None
+    plan, run, model, ekfac = state.plan, fitted.about.run, fitted.about.model, fitted.ekfac
+    assert state.request is not None
     codes, length = _codes(fitted, state), plan.bits
-    quarantined = ingest.quarantined(run, state.asked["max_bad"], say)
+    quarantined = ingest.quarantined(run, state.request.max_bad, progress)
 
     # 6) how far a code's score is from the exact one, and what comes up whatever is asked
     coded = [one for one in range(run.count) if one not in quarantined]
     calibration = calibrate(
         model, codes, ekfac, run.records, lambda ids: run.codes(ids, length), coded,
-        plan.batch_tokens, say, fitted.about.allowance,
+        plan.batch_tokens, progress, fitted.about.allowance,
     )
     queries, sample = make_background(
-        model, codes, ekfac, run.records, lambda ids: run.coded(ids, length), coded, say)
+        model, codes, ekfac, run.records, lambda ids: run.coded(ids, length), coded, progress)
     background_file.save(index / layout.BACKGROUND, queries)
 
     # 7) the commit
     made = _manifest(state, fitted, codes, calibration,
                      BackgroundFacts(queries=len(queries), sample=sample), len(quarantined))
     if made.duplicates:
-        say.say(f"duplicates: {made.duplicates:,} sequences equal an earlier one; they are shown "
-                "as one hit with a count")
+        progress.say(f"duplicates: {made.duplicates:,} sequences equal an earlier one; they are "
+                     "shown as one hit with a count")
     manifest.commit(index, made)
     (index / BUILD).unlink()
     for path in filter(is_lock, index.iterdir()):  # of shards that were killed
         path.unlink()
     total = sum(file.stat().st_size for file in index.rglob("*") if file.is_file())
-    say.say(f"index: {index}, {made.sequences:,} sequences, {size(total)} (it holds the training "
-            "text)")
+    progress.say(f"index: {index}, {made.sequences:,} sequences, {size(total)} (it holds the "
+                 "training text)")
 
 
 def _manifest(
-    state: State, fitted: _Fitted, codes: Codes, calibration: Calibration,
+    state: BuildState, fitted: _Fitted, codes: Codes, calibration: Calibration,
     queries: BackgroundFacts, quarantined: int,
 ) -> Manifest:
     """What the build made."""
     run, model = fitted.about.run, fitted.about.model
     tracked, notes = fitted.modules, fitted.notes
-    plan, facts, asked = state.build_plan, state.corpus, state.asked
-    assert facts is not None and asked is not None and state.model is not None
+    plan, facts, request, identity = state.plan, state.corpus, state.request, state.model
+    assert facts is not None and request is not None and identity is not None
     files = {f"curvature/{name}": one for name, one in notes.files.items()}
     for name in (layout.FIT, layout.BACKGROUND):
         files[name] = facts_of(run.index / name)
@@ -292,17 +291,16 @@ def _manifest(
         format=manifest.FORMAT, generation=1, versions=_versions(),
         model=ModelFacts(
             name=anywhere(plan.model), revision=plan.revision,
-            files=state.model["files"], tensors=state.model["tensors"],
-            config=state.model["config"], tokenizer=plan.tokenizer,
-            tokenizer_name=asked["tokenizer_name"],
+            files=identity.files, tensors=identity.tensors, config=identity.config,
+            tokenizer=plan.tokenizer, tokenizer_name=request.tokenizer_name,
         ),
         dtype=plan.dtype, device=plan.device, threads=state.threads,
-        task=asked["task"], vocabulary=vocabulary_size(model.network.config),
+        task=request.task, vocabulary=vocabulary_size(model.network.config),
         sequence_length=plan.sequence_length,
-        documents=facts["documents"], sequences=run.count - quarantined, tokens=facts["tokens"],
-        scored_tokens=facts["scored_tokens"], skipped=facts["skipped"],
+        documents=facts.documents, sequences=run.count - quarantined, tokens=facts.tokens,
+        scored_tokens=facts.scored_tokens, skipped=facts.skipped,
         duplicates=row_file.count_equal(rows["digest"][~np.isnan(rows["norm"])]),
-        train_sequences=asked["train_sequences"], modules=tracked,
+        train_sequences=request.train_sequences, modules=tracked,
         parameter_share=parameter_share(model.network, tracked),
         effective_dimension={name: round(one.effective_dimension(plan.damping), 1)
                              for name, one in fitted.ekfac.items()},
@@ -328,8 +326,9 @@ def _check_finished(index: Path, request: BuildRequest) -> None:
     digest = files_digest(request.source)
     if digest is None or digest != built.model["files"]:
         check_identity(LanguageModel.load(request.source, request.dtype), dict(built.model))
-    if request.train_sequences not in (None, built.train_sequences):
-        built.train_sequences = request.train_sequences  # it only scales what is shown
+    train_sequences = request.facts.train_sequences
+    if train_sequences not in (None, built.train_sequences):
+        built.train_sequences = train_sequences  # it only scales what is shown
         built.generation += 1
         manifest.commit(index, built)
 

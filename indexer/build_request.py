@@ -14,7 +14,6 @@ from typing import Any, ParamSpec, TypeVar
 
 from gradindex.cluster import check_address, load_ray
 from gradindex.errors import InputError
-from gradindex.influence import curvature
 from gradindex.influence.codes import default_length
 from gradindex.memory import parse_bound
 from gradindex.model.config import context_length, vocabulary_size
@@ -22,35 +21,30 @@ from gradindex.model.identity import tokenizer_digest
 from gradindex.model.source import ModelSource
 from gradindex.progress import Progress
 from gradindex.storage.plan import MOST_BLOCKS, Plan
-from indexer.fit.quarantine import SHARE
+from indexer import defaults
 from indexer.read.corpus import Corpus, CorpusSettings
 from indexer.read.sources import token_file_width
 from indexer.shards import Shard, parse_shard
-
-LONGEST_DEFAULT = 512  # tokens, where the model's context is longer
+from indexer.state import RequestFacts
 
 
 @dataclass
 class BuildRequest:
-    """What a build was asked for: the plan, which decides the bytes, and what doesn't."""
+    """What a build was asked for: the plan, which decides the bytes, and what doesn't.
+
+    `dtype` is as it was given, perhaps "auto"; the plan has it resolved.
+    """
 
     index: Path
     source: ModelSource
     corpus: Corpus
     plan: Plan
     dtype: str
-    train_sequences: int | None
-    max_bad: float
-    tokenizer_name: str | None
-    say: Progress
+    facts: RequestFacts
+    progress: Progress
     shard: Shard
     ray: str | None
     ray_workers: int | None
-
-    def facts(self) -> dict[str, Any]:
-        """What the manifest takes over besides the plan."""
-        return {"task": self.corpus.task, "train_sequences": self.train_sequences,
-                "max_bad": self.max_bad, "tokenizer_name": self.tokenizer_name}
 
 
 def make_request(
@@ -69,19 +63,19 @@ def make_request(
     pack: bool = False,
     limit: int | None = None,
     strict: bool = False,
-    modules: str = "mlp",
-    fit_sequences: int = 4096,
-    fit_labels: str = "model",
-    covariance_blocks: int = 1,
-    damping: float = curvature.DAMPING,
+    modules: str = defaults.MODULES,
+    fit_sequences: int = defaults.FIT_SEQUENCES,
+    fit_labels: str = defaults.LABELS[0],
+    covariance_blocks: int = defaults.COVARIANCE_BLOCKS,
+    damping: float = defaults.DAMPING,
     bits: int | None = None,
-    dtype: str = "auto",
-    device: str = "auto",
-    batch_tokens: int = 4096,
-    segment_size: int = 4096,
+    dtype: str = defaults.AUTO,
+    device: str = defaults.AUTO,
+    batch_tokens: int = defaults.BATCH_TOKENS,
+    segment_size: int = defaults.SEGMENT_SIZE,
     train_sequences: int | None = None,
-    max_bad: float = SHARE,
-    seed: int = 0,
+    max_bad: float = defaults.MAX_BAD,
+    seed: int = defaults.SEED,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     shard: str | None = None,
@@ -92,7 +86,6 @@ def make_request(
     progress: Progress | None = None,
 ) -> BuildRequest:
     """1) What is asked for, resolved, before anything expensive. Raises InputError."""
-    index = Path(out)
     source = ModelSource(model, tokenizer, device, trust_remote_code, allow_pickle,
                          parse_bound(max_memory))
     config = source.load_config()
@@ -108,23 +101,25 @@ def make_request(
                   ray_workers=ray_workers)
     if ray is not None:
         _check_ray(ray, model, shard)
-    say = progress or Progress()
-    own = Shard() if shard is None else parse_shard(shard, wait, say)
+    progress, index = progress or Progress(), Path(out)
+    share = Shard() if shard is None else parse_shard(shard, wait, progress)
     _check_choices(index, seed, covariance_blocks, keep_fields, fit_labels)
     corpus = open_corpus(data, source, config, settings, strict)
-    place, resolved = source.resolve(dtype)
+    chosen_device, chosen_dtype = source.resolve(dtype)
     plan = Plan(
         **asdict(settings), model=source.name, revision=source.revision, data=corpus.data_facts(),
         modules=modules, fit_sequences=fit_sequences, fit_labels=fit_labels,
         covariance_blocks=covariance_blocks, damping=damping,
         bits=_code_length(bits, settings.sequence_length),
-        dtype=str(resolved).removeprefix("torch."), device=place.type, batch_tokens=batch_tokens,
-        segment_size=segment_size, seed=seed, tokenizer=tokenizer_digest(corpus.tokenizer),
+        dtype=str(chosen_dtype).removeprefix("torch."), device=chosen_device.type,
+        batch_tokens=batch_tokens, segment_size=segment_size, seed=seed,
+        tokenizer=tokenizer_digest(corpus.tokenizer),
     )
     named = isinstance(tokenizer, (str, Path))
-    tokenizer_name = anywhere(str(tokenizer)) if named else None
-    return BuildRequest(index, source, corpus, plan, dtype, train_sequences, max_bad,
-                        tokenizer_name, say, own, ray, ray_workers)
+    facts = RequestFacts(corpus.task, train_sequences, max_bad,
+                         anywhere(str(tokenizer)) if named else None)
+    return BuildRequest(index, source, corpus, plan, dtype, facts, progress, share, ray,
+                        ray_workers)
 
 
 Arguments = ParamSpec("Arguments")
@@ -181,7 +176,7 @@ def _sequence_length(seq_len: int | None, config: Any, data: list[Any]) -> int:
     if seq_len is None:
         width = token_file_width(data)
         if width is None:
-            return min(context or LONGEST_DEFAULT, LONGEST_DEFAULT)
+            return min(context or defaults.LONGEST, defaults.LONGEST)
         seq_len = width
     if seq_len < 2 or (context and seq_len > context):
         raise InputError(
@@ -217,8 +212,8 @@ def _check_choices(
         raise InputError(f"--covariance-blocks {covariance_blocks}: expected 1 to {MOST_BLOCKS}.")
     if isinstance(keep_fields, str):
         raise InputError(f"keep_fields={keep_fields!r}: expected a list of field names.")
-    if fit_labels not in ("model", "data"):
-        raise InputError(f"--fit-labels {fit_labels}: expected model or data.")
+    if fit_labels not in defaults.LABELS:
+        raise InputError(f"--fit-labels {fit_labels}: expected {' or '.join(defaults.LABELS)}.")
     if index.exists() and not index.is_dir():
         raise InputError(f"-o {index} is a file; expected a folder to make or to go on with.")
 

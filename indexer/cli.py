@@ -10,9 +10,10 @@ import click
 from gradindex.errors import ResourceError
 from gradindex.flags import MAX_MEMORY, MODEL, options, read_ids, read_lines
 from gradindex.terminal import json_text, visible_lines
+from indexer import defaults
 
 _MAX_BAD = click.option(
-    "--max-bad", type=float, default=0.001, show_default=True, metavar="SHARE",
+    "--max-bad", type=float, default=defaults.MAX_BAD, show_default=True, metavar="SHARE",
     help="Sequences that may be left out since their gradient is not finite (ten may, unless they "
          "are half of all).")
 
@@ -27,35 +28,38 @@ _MAX_BAD = click.option(
 @click.option("--messages-field", metavar="NAME", help="Field of chat messages [messages].")
 @click.option("--id-field", metavar="NAME", help="Field with your own id, shown in results.")
 @click.option("--keep-fields", metavar="A,B", help="Fields to carry into results.")
-@click.option("--seq-len", type=int, help="Tokens a sequence [the model's context, at most 512].")
+@click.option("--seq-len", type=int,
+              help=f"Tokens a sequence [the model's context, at most {defaults.LONGEST}].")
 @click.option("--pack/--no-pack", default=False, help="Join documents with the end token [no].")
 @click.option("--limit", type=int, help="Read only the first documents.")
 @click.option("--strict", is_flag=True, help="Stop at the first row that can't be used.")
-@click.option("--modules", default="mlp", show_default=True, metavar="RANGE|KINDS|REGEX",
+@click.option("--modules", default=defaults.MODULES, show_default=True, metavar="RANGE|KINDS|REGEX",
               help="Linear modules to track: layers (8-15), mlp (all but attention), attention, "
                    "all (both), adapter (LoRA's own), several with commas; else names that match.")
-@click.option("--fit-sequences", type=int, default=4096, show_default=True,
+@click.option("--fit-sequences", type=int, default=defaults.FIT_SEQUENCES, show_default=True,
               help="Sequences to fit the curvature on.")
-@click.option("--fit-labels", type=click.Choice(["model", "data"]), default="model",
+@click.option("--fit-labels", type=click.Choice(defaults.LABELS), default=defaults.LABELS[0],
               show_default=True, help="Labels sampled from the model, or the data's own.")
-@click.option("--covariance-blocks", type=int, default=1, show_default=True, metavar="O",
+@click.option("--covariance-blocks", type=int, default=defaults.COVARIANCE_BLOCKS,
+              show_default=True, metavar="O",
               help="Split A and S in O blocks along the diagonal, for wide layers: 1/O of the "
                    "memory, less time for eigendecompositions; scores differ somewhat.")
-@click.option("--damping", type=float, default=0.1, show_default=True,
+@click.option("--damping", type=float, default=defaults.DAMPING, show_default=True,
               help="λ as a factor of each module's mean eigenvalue.")
 @click.option("--bits", type=int, help="Bits a code, K [256 a token, at least 16384].")
-@click.option("--dtype", default="auto", show_default=True,
+@click.option("--dtype", default=defaults.AUTO, show_default=True,
               help="auto (float32 on a CPU, the checkpoint's own on a GPU), float32, bfloat16, …")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option("--batch-tokens", type=int, default=4096, show_default=True,
+@click.option("--device", default=defaults.AUTO, show_default=True,
+              help="auto, cpu, cuda or cuda:N.")
+@click.option("--batch-tokens", type=int, default=defaults.BATCH_TOKENS, show_default=True,
               help="Padded tokens a batch.")
 @MAX_MEMORY
-@click.option("--segment-size", type=int, default=4096, show_default=True,
+@click.option("--segment-size", type=int, default=defaults.SEGMENT_SIZE, show_default=True,
               help="Sequences a segment, the unit of work and of resuming.")
 @click.option("--train-sequences", type=int,
               help="Sequences the model was trained on, N_train [the number indexed].")
 @_MAX_BAD
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=int, default=defaults.SEED, show_default=True)
 @click.option("--tokenizer", metavar="PATH", help="Folder or hub id [the model's].")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
 @click.option("--allow-pickle", is_flag=True, help="Load weights that aren't safetensors.")

@@ -4,7 +4,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -31,10 +30,7 @@ from indexer.fit.notes import FitSettings
 from indexer.fit.schedule import AHEAD, LARGEST_BLOCK
 from indexer.read import ingest
 from indexer.read.ingest import Run
-from indexer.state import State
-
-if TYPE_CHECKING:
-    pass
+from indexer.state import BuildState
 
 NOTABLE = 0.05  # share of parameters that can't be tracked: said loudly from here on
 
@@ -51,27 +47,28 @@ class Prepared:
 
 
 def prepare(
-    index: Path, source: ModelSource, dtype: str, state: State, say: Progress, shards: int = 1,
+    index: Path, source: ModelSource, dtype: str, state: BuildState, progress: Progress,
+    shards: int = 1,
 ) -> Prepared:
     """Load and check the model. Raises ResourceError where disk or memory don't suffice."""
-    plan, facts = state.build_plan, state.corpus
-    assert facts is not None and state.asked is not None
+    plan, request = state.plan, state.request
+    assert state.corpus is not None and request is not None
     torch.set_num_threads(state.threads)
-    run = Run(index, 0, 0, facts["sequences"], plan.segment_size)
-    say.say(f"model: loading {source.name} as {plan.dtype} on {plan.device}")
+    run = Run(index, 0, 0, state.corpus.sequences, plan.segment_size)
+    progress.say(f"model: loading {source.name} as {plan.dtype} on {plan.device}")
     model = LanguageModel.load(source, dtype)
     state.check_model(model)
     tracked = tracked_modules(model.network, plan.modules)
-    say.say(f"modules: {describe(model, tracked)}")
+    progress.say(f"modules: {describe(model, tracked)}")
     odd = {what: share for what, share in untracked(model.network, tracked).items()
            if what not in (*TRACKABLE, *SMALL_PARTS)}
     if (total := sum(odd.values())) > NOTABLE:
-        say.say(f"warning: {total:.0%} of the model's parameters can't be tracked, so their "
-                f"influence is in no score: {shares(odd)}")
+        progress.say(f"warning: {total:.0%} of the model's parameters can't be tracked, so their "
+                     f"influence is in no score: {shares(odd)}")
     settings = FitSettings(
         choose(Stream.FIT_SEQUENCES, plan.seed, run.count, plan.fit_sequences),
         plan.fit_labels, min(plan.segment_size, LARGEST_BLOCK), plan.batch_tokens,
-        plan.seed, state.asked["max_bad"], plan.covariance_blocks,
+        plan.seed, request.max_bad, plan.covariance_blocks,
     )
     allowance = allow(model, tracked, settings, lambda: run.records(settings.ids[: settings.block]))
     blocks, width = settings.covariance_blocks, model.accumulate.itemsize

@@ -31,7 +31,7 @@ from indexer.fit.units import FitUnits
 from indexer.prepare import Prepared, make_codes, prepare
 from indexer.read import ingest
 from indexer.shards import OVER_RAY, Stage
-from indexer.state import State
+from indexer.state import BuildState
 
 TRIES = 4  # of a unit that fails, or to have a worker there
 PAUSE = 5.0  # seconds before a unit is tried again, and longer each time: a shared folder lags
@@ -92,7 +92,7 @@ class _Worker:
 
     def _load(self) -> None:
         job = self._job
-        state = State.joined(self._index, job.plan) if self._index.is_dir() else None
+        state = BuildState.joined(self._index, job.plan) if self._index.is_dir() else None
         if state is None:
             raise InputError(f"it finds no build in {self._index}. With --ray the index has to lie "
                              "where every machine sees it by the same path.")
@@ -145,7 +145,7 @@ class _Worker:
             self._units.forget()
             about = self._about
             ekfac, _ = read_fitted(about.model, about.tracked, about.settings.covariance_blocks,
-                              self._index, Progress(), about.allowance)
+                                   self._index, Progress(), about.allowance)
             kept = [module for module in about.tracked if module.name in ekfac]
             self._codes = make_codes(kept, ekfac, self._job.plan)
         return self._codes
@@ -185,7 +185,7 @@ class Crew:
 
     def __enter__(self) -> "Crew":
         connect(self._address)
-        state = State.joined(Path(self._job.index), self._job.plan)
+        state = BuildState.joined(Path(self._job.index), self._job.plan)
         assert state is not None
         gpu = self._job.plan.device == "cuda"
         self._remote = self._ray.remote(_Worker).options(

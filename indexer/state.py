@@ -1,12 +1,13 @@
-"""How far a build or an append has come: `build.json` or `append.json`.
+"""How far a build or an append has come: `build.json` and `append.json`.
 
-It holds the plan (what was asked for, resolved) until the manifest takes its place.
+Each holds a plan (what was asked for, resolved) until the manifest takes its place. Its names in
+JSON are those of its first version, so that what an earlier gradindex began goes on.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, NotRequired
+from typing import Annotated, Any, NotRequired, TypeVar
 
 import pydantic
 import torch
@@ -16,46 +17,82 @@ from gradindex.errors import DamagedIndexError, InputError
 from gradindex.model.identity import check_identity, identify
 from gradindex.model.network import LanguageModel
 from gradindex.progress import Progress
-from gradindex.storage import manifest, sealed_json
+from gradindex.storage import sealed_json
 from gradindex.storage.files import TEMPORARY, atomic_write
 from gradindex.storage.integrity import open_inside
+from gradindex.storage.layout import APPEND, BUILD, CURVATURE, PARTIAL
 from gradindex.storage.locks import NOTE, is_lock
-from gradindex.storage.plan import Plan
+from gradindex.storage.manifest import exists as index_exists
+from gradindex.storage.manifest import load as load_manifest
+from gradindex.storage.plan import DataFacts, Plan
+from indexer.read.corpus import CorpusFacts
 
-BUILD, APPEND = "build.json", "append.json"
-LARGEST = 1 << 26  # bytes of either
+LARGEST = 1 << 26  # bytes of either file
+
+Threads = Annotated[int, pydantic.Field(gt=0, le=1 << 16)]
+
+
+@dataclass(frozen=True)
+class RequestFacts:
+    """What of a build's request doesn't decide the codes, and the manifest needs all the same."""
+
+    task: str
+    train_sequences: int | None
+    max_bad: float
+    tokenizer_name: str | None
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """What the model was when it was first loaded, see `identity.identify`."""
+
+    files: str | None
+    tensors: str
+    config: dict[str, Any]
+
+
+# ---- a build
 
 
 @dataclass
-class State:
-    """`build.json` or `append.json`: the plan and how far it has come."""
+class BuildState:
+    """`build.json`. What isn't known yet is None: the corpus, the model, the request besides the
+    plan.
+
+    `saved_plan` is the plan as it lies there, perhaps of an earlier version: two are compared in
+    this form.
+    """
 
     path: Path
-    plan: dict[str, Any]
+    saved_plan: dict[str, Any]
     threads: int
-    corpus: dict[str, Any] | None = None
-    model: dict[str, Any] | None = None
-    asked: dict[str, Any] | None = None  # besides the plan: what doesn't decide the codes
+    corpus: CorpusFacts | None = None
+    model: ModelIdentity | None = None
+    request: RequestFacts | None = None
 
     @classmethod
     def open(
-        cls, index: Path, plan: Plan, say: Progress, anew: bool = True
-    ) -> "State":
+        cls, index: Path, plan: Plan, progress: Progress, anew: bool = True
+    ) -> "BuildState":
         """The state of the build in `index`, or a new one. Raises as `find` does; ResourceError."""
-        state = cls.find(index, plan, say, anew)
+        state = cls.find(index, plan, progress, anew)
         if state is None:
             state = cls(index / BUILD, plan.to_dict(), torch.get_num_threads())
             state.save()
         return state
 
     @classmethod
-    def resumed(cls, index: Path) -> "State | None":
+    def resumed(cls, index: Path) -> "BuildState | None":
         """The state of the build in `index` as it is now, whatever its plan; None for none."""
         path = index / BUILD
-        return _stored(path) if path.is_file() else None
+        if not path.is_file():
+            return None
+        stored = _read(path, _BUILD)
+        return cls(path, stored["plan"], stored["threads"], stored["corpus"], stored["model"],
+                   stored.get("asked"))
 
     @classmethod
-    def joined(cls, index: Path, plan: Plan) -> "State | None":
+    def joined(cls, index: Path, plan: Plan) -> "BuildState | None":
         """The state of a build that another process began, once its data and model are known.
 
         Raises InputError for another plan, if something was fitted: else it may yet begin anew.
@@ -63,32 +100,34 @@ class State:
         state = cls.resumed(index)
         if state is None:
             return None
-        if _fitted(index):
-            refuse_difference(index, state.plan, plan.to_dict())
+        if _is_fitted(index):
+            _refuse_difference(index, state.saved_plan, plan.to_dict())
         known = state.corpus is not None and state.model is not None
-        return state if known and not _differences(state.plan, plan.to_dict()) else None
+        return state if known and not _differences(state.saved_plan, plan.to_dict()) else None
 
     @classmethod
     def find(
-        cls, index: Path, plan: Plan, say: Progress, anew: bool = True
-    ) -> "State | None":
+        cls, index: Path, plan: Plan, progress: Progress, anew: bool = True
+    ) -> "BuildState | None":
         """The state of the build in `index`, which may not exist; None where it begins anew.
 
         Another plan is adopted as long as nothing was fitted, so that a command that failed early
         can be corrected; afterwards, or where other processes may be at work (not `anew`), it is
         refused. Raises InputError.
         """
-        path, wanted = index / BUILD, plan.to_dict()
-        if manifest.exists(index):
-            refuse_difference(index, manifest.load(index).plan.to_dict(), wanted)
-            return cls(path, wanted, torch.get_num_threads())
-        if path.is_file():
-            stored = _stored(path)
-            if _fitted(index) or not anew or not _differences(stored.plan, wanted):
-                refuse_difference(index, stored.plan, wanted)
-                return stored
-            say.say(f"starting over in {index}, where nothing was fitted yet: "
-                    + "; ".join(_differences(stored.plan, wanted)))
+        wanted = plan.to_dict()
+        if index_exists(index):
+            _refuse_difference(index, load_manifest(index).plan.to_dict(), wanted)
+            return cls(index / BUILD, wanted, torch.get_num_threads())
+        state = cls.resumed(index)
+        if state is not None:
+            changes = _differences(state.saved_plan, wanted)
+            if _is_fitted(index) or not anew or not changes:
+                _refuse_difference(index, state.saved_plan, wanted)
+                return state
+            progress.say(f"starting over in {index}, where nothing was fitted yet: "
+                         + "; ".join(changes))
+        # what a killed process leaves before its first file is whole is no reason to refuse
         elif index.is_dir() and any(
                 entry.name not in (BUILD + TEMPORARY, NOTE) and not is_lock(entry)
                 for entry in index.iterdir()):
@@ -97,83 +136,125 @@ class State:
             )
         return None
 
-    @classmethod
-    def open_append(cls, index: Path, plan: dict[str, Any], threads: int) -> "State":
-        """The state of the append to `index`, or a new one. Raises InputError for another plan."""
-        path = index / APPEND
-        stored = unfinished_append(index, plan["first"])
-        if stored is not None:
-            if changes := _differences(stored.plan, plan):
-                raise InputError(
-                    f"{index} has an unfinished append of other data ({'; '.join(changes)}). Run "
-                    "that command again to finish it, or drop what it did with --discard."
-                )
-            return stored
-        state = cls(path, plan, threads)
-        state.save()
-        return state
-
     @property
-    def build_plan(self) -> Plan:
-        """The plan of a build. Raises DamagedIndexError where it can't be read as one."""
-        return Plan.from_dict(self.plan)
+    def plan(self) -> Plan:
+        """The plan. Raises DamagedIndexError where it can't be read as one."""
+        return Plan.from_dict(self.saved_plan)
 
     def save(self) -> None:
-        content = {"plan": self.plan, "threads": self.threads, "corpus": self.corpus,
-                   "model": self.model, "asked": self.asked}
-        atomic_write(self.path, sealed_json.sign(content))
+        """Write build.json. Raises ResourceError."""
+        _write(self.path, self.saved_plan, self.threads, self.corpus, self.model, self.request)
 
     def check_model(self, model: LanguageModel) -> None:
         """Remember the weights' digest, or raise IndexMismatchError if they changed."""
         if self.model is None:
-            self.model = identify(model)
+            self.model = ModelIdentity(**identify(model))
             self.save()
         else:
-            check_identity(model, self.model)
+            check_identity(model, asdict(self.model))
 
 
-def _fitted(index: Path) -> bool:
+def _is_fitted(index: Path) -> bool:
     """Whether a build has fitted anything."""
-    return (index / "curvature").is_dir() or any(
-        (index / "curvature.partial").glob("*.safetensors"))
+    return (index / CURVATURE).is_dir() or any(
+        (index / f"{CURVATURE}{PARTIAL}").glob("*.safetensors"))
 
 
-def unfinished_append(index: Path, next_id: int) -> State | None:
+# ---- an append
+
+
+@dataclass(frozen=True)
+class AppendPlan:
+    """What an append was asked for, and the id that its first sequence gets."""
+
+    data: list[DataFacts]
+    limit: int | None
+    first: int
+
+
+@dataclass
+class AppendState:
+    """`append.json`; the corpus is None until it was read."""
+
+    path: Path
+    plan: AppendPlan
+    threads: int
+    corpus: CorpusFacts | None = None
+
+    @classmethod
+    def open(cls, index: Path, plan: AppendPlan, threads: int) -> "AppendState":
+        """The state of the append to `index`, or a new one. Raises InputError for another plan."""
+        state = unfinished_append(index, plan.first)
+        if state is None:
+            state = cls(index / APPEND, plan, threads)
+            state.save()
+        elif changes := _differences(asdict(state.plan), asdict(plan)):
+            raise InputError(
+                f"{index} has an unfinished append of other data ({'; '.join(changes)}). Run "
+                "that command again to finish it, or drop what it did with --discard."
+            )
+        return state
+
+    @classmethod
+    def resumed(cls, index: Path) -> "AppendState | None":
+        """The state of the append to `index`, finished or not; None for none."""
+        path = index / APPEND
+        if not os.path.lexists(path):
+            return None
+        stored = _read(path, _APPEND)
+        return cls(path, stored["plan"], stored["threads"], stored["corpus"])
+
+    def save(self) -> None:
+        """Write append.json. Raises ResourceError."""
+        _write(self.path, asdict(self.plan), self.threads, self.corpus)
+
+
+def unfinished_append(index: Path, next_id: int) -> AppendState | None:
     """The append under way, if there is one.
 
     One that begins below `next_id` was killed right after its commit: it is finished.
     """
-    path = index / APPEND
-    stored = _stored(path) if os.path.lexists(path) else None
-    return stored if stored is not None and stored.plan.get("first") == next_id else None
+    state = AppendState.resumed(index)
+    return state if state is not None and state.plan.first == next_id else None
 
 
-def finished_append(index: Path, plan: dict[str, Any]) -> bool:
+def finished_append(index: Path, plan: AppendPlan) -> bool:
     """Whether the append of `plan` was killed right after its commit: nothing is left to do.
 
     Its `first` is below that of `plan`, which is the index's next id.
     """
-    path = index / APPEND
-    stored = _stored(path) if os.path.lexists(path) else None
-    return stored is not None and stored.plan.get("first") != plan["first"] and \
-        not _differences({**stored.plan, "first": None}, {**plan, "first": None})
+    state = AppendState.resumed(index)
+    return state is not None and state.plan.first != plan.first and \
+        replace(state.plan, first=plan.first) == plan
 
 
-class _Stored(TypedDict):
+# ---- the files
+
+
+class _StoredBuild(TypedDict):
     plan: dict[str, Any]
-    threads: Annotated[int, pydantic.Field(gt=0, le=1 << 16)]
-    corpus: dict[str, Any] | None
-    model: dict[str, Any] | None
-    asked: NotRequired[dict[str, Any] | None]
+    threads: Threads
+    corpus: CorpusFacts | None
+    model: ModelIdentity | None
+    asked: NotRequired[RequestFacts | None]
 
 
-_ADAPTER: pydantic.TypeAdapter[_Stored] = pydantic.TypeAdapter(_Stored)
+class _StoredAppend(TypedDict):
+    plan: AppendPlan
+    threads: Threads
+    corpus: CorpusFacts | None
 
 
-def _stored(path: Path) -> State:
+_BUILD: pydantic.TypeAdapter[_StoredBuild] = pydantic.TypeAdapter(_StoredBuild)
+_APPEND: pydantic.TypeAdapter[_StoredAppend] = pydantic.TypeAdapter(_StoredAppend)
+_Stored = TypeVar("_Stored", _StoredBuild, _StoredAppend)
+
+
+def _read(path: Path, adapter: pydantic.TypeAdapter[_Stored]) -> _Stored:
+    """What a file holds, checked. Raises DamagedIndexError."""
     try:
         with os.fdopen(open_inside(path.parent, path.name), "rb") as file:
-            content = _ADAPTER.validate_json(
+            return adapter.validate_json(
                 sealed_json.check(sealed_json.parse(file.read(LARGEST))))
     except ValueError as error:
         raise DamagedIndexError(
@@ -181,7 +262,17 @@ def _stored(path: Path) -> State:
             "came: drop an append with `gradindex append INDEX --discard`; begin a build again in "
             "another folder."
         ) from None
-    return State(path, **content)
+
+
+def _write(
+    path: Path, plan: dict[str, Any], threads: int, corpus: CorpusFacts | None,
+    model: ModelIdentity | None = None, request: RequestFacts | None = None,
+) -> None:
+    content = {
+        "plan": plan, "threads": threads, "corpus": corpus and asdict(corpus),
+        "model": model and asdict(model), "asked": request and asdict(request),
+    }
+    atomic_write(path, sealed_json.sign(content))
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -191,7 +282,8 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ]
 
 
-def refuse_difference(index: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+def _refuse_difference(index: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise InputError where a plan is another than the one that was begun."""
     changes = _differences(before, now)
     if changes:
         raise InputError(

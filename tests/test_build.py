@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import gradindex
 from demo.prepare import train_tokenizer
+from gradindex.cli import main_group
 from gradindex.errors import GradindexError, IndexMismatchError, InputError, ResourceError
 from gradindex.model.config import context_length
 from gradindex.model.network import LanguageModel
@@ -23,7 +24,9 @@ from gradindex.storage import records
 from gradindex.storage.locks import only_writer
 from indexer import build as build_module
 from indexer import build_request
+from indexer.build_request import make_request
 from indexer.read import ingest
+from indexer.upkeep.append import append
 from support.documents import small_documents
 from support.indexes import SMALL, files_of
 from support.kills import KilledError
@@ -481,3 +484,17 @@ def test_bad_rows_are_counted_and_reported(model_folder, tmp_path, capfd):
     assert f"{path}:6: invalid JSON" in shown and f"{path}:43: invalid UTF-8" in shown
     with pytest.raises(InputError, match=r"train\.jsonl:6: invalid JSON"):
         gradindex.build(str(model_folder), path, tmp_path / "strict", **options, strict=True)
+
+
+@pytest.mark.parametrize("words, function", [
+    (["build", "model", "data", "-o", "out"], make_request), (["append", "index", "data"], append),
+])
+def test_flags_have_the_defaults_of_arguments(words, function):
+    """A default that stood twice would be shown wrong once it is changed."""
+    arguments = inspect.signature(function).parameters
+    command = main_group.get_command(None, words[0])
+    taken = command.make_context(words[0], words[1:]).params
+    given = {"model", "data", "out", "index"}
+    assert len(set(taken) & set(arguments) - given) > 5
+    for name in set(taken) & set(arguments) - given:
+        assert (taken[name] or None) == (arguments[name].default or None), name

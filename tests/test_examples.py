@@ -1,6 +1,5 @@
 """The examples run: each on a small model and its documents, as a user would start it."""
 
-import importlib.util
 import json
 import os
 import re
@@ -17,11 +16,12 @@ import pytest
 
 import gradindex
 from demo.prepare import Settings
+from support.needed import library
+from support.waiting import HANG
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 PROMPT, COMPLETION, OTHER = "The apple number", " 8 grows", " 9 grows"
-LONGEST = 600.0  # seconds: only what hangs takes as long
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ import json, sys
 import nbclient, nbformat
 notebook = nbformat.read(sys.argv[1], as_version=4)
 nbformat.validate(notebook)
-client = nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3",
+client = nbclient.NotebookClient(notebook, timeout=None, kernel_name="python3",
                                  resources={"metadata": {"path": sys.argv[2]}})
 client.execute()
 print(json.dumps([[output for output in cell.outputs] for cell in notebook.cells
@@ -112,10 +112,9 @@ print(json.dumps([[output for output in cell.outputs] for cell in notebook.cells
 """
 
 
-@pytest.mark.skipif(
-    not all(map(importlib.util.find_spec, ("nbclient", "ipykernel"))),
-    reason="nbclient or ipykernel is not installed (pip install -e '.[test]')")
 def test_the_notebook_is_executed(folder, tmp_path):
+    library("nbclient")
+    library("ipykernel")
     notebook = json.loads((EXAMPLES / "notebook.ipynb").read_text())
     code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert not any(cell["outputs"] or cell["execution_count"] for cell in code)
@@ -128,7 +127,7 @@ def test_the_notebook_is_executed(folder, tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(
         [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
     ended = subprocess.run([sys.executable, "-c", RUN_NOTEBOOK, str(copy), str(tmp_path)],
-                           capture_output=True, text=True, env=environment, timeout=LONGEST)
+                           capture_output=True, text=True, env=environment, timeout=HANG)
     assert ended.returncode == 0, ended.stderr
     outputs = json.loads(ended.stdout.splitlines()[-1])
     shown = [output["data"] for cell in outputs for output in cell if "data" in output]

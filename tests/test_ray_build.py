@@ -30,7 +30,7 @@ from indexer.fit.units import FitUnits
 from indexer.prepare import prepare
 from indexer.ray_build import Crew, Job, Receipt, _Worker
 from indexer.shards import OVER_RAY, Shard, Stage
-from indexer.state import State
+from indexer.state import BuildState
 from support.clusters import two_nodes
 from support.indexes import SMALL, SMALL_FLAGS, files_of
 from support.needed import library
@@ -252,8 +252,8 @@ def test_a_worker_is_where_the_plan_says(model_folder, data_file, tmp_path, one_
     worker._stack.close()
     assert not list(tmp_path.glob("index/shard.*"))
     if not torch.cuda.is_available():
-        state = State.resumed(tmp_path / "index")
-        state.plan["device"] = "cuda"
+        state = BuildState.resumed(tmp_path / "index")
+        state.saved_plan["device"] = "cuda"
         state.save()
         asked = build(dtype="float64")
         asked.plan = replace(asked.plan, device="cuda")
@@ -264,7 +264,7 @@ def test_a_worker_is_where_the_plan_says(model_folder, data_file, tmp_path, one_
 def test_a_worker_reads_once_what_units_of_a_stage_share(model_folder, data_file, begun):
     """The numbers of units done by a process each, though the files they share are gone."""
     asked = make_request(str(model_folder), data_file, begun, **SMALL)
-    about = prepare(begun, asked.source, "float32", State.resumed(begun), Progress())
+    about = prepare(begun, asked.source, "float32", BuildState.resumed(begun), Progress())
     folder = begun / "curvature.partial"
 
     def worker():

@@ -21,7 +21,7 @@ from indexer import shards
 from indexer.fit.budget import SOLVER, held_bytes, partitions
 from indexer.fit.sums import Block, BlockNotes, Sums
 from indexer.shards import Shard, Stage, parse_shard
-from indexer.state import State
+from indexer.state import BuildState
 from support.indexes import SMALL, SMALL_FLAGS, files_of
 from support.waiting import HANG, IN_VAIN, until
 
@@ -103,11 +103,11 @@ def test_a_shard_of_another_plan_keeps_a_build_from_beginning_anew(
             pytest.raises(InputError, match="seed: 0 before, 5 now"):
         gradindex.build(str(model_folder), data_file, out, **SMALL, seed=5, shard="0/2",
                         wait=IN_VAIN)
-    assert State.resumed(out).plan["seed"] == 0
+    assert BuildState.resumed(out).plan.seed == 0
     with pytest.raises(GradindexError, match="in vain for"):
         gradindex.build(str(model_folder), data_file, out, **SMALL, seed=5, shard="0/2",
                         wait=IN_VAIN)
-    assert State.resumed(out).plan["seed"] == 5
+    assert BuildState.resumed(out).plan.seed == 5
 
 
 def test_what_is_done_needs_no_room_on_the_disk(model_folder, data_file, tmp_path, monkeypatch):

@@ -21,8 +21,6 @@ from gradindex.modules import Module
 from gradindex.storage.files import FileFacts
 from gradindex.storage.tensors import header_bytes, read_tensors, write_tensors
 
-DAMPING = 0.1  # of mean(Λ), as in Grosse et al. 2023, §5
-
 
 @dataclass
 class Curvature:
@@ -58,7 +56,7 @@ class Curvature:
         """Q_S C Q_Aᵀ  [..., o, i]: coordinates in the eigenbasis as a gradient again."""
         return leave(coordinates, self.eigenvectors_a, self.eigenvectors_s)
 
-    def effective_dimension(self, factor: float = DAMPING) -> float:
+    def effective_dimension(self, factor: float) -> float:
         """Σ Λ/(Λ+λ): how many directions the damping leaves."""
         # in float64: up to millions of terms between 0 and 1
         return float((self.eigenvalues.double() / self.damped(factor).double()).sum())

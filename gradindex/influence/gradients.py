@@ -49,11 +49,12 @@ def backward(
 class _Run:
     """One run of a module, d being there once the backward pass has reached it.
 
-    `places` int64 [n] are those of an expert's inputs among the batch's b·t tokens, and a [n, i].
+    For an expert, a is [n, i], and `token_numbers` int64 [n] are those of its inputs among the
+    batch's b·t tokens.
     """
 
     a: Tensor
-    places: Tensor | None
+    token_numbers: Tensor | None
     d: Tensor | None = None
 
 
@@ -85,7 +86,7 @@ def _backward(
         return hook
 
     def receive(module: Module, run: _Run, d: Tensor) -> None:
-        run.d = d if run.places is not None else d.reshape(*batch.tokens.shape, -1)
+        run.d = d if run.token_numbers is not None else d.reshape(*batch.tokens.shape, -1)
         # A shared map's gradient is the sum over its runs, and its square is not the sum of theirs:
         # it is handed over when all have arrived. Popped, so that memory holds few modules at once.
         if all(earlier.d is not None for earlier in runs[module.name]):
@@ -158,13 +159,13 @@ def _joined(module: Module, runs: list[_Run], batch: Batch) -> tuple[Tensor, Ten
     Where m isn't t, or the inputs aren't in the order of tokens, `batch.positions` says which token
     each belongs to.
     """
-    if len(runs) == 1 and runs[0].places is None:
+    if len(runs) == 1 and runs[0].token_numbers is None:
         assert runs[0].d is not None
         return runs[0].a, runs[0].d
     parts = []
     for run in runs:
         assert run.d is not None
-        if run.places is None:
+        if run.token_numbers is None:
             every = torch.arange(batch.tokens.shape[1], device=run.a.device)
             parts.append((run.a, run.d, every.expand(batch.tokens.shape)))
             continue
@@ -172,8 +173,8 @@ def _joined(module: Module, runs: list[_Run], batch: Batch) -> tuple[Tensor, Ten
         a = run.a
         if module.d_in > a.shape[-1]:  # a bias is a column of W here: it counts where a token came
             a = functional.pad(a, (0, 1), value=1.0)
-        packed, positions = pack(a, run.places, shape)
-        parts.append((packed, pack(run.d, run.places, shape)[0], positions))
+        packed, positions = pack(a, run.token_numbers, shape)
+        parts.append((packed, pack(run.d, run.token_numbers, shape)[0], positions))
     a, d, positions = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
     batch.positions[module.name] = positions
     return a, d

@@ -1,8 +1,8 @@
-"""Adapters, as `peft` makes them: what a saved one says, and which maps of a network are its own.
+"""Adapters, as `peft` makes them: what a saved one says, and which maps of a network belong to it.
 
-An adapter's layer wraps one of the base: LoRA keeps it as `base_layer` beside its own two linear
-maps, `lora_A.<adapter>` and `lora_B.<adapter>`. peft is never imported here: transformers loads an
-adapter with it, and its layers are known by their attributes.
+An adapter's layer wraps a layer of the base model: LoRA keeps that as `base_layer` beside its two
+linear maps, `lora_A.<adapter>` and `lora_B.<adapter>`. peft is never imported here: transformers
+loads an adapter with it, and its layers are known by their attributes.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ _INCIDENTAL = ("base_model_name_or_path", "revision", "inference_mode", "peft_ve
 
 @dataclass(frozen=True)
 class Adapter:
-    """A saved adapter: its folder, its base (`name` or `name@revision`), all else it says."""
+    """A saved adapter: its folder, its base model (`name` or `name@revision`), other settings."""
 
     folder: Path
     base: str
@@ -34,7 +34,7 @@ class Adapter:
 
     @contextlib.contextmanager
     def explain_base(self) -> Iterator[None]:
-        """Where the base can't be had, say whose base it is and what to do."""
+        """Say of an InputError about the base whose base it is, and what to do."""
         try:
             yield
         except InputError as error:
@@ -57,13 +57,14 @@ def read_adapter(file: Path) -> Adapter:
     try:
         settings = json.loads(file.read_text())
         base, revision = settings["base_model_name_or_path"], settings.get("revision")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # JSON of any form at all
         base = None
     if not base or not isinstance(base, str):
         raise InputError(
             f"{file} names no base model; expected base_model_name_or_path to be a folder or hub "
             "id, as PeftModel.save_pretrained writes it. Add it."
         )
+    # The adapter would be taken, and whoever put both there may mean the other.
     if any(file.parent.glob("model*.safetensors")) or any(file.parent.glob("pytorch_model*.bin")):
         raise InputError(
             f"{file.parent} holds an adapter and the weights of a whole model; expected one of "
@@ -78,9 +79,10 @@ def read_adapter(file: Path) -> Adapter:
 def unwrapped(network: Any) -> Any:
     """The transformers model inside a PeftModel, with its adapters in place; any other as it is.
 
-    It is the same network that loading the saved adapter gives, down to its modules' names.
     Raises InputError for a prompt-learning adapter, which has no layers in the network.
     """
+    # It is the network that loading the saved adapter gives, down to its modules' names: an index
+    # built from the object is read with the folder.
     if not hasattr(network, "get_base_model"):
         return network
     if getattr(getattr(network, "active_peft_config", None), "is_prompt_learning", False):
@@ -95,32 +97,34 @@ def unwrapped(network: Any) -> Any:
 class Parts:
     """What adapters make of a network's modules.
 
-    own: LoRA's maps that run; idle: modules that don't run as things stand (merged, disabled or
-    inactive adapters, replaced originals); odd: maps under a running adapter that isn't plain LoRA.
-    Such a one may use their weights in other ways, and their gradient isn't Σ d aᵀ then.
+    `lora` are LoRA's linear maps that run. `idle` modules don't run as things stand: those of
+    merged, disabled or inactive adapters, and replaced originals. `unusual` are the maps of and
+    under a running adapter that isn't plain LoRA, which may use their weights in other ways: their
+    gradient isn't Σ d aᵀ then.
     """
 
-    own: set[nn.Module] = field(default_factory=set)
+    lora: set[nn.Module] = field(default_factory=set)
     idle: set[nn.Module] = field(default_factory=set)
-    odd: set[nn.Module] = field(default_factory=set)
+    unusual: set[nn.Module] = field(default_factory=set)
 
 
 def adapter_parts(network: nn.Module) -> Parts:
     """The parts of all adapters of a network; empty sets for a plain model."""
     parts = Parts()
     for _, layer in _adapter_layers(network):
+        # Everything in the layer but its base is idle until an adapter that runs claims it.
         parts.idle.update(layer.modules())
         parts.idle -= {layer, *layer.base_layer.modules()}
         for adapter in _running(layer):
-            lora = isinstance(getattr(layer, "lora_A", None), nn.ModuleDict)
-            sides = (layer.lora_A, layer.lora_B) if lora else ()
+            is_lora = isinstance(getattr(layer, "lora_A", None), nn.ModuleDict)
+            sides = (layer.lora_A, layer.lora_B) if is_lora else ()
             maps = {side[adapter] for side in sides if adapter in side}
-            parts.own |= maps
-            if not lora or adapter in getattr(layer, "lora_variant", {}):
-                parts.odd |= {*layer.base_layer.modules(), *maps}
+            parts.lora |= maps
+            if not is_lora or adapter in getattr(layer, "lora_variant", {}):  # DoRA and the like
+                parts.unusual |= {*layer.base_layer.modules(), *maps}
             elif hasattr(layer, "parameter_name"):  # of a bare parameter, such as all experts' W
-                parts.odd |= maps
-    parts.idle -= parts.own
+                parts.unusual |= maps
+    parts.idle -= parts.lora
     for copies in network.modules():  # `modules_to_save`: a copy takes the original's place
         if isinstance(getattr(copies, "modules_to_save", None), nn.ModuleDict):
             parts.idle |= _idle_copies(copies)
@@ -128,16 +132,18 @@ def adapter_parts(network: nn.Module) -> Parts:
 
 
 def _idle_copies(copies: Any) -> set[nn.Module]:
+    """Of the original and its copies in a `modules_to_save` wrapper, those that don't run."""
     active = [] if copies.disable_adapters else copies.active_adapters
     runs = copies.modules_to_save[active[0]] if active else copies.original_module
     return set(copies.modules()) - {copies, *runs.modules()}
 
 
 def adapter_facts(network: nn.Module) -> list[str]:
-    """What running adapters do that their tensors don't tell: a line each; none for a plain model.
+    """A line for each running adapter with its scale, which its tensors don't tell.
 
-    Equal tensors with another lora_alpha are another model.
+    None for a plain model.
     """
+    # Part of the model's identity: equal tensors with another lora_alpha are another model.
     return [
         f"{name} {adapter} {getattr(layer, 'scaling', {}).get(adapter)}"
         for name, layer in _adapter_layers(network) for adapter in _running(layer)
@@ -145,7 +151,7 @@ def adapter_facts(network: nn.Module) -> list[str]:
 
 
 def no_adapter(network: nn.Module) -> str:
-    """Why a network has no adapter's map to track."""
+    """Why a network has no adapter's map to track, in words for a message."""
     if not any(True for _ in _adapter_layers(network)):
         return "the model has no adapter in its blocks"
     return "no LoRA map of the model's adapters runs (merged, disabled, inactive, or not LoRA)"
@@ -158,4 +164,5 @@ def _adapter_layers(network: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _running(layer: Any) -> list[str]:
+    """The names of the adapters of a layer that run."""
     return [] if layer.merged or layer.disable_adapters else list(layer.active_adapters)

@@ -4,23 +4,31 @@ from typing import Any
 
 
 def context_length(config: Any) -> int | None:
-    """The longest sequence the model takes, in tokens, where its configuration says so.
+    """The longest sequence that the model takes, in tokens; None where its configuration is silent.
 
-    Rotary scaling "longrope" (Phi-3) switches to other frequencies where a batch holds more than
-    the original length, for all its sequences: there this is the original length, up to which a
-    sequence's gradient doesn't depend on its batch. "dynamic" does so beyond the length itself.
+    >>> from transformers import GPT2Config
+    >>> context_length(GPT2Config(n_positions=1024))
+    1024
     """
     text = config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}
     lengths = [getattr(text, "max_position_embeddings", None)]
-    for one in (rope, *rope.values()):  # some models have one for each type of layer
-        if isinstance(one, dict) and one.get("rope_type") == "longrope":
-            lengths.append(one.get("original_max_position_embeddings"))
+    # Rotary scaling "longrope" (Phi-3) switches to other frequencies where a batch holds more than
+    # the original length, for all its sequences. Up to that length a sequence's gradient doesn't
+    # depend on its batch. ("dynamic" does so beyond the length itself, which is never reached.)
+    for settings in (rope, *rope.values()):  # some models have them for each type of layer
+        if isinstance(settings, dict) and settings.get("rope_type") == "longrope":
+            lengths.append(settings.get("original_max_position_embeddings"))
     return min((int(length) for length in lengths if length), default=None)
 
 
 def vocabulary_size(config: Any) -> int:
-    """How many token ids there are; they lie below it."""
+    """How many token ids there are: all of them are below it.
+
+    >>> from transformers import GPT2Config
+    >>> vocabulary_size(GPT2Config(vocab_size=50257))
+    50257
+    """
     return int(config.get_text_config().vocab_size)
 
 

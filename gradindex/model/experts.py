@@ -16,103 +16,111 @@ UP = ("gate_up_proj", "up_proj")  # the first map of an expert, by what it is ca
 
 
 class ExpertMap(nn.Module):
-    """One expert's linear map: W[e], and its bias where there is one.
-
-    It is run on the tokens that were routed to the expert, x [n, i], whose places among all of the
-    batch's come along.
-    """
+    """The linear map of one expert, by its number: W[e], and its bias where there is one."""
 
     def __init__(self, experts: Any, name: str, number: int):
         super().__init__()
-        self._of = (experts,)  # in a tuple, or its weights would count as this one's
+        self._block = (experts,)  # in a tuple, or its weights would count as this module's
         self._name, self.number = name, number
 
     @property
     def experts(self) -> nn.Module:
-        """The block that has the weights."""
-        [experts] = self._of
-        found: nn.Module = experts
-        return found
+        """The block that holds the weights of all experts."""
+        [experts] = self._block
+        block: nn.Module = experts
+        return block
 
     @property
     def parameters_of_all(self) -> tuple[Tensor | None, Tensor | None]:
-        """The experts' own tensors that W and the bias are parts of; None for computed ones."""
-        of = self.experts._parameters
-        return of.get(self._name), of.get(f"{self._name}_bias")
+        """The block's tensors that W and the bias are parts of; None for computed ones."""
+        parameters = self.experts._parameters
+        return parameters.get(self._name), parameters.get(f"{self._name}_bias")
 
     @property
     def weight(self) -> Tensor:
-        """W [o, i], a view of the experts' tensor."""
-        [experts] = self._of
+        """W [o, i], a view of the block's tensor."""
+        [experts] = self._block
         weight: Tensor = getattr(experts, self._name)[self.number]
         return weight.T if experts.is_transposed else weight
 
     @property
     def bias(self) -> Tensor | None:
-        [experts] = self._of
+        """The expert's bias [o], or None."""
+        [experts] = self._block
         return getattr(experts, f"{self._name}_bias")[self.number] if experts.has_bias else None
 
-    def forward(self, x: Tensor, places: Tensor) -> Tensor:
-        """x [n, i] of tokens at `places` [n] of the batch's → [n, o]."""
+    # `token_numbers` is for the hook alone: which token an input belongs to can't be told from x.
+    def forward(self, x: Tensor, token_numbers: Tensor) -> Tensor:
+        """Outputs [n, o] of the n tokens that were routed to the expert, with inputs x [n, i].
+
+        `token_numbers` int64 [n] are theirs among all b·t tokens of the batch.
+        """
         return functional.linear(x, self.weight, self.bias)
 
 
 def open_experts(network: nn.Module) -> list[nn.Module]:
-    """Give every block of fused experts a submodule for each linear map; the blocks."""
-    found = [module for module in network.modules() if is_fused(module)]
-    for experts in found:
+    """Give every block of fused experts a submodule for each linear map; returns the blocks."""
+    blocks = [module for module in network.modules() if is_fused(module)]
+    for experts in blocks:
         for name in _maps(experts):
             for number in range(experts.num_experts):  # type: ignore[arg-type]
-                if not hasattr(experts, f"{name}_{number}"):
+                if not hasattr(experts, f"{name}_{number}"):  # of a model that was opened before
                     experts.add_module(f"{name}_{number}", ExpertMap(experts, name, number))
-    return found
+    return blocks
 
 
 def is_fused(module: nn.Module) -> bool:
-    """Whether transformers can run a module's experts in several ways, and so in ours."""
+    """Whether a module holds fused experts of the form that transformers runs in several ways."""
     return all(hasattr(module, name) for name in (
         "num_experts", "is_transposed", "is_concatenated", "has_bias", "has_gate", "down_proj"))
 
 
 def _maps(experts: Any) -> tuple[str, str]:
+    """The names of the block's tensors for an expert's first and second map."""
     return UP[not experts.has_gate], "down_proj"
 
 
 def forward(
     experts: Any, hidden: Tensor, chosen: Tensor, weights: Tensor
 ) -> Tensor:
-    """What fused experts compute, expert by expert: hidden [n, h] → [n, h].
+    """What a block of fused experts computes, expert by expert: hidden [n, h] → [n, h].
 
-    `chosen` and `weights` [n, k] are each token's experts and what their outputs are multiplied
-    with.
+    `chosen` int64 [n, k] are the experts that each token is routed to, and `weights` [n, k] what
+    their outputs are multiplied with before they are added up.
     """
     first, second = _maps(experts)
     total = torch.zeros_like(hidden)
     for number in range(experts.num_experts):
-        places, rank = torch.where(chosen == number)
-        if not len(places):
+        token_numbers, rank = torch.where(chosen == number)
+        if not len(token_numbers):
             continue
-        inner = getattr(experts, f"{first}_{number}")(hidden[places], places)
+        inner = getattr(experts, f"{first}_{number}")(hidden[token_numbers], token_numbers)
         inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
-        outer = getattr(experts, f"{second}_{number}")(inner, places)
+        outer = getattr(experts, f"{second}_{number}")(inner, token_numbers)
         if getattr(experts, "has_post_expert_norm", False):
             outer = experts.post_expert_norm(outer)
-        outer = outer * weights[places, rank, None]
-        total.index_add_(0, places, outer.to(total.dtype))
+        outer = outer * weights[token_numbers, rank, None]
+        total.index_add_(0, token_numbers, outer.to(total.dtype))
     return total
 
 
-def pack(x: Tensor, places: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Tokens x [n, ·] at `places` of a batch [b, t], by sequence: [b, m, ·], zeros behind.
+def pack(x: Tensor, token_numbers: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Some tokens' values x [n, f] by sequence, [b, m, f], and their positions, int64 [b, m].
 
-    m is the most tokens that a sequence has. Also their positions in it, int64 [b, m], −1 behind.
+    `token_numbers` int64 [n] are theirs among all tokens of a batch of `shape` (b, t). m is the
+    most tokens that a sequence has; behind those of a shorter one stand zeros, and positions −1.
+
+    >>> packed, positions = pack(torch.tensor([[1.0], [2.0]]), torch.tensor([1, 5]), (2, 4))
+    >>> packed.tolist(), positions.tolist()
+    ([[[1.0]], [[2.0]]], [[1], [1]])
     """
-    rows, order = (places // shape[1]).sort(stable=True)
+    # stable: the tokens of a sequence stay in their order, so that sums come out the same
+    rows, order = (token_numbers // shape[1]).sort(stable=True)
     counts = torch.bincount(rows, minlength=shape[0])
-    slots = torch.arange(len(rows), device=x.device) - (counts.cumsum(0) - counts)[rows]
+    columns = torch.arange(len(rows), device=x.device) - (counts.cumsum(0) - counts)[rows]
     most = int(counts.max()) if len(rows) else 0
     packed = x.new_zeros(shape[0], most, x.shape[-1])
-    positions = places.new_full((shape[0], most), -1)
-    packed[rows, slots] = x[order]
-    positions[rows, slots] = places[order] % shape[1]
+    positions = token_numbers.new_full((shape[0], most), -1)
+    packed[rows, columns] = x[order]
+    positions[rows, columns] = token_numbers[order] % shape[1]
     return packed, positions

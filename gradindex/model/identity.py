@@ -15,8 +15,7 @@ from gradindex.storage.files import digest_of_files
 
 
 def tensors_digest(network: nn.Module) -> str:
-    """SHA-256 over every tensor's name, dtype, shape and bytes, in order of name, and over what
-    running adapters do with theirs."""
+    """SHA-256 in hex over every tensor's name, dtype, shape and bytes, and adapters' scales."""
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -28,8 +27,11 @@ def tensors_digest(network: nn.Module) -> str:
 
 
 def identify(model: LanguageModel) -> dict[str, Any]:
-    """What the index remembers a model by: digests of its weight files and of its tensors, and its
-    configuration."""
+    """What an index knows a model by.
+
+    `files` and `tensors` are digests of its weight files and of its tensors, `config` is what its
+    configuration says (`config_facts`).
+    """
     return {"files": files_digest(model.source), "tensors": tensors_digest(model.network),
             "config": config_facts(model.network.config)}
 
@@ -40,33 +42,34 @@ _INCIDENTAL = {"transformers_version", "dtype", "torch_dtype", "use_cache", "arc
 
 
 def config_facts(config: Any) -> dict[str, Any]:
-    """A configuration as plain JSON types, without what doesn't matter to the gradient."""
+    """A configuration as plain JSON types, without the entries that no gradient depends on."""
     facts = json.loads(config.to_json_string(use_diff=False))
     return {name: value for name, value in facts.items()
             if name not in _INCIDENTAL and not name.startswith("_")}
 
 
 def _different(before: Any, now: Any, name: str) -> str | None:
-    """Where two configurations differ; entries that only one has are another library version's."""
+    """The first entry in which two configurations differ, in words; None where they agree."""
     if isinstance(before, dict) and isinstance(now, dict):
-        found = (_different(before[key], now[key], f"{name}.{key}" if name else key)
-                 for key in sorted({*before} & {*now}))
-        return next((one for one in found if one), None)
+        # Entries that only one has are another version's of transformers, which adds and drops
+        # some: an index would have to be built again for each of them.
+        differences = (_different(before[key], now[key], f"{name}.{key}" if name else key)
+                       for key in sorted({*before} & {*now}))
+        return next((difference for difference in differences if difference), None)
     return None if before == now else f"{name} is {now!r}, was {before!r}"
 
 
 def check_identity(model: LanguageModel, expected: dict[str, Any]) -> None:
-    """Raise IndexMismatchError unless this is the model the index was built with.
-
-    Equal weight files are enough; files that differ (saved again, sharded otherwise) are forgiven
-    when every tensor is the same. The configuration must say the same.
-    """
+    """Raise IndexMismatchError unless a model is the one with the identity `expected`."""
+    # The configuration first: equal weights with another activation or scale are another model.
     if changed := _different(expected["config"], config_facts(model.network.config), ""):
         raise IndexMismatchError(
             f"the model {model.source.name} is not as it was when the index was built: in its "
             f"configuration {changed}. Pass --model with the right folder or id@revision, or build "
             "a new index for this model."
         )
+    # Equal files are enough, and their digest is cached. Others may hold the same tensors, saved
+    # again or cut into other shards: only then are all tensors read.
     files = files_digest(model.source)
     if files is not None and files == expected["files"]:
         return
@@ -81,9 +84,9 @@ def check_identity(model: LanguageModel, expected: dict[str, Any]) -> None:
 
 
 def files_digest(source: ModelSource) -> str | None:
-    """SHA-256 over the weight files' own SHA-256s, or None for a model given as an object.
+    """SHA-256 over the SHA-256s of the weight files, or None for a model given as an object.
 
-    An adapter's covers its own weights and settings and its base's weights.
+    An adapter's covers its weights, its settings and the weights of its base.
     """
     if source.is_object:
         return None
@@ -99,12 +102,15 @@ def files_digest(source: ModelSource) -> str | None:
 
 
 def tokenizer_digest(tokenizer: Any | None) -> str | None:
-    """SHA-256 of what decides text → tokens: vocabulary, merges, special tokens, chat template."""
+    """SHA-256 of all that decides which tokens a text becomes; None without a tokenizer.
+
+    That is vocabulary, merges, special tokens, chat template and what comes before and behind.
+    """
     if tokenizer is None:
         return None
     if getattr(tokenizer, "is_fast", False):
         content = json.loads(tokenizer.backend_tokenizer.to_str())
-        # Leftovers of whoever last called the tokenizer; every call of ours sets its own.
+        # Left there by whoever called the tokenizer last; every call of ours sets its own.
         content.pop("truncation", None)
         content.pop("padding", None)
     else:  # can't read text for us, but may stand beside a model that is used with token files

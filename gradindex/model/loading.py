@@ -22,45 +22,52 @@ def device_called(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        place = torch.device(device)
+        called = torch.device(device)
     except RuntimeError:
         raise InputError(f"--device {device}: expected auto, cpu, cuda or cuda:N.",
                          DEVICE) from None
-    if place.type == "cuda" and not torch.cuda.is_available():
+    # Named, and not "auto": going on without the GPU that was asked for would take days in silence.
+    if called.type == "cuda" and not torch.cuda.is_available():
         raise InputError(
             f"--device {device}: this PyTorch ({torch.__version__}) sees no CUDA GPU. "
             "Use --device cpu, or install a CUDA build of torch.", DEVICE,
         )
-    if place.type not in ("cpu", "cuda") or (place.index or 0) >= max(1, torch.cuda.device_count()):
+    gpus = max(1, torch.cuda.device_count())
+    if called.type not in ("cpu", "cuda") or (called.index or 0) >= gpus:
         raise InputError(
             f"--device {device}: expected auto, cpu, cuda or cuda:N; this machine has "
             f"{torch.cuda.device_count()} GPUs.", DEVICE,
         )
-    return place
+    return called
 
 
 def dtype_called(dtype: str) -> torch.dtype:
-    """The dtype of a name of DTYPES. Raises InputError."""
+    """The dtype of a name in DTYPES. Raises InputError for another name."""
     if dtype not in DTYPES:
         raise InputError(f"--dtype {dtype}: expected auto or one of {', '.join(DTYPES)}.")
     return DTYPES[dtype]
 
 
 def dtype_of(network: Any) -> torch.dtype:
-    """What a network computes in; quantised weights are kept in integers."""
+    """The dtype that a network computes in."""
+    # Not that of the first parameter: quantised weights are kept in integers.
     dtype: torch.dtype = next(
-        one.dtype for one in network.parameters() if one.is_floating_point())
+        parameter.dtype for parameter in network.parameters() if parameter.is_floating_point())
     return dtype
 
 
 @contextlib.contextmanager
 def readable_errors(name: str, adapter: Adapter | None = None) -> Iterator[None]:
-    """transformers' page-long errors on loading `name`, a model or `adapter`, as one line."""
+    """Turn transformers' page-long errors into InputErrors of one line that say what to do.
+
+    `name` is the model, or the adapter, that is being loaded.
+    """
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a damaged file fails in any library below
+        # transformers has few classes of errors: which it is can be told only by what it says.
         text = " ".join(str(error).split())
         if "trust_remote_code" in text or "custom code" in text:
             fix = "It needs its own code: pass --trust-remote-code if you trust it."

@@ -1,7 +1,7 @@
-"""The door to transformers: a causal language model, loaded.
+"""A causal language model, loaded.
 
 Its identity is a digest of its weights, never its path (`identity.py`). Parameters never require a
-gradient: `influence/gradients.py` differentiates with respect to module outputs only.
+gradient: `influence/gradients.py` differentiates with respect to the outputs of modules only.
 """
 
 import threading
@@ -30,7 +30,10 @@ EXPERTS = "gradindex"  # what our way of running fused experts is called in tran
 
 @dataclass
 class LanguageModel:
-    """A loaded causal language model, its tokenizer (or None), and where both came from."""
+    """A loaded causal language model, its tokenizer (or None), and where both came from.
+
+    Making one changes the network: fused experts get submodules, and are run one by one.
+    """
 
     network: Any
     tokenizer: Any | None
@@ -49,30 +52,29 @@ class LanguageModel:
 
     @classmethod
     def load(cls, source: ModelSource, dtype: str = "auto") -> Self:
-        """Load the weights (safetensors, unless `allow_pickle`) in evaluation mode, frozen.
+        """Load a model in evaluation mode, frozen, on its device and in a dtype [see `resolve`].
 
-        What transformers keeps in float32 stays so, such as rotary frequencies. A model object is
-        put in that state itself, and moved or its parameters cast if device or dtype say so, as an
-        adapter's are to its base's dtype. Raises InputError for a model, device or dtype that can't
-        be had.
+        A model object isn't copied: it is put in that state itself, and moved or cast where device
+        or dtype say so. Raises InputError for a model, device or dtype that can't be had.
         """
-        place, wanted = source.resolve(dtype)
-        network = unwrapped(source.model if source.is_object else _read(source, place, wanted))
+        device, wanted = source.resolve(dtype)
+        network = unwrapped(source.model if source.is_object else _read(source, device, wanted))
         if is_quantised(network.config):
-            if network.device.type != place.type:
-                network = network.to(place)
+            if network.device.type != device.type:
+                network = network.to(device)
             as_dequantised(network)
         else:
-            network = network.to(place)
+            network = network.to(device)
+            # peft keeps the weights of adapters in float32 beside a base in bfloat16.
             if adapter_facts(network) or dtype_of(network) != wanted:
                 _cast(network, wanted)
         network = network.eval().requires_grad_(False)
         return cls(network, source.load_tokenizer(), source)
 
     def sharing(self, name: str) -> list[nn.Module]:
-        """The module of this name, and the others that share its weight."""
-        own = self.network.get_submodule(name)
-        return self._maps.get(identity_of(own), [own])
+        """The modules that share the weight of the one of this name, itself among them."""
+        module = self.network.get_submodule(name)
+        return self._maps.get(identity_of(module), [module])
 
     @cached_property
     def _maps(self) -> dict[tuple[int, int], list[nn.Module]]:
@@ -80,20 +82,21 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
+        """Where the network is."""
         device: torch.device = next(self.network.parameters()).device
         return device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it computes in; quantised weights are kept in integers."""
+        """What the network computes in; quantised weights are kept in integers."""
         return dtype_of(self.network)
 
     @property
     def bytes(self) -> int:
         """Bytes of the weights and buffers in memory; shared ones count once."""
-        kept = {one.data_ptr(): one.nbytes
-                for one in (*self.network.parameters(), *self.network.buffers())}
-        return sum(kept.values())
+        by_address = {tensor.data_ptr(): tensor.nbytes
+                      for tensor in (*self.network.parameters(), *self.network.buffers())}
+        return sum(by_address.values())
 
     @property
     def accumulate(self) -> torch.dtype:
@@ -101,17 +104,18 @@ class LanguageModel:
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     def batch(self, texts: Sequence[Scored]) -> Batch:
-        """Texts (records, say) made ready for a pass of this model."""
+        """Texts, or records, as a batch on this model's device."""
         return self.objective.batch(texts, self.device)
 
     def continuation(self, tokens: list[int], length: int) -> list[int]:
-        """The model's own greedy continuation of `tokens`, at most `length` tokens.
+        """The token ids with which the model itself goes on, greedily: at most `length` of them.
 
-        Threads take turns, with `gradients.backward` too.
+        Threads take turns, with those of `gradients.backward` too.
         """
         prompt = torch.tensor([tokens], device=self.device)
         end = self.network.generation_config.eos_token_id
         pad = end[0] if isinstance(end, list) else end
+        # Settings of ours alone: a model's generation_config may sample, or forbid repetitions.
         settings = transformers.GenerationConfig(
             do_sample=False, max_new_tokens=length, eos_token_id=end, pad_token_id=pad or 0
         )
@@ -123,26 +127,27 @@ class LanguageModel:
 
 
 def _read(source: ModelSource, device: torch.device, dtype: torch.dtype) -> Any:
-    """The network of a model that has a name, an adapter's with its base."""
+    """The network of a model that has a name; an adapter's is its base with the adapter in it."""
     if source.adapter is not None:
         with source.adapter.explain_base():
             network = _read(source.base, device, dtype)
-        place = {"revision": source.revision}
+        revision = {"revision": source.revision}
         with readable_errors(source.name, source.adapter):
             # by itself transformers may go on to a pickled file
-            found = transformers.utils.cached_file(
-                source.name, WEIGHTS, **place,
+            weights = transformers.utils.cached_file(
+                source.name, WEIGHTS, **revision,
                 _raise_exceptions_for_missing_entries=not source.allow_pickle,
             )
             loading = network.load_adapter(
-                source.name, adapter_kwargs=place, use_safetensors=found is not None
+                source.name, adapter_kwargs=revision, use_safetensors=weights is not None
             )
         missing = loading.missing_keys
     else:
-        at = {"device_map": {"": device}} if is_quantised(source.load_config()) else {}
-        with readable_errors(source.name):  # quantised weights can't be moved later on
+        # Quantised weights can't be moved later on, so they are loaded where they are to be.
+        options = {"device_map": {"": device}} if is_quantised(source.load_config()) else {}
+        with readable_errors(source.name):
             network, loading = transformers.AutoModelForCausalLM.from_pretrained(
-                source.name, dtype=dtype, **at, **source.arguments, output_loading_info=True,
+                source.name, dtype=dtype, **options, **source.arguments, output_loading_info=True,
                 use_safetensors=None if source.allow_pickle else True,
             )
         missing = loading["missing_keys"]
@@ -157,12 +162,14 @@ def _read(source: ModelSource, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def _cast(network: Any, dtype: torch.dtype) -> None:
-    """Cast the parameters, and those buffers that a model made in this dtype has in it."""
+    """Cast the parameters, and those buffers that a model loaded in this dtype would have in it."""
+    # Some buffers stay float32 whatever the model's dtype: rotary frequencies in bfloat16 would
+    # turn far positions by wrong angles. Which they are, an empty model of that dtype tells.
     with torch.device("meta"):
-        made = dict(type(network)._from_config(network.config, dtype=dtype).named_buffers())
+        buffers = dict(type(network)._from_config(network.config, dtype=dtype).named_buffers())
     for parameter in network.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
     for name, buffer in network.named_buffers():
-        if buffer.is_floating_point() and name in made:
-            buffer.data = buffer.data.to(made[name].dtype)
+        if buffer.is_floating_point() and name in buffers:
+            buffer.data = buffer.data.to(buffers[name].dtype)

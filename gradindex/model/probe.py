@@ -1,8 +1,8 @@
 """One small pass through a network: is it causal, and which of its linear maps does it call?
 
-Both are taken for granted afterwards. Where a later token had a part in earlier logits, padding
-would be in every score, and a token would help to predict itself. And a hook on a map whose weight
-is used without calling it (Mamba's dt_proj) never hears of a gradient.
+Both are taken for granted afterwards. In a network that isn't causal, padding would have a part in
+every score, and a token would help to predict itself. And a hook on a map whose weight is used
+without calling the map (Mamba's dt_proj) never sees a gradient.
 """
 
 import contextlib
@@ -20,18 +20,17 @@ NOTHING = 1e-6  # of a gradient, relative to the largest: rounding of a convolut
 
 
 def called_in_a_pass(network: Any, modules: Iterable[nn.Module]) -> set[nn.Module]:
-    """Those of the modules that a pass calls.
+    """Those of the modules that a pass calls. Raises InputError unless the network is causal.
 
-    All of them where the weights aren't in memory ("meta"), so that nothing can run. Raises
-    InputError unless the network is causal: the logits before the last token must have no gradient
-    with respect to that token's embedding.
+    All of them where the weights aren't in memory (on the device "meta"), as in a dry run.
     """
-    wanted, called, embedded = set(modules), set[nn.Module](), list[Tensor]()
-    place = next(network.parameters()).device
-    if place.type == "meta":
-        return wanted
+    candidates, called, embedded = set(modules), set[nn.Module](), list[Tensor]()
+    device = next(network.parameters()).device
+    if device.type == "meta":
+        return candidates
+    # From the middle of the vocabulary: a model may treat the special tokens at its ends apart.
     vocabulary = vocabulary_size(network.config)
-    tokens = (vocabulary // 2 + torch.arange(LENGTH, device=place)) % vocabulary
+    tokens = (vocabulary // 2 + torch.arange(LENGTH, device=device)) % vocabulary
 
     def call(module: nn.Module, _: Any, __: Any) -> None:
         called.add(module)
@@ -40,7 +39,7 @@ def called_in_a_pass(network: Any, modules: Iterable[nn.Module]) -> set[nn.Modul
         embedded.append(output.detach().requires_grad_())
         return embedded[-1].clone()  # which some models scale in place
 
-    handles = [one.register_forward_hook(call) for one in wanted]
+    handles = [module.register_forward_hook(call) for module in candidates]
     handles.append(network.get_input_embeddings().register_forward_hook(embed))
     try:
         with _in_evaluation(network), torch.enable_grad():
@@ -49,6 +48,7 @@ def called_in_a_pass(network: Any, modules: Iterable[nn.Module]) -> set[nn.Modul
     finally:
         for handle in handles:
             handle.remove()
+    # In a causal network, what was said before the last token has no gradient by its embedding.
     [d] = torch.autograd.grad(earlier, embedded[:1])
     sizes = d.abs().amax((0, 2))
     if sizes[-1] > NOTHING * sizes.max():
@@ -62,7 +62,7 @@ def called_in_a_pass(network: Any, modules: Iterable[nn.Module]) -> set[nn.Modul
 
 @contextlib.contextmanager
 def _in_evaluation(network: nn.Module) -> Iterator[None]:
-    """Without dropout, for a while."""
+    """Put a network in evaluation mode for a while; each module's own mode comes back."""
     training = [module for module in network.modules() if module.training]
     try:
         for module in training:

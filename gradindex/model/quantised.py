@@ -1,4 +1,4 @@
-"""Models with quantised weights: which dtype they have, and passes that always give the same.
+"""Models with quantised weights: their dtype, and passes that don't depend on batch or machine.
 
 The gradient is that of the dequantised weights. bitsandbytes is never imported here: transformers
 loads such a model with it, and its layers are known by their attributes.
@@ -14,7 +14,10 @@ from gradindex.errors import InputError
 
 
 def quantised_dtype(name: str, own: torch.dtype, dtype: str) -> torch.dtype:
-    """The dtype of a quantised model, which can't be cast. Raises InputError for another."""
+    """The dtype of the quantised model `name`, which is its `own`: it can't be cast.
+
+    `dtype` is what the user asked for, or "auto". Raises InputError for another.
+    """
     if dtype not in ("auto", called := str(own).removeprefix("torch.")):
         raise InputError(
             f"--dtype {dtype}: the weights of {name} are quantised and can't be cast; what isn't "
@@ -24,18 +27,18 @@ def quantised_dtype(name: str, own: torch.dtype, dtype: str) -> torch.dtype:
 
 
 def as_dequantised(network: nn.Module) -> None:
-    """Make bitsandbytes' maps compute with their dequantised weights alone, whatever runs before.
+    """Make bitsandbytes' maps compute with their dequantised weights alone, in every pass.
 
-    By itself an 8-bit map rounds its inputs, in a way that depends on all tokens of a batch
-    (LLM.int8, Dettmers et al. 2022), and a 4-bit one is packed anew by the first pass without
-    gradients on some CPUs, for a product that has no gradient. Raises InputError where that is done
-    already: it rounds the scales, and bitsandbytes doesn't put them back in order.
+    Raises InputError for a network whose 4-bit weights were packed anew by an earlier pass.
     """
     for name, module in network.named_modules():
         layer: Any = module
         if _has_four_bits(layer):
+            # On some CPUs the first pass without gradients packs the weights anew, for a product
+            # that has no gradient.
             layer.support_avx512bf16_for_cpu = False
             state = getattr(layer.weight, "quant_state", None)
+            # Where that happened before, the scales were rounded for good.
             if state is not None and state.absmax.ndim > 1:
                 raise InputError(
                     f"the model ran without gradients before, and bitsandbytes packed {name} anew "
@@ -43,11 +46,13 @@ def as_dequantised(network: nn.Module) -> None:
                     "again and build first."
                 )
         elif _has_eight_bits(layer):
+            # By itself such a map rounds its inputs, in a way that depends on all tokens of a batch
+            # (LLM.int8, Dettmers et al. 2022).
             layer.forward = partial(_eight_bits, layer)
 
 
 def is_bitsandbytes(layer: Any) -> bool:
-    """Whether a map is one that `as_dequantised` looks after."""
+    """Whether a map is one of bitsandbytes' that `as_dequantised` makes linear."""
     return _has_four_bits(layer) or _has_eight_bits(layer)
 
 
@@ -60,15 +65,18 @@ def _has_eight_bits(layer: Any) -> bool:
 
 
 def _eight_bits(layer: Any, x: Tensor) -> Tensor:
-    """x [·, i] → [·, o] by an 8-bit map: W = weight (int8 [o, i]) times its scale [o] / 127."""
+    """The outputs [..., o] of an 8-bit map for x [..., i]; W is int8 [o, i] · scale [o] / 127."""
+    # bitsandbytes moves the scale from the weight to the state when a pass has run.
     scale = layer.weight.SCB if layer.state.SCB is None else layer.state.SCB
     product: Tensor = _Product.apply(x, layer.weight.data, scale / 127)
     return product if layer.bias is None else product + layer.bias.to(x.dtype)
 
 
 class _Product(torch.autograd.Function):
-    """x Wᵀ; W is dequantised when it is needed, and again for the gradient, and never kept."""
+    """x Wᵀ [..., o] for x [..., i], W = int8 [o, i] · scale [o]."""
 
+    # W is dequantised for the product and again for its gradient: kept for all layers until the
+    # backward pass, it would take the memory that quantising saved.
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(weight, scale)

@@ -27,13 +27,14 @@ from gradindex.model.quantised import quantised_dtype
 
 @dataclass
 class ModelSource:
-    """Where a model and its tokenizer come from and how they are to be loaded; nothing heavy.
+    """Where a model and its tokenizer come from, and how they are to be loaded.
 
-    It is made at the front door and travels whole. `model` is a hub id, `id@revision`, a folder
-    (each a model or an adapter), or a transformers model or PeftModel object; None: where an
-    index's was at the build. `tokenizer` (an object, id or folder) defaults to the one beside the
-    model, or beside an adapter's base. `device` is where it is to run ("auto", "cpu", "cuda",
-    "cuda:N"), and `max_memory` bytes may be used there at most [all there is].
+    Every command makes one of what the user said, and it travels whole from there; no weights are
+    read for it. `model` is a hub id, `id@revision`, a folder (each of a model or an adapter), or a
+    transformers model or PeftModel object; None means where an index's model was at the build.
+    `tokenizer` is an object, id or folder [the one beside the model, or beside an adapter's base].
+    The model is to run on `device` ("auto", "cpu", "cuda", "cuda:N"), and `max_memory` bytes may be
+    used there at most [all there is].
     """
 
     model: Any = None
@@ -49,7 +50,7 @@ class ModelSource:
         return self.model is not None and not isinstance(self.model, (str, Path))
 
     def at_build(self, name: str, revision: str | None, tokenizer: str | None) -> "ModelSource":
-        """This source, or where no model is given the one that an index was built with."""
+        """This source, with the model that an index was built with where it names none."""
         if self.model is not None:
             return self
         return replace(self, model=name if revision is None else f"{name}@{revision}",
@@ -57,18 +58,20 @@ class ModelSource:
 
     @property
     def name(self) -> str:
+        """The hub id or folder, without a revision; for an object, where it says it was loaded."""
         if not self.is_object:
             return self._split(self.model)[0]
         return str(getattr(self.model.config, "_name_or_path", "") or "an unnamed model object")
 
     @property
     def revision(self) -> str | None:
+        """The revision of `id@revision`, or None."""
         return None if self.is_object else self._split(self.model)[1]
 
     @staticmethod
     def _split(model: str | Path) -> tuple[str, str | None]:
         text = str(model)
-        if "@" in text and not Path(text).exists():
+        if "@" in text and not Path(text).exists():  # folders may have an @ in their names
             name, _, revision = text.partition("@")
             return name, revision
         return text, None
@@ -100,7 +103,8 @@ class ModelSource:
         return base
 
     def load_config(self) -> Any:
-        """The model's configuration (an adapter's base's). Raises InputError when not found."""
+        """The model's configuration, or that of an adapter's base. Raises InputError without one.
+        """
         if self.is_object:
             return self.model.config
         if self.adapter is not None:
@@ -110,21 +114,27 @@ class ModelSource:
             return transformers.AutoConfig.from_pretrained(self.name, **self.arguments)
 
     def load_tokenizer(self) -> Any | None:
-        """The tokenizer, or None where a model has none (enough for token files)."""
-        given = self.tokenizer
-        if given is None and self.is_object:
+        """The tokenizer, or None where a model has none: token files need none.
+
+        Raises InputError for one that can't be loaded.
+        """
+        named = self.tokenizer
+        if named is None and self.is_object:
             return None
-        if given is not None and not isinstance(given, (str, Path)):
-            return given
-        arguments = self.arguments if given is None else {}
+        if named is not None and not isinstance(named, (str, Path)):
+            return named
+        # The model's revision and permission to run code aren't those of another source.
+        arguments = self.arguments if named is None else {}
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(given or self.name, **arguments)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(named or self.name, **arguments)
         except (OSError, ValueError, KeyError) as error:
+            # A folder without a tokenizer is well; one with a damaged tokenizer.json is an error,
+            # which would otherwise show as text that can't be read.
             broken = Path(self.name, "tokenizer.json").exists()
-            if given is None and not broken:
+            if named is None and not broken:
                 return self.base.load_tokenizer() if self.adapter else None
             raise InputError(
-                f"no tokenizer could be loaded from {given or self.name} "
+                f"no tokenizer could be loaded from {named or self.name} "
                 f"({' '.join(str(error).split())[:120]}). Give --tokenizer a folder or hub id that "
                 "has a sound tokenizer.json."
             ) from None
@@ -132,35 +142,33 @@ class ModelSource:
         return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
 
     def resolve(self, dtype: str) -> tuple[torch.device, torch.dtype]:
-        """What "auto" means: a GPU if there is one; float32 on a CPU, the checkpoint's own there.
+        """The device and dtype to load the model with; `dtype` is a name of DTYPES, or "auto".
 
-        A loaded model is used where and as what it is, a quantised one as what it is. Raises
-        InputError for what can't be had.
+        The device "auto" is a GPU if there is one, or where a model object is. The dtype "auto" is
+        float32 on a CPU, the checkpoint's own on a GPU, and that of a model object; a quantised
+        model has its own. Raises InputError for what can't be had.
         """
         config = self.load_config()
         own: torch.dtype
         if self.is_object:
-            place, own = next(self.model.parameters()).device, dtype_of(self.model)
-            place = place if self.device == "auto" else device_called(self.device)
+            device, own = next(self.model.parameters()).device, dtype_of(self.model)
+            device = device if self.device == "auto" else device_called(self.device)
         else:
-            place, said = device_called(self.device), getattr(config, "dtype", None)
-            own = (DTYPES.get(said) if isinstance(said, str) else said) or torch.float32
+            device, name = device_called(self.device), getattr(config, "dtype", None)
+            own = (DTYPES.get(name) if isinstance(name, str) else name) or torch.float32
         if is_quantised(config):
-            return place, quantised_dtype(self.name, own, dtype)
+            return device, quantised_dtype(self.name, own, dtype)
         if dtype != "auto":
-            return place, dtype_called(dtype)
-        cast = place.type == "cpu" and not self.is_object
-        return place, torch.float32 if cast else own
+            return device, dtype_called(dtype)
+        cast = device.type == "cpu" and not self.is_object
+        return device, torch.float32 if cast else own
 
     @property
     def folder(self) -> Path:
-        """The folder with the files of a model that has a name, the hub's cache of it among them.
-
-        Raises InputError where there is none.
-        """
+        """The folder with the model's files. Raises InputError where there is none."""
         if Path(self.name).is_dir():
             return Path(self.name)
-        with readable_errors(self.name):
+        with readable_errors(self.name):  # of a hub id: the hub's cache on this machine
             config = transformers.utils.cached_file(
                 self.name, "config.json", revision=self.revision
             )

@@ -1,7 +1,7 @@
-"""Text ↔ tokens, with the loss mask that training used.
+"""Text to tokens and back, with the loss mask that training used.
 
-Special tokens are the ones the tokenizer adds by itself. Spans are character offsets into the
-document's text (a rendered chat's, for messages); a special token has an empty span.
+Special tokens are those that the tokenizer adds by itself. Spans are offsets, in characters, into
+the document's text (for messages, into the rendered chat); a special token has an empty span.
 """
 
 import re
@@ -21,9 +21,10 @@ class ChatTemplateError(InputError):
 
 @dataclass
 class Tokenised:
-    """A tokenised document: tokens int32 [n], scored bool [n], spans int64 [n, 2] (characters).
+    """A tokenised document.
 
-    `scored[t]` says that the loss counted the prediction of token t.
+    `tokens` int32 [n] are token ids, `scored` bool [n] says for which of them training counted the
+    prediction, `spans` int64 [n, 2] are their first character and the one behind their last.
     """
 
     tokens: np.ndarray
@@ -32,24 +33,42 @@ class Tokenised:
 
 
 def encode(tokenizer: Any, text: str) -> Tokenised:
-    """A plain document: every token is scored."""
-    ids, spans, _ = _tokenize(tokenizer, text, special=True)
-    return Tokenised(ids, np.ones(len(ids), dtype=bool), spans)
+    """A plain document, every token of which is scored. Raises InputError for a slow tokenizer.
+
+    >>> from tokenizers import Tokenizer, models, pre_tokenizers
+    >>> from transformers import PreTrainedTokenizerFast
+    >>> words = Tokenizer(models.WordLevel({"ice": 0, "melts": 1, "?": 2}, unk_token="?"))
+    >>> words.pre_tokenizer = pre_tokenizers.Whitespace()
+    >>> document = encode(PreTrainedTokenizerFast(tokenizer_object=words), "ice melts")
+    >>> document.tokens.tolist(), document.spans.tolist()
+    ([0, 1], [[0, 3], [3, 9]])
+    """
+    tokens, spans, _ = _tokenize(tokenizer, text, special=True)
+    return Tokenised(tokens, np.ones(len(tokens), dtype=bool), spans)
 
 
 def encode_pair(tokenizer: Any, prompt: str, completion: str) -> Tokenised:
     """Prompt and completion, tokenised as one text; the completion's tokens are scored.
 
-    A token that reaches over the border belongs to the completion. An end token that the
-    tokenizer adds behind the text isn't part of the completion and is left out.
+    A token that reaches over the border belongs to the completion. An end token that the tokenizer
+    adds behind the text isn't part of the completion and is left out. Raises InputError for a slow
+    tokenizer.
+
+    >>> from tokenizers import Tokenizer, models, pre_tokenizers
+    >>> from transformers import PreTrainedTokenizerFast
+    >>> words = Tokenizer(models.WordLevel({"ice": 0, "melts": 1, "?": 2}, unk_token="?"))
+    >>> words.pre_tokenizer = pre_tokenizers.Whitespace()
+    >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    >>> encode_pair(tokenizer, "ice", " melts").scored.tolist()
+    [False, True]
     """
     text = prompt + completion
     # Only around some text can be told which special tokens stand before it and which behind.
-    ids, spans, added = _tokenize(tokenizer, text or "a", special=True)
-    own = np.flatnonzero(~added)
-    end = 0 if not len(own) else own[-1] + 1 if text else own[0]
+    tokens, spans, added = _tokenize(tokenizer, text or "a", special=True)
+    ordinary = np.flatnonzero(~added)
+    end = 0 if not len(ordinary) else ordinary[-1] + 1 if text else ordinary[0]
     scored = ~added & (spans[:, 1] > len(prompt))
-    return Tokenised(ids[:end], scored[:end], spans[:end])
+    return Tokenised(tokens[:end], scored[:end], spans[:end])
 
 
 def encode_messages(
@@ -57,25 +76,29 @@ def encode_messages(
 ) -> Tokenised:
     """A chat, rendered by the tokenizer's own template; the assistant's tokens are scored.
 
-    With `last`, only the last message's. Raises InputError where the template can't say which
-    tokens are the assistant's, ChatTemplateError where it refuses the messages.
+    With `last`, only those of the last message are. Raises InputError where the template can't say
+    which tokens are the assistant's, ChatTemplateError where it refuses the messages.
     """
     text = render_messages(tokenizer, messages)
-    ids, spans, _ = _tokenize(tokenizer, text, special=False)
-    scored = np.zeros(len(ids), dtype=bool)
+    tokens, spans, _ = _tokenize(tokenizer, text, special=False)
+    scored = np.zeros(len(tokens), dtype=bool)
+    # A template that marks the assistant's words itself is believed: training that masks by
+    # transformers goes by its marks.
     marked = _marked_stretches(tokenizer, messages, text)
     if marked is not None:
         before = messages[:-1] if last else []
         earlier = _marked_stretches(tokenizer, before, render_messages(tokenizer, before))
         for start, end in marked[len(earlier or []):]:
             scored |= (spans[:, 1] > start) & (spans[:, 0] < end)
-        return Tokenised(ids, scored, spans)
-    for index, message in enumerate(messages):
-        if message.get("role") != "assistant" or (last and index < len(messages) - 1):
+        return Tokenised(tokens, scored, spans)
+    for number, message in enumerate(messages):
+        if message.get("role") != "assistant" or (last and number < len(messages) - 1):
             continue
-        opened = render_messages(tokenizer, messages[:index], answer=True) if index else _before(
+        opened = render_messages(tokenizer, messages[:number], answer=True) if number else _before(
             tokenizer, messages[:1], text)
-        closed = render_messages(tokenizer, messages[: index + 1])
+        closed = render_messages(tokenizer, messages[: number + 1])
+        # What a turn adds to the chat before it is the assistant's, unless the template takes
+        # earlier words back (some drop the reasoning of all turns but the last).
         if not (closed.startswith(opened) and text.startswith(closed)):
             raise InputError(
                 "the chat template rewrites earlier messages, so the assistant's tokens can't be "
@@ -83,11 +106,11 @@ def encode_messages(
                 "as prompt and completion (--prompt-field, --completion-field)."
             )
         scored |= (spans[:, 1] > len(opened)) & (spans[:, 1] <= len(closed))
-    return Tokenised(ids, scored, spans)
+    return Tokenised(tokens, scored, spans)
 
 
 def render_messages(tokenizer: Any, messages: list[dict[str, Any]], answer: bool = False) -> str:
-    """The chat as text; with `answer`, followed by what opens the assistant's turn.
+    """The chat as text. With `answer`, the words that open an assistant's turn follow it.
 
     Raises ChatTemplateError where the template refuses the messages.
     """
@@ -107,7 +130,8 @@ def _render(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> s
 
 
 def _before(tokenizer: Any, first: list[dict[str, Any]], text: str) -> str:
-    """What stands before the content of an assistant message that opens the chat."""
+    """The part of `text` before the content of its `first` message, which is the assistant's."""
+    # A generation prompt can't be asked for with no message before it, so it is taken from behind.
     alone = render_messages(tokenizer, first)
     opening = render_messages(tokenizer, first, answer=True).removeprefix(alone)
     return text[: text.find(opening) + len(opening)] if opening in text else ""
@@ -116,31 +140,35 @@ def _before(tokenizer: Any, first: list[dict[str, Any]], text: str) -> str:
 def _marked_stretches(
     tokenizer: Any, messages: list[dict[str, Any]], text: str
 ) -> list[tuple[int, int]] | None:
-    """Characters of `text` inside {% generation %}, or None where the template marks none.
+    """The stretches of `text` inside {% generation %}, as (first character, the one behind).
 
-    The mask that transformers offers goes wrong where a mark falls on a space that the tokenizer
-    leaves out of its offsets. So the blocks are rendered as filters that put a sign around them.
+    None where the template marks none.
     """
     template = tokenizer.get_chat_template()
+    # The mask that transformers offers goes wrong where a mark falls on a space that the tokenizer
+    # leaves out of its offsets. So the blocks are rendered as filters that put a sign before and
+    # behind them: two code points that Unicode never assigns, and that the text doesn't hold.
     noncharacters = map(chr, range(0xFDD0, 0xFDF0))
     opening, closing = [sign for sign in noncharacters if sign not in text][:2]
     signs = f'filter replace("","{opening}",1)|reverse|replace("","{closing}",1)|reverse'
     signed, count = re.subn(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", rf"\1{signs}\2", template)
     signed = re.sub(r"(\{%[-+]?\s*)endgeneration\b", r"\1endfilter", signed)
     rendered = _render(tokenizer, messages, chat_template=signed) if count else ""
+    # A template that renders something else with the signs in it can't be marked in this way.
     if not count or rendered.replace(opening, "").replace(closing, "") != text:
         return None
     outside, *rest = rendered.split(opening)
-    place, stretches = len(outside), []
-    for piece in rest:
-        inside, outside = piece.split(closing)
-        stretches.append((place, place + len(inside)))
-        place += len(inside) + len(outside)
+    start, stretches = len(outside), []
+    for part in rest:
+        inside, outside = part.split(closing)
+        stretches.append((start, start + len(inside)))
+        start += len(inside) + len(outside)
     return stretches
 
 
 def encode_rendered(tokenizer: Any, rendered: str) -> list[int]:
-    """Token ids of a rendered chat, which brings its special tokens itself."""
+    """The token ids of a rendered chat."""
+    # without special tokens of the tokenizer's: a chat template brings them itself
     return [int(token) for token in _tokenize(tokenizer, rendered, special=False)[0]]
 
 
@@ -154,47 +182,58 @@ def check_chat_template(tokenizer: Any, field: str) -> None:
         )
 
 
-def pieces(tokenizer: Any | None, ids: list[int]) -> list[str]:
-    """The text of each token; joined, they are the decoded text.
+def pieces(tokenizer: Any | None, tokens: list[int]) -> list[str]:
+    """The text of each token. Joined, they are the decoded text.
 
     A character whose bytes are spread over several tokens is given to the last of them, the others
-    are empty. Without a tokenizer, the ids themselves.
+    are empty. Without a tokenizer, the token ids themselves.
+
+    >>> pieces(None, [5, 7])
+    ['⟨5⟩', '⟨7⟩']
     """
     if tokenizer is None:
-        return [f"⟨{token}⟩" for token in ids]
+        return [f"⟨{token}⟩" for token in tokens]
     texts: list[str] = []
-    context = start = 0  # ids[context:start] has its texts already; the next ones depend on it
-    for end in range(1, len(ids) + 1):
-        if end == len(ids) or not _decode(tokenizer, ids[context:end]).endswith(UNDECODED):
-            texts += _shares(tokenizer, ids[context:end], start - context)
+    # Decoding all tokens for each of them would take quadratic time. tokens[context:start] has its
+    # texts already, and is decoded again because those of the next ones depend on it.
+    context = start = 0
+    for end in range(1, len(tokens) + 1):
+        if end == len(tokens) or not _decode(tokenizer, tokens[context:end]).endswith(UNDECODED):
+            texts += _shares(tokenizer, tokens[context:end], start - context)
             context, start = start, end
     # Some decoders judge a whole run of bytes at once, so one token of context isn't enough.
-    whole = _decode(tokenizer, ids)
-    return texts if "".join(texts) == whole else _shares(tokenizer, ids, 0)
+    whole = _decode(tokenizer, tokens)
+    return texts if "".join(texts) == whole else _shares(tokenizer, tokens, 0)
 
 
-def _shares(tokenizer: Any, ids: list[int], known: int) -> list[str]:
-    """What each of ids[known:] adds to the text of them all."""
-    text = _decode(tokenizer, ids)
-    done = len(_decode(tokenizer, ids[:known]))
+def _shares(tokenizer: Any, tokens: list[int], known: int) -> list[str]:
+    """What each of tokens[known:] adds to the text of all of them."""
+    text = _decode(tokenizer, tokens)
+    done = len(_decode(tokenizer, tokens[:known]))
     shares = []
-    for end in range(known + 1, len(ids)):
-        sofar = _decode(tokenizer, ids[:end])
-        settled = next((place for place, (one, other) in enumerate(zip(sofar, text, strict=False))
-                        if one != other), min(len(sofar), len(text)))
-        shares.append(text[done:settled])
-        done = max(done, settled)
+    for end in range(known + 1, len(tokens)):
+        # The text so far, up to where later tokens change it: half a character decodes to a sign.
+        prefix = _decode(tokenizer, tokens[:end])
+        same = next((number for number, (letter, other) in enumerate(
+            zip(prefix, text, strict=False)) if letter != other), min(len(prefix), len(text)))
+        shares.append(text[done:same])
+        done = max(done, same)
     return [*shares, text[done:]]
 
 
-def _decode(tokenizer: Any, ids: list[int]) -> str:
-    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+def _decode(tokenizer: Any, tokens: list[int]) -> str:
+    """The text of some tokens, as the tokenizer has it, special tokens and all spaces in it."""
+    return str(
+        tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def _tokenize(
     tokenizer: Any, text: str, special: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Token ids, their spans, and which of them the tokenizer added by itself."""
+    """Token ids int32 [n], their spans int64 [n, 2], and which of them are special, bool [n].
+
+    Raises InputError for a tokenizer that can't say where in a text its tokens stand.
+    """
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(
             f"{type(tokenizer).__name__} gives no character offsets; expected a fast tokenizer "
@@ -205,7 +244,7 @@ def _tokenize(
         return_token_type_ids=False, return_special_tokens_mask=True, truncation=False,
         padding=False, verbose=False,
     )
-    ids = np.array(encoded["input_ids"], dtype=np.int32)
+    tokens = np.array(encoded["input_ids"], dtype=np.int32)
     spans = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
     added = np.array(encoded["special_tokens_mask"], dtype=bool)
     # Some tokenizers trim spaces off their offsets; what lies between two tokens is the second's.
@@ -213,4 +252,4 @@ def _tokenize(
     spans[:, 1] = np.maximum.accumulate(spans[:, 1])
     reached = np.concatenate([[0], spans[:-1, 1]])
     spans[:, 0] = np.where(added, spans[:, 1], np.minimum(spans[:, 0], reached))
-    return ids, spans, added
+    return tokens, spans, added

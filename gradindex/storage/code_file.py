@@ -37,13 +37,26 @@ SCANNED_ROWS = 1024  # the fewest rows that a thread scans at a time
 
 
 def file_bytes(length: int, rows: int) -> int:
-    """Bytes of a segment's file of so many codes of K = `length` bits."""
+    """Bytes of a segment's file of `rows` codes of K = `length` bits.
+
+    >>> file_bytes(512, 1001) - file_bytes(512, 1)
+    72000
+    """
     empty = faiss.serialize_index(CodeIndex(length)._index)
     return len(empty) + rows * code_bytes(length)
 
 
 class CodeIndex:
-    """The codes of one segment: row i belongs to record i."""
+    """The codes of one segment, of K = `length` bits each: row i belongs to record i.
+
+    A code score estimates the inner product of a query's vector with a sequence's:
+
+    >>> sequences = np.tile([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1]], 16).astype(np.float32)
+    >>> index = CodeIndex(64)
+    >>> index.add(index.encode(sequences))
+    >>> np.allclose(index.scores(sequences[1]), sequences @ sequences[1], atol=1)
+    True
+    """
 
     def __init__(self, length: int):
         self._content: np.ndarray | None = None  # what FAISS's codes are a view of
@@ -54,102 +67,108 @@ class CodeIndex:
         return int(self._index.ntotal)
 
     def encode(self, vectors: np.ndarray) -> np.ndarray:
-        """Vectors float32 [n, K] → codes uint8 [n, code_bytes(K)]."""
+        """The codes, uint8 [n, code_bytes(K)], of vectors [n, K]."""
         codes: np.ndarray = self._index.sa_encode(
             np.ascontiguousarray(vectors, dtype=np.float32))
         return codes
 
     def add(self, codes: np.ndarray) -> None:
+        """Append rows, whose codes are uint8 [n, code_bytes(K)]."""
         self._index.add_sa_codes(np.ascontiguousarray(codes))
 
     def scores(self, query: np.ndarray, rows: slice = slice(None)) -> np.ndarray:
-        """The code score of some rows [all] for a query vector float32 [K]: float32 [rows]."""
+        """The code scores of some rows [all] for a query's vector, float32 [K]: float32 [rows]."""
         first, end, _ = rows.indices(len(self))
         settings = faiss.RaBitQSearchParameters(  # type: ignore[call-arg]
             qb=QUERY_BITS, sel=faiss.IDSelectorRange(first, end, True))
+        # A search for everything above the least number there is: a search for the best k would
+        # sort them, and the recall statement needs the scores of all.
         everything = float(np.finfo(np.float32).min)
-        _, found, places = self._index.range_search(
+        _, values, numbers = self._index.range_search(
             query.reshape(1, -1), everything, params=settings)
+        # NaN stays where FAISS returned nothing, as for a query that isn't finite.
         scores = np.full(end - first, np.nan, dtype=np.float32)
-        scores[places - first] = found
+        scores[numbers - first] = values
         return scores
 
     def many_scores(self, queries: np.ndarray) -> np.ndarray:
-        """The code score of every row for each of many query vectors [q, K]: float32 [q, rows].
+        """The code scores of all rows for many queries' vectors, float32 [q, K]: float32 [q, rows].
 
-        The queries are not quantised here, so a score differs from `scores` by far less than the
-        code's own error.
+        They differ from those of `scores` by far less than a code's own error: FAISS quantises a
+        query, and here none is quantised.
         """
         length = queries.shape[1]
         stored = self._stored()
         scale = _steps(stored, length)
         scores = np.empty((len(queries), len(self)), dtype=np.float32)
         total = queries.sum(1, keepdims=True)
+        # One product for all queries: FAISS would go through the codes once a query.
         for first in range(0, len(self), UNPACKED_ROWS):
-            here = slice(first, first + UNPACKED_ROWS)
-            bits = np.unpackbits(stored[here, : length // 8], axis=1, bitorder="little")
+            part = slice(first, first + UNPACKED_ROWS)
+            bits = np.unpackbits(stored[part, : length // 8], axis=1, bitorder="little")
             inner = queries @ bits.astype(np.float32).T  # of signs: twice that of bits, less Σ
-            scores[:, here] = (2 * inner - total) * scale[here]
+            scores[:, part] = (2 * inner - total) * scale[part]
         return scores
 
     def some_signs(self, octets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The signs of every code at some coordinates: uint8 [rows, octets], lowest bit first.
+        """The signs of every code at some coordinates, and the scale of every code.
 
-        `octets` are the coordinates by eights: the K/8 bytes that hold them, by number. Second
-        comes what a sign of each code stands for, float32 [rows]: a code's score is the inner
-        product of the query's vector with its signs (1 or −1) times this.
+        `octets` int64 [n] are the numbers of the bytes, out of K/8, that hold the coordinates. The
+        signs come as those bytes, uint8 [rows, n], lowest bit first, a set bit for 1 and none for
+        −1. A code's score is the inner product of the query's vector with its signs, times its
+        scale, float32 [rows].
         """
         stored = faiss.vector_to_array(self._index.codes).reshape(len(self), -1)
         return stored[:, octets], _steps(stored, self._index.d)
 
     def scales(self) -> np.ndarray:
-        """What FAISS keeps of each code besides its signs: float32 [rows, 2]."""
+        """The two numbers that FAISS keeps of each code besides its signs: float32 [rows, 2]."""
         return self._stored()[:, -8:].copy().view(np.float32)
 
     def codes(self, rows: list[int]) -> np.ndarray:
-        """The stored codes of some rows: uint8 [len(rows), code_bytes(K)]."""
+        """The codes of some rows: uint8 [len(rows), code_bytes(K)]."""
         return self._stored()[rows]
 
     def _stored(self) -> np.ndarray:
-        """FAISS's own codes uint8 [rows, bytes], not a copy: as long as this lives unchanged."""
+        """FAISS's own memory of the codes, uint8 [rows, bytes]: valid while this lives unchanged.
+        """
         size = self._index.codes.size()
         return faiss.rev_swig_ptr(self._index.codes.data(), size).reshape(len(self), -1)
 
     def write(self, path: Path) -> FileFacts:
-        """Write the codes. Raises ResourceError.
-
-        FAISS hands its bytes to us: its own writer reports success on a full disk.
-        """
+        """Write the codes. Raises ResourceError."""
+        # FAISS hands its bytes to us: its own writer reports success on a full disk.
         return atomic_write(path, self._serialize, len(self) * self._index.code_size)
 
     def _serialize(self, writer: Writer) -> None:
-        failed: list[OSError] = []
+        errors: list[OSError] = []
 
         def write(content: bytes) -> int:
             try:
                 return writer.write(content)
             except OSError as error:  # FAISS makes it a RuntimeError of its own
-                failed.append(error)
+                errors.append(error)
                 raise
 
         try:
             faiss.write_index(self._index, faiss.PyCallbackIOWriter(write))  # type: ignore[attr-defined]
         except RuntimeError:
-            if not failed:
+            if not errors:
                 raise
-        if failed:
-            raise failed[0]
+        if errors:
+            raise errors[0]
 
     @classmethod
     def parse(
         cls, content: bytes | mmap.mmap, length: int, rows: int, where: Path
     ) -> "CodeIndex":
-        """A segment's codes, read where they lie: in `content`, a file's or its mapping.
+        """The codes of a segment's file, whose `content` is in memory or mapped, without a copy.
 
-        Raises DamagedIndexError where they aren't `rows` × K bits. FAISS believes the sizes it
-        reads, so it may allocate no more than the file has.
+        `where` is the file's path, for the message. Raises DamagedIndexError for anything but
+        `rows` codes of `length` bits.
         """
         octets = np.frombuffer(content, dtype=np.uint8)
+        # FAISS believes the sizes that it reads: it may allocate no more than the file has.
         with _at_most(len(content)):
             try:
                 reader = faiss.ZeroCopyIOReader(  # type: ignore[attr-defined]
@@ -170,11 +189,18 @@ class CodeIndex:
 
 
 def scan(segments: Sequence[CodeIndex], queries: np.ndarray, threads: int) -> np.ndarray:
-    """The code score of every row of all segments for query vectors float32 [q, K]: [q, rows].
+    """The code scores of all rows of some segments for queries' vectors, float32 [q, K].
 
-    The rows are shared out to `threads` threads, whatever their segments and however many queries:
-    FAISS's own threads share out queries alone.
+    float32 [q, rows], the rows in the order of the segments.
+
+    >>> ones = np.ones((2, 64), dtype=np.float32)
+    >>> index = CodeIndex(64)
+    >>> index.add(index.encode(ones))
+    >>> scan([index, index], ones[:1], threads=1).round().tolist()
+    [[64.0, 64.0, 64.0, 64.0]]
     """
+    # FAISS's own threads share out queries alone, of which there is mostly one: here the rows are
+    # shared out, whatever their segments.
     starts = np.cumsum([0, *map(len, segments)])
     scores = np.empty((len(queries), starts[-1]), dtype=np.float32)
 
@@ -198,13 +224,13 @@ def scan(segments: Sequence[CodeIndex], queries: np.ndarray, threads: int) -> np
 
 
 def _steps(stored: np.ndarray, length: int) -> np.ndarray:
-    """What a sign of each of these codes of K = `length` bits stands for: float32 [rows]."""
+    """What the signs of each code of K = `length` bits are multiplied by: float32 [rows]."""
     return stored[:, -4:].copy().view(np.float32)[:, 0] / np.float32(length**0.5)
 
 
 @contextlib.contextmanager
 def _at_most(size: int) -> Iterator[None]:
-    """Let FAISS allocate no vector above `size` bytes and read no nested index meanwhile."""
+    """Within this, FAISS allocates no vector above `size` bytes and reads no nested index."""
     with _ONE_AT_A_TIME:
         usual = (faiss.get_deserialization_vector_byte_limit(),
                  faiss.get_deserialization_loop_limit())
@@ -218,7 +244,9 @@ def _at_most(size: int) -> Iterator[None]:
 
 
 def _is_ours(index: Any, length: int, rows: int) -> bool:
-    """Whether every size that a scan relies on is the one of `rows` codes around a centre of 0."""
+    """Whether an index read by FAISS is one of `rows` codes of `length` bits around a centre of 0.
+    """
+    # Every size that a scan relies on: it reads beyond the codes of a file that lies about one.
     return bool(
         index.d == index.rabitq.d == length and index.ntotal == rows
         and index.metric_type == index.rabitq.metric_type == faiss.METRIC_INNER_PRODUCT
@@ -231,4 +259,5 @@ def _is_ours(index: Any, length: int, rows: int) -> bool:
 
 
 def library_version() -> str:
+    """The version of FAISS, which a manifest names."""
     return str(faiss.__version__)

@@ -20,15 +20,15 @@ from gradindex.storage.segments import SegmentReader
 
 
 class Contents:
-    """The contents of `chosen` segments of the index in folder `root` [all], read at first use.
+    """What some `segments` [all] of the index in folder `root` hold, read at first use.
 
-    Everything that reads raises DamagedIndexError for a file that is not what it was.
+    Whatever reads a file raises DamagedIndexError where it is not as it was written.
     """
 
-    def __init__(self, root: Path, manifest: Manifest, chosen: list[Segment] | None = None):
+    def __init__(self, root: Path, manifest: Manifest, segments: list[Segment] | None = None):
         self.root = root
         self.manifest = manifest
-        self.segments = manifest.segments if chosen is None else chosen
+        self.segments = manifest.segments if segments is None else segments
         self.files = CheckedFiles(root, manifest.files)
         self.starts = np.cumsum([0, *(segment.rows for segment in self.segments)])
 
@@ -43,10 +43,11 @@ class Contents:
 
     @cached_property
     def rows(self) -> np.ndarray:
-        """Every row, as row_file.ROW [rows]."""
+        """All rows: row_file.ROW [rows]."""
         if not self.segments:
             return np.zeros(0, dtype=ROW)
         rows = np.concatenate([self.reader(segment).rows() for segment in self.segments])
+        # Every look-up by id is a binary search, which would silently miss where ids don't ascend.
         if (np.diff(rows["id"]) <= 0).any() or rows["id"][-1] >= self.manifest.next_id:
             raise self.files.damaged(layout.segment_file(self.segments[-1].name, layout.ROWS),
                                      "has ids that don't follow those of the other segments")
@@ -54,7 +55,7 @@ class Contents:
 
     @cached_property
     def deleted(self) -> np.ndarray:
-        """The ids that were deleted and are still in a segment, ascending: int64."""
+        """The ids that were deleted and are still in a segment, ascending: int64 [n]."""
         name = self.manifest.deleted_file
         if name is None:
             return np.zeros(0, dtype=np.int64)
@@ -63,13 +64,15 @@ class Contents:
     @cached_property
     def live(self) -> np.ndarray:
         """Which rows can be found: bool [rows]."""
-        coded = ~np.isnan(self.rows["norm"])
+        coded = ~np.isnan(self.rows["norm"])  # the quarantined have no norm
         return np.asarray(coded & ~np.isin(self.rows["id"], self.deleted))
 
     @cached_property
     def places(self) -> np.ndarray:
         """The row of every place: int64 [N]."""
         places = np.flatnonzero(self.live)
+        # Every percentile and share is out of the manifest's number; with some segments left out
+        # there is nothing to compare it with.
         if self.segments == self.manifest.segments and len(places) != self.manifest.sequences:
             raise self.files.damaged(
                 "manifest.json", f"counts {self.manifest.sequences:,} sequences where the segments "
@@ -88,61 +91,67 @@ class Contents:
 
     @cached_property
     def first_equal(self) -> np.ndarray:
-        """The first place whose sequence has the same tokens and mask: int64 [N]."""
+        """The first place whose sequence has the same tokens and mask, for every place: int64 [N].
+        """
         return first_equal(self.rows["digest"][self.places])
 
     @cached_property
     def _equal_order(self) -> np.ndarray:
-        """Places, equal ones side by side and in order: int64 [N]."""
+        """The places, equal ones side by side and in order: int64 [N]."""
         return np.argsort(self.first_equal, kind="stable")
 
     def equal_to(self, place: int) -> np.ndarray:
-        """The places of all sequences equal to that of a place, itself among them, ascending."""
+        """The places of all sequences equal to the one at a place, it among them: int64 [n].
+
+        They ascend.
+        """
+        # Sorted once, so that each hit's copies are found without a look at all N places.
         order = self._equal_order
         first = self.first_equal[place]
         low = np.searchsorted(self.first_equal, first, side="left", sorter=order)
         high = np.searchsorted(self.first_equal, first, side="right", sorter=order)
         return order[low:high]
 
-    def place_of(self, one: int) -> int | None:
-        """The place of an id, None where no live sequence has it."""
-        place = int(np.searchsorted(self.ids, one))
-        return place if place < len(self.ids) and self.ids[place] == one else None
+    def place_of(self, sequence: int) -> int | None:
+        """The place of the sequence with this id, None where no live one has it."""
+        place = int(np.searchsorted(self.ids, sequence))
+        return place if place < len(self.ids) and self.ids[place] == sequence else None
 
     # ---- files
 
     def codes_of(self, rows: np.ndarray) -> np.ndarray:
         """The codes of some rows, which ascend: uint8 [rows, bytes]."""
         homes = np.searchsorted(self.starts, rows, side="right") - 1
-        found = []
+        codes = []
         for home in np.unique(homes).tolist():
-            own = (rows[homes == home] - self.starts[home]).tolist()
+            in_segment = (rows[homes == home] - self.starts[home]).tolist()
             stored = self.reader(self.segments[home]).codes(self.manifest.code["length"])
-            found.append(stored.codes(own))
-        return np.concatenate(found)
+            codes.append(stored.codes(in_segment))
+        return np.concatenate(codes)
 
     def records(self, rows: Sequence[int] | np.ndarray) -> list[Record]:
-        """What the sequences of these rows are, in that order."""
+        """The records of some rows, in that order."""
         homes = np.searchsorted(self.starts, np.asarray(rows), side="right") - 1
-        found: dict[int, Record] = {}
-        for home in np.unique(homes).tolist():
-            segment = self.segments[home]
-            here = [int(row) for row, own in zip(rows, homes, strict=True) if own == home]
-            read = self.reader(segment).records([row - int(self.starts[home]) for row in here])
-            for row, record in zip(here, read, strict=True):
-                _check(self, segment, row, record)
-                found[row] = record
-        return [found[int(row)] for row in rows]
+        by_row: dict[int, Record] = {}
+        # Segment by segment, whatever the order: opening its file of records is what costs.
+        for number in np.unique(homes).tolist():
+            segment, start = self.segments[number], int(self.starts[number])
+            wanted = [int(row) for row, home in zip(rows, homes, strict=True) if home == number]
+            records = self.reader(segment).records([row - start for row in wanted])
+            for row, record in zip(wanted, records, strict=True):
+                if wrong := _mismatch(record, self.rows[row], self.manifest):
+                    raise self.files.damaged(
+                        layout.segment_file(segment.name, layout.RECORDS), wrong)
+                by_row[row] = record
+        return [by_row[int(row)] for row in rows]
 
 
-def _check(contents: Contents, segment: Segment, row: int, record: Record) -> None:
-    """Raise DamagedIndexError for a record that is not the row's, or that no model can take."""
-    wrong = None
-    if record.id != contents.rows["id"][row] or \
-            (digest_of(record) != contents.rows["digest"][row]).any():
-        wrong = f"has another sequence {contents.rows['id'][row]} than rows.npy"
-    elif len(record.tokens) > contents.manifest.sequence_length or record.tokens.min() < 0 or \
-            record.tokens.max() >= contents.manifest.vocabulary:
-        wrong = f"has a sequence {record.id} that is too long or outside the vocabulary"
-    if wrong:
-        raise contents.files.damaged(layout.segment_file(segment.name, layout.RECORDS), wrong)
+def _mismatch(record: Record, row: np.void, manifest: Manifest) -> str | None:
+    """Why a record isn't that of a row, row_file.ROW, or no model can take it; None where it is."""
+    if record.id != row["id"] or (digest_of(record) != row["digest"]).any():
+        return f"has another sequence {row['id']} than rows.npy"
+    # On a GPU, a token beyond the table of embeddings leaves the process unable to go on.
+    if len(record.tokens) > manifest.sequence_length or record.tokens.min() < 0 or \
+            record.tokens.max() >= manifest.vocabulary:
+        return f"has a sequence {record.id} that is too long or outside the vocabulary"
+    return None

@@ -1,8 +1,9 @@
-"""How bytes reach the disk: written beside, synced, measured, renamed; and how they are recognised.
+"""How bytes reach the disk, and how a file's content is recognised.
 
-A file of an index is either absent or whole. `atomic_write` is the only writer of ours (LMDB writes
-its own file, which goes the same way through `adopt`), so a process killed at any moment leaves at
-worst a `.tmp` file that nobody reads.
+A file of an index is either absent or whole. It is written under another name, synced, measured and
+renamed by `atomic_write`, the only writer of ours (LMDB writes its own file, which goes the same
+way through `adopt`). So a process killed at any moment leaves at worst a `.tmp` file that nobody
+reads.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ BROKEN = (errno.EIO, errno.EROFS)
 
 @dataclass(frozen=True)
 class FileFacts:
-    """What a file's content is: its size in bytes and its SHA-256 in hex."""
+    """What a file is known by: its size in bytes, and the SHA-256 of its content in hex."""
 
     size: int
     sha256: str
@@ -35,10 +36,10 @@ class FileFacts:
 def atomic_write(
     path: Path, content: bytes | Callable[["Writer"], object], needed: int | None = None
 ) -> FileFacts:
-    """Write `content` as `path`, or nothing: bytes, or a function that is handed a Writer.
+    """Write `content` as `path`, all of it or nothing.
 
-    `needed` is its size in bytes, for the error's sake, where a function writes it.
-    Raises ResourceError when the disk is full or fails.
+    `content` is bytes, or a function that is called with a Writer; `needed` is then its size in
+    bytes, for the error's message. Raises ResourceError when the disk is full or fails.
     """
     temporary = path.with_name(path.name + TEMPORARY)
     needed = len(content) if isinstance(content, bytes) else needed
@@ -55,12 +56,13 @@ def atomic_write(
 
 
 class Writer:
-    """A file being written, which knows the facts of what it was given."""
+    """A file being written. Its `facts` are those of what it was given, not of what arrived."""
 
     def __init__(self, file: BinaryIO):
         self._file, self._size, self._digest = file, 0, hashlib.sha256()
 
     def write(self, content: bytes | memoryview) -> int:
+        """Write more, and return how many bytes that were."""
         self._file.write(content)
         self._digest.update(content)
         self._size += len(content)
@@ -68,22 +70,26 @@ class Writer:
 
     @property
     def facts(self) -> FileFacts:
+        """The facts of everything written so far."""
         return FileFacts(self._size, self._digest.hexdigest())
 
 
 def adopt(temporary: Path, path: Path, facts: FileFacts | None = None) -> FileFacts:
     """Sync a written file, check that all of it is there, and give it its name.
 
-    `facts` are what was written; without them they are read back. Raises OSError.
+    `facts` are those of what was written [read back from the file]. Raises OSError.
     """
     descriptor = os.open(temporary, os.O_RDONLY)
     try:
         os.fsync(descriptor)
         facts = facts or facts_of(temporary)
-        if (found := os.fstat(descriptor).st_size) != facts.size:
-            raise OSError(errno.EIO, f"{found} of {facts.size} bytes arrived")
+        # Some writers report success on a full disk; the size tells.
+        if (size := os.fstat(descriptor).st_size) != facts.size:
+            raise OSError(errno.EIO, f"{size} of {facts.size} bytes arrived")
     finally:
         os.close(descriptor)
+    # Renamed after the sync, or a power cut could leave the name with an empty file behind it; and
+    # the folder synced after that, or the name itself could be lost.
     temporary.replace(path)
     sync_folder(path.parent)
     return facts
@@ -98,9 +104,9 @@ def make_folder(folder: Path) -> None:
 
 def make_folders(folder: Path) -> None:
     """Make a folder and those above it where they are missing. Raises ResourceError."""
-    missing = [one for one in (folder, *folder.parents) if not one.exists()]
-    for one in reversed(missing):
-        make_folder(one)
+    missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    for parent in reversed(missing):
+        make_folder(parent)
 
 
 def rename_folder(partial: Path, final: Path) -> None:
@@ -112,6 +118,7 @@ def rename_folder(partial: Path, final: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
+    """Make the names in a folder last through a power cut. Raises OSError."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -123,13 +130,16 @@ def sync_folder(folder: Path) -> None:
 def disk_errors(
     path: Path, needed: int | None = None, temporary: Path | None = None
 ) -> Iterator[None]:
-    """Say what could not be written, and what that needs; a failed temporary file is removed.
+    """Turn errors of a disk, while `path` is written, into one that says what to do.
 
-    Raises ResourceError where the disk is full or fails, other errors as they are.
+    `needed` bytes are named in it; the file `temporary` is removed. Raises ResourceError where the
+    disk is full or fails, other errors as they are.
     """
     try:
         yield
     except OSError as error:
+        # First of all, to give its space back: on a full disk it is what others now lack. That it
+        # can't be removed must not hide why.
         if temporary is not None:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
@@ -149,6 +159,7 @@ def disk_errors(
 
 
 def _free(path: Path) -> str:
+    """How much space is left on the disk of `path`, in words."""
     try:
         return readable(shutil.disk_usage(path.parent).free)
     except OSError:
@@ -156,28 +167,29 @@ def _free(path: Path) -> str:
 
 
 def sha256(path: Path) -> str:
-    """Hex SHA-256 of a file's content."""
+    """The SHA-256 of a file's content, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def facts_of(path: Path) -> FileFacts:
-    """A file's facts, read from it."""
+    """The facts of a file, read from it."""
     return FileFacts(path.stat().st_size, sha256(path))
 
 
-def digest_of_files(files: Iterable[Path], also: Iterable[str] = ()) -> str:
-    """SHA-256 over the files' names and own SHA-256s, and over the lines of `also`."""
+def digest_of_files(files: Iterable[Path], lines: Iterable[str] = ()) -> str:
+    """SHA-256 in hex over the names and SHA-256s of some files, and over further `lines`."""
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.name} {_cached_sha256(file)}\n".encode())
-    for line in also:
+    for line in lines:
         digest.update(f"{line}\n".encode())
     return digest.hexdigest()
 
 
 def _cached_sha256(file: Path) -> str:
-    """A file's SHA-256, remembered by path, size, time and inode (a 14 GB model takes 10 s)."""
+    """A file's SHA-256, remembered by path, size, time and inode."""
+    # Every search digests the model's weights, and 14 GB of them take 10 s.
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     cache = home / "gradindex" / "digests.json"
     facts = file.stat()

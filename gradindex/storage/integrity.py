@@ -17,15 +17,16 @@ from gradindex.errors import DamagedIndexError
 from gradindex.storage.files import FileFacts
 
 SMALL = 1 << 14  # bytes: files up to this size are digested on every opening
+# NONBLOCK: opening a pipe that lies where a file should would otherwise wait for ever.
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _CHUNK = 1 << 22
 
 
 class CheckedFiles:
-    """Reads the files of the index in folder `root` that `facts` lists, by relative name.
+    """Reads the files of the index in folder `root`, by the relative names in `facts`.
 
     Every method raises DamagedIndexError for a file that is missing, a link, anything but a regular
-    file, of another size, or of another content.
+    file, of another size, or of another content than `facts` says.
     """
 
     def __init__(self, root: Path, facts: Mapping[str, FileFacts]):
@@ -34,7 +35,7 @@ class CheckedFiles:
         self._known: dict[str, tuple[int, ...]] = {}  # name → what fstat said when last digested
 
     def check(self, name: str, digest: bool = False) -> None:
-        """Check a file's presence and size, and its content if it is small or `digest`."""
+        """Check that a file is there and its size, and its content if it is small or `digest`."""
         descriptor = self._open(name)
         try:
             if digest or self._facts[name].size <= SMALL:
@@ -47,6 +48,7 @@ class CheckedFiles:
         descriptor = self._open(name)
         try:
             with os.fdopen(os.dup(descriptor), "rb") as file:
+                # one byte more, which tells of a file that has grown since its size was asked
                 content = file.read(self._facts[name].size + 1)
             self._compare(name, len(content), hashlib.sha256(content).hexdigest())
         finally:
@@ -54,7 +56,7 @@ class CheckedFiles:
         return content
 
     def map(self, name: str) -> mmap.mmap:
-        """A file's content, checked, and mapped: for one that memory doesn't hold."""
+        """A file's content, checked and mapped: for files that memory doesn't hold."""
         descriptor = self._open(name)
         try:
             self._digest(name, descriptor)
@@ -65,28 +67,33 @@ class CheckedFiles:
         return mapping
 
     def path(self, name: str, audit: Callable[[Path], None] | None = None) -> Path:
-        """The path of a file whose content was checked; `audit` sees it when that is new."""
+        """The path of a checked file, for libraries that open files themselves.
+
+        `audit` is called with the path where the content is new: at first, or touched since.
+        """
         descriptor = self._open(name)
         try:
-            known = _identity(descriptor)
-            if self._known.get(name) != known:
+            identity = _identity(descriptor)
+            if self._known.get(name) != identity:
                 self._digest(name, descriptor)
                 if audit is not None:
                     audit(self.root / name)
-                self._known[name] = known
+                self._known[name] = identity
         finally:
             os.close(descriptor)
         return self.root / name
 
     def _open(self, name: str) -> int:
+        """A descriptor of a file of the right size. Whoever asks for it closes it."""
         descriptor = open_inside(self.root, name)
-        found, expected = os.fstat(descriptor).st_size, self._facts[name].size
-        if found != expected:
+        size, expected = os.fstat(descriptor).st_size, self._facts[name].size
+        if size != expected:
             os.close(descriptor)
-            raise self.damaged(name, f"has {found:,} bytes, expected {expected:,}")
+            raise self.damaged(name, f"has {size:,} bytes, expected {expected:,}")
         return descriptor
 
     def _digest(self, name: str, descriptor: int) -> None:
+        """Check a file's content, some of it in memory at a time."""
         digest, size = hashlib.sha256(), 0
         with os.fdopen(os.dup(descriptor), "rb", buffering=0) as file:
             while chunk := file.read(_CHUNK):
@@ -99,11 +106,13 @@ class CheckedFiles:
             raise self.damaged(name, "was changed after it was written (its SHA-256 differs)")
 
     def damaged(self, name: str, what: str) -> DamagedIndexError:
+        """The error for the file of this name: "… `what`", and what to do."""
         return damaged(self.root, name, what)
 
 
 def damaged(root: Path, name: str, what: str) -> DamagedIndexError:
-    """The error for file `name` of the index in `root`."""
+    """The error for file `name` of the index in `root`: "… `what`", and what to do."""
+    # Without one segment the rest can be searched; without another file nothing can.
     part = PurePosixPath(name).parts
     rest = ", or search the other segments with --allow-damaged" if part[0] == "segments" else ""
     wrong = f"{root / name} {what}"
@@ -115,9 +124,9 @@ def damaged(root: Path, name: str, what: str) -> DamagedIndexError:
 
 def refuse_links(root: Path) -> None:
     """Raise DamagedIndexError where anything that is written to or removed below `root` is a link.
-
-    An index holds none: a link could lead a writer to files of its user that are not the index's.
     """
+    # An index from a stranger could lead its reader's appends and deletions to files of the
+    # reader's that have nothing to do with it. An index holds no links.
     for folder in (root, root / "segments", root / "deleted", root / "curvature",
                    root / "curvature.partial", *root.glob("segments/*.partial")):
         if not folder.is_dir():
@@ -130,9 +139,9 @@ def refuse_links(root: Path) -> None:
 
 
 def open_inside(root: Path, name: str) -> int:
-    """A descriptor of the regular file `name` below `root`, no link followed on the way.
+    """A descriptor of the regular file `name` below `root`; no link is followed on the way.
 
-    Raises DamagedIndexError for anything else.
+    Raises DamagedIndexError where there is none, or something else.
     """
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or ".." in parts or "\0" in name:
@@ -140,6 +149,7 @@ def open_inside(root: Path, name: str) -> int:
     try:
         folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
+            # Folder by folder from descriptors: O_NOFOLLOW minds only the last part of a path.
             for part in parts[:-1]:
                 inner = os.open(part, _READ | os.O_DIRECTORY, dir_fd=folder)
                 os.close(folder)
@@ -159,5 +169,7 @@ def open_inside(root: Path, name: str) -> int:
 
 
 def _identity(descriptor: int) -> tuple[int, ...]:
+    """What changes when a file does. The time of change can't be set back, as that of writing can.
+    """
     facts = os.fstat(descriptor)
     return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns

@@ -1,4 +1,4 @@
-"""An index's files in one table: where each lies, what it holds, how large it may be.
+"""The files of an index in one table: where each lies, what it holds, how large it may be.
 
     manifest.json                 the commit point (`manifest.py`)
     curvature/<module>.safetensors, curvature/fit.json
@@ -28,10 +28,10 @@ MARGIN = 1 << 16  # bytes of a file for what isn't counted
 
 @dataclass(frozen=True)
 class SegmentFile:
-    """One file of a segment: its name, what `info` counts it as, and the most bytes it can have.
+    """One of a segment's files: its name, and which of PARTS `info` counts it as.
 
-    `most` is a function of its rows, of K and of the tokens in a sequence; None for what is mapped
-    and never read whole.
+    `most` gives the most bytes that it can have, from its rows, K and the tokens of a sequence;
+    None for a file that is mapped and never read whole.
     """
 
     name: str
@@ -39,6 +39,8 @@ class SegmentFile:
     most: Callable[[int, int, int], int] | None
 
 
+# Bounds are generous, and are there for hostile files alone: one that says it is larger than any
+# writer of ours makes it isn't read into memory.
 RECORDS = SegmentFile("records.lmdb", "text", None)
 CODES = SegmentFile("vectors.faiss", "codes",
                     lambda rows, length, tokens: rows * code_bytes(length) + 4 * length)
@@ -51,67 +53,99 @@ PARTS = ("text", "codes", "words", "background", "curvature")  # of an index, as
 
 
 def code_bytes(length: int) -> int:
-    """Bytes that a code of K = `length` bits takes: its signs, and two floats."""
+    """Bytes that a code of K = `length` bits takes: its signs, and two floats.
+
+    >>> code_bytes(32768)
+    4104
+    """
     return length // 8 + 8
 
 
 def curvature_file(module: Module) -> str:
-    """The name of a module's file of curvature."""
+    """The name of a module's file of curvature, in the index.
+
+    >>> curvature_file(Module("layers.0.mlp.up", 0, "mlp", 8, 2, False))
+    'curvature/layers.0.mlp.up.safetensors'
+    """
     return f"{CURVATURE}/{module.name}.safetensors"
 
 
 def deleted_file(generation: int) -> str:
-    """The name of the list of the deleted that a commit writes."""
+    """The name of the list of deleted ids that the commit of a generation writes.
+
+    >>> deleted_file(3)
+    'deleted/000003.npy'
+    """
+    # A name of its own each time: a reader of the generation before goes on reading its list.
     return f"{DELETED}/{generation:06d}.npy"
 
 
 def segment_name(number: int) -> str:
-    """What a segment is called by its number."""
+    """The name of the segment of a number.
+
+    >>> segment_name(12)
+    '000012'
+    """
     return f"{number:06d}"
 
 
 def segment_file(segment: str, file: SegmentFile) -> str:
-    """The name of one of a segment's files."""
+    """The name, in the index, of one of the files of a segment.
+
+    >>> segment_file("000012", CODES)
+    'segments/000012/vectors.faiss'
+    """
     return f"{SEGMENTS}/{segment}/{file.name}"
 
 
 def segment_files(segment: str) -> list[str]:
-    """The names of all of a segment's files."""
+    """The names, in the index, of all files of a segment."""
     return [segment_file(segment, file) for file in SEGMENT_FILES]
 
 
 def segment_folder(index: Path, segment: str) -> Path:
-    """Where a whole segment lies."""
+    """The folder of a segment that is whole."""
     return index / SEGMENTS / segment
 
 
 def partial_folder(index: Path, segment: str) -> Path:
-    """Where a segment is made."""
+    """The folder of a segment that is being made."""
     return index / SEGMENTS / f"{segment}{PARTIAL}"
 
 
 def segment_of(file: str) -> str | None:
-    """The segment that a file belongs to, by its name; None for the others."""
+    """The segment that a file belongs to, by its name in the index; None for other files.
+
+    >>> segment_of("segments/000012/rows.npy"), segment_of("manifest.json")
+    ('000012', None)
+    """
     parts = PurePosixPath(file).parts
     return parts[1] if parts[0] == SEGMENTS else None
 
 
 def part_of(file: str) -> str:
-    """Which of PARTS a file belongs to, by its name."""
-    own = PurePosixPath(file).name
-    by_name = {one.name: one.part for one in SEGMENT_FILES}
-    return "background" if own == BACKGROUND else by_name.get(own, "curvature")
+    """Which of PARTS a file belongs to, by its name in the index.
+
+    >>> part_of("segments/000012/records.lmdb"), part_of("background.safetensors")
+    ('text', 'background')
+    """
+    name = PurePosixPath(file).name
+    by_name = {member.name: member.part for member in SEGMENT_FILES}
+    return "background" if name == BACKGROUND else by_name.get(name, "curvature")
 
 
 def most_bytes(
     modules: list[Module], segments: dict[str, int], length: int, tokens: int, next_id: int,
     background: int | None, deleted: tuple[str, int] | None,
 ) -> dict[str, int]:
-    """The most bytes that each file which is read into memory can have, by its name.
+    """The most bytes that each file which is read into memory can have, by its name in the index.
 
-    `segments` gives the rows of each; codes have `length` bits and sequences `tokens` tokens;
-    `background` queries and so many `deleted` ids, in a file of that name, where there are such.
-    A file that says it is larger is hostile or damaged, and isn't read.
+    `segments` are the rows of each segment by its name, `length` is K, `tokens` the most tokens of
+    a sequence, and all ids are below `next_id`. `background` is the number of background queries,
+    and `deleted` the name and length of the list of deleted ids, or None where there is none.
+
+    >>> most_bytes([], {}, 512, 24, 0, None, ("deleted/000001.npy", 10))["deleted/000001.npy"]
+    65616
     """
     most = {FIT: MARGIN + 1024 * next_id}
     if deleted is not None:
@@ -120,6 +154,7 @@ def most_bytes(
         most[BACKGROUND] = MARGIN + background * (2 * length + 32)
     for module in modules:
         o, i = module.shape
+        # in float64, and with A and S whole: blocks only take less
         most[curvature_file(module)] = MARGIN + 8 * (o * o + i * i + o * i)
     for segment, rows in segments.items():
         for file in SEGMENT_FILES:

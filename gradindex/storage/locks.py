@@ -1,10 +1,10 @@
-"""Who may touch an index now: one writer, and readers whose files stay where they are.
+"""Locks on an index: it has one writer at a time, and readers keep the files that they read.
 
-A writer holds an exclusive `flock` on the index folder, a reader a shared one on its `segments`
-folder. The shards of a build hold a shared one on the index folder, and each one on a file of its
-own. The kernel lets go of both when a process ends, however it ends. A writer never waits for
-readers: it adds files and replaces the manifest. Only files that no manifest lists any more wait,
-until no reader is left (`free_of_readers`).
+A writer holds an exclusive `flock` on the index folder; a reader holds a shared one on its
+`segments` folder. The shards of a build share the lock on the index folder, and each holds an
+exclusive one on a file of its own. The kernel releases locks when a process ends, however it ends.
+A writer never waits for readers: it adds files and replaces the manifest. Only files that no
+manifest lists any more wait until no reader is left (`free_of_readers`) before they are removed.
 """
 
 import contextlib
@@ -29,12 +29,13 @@ NOTE = "writer.json"  # who is writing: read by others for their message, truste
 
 @contextlib.contextmanager
 def only_writer(index: Path, doing: str) -> Iterator[None]:
-    """Be the one process that writes to `index`; `doing` says to others what ("a build").
+    """Within this, this process is the only one that writes to `index`.
 
-    Raises GradindexError, naming it, while another process is.
+    `doing` tells others what it is doing, such as "a build". Raises GradindexError where another
+    process is writing, and names it.
     """
     with _locked(index, fcntl.LOCK_EX) as got:
-        if got is False:
+        if got is False:  # None, where the file system has no locks, is let through
             raise GradindexError(
                 f"another process is writing to {index}: {_who(index)}. Wait for it, or stop it "
                 "first."
@@ -56,11 +57,10 @@ def only_writer(index: Path, doing: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_of_writers(index: Path, number: int, group: str) -> Iterator[None]:
-    """Be shard `number` of the processes that write to `index` together.
+    """Within this, this process is shard `number` of those that write to `index` together.
 
-    `group` says which these are ("one of 8 shards"): two of different groups would do the same
-    units at once. Raises GradindexError while another process is that shard, is of another group,
-    or wants to write alone.
+    `group` says which these are, such as "one of 8 shards". Raises GradindexError where another
+    process is that shard, belongs to another group, or is the only writer.
     """
     lock = index / f"{_LOCK}{number}"
     with _locked(index, fcntl.LOCK_SH) as got:
@@ -70,16 +70,19 @@ def one_of_writers(index: Path, number: int, group: str) -> Iterator[None]:
                 "first."
             )
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        with _held(descriptor, fcntl.LOCK_EX) as own:
-            if own is False:
+        with _held(descriptor, fcntl.LOCK_EX) as got:
+            if got is False:
                 raise GradindexError(
                     f"another process is shard {number} of the build in {index}: "
-                    f"{_said(descriptor)}. Every shard runs once; stop one of the two."
+                    f"{_note_in(descriptor)}. Every shard runs once; stop one of the two."
                 )
-            if not _named(descriptor, lock):  # its holder removed it just now
+            # Its holder may have removed it between our opening and our lock: then we hold a lock
+            # on a file that nobody else can find, and the next process would be this shard too.
+            if not _has_name(descriptor, lock):
                 raise GradindexError(f"another process ended just now as shard {number} of the "
                                      f"build in {index}. Run the same command again.")
             try:
+                # Two groups would do the same units at once, each unaware of the other.
                 _refuse_other_groups(index, lock, group)
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor,
@@ -90,34 +93,37 @@ def one_of_writers(index: Path, number: int, group: str) -> Iterator[None]:
                     lock.unlink(missing_ok=True)
 
 
-def _named(descriptor: int, lock: Path) -> bool:
-    """Whether an open file still has its name."""
+def _has_name(descriptor: int, lock: Path) -> bool:
+    """Whether an open file is still the one of this name."""
     try:
         return os.path.samestat(os.fstat(descriptor), lock.stat(follow_symlinks=False))
     except FileNotFoundError:
         return False
 
 
-def _said(descriptor: int) -> str:
-    """What the holder of a lock wrote into it."""
+def _note_in(descriptor: int) -> str:
+    """What the holder of a lock wrote into its file."""
     return os.pread(descriptor, 200, 0).decode(errors="replace")
 
 
-def _refuse_other_groups(index: Path, own: Path, group: str) -> None:
-    """Raise GradindexError where a shard of another group is at work."""
+def _refuse_other_groups(index: Path, lock: Path, group: str) -> None:
+    """Raise GradindexError where a shard of another group is at work; `lock` is this one's file."""
     for path in index.iterdir():
-        if not is_lock(path) or path == own:
+        if not is_lock(path) or path == lock:
             continue
         with contextlib.suppress(FileNotFoundError):
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-            said = _said(descriptor)
-            if not said or said.endswith(f", {group}"):
-                os.close(descriptor)  # not locked, which might be in the way of one that starts
+            note = _note_in(descriptor)
+            # Looked at without a lock: even a moment's lock would refuse a shard of this group
+            # that starts just now.
+            if not note or note.endswith(f", {group}"):
+                os.close(descriptor)
                 continue
+            # Of another group; but a killed shard leaves its file behind, and holds no lock on it.
             with _held(descriptor, fcntl.LOCK_SH) as free:
                 if free is False:
                     raise GradindexError(
-                        f"{index} is being built by {said}; this is {group}. All shards must be "
+                        f"{index} is being built by {note}; this is {group}. All shards must be "
                         "started with the same i/n; stop the others, or start this one like them."
                     )
 
@@ -128,6 +134,7 @@ def is_lock(path: Path) -> bool:
 
 
 def _who(index: Path) -> str:
+    """Which process is writing to an index, in words, as it says itself."""
     try:
         facts = json.loads((index / NOTE).read_text()[:1000])
         return f"{facts['doing']} in process {int(facts['pid'])} on {facts['host']}, since " \
@@ -139,8 +146,9 @@ def _who(index: Path) -> str:
 def hold_for_reading(index: Path, reader: object) -> None:
     """Keep the files that the manifest lists now, for as long as the object `reader` lives.
 
-    Take it before reading the manifest. Where a file system has no locks, nothing is held.
+    To be called before the manifest is read: in between, files that it lists could go.
     """
+    # Where the file system has no locks there is nothing to hold; a writer there removes nothing.
     with contextlib.suppress(OSError):
         descriptor = os.open(index / "segments", FOLDER | os.O_NOFOLLOW)
         weakref.finalize(reader, os.close, descriptor)
@@ -148,7 +156,10 @@ def hold_for_reading(index: Path, reader: object) -> None:
 
 
 class Reader:
-    """Whose life keeps the files that the manifest of `index` lists, see `hold_for_reading`."""
+    """While it lives, the files that the manifest of `index` lists now are kept.
+
+    See `hold_for_reading`.
+    """
 
     def __init__(self, index: Path):
         hold_for_reading(index, self)
@@ -156,9 +167,9 @@ class Reader:
 
 @contextlib.contextmanager
 def free_of_readers(index: Path) -> Iterator[bool]:
-    """Whether no reader has the index open; while this lasts, none can open it.
+    """Whether no reader has the index open. While this lasts, none can open it.
 
-    Where the file system has no locks that can't be known, and the answer is no.
+    Where the file system has no locks, that can't be known, and the answer is no.
     """
     with _locked(index / "segments", fcntl.LOCK_EX) as got:
         yield got is True
@@ -166,14 +177,17 @@ def free_of_readers(index: Path) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def _locked(folder: Path, how: int) -> Iterator[bool | None]:
-    """Whether the lock was had; None where the file system has none."""
+    """Hold a lock on a folder, without waiting for it. Yields what `_held` does."""
     with _held(os.open(folder, FOLDER), how) as got:
         yield got
 
 
 @contextlib.contextmanager
 def _held(descriptor: int, how: int) -> Iterator[bool | None]:
-    """The same of an open file, which is closed in the end."""
+    """Hold a lock on an open file, without waiting for it; the file is closed in the end.
+
+    Yields whether the lock could be had; None where the file system has no locks.
+    """
     try:
         got: bool | None = True
         try:

@@ -1,9 +1,10 @@
 """What an index is: `manifest.json`, the commit point.
 
-An index folder without a manifest is a build that hasn't ended; what the manifest doesn't list
-does not exist. It is written last and replaced atomically, and every commit counts `generation` up
-by one. It ends with its own digest, holds every other file's size and SHA-256, no wall-clock time
-and no absolute path of the index, so equal builds give equal bytes and the folder moves freely.
+An index folder without a manifest is a build that hasn't ended, and what the manifest doesn't list
+does not exist. It is written last and replaced atomically; every commit counts `generation` up by
+one. It holds the size and the SHA-256 of every other file and ends with its own digest. It holds no
+wall-clock time and no absolute path of the index, so equal builds give equal bytes and the folder
+moves freely.
 
 A manifest may come from a stranger: nothing in it is believed before types, bounds and names were
 checked.
@@ -28,15 +29,20 @@ from gradindex.storage.plan import Count, DataFacts, Plan, Positive
 from gradindex.storage.upgrades import FORMAT, OLDEST, downgrade, upgrade
 from gradindex.version import VERSION
 
+# Bounds of what a stranger's manifest may claim: memory is taken by these numbers.
 LARGEST = 1 << 28  # bytes of a manifest: a million segments
 LARGEST_SIDE = 1 << 20  # of a module
 LARGEST_LENGTH = 1 << 24  # bits of a code
 
+# It becomes the name of a file, so it may lead out of no folder.
 _MODULE_NAME = re.compile(r"[^/\x00-\x1f\x7f]{1,200}")
 
 
 class ModelFacts(TypedDict):
-    """Where the model was at the build, and what it is: digests, and its configuration."""
+    """Where the model was at the build (`name`, `revision`), and what it is (`model/identity.py`).
+
+    `files` is None where the model was given as an object.
+    """
 
     name: str
     revision: str | None
@@ -48,7 +54,7 @@ class ModelFacts(TypedDict):
 
 
 class FitFacts(TypedDict):
-    """How the curvature was fitted; `left_out` are modules without a gradient, and why."""
+    """How the curvature was fitted; `left_out` says of modules without a gradient why."""
 
     sequences: Count
     labels: str
@@ -56,7 +62,7 @@ class FitFacts(TypedDict):
 
 
 class CodeFacts(TypedDict):
-    """CodeSettings, and the digest of the random numbers drawn for them."""
+    """The settings of the codes (`CodeSettings`), and the digest of the random numbers drawn."""
 
     length: Annotated[int, pydantic.Field(gt=0, le=LARGEST_LENGTH, multiple_of=64)]
     width: Annotated[int, pydantic.Field(gt=0, le=4096)]
@@ -66,10 +72,11 @@ class CodeFacts(TypedDict):
 
 
 class Calibration(TypedDict):
-    """How far a code's score is from the exact one, see `indexer/calibrate.py`.
+    """How far code scores are from exact ones, see `indexer/calibrate.py`.
 
-    `anchors` are exact scores measured then: ids of a sequence that was the query and of another,
-    and the influence of the second on the first.
+    `c` is the error in units of ‖v_q‖ ‖v_m‖ / √K, and `slope` that of code scores over exact ones,
+    from so many `pairs` of sequences. `anchors` are some of the exact scores: the id of the
+    sequence that was the query, the id of another, and the influence of the second on the first.
     """
 
     c: Positive
@@ -79,14 +86,17 @@ class Calibration(TypedDict):
 
 
 class BackgroundFacts(TypedDict):
-    """How many background queries there are, and of how many sequences their thresholds are."""
+    """How many background queries there are, and from how many sequences their thresholds are."""
 
     queries: Annotated[int, pydantic.Field(ge=0, le=4096)]
     sample: Count
 
 
 class Appended(TypedDict):
-    """Documents that came after the build: their data, and how their Λ compares (`append.py`)."""
+    """Documents that were appended: their data, ids from `first` on, and how far their Λ drifted.
+
+    See `indexer/upkeep/append.py`.
+    """
 
     data: list[DataFacts]
     first: Count
@@ -105,13 +115,15 @@ class Segment:
 
 @dataclass
 class Manifest:
-    """Everything a reader needs to know; sizes in bytes, damping in units of mean(Λ).
+    """Everything that a reader needs to know; sizes in bytes, damping in units of mean(Λ).
 
-    `sequences` are those that can be found: the rows of all segments less the `deleted` and the
-    `quarantined`. `documents` and tokens are of everything that was ever read. Ids below `next_id`
-    and segment numbers below `next_segment` were given once and are never given again.
-    `deleted_file` lists the deleted that are still in a segment.
+    `sequences` counts those that can be found: the rows of all segments less the `deleted` and the
+    `quarantined`. `documents`, `tokens` and `scored_tokens` count everything that was ever read.
+    Ids below `next_id` and numbers of segments below `next_segment` were given once and are never
+    given again. `deleted_file` lists the deleted that are still in a segment.
     """
+
+    # Unknown entries are refused: whoever wrote them meant something by them.
 
     __pydantic_config__ = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -166,34 +178,38 @@ _ADAPTER: pydantic.TypeAdapter[Manifest] = pydantic.TypeAdapter(Manifest)
 
 
 def model_name(manifest: Manifest) -> str:
-    """The hub's name and revision, or a folder's own name without where it was."""
+    """What the model is called, in words: its hub id and revision, or its folder's own name."""
+    # An index is passed on, and where a folder lay on another machine is nobody's business.
     name, revision = str(manifest.model["name"]), manifest.model["revision"]
     short = PurePath(name).name if name.startswith(("/", ".", "~")) else name
     return short if revision is None else f"{short} @ {revision[:12]}"
 
 
 def _wrong(index: Path, what: str) -> DamagedIndexError:
+    """The error for a manifest: "manifest.json `what`"."""
     return damaged(index, layout.MANIFEST, what)
 
 
 def exists(index: Path) -> bool:
+    """Whether a folder holds an index that was committed."""
     return (index / layout.MANIFEST).is_file()
 
 
 def digest_of(manifest: Manifest) -> str:
-    """The hex SHA-256 that a manifest ends with, which names a state of an index."""
+    """The SHA-256, in hex, that a manifest ends with: it names a state of an index."""
     return sealed_json.digest_of(_content(manifest))
 
 
 def _content(manifest: Manifest) -> dict[str, Any]:
     """What the manifest's file says, in its own format."""
+    # An index keeps its format until something is committed to it, and its digest with that.
     content = asdict(manifest)
     downgrade(content)
     return content
 
 
 def commit(index: Path, manifest: Manifest) -> None:
-    """Write the manifest: from this moment on the index is what it says, in the newest format.
+    """Write the manifest, in the newest format. From this moment on the index is what it says.
 
     Raises ResourceError.
     """
@@ -202,11 +218,13 @@ def commit(index: Path, manifest: Manifest) -> None:
 
 
 def load(index: Path) -> Manifest:
-    """Read the manifest, and nothing else.
+    """Read the manifest and check all that it says of itself. No other file is read.
 
     Raises InputError where there is no index, DamagedIndexError for a manifest that was changed or
-    can't be, IndexMismatchError for another format version.
+    contradicts itself, IndexMismatchError for a format that this version doesn't read.
     """
+    # Absence first, as it is no damage: most likely the user named another folder, or a build that
+    # was killed. A link is left to `_parse`, which refuses it.
     if not (index / layout.MANIFEST).is_symlink() and not exists(index):
         if (index / layout.BUILD).is_file():
             raise InputError(f"{index} is an unfinished build; run the same build command again to "
@@ -224,6 +242,7 @@ def load(index: Path) -> Manifest:
     try:
         manifest = _ADAPTER.validate_json(_checked(content))
     except pydantic.ValidationError as error:
+        # Of perhaps thousands of errors the first, and without the input, which may be anything.
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"])) or "it"
         raise _wrong(index, f"is not what an index has: {where}: {first['msg']}") from None
@@ -235,15 +254,17 @@ def load(index: Path) -> Manifest:
 
 def _checked(content: dict[str, Any]) -> bytes:
     """The JSON of a manifest in the newest format. Raises ValueError if it was changed."""
+    # The digest is that of its own format's content, so it is checked before the upgrade.
     checked = sealed_json.check(content)
     if content["format"] == FORMAT:
         return checked
-    own = sealed_json.parse(checked)
-    upgrade(own)
-    return sealed_json.canonical(own)
+    upgraded = sealed_json.parse(checked)
+    upgrade(upgraded)
+    return sealed_json.canonical(upgraded)
 
 
 def _parse(index: Path) -> dict[str, Any]:
+    """What the manifest's file holds, of a format that can be read. Nothing else is checked."""
     descriptor = open_inside(index, layout.MANIFEST)
     with os.fdopen(descriptor, "rb") as file:
         raw = file.read(LARGEST + 1)
@@ -266,14 +287,15 @@ def _parse(index: Path) -> dict[str, Any]:
 
 
 def _check(index: Path, manifest: Manifest) -> None:
-    """Raise DamagedIndexError where the parts of a manifest don't fit each other."""
+    """Raise DamagedIndexError where the parts of a manifest contradict each other."""
     for module in manifest.modules:
         if not _MODULE_NAME.fullmatch(module.name) or not all(
                 0 < side <= LARGEST_SIDE for side in (module.d_out, module.d_in)):
             raise _wrong(index, f"names a module that can't be: {module.name[:80]!r}")
     names = [segment.name for segment in manifest.segments]
     numbers = [int(name) for name in names]
-    if len(set(names)) < len(names) or any(one >= manifest.next_segment for one in numbers):
+    if len(set(names)) < len(names) or any(
+            number >= manifest.next_segment for number in numbers):
         raise _wrong(index, "lists a segment twice, or one that was never made")
     live = manifest.rows - manifest.deleted - manifest.quarantined
     if manifest.sequences != live or manifest.rows > manifest.next_id:
@@ -283,8 +305,9 @@ def _check(index: Path, manifest: Manifest) -> None:
     expected |= {file for name in names for file in layout.segment_files(name)}
     expected |= {layout.BACKGROUND} if manifest.background is not None else set()
     expected |= {manifest.deleted_file} - {None}  # type: ignore[arg-type]
-    if odd := expected ^ set(manifest.files):
-        raise _wrong(index, f"lists files that don't fit its contents: {min(odd)[:80]!r}")
+    # No more and no fewer: every other reader takes what it needs from `files` without asking.
+    if strange := expected ^ set(manifest.files):
+        raise _wrong(index, f"lists files that don't fit its contents: {min(strange)[:80]!r}")
     deleted = None if manifest.deleted_file is None else (manifest.deleted_file, manifest.deleted)
     bounds = layout.most_bytes(
         manifest.modules, {segment.name: segment.rows for segment in manifest.segments},
@@ -298,7 +321,10 @@ def _check(index: Path, manifest: Manifest) -> None:
 
 @dataclass
 class Problem:
-    """A damaged file, the segment it belongs to (None: the whole index needs it), and the error."""
+    """A damaged file of an index, and the error that reading it would raise.
+
+    `segment` is the one that it belongs to; None where the whole index needs it.
+    """
 
     file: str
     segment: str | None
@@ -306,7 +332,10 @@ class Problem:
 
 
 def problems(files: CheckedFiles, manifest: Manifest, digest: bool = False) -> Iterator[Problem]:
-    """Files that are missing or changed: by presence, size and small content, or all content."""
+    """The files that are missing or changed, in order of their names.
+
+    Small files are read and compared; of others the size is, or with `digest` all content too.
+    """
     for name in sorted(manifest.files):
         try:
             files.check(name, digest)

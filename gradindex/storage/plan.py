@@ -1,4 +1,7 @@
-"""What decides the bytes of an index besides its model: the build command, resolved."""
+"""What decides the bytes of an index besides the model: what a build was asked for, resolved.
+
+A build that is resumed must have the same plan; an append goes by the plan of the build.
+"""
 
 import json
 from dataclasses import asdict, dataclass, fields
@@ -17,7 +20,10 @@ Rows = Annotated[int, pydantic.Field(gt=0, le=1 << 24)]
 
 
 class DataFacts(TypedDict):
-    """A source of documents, and what its content was when it was read."""
+    """A source of documents, and what its content was when it was read.
+
+    `size` is in bytes, or in rows of what is no file; None where it can't be known beforehand.
+    """
 
     name: str
     size: Count | None
@@ -26,12 +32,10 @@ class DataFacts(TypedDict):
 
 @dataclass(frozen=True)
 class CorpusSettings:
-    """How records are read and cut; lengths in tokens, `limit` in documents.
+    """How documents are read and cut; lengths in tokens, `limit` in documents."""
 
-    An append reads by the settings of the build, so whatever decides what a sequence is belongs
-    here.
-    """
-
+    # An append reads by the settings of the build. So whatever decides what a sequence is belongs
+    # here, and not beside it: an append would cut its documents otherwise.
     __pydantic_config__ = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     sequence_length: Rows
@@ -47,7 +51,7 @@ class CorpusSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(CorpusSettings):
-    """The settings of the corpus, and all else that was chosen. Saved as one flat object."""
+    """The settings of the corpus, and everything else that was chosen for a build."""
 
     model: str
     revision: str | None
@@ -67,19 +71,22 @@ class Plan(CorpusSettings):
 
     @property
     def corpus(self) -> CorpusSettings:
-        """How its data were read and cut, every setting of it."""
-        return CorpusSettings(**{one.name: getattr(self, one.name)
-                                 for one in fields(CorpusSettings)})
+        """How the build read and cut its data."""
+        # from the class's own list of fields, so that a new setting can't be forgotten
+        return CorpusSettings(**{setting.name: getattr(self, setting.name)
+                                 for setting in fields(CorpusSettings)})
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as plain JSON types."""
+        """The plan as plain JSON types, in one flat object."""
         return {**asdict(self), "keep_fields": list(self.keep_fields)}
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "Plan":
-        """A plan that `to_dict` gave. Raises DamagedIndexError for anything else."""
+        """The plan that `to_dict` made a dictionary of. Raises DamagedIndexError for anything else.
+        """
         try:
-            return _ADAPTER.validate_json(json.dumps(content))  # as it is on the disk
+            # as JSON, in which a list is strictly what a tuple is saved as
+            return _ADAPTER.validate_json(json.dumps(content))
         except (pydantic.ValidationError, TypeError) as error:
             raise DamagedIndexError(
                 f"the plan of the build can't be read ({str(error).splitlines()[0][:120]}). Run "

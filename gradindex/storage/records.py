@@ -38,11 +38,11 @@ _ONE_AT_A_TIME = threading.Lock()
 
 @dataclass
 class Part:
-    """The stretch of one document inside a sequence (packed sequences have several).
+    """The stretch of one document inside a sequence; packed sequences have several.
 
-    `document` counts documents from 0; `row` is the line or row in `source`, from 1; `start` and
-    `end` are characters of the document's text, −1 where it came as tokens; `token` is the
-    position in the sequence where it starts.
+    `document` is the document's number, from 0; `row` is its line or row in `source`, from 1. The
+    stretch goes from character `start` to `end` of the document's text (−1 where it came as
+    tokens), and begins at position `token` of the sequence.
     """
 
     document: int
@@ -57,7 +57,8 @@ class Part:
 
 @dataclass
 class Record:
-    """A sequence: its id, tokens int32 [n], which of them were scored bool [n], and its parts."""
+    """A sequence: its id, token ids int32 [n], which of them were scored bool [n], and its parts.
+    """
 
     id: int
     tokens: np.ndarray
@@ -66,38 +67,43 @@ class Record:
 
 
 def write(path: Path, records: Iterable[Record]) -> FileFacts:
-    """Write a segment's records as one sealed file, in key order and one transaction.
+    """Write a segment's records, row by row, as one file. The same records give the same bytes.
 
-    The same records give the same bytes. Raises ResourceError on a full or failing disk.
+    Raises ResourceError on a full or failing disk.
     """
     temporary = path.with_name(path.name + TEMPORARY)
-    temporary.unlink(missing_ok=True)
+    temporary.unlink(missing_ok=True)  # what a killed process left would be written into
     values = [_pack(record) for record in records]
     # Each value takes whole pages above about 2 KB: twice the bytes and a margin always suffices.
     map_size = 2 * sum(len(value) + 4096 for value in values) + (1 << 20)
     with disk_errors(path, map_size // 2, temporary):
         with _lmdb_errors(), _open(temporary, map_size=map_size, lock=False) as environment:
+            # One transaction in the order of keys: LMDB's bytes depend on how they came about.
             with environment.begin(write=True) as transaction:
                 for row, value in enumerate(values):
+                    # False, and no error, is how it drops a record that is out of order.
                     if not transaction.put(_KEY.pack(row), value, append=True):
                         raise AssertionError(f"LMDB refused row {row} out of order")
             whole = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
-        if (found := temporary.stat().st_size) != whole:
-            raise OSError(errno.EIO, f"{found} of {whole} bytes arrived")
+        # `adopt` reads the facts back from the file, so a short one would pass: pages are counted.
+        if (size := temporary.stat().st_size) != whole:
+            raise OSError(errno.EIO, f"{size} of {whole} bytes arrived")
         return adopt(temporary, path)
 
 
 def file_bytes(sizes: Iterable[int]) -> int:
-    """The size of a segment's file, from those of its values (`value_bytes`), in order.
+    """The size of a segment's file in bytes, from those of its values (`value_bytes`), in order.
 
-    LMDB fills leaf pages in order; a value of about half a page or more has pages of its own.
-    Two pages say where the tree's root is, and branch pages hold 14 bytes a child.
+    >>> file_bytes([100] * 40)  # two pages for the root, two leaves, and the branch above them
+    20480
     """
-    leaves, own, room = 0, 0, 0
+    leaves, overflow, room = 0, 0, 0
+    # As liblmdb does: leaf pages are filled in order; a value of about half a page or more has
+    # pages of its own, and 8 bytes in the leaf; branch pages have 14 bytes for each child.
     for size in sizes:
         node = 8 + _KEY.size + size
         if node > _LARGEST_NODE:
-            own += -(-(_PAGE_HEADER + size) // _PAGE)
+            overflow += -(-(_PAGE_HEADER + size) // _PAGE)
             node = 8 + _KEY.size + 8
         node += node % 2 + 2
         if node > room:
@@ -107,20 +113,21 @@ def file_bytes(sizes: Iterable[int]) -> int:
     while level > 1:
         level = -(-level // _CHILDREN)
         branches += level
-    return (2 + leaves + own + branches) * _PAGE
+    return (2 + leaves + overflow + branches) * _PAGE
 
 
 def value_bytes(record: Record) -> int:
-    """The size of a record as a value."""
+    """The size of a record's value in bytes."""
     return len(_pack(record))
 
 
 @contextlib.contextmanager
 def _lmdb_errors() -> Iterator[None]:
-    """LMDB's errors about the disk, as the OSError they stand for."""
+    """Turn LMDB's errors about the disk into the OSErrors that they stand for."""
     try:
         yield
     except lmdb.Error as error:
+        # Its classes don't tell a full disk from others; its message is that of the C library.
         for code in (*FULL, *BROKEN, errno.EACCES):
             if os.strerror(code) in str(error):
                 raise OSError(code, os.strerror(code)) from error
@@ -128,20 +135,20 @@ def _lmdb_errors() -> Iterator[None]:
 
 
 def audit(path: Path) -> None:
-    """Check a file's every page, without liblmdb. Raises DamagedIndexError."""
+    """Check every page of a file of records, without liblmdb. Raises DamagedIndexError."""
     try:
-        found = lmdb.verify.verify(str(path), subdir=False)
+        faults = lmdb.verify.verify(str(path), subdir=False)
     except lmdb.verify.VerifyError as error:
-        found = [str(error)]
-    if found:
+        faults = [str(error)]
+    if faults:
         raise DamagedIndexError(
-            f"{path} is not a sound LMDB file ({str(found[0])[:120]}). Copy the index again; if it "
-            "comes from a stranger, don't trust it."
+            f"{path} is not a sound LMDB file ({str(faults[0])[:120]}). Copy the index again; if "
+            "it comes from a stranger, don't trust it."
         )
 
 
 def read(path: Path, rows: Sequence[int]) -> list[Record]:
-    """The records of the given rows, in that order, of a file written here or audited.
+    """The records of some rows, in that order, of a file that was written here or audited.
 
     Raises DamagedIndexError.
     """
@@ -158,22 +165,25 @@ def _open(path: Path, **arguments: Any) -> lmdb.Environment:
 
 
 def _pack(record: Record) -> bytes:
+    """A record as a value, laid out as the module says."""
     about = json.dumps(
         {"id": record.id, "parts": [asdict(part) for part in record.parts]},
         ensure_ascii=False, separators=(",", ":"),
-    ).encode("utf-8", errors="surrogatepass")
+    ).encode("utf-8", errors="surrogatepass")  # a user's JSON may hold lone surrogates
     body = about + record.tokens.astype("<i4").tobytes() + np.packbits(record.scored).tobytes()
     lengths = _HEADER.pack(0, len(about), len(record.tokens))[4:]
     return struct.pack("<I", zlib.crc32(lengths + body)) + lengths + body
 
 
 def _unpack(value: bytes | None, path: Path, row: int) -> Record:
+    """The record of a value. Raises DamagedIndexError, whatever its bytes are."""
     if value is None or len(value) < _HEADER.size:
         raise DamagedIndexError(f"{path} has no record {row}. Copy the index again.")
     checksum, about_length, n = _HEADER.unpack_from(value)
     if zlib.crc32(value[4:]) != checksum:
         raise DamagedIndexError(f"{path}: record {row} is damaged. Copy the index again.")
     start = _HEADER.size + about_length
+    # A checksum is easily made right, so everything after it is a stranger's as well.
     try:
         if len(value) != start + 4 * n + -(-n // 8):
             raise ValueError(f"{len(value)} bytes for {n} tokens")
@@ -191,7 +201,7 @@ def _unpack(value: bytes | None, path: Path, row: int) -> Record:
 
 
 def _check(record: Record) -> None:
-    """Raise ValueError for what no writer of ours writes."""
+    """Raise ValueError for a record that no writer of ours writes."""
     if type(record.id) is not int or not record.parts or not len(record.tokens):
         raise ValueError("no id, no part or no token")
     for part in record.parts:

@@ -1,4 +1,4 @@
-"""Rows and lists of ids, as NumPy files: what each row of a segment is without its text."""
+"""Rows and lists of ids, as NumPy files: what is known of each sequence without its text."""
 
 import hashlib
 import io
@@ -17,13 +17,20 @@ ROW = np.dtype([("id", "<i8"), ("norm", "<f4"), ("digest", "<u8", (2,))])
 
 
 def digest_of(record: Record) -> np.ndarray:
-    """uint64 [2]: the same for sequences of equal tokens and mask, and for no others."""
+    """uint64 [2]: the same for sequences of equal tokens and mask, and for no others.
+
+    >>> record = Record(7, np.array([5, 6], np.int32), np.array([True, True]), [])
+    >>> again = Record(8, np.array([5, 6], np.int32), np.array([True, True]), [])
+    >>> masked = Record(9, np.array([5, 6], np.int32), np.array([False, True]), [])
+    >>> [bool((digest_of(other) == digest_of(record)).all()) for other in (again, masked)]
+    [True, False]
+    """
     content = record.tokens.astype("<i4").tobytes() + record.scored.astype(np.uint8).tobytes()
     return np.frombuffer(hashlib.sha256(content).digest()[:16], dtype="<u8")
 
 
 def make_rows(records: Sequence[Record], norms: np.ndarray) -> np.ndarray:
-    """ROW [n] of sequences and their ‖v‖ [n]."""
+    """The rows of sequences, ROW [n], from their records and ‖v‖ [n]."""
     rows = np.zeros(len(records), dtype=ROW)
     rows["id"] = [record.id for record in records]
     rows["norm"] = norms
@@ -32,7 +39,12 @@ def make_rows(records: Sequence[Record], norms: np.ndarray) -> np.ndarray:
 
 
 def first_equal(digests: np.ndarray) -> np.ndarray:
-    """The place of the first row of equal digest, for digests uint64 [n, 2]: int64 [n]."""
+    """The number of the first row with an equal digest, for digests uint64 [n, 2]: int64 [n].
+
+    >>> first_equal(np.array([[1, 1], [2, 2], [1, 1]], dtype=np.uint64)).tolist()
+    [0, 1, 0]
+    """
+    # By the first 64 bits, which is faster than by all 128 and nearly always enough.
     order = np.argsort(digests[:, 0], kind="stable")  # stable: equal ones stay in order
     same = digests[order[1:]] == digests[order[:-1]]
     if (same[:, 0] & ~same[:, 1]).any():  # 64 bits were not enough to tell all apart
@@ -46,17 +58,29 @@ def first_equal(digests: np.ndarray) -> np.ndarray:
 
 
 def count_equal(digests: np.ndarray) -> int:
-    """How many rows equal an earlier one, for digests uint64 [n, 2]."""
+    """How many rows equal an earlier one, for digests uint64 [n, 2].
+
+    >>> count_equal(np.array([[1, 1], [2, 2], [1, 1]], dtype=np.uint64))
+    1
+    """
     return int((first_equal(digests) != np.arange(len(digests))).sum())
 
 
 def write_rows(path: Path, rows: np.ndarray) -> FileFacts:
-    """Write ROW [n]. Raises ResourceError."""
+    """Write the file of rows, ROW [n]. Raises ResourceError."""
     return atomic_write(path, array_bytes(rows))
 
 
 def parse_rows(content: bytes, count: int, where: Path) -> np.ndarray:
-    """ROW [count], ids ascending and every ‖v‖ finite or NaN. Raises DamagedIndexError."""
+    """The rows of a file, ROW [count]. `where` is its path, for the message.
+
+    Raises DamagedIndexError unless ids ascend and every ‖v‖ is finite or NaN.
+
+    >>> rows = np.zeros(2, dtype=ROW)
+    >>> rows["id"] = [4, 9]
+    >>> parse_rows(array_bytes(rows), 2, Path("rows.npy"))["id"].tolist()
+    [4, 9]
+    """
     rows = parse_array(content, ROW, where)
     norms = rows["norm"]
     if rows.shape != (count,) or (np.diff(rows["id"]) <= 0).any() or rows["id"][0] < 0 or \
@@ -68,12 +92,18 @@ def parse_rows(content: bytes, count: int, where: Path) -> np.ndarray:
 
 
 def write_ids(path: Path, ids: np.ndarray) -> FileFacts:
-    """Write a list of ids, int64 ascending. Raises ResourceError."""
+    """Write a list of ids, int64 [n], which ascend. Raises ResourceError."""
     return atomic_write(path, array_bytes(ids.astype("<i8")))
 
 
 def parse_ids(content: bytes, count: int, where: Path) -> np.ndarray:
-    """A list of `count` ids, int64 ascending. Raises DamagedIndexError."""
+    """The ids of a file, int64 [count]. `where` is its path, for the message.
+
+    Raises DamagedIndexError for anything but ascending ids.
+
+    >>> parse_ids(array_bytes(np.array([4, 9])), 2, Path("000001.npy")).tolist()
+    [4, 9]
+    """
     ids = parse_array(content, np.dtype("<i8"), where)
     if ids.shape != (count,) or (np.diff(ids) <= 0).any():
         raise DamagedIndexError(
@@ -82,16 +112,21 @@ def parse_ids(content: bytes, count: int, where: Path) -> np.ndarray:
 
 
 def array_bytes(array: np.ndarray) -> bytes:
+    """The content of a NumPy file that holds an array."""
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     return buffer.getvalue()
 
 
 def parse_array(content: bytes, dtype: np.dtype, where: Path) -> np.ndarray:
-    """An array of one dimension and the given dtype. Raises DamagedIndexError."""
+    """The array [n] of a NumPy file's content. `where` is its path, for the message.
+
+    Raises DamagedIndexError for anything but an array of one dimension and this dtype.
+    """
     buffer = io.BytesIO(content)
     try:
         array = np.load(buffer, allow_pickle=False)
+        # An equal array has equal bytes: with more behind it, another file would pass as this one.
         if buffer.read(1):
             raise ValueError("it goes on after the array")
     except Exception as error:  # hostile bytes make NumPy's header parser raise anything

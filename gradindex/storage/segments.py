@@ -1,4 +1,4 @@
-"""A segment on disk: a run of sequences, what they were, their codes, and how they were made.
+"""A segment on disk: a run of sequences with their texts, their codes, and how they were made.
 
     records.lmdb    what each sequence was (`records.py`)
     vectors.faiss   the codes; row i belongs to record i (`code_file.py`)
@@ -6,8 +6,9 @@
     tokens.npz      which tokens each sequence holds (`token_file.py`)
     segment.json    SegmentFacts: written last before the folder gets its final name
 
-While a segment is being made its folder is called NNNNNN.partial and its segment.json says how far
-it came, so that a killed writer repeats what it did and ends with the same bytes.
+While a segment is being made, its folder is called NNNNNN.partial, and its segment.json says how
+far it has come: a writer that goes on after a kill repeats what was done and ends with the same
+bytes.
 """
 
 from collections.abc import Sequence
@@ -31,9 +32,9 @@ from gradindex.storage.row_file import parse_rows
 class SegmentFacts:
     """How a segment was made.
 
-    `splits` are batches that were halved because memory ran out, as (first row, rows); replaying
-    them gives the same bytes. `quarantined` says of ids why they have no code. `files` are the
-    facts of the files written so far.
+    `splits` are the batches that were halved because memory ran out, as (first row, rows).
+    `quarantined` says, by id, why a sequence has no code. `files` are the facts of the files
+    written so far.
     """
 
     rows: int
@@ -47,13 +48,17 @@ _ADAPTER: pydantic.TypeAdapter[SegmentFacts] = pydantic.TypeAdapter(SegmentFacts
 
 def write_facts(folder: Path, facts: SegmentFacts) -> FileFacts:
     """Write segment.json. Raises ResourceError."""
-    content = {**asdict(facts), "quarantined": {str(one): why for one, why in
+    # JSON's keys are strings, and would be sorted as such: 10 before 9.
+    content = {**asdict(facts), "quarantined": {str(sequence): why for sequence, why in
                                                 sorted(facts.quarantined.items())}}
     return atomic_write(folder / layout.NOTES.name, sealed_json.sign(content))
 
 
 def parse_facts(content: bytes, where: Path) -> SegmentFacts:
-    """What segment.json says. Raises DamagedIndexError."""
+    """What the content of a segment.json says. `where` is its path, for the message.
+
+    Raises DamagedIndexError.
+    """
     try:
         return _ADAPTER.validate_json(sealed_json.check(sealed_json.parse(content)))
     except ValueError as error:
@@ -64,16 +69,16 @@ def parse_facts(content: bytes, where: Path) -> SegmentFacts:
 
 
 def read_facts(folder: Path) -> SegmentFacts:
-    """What the segment.json of a folder under way says. Raises DamagedIndexError."""
+    """What the segment.json of a segment that is being made says. Raises DamagedIndexError."""
     return parse_facts((folder / layout.NOTES.name).read_bytes(), folder / layout.NOTES.name)
 
 
 @dataclass(frozen=True)
 class SegmentReader:
-    """Reads one segment's files, each handed out only when it is what was noted of it.
+    """Reads the files of one segment of `count` rows, each checked before anything parses it.
 
-    `files` may be those of a whole index, or of the segment's folder alone: `within` is what its
-    names begin with there. It has `count` rows. Everything raises DamagedIndexError.
+    `files` are those of a whole index, or of the segment's folder alone; `within` is what the names
+    of the segment's files begin with among them. Every method raises DamagedIndexError.
     """
 
     files: CheckedFiles
@@ -81,19 +86,24 @@ class SegmentReader:
     count: int
 
     def name(self, file: SegmentFile) -> str:
+        """The name of one of the segment's files among `files`."""
         return f"{self.within}{file.name}"
 
     def rows(self) -> np.ndarray:
-        """Every row: row_file.ROW [count]."""
+        """All rows: row_file.ROW [count]."""
         return parse_rows(self._read(layout.ROWS), self.count, self._where(layout.ROWS))
 
     def codes(self, length: int, mapped: bool = False) -> CodeIndex:
-        """The codes of K = `length` bits, all rows: in memory, or `mapped` from the disk."""
+        """The codes of all rows, of K = `length` bits: in memory, or `mapped` from the disk."""
+        # Mapped where memory doesn't hold all segments: FAISS scans codes where they lie.
         content = self.files.map(self.name(layout.CODES)) if mapped else self._read(layout.CODES)
         return CodeIndex.parse(content, length, self.count, self._where(layout.CODES))
 
     def tokens(self, sequence_length: int, vocabulary: int) -> token_file.Matrix:
-        """Which tokens each sequence holds, all rows."""
+        """Which tokens each sequence holds: [count, vocabulary].
+
+        A sequence holds at most `sequence_length` tokens, all below `vocabulary`.
+        """
         return token_file.parse(self._read(layout.TOKENS), self.count, sequence_length, vocabulary,
                                 self._where(layout.TOKENS))
 
@@ -102,7 +112,7 @@ class SegmentReader:
         return parse_facts(self._read(layout.NOTES), self._where(layout.NOTES))
 
     def records(self, rows: Sequence[int]) -> list[Record]:
-        """What the sequences of some rows are, in that order."""
+        """The records of some rows, in that order."""
         # audited page by page before liblmdb, which trusts what it maps, sees it
         return records.read(self.files.path(self.name(layout.RECORDS), records.audit), rows)
 

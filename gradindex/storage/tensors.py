@@ -22,27 +22,28 @@ def write_tensors(
     path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> FileFacts:
     """Write a safetensors file with its own digest. Raises ResourceError."""
+    # By falling size of their numbers, so that each tensor lies aligned in the mapped file.
     plain = {name: tensor.contiguous().cpu() for name, tensor in sorted(
-        tensors.items(), key=lambda one: (-one[1].itemsize, one[0]))}  # so each lies aligned
-    about = metadata or {}
-    header = _header(plain, {**about, "digest": _digest(plain, about)})
+        tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))}
+    others = metadata or {}
+    header = _header(plain, {**others, "digest": _digest(plain, others)})
 
     def write(file: Writer) -> None:
         file.write(header)
         for tensor in plain.values():
             file.write(_bytes(tensor))
 
-    return atomic_write(path, write, len(header) + sum(one.nbytes for one in plain.values()))
+    return atomic_write(path, write, len(header) + sum(tensor.nbytes for tensor in plain.values()))
 
 
 def header_bytes(tensors: dict[str, Tensor]) -> int:
-    """How long the header of a file of such tensors is, but for some digits of its offsets."""
+    """The bytes of the header of a file of such tensors, but for some digits of its offsets."""
     return len(_header(tensors, {"digest": _digest(tensors, {})}))
 
 
 def _header(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
-    """What a safetensors file begins with. The library would need all of the file in memory, twice.
-    """
+    """What a safetensors file of these tensors begins with."""
+    # Written here, because the library would need all of the file in memory, twice.
     content: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for name, tensor in tensors.items():
@@ -55,10 +56,11 @@ def _header(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+    return tensor.reshape(-1).view(torch.uint8).numpy().data  # NumPy has no bfloat16
 
 
 def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    """SHA-256 in hex over metadata, and over every tensor's name, dtype, shape and bytes."""
     digest = hashlib.sha256(repr(sorted(metadata.items())).encode())
     for name in sorted(tensors):
         digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}\n".encode())
@@ -67,13 +69,14 @@ def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file alone, not checked. Raises DamagedIndexError."""
-    with _opened(path) as file:
+    """The metadata of a safetensors file, without a look at its tensors. Raises DamagedIndexError.
+    """
+    with _open(path) as file:
         return file.metadata() or {}
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _open(path: Path) -> Iterator[Any]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             yield file
@@ -82,11 +85,12 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def read_tensors(path: Path, check: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file, mapped from it.
+    """The tensors, mapped, and the metadata of a safetensors file.
 
-    Raises DamagedIndexError, where `check` is asked for also if it changed.
+    Raises DamagedIndexError for a file that can't be read and, with `check`, for one that was
+    changed after it was written.
     """
-    with _opened(path) as file:
+    with _open(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         metadata = file.metadata() or {}
     digest = metadata.pop("digest", None)

@@ -1,11 +1,12 @@
 """The TF-IDF filter of Grosse et al. 2023 (§3.2): which sequences share rare tokens with a query.
 
 score(query, m) = Σ over the query's tokens that m holds of IDF(token), with
-IDF(token) = log((N − n + ½)/(n + ½) + 1), n of the N sequences holding it. The paper's factor
-(k₁+1)/(k₁+1) for a token that is there is 1. Repeated query tokens count each time.
+IDF(token) = log((N − n + ½)/(n + ½) + 1), where n of the N sequences hold the token. The paper's
+factor (k₁+1)/(k₁+1) for a token that is there is 1. A token that the query repeats counts each
+time.
 
-Each segment keeps which tokens each of its sequences holds, as a sparse matrix. SciPy, which
-writes it without pickle, enters here.
+Each segment keeps which tokens each of its sequences holds, as a sparse matrix. SciPy, which writes
+it without pickle, enters here.
 """
 
 import io
@@ -24,20 +25,24 @@ Matrix: TypeAlias = scipy.sparse.csr_matrix  # of bool [sequences, vocabulary]
 
 
 def write(path: Path, sequences: Sequence[np.ndarray], vocabulary: int) -> FileFacts:
-    """Write which of `vocabulary` token ids each sequence (token ids [n]) holds.
-
-    Raises ResourceError.
-    """
+    """Write which tokens each sequence holds; see `pack`. Raises ResourceError."""
     return atomic_write(path, pack(sequences, vocabulary))
 
 
 def pack(sequences: Sequence[np.ndarray], vocabulary: int) -> bytes:
-    """The content of a segment's file, for token ids [n] of each sequence."""
-    held = [np.unique(ids) for ids in sequences]
-    starts = np.cumsum([0, *map(len, held)])
+    """The content of a segment's file, from the token ids, int32 [n], of each sequence.
+
+    All of them are below `vocabulary`.
+
+    >>> content = pack([np.array([3, 1, 3]), np.array([2])], vocabulary=5)
+    >>> parse(content, 2, 4, 5, Path("tokens.npz")).toarray().astype(int).tolist()
+    [[0, 1, 0, 1, 0], [0, 0, 1, 0, 0]]
+    """
+    distinct = [np.unique(tokens) for tokens in sequences]
+    starts = np.cumsum([0, *map(len, distinct)])
     matrix = scipy.sparse.csr_matrix(
-        (np.ones(starts[-1], dtype=bool), np.concatenate(held), starts),
-        shape=(len(held), vocabulary),
+        (np.ones(starts[-1], dtype=bool), np.concatenate(distinct), starts),
+        shape=(len(distinct), vocabulary),
     )
     buffer = io.BytesIO()
     scipy.sparse.save_npz(buffer, matrix)
@@ -45,10 +50,12 @@ def pack(sequences: Sequence[np.ndarray], vocabulary: int) -> bytes:
 
 
 def parse(content: bytes, rows: int, length: int, vocabulary: int, where: Path) -> Matrix:
-    """A segment's matrix [rows, vocabulary]; a row holds at most `length` tokens.
+    """The matrix [rows, vocabulary] of a segment's file. `where` is its path, for the message.
 
-    Raises DamagedIndexError, also where it would unpack to more than such a matrix takes.
+    Raises DamagedIndexError for anything but such a matrix, each of whose rows holds at most
+    `length` tokens.
     """
+    # Before it is unpacked: a file of a few kilobytes can unpack to all of the memory.
     most = 16 * rows * (length + 1) + (1 << 12)  # bytes: index, value and row start, and headers
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -71,19 +78,29 @@ def parse(content: bytes, rows: int, length: int, vocabulary: int, where: Path) 
 
 
 class TokenMatrix:
-    """Which tokens every sequence of an index holds; `live` [rows] says which rows count."""
+    """Which tokens every sequence of an index holds.
+
+    `segments` are the matrices of all segments, and `live` bool [rows] says which rows count.
+
+    >>> content = pack([np.array([0, 1]), np.array([1]), np.array([1, 2])], vocabulary=3)
+    >>> matrix = TokenMatrix([parse(content, 3, 4, 3, Path("tokens.npz"))], np.ones(3, dtype=bool))
+    >>> matrix.scores([0, 1]).round(3).tolist()  # only the first holds the rare token 0
+    [1.114, 0.134, 0.134]
+    """
 
     def __init__(self, segments: list[Matrix], live: np.ndarray):
-        self._held = scipy.sparse.vstack(segments, format="csr")
+        self._matrix = scipy.sparse.vstack(segments, format="csr")
         if not live.all():
-            self._held = self._held[live]
-        total = self._held.shape[0]
-        count = np.asarray(self._held.sum(0)).ravel()
+            self._matrix = self._matrix[live]
+        total = self._matrix.shape[0]
+        count = np.asarray(self._matrix.sum(0)).ravel()
+        # The ½ keeps a token that no sequence holds from a division by 0, and the 1 one that all
+        # hold from a negative weight.
         self._idf = np.log((total - count + 0.5) / (count + 0.5) + 1)
 
     def scores(self, tokens: Sequence[int]) -> np.ndarray:
-        """The TF-IDF score of every sequence for a query's tokens: float64 [N]."""
+        """The TF-IDF score of every live sequence for a query's token ids: float64 [N]."""
         weights = np.zeros(len(self._idf))
-        np.add.at(weights, np.asarray(tokens, dtype=np.int64), 1.0)
-        scores: np.ndarray = self._held @ (weights * self._idf)
+        np.add.at(weights, np.asarray(tokens, dtype=np.int64), 1.0)  # counts repeated tokens
+        scores: np.ndarray = self._matrix @ (weights * self._idf)
         return scores

@@ -1,7 +1,7 @@
-"""Manifests of earlier formats as the newest has them, and back: a function a version.
+"""Manifests of earlier formats turned into the newest one, and back: one function a version.
 
 An index keeps the format that it was written in until a command commits to it. Its digest is that
-of its own format's content, so what a newer format added is taken out again for it.
+of its own format's content, so what newer formats added has to be taken out again for it.
 """
 
 from collections.abc import Callable
@@ -15,6 +15,7 @@ Content = dict[str, Any]  # of a manifest's JSON
 
 def _to_2(content: Content) -> None:
     """Format 1 had no background queries."""
+    # Refused, and not replaced: what its own format doesn't have, its writer never wrote.
     if "background" in content:
         raise ValueError("format 1 has no background queries")
     content["background"] = None
@@ -23,7 +24,7 @@ def _to_2(content: Content) -> None:
 def _to_3(content: Content) -> None:
     """Formats 1 and 2 had no split covariances."""
     plan = content.get("plan")
-    if isinstance(plan, dict):
+    if isinstance(plan, dict):  # types are checked later, of the newest format
         if "covariance_blocks" in plan:
             raise ValueError("formats 1 and 2 have no split covariances")
         plan["covariance_blocks"] = 1
@@ -42,15 +43,26 @@ _DOWN: dict[int, Callable[[Content], None]] = {3: _from_3, 2: _from_2}  # from t
 
 
 def upgrade(content: Content) -> None:
-    """Bring a manifest's content to the newest format's, in place; its `format` stays.
+    """Add to a manifest's content, in place, what formats newer than its own have. `format` stays.
 
-    Raises ValueError for what its own format doesn't have.
+    Raises ValueError for content that its own format doesn't have.
+
+    >>> content = {"format": 1, "plan": {}}
+    >>> upgrade(content)
+    >>> content
+    {'format': 1, 'plan': {'covariance_blocks': 1}, 'background': None}
     """
     for version in range(content["format"], FORMAT):
         _UP[version](content)
 
 
 def downgrade(content: Content) -> None:
-    """Take out of a manifest's content what its own `format` doesn't have, in place."""
+    """Take out of a manifest's content, in place, what its own `format` doesn't have.
+
+    >>> content = {"format": 2, "plan": {"covariance_blocks": 1}, "background": None}
+    >>> downgrade(content)
+    >>> content
+    {'format': 2, 'plan': {}, 'background': None}
+    """
     for version in range(FORMAT, content["format"], -1):
         _DOWN[version](content)

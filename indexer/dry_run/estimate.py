@@ -16,9 +16,8 @@ While the build runs, the fit's float64 sums lie beside the records.
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -55,9 +54,9 @@ from indexer.fit.notes import FitSettings
 from indexer.fit.schedule import LARGEST_BLOCK
 from indexer.prepare import allow, describe
 from indexer.read import ingest
-from indexer.read.corpus import Corpus
+from indexer.read.corpus import Corpus, CorpusFacts
 from indexer.read.sources import count_rows
-from indexer.state import State
+from indexer.state import BuildState
 
 READING = 30.0  # seconds; data that take longer are read in part
 UNCERTAIN = 0.3
@@ -149,22 +148,22 @@ def estimate(request: BuildRequest) -> Estimate:
     ResourceError where memory doesn't suffice for a batch. A disk or memory that is too small for
     the whole is not raised: see `Estimate.lacking`.
     """
-    plan, say = request.plan, request.say
+    plan, progress = request.plan, request.progress
 
     # 1) what is there already
     refuse_links(request.index)
-    state = State.find(request.index, plan, say)
+    state = BuildState.find(request.index, plan, progress)
     note = _note_on(request.index, state)
 
     # 2) text → lengths
     read = _read(request)
-    ingest.report(read.facts, plan.sequence_length, say)
+    ingest.report_read(read.facts, plan.sequence_length, progress)
 
     # 3) the model and its tracked modules
     begun = time.perf_counter()
     model = LanguageModel.load(request.source, request.dtype)
     if state is not None and state.model is not None:
-        check_identity(model, state.model)
+        check_identity(model, asdict(state.model))
     identify(model)
     start = time.perf_counter() - begun
     tracked = tracked_modules(model.network, plan.modules)
@@ -176,7 +175,7 @@ def estimate(request: BuildRequest) -> Estimate:
     needs = budget(model.bytes, tracked, settings.covariance_blocks, width, allowed.planned, inner)
 
     # 4) two batches of each stage
-    say.say("measuring two batches of each stage")
+    progress.say("measuring two batches of each stage")
     bench = Bench(
         model, tracked, read.sample, settings,
         CodeSettings(plan.bits, inner, plan.seed, plan.damping),
@@ -188,14 +187,14 @@ def estimate(request: BuildRequest) -> Estimate:
     # 5) what there is of it
     existing = _bytes_in(request.index)
     place = next(one for one in (request.index, *request.index.absolute().parents) if one.is_dir())
-    text = disk["records"]
+    text, facts = disk["records"], read.facts
     return Estimate(
         model=f"{request.source.name}: {model.network.num_parameters() / 1e6:,.1f} M parameters in "
               f"{plan.dtype}; {describe(model, tracked)}",
-        data=f"{read.facts['documents']:,} documents → {read.facts['sequences']:,} sequences of at "
-             f"most {plan.sequence_length} tokens, {read.facts['tokens']:,} tokens",
-        documents=read.facts["documents"], sequences=read.facts["sequences"],
-        tokens=read.facts["tokens"], read=read.share, stages=stages, disk=disk,
+        data=f"{facts.documents:,} documents → {facts.sequences:,} sequences of at most "
+             f"{plan.sequence_length} tokens, {facts.tokens:,} tokens",
+        documents=facts.documents, sequences=facts.sequences, tokens=facts.tokens,
+        read=read.share, stages=stages, disk=disk,
         disk_most=max(sum(disk.values()), text + needs.fit_disk),
         disk_free=shutil.disk_usage(place).free + existing, place=str(place),
         memory=Memory(max(one.host for one in bench.memory.values()),
@@ -206,7 +205,7 @@ def estimate(request: BuildRequest) -> Estimate:
     )
 
 
-def _note_on(index: Path, state: State | None) -> str:
+def _note_on(index: Path, state: BuildState | None) -> str:
     if manifest.exists(index):
         return f"{index} is complete: the same command has nothing to do"
     if state is not None:
@@ -229,7 +228,7 @@ class _Read:
     those of reading all. `sample` are sequences drawn from all that were read, at most a segment.
     """
 
-    facts: dict[str, Any]
+    facts: CorpusFacts
     lengths: list[int]
     sizes: list[int]
     sample: list[Record]
@@ -242,35 +241,32 @@ def _read(request: BuildRequest) -> _Read:
     corpus, most = request.corpus, request.plan.segment_size
     lengths: list[int] = []
     sizes: list[int] = []
-    scored = 0
     sample: list[Record] = []
     random = draws.generator(Stream.DRY_RUN_SAMPLE, request.plan.seed)
-    request.say.start("read", 0, "sequences")
+    request.progress.start("read", 0, "sequences")
     begun = time.perf_counter()
     share = 1.0
     for record in corpus.sequences():
         lengths.append(len(record.tokens))
         sizes.append(records.value_bytes(record))
-        scored += int(corpus.objective.counted(record.scored).sum())
         if len(sample) < most:
             sample.append(record)
         elif (place := int(random.integers(len(lengths)))) < most:  # each with equal chance
             sample[place] = record
-        request.say.update(1)
+        request.progress.update(1)
         if time.perf_counter() - begun > READING:
             share = _share(corpus, record)
             break
     seconds = time.perf_counter() - begun
-    request.say.finish()
+    request.progress.finish()
     if share == 1:
-        ingest.check_read(corpus, len(lengths))
-    facts = {"sequences": len(lengths), "tokens": sum(lengths), "scored_tokens": scored,
-             **ingest.read_facts(corpus)}
+        ingest.check_read(corpus)
+    facts = corpus.facts
     sample = [sample[one] for one in random.permutation(len(sample))]
     if share < 1:
         count = round(len(lengths) / share)
-        facts |= {name: round(facts[name] / share) for name in (
-            "sequences", "tokens", "scored_tokens", "documents")}
+        facts = replace(facts, **{name: round(getattr(facts, name) / share) for name in (
+            "sequences", "tokens", "scored_tokens", "documents")})
         lengths, sizes = (np.resize(np.array(one), count).tolist() for one in (lengths, sizes))
     return _Read(facts, lengths, sizes, sample, share, seconds / share)
 
@@ -284,7 +280,7 @@ def _share(corpus: Corpus, last: Record) -> float:
             done = total + part.row
         total += count_rows(source, corpus.settings.sequence_length)
     limit = corpus.settings.limit
-    return min(1.0, max(done / total, corpus.documents / limit if limit else 0.0))
+    return min(1.0, max(done / total, corpus.facts.documents / limit if limit else 0.0))
 
 
 # ---- disk

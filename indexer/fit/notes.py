@@ -13,7 +13,7 @@ from gradindex.errors import DamagedIndexError
 from gradindex.progress import Progress
 from gradindex.storage import sealed_json
 from gradindex.storage.files import FileFacts, atomic_write
-from indexer.fit.quarantine import SHARE
+from indexer.defaults import MAX_BAD
 
 NOTES = "fit.json"
 
@@ -31,7 +31,7 @@ class FitSettings:
     block: int
     batch_tokens: int
     seed: int
-    bad: float = SHARE
+    bad: float = MAX_BAD
     covariance_blocks: int = 1
 
 

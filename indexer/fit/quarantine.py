@@ -3,7 +3,6 @@
 from gradindex.errors import GradindexError
 
 ALWAYS = 10  # so many are forgiven however small the data
-SHARE = 0.001
 
 
 def check_quarantine(found: dict[int, str], total: int, share: float, where: str) -> None:

@@ -8,7 +8,6 @@ The order of sequences is a function of the files and the settings alone.
 
 import json
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -47,11 +46,20 @@ NEEDED_FIELDS = {
 
 
 @dataclass
-class Skipped:
-    """Rows that could not be used: counted by reason, the first few kept with file and line."""
+class CorpusFacts:
+    """What reading came to: counts, and why what was left out was, the first few with file and
+    line."""
 
-    counts: Counter[str] = field(default_factory=Counter)
+    documents: int = 0
+    sequences: int = 0
+    tokens: int = 0
+    scored_tokens: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
     examples: list[str] = field(default_factory=list)
+
+    def skip(self, reason: str) -> None:
+        """Count something that was left out."""
+        self.skipped[reason] = self.skipped.get(reason, 0) + 1
 
 
 class Corpus:
@@ -73,8 +81,7 @@ class Corpus:
         self.end_token = end_token
         items = list(data)
         self.sources = [source for item in items for source in discover(item)]
-        self.skipped = Skipped()
-        self.documents = 0
+        self.facts = CorpusFacts()
         self.documents_before = 0  # in the index already
         self.fields_seen: set[str] = set()
         if not self.sources:
@@ -100,11 +107,14 @@ class Corpus:
                  "sha256": digest_of(source.content)} for source in self.sources]
 
     def sequences(self) -> Iterator[Record]:
-        """Every sequence in order, with ids from 0."""
-        self.skipped, self.documents = Skipped(), 0
-        made = self._packed() if self.settings.pack and self.task != "tokens" else self._windows()
-        for number, record in enumerate(made):
-            record.id = number
+        """Every sequence in order, with ids from 0; `facts` are of what was read so far."""
+        facts = self.facts = CorpusFacts()  # another reading counts anew
+        packed = self.settings.pack and self.task != "tokens"
+        for record in self._packed() if packed else self._windows():
+            record.id = facts.sequences
+            facts.sequences += 1
+            facts.tokens += len(record.tokens)
+            facts.scored_tokens += int(self.objective.counted(record.scored).sum())
             yield record
 
     # ---- documents → sequences
@@ -149,7 +159,7 @@ class Corpus:
         if self.objective.counted(scored).any():
             yield Record(-1, tokens, scored, parts)
         else:
-            self.skipped.counts["sequence without a scored token"] += 1
+            self.facts.skip("sequence without a scored token")
 
     def _documents(self) -> Iterator[tuple[Part, tokenise.Tokenised]]:
         for source, row, content in self._rows():
@@ -164,19 +174,19 @@ class Corpus:
                 continue
             except InputError as error:
                 raise InputError(f"{source.name}:{row}: {error}") from None
-            self.documents += 1
-            number = self.documents_before + self.documents - 1
+            number = self.documents_before + self.facts.documents
+            self.facts.documents += 1
             yield Part(number, source.name, row, -1, -1, 0, user_id, fields), tokenised
-            if self.documents == self.settings.limit:
+            if self.facts.documents == self.settings.limit:
                 return
 
     def _skip(self, source: Source, row: int, reason: str) -> None:
         where = f"{source.name}:{row}: {reason}"
         if self.strict:
             raise InputError(f"{where}. Correct it, or leave out --strict to skip such rows.")
-        self.skipped.counts[reason.split(" (")[0]] += 1
-        if len(self.skipped.examples) < KEPT_EXAMPLES:
-            self.skipped.examples.append(where)
+        self.facts.skip(reason.split(" (")[0])
+        if len(self.facts.examples) < KEPT_EXAMPLES:
+            self.facts.examples.append(where)
 
     # ---- rows → tokens
 

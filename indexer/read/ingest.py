@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -25,7 +24,7 @@ from gradindex.storage.records import Record
 from gradindex.storage.segments import SegmentFacts, SegmentReader
 from indexer.encode import encode_segment
 from indexer.fit.quarantine import check_quarantine
-from indexer.read.corpus import Corpus
+from indexer.read.corpus import Corpus, CorpusFacts
 from indexer.shards import Shard, Share
 
 
@@ -94,54 +93,46 @@ class Run:
         return [(own[number], here) for number, here in sorted(by_number.items())]
 
 
-def write_records(corpus: Corpus, run: Run, say: Progress) -> dict[str, Any]:
+def write_records(corpus: Corpus, run: Run, progress: Progress) -> CorpusFacts:
     """Tokenise everything into segments of records; `run.count` isn't known before.
 
     What an earlier attempt left is replaced. Raises InputError where there is nothing to index,
     ResourceError.
     """
     remove_unsealed(run.index, run.number)
-    facts: dict[str, Any] = {"sequences": 0, "tokens": 0, "scored_tokens": 0}
-    pending: list[Record] = []
-
-    def flush() -> None:
-        number = run.number + (facts["sequences"] - 1) // run.size
-        folder = segment_folder(run.index, f"{number:06d}{PARTIAL}")
-        make_folder(folder)
-        written = records.write(folder / "records.lmdb", pending)
-        segments.write_facts(folder, SegmentFacts(len(pending), files={"records.lmdb": written}))
-        pending.clear()
-
-    say.start("read", 0, "sequences")
+    number, members = run.number, list[Record]()
+    progress.start("read", 0, "sequences")
     for record in corpus.sequences():
         record.id += run.first
-        pending.append(record)
-        facts["sequences"] += 1
-        facts["tokens"] += len(record.tokens)
-        facts["scored_tokens"] += int(corpus.objective.counted(record.scored).sum())
-        say.update(1)
-        if len(pending) == run.size:
-            flush()
-    if pending:
-        flush()
-    say.finish()
-    check_read(corpus, facts["sequences"])
-    return {**facts, **read_facts(corpus)}
+        members.append(record)
+        progress.update(1)
+        if len(members) == run.size:
+            write_partial(run.index, layout.segment_name(number), members)
+            number, members = number + 1, []
+    if members:
+        write_partial(run.index, layout.segment_name(number), members)
+    progress.finish()
+    check_read(corpus)
+    return corpus.facts
 
 
-def read_facts(corpus: Corpus) -> dict[str, Any]:
-    """What a corpus counted while it was read."""
-    return {"documents": corpus.documents, "skipped": dict(corpus.skipped.counts),
-            "examples": corpus.skipped.examples}
+def write_partial(index: Path, segment: str, members: list[Record]) -> Path:
+    """Begin a segment: its folder, with the records alone. Raises ResourceError."""
+    folder, name = layout.partial_folder(index, segment), layout.RECORDS.name
+    make_folder(folder)
+    segments.write_facts(folder, SegmentFacts(
+        len(members), files={name: records.write(folder / name, members)}))
+    return folder
 
 
-def check_read(corpus: Corpus, sequences: int) -> None:
+def check_read(corpus: Corpus) -> None:
     """Raise InputError where a corpus, read, gave nothing to index, or lacks a field to keep."""
-    if not sequences:
-        skipped = [f"Skipped: {counted(corpus.skipped.counts)}."] if corpus.skipped.counts else []
+    facts = corpus.facts
+    if not facts.sequences:
+        skipped = [f"Skipped: {counted(facts.skipped)}."] if facts.skipped else []
         raise InputError(" ".join([
             "the data holds no sequence with a token to predict; expected at least one text of two "
-            "tokens.", *skipped, *corpus.skipped.examples[:3]]))
+            "tokens.", *skipped, *facts.examples[:3]]))
     absent = set(corpus.settings.keep_fields) - corpus.fields_seen
     if absent and corpus.task != "tokens":
         raise InputError(
@@ -166,16 +157,16 @@ def remove_any(path: Path) -> None:
         path.unlink()
 
 
-def report(facts: dict[str, Any], length: int, say: Progress) -> None:
+def report_read(facts: CorpusFacts, length: int, progress: Progress) -> None:
     """Say what was read."""
-    say.say(
-        f"data: {facts['documents']:,} documents → {facts['sequences']:,} sequences of at most "
-        f"{length} tokens, {facts['tokens']:,} tokens, {facts['scored_tokens']:,} scored"
+    progress.say(
+        f"data: {facts.documents:,} documents → {facts.sequences:,} sequences of at most "
+        f"{length} tokens, {facts.tokens:,} tokens, {facts.scored_tokens:,} scored"
     )
-    if facts["skipped"]:
-        say.say(f"skipped: {counted(facts['skipped'])}")
-        for example in facts["examples"]:
-            say.say(f"  {example}")
+    if facts.skipped:
+        progress.say(f"skipped: {counted(facts.skipped)}")
+        for example in facts.examples:
+            progress.say(f"  {example}")
 
 
 def counted(counts: dict[str, int]) -> str:
@@ -199,7 +190,7 @@ def check_disk(
 
 
 def encode_run(
-    model: LanguageModel, codes: Codes, run: Run, batch_tokens: int, bad: float, say: Progress,
+    model: LanguageModel, codes: Codes, run: Run, batch_tokens: int, bad: float, progress: Progress,
     share: Share | None = None,
 ) -> None:
     """Encode what isn't encoded yet of this process's `share` [all], and seal it.
@@ -209,28 +200,28 @@ def encode_run(
     kept_out: dict[int, str] = {}
     own = [one for number, one in enumerate(run.segments) if (share or Shard()).takes(number)]
     sealed = [one for one in own if is_sealed(run.index, one)]
-    say.start("encode", sum(one.rows for one in own), "sequences",
-              done=sum(one.rows for one in sealed))
+    progress.start("encode", sum(one.rows for one in own), "sequences",
+                   done=sum(one.rows for one in sealed))
     for segment in own:
         if segment in sealed:
             facts = segments.read_facts(run.folder(segment))
         else:
-            facts = encode_one(model, codes, run, segment, batch_tokens, say)
+            facts = encode_one(model, codes, run, segment, batch_tokens, progress)
         kept_out |= facts.quarantined
         check_quarantine(kept_out, run.count, bad, "to be indexed")
-    say.finish()
+    progress.finish()
 
 
 def encode_one(
     model: LanguageModel, codes: Codes, run: Run, segment: Segment, batch_tokens: int,
-    say: Progress,
+    progress: Progress,
 ) -> SegmentFacts:
     """Encode and seal a segment. Raises ResourceError."""
     batch = run.reader(segment).records(range(segment.rows))
-    return encode_segment(model, codes, batch, run.folder(segment), batch_tokens, say)
+    return encode_segment(model, codes, batch, run.folder(segment), batch_tokens, progress)
 
 
-def quarantined(run: Run, bad: float, say: Progress) -> dict[int, str]:
+def quarantined(run: Run, bad: float, progress: Progress) -> dict[int, str]:
     """Who was quarantined while a run was encoded, and why; says so.
 
     Raises GradindexError where they are more than the share `bad`.
@@ -239,13 +230,13 @@ def quarantined(run: Run, bad: float, say: Progress) -> dict[int, str]:
     found = {one: why for facts in every for one, why in facts.quarantined.items()}
     check_quarantine(found, run.count, bad, "to be indexed")
     for one, reason in list(found.items())[:20]:
-        say.say(f"sequence {one} is quarantined: {reason}")
+        progress.say(f"sequence {one} is quarantined: {reason}")
     if found:
-        say.say(f"{len(found)} sequences are quarantined; they are in no answer (`gradindex info` "
-                "lists them)")
+        progress.say(f"{len(found)} sequences are quarantined; they are in no answer (`gradindex "
+                     "info` lists them)")
     if halved := sum(len(facts.splits) for facts in every):
-        say.say(f"memory ran out on {halved} batches, which were halved; smaller --batch-tokens "
-                "avoid that")
+        progress.say(f"memory ran out on {halved} batches, which were halved; smaller "
+                     "--batch-tokens avoid that")
     return found
 
 

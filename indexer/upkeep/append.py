@@ -23,12 +23,12 @@ from gradindex.progress import Progress
 from gradindex.storage.contents import Contents
 from gradindex.storage.layout import APPEND
 from gradindex.storage.records import Record
+from indexer import defaults
 from indexer.build_request import check_numbers, open_corpus
-from indexer.fit.quarantine import SHARE
 from indexer.fit.steps import fit_batch
 from indexer.read import ingest
 from indexer.read.ingest import Run
-from indexer.state import State, finished_append
+from indexer.state import AppendPlan, AppendState, finished_append
 from indexer.upkeep.commit import commit, writing
 
 DRIFT_SAMPLE = 256  # sequences of each, old and new
@@ -44,8 +44,8 @@ def append(
     tokenizer: Any = None,
     limit: int | None = None,
     strict: bool = False,
-    max_bad: float = SHARE,
-    device: str = "auto",
+    max_bad: float = defaults.MAX_BAD,
+    device: str = defaults.AUTO,
     discard: bool = False,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
@@ -59,24 +59,23 @@ def append(
     Raises InputError for unusable data, or other data than an unfinished append's;
     IndexMismatchError for another model or tokenizer; DamagedIndexError; ResourceError.
     """
-    say = progress or Progress()
-    folder = Path(index)
+    progress, folder = progress or Progress(), Path(index)
     check_numbers(limit=limit, max_bad=max_bad)
     given = ModelSource(model, tokenizer, device, trust_remote_code, allow_pickle,
                         parse_bound(max_memory))
     only_discard = discard and data is None  # which a damaged index allows
-    with writing(folder, "gradindex append", say, only_discard, discard) as contents:
+    with writing(folder, "gradindex append", progress, only_discard, discard) as contents:
         if data is None and not discard:
             raise InputError("no data given; expected files to append.")
         if data is not None:
             fitted = FittedModel(contents.manifest, contents.files, given)
-            _append(contents, fitted, data, limit, strict, max_bad, say)
+            _append(contents, fitted, data, limit, strict, max_bad, progress)
     return None if only_discard else replace(given, max_memory=None)
 
 
 def _append(
     contents: Contents, fitted: FittedModel, data: Any, limit: int | None, strict: bool,
-    max_bad: float, say: Progress,
+    max_bad: float, progress: Progress,
 ) -> None:
     facts, plan = contents.manifest, contents.manifest.plan
     _ = fitted.tokenizer  # refused here, before anything is read, if it is another
@@ -87,54 +86,54 @@ def _append(
             f"the data holds {corpus.task}, the index was built on {facts.task}; append the same "
             "kind, or build another index."
         )
-    asked = {"data": corpus.data_facts(), "limit": limit, "first": facts.next_id}
-    if finished_append(contents.root, asked):
+    appending = AppendPlan(corpus.data_facts(), limit, facts.next_id)
+    if finished_append(contents.root, appending):
         (contents.root / APPEND).unlink()
-        say.say(f"{contents.root} has these data: they were appended already; nothing to do.")
+        progress.say(f"{contents.root} has these data: they were appended already; nothing to do.")
         return
-    say.say(f"model: loading {fitted.source.name} as {facts.dtype}")
+    progress.say(f"model: loading {fitted.source.name} as {facts.dtype}")
     _ = fitted.model  # as is another model
-    state = State.open_append(contents.root, asked, facts.threads)
+    state = AppendState.open(contents.root, appending, facts.threads)
     torch.set_num_threads(state.threads)
     run = Run(contents.root, facts.next_id, facts.next_segment, 0, plan.segment_size)
     if state.corpus is None:
         corpus.documents_before = facts.documents
         try:
-            state.corpus = ingest.write_records(corpus, run, say)
+            state.corpus = ingest.write_records(corpus, run, progress)
         except InputError:  # data that can't be used leave nothing that had to be discarded
             state.path.unlink()
             ingest.remove_unsealed(contents.root, run.number)
             raise
         state.save()
-    run = replace(run, count=state.corpus["sequences"])
-    ingest.report(state.corpus, facts.sequence_length, say)
+    run = replace(run, count=state.corpus.sequences)
+    ingest.report_read(state.corpus, facts.sequence_length, progress)
     ingest.check_disk(run, facts.code["length"], 0)
 
     codes = fitted.codes
-    ingest.encode_run(fitted.model, codes, run, facts.batch_tokens, max_bad, say)
-    quarantined = ingest.quarantined(run, max_bad, say)
+    ingest.encode_run(fitted.model, codes, run, facts.batch_tokens, max_bad, progress)
+    quarantined = ingest.quarantined(run, max_bad, progress)
     good = [run.first + place for place in range(run.count) if run.first + place not in quarantined]
     drift = measure_drift(fitted, codes, _some(contents.places, facts.code["seed"]),
                           _some(np.array(good), facts.code["seed"]), contents, run)
-    _say_drift(drift, say)
-    own = state.corpus
-    skipped = {name: facts.skipped.get(name, 0) + own["skipped"].get(name, 0)
-               for name in {*facts.skipped, *own["skipped"]}}
+    _say_drift(drift, progress)
+    new = state.corpus
+    skipped = {reason: facts.skipped.get(reason, 0) + new.skipped.get(reason, 0)
+               for reason in {*facts.skipped, *new.skipped}}
     commit(
         contents, facts.segments + run.segments, set(contents.deleted.tolist()),
         ingest.file_facts(run),
         np.concatenate([contents.rows, *(run.rows(one) for one in run.segments)]),
-        documents=facts.documents + own["documents"], tokens=facts.tokens + own["tokens"],
-        scored_tokens=facts.scored_tokens + own["scored_tokens"], skipped=skipped,
+        documents=facts.documents + new.documents, tokens=facts.tokens + new.tokens,
+        scored_tokens=facts.scored_tokens + new.scored_tokens, skipped=skipped,
         next_id=run.first + run.count, next_segment=run.number + len(run.segments),
         appended=[*facts.appended, {
-            "data": asked["data"], "first": run.first, "sequences": run.count,
+            "data": appending.data, "first": run.first, "sequences": run.count,
             "drift": round(drift.ratio, 4), "drift_error": round(drift.error, 4),
         }],
     )
     (contents.root / APPEND).unlink()
-    say.say(f"index: {run.count:,} sequences appended, ids {run.first} to "
-            f"{run.first + run.count - 1}")
+    progress.say(f"index: {run.count:,} sequences appended, ids {run.first} to "
+                 f"{run.first + run.count - 1}")
 
 
 def _some(among: np.ndarray, seed: int) -> list[int]:
@@ -190,16 +189,16 @@ def _sizes(fitted: FittedModel, codes: Codes, members: list[Record]) -> np.ndarr
     return sizes / np.maximum(1, counted)
 
 
-def _say_drift(drift: Drift, say: Progress) -> None:
+def _say_drift(drift: Drift, progress: Progress) -> None:
     if not drift.sample:
-        say.say("curvature: nothing to compare the new data's Λ with")
+        progress.say("curvature: nothing to compare the new data's Λ with")
         return
     measured = f"Λ of the new data is {drift.ratio:.2f} ± {drift.error:.2f} times that of the " \
                f"old ({drift.sample} sequences of each)"
     if not drift.warns:
-        say.say(f"curvature: {measured}")
+        progress.say(f"curvature: {measured}")
         return
-    say.say(
+    progress.say(
         f"warning: the curvature was fitted on other data: {measured}. Scores of the new sequences "
         "are exact for this index's curvature, but that is less and less the model's own; a new "
         "build on all data fits it again."

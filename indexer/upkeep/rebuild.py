@@ -8,13 +8,13 @@ from gradindex.errors import DamagedIndexError
 from gradindex.influence.fitted import FittedModel
 from gradindex.model.source import ModelSource
 from gradindex.progress import Progress
-from gradindex.storage import layout, records, segments
+from gradindex.storage import layout
 from gradindex.storage.contents import Contents
-from gradindex.storage.files import FileFacts, make_folder
+from gradindex.storage.files import FileFacts
 from gradindex.storage.manifest import Segment
 from gradindex.storage.segments import SegmentFacts
 from indexer.encode import encode_segment
-from indexer.read.ingest import sealed_files
+from indexer.read.ingest import sealed_files, write_partial
 from indexer.upkeep.commit import commit, refuse_unfinished, writing
 from indexer.upkeep.damage import find_damage, sound_records
 
@@ -79,10 +79,6 @@ def _encode_again(
 ) -> SegmentFacts:
     """Write and seal a new segment from an old one's records."""
     members = sound_records(contents, segment.name)
-    folder = layout.partial_folder(contents.root, new.name)
-    make_folder(folder)
-    name = layout.RECORDS.name
-    segments.write_facts(folder, SegmentFacts(
-        len(members), files={name: records.write(folder / name, members)}))
+    folder = write_partial(contents.root, new.name, members)
     return encode_segment(fitted.model, fitted.codes, members, folder,
                           fitted.manifest.batch_tokens, progress)

@@ -190,7 +190,7 @@ def test_an_empty_file_holds_nothing(name, tmp_path):
     (tmp_path / name).touch()
     made = make_corpus(tmp_path / name)
     assert list(made.sequences()) == []
-    assert made.skipped.counts == ({"empty text": 1} if name.endswith("txt") else {})
+    assert made.facts.skipped == ({"empty text": 1} if name.endswith("txt") else {})
 
 
 DAMAGE = {
@@ -255,7 +255,7 @@ def test_a_token_stream_is_cut_into_windows(tmp_path):
     path = save(tmp_path / "tokens.npy", np.arange(10, 17))
     made = make_corpus(path, sequence_length=3)
     assert [record.tokens.tolist() for record in made.sequences()] == [[10, 11, 12], [13, 14, 15]]
-    assert made.skipped.counts == {"sequence without a scored token": 1}
+    assert made.facts.skipped == {"sequence without a scored token": 1}
     assert token_file_width([path, ROWS]) is None
 
 
@@ -285,8 +285,8 @@ def test_tokens_outside_the_vocabulary(tmp_path):
     path = save(tmp_path / "t.npy", np.array([[1, 2], [3, VOCABULARY], [-1, 4], [5, 339]]))
     made = make_corpus(path)
     assert [record.tokens.tolist() for record in made.sequences()] == [[1, 2], [5, 339]]
-    assert made.skipped.counts == {"token id outside the vocabulary": 2}
-    assert made.skipped.examples == [
+    assert made.facts.skipped == {"token id outside the vocabulary": 2}
+    assert made.facts.examples == [
         f"{path}:{row}: token id outside the vocabulary (found {found}, expected 0 to 339)"
         for row, found in ((2, "3 to 340"), (3, "-1 to 4"))]
     with pytest.raises(InputError, match=r"t.npy:2: token id outside the vocabulary"):
@@ -296,7 +296,7 @@ def test_tokens_outside_the_vocabulary(tmp_path):
 def test_text_outside_the_vocabulary_means_another_tokenizer():
     made = Corpus([ROWS], byte_tokenizer(), CorpusSettings(16), vocabulary=100)
     assert list(made.sequences()) == []
-    assert made.skipped.counts == {"token id outside the vocabulary": 2}
+    assert made.facts.skipped == {"token id outside the vocabulary": 2}
 
 
 def test_token_rows_beyond_the_sequence_length(tmp_path):
@@ -399,8 +399,8 @@ def test_a_bad_line_is_skipped_and_counted_or_fatal(line, reason, detail, tmp_pa
     path.write_bytes(jsonl(ROWS[0]) + line + b"\n" + jsonl(ROWS[1]))
     made = make_corpus(path)
     assert decoded(made.sequences()) == ["hello world", "naïve 😀"]
-    assert made.skipped.counts == {reason: 1}
-    [example] = made.skipped.examples
+    assert made.facts.skipped == {reason: 1}
+    [example] = made.facts.examples
     assert example.startswith(f"{path}:2: {reason}")
     assert detail in example
     with pytest.raises(InputError, match=r"data\.jsonl:2: .*\. Correct it, or leave out --strict"):
@@ -435,7 +435,7 @@ def test_bad_records(row, good, reason):
     made = make_corpus([good, row], tokenizer=tokenizer, sequence_length=99)
     [record] = made.sequences()
     assert record.parts[0].row == 1
-    assert made.skipped.counts == {reason: 1}
+    assert made.facts.skipped == {reason: 1}
     with pytest.raises(InputError, match=f"^the data given:2: {reason}"):
         read([good, row], tokenizer=tokenizer, sequence_length=99, strict=True)
 
@@ -443,7 +443,7 @@ def test_bad_records(row, good, reason):
 def test_a_missing_id_is_a_bad_row():
     made = make_corpus(ROWS, id_field="year")
     assert [record.parts[0].user_id for record in made.sequences()] == [1]
-    assert made.skipped.counts == {"missing field 'year'": 1}
+    assert made.facts.skipped == {"missing field 'year'": 1}
 
 
 def test_invalid_utf8_in_a_text_file_and_a_table(tmp_path):
@@ -452,8 +452,8 @@ def test_invalid_utf8_in_a_text_file_and_a_table(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": strings}), tmp_path / "b.parquet")
     made = make_corpus(tmp_path)
     assert decoded(made.sequences()) == ["hello world", "yes no"]
-    assert made.skipped.counts == {"invalid UTF-8": 2}
-    assert made.skipped.examples == [f"{tmp_path / 'a.txt'}:1: invalid UTF-8 (byte 5)",
+    assert made.facts.skipped == {"invalid UTF-8": 2}
+    assert made.facts.examples == [f"{tmp_path / 'a.txt'}:1: invalid UTF-8 (byte 5)",
                                      f"{tmp_path / 'b.parquet'}:2: invalid UTF-8 (byte 0)"]
 
 
@@ -463,7 +463,7 @@ def test_a_line_too_long_is_one_bad_row(monkeypatch, tmp_path):
     made = make_corpus(path)
     [record] = made.sequences()
     assert record.parts[0].row == 2
-    assert made.skipped.examples == [f"{path}:1: line longer than 30 bytes"]
+    assert made.facts.examples == [f"{path}:1: line longer than 30 bytes"]
 
 
 def test_bom_crlf_and_blank_lines_are_harmless(tmp_path):
@@ -473,7 +473,7 @@ def test_bom_crlf_and_blank_lines_are_harmless(tmp_path):
     records = list(made.sequences())
     assert decoded(records) == ["hello world", "naïve 😀"]
     assert [record.parts[0].row for record in records] == [2, 5]
-    assert made.skipped.counts == {}
+    assert made.facts.skipped == {}
 
 
 def test_only_the_first_examples_are_kept_and_all_counted():
@@ -481,16 +481,16 @@ def test_only_the_first_examples_are_kept_and_all_counted():
     examples = [f"the data given:{row}: empty text" for row in range(1, 21)]
     for _ in range(2):  # reading again starts anew
         assert decoded(made.sequences()) == ["hello world", "naïve 😀"]
-        assert made.skipped.counts == {"empty text": 30}
-        assert made.skipped.examples == examples
-        assert made.documents == 2
+        assert made.facts.skipped == {"empty text": 30}
+        assert made.facts.examples == examples
+        assert made.facts.documents == 2
 
 
 def test_limit_counts_documents():
     made = make_corpus([{"text": ""}, {"text": "hello world " * 9}, *ROWS], limit=2)
     parts = [record.parts[0] for record in made.sequences()]
     assert [part.row for part in parts] == [2, 2, 3]
-    assert made.documents == 2
+    assert made.facts.documents == 2
 
 
 def test_metadata_is_what_json_can_hold():
@@ -521,8 +521,8 @@ def test_a_long_document_becomes_consecutive_windows(trim):
     slices = [long[record.parts[0].start : record.parts[0].end] for record in windows]
     assert slices == decoded(windows)
     assert "".join(slices) == long
-    assert made.skipped.counts == {"sequence without a scored token": 1}  # "no", one token
-    assert made.documents == 4
+    assert made.facts.skipped == {"sequence without a scored token": 1}  # "no", one token
+    assert made.facts.documents == 4
 
 
 def test_windows_that_split_a_character_both_show_it():
@@ -538,7 +538,7 @@ def test_special_tokens_stand_at_the_ends_of_the_document():
     records = list(made.sequences())
     assert decoded(records) == ["<b>yes", " and no"]
     assert [(r.parts[0].start, r.parts[0].end) for r in records] == [(0, 3), (3, 10)]
-    assert made.skipped.counts == {"sequence without a scored token": 1}  # <e> alone
+    assert made.facts.skipped == {"sequence without a scored token": 1}  # <e> alone
 
 
 def test_windows_of_the_prompt_alone_are_dropped():
@@ -548,8 +548,8 @@ def test_windows_of_the_prompt_alone_are_dropped():
     assert decoded(records) == [" cold and fire", " and no"]
     assert scored_texts(records) == [" fire", " and no"]
     assert [record.id for record in records] == [0, 1]
-    assert made.skipped.counts == {"sequence without a scored token": 1}
-    assert made.documents == 1
+    assert made.facts.skipped == {"sequence without a scored token": 1}
+    assert made.facts.documents == 1
 
 
 # ---- packing
