@@ -20,7 +20,8 @@ from gradindex.progress import stderr_progress
 from search.ask.controls import Controls
 from search.ask.settings import settle
 from search.rank.query_gradient import make_targets
-from search.study.survey import QUERIES, TOP, Scores, own_queries
+from search.study.exact_sample import TOP_BY_CODE, ExactSample, own_queries
+from search.study.survey import OWN_QUERIES
 from search.study.tail import fit_tail, half, half_interval
 
 SAMPLES, DRAWS = (256, 512, 1024, 2048), 10
@@ -33,36 +34,38 @@ def main() -> None:
     searcher = gradindex.open(flags.parse_args().index)
     scores = score_all(searcher)
     total = len(searcher)
-    everything = [scores.influence[q][scores.allowed[q]] for q in range(QUERIES)]
+    everything = [scores.influence[q][scores.allowed[q]] for q in range(OWN_QUERIES)]
     truth = np.array([half(values, np.ones(len(values))) for values in everything])
     begun = time.monotonic()
     fits = [fit_tail(values) for values in everything]
-    print(f"{total:,} sequences, {QUERIES} queries; half is carried by {truth.min()} to "
+    print(f"{total:,} sequences, {OWN_QUERIES} queries; half is carried by {truth.min()} to "
           f"{truth.max()}, median {np.median(truth):.0f}")
     print(f"tails of all: α {min(f.alpha for f in fits):.2f} to {max(f.alpha for f in fits):.2f}, "
           f"median {np.median([f.alpha for f in fits]):.2f}; {sum(f.rejected for f in fits)} "
-          f"rejected; {(time.monotonic() - begun) / QUERIES:.2f} s a fit with its p")
-    print(f"\n{DRAWS} samples of each size, and the {TOP} best by code of each query\n")
+          f"rejected; {(time.monotonic() - begun) / OWN_QUERIES:.2f} s a fit with its p")
+    print(f"\n{DRAWS} samples of each size, and the {TOP_BY_CODE} best by code of each query\n")
     print("| sample | by | mean / truth | mean error | truth in the 95% interval | median α |")
     print("|---|---|---|---|---|---|")
     for size in SAMPLES:
         compare(scores, everything, truth, size)
 
 
-def score_all(searcher) -> Scores:
+def score_all(searcher) -> ExactSample:
     """Every sequence on the report's own queries."""
     index, settings = searcher.index, settle(Controls(), searcher.manifest)
     index.load()
-    queries, own = own_queries(searcher, QUERIES)
+    queries, own = own_queries(index, OWN_QUERIES)
     targets, preconditioned = make_targets(index, queries, settings, searcher.batch_tokens)
     codes = index.code_scores(np.stack([target.vector for target in targets]))
-    scores = Scores(index, list(own), codes, None)
+    scores = ExactSample(index, list(own), codes, None)
     scores.fill(Rescorer(index.model, settings.modules, index.ekfac, settings.damping,
                          searcher.batch_tokens), preconditioned, stderr_progress())
     return scores
 
 
-def compare(scores: Scores, everything: list[np.ndarray], truth: np.ndarray, size: int) -> None:
+def compare(
+    scores: ExactSample, everything: list[np.ndarray], truth: np.ndarray, size: int
+) -> None:
     """Print two lines: as the report estimates, and by the sample alone."""
     found: dict[str, list[tuple[float, float, bool]]] = {"report": [], "sample alone": []}
     alphas = []

@@ -103,7 +103,7 @@ def report(
     from search.study.report import render_report
 
     check_outputs({"-o": output}, [queries])
-    count = survey.SAMPLE if sample is None else sample_size(sample)
+    count = survey.SCORED_SEQUENCES if sample is None else sample_size(sample)
     read = None if queries is None else query_files.read_queries(queries)
     controls = take_controls(flags)
     searcher, progress = open_searcher(index, flags)

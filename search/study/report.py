@@ -19,8 +19,11 @@ from gradindex.storage.manifest import model_name
 from gradindex.terminal import visible, visible_lines
 from gradindex.version import VERSION
 from search.show import html, plots, wording
-from search.study.survey import FENCE, TOP, Kept, QuerySurvey, Source, Survey
+from search.study.exact_sample import TOP_BY_CODE, QuerySurvey
+from search.study.gradient_sizes import FENCE
+from search.study.survey import Survey
 from search.study.tail import DRAWS, FEWEST, REJECTED
+from search.study.texts import Amount, FieldAmounts
 
 STYLES = ("plots.css", "report.css")
 MOST_BARS = 12
@@ -44,7 +47,7 @@ def render_report(found: Survey) -> str:
         policy=html.policy(style),
         units=UNITS.format(how="exact"), model=model_name(found.manifest),
         code_bytes=code_bytes(found.manifest.code["length"]),
-        limits={"bars": MOST_BARS, "tails": MOST_TAILS, "rows": MOST_ROWS, "top": TOP,
+        limits={"bars": MOST_BARS, "tails": MOST_TAILS, "rows": MOST_ROWS, "top": TOP_BY_CODE,
                 "generic": 1 / ONE_IN, "fewest": FEWEST, "rejected": REJECTED, "draws": DRAWS,
                 "fence": FENCE},
         documents=sum(source.documents for source in found.texts.sources),
@@ -100,21 +103,21 @@ def _gradients(found: Survey) -> dict[str, Any]:
 
 
 def _influence(found: Survey) -> dict[str, Any]:
-    asked = found.asked
     absolute, proponents = found.shares("absolute"), found.shares("proponents")
-    tails = [one.tail for one in asked if one.tail is not None]
+    tails = [one.tail for one in found.queries if one.tail is not None]
     return {
         "absolute_plot": _svg(_strip(found, absolute, "Share of |influence| by layer")),
         "proponent_plot": _svg(_strip(found, proponents, "Share of proponents' influence")),
         "kinds": _kinds(found, absolute, proponents),
-        "queries": [_query(one.query) for one in asked],
-        "tail_plots": [_tail_plot(number, one) for number, one in enumerate(asked, 1)
+        "queries": [_query(one.query) for one in found.queries],
+        "tail_plots": [_tail_plot(number, one) for number, one in enumerate(found.queries, 1)
                        if (one.values > 0).any()],
         "alpha": _range([tail.alpha for tail in tails]),
         "rejected": sum(tail.rejected for tail in tails), "fitted": len(tails),
-        "half": _range([one.half for one in asked]),
-        "half_share": _range([one.half / one.others for one in asked if one.others]),
-        "positive": _range([float((one.values > 0).mean()) for one in asked if len(one.values)]),
+        "half": _range([one.half for one in found.queries]),
+        "half_share": _range([one.half / one.others for one in found.queries if one.others]),
+        "positive": _range([float((one.values > 0).mean()) for one in found.queries
+                            if len(one.values)]),
     }
 
 
@@ -146,13 +149,13 @@ def _svg(text: str) -> Markup:
     return Markup(text)
 
 
-def _source_bars(sources: list[Source], title: str) -> Markup:
+def _source_bars(sources: list[Amount], title: str) -> Markup:
     """The largest."""
     return _svg(plots.bars([(one.name, one.sequences) for one in sources[:MOST_BARS]], title,
                            form=_whole))
 
 
-def _field_bars(kept: Kept) -> Markup:
+def _field_bars(kept: FieldAmounts) -> Markup:
     assert kept.values is not None
     return _source_bars(kept.values, f"Sequences by {kept.name}")
 

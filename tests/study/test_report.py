@@ -22,8 +22,10 @@ from search.ask.controls import Controls
 from search.ask.settings import settle
 from search.rank.generic_rate import all_rates
 from search.show import html
-from search.study import survey as surveys
+from search.study import exact_sample, texts
+from search.study.gradient_sizes import outer_fence
 from search.study.report import render_report
+from search.study.survey import survey
 from search.study.tail import fit_tail, half
 from support.documents import small_documents
 from support.indexes import SMALL
@@ -35,7 +37,7 @@ HIDDEN = "\u202e\x1b[2J\u200b\x07"
 
 def survey_of(index, queries=None, sample=None, **controls):
     settings = settle(Controls(**controls), index.manifest)
-    return surveys.survey(index, queries, sample, settings, Progress(None))
+    return survey(index, queries, sample, settings, Progress(None))
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +55,13 @@ def truth(index, found):
     """Of each query, hits of every sequence by another way: one query, by token and module."""
     ids = index.index.contents.ids.tolist()
     return [index.rescore(token_ids=one.query.tokens, labels=one.query.labels, ids=ids,
-                          normalize="cosine") for one in found.asked]
+                          normalize="cosine") for one in found.queries]
 
 
 def own_ids(index, one):
     """The ids of the query's own sequence and its equals."""
-    place = index.index.contents.place_of(one.own)
-    return {one.own, *index.index.copies(place)}
+    place = index.index.contents.place_of(one.origin)
+    return {one.origin, *index.index.copies(place)}
 
 
 # ---- texts
@@ -95,22 +97,22 @@ def test_packed_sequences_count_for_each_of_their_documents(model_folder, tmp_pa
                                     for n in range(9)))
     index = gradindex.build(str(model_folder), data, tmp_path / "index", pack=True,
                             **{**SMALL, "keep_fields": ["kind"], "id_field": None})
-    texts = surveys.read_texts(index.index, Progress(None))
+    read = texts.read_texts(index.index, Progress(None))
     records = index.index.records(range(len(index)))
-    for source, path in zip(sorted(texts.sources, key=lambda one: one.name), data, strict=True):
+    for source, path in zip(sorted(read.sources, key=lambda one: one.name), data, strict=True):
         assert source.name == str(path)
         assert source.sequences == sum(any(part.source == str(path) for part in record.parts)
                                        for record in records)
         assert source.documents == len({part.document for record in records
                                         for part in record.parts if part.source == str(path)})
-    assert sum(one.sequences for one in texts.sources) > len(index)  # one holds the border
-    assert sum(one.tokens for one in texts.sources) == texts.lengths.sum()
-    assert {one.name for one in texts.fields[0].values} == {"[0]", "[1]"}
+    assert sum(one.sequences for one in read.sources) > len(index)  # one holds the border
+    assert sum(one.tokens for one in read.sources) == read.lengths.sum()
+    assert {one.name for one in read.fields[0].values} == {"[0]", "[1]"}
 
 
 def test_too_many_values_are_not_told_apart(index, monkeypatch):
-    monkeypatch.setattr(surveys, "TRACKED", 4)
-    [field] = surveys.read_texts(index.index, Progress(None)).fields
+    monkeypatch.setattr(texts, "MOST_VALUES", 4)
+    [field] = texts.read_texts(index.index, Progress(None)).fields
     assert field.name == "place" and field.values is None
 
 
@@ -138,33 +140,33 @@ def test_sizes_are_exact_where_they_say_so(index, found, truth):
 
 def test_outliers_lie_beyond_the_fence():
     values = np.exp(np.concatenate([np.linspace(0, 1, 101), [5.0]]))
-    fence = surveys._fence(values)
+    fence = outer_fence(values)
     low, high = np.quantile(np.log(values), [0.25, 0.75])
     assert np.log(fence) == pytest.approx(high + 3 * (high - low))
-    assert (values > fence).sum() == 1 and surveys._fence(np.zeros(3)) == np.inf
+    assert (values > fence).sum() == 1 and outer_fence(np.zeros(3)) == np.inf
 
 
 # ---- influence
 
 
 def test_queries_are_second_halves_of_different_sequences(index, found):
-    assert len(found.asked) == 16
-    owns = [one.own for one in found.asked]
+    assert len(found.queries) == 16
+    owns = [one.origin for one in found.queries]
     first = [int(index.index.contents.first_equal[index.index.contents.place_of(one)])
              for one in owns]
     assert len(set(first)) == 16
-    for one, [record] in ((one, index.index.records([index.index.contents.place_of(one.own)]))
-                          for one in found.asked):
+    for one, [record] in ((one, index.index.records([index.index.contents.place_of(one.origin)]))
+                          for one in found.queries):
         assert one.query.tokens == record.tokens.tolist()
         positions = [n for n in range(1, len(record.tokens)) if record.scored[n]]
         half_of = positions[len(positions) // 2 :]
         assert [n for n, label in enumerate(one.query.labels) if label != -100] == half_of
-    assert [one.own for one in survey_of(index).asked] == owns
+    assert [one.origin for one in survey_of(index).queries] == owns
 
 
 def test_influence_is_exact_and_leaves_out_a_querys_own(index, found, truth):
     assert found.sample == found.total == found.scored == len(index)
-    for one, hits in zip(found.asked, truth, strict=True):
+    for one, hits in zip(found.queries, truth, strict=True):
         own, seen, values, everything = own_ids(index, one), set(), [], []
         for hit in hits:
             if hit.id in own:
@@ -184,10 +186,10 @@ def test_shares_by_layer_and_kind(index, found, truth):
     kinds = {module.name: (module.layer, module.kind) for module in index.manifest.modules}
     assert found.groups == list(dict.fromkeys(kinds.values()))
     absolute, proponents = [], []
-    for one, hits in zip(found.asked, truth, strict=True):
+    for one, hits in zip(found.queries, truth, strict=True):
         own, sums, good = own_ids(index, one), Counter(), Counter()
         others = [hit for hit in hits if hit.id not in own]
-        top = sorted(others, key=lambda hit: -hit.code_score)[: surveys.TOP]
+        top = sorted(others, key=lambda hit: -hit.code_score)[: exact_sample.TOP_BY_CODE]
         for hit in others:
             groups = Counter()
             for name, value in hit.module_influence.items():
@@ -203,13 +205,13 @@ def test_shares_by_layer_and_kind(index, found, truth):
 
 
 def test_a_sample_and_the_best_by_code_stand_for_all(index, found, truth, monkeypatch):
-    monkeypatch.setattr(surveys, "TOP", 6)
+    monkeypatch.setattr(exact_sample, "TOP_BY_CODE", 6)
     some = survey_of(index, sample=20)
     assert some.sample == 20 and 20 < some.scored <= 20 + 16 * 6
     ids = index.index.contents.ids
     random = generator(Stream.REPORT_SAMPLE, index.manifest.code["seed"])
     drawn = set(ids[np.sort(random.choice(len(index), 20, replace=False))].tolist())
-    for one, hits in zip(some.asked, truth, strict=True):
+    for one, hits in zip(some.queries, truth, strict=True):
         own = own_ids(index, one)
         others = [hit for hit in hits if hit.id not in own]
         top = sorted(others, key=lambda hit: -hit.code_score)[:6]
@@ -225,8 +227,8 @@ def test_a_sample_and_the_best_by_code_stand_for_all(index, found, truth, monkey
 
 def test_a_sample_of_all_is_all(index, found):
     again = survey_of(index, sample=len(index))
-    assert [one.half for one in again.asked] == [one.half for one in found.asked]
-    np.testing.assert_array_equal(again.asked[0].values, found.asked[0].values)
+    assert [one.half for one in again.queries] == [one.half for one in found.queries]
+    np.testing.assert_array_equal(again.queries[0].values, found.queries[0].values)
 
 
 def test_the_most_generic_are_those_with_the_highest_rates(index, found):
@@ -241,8 +243,8 @@ def test_the_most_generic_are_those_with_the_highest_rates(index, found):
 def test_queries_of_the_user(index):
     made = [index.make_query("The plum number 26 grows", " by the river.", id="q")]
     found = survey_of(index, made, train_sequences=500)
-    [one] = found.asked
-    assert one.own is None and one.others == len(index)
+    [one] = found.queries
+    assert one.origin is None and one.others == len(index)
     hits = index.rescore("The plum number 26 grows", " by the river.",
                          ids=index.index.contents.ids.tolist())
     assert one.half == half(np.array([hit.influence for hit in hits]), np.ones(len(hits)))
@@ -315,7 +317,7 @@ def test_the_page_says_what_was_found(found):
     text = " ".join(page.text.split())
     assert f"{found.total:,} training sequences of model" in text
     assert "positive means that one more copy of the sequence would make the completion" in text
-    for one in found.asked:
+    for one in found.queries:
         assert f"{one.half} of {one.others}" in text
     ids = {attributes["id"] for _, attributes in page.elements if "id" in attributes}
     links = {attributes["href"][1:] for tag, attributes in page.elements if tag == "a"}
@@ -367,7 +369,7 @@ def small_part(index_folder, tmp_path, left):
 def test_an_index_of_few(index_folder, tmp_path, left):
     index, total = small_part(index_folder, tmp_path, left)
     found = survey_of(index)
-    assert len(found.asked) == left and found.asked[0].others == left - 1
+    assert len(found.queries) == left and found.queries[0].others == left - 1
     text = " ".join(check_inert(render_report(found)).text.split())
     assert f"{left} of {left} sequences" in text
     assert f"deleted, text still here{total - left}" in text.replace(" deleted", "deleted")

@@ -1,0 +1,174 @@
+"""Exact influence of a random sample of sequences, and of each query's best by code.
+
+Of the sample a continuous law can be fitted, and sums over it stand for sums over all; the best by
+code are there because few sequences carry most of the influence, and a sample would miss them.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from gradindex import draws
+from gradindex.draws import Stream
+from gradindex.errors import InputError
+from gradindex.influence.exact import Rescorer, rescore
+from gradindex.influence.queries import Preconditioned
+from gradindex.modules import Module
+from gradindex.progress import Progress
+from gradindex.results import UNSCORED, Query
+from search.ask.make_query import make_query
+from search.ask.question import Question
+from search.rank.query_gradient import Target
+from search.rank.ranking import best
+from search.rank.snapshot import OpenIndex
+from search.study.tail import Tail, fit_tail, half, half_interval
+from search.study.texts import RECORDS_HELD
+
+TOP_BY_CODE = 100  # sequences that are scored exactly for each query besides the sample
+
+
+@dataclass
+class QuerySurvey:
+    """A query and its exact scores.
+
+    `origin` is the id of the sequence that the query was made of, if it was. `others` is how many
+    sequences there are but for that one and its equals; `values` [n] are the influence of the
+    random sample's, equal ones once. `half` of the others carry half of the positive influence,
+    `interval` where that is an estimate. `absolute` and `proponents` [groups] are sums of |I| over
+    the sample, and of I over the top by code with I > 0, by `Survey.groups`.
+    """
+
+    query: Query
+    origin: int | None
+    others: int
+    values: np.ndarray
+    tail: Tail | None
+    half: int
+    interval: tuple[int, int] | None
+    absolute: np.ndarray
+    proponents: np.ndarray
+
+
+def own_queries(index: OpenIndex, count: int) -> tuple[list[Query], list[int]]:
+    """Some of the index's different sequences as queries, and their places; the same every time.
+
+    Raises InputError where no sequence has a second half to ask about.
+    """
+    places = np.unique(index.contents.first_equal)
+    random = draws.generator(Stream.REPORT_QUERIES, index.manifest.code["seed"])
+    places = random.permutation(places)
+    queries: list[Query] = []
+    chosen: list[int] = []
+    # some sequences have no second half: so many are looked at that there are enough queries
+    for first in range(0, len(places), count):
+        some = places[first : first + count].tolist()
+        for place, record in zip(some, index.records(some), strict=True):
+            scored = index.objective.later_half(record.scored)
+            if scored.any() and len(queries) < count:
+                labels = np.where(scored, record.tokens, UNSCORED).tolist()
+                queries.append(make_query(index, Question(
+                    token_ids=record.tokens.tolist(), labels=labels, id=record.id)))
+                chosen.append(place)
+        if len(queries) == count:
+            break
+    if not queries:
+        raise InputError("no sequence of the index has two tokens to score: there is nothing to "
+                         "ask about. Give --queries FILE.")
+    return queries, chosen
+
+
+class ExactSample:
+    """Exact influence [q, places] of a random `sample` and of each query's top by code.
+
+    `origins` are the places that queries were made of, None where it was none; `codes` [q, N] are
+    the code scores. `size` sequences are drawn, or all.
+    """
+
+    def __init__(
+        self, index: OpenIndex, origins: list[int | None], codes: np.ndarray, size: int | None
+    ):
+        self.index, self.origins, self.codes = index, origins, codes
+        total, queries = len(index), len(origins)
+        size = total if size is None else min(size, total)
+        random = draws.generator(Stream.REPORT_SAMPLE, index.manifest.code["seed"])
+        self.sample = np.arange(total) if size == total else \
+            np.sort(random.choice(total, size, replace=False))
+        self.allowed = np.ones((queries, total), dtype=bool)  # all but a query's own sequences
+        for number, place in enumerate(origins):
+            if place is not None:
+                self.allowed[number, index.contents.equal_to(place)] = False
+        self.top = [self._best(number, TOP_BY_CODE) for number in range(queries)]
+        self.places = np.unique(np.concatenate([self.sample, *self.top]))
+        self.influence = np.zeros((queries, len(self.places)))
+        modules = index.manifest.modules
+        self.groups = list(dict.fromkeys((module.layer, module.kind) for module in modules))
+        self._group = _indicator(modules, self.groups)
+        self._absolute = np.zeros((queries, len(self.groups)))
+        self._proponents = np.zeros((queries, len(self.groups)))
+
+    def _best(self, number: int, count: int) -> np.ndarray:
+        """A query's best places by code, its own left out."""
+        places = np.flatnonzero(self.allowed[number])
+        chosen: np.ndarray = places[best(self.codes[number, places], min(count, len(places)))]
+        return chosen
+
+    def fill(self, by: Rescorer, preconditioned: Preconditioned, progress: Progress) -> None:
+        """Compute them, a batch at a time."""
+        allowed = self.allowed[:, self.places]
+        drawn = np.isin(self.places, self.sample) & allowed
+        high = np.array([np.isin(self.places, top) for top in self.top])
+        progress.start("exact", len(self.places), "sequences")
+        done = 0
+        for first in range(0, len(self.places), RECORDS_HELD):
+            records = self.index.records(self.places[first : first + RECORDS_HELD].tolist())
+            for batch in rescore(by, preconditioned, records, by_module=True):
+                columns = [first + number for number, _ in batch]
+                by_module = [score.by_module for _, score in batch if score.by_module is not None]
+                groups = np.stack(by_module) @ self._group  # [b, q, g]
+                influence = np.stack([score.influence for _, score in batch], axis=1)  # [q, b]
+                self.influence[:, columns] = influence
+                # shares are summed as they come: all by module would be q times an index's codes
+                self._absolute += np.einsum("bqg,qb->qg", np.abs(groups), drawn[:, columns])
+                self._proponents += np.einsum(
+                    "bqg,qb->qg", groups, high[:, columns] & (influence > 0))
+                done += len(batch)
+                progress.update(len(batch))
+                if progress.measured:
+                    progress.say_expected(progress.seconds_each() * (len(self.places) - done))
+        progress.finish()
+
+    def survey_of(self, number: int, target: Target) -> QuerySurvey:
+        """What is said of a query."""
+        allowed, origin = self.allowed[number], self.origins[number]
+        certain = np.isin(self.places, self.top[number])
+        drawn = np.isin(self.places, self.sample) & allowed[self.places]
+        values = self.influence[number]
+        # equal sequences count once where a continuous law is fitted
+        chosen = np.flatnonzero(drawn)
+        first = self.index.contents.first_equal[self.places[chosen]]
+        different = values[chosen[np.unique(first, return_index=True)[1]]]
+        others = int(allowed.sum())
+        interval, weights = None, np.ones(len(values))
+        if len(self.sample) < len(self.index):
+            # all of the top by code is known; the others stand for those that weren't drawn
+            rest = int((drawn & ~certain).sum())
+            weights[~certain] = (others - len(self.top[number])) / max(1, rest)
+            known = drawn | certain
+            interval = half_interval(values[known], weights[known], certain[known])
+        else:
+            known = drawn
+        return QuerySurvey(
+            query=target.query,
+            origin=None if origin is None else int(self.index.contents.ids[origin]),
+            others=others, values=different, tail=fit_tail(different),
+            half=half(values[known], weights[known]), interval=interval,
+            absolute=self._absolute[number], proponents=self._proponents[number],
+        )
+
+
+def _indicator(modules: list[Module], groups: list[tuple[int, str]]) -> np.ndarray:
+    """Which module belongs to which group: float64 [u, groups]."""
+    belongs = np.zeros((len(modules), len(groups)))
+    for number, module in enumerate(modules):
+        belongs[number, groups.index((module.layer, module.kind))] = 1.0
+    return belongs

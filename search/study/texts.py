@@ -1,0 +1,142 @@
+"""What the sequences of an index are: where they come from, how long they are."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from gradindex.model import tokenise
+from gradindex.progress import Progress
+from gradindex.storage.records import Record
+from gradindex.terminal import json_text
+from search.rank.snapshot import OpenIndex
+
+RECORDS_HELD = 4096  # in memory at once
+MOST_VALUES = 1000  # of a kept field, beyond which they aren't told apart
+EXCERPT = 400  # letters of a text
+
+
+@dataclass
+class Amount:
+    """How much of the live index comes from somewhere: a source, or a value of a kept field.
+
+    A sequence packed from several documents counts for each; its tokens are divided.
+    """
+
+    name: str
+    documents: int
+    sequences: int
+    tokens: int
+
+
+@dataclass
+class FieldAmounts:
+    """A kept field by value, most sequences first; None where there are more than MOST_VALUES."""
+
+    name: str
+    values: list[Amount] | None
+
+
+@dataclass
+class TextSurvey:
+    """What the live sequences are: by source and field, and lengths [N] in tokens, int32."""
+
+    sources: list[Amount]
+    fields: list[FieldAmounts]
+    lengths: np.ndarray
+    scored: int
+
+
+@dataclass
+class ShownSequence:
+    """A sequence that is shown, and how many others equal it."""
+
+    id: int
+    where: str
+    user_id: Any
+    tokens: int
+    text: str
+    copies: int
+
+
+class _Tally:
+    """Counts of documents, sequences and tokens by name."""
+
+    def __init__(self) -> None:
+        self._documents: dict[str, set[int]] = {}
+        self._sequences: Counter[str] = Counter()
+        self._tokens: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        return len(self._documents)
+
+    def add(self, parts: list[tuple[str, int, int]]) -> None:
+        """A sequence's parts, as (name, document, tokens)."""
+        for name, document, tokens in parts:
+            self._documents.setdefault(name, set()).add(document)
+            self._tokens[name] += tokens
+        # a sequence counts once for a name, however many of its parts bear it
+        self._sequences.update({name for name, _, _ in parts})
+
+    def amounts(self) -> list[Amount]:
+        """Most sequences first, then by name."""
+        return sorted((Amount(name, len(documents), self._sequences[name], self._tokens[name])
+                       for name, documents in self._documents.items()),
+                      key=lambda amount: (-amount.sequences, amount.name))
+
+
+def read_texts(index: OpenIndex, progress: Progress) -> TextSurvey:
+    """Read every live record."""
+    sources, fields = _Tally(), dict[str, _Tally | None]()
+    lengths, scored = np.zeros(len(index), dtype=np.int32), 0
+    progress.start("records", len(index), "sequences")
+    for place, record in enumerate(_records(index, range(len(index)))):
+        lengths[place] = len(record.tokens)
+        scored += int(index.objective.counted(record.scored).sum())
+        starts = [part.token for part in record.parts] + [len(record.tokens)]
+        tokens = [end - start for start, end in pairwise(starts)]
+        documents = [part.document for part in record.parts]
+        sources.add(list(zip([part.source for part in record.parts], documents, tokens,
+                             strict=True)))
+        for name in {name for part in record.parts for name in part.fields}:
+            tally = fields.setdefault(name, _Tally())
+            if tally is None:
+                continue
+            tally.add([(_as_text(part.fields[name]), document, count) for part, document, count in
+                       zip(record.parts, documents, tokens, strict=True) if name in part.fields])
+            # a field of ids has a value a document: its counts would fill memory and say nothing
+            if len(tally) > MOST_VALUES:
+                fields[name] = None
+        if (place + 1) % RECORDS_HELD == 0 or place + 1 == len(index):
+            progress.update(place % RECORDS_HELD + 1)
+    progress.finish()
+    return TextSurvey(
+        sources.amounts(), [FieldAmounts(name, tally.amounts() if tally else None)
+                            for name, tally in sorted(fields.items())], lengths, scored)
+
+
+def _records(index: OpenIndex, places: Sequence[int]) -> Iterator[Record]:
+    """The records of places, RECORDS_HELD of them in memory at once."""
+    for first in range(0, len(places), RECORDS_HELD):
+        yield from index.records(places[first : first + RECORDS_HELD])
+
+
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json_text(value)
+
+
+def shown_sequences(index: OpenIndex, places: list[int]) -> list[ShownSequence]:
+    """The sequences at some places as they are shown, in that order."""
+    shown = []
+    for place, record in zip(places, index.records(places), strict=True):
+        text = "".join(tokenise.pieces(index.tokenizer, record.tokens.tolist()))
+        first = record.parts[0]
+        shown.append(ShownSequence(
+            record.id, f"{first.source}:{first.row}", first.user_id, len(record.tokens),
+            text if len(text) <= EXCERPT else text[: EXCERPT - 1] + "…",
+            len(index.copies(place)),
+        ))
+    return shown
