@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from demo.prepare import train_tokenizer
 from gradindex.model.network import LanguageModel
 from gradindex.model.source import ModelSource
 from gradindex.objective import Text
+from indexer import background, calibrate
 from support.documents import FRUIT, PLACES, small_documents
 from support.indexes import SMALL
 from support.models import SIZES, VOCABULARY, random_network
@@ -103,3 +104,14 @@ def more_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "text": f"A late {FRUIT[n % 8]} ripens in the {PLACES[n % 5]}, number {n}.",
         "url": f"late/{n}", "place": PLACES[n % 5]}) + "\n" for n in range(20)))
     return path
+
+
+@pytest.fixture
+def few_queries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A build asks two queries each and computes in one thread, for time."""
+    monkeypatch.setattr(calibrate, "CALIBRATION_QUERIES", 2)
+    monkeypatch.setattr(background, "BACKGROUND_QUERIES", 2)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import gradindex
 from gradindex.storage import layout, manifest
 from gradindex.storage.records import Record
@@ -17,6 +19,7 @@ SMALL_FLAGS = [part for name, value in SMALL.items()
 QUESTION = {"prompt": "The plum number 26 grows", "completion": " by the river."}
 # of tiny_tokens, for what is repeated often
 TINY: dict[str, Any] = {"bits": 512, "segment_size": 4, "batch_tokens": 12}
+TINY_QUESTION = {"token_ids": [3, 1, 4, 1, 5]}
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -32,6 +35,12 @@ def unlisted(index: Path) -> set[str]:
     return {str(path.relative_to(index)) for path in index.rglob("*")
             if str(path.relative_to(index)) not in listed and str(path) not in folders
             } - {"deleted"}
+
+
+def build_tiny(data: Any, out: Path, **options: Any) -> Any:
+    """Build an index of `tiny_network` in batches of four."""
+    larger = {**TINY, "batch_tokens": 24, "segment_size": 8}
+    return gradindex.build(tiny_network(), data, out, **{**larger, **options})
 
 
 def add(index: Path, data: Any = None, **options: Any) -> Any:
@@ -55,3 +64,9 @@ def records_in(searcher: Any) -> list[Record]:
     """What an open index holds, in order."""
     contents = searcher.index.contents
     return contents.records(contents.places)
+
+
+def scores(searcher: Any) -> np.ndarray:
+    """Exact influence of every sequence on TINY_QUESTION, by id."""
+    ids = searcher.index.contents.ids.tolist()
+    return np.array([hit.influence for hit in searcher.rescore(**TINY_QUESTION, ids=ids)])
