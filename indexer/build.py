@@ -54,6 +54,7 @@ from gradindex.version import VERSION
 from indexer.background import make_background
 from indexer.build_request import BuildRequest, anywhere
 from indexer.calibrate import calibrate
+from indexer.encode import encode_run, quarantined_of
 from indexer.fit.notes import FitNotes
 from indexer.fit.schedule import fit
 from indexer.prepare import Prepared, make_codes, prepare_build
@@ -100,7 +101,7 @@ def build(request: BuildRequest) -> ModelSource | None:
 
             # 5) every sequence → a code
             if request.ray is None:
-                ingest.encode_run(prepared.model, _codes(fitted, state), prepared.run,
+                encode_run(prepared.model, _codes(fitted, state), prepared.run,
                                   state.plan.batch_tokens, request.facts.max_bad, progress, share)
             else:
                 share.complete(BuildStage("encode"), lambda: ingest.unsealed(prepared.run))
@@ -154,10 +155,10 @@ def _share_of(request: BuildRequest) -> Iterator[Share]:
     if request.ray is None:
         yield request.shard
         return
-    from indexer.ray_build import WorkerJob, WorkerPool
+    from indexer.ray_build import BuildWorkers, WorkerJob
 
     job = WorkerJob.of(request)
-    with WorkerPool(request.ray, request.ray_workers, job, request.progress) as pool:
+    with BuildWorkers(request.ray, request.ray_workers, job, request.progress) as pool:
         yield pool
 
 
@@ -272,7 +273,7 @@ def _measure(
     run, model = prepared.run, prepared.model
     assert state.request is not None
     codes, length = _codes(fitted, state), plan.bits
-    quarantined = ingest.quarantined(run, state.request.max_bad, progress)
+    quarantined = quarantined_of(run, state.request.max_bad, progress)
     coded = [number for number in range(run.count) if number not in quarantined]
     # both read codes and norms from the disk: what is measured is what a search will see
     calibration = calibrate(

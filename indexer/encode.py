@@ -22,8 +22,64 @@ from gradindex.storage import row_file, segments, token_file
 from gradindex.storage.code_file import CodeIndex
 from gradindex.storage.files import rename_folder
 from gradindex.storage.layout import CODES, ROWS, TOKENS, code_bytes
+from gradindex.storage.manifest import Segment
 from gradindex.storage.records import Record
 from gradindex.storage.segments import SegmentFacts
+from indexer.fit.quarantine import check_quarantine
+from indexer.read.ingest import MOST_NAMED, Run, is_sealed
+from indexer.shards import Shard, Share
+
+
+def encode_run(
+    model: LanguageModel, codes: Codes, run: Run, batch_tokens: int, bad: float, progress: Progress,
+    share: Share | None = None,
+) -> None:
+    """Encode what isn't encoded yet of this process's `share` [all], and seal it.
+
+    Raises GradindexError where more than the share `bad` is quarantined, ResourceError.
+    """
+    share, reasons = share or Shard(), dict[int, str]()
+    mine = [segment for number, segment in enumerate(run.segments) if share.takes(number)]
+    sealed = [segment for segment in mine if is_sealed(run.index, segment)]
+    progress.start("encode", sum(segment.rows for segment in mine), "sequences",
+                   done=sum(segment.rows for segment in sealed))
+    for segment in mine:
+        if segment in sealed:
+            facts = segments.read_facts(run.folder(segment))
+        else:
+            facts = encode_one(model, codes, run, segment, batch_tokens, progress)
+        # after each segment: a model that is wrong throughout shouldn't take a night to be noticed
+        reasons |= facts.quarantined
+        check_quarantine(reasons, run.count, bad, "to be indexed")
+    progress.finish()
+
+
+def encode_one(
+    model: LanguageModel, codes: Codes, run: Run, segment: Segment, batch_tokens: int,
+    progress: Progress,
+) -> SegmentFacts:
+    """Encode and seal a segment. Raises ResourceError."""
+    members = run.reader(segment).records(range(segment.rows))
+    return encode_segment(model, codes, members, run.folder(segment), batch_tokens, progress)
+
+
+def quarantined_of(run: Run, bad: float, progress: Progress) -> dict[int, str]:
+    """Which ids were quarantined while a run was encoded, and why; says so.
+
+    Raises GradindexError where they are more than the share `bad`.
+    """
+    encoded = [segments.read_facts(run.folder(segment)) for segment in run.segments]
+    reasons = {member: why for facts in encoded for member, why in facts.quarantined.items()}
+    check_quarantine(reasons, run.count, bad, "to be indexed")
+    for member, reason in list(reasons.items())[:MOST_NAMED]:
+        progress.say(f"sequence {member} is quarantined: {reason}")
+    if reasons:
+        progress.say(f"{len(reasons)} sequences are quarantined; they are in no answer (`gradindex "
+                     "info` lists them)")
+    if halved := sum(len(facts.splits) for facts in encoded):
+        progress.say(f"memory ran out on {halved} batches, which were halved; smaller "
+                     "--batch-tokens avoid that")
+    return reasons
 
 
 def encode_segment(

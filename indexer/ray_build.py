@@ -25,6 +25,7 @@ from gradindex.storage.files import disk_errors
 from gradindex.storage.locks import one_of_writers
 from gradindex.storage.plan import Plan
 from indexer.build_request import BuildRequest
+from indexer.encode import encode_one
 from indexer.fit.folder import FitFolder
 from indexer.fit.schedule import read_fitted
 from indexer.fit.units import FitUnits
@@ -138,7 +139,7 @@ class _Worker:
             self._units.do(stage, unit)
         elif unit in ingest.unsealed(prepared.run):
             segment = prepared.run.segments[unit]
-            ingest.encode_one(prepared.model, self._drawn_codes(), prepared.run, segment,
+            encode_one(prepared.model, self._drawn_codes(), prepared.run, segment,
                               self._job.plan.batch_tokens, Progress())
 
     def _drawn_codes(self) -> Codes:
@@ -166,7 +167,7 @@ class _WorkerHandle:
     predecessors: int
 
 
-class WorkerPool:
+class BuildWorkers:
     """The driver's share of a build: to hand out all units. A context: its end ends the workers.
 
     `address` is "local", "auto" or host:port, `count` how many workers [as many as there is room
@@ -186,7 +187,7 @@ class WorkerPool:
         self._under_way: dict[Any, tuple[_WorkerHandle, int]] = {}  # with the unit, by its receipt
         self._idle: list[_WorkerHandle] = []
 
-    def __enter__(self) -> "WorkerPool":
+    def __enter__(self) -> "BuildWorkers":
         connect(self._address)
         state = BuildState.joined(Path(self._job.index), self._job.plan)
         assert state is not None

@@ -144,7 +144,7 @@ def open_searcher(index: Path, flags: dict[str, Any]) -> tuple["Searcher", "Prog
     """An index, opened as the flags that are left say, and what tells of progress."""
     from gradindex.model.loading import quiet_transformers
     from gradindex.progress import stderr_progress
-    from search.engine import open as open_index
+    from search.opening import open as open_index
 
     quiet_transformers()
     searcher, progress = open_index(index, **flags), stderr_progress()

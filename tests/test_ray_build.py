@@ -28,7 +28,7 @@ from indexer.fit.folder import FitFolder
 from indexer.fit.schedule import Fit
 from indexer.fit.units import FitUnits
 from indexer.prepare import prepare_build
-from indexer.ray_build import Receipt, WorkerJob, WorkerPool, _Worker
+from indexer.ray_build import BuildWorkers, Receipt, WorkerJob, _Worker
 from indexer.shards import OVER_RAY, BuildStage, Shard
 from indexer.state import BuildState
 from support.clusters import two_nodes
@@ -238,7 +238,7 @@ def test_an_unforeseen_error_is_one_line(cluster, model_folder, data_file, begun
 
     try:
         with (pytest.raises(GradindexError, match=r"^a worker failed in a way .*: KeyError: 'odd'$")
-              as kept, WorkerPool(cluster.address, 1, job, Progress()) as hands):
+              as kept, BuildWorkers(cluster.address, 1, job, Progress()) as hands):
             hands.complete(BuildStage("odd"), left)
         assert kept.tb and ray.is_initialized() and processes and all(map(gone, processes))
     finally:

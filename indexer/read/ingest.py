@@ -12,8 +12,6 @@ from pathlib import Path
 import numpy as np
 
 from gradindex.errors import InputError, ResourceError
-from gradindex.influence.codes import Codes
-from gradindex.model.network import LanguageModel
 from gradindex.progress import Progress, size
 from gradindex.storage import code_file, layout, records, row_file, segments
 from gradindex.storage.files import FileFacts, facts_of, make_folder
@@ -22,10 +20,7 @@ from gradindex.storage.layout import PARTIAL, segment_folder
 from gradindex.storage.manifest import Segment
 from gradindex.storage.records import Record
 from gradindex.storage.segments import SegmentFacts, SegmentReader
-from indexer.encode import encode_segment
-from indexer.fit.quarantine import check_quarantine
 from indexer.read.corpus import Corpus, CorpusFacts
-from indexer.shards import Shard, Share
 
 MOST_NAMED = 20  # quarantined sequences that are said one by one
 
@@ -199,58 +194,6 @@ def check_disk(run: Run, length: int, fit: int) -> None:
             f"free. Free some space, use fewer --bits (now {length}) or --modules, or another "
             "folder; the same command goes on."
         )
-
-
-def encode_run(
-    model: LanguageModel, codes: Codes, run: Run, batch_tokens: int, bad: float, progress: Progress,
-    share: Share | None = None,
-) -> None:
-    """Encode what isn't encoded yet of this process's `share` [all], and seal it.
-
-    Raises GradindexError where more than the share `bad` is quarantined, ResourceError.
-    """
-    share, reasons = share or Shard(), dict[int, str]()
-    mine = [segment for number, segment in enumerate(run.segments) if share.takes(number)]
-    sealed = [segment for segment in mine if is_sealed(run.index, segment)]
-    progress.start("encode", sum(segment.rows for segment in mine), "sequences",
-                   done=sum(segment.rows for segment in sealed))
-    for segment in mine:
-        if segment in sealed:
-            facts = segments.read_facts(run.folder(segment))
-        else:
-            facts = encode_one(model, codes, run, segment, batch_tokens, progress)
-        # after each segment: a model that is wrong throughout shouldn't take a night to be noticed
-        reasons |= facts.quarantined
-        check_quarantine(reasons, run.count, bad, "to be indexed")
-    progress.finish()
-
-
-def encode_one(
-    model: LanguageModel, codes: Codes, run: Run, segment: Segment, batch_tokens: int,
-    progress: Progress,
-) -> SegmentFacts:
-    """Encode and seal a segment. Raises ResourceError."""
-    members = run.reader(segment).records(range(segment.rows))
-    return encode_segment(model, codes, members, run.folder(segment), batch_tokens, progress)
-
-
-def quarantined(run: Run, bad: float, progress: Progress) -> dict[int, str]:
-    """Which ids were quarantined while a run was encoded, and why; says so.
-
-    Raises GradindexError where they are more than the share `bad`.
-    """
-    encoded = [segments.read_facts(run.folder(segment)) for segment in run.segments]
-    reasons = {member: why for facts in encoded for member, why in facts.quarantined.items()}
-    check_quarantine(reasons, run.count, bad, "to be indexed")
-    for member, reason in list(reasons.items())[:MOST_NAMED]:
-        progress.say(f"sequence {member} is quarantined: {reason}")
-    if reasons:
-        progress.say(f"{len(reasons)} sequences are quarantined; they are in no answer (`gradindex "
-                     "info` lists them)")
-    if halved := sum(len(facts.splits) for facts in encoded):
-        progress.say(f"memory ran out on {halved} batches, which were halved; smaller "
-                     "--batch-tokens avoid that")
-    return reasons
 
 
 def is_sealed(index: Path, segment: Segment) -> bool:

@@ -24,6 +24,7 @@ from gradindex.storage.layout import APPEND
 from gradindex.storage.records import Record
 from indexer import defaults
 from indexer.build_request import check_numbers, open_corpus
+from indexer.encode import encode_run, quarantined_of
 from indexer.fit.steps import fit_batch
 from indexer.read import ingest
 from indexer.read.corpus import CorpusFacts
@@ -115,8 +116,8 @@ def _append(
     ingest.check_disk(run, manifest.code["length"], fit=0)
 
     # 3) every sequence → a code
-    ingest.encode_run(fitted.model, fitted.codes, run, manifest.batch_tokens, max_bad, progress)
-    quarantined = ingest.quarantined(run, max_bad, progress)
+    encode_run(fitted.model, fitted.codes, run, manifest.batch_tokens, max_bad, progress)
+    quarantined = quarantined_of(run, max_bad, progress)
 
     # 4) how far the curvature is from that of the new data
     ids = [member for member in range(run.first, run.first + run.count)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from gradindex.errors import InputError
-from indexer.read.corpus import Corpus, CorpusSettings
+from gradindex.storage.plan import CorpusSettings
+from indexer.read.corpus import Corpus
 from indexer.read.sources import token_file_width
 from support.corpora import (
     DATA_FORMS,

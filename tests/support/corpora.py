@@ -7,7 +7,8 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 
-from indexer.read.corpus import Corpus, CorpusSettings
+from gradindex.storage.plan import CorpusSettings
+from indexer.read.corpus import Corpus
 from support.tokenizers import byte_tokenizer
 
 END = 0

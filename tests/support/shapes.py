@@ -115,6 +115,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gradindex.storage.token_file.TokenMatrix.__init__": {"live": "n"},
     "gradindex.storage.token_file.TokenMatrix.scores": {"return": "N"},
     "indexer.calibrate.prepare_query": {"return": ("K", None)},
+    "indexer.calibrate.slope": {"error": "n", "truth": "n"},
     "indexer.encode.seal": {"codes": "n", "rows": "n", "sequences": "p"},
     "indexer.encode.encode_batch": {"records": "b", "return": "b K"},
     "indexer.fit.eigen.eigenvectors": {"covariance": "n n", "return": "n n"},
@@ -147,9 +148,9 @@ SHAPES: dict[str, dict[str, Any]] = {
         {"scores": "N", "counted": "n", "influence": "n", "sample": "s", "of_sample": "s",
          "return": ("N", "N")},
     "search.rank.shortlist.Shortlist.length_for": {"places": "n", "influence": "n"},
+    "search.rank.snapshot.finite": {"scores": "... n", "return": "... n"},
     "search.rank.snapshot.OpenIndex.code_scores": {"queries": "q K", "return": "q N"},
     "search.rank.snapshot.OpenIndex.rankings": {"queries": "q K", "return": "q"},
-    "search.rank.snapshot.OpenIndex.code_scores_at": {"places": "n", "query": "K", "return": "n"},
     "search.rank.snapshot.OpenIndex.stored_codes": {"places": "n", "return": "n c"},
 }
 LEFT_OUT = {  # of the modules below, and why
