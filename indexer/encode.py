@@ -74,6 +74,7 @@ def seal(
     files[CODES.name] = codes.write(folder / CODES.name)
     files[ROWS.name] = row_file.write_rows(folder / ROWS.name, rows)
     files[TOKENS.name] = token_file.write(folder / TOKENS.name, sequences, vocabulary)
+    # last, since it says what the others are; the new name says that all are there
     segments.write_facts(folder, facts)
     rename_folder(folder, folder.with_suffix(""))
 
@@ -81,6 +82,7 @@ def seal(
 def _why(model: LanguageModel, codes: Codes, record: Record) -> str:
     """Why a sequence has no code."""
     batch = model.batch([record])
+    # gradients may be finite, and their sums in a bucket too large
     return why_not_finite(model, codes.modules, batch) or "its code's norm is not finite"
 
 
@@ -95,13 +97,14 @@ def encode_batches(
     def run(rows: list[int]) -> np.ndarray:
         return encode_batch(model, codes, [records[row] for row in rows]).float().cpu().numpy()
 
+    # float32 for FAISS, whatever the model computes in
     return in_batches([len(record.tokens) for record in records], batch_tokens, splits, run)
 
 
 def encode_batch(model: LanguageModel, codes: Codes, records: list[Record]) -> Tensor:
     """Vectors [b, K] of sequences, from one forward and one backward pass."""
     batch = model.batch(records)
-    vectors = codes.empty(len(records))
+    vectors = codes.empty(len(records))  # each module adds its part as soon as it arrives
 
     def each(module: Module, a: Tensor, d: Tensor) -> None:
         codes.add(vectors, module, a, d)
