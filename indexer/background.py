@@ -32,6 +32,7 @@ def make_background(
     others, is left out.
     """
     seed, length = codes.settings.seed, codes.settings.length
+    # a stream of its own: the same sequences shouldn't serve for calibration and here
     members = read([ids[number] for number in choose(
         Stream.BACKGROUND_QUERIES, seed, len(ids), BACKGROUND_QUERIES)])
     progress.start("background", len(members), "queries")
@@ -73,7 +74,7 @@ def _scores(
     scores = np.empty((len(vectors), len(ids)), dtype=np.float32)
     digests = np.empty((len(ids), 2), dtype=np.uint64)
     done = 0
-    for codes, rows in stored(ids):
+    for codes, rows in stored(ids):  # a segment's codes at a time
         code_index = CodeIndex(vectors.shape[1])
         code_index.add(codes)
         part = slice(done, done + len(rows))

@@ -65,10 +65,10 @@ from indexer.state import BuildState
 
 
 def build(request: BuildRequest) -> ModelSource | None:
-    """Do what is asked for, or this process's share of it, from what is there already on.
+    """Build an index, or do this process's share of it. What is done already isn't done again.
 
-    Returns with what the finished index can be opened, None where it is yet to be merged. Raises
-    as `gradindex.build`.
+    Returns what opens the finished index, None where it is yet to be merged. Raises as
+    `gradindex.build`.
     """
     # 1) what is asked for was settled when the request was made (`build_request.py`)
     index, progress, shard = request.index, request.progress, request.shard
@@ -79,7 +79,7 @@ def build(request: BuildRequest) -> ModelSource | None:
             progress.say(f"{index} is complete; nothing to do.")
             return _source_to_open(request)
         if shard.first:
-            state.request = request.facts
+            state.request = request.facts  # may differ from run to run, unlike the plan
             state.save()
 
         # 2) text → sequences, on disk as records; the other shards began when this was done
@@ -120,7 +120,7 @@ def build(request: BuildRequest) -> ModelSource | None:
 
 
 def _source_to_open(request: BuildRequest) -> ModelSource | None:
-    """With what an index that is whole can be opened; a shard leaves that to `merge`."""
+    """What opens the finished index; None for a shard, whose index `merge` makes."""
     if request.shard.of > 1:
         return None
     source = request.source
@@ -151,7 +151,7 @@ def _writing(request: BuildRequest) -> Iterator[BuildState]:
 
 @contextlib.contextmanager
 def _share_of(request: BuildRequest) -> Iterator[Share]:
-    """Who does what: this shard its share, or workers of a Ray cluster everything."""
+    """This process's share: a shard's own, or all of it, to be handed out to a Ray cluster."""
     if request.ray is None:
         yield request.shard
         return
@@ -171,7 +171,7 @@ def _begin_anew_alone(request: BuildRequest) -> None:
     state = BuildState.resumed(request.index)
     if state is None or state.plan == request.plan:
         return
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:  # whose errors are not those of what stands below
         try:
             stack.enter_context(only_writer(request.index, "gradindex build"))
         except GradindexError:
@@ -217,8 +217,9 @@ def merge(
 
 
 def _refuse_unfinished(index: Path, state: BuildState) -> None:
-    """Raise InputError for shards that are not done."""
+    """Raise InputError where shards have not done all of their work."""
     run = Run(index, 0, 0, state.corpus.sequences if state.corpus else 0, state.plan.segment_size)
+    # the first thing that is missing: what comes after it isn't there either
     missing = "the data are not read" if state.corpus is None else \
         "the curvature is not fitted" if not (index / layout.CURVATURE).is_dir() else None
     names = [run.segments[number].name for number in ingest.unsealed(run)]
@@ -235,7 +236,7 @@ def _refuse_unfinished(index: Path, state: BuildState) -> None:
 
 @dataclass
 class _FittedBuild:
-    """A build whose curvature is there, of those modules that have one."""
+    """A build with its curvature; `modules` are those of the tracked that have one."""
 
     prepared: Prepared
     modules: list[Module]

@@ -43,6 +43,7 @@ def calibrate(
     Raises GradindexError where no sampled sequence has a gradient.
     """
     seed = codes.settings.seed
+    # queries and sample from streams of their own: a sequence may be in both, or in one
     queries = read([ids[number] for number in choose(
         Stream.CALIBRATION_QUERIES, seed, len(ids), CALIBRATION_QUERIES)])
     sample_ids = [ids[number] for number in choose(
@@ -92,7 +93,7 @@ def exact_influence(
     model: LanguageModel, codes: Codes, ekfac: Ekfac, queries: list[Record],
     sample: list[Record], batch_tokens: int, allowance: Allowance,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, list[Record]]]:
-    """Exact influence of every sequence of a sample on queries made of sequences' second halves.
+    """Exact influence of each sampled sequence on each query: a sequence's second half.
 
     Yields, for some queries at a time, their vectors [q, K], the influence [q, sample] and them.
     """
@@ -112,7 +113,7 @@ def stacked_queries(modules: list[Module], allowance: Allowance) -> int:
     >>> stacked_queries([Module("m", 0, "mlp", 1 << 14, 1 << 14, False)], Allowance())
     2
     """
-    entries = allowance.part(1 / 16, 4 * STACKED_ENTRIES) // 4
+    entries = allowance.part(1 / 16, 4 * STACKED_ENTRIES) // 4  # of 4 bytes each
     return max(1, entries // sum(m.shape[0] * m.shape[1] for m in modules))
 
 
@@ -120,6 +121,7 @@ def prepare_query(
     model: LanguageModel, codes: Codes, ekfac: Ekfac, record: Record
 ) -> tuple[np.ndarray, Preconditioned]:
     """The vector [K] of a record's second half as a query, and its preconditioned gradient."""
+    # asked of its second half given its first: what was said before is context, not target
     batch = model.batch([replace(record, scored=model.objective.later_half(record.scored))])
     coordinates, _ = query_coordinates(
         model, codes.modules, ekfac, batch, codes.settings.damping)

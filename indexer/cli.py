@@ -90,6 +90,7 @@ def build(
     Example:
       gradindex build ./my-model train.jsonl -o train.index --id-field url
     """
+    # here and in each command: torch takes seconds to import, and help should take none
     from gradindex.model.loading import quiet_transformers
     from gradindex.progress import stderr_progress
     from indexer import build as journey
@@ -104,7 +105,7 @@ def build(
         return ResourceError.exit_code if needs.lacking else 0
     request = make_request(model, list(data), progress=stderr_progress(), keep_fields=names,
                            **others)
-    if journey.build(request) is None:
+    if journey.build(request) is None:  # a shard has no index to search yet
         return 0
     click.echo(visible_lines(f'next: gradindex search {others["out"]} -p "PROMPT" '
                              '-c " COMPLETION"'), err=True)
@@ -183,6 +184,7 @@ def delete(
     from indexer.upkeep.delete import give_up
 
     progress = stderr_progress()
+    # a damaged segment can't tell which ids it holds, so giving one up is a deed of its own
     if bool(names) + (ids_file is not None or user_ids_file is not None) != 1:
         raise click.UsageError("say what to delete: --ids FILE or --user-ids FILE, or --segment "
                                "NAME.")
@@ -197,6 +199,7 @@ def delete(
     done = run(index, ids, user_ids, progress)
     already = f", {done.already:,} were deleted before" if done.already else ""
     progress.say(f"{done.deleted:,} sequences deleted{already}")
+    # who deletes a text for its content wants its copies gone as well
     if done.equal_left:
         shown = ", ".join(map(str, done.equal_left[:10])) + ", …" * (len(done.equal_left) > 10)
         progress.say(f"warning: {len(done.equal_left)} sequences with the same tokens stay: "

@@ -26,8 +26,10 @@ from gradindex.storage.manifest import Segment
 from gradindex.storage.records import Record
 from gradindex.storage.segments import SegmentFacts
 from indexer.fit.quarantine import check_quarantine
-from indexer.read.ingest import MOST_NAMED, Run, is_sealed
+from indexer.read.ingest import Run, is_sealed
 from indexer.shards import Shard, Share
+
+MOST_NAMED = 20  # quarantined sequences that are said one by one
 
 
 def encode_run(
@@ -71,7 +73,7 @@ def quarantined_of(run: Run, bad: float, progress: Progress) -> dict[int, str]:
     encoded = [segments.read_facts(run.folder(segment)) for segment in run.segments]
     reasons = {member: why for facts in encoded for member, why in facts.quarantined.items()}
     check_quarantine(reasons, run.count, bad, "to be indexed")
-    for member, reason in list(reasons.items())[:MOST_NAMED]:
+    for member, reason in list(reasons.items())[:MOST_NAMED]:  # segment.json has the others
         progress.say(f"sequence {member} is quarantined: {reason}")
     if reasons:
         progress.say(f"{len(reasons)} sequences are quarantined; they are in no answer (`gradindex "
@@ -130,6 +132,7 @@ def seal(
     files[CODES.name] = codes.write(folder / CODES.name)
     files[ROWS.name] = row_file.write_rows(folder / ROWS.name, rows)
     files[TOKENS.name] = token_file.write(folder / TOKENS.name, sequences, vocabulary)
+    # last, since it says what the others are; the new name says that all are there
     segments.write_facts(folder, facts)
     rename_folder(folder, folder.with_suffix(""))
 
@@ -137,6 +140,7 @@ def seal(
 def _why(model: LanguageModel, codes: Codes, record: Record) -> str:
     """Why a sequence has no code."""
     batch = model.batch([record])
+    # gradients may be finite, and their sums in a bucket too large
     return why_not_finite(model, codes.modules, batch) or "its code's norm is not finite"
 
 
@@ -151,13 +155,14 @@ def encode_batches(
     def run(rows: list[int]) -> np.ndarray:
         return encode_batch(model, codes, [records[row] for row in rows]).float().cpu().numpy()
 
+    # float32 for FAISS, whatever the model computes in
     return in_batches([len(record.tokens) for record in records], batch_tokens, splits, run)
 
 
 def encode_batch(model: LanguageModel, codes: Codes, records: list[Record]) -> Tensor:
     """Vectors [b, K] of sequences, from one forward and one backward pass."""
     batch = model.batch(records)
-    vectors = codes.empty(len(records))
+    vectors = codes.empty(len(records))  # each module adds its part as soon as it arrives
 
     def each(module: Module, a: Tensor, d: Tensor) -> None:
         codes.add(vectors, module, a, d)

@@ -54,6 +54,7 @@ class WorkerJob:
     @classmethod
     def of(cls, request: BuildRequest) -> "WorkerJob":
         plan = request.plan
+        # workers read no text, so they need no tokenizer; a folder's name must hold anywhere
         source = replace(request.source, model=str(absolute(request.source.model)), tokenizer=None,
                          device=plan.device)
         return cls(request.index.resolve(), source, plan)
@@ -91,6 +92,7 @@ class _Worker:
         return Receipt()
 
     def _load(self) -> None:
+        """Join the build, load the model. Raises GradindexError for what a machine may lack."""
         job = self._job
         state = BuildState.joined(self._index, job.plan) if self._index.is_dir() else None
         if state is None:
@@ -125,7 +127,7 @@ class _Worker:
 
     def do(self, stage: BuildStage, unit: int, pause: float) -> Receipt:
         """Do a unit, `pause` seconds from now; its errors travel as text."""
-        time.sleep(pause)
+        time.sleep(pause)  # here and not at the driver, which goes on meanwhile
         try:
             with disk_errors(self._index):
                 self._do(stage, unit)
@@ -168,7 +170,7 @@ class _WorkerHandle:
 
 
 class BuildWorkers:
-    """The driver's share of a build: to hand out all units. A context: its end ends the workers.
+    """The driver's share of a build: it hands all units out. The end of its context ends workers.
 
     `address` is "local", "auto" or host:port, `count` how many workers [as many as there is room
     for]. Entering it raises InputError where there is no Ray, or no cluster.
@@ -323,7 +325,7 @@ class BuildWorkers:
         return None, True
 
     def _waiting(self) -> str:
-        """What to say of workers that are not there."""
+        """What is said of workers that are not ready yet."""
         placed = [worker.placed for worker in self._starting.values()]
         loading = len(self._ray.wait(placed, num_returns=len(placed), timeout=0)[0])
         parts = []

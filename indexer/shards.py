@@ -42,7 +42,7 @@ class BuildStage:
 
 
 class Share(Protocol):
-    """What of a build this process does itself, and how the rest comes about."""
+    """Which units of a build this process does itself, and how the others get done."""
 
     @property
     def first(self) -> bool:
@@ -80,7 +80,7 @@ class Shard:
         return self.number == 0
 
     def takes(self, unit: int) -> bool:
-        return unit % self.of == self.number
+        return unit % self.of == self.number  # in turn, so that all end at about the same time
 
     def complete(self, stage: BuildStage, missing: Callable[[], list[int]]) -> None:
         """Wait until `missing`, the numbers of units that others have yet to do, is empty.
@@ -126,7 +126,7 @@ def parse_shard(
         number, of = int(first), int(second)
     else:
         number = of = 0
-    if not number < of:
+    if not number < of:  # so is what could not be read, as 0 of 0
         raise InputError(f"--shard {text}: expected i/n, such as 0/8, with i from 0 to n - 1.")
     return Shard(number, of, math.inf if patience is None else patience, progress or Progress())
 
@@ -140,7 +140,7 @@ def _by_starter(environment: Mapping[str, str]) -> tuple[int, int]:
                              "i/n.")
         return int(text)
 
-    for name, count in STARTERS:
+    for name, count in STARTERS:  # torchrun first: it may run inside a SLURM job
         if name in environment and count in environment:
             break
     else:

@@ -34,7 +34,7 @@ Threads = Annotated[int, pydantic.Field(gt=0, le=1 << 16)]
 
 @dataclass(frozen=True)
 class RequestFacts:
-    """What of a build's request doesn't decide the codes, and the manifest needs all the same."""
+    """The part of a build's request that goes into the manifest without affecting the codes."""
 
     task: str
     train_sequences: int | None
@@ -56,8 +56,7 @@ class ModelIdentity:
 
 @dataclass
 class BuildState:
-    """`build.json`. What isn't known yet is None: the corpus, the model, the request besides the
-    plan.
+    """`build.json`: `corpus`, `model` and `request` are None until they are known.
 
     `saved_plan` is the plan as it lies there, perhaps of an earlier version: two are compared in
     this form.
@@ -77,6 +76,7 @@ class BuildState:
         """The state of the build in `index`, or a new one. Raises as `find` does; ResourceError."""
         state = cls.find(index, plan, progress, anew)
         if state is None:
+            # as many threads as now, for good: each number of them sums in an order of its own
             state = cls(index / BUILD, plan.to_dict(), torch.get_num_threads())
             state.save()
         return state
@@ -100,6 +100,7 @@ class BuildState:
         state = cls.resumed(index)
         if state is None:
             return None
+        # before that the first shard may begin anew with this plan, so it is waited for
         if _is_fitted(index):
             _refuse_difference(index, state.saved_plan, plan.to_dict())
         known = state.corpus is not None and state.model is not None
@@ -148,7 +149,7 @@ class BuildState:
 
     def check_model(self, model: LanguageModel) -> None:
         """Remember the weights' digest, or raise IndexMismatchError if they changed."""
-        if self.model is None:
+        if self.model is None:  # the first process of the build to get here
             self.model = ModelIdentity(**identify(model))
             self.save()
         else:
@@ -200,7 +201,7 @@ class AppendState:
     def resumed(cls, index: Path) -> "AppendState | None":
         """The state of the append to `index`, finished or not; None for none."""
         path = index / APPEND
-        if not os.path.lexists(path):
+        if not os.path.lexists(path):  # a link counts as there, and is refused when it is read
             return None
         stored = _read_state(path, _APPEND)
         return cls(path, stored["plan"], stored["threads"], stored["corpus"])
@@ -224,6 +225,7 @@ def finished_append(index: Path, plan: AppendPlan) -> bool:
 
     Its `first` is below that of `plan`, which is the index's next id.
     """
+    # or the same data would be in the index twice
     state = AppendState.resumed(index)
     return state is not None and state.plan.first != plan.first and \
         replace(state.plan, first=plan.first) == plan
@@ -232,6 +234,7 @@ def finished_append(index: Path, plan: AppendPlan) -> bool:
 # ---- the files
 
 
+# what the files hold, under the names of their first version
 class _StoredBuild(TypedDict):
     plan: dict[str, Any]
     threads: Threads
@@ -254,6 +257,8 @@ _Stored = TypeVar("_Stored", _StoredBuild, _StoredAppend)
 def _read_state(path: Path, adapter: pydantic.TypeAdapter[_Stored]) -> _Stored:
     """What a file holds, checked. Raises DamagedIndexError."""
     try:
+        # the file may come from a stranger, with an index that was copied: no link, no size, and
+        # nothing that isn't what we write
         with os.fdopen(open_inside(path.parent, path.name), "rb") as file:
             return adapter.validate_json(
                 sealed_json.check(sealed_json.parse(file.read(LARGEST_STATE))))
@@ -269,6 +274,7 @@ def _write_state(
     path: Path, plan: dict[str, Any], threads: int, corpus: CorpusFacts | None,
     model: ModelIdentity | None = None, request: RequestFacts | None = None,
 ) -> None:
+    # append.json has all fields too: earlier versions refuse one without
     content = {
         "plan": plan, "threads": threads, "corpus": corpus and asdict(corpus),
         "model": model and asdict(model), "asked": request and asdict(request),

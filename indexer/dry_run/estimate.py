@@ -241,7 +241,7 @@ class _ReadData:
 
 
 def _read_data(request: BuildRequest) -> _ReadData:
-    """Raises InputError where a build would."""
+    """Read the data, or what can be read in READING seconds. Raises InputError as a build would."""
     corpus, most = request.corpus, request.plan.segment_size
     lengths: list[int] = []
     sizes: list[int] = []
@@ -258,7 +258,7 @@ def _read_data(request: BuildRequest) -> _ReadData:
             sample[number] = record
         request.progress.update(1)
         if time.perf_counter() - start > READING:
-            share = _share_read(corpus, record)
+            share = _share_read(corpus, record)  # all else is scaled by it
             break
     seconds = time.perf_counter() - start
     request.progress.finish()
@@ -283,6 +283,7 @@ def _share_read(corpus: Corpus, last: Record) -> float:
         if source.name == part.source:
             done = total + part.row
         total += count_rows(source, corpus.settings.sequence_length)
+    # with a limit, the rows that come after it are never read
     limit = corpus.settings.limit
     return min(1.0, max(done / total, corpus.facts.documents / limit if limit else 0.0))
 
@@ -327,11 +328,11 @@ def _stages(
     rate = hashing()
 
     def writing(name: str, digests: int) -> float:
-        """To write files, and to digest them so many times."""
+        """Seconds of writing a part's files, and of digesting them so many times."""
         return disk[name] * (1 / WRITING + digests / rate)
 
-    fit_places = choose(Stream.FIT_SEQUENCES, plan.seed, count, plan.fit_sequences)
-    blocks = list(_in_groups([data.lengths[place] for place in fit_places], bench.settings.block))
+    fit_ids = choose(Stream.FIT_SEQUENCES, plan.seed, count, plan.fit_sequences)
+    blocks = list(_in_groups([data.lengths[number] for number in fit_ids], bench.settings.block))
     fitting, passes = Work.of(blocks, batch_tokens), len(bench.partitions)
     # measured one after the other, and each let go, so that the next finds the memory free
     covariance, sums = bench.covariance()
@@ -344,20 +345,20 @@ def _stages(
     sum_squares, sum_tables = bench.commits()
     matrices = bench.token_matrices()
 
-    reading = 2 * READ_RECORD * len(fit_places)  # a block's records are read again to be counted
+    reading = 2 * READ_RECORD * len(fit_ids)  # a block's records are read again to be counted
     sealing = count * (READ_RECORD + matrices)
     encoding = Work.of(list(_in_groups(data.lengths, plan.segment_size)), batch_tokens)
     sample = choose(Stream.CALIBRATION_SAMPLE, plan.seed, count, CALIBRATION_SAMPLE)
-    pairs = Work.of([[data.lengths[place] for place in sample]], batch_tokens)
+    pairs = Work.of([[data.lengths[number] for number in sample]], batch_tokens)
     queries, background = min(CALIBRATION_QUERIES, count), min(BACKGROUND_QUERIES, count)
     stacks = -(-queries // bench.together)
     return {
         "read": (data.seconds + count * WRITE_RECORD + writing("records", 2), 0),
         "covariance": (passes * (covariance * fitting + len(blocks) * sum_squares + reading),
-                       len(fit_places)),
+                       len(fit_ids)),
         "eigenvectors": (decompositions + 2 * passes * sum_squares, 0),
         "eigenvalues": (passes * (eigenvalues * fitting + len(blocks) * sum_tables + reading)
-                        + writing("curvature", 4), len(fit_places)),
+                        + writing("curvature", 4), len(fit_ids)),
         "encode": (drawing + encode * encoding + sealing + writing("codes", 2), count),
         "calibrate": (queries * prepare + stacks * (exact * pairs), 0),
         "background": (background * prepare + count * bench.background(background, plan.bits)

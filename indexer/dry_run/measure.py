@@ -68,7 +68,7 @@ class Work:
 
     @classmethod
     def of(cls, groups: Sequence[Sequence[int]], batch_tokens: int) -> "Work":
-        """Of groups of lengths, each put into batches by itself.
+        """The work on groups of lengths; each group is put into batches by itself.
 
         >>> Work.of([[5, 3, 3]], batch_tokens=6)  # a batch of one, and one of two
         Work(padded_tokens=11, sequences=3)
@@ -156,7 +156,7 @@ class Bench:
     # ---- the stages
 
     def covariance(self) -> tuple[Speed, dict[str, Tensor]]:
-        """Of a partition's pass for A and S; and their sums over the batches that were run."""
+        """The speed of a partition's pass for A and S, and the sums of the batches that ran."""
         sums = _zeros(self.model, covariance_shapes(self._largest, self._blocks))
 
         def run(records: list[Record]) -> None:
@@ -174,7 +174,7 @@ class Bench:
         for name, matrix in sums.items():
             for block in square_blocks(matrix):
                 n = min(len(block), LARGEST_MATRIX)
-                if n not in seconds:
+                if n not in seconds:  # of each size one; what is in a matrix matters little
                     part = block[:n, :n].to("cpu", torch.float64).nan_to_num()
                     seconds[n] = _seconds(partial(eigenvectors, part, name))
         self._note("eigenvectors", [(self._fit.eigenvectors.host, 0)])
@@ -187,7 +187,7 @@ class Bench:
         return total
 
     def eigenvalues(self) -> Speed:
-        """Of a partition's pass for Λ; any eigenvectors will do, so the identity."""
+        """The speed of a partition's pass for Λ. Any eigenvectors will do, so the identity."""
         like = torch.zeros((), dtype=self.model.accumulate, device=self.model.device)
         vectors = {name: identity(n, rows, like) for name, (n, rows)
                    in covariance_shapes(self._largest, self._blocks).items()}
@@ -204,8 +204,9 @@ class Bench:
         return speed
 
     def encode(self) -> tuple[Speed, float, Codes, Ekfac]:
-        """Of gradients → codes; and the seconds to draw the codes' projections, and these."""
+        """The speed of encoding, the seconds of drawing projections, the codes, their curvature."""
         kinds: dict[tuple[int, int], Curvature] = {}  # modules of a shape share theirs
+        # nothing is fitted yet; with Λ = 1 and Q = I the same work is done as with a real curvature
         for o, i in {module.shape for module in self.modules}:
             ones = torch.ones(o, i, dtype=self.model.accumulate, device=self.model.device)
             eye_a, eye_s = (identity(n, block_rows(n, self._blocks), ones) for n in (i, o))
@@ -231,7 +232,9 @@ class Bench:
         return speed, drawing, codes, ekfac
 
     def calibrate(self, codes: Codes, ekfac: Ekfac) -> tuple[Speed, float]:
-        """Of exact scores of as many queries as are scored together, and seconds of a query."""
+        """The speed of exact scores, of the queries that are scored together, and the seconds of
+        making one query ready."""
+        # a sequence of middle length: queries are drawn from all of them
         typical = sorted(self.sample, key=lambda record: len(record.tokens))[len(self.sample) // 2]
         with torch.no_grad():
             seconds = _seconds(lambda: prepare_query(self.model, codes, ekfac, typical))
@@ -242,6 +245,7 @@ class Bench:
         stack = sum(tables)
 
         def run(records: list[Record]) -> None:
+            # so many tokens a batch that the records are one
             exact_scores(self.model, self.modules, queries, records,
                          sum(len(record.tokens) for record in records) * len(records))
 
@@ -295,7 +299,7 @@ class Bench:
         over = max(0, _peak(self.model.device) - self._base - held)
         if self.model.device.type != "cuda":
             over += max(0, resident() - self._base - held)  # freed, and kept by the C library
-        self.batch = max(self.batch, over)
+        self.batch = max(self.batch, over)  # of any stage, for the table of memory
         return _fit_speed(shapes, seconds), over
 
     def _note(self, stage: str, moments: list[tuple[int, int]]) -> None:
@@ -323,6 +327,7 @@ class Bench:
         return fit_batch(self.model, records, self.settings.labels, self.settings.seed, stream)
 
     def _commit(self, shapes: dict[str, tuple[int, int]]) -> float:
+        """Seconds of adding a block's sums of these shapes to the running sum, and writing it."""
         totals = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
         start = time.perf_counter()
         sums = _zeros(self.model, shapes)
@@ -359,11 +364,13 @@ def _fit_speed(shapes: list[tuple[int, int]], seconds: list[float]) -> Speed:
     >>> round(speed.token, 6), round(speed.sequence, 6)
     (0.01, 0.02)
     """
+    # each equation divided by its seconds: errors are relative, so a short batch counts as much
     rows = np.array(shapes, dtype=np.float64) / np.array(seconds)[:, None]
     ones = np.ones(len(rows))
     free = np.linalg.lstsq(rows, ones, rcond=1e-9)[0]
     if (free >= 0).all():
         return Speed(float(free[0]), float(free[1]))
+    # the best with one of them alone is the best with both at least 0
     alone = [rows[:, side] @ ones / (rows[:, side] @ rows[:, side]) for side in (0, 1)]
     wrong = [float(((rows[:, side] * alone[side] - 1) ** 2).sum()) for side in (0, 1)]
     return Speed(alone[0], 0.0) if wrong[0] <= wrong[1] else Speed(0.0, alone[1])
@@ -400,6 +407,7 @@ def _used(device: torch.device) -> int:
 
 
 def _forget_peak(device: torch.device) -> None:
+    """Measure the peak of memory anew from now on."""
     return_freed()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -24,6 +24,7 @@ class Moment:
 
     @property
     def both(self) -> int:
+        """Bytes of both together: one memory, where there is no GPU."""
         return self.host + self.device
 
 
@@ -43,10 +44,16 @@ class FitMoments:
 
     @classmethod
     def of(cls, modules: Sequence[Module], covariance_blocks: int, width: int) -> "FitMoments":
-        """`width` is the bytes of a number of curvature (4; 8 for a float64 model)."""
+        """`width` is the bytes of a number of curvature (4; 8 for a float64 model).
+
+        >>> moments = FitMoments.of([Module("m", 0, "mlp", 2, 3, False)], 1, 4)
+        >>> moments.covariance  # A [3, 3] and S [2, 2]: 13 numbers, as totals and as sums
+        Moment(host=104, device=52)
+        """
         squares = [square_entries(module, covariance_blocks) for module in modules]
         tables = [module.shape[0] * module.shape[1] for module in modules]
         square, table = sum(squares), sum(tables)
+        # matrices are decomposed one by one, so the largest block's work is all there is at once
         largest = max(block_rows(n, covariance_blocks) for module in modules
                       for n in module.shape)
         # a module's eigenvectors as they are read, and the curvature that is made of them
@@ -69,12 +76,17 @@ def held_bytes(modules: Sequence[Module], covariance_blocks: int, width: int) ->
 
 
 def curvature_bytes(modules: Sequence[Module], covariance_blocks: int, width: int) -> int:
-    """Bytes of eigenvectors and eigenvalues."""
+    """Bytes of eigenvectors and eigenvalues.
+
+    >>> curvature_bytes([Module("m", 0, "mlp", 2, 3, False)], 1, 4)  # 9 + 4 + 6 numbers
+    76
+    """
     return width * sum(file_entries(module, covariance_blocks) for module in modules)
 
 
 def projection_bytes(modules: Sequence[Module], width: int, inner: int) -> int:
     """Bytes of what a code needs of each module: P and R of both sides, R as int8, and signs."""
+    # a side of a module that is smaller than k is mixed into no more than it has
     return sum((width + 1) * min(inner, o, i) * (o + i) + width * min(inner, o, i) ** 2
                for o, i in (module.shape for module in modules))
 
@@ -115,7 +127,7 @@ def disk_bytes(
     for modules in groups:
         square = sum(square_entries(module, covariance_blocks) for module in modules)
         table = sum(o * i for o, i in (module.shape for module in modules))
-        fitted = width * (square + table)
+        fitted = width * (square + table)  # what stays of the partition: its curvature
         ahead = waiting * width * max(square, table)
         # A, S beside Q_A, Q_S, 8 bytes a number each; then Λ twice, or once beside the curvature
         most = max(most, finished + ahead + 16 * square + max(16 * table, 8 * table + fitted))
@@ -160,7 +172,7 @@ def budget(
     model_bytes: int, modules: list[Module], covariance_blocks: int, width: int, held: int | None,
     inner: int,
 ) -> Budget:
-    """The budget of a model with these modules tracked.
+    """The budget of a model of `model_bytes` with these modules tracked.
 
     `width` is the bytes of a number of curvature (4, or 8 for a float64 model), `held` what a
     partition of the fit may hold, `inner` the codes' k.

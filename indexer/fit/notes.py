@@ -54,6 +54,7 @@ class FitNotes:
 
     def write(self, folder: Path) -> FileFacts:
         """Write the notes into a folder. Raises ResourceError."""
+        # JSON's keys are texts; in order of the numbers, the file is the same whoever wrote it
         content = {
             **asdict(self), "splits": dict(sorted(self.splits.items())),
             "quarantined": {str(one): why for one, why in sorted(self.quarantined.items())},
@@ -64,7 +65,7 @@ class FitNotes:
     def read(cls, folder: Path) -> "FitNotes":
         """The notes in a folder, empty where there are none. Raises DamagedIndexError."""
         path = folder / FIT_NOTES
-        if not path.is_file():
+        if not path.is_file():  # the fit has just begun
             return cls()
         try:
             content = sealed_json.check(sealed_json.parse(path.read_bytes()))

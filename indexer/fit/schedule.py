@@ -149,7 +149,7 @@ class Fit:
         They stay as they are while each still fits. Else those of what is left are made anew.
         """
         folder = self.folder
-        if not self.share.first:
+        if not self.share.first:  # the others go by what the first one wrote
             self.share.complete(BuildStage("fit"), lambda: [0] if folder.path.is_dir() and
                                 not FitNotes.read(folder.path).partitions else [])
             folder.read_notes()
@@ -178,8 +178,10 @@ class Fit:
     def _sum(
         self, stage: BuildStage, sums: Sums, undone: Callable[[list[Module]], list[int]]
     ) -> None:
-        """Sum up this shard's blocks, and wait until the running sum has all, or `undone` tells
-        that what is made of it is there."""
+        """Sum up this process's blocks, then wait until the running sum has all of them.
+
+        The wait ends, too, when `undone` gives no module: what is made of the sums is there then.
+        """
         folder, blocks = self.folder, self.folder.blocks
         if not self.share.first:
             folder.read_notes()
@@ -234,7 +236,7 @@ class Fit:
     # ---- what is made of the sums
 
     def _decompose(self, stage: BuildStage, covariance: Sums, modules: list[Module]) -> None:
-        """The eigenvectors of this shard's modules; then wait for the others'."""
+        """Find the eigenvectors of this process's modules, then wait for those of the others."""
         numbers = [number for number in self.folder.undecomposed(modules)
                    if self.share.takes(number)]
         if numbers:
@@ -246,7 +248,7 @@ class Fit:
         self.share.complete(stage, lambda: self.folder.undecomposed(modules))
 
     def _save(self, eigenvalues: Sums, modules: list[Module]) -> None:
-        """Write the curvature of modules, in the end's precision; one without Λ is left out."""
+        """Write the curvature of modules in its final precision; one without Λ is left out."""
         folder = self.folder
         totals, _ = eigenvalues.totals()
         stored = torch.float64 if self.model.dtype == torch.float64 else torch.float32

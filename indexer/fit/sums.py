@@ -51,13 +51,13 @@ class Sums:
         self._blocks = self._positions = 0
 
     def zeros(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        """The sums of no sequence."""
+        """Tensors of zero to add to, by name."""
         return {name: torch.zeros(shape, dtype=dtype, device=device)
                 for name, shape in self._shapes.items()}
 
     def added(self) -> int:
         """How many blocks the running sum has."""
-        if self._totals is not None:
+        if self._totals is not None:  # this process adds, and so knows
             return self._blocks
         if not self._path.is_file():
             return 0
@@ -80,7 +80,7 @@ class Sums:
         write_tensors(self._waiting(number), block.sums, about)
 
     def waiting(self) -> Iterator[tuple[int, Block]]:
-        """The blocks whose turn it is, as long as each is added: for the process that adds."""
+        """Yield waiting blocks in order, as long as the caller adds each of them."""
         while self._waiting(number := self.added()).is_file():
             yield number, self._read(number)
 
@@ -88,18 +88,20 @@ class Sums:
         """Add a block, whose turn it is, to the running sum, and commit it."""
         totals = self._load()
         assert number == self._blocks
+        # (a + b) + c is not a + (b + c): the order decides the last bits
         for name, part in block.sums.items():
             totals[name] += part.to("cpu", torch.float64)
         self._blocks += 1
         self._positions += block.positions
         write_tensors(self._path, totals, {"blocks": str(self._blocks),
                                            "positions": str(self._positions)})
+        # last: killed before, the block is still there, and is in the running sum already
         self._waiting(number).unlink(missing_ok=True)
 
     def totals(self) -> tuple[dict[str, Tensor], int]:
         """The sums of all blocks, float64, and the number of real positions."""
         totals = self._load()
-        assert self._blocks == self.count
+        assert self._blocks == self.count  # who asks has waited until all are there
         return totals, self._positions
 
     def forget(self) -> None:
@@ -109,10 +111,12 @@ class Sums:
     def remove(self) -> None:
         """Remove the files, once something took their place."""
         self._totals = None
+        # with the dot: the sums of modules 0 to 7 are not those of 0 to 70
         for path in self._folder.glob(f"{self._name}.*safetensors"):
             path.unlink(missing_ok=True)
 
     def _load(self) -> dict[str, Tensor]:
+        """The running sum, kept in memory from the first time on."""
         if self._totals is None:
             if self._path.is_file():
                 self._totals, about = read_tensors(self._path)
@@ -125,6 +129,7 @@ class Sums:
         return self._folder / f"{self._name}.{number:06d}.safetensors"
 
     def _read(self, number: int) -> Block:
+        """A block that waits. Raises DamagedIndexError."""
         sums, about = read_tensors(self._waiting(number))
         notes = BlockNotes([(first, rows) for first, rows in json.loads(about["splits"])],
                            {int(one): why for one, why in

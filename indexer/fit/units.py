@@ -46,7 +46,7 @@ class FitUnits:
         self._at_hand: tuple[BuildStage, Sums, Add] | None = None  # of `do`
 
     def do(self, stage: BuildStage, unit: int) -> None:
-        """Do one unit and leave it for the process that goes through the stages.
+        """Do one unit and leave its result in the folder, for the process that runs the stages.
 
         What units of a stage read alike is kept until one of another stage comes, or `forget`.
         """
@@ -71,7 +71,7 @@ class FitUnits:
         modules = self.folder.partition(stage.partition)
         if stage.name == "covariance":
             return partial(add_covariances, self.model, modules)
-        vectors: dict[str, Tensor] = {}
+        vectors: dict[str, Tensor] = {}  # of the whole partition, on the model's device
 
         def add(sums: dict[str, Tensor], batch: Batch, numbers: Tensor | None) -> None:
             if not vectors:  # read by who has something to sum up, all or none
@@ -83,23 +83,27 @@ class FitUnits:
         return add
 
     def decompose(self, number: int, covariance: Sums) -> None:
-        """The eigenvectors of a module, by its number. Raises GradindexError."""
+        """Find the eigenvectors of a module, by its number, and write them.
+
+        Raises GradindexError where they can't be found, ResourceError.
+        """
         totals, positions = covariance.totals()
         module, vectors = self.folder.modules[number], {}
         for side in ("A", "S"):
             name = f"{module.name}/{side}"
             vectors[side] = torch.zeros_like(totals[name])
-            for place, block in zip(square_blocks(vectors[side]), square_blocks(totals[name]),
-                                    strict=True):
-                place.copy_(eigenvectors(block / positions, name))
+            # block by block, into the file's layout: blocks of rows, one below the other
+            for target, block in zip(square_blocks(vectors[side]), square_blocks(totals[name]),
+                                     strict=True):
+                target.copy_(eigenvectors(block / positions, name))
             self.progress.update(1)
         write_tensors(self.folder.vectors_path(module), vectors)
-        return_freed()
+        return_freed()  # the solver's work space, before the next module asks for its own
 
     # ---- a block
 
     def sum_block(self, stage: BuildStage, number: int, sums: Sums, add: Add) -> Block:
-        """A block's sums.
+        """Sum up a block of sequences, again and again until its sums are sound.
 
         A batch adds to the sums as it goes, so where one fails half-way, or they are not finite,
         they are spoilt and the block is summed again, as its notes then say. The first shard writes

@@ -47,8 +47,11 @@ NEEDED_FIELDS = {
 
 @dataclass
 class CorpusFacts:
-    """What reading came to: counts, and why what was left out was, the first few with file and
-    line."""
+    """What was counted while a corpus was read.
+
+    `skipped` counts what was left out by reason; `examples` are the first of it, with file and
+    line.
+    """
 
     documents: int = 0
     sequences: int = 0
@@ -177,7 +180,7 @@ class Corpus:
             except BadRowError as bad:
                 self._skip(source, row, str(bad))
                 continue
-            except InputError as error:
+            except InputError as error:  # the whole data's fault: a template that can't be used
                 raise InputError(f"{source.name}:{row}: {error}") from None
             number = self.documents_before + self.facts.documents
             self.facts.documents += 1
@@ -263,7 +266,7 @@ class Corpus:
 
     def _metadata(self, content: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The user's own id of a document, and the fields to keep. Raises BadRowError."""
-        self.fields_seen.update(map(str, content))
+        self.fields_seen.update(map(str, content))  # to say what there is, where a name is wrong
         id_field = self.settings.id_field
         user_id = None if id_field is None else _as_json(_field(content, id_field))
         return user_id, {name: _as_json(content.get(name)) for name in self.settings.keep_fields}
@@ -284,7 +287,10 @@ class Corpus:
                     yield source, number, content
 
     def _columns(self, names: list[str]) -> list[str]:
-        """The columns to read: what is used, or all, to be shown, where no content is known."""
+        """The columns to read of a table: those that are used.
+
+        Where it has none of the fields that hold content, all are read, for the error to name.
+        """
         content = set(self._fields().values())
         used = {*content, self.settings.id_field, *self.settings.keep_fields}
         return [name for name in names if name in used] if content & set(names) else names
@@ -305,7 +311,7 @@ class Corpus:
 
 
 def _check_tokens(tokenised: tokenise.Tokenised, vocabulary: int) -> None:
-    """Raise BadRowError for tokens that no model of so many could take; else make them int32."""
+    """Raise BadRowError for no token, or ids outside the vocabulary; else make them int32."""
     if not len(tokenised.tokens):
         raise BadRowError("no token")
     least, most = tokenised.tokens.min(), tokenised.tokens.max()

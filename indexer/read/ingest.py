@@ -22,8 +22,6 @@ from gradindex.storage.records import Record
 from gradindex.storage.segments import SegmentFacts, SegmentReader
 from indexer.read.corpus import Corpus, CorpusFacts
 
-MOST_NAMED = 20  # quarantined sequences that are said one by one
-
 
 @dataclass(frozen=True)
 class Run:
@@ -103,7 +101,7 @@ def write_records(corpus: Corpus, run: Run, progress: Progress) -> CorpusFacts:
     What an earlier attempt left is replaced. Raises InputError where there is nothing to index,
     ResourceError.
     """
-    remove_unsealed(run.index, run.number)
+    remove_unsealed(run.index, run.number)  # perhaps of other data, or cut otherwise
     number, members = run.number, list[Record]()
     progress.start("read", 0, "sequences")
     for record in corpus.sequences():
@@ -137,6 +135,7 @@ def check_read(corpus: Corpus) -> None:
         raise InputError(" ".join([
             "the data holds no sequence with a token to predict; expected at least one text of two "
             "tokens.", *skipped, *facts.examples[:3]]))
+    # a misspelt name would otherwise give an index that lacks the field, noticed too late
     absent = set(corpus.settings.keep_fields) - corpus.fields_seen
     if absent and corpus.task != "tokens":
         raise InputError(
@@ -155,7 +154,7 @@ def remove_unsealed(index: Path, number: int) -> None:
 
 def remove_any(path: Path) -> None:
     """Remove a file, a link itself, or a folder with what is in it."""
-    if path.is_dir() and not path.is_symlink():
+    if path.is_dir() and not path.is_symlink():  # never what a link leads to
         shutil.rmtree(path)
     else:
         path.unlink()
@@ -185,7 +184,7 @@ def by_reason(counts: dict[str, int]) -> str:
 def check_disk(run: Run, length: int, fit: int) -> None:
     """Raise ResourceError where the codes that are yet to be made, and `fit` bytes of a fit, don't
     fit on the disk."""
-    rows = sum(run.segments[number].rows for number in unsealed(run))
+    rows = sum(run.segments[number].rows for number in unsealed(run))  # records are there already
     codes = rows * (layout.code_bytes(length) + row_file.ROW.itemsize)
     free = shutil.disk_usage(run.index).free
     if codes + fit > free:

@@ -91,6 +91,7 @@ def discover(item: Any, direct: bool = True) -> list[DataSource]:
             return [DataSource("arrow", str(path), path)]
         if (path / "segments").is_dir() and not direct:  # an index, perhaps the one being built
             return []
+        # sorted: the order of sequences, and so their ids, must not depend on the file system
         entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
         return [source for entry in entries for source in discover(entry, direct=False)]
     if not path.is_file():
@@ -120,6 +121,7 @@ def content_digest(content: Any) -> str:
     """SHA-256 of the bytes of a file or folder of files, or of rows as JSON."""
     if isinstance(content, Path):
         return digest_of_files(sorted(content.iterdir()) if content.is_dir() else [content])
+    # rows may hold anything; what JSON has no word for goes in as Python shows it
     digest = hashlib.sha256()
     for row in content:
         digest.update(json.dumps(row, default=repr).encode(errors="surrogatepass") + b"\n")
@@ -134,7 +136,7 @@ def count_rows(source: DataSource, length: int) -> int:
     content = source.content
     try:
         if source.kind == "jsonl":
-            with _decompressed(content) as file:
+            with _decompressed(content) as file:  # line ends alone, nothing is parsed
                 return sum(chunk.count(b"\n") for chunk in iter(partial(file.read, 1 << 20), b""))
         if source.kind == "parquet":
             with pyarrow.parquet.ParquetFile(content) as file:
@@ -155,7 +157,7 @@ def jsonl_rows(path: Path) -> Iterator[Row | None]:
     """Rows of a file of JSON objects, a line each; None for a blank line. Raises InputError."""
     try:
         with _decompressed(path) as file:
-            while line := file.readline(LONGEST_LINE):
+            while line := file.readline(LONGEST_LINE):  # bounded: a damaged file may have no lines
                 whole = True
                 # the rest of a line that is too long is read away, a piece at a time
                 while len(line) == LONGEST_LINE and not line.endswith(b"\n"):
@@ -177,7 +179,7 @@ def _decompressed(path: Path) -> BinaryIO:
 
 def _parse_line(line: bytes) -> Row | None:
     try:
-        content = line.decode("utf-8-sig").strip()
+        content = line.decode("utf-8-sig").strip()  # with or without a byte order mark
         return as_object(json.loads(content)) if content else None
     except UnicodeDecodeError as error:
         return BadRowError(f"invalid UTF-8 (byte {error.start})")
@@ -196,6 +198,7 @@ def parquet_rows(path: Path, columns: Columns) -> Iterator[Row]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = columns(file.schema_arrow.names)
+            # a part of the file at a time, which may be larger than memory
             for batch in file.iter_batches(batch_size=1024, columns=names):
                 yield from _batch_rows(batch)
     except (OSError, pyarrow.ArrowException) as error:

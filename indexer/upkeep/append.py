@@ -119,7 +119,7 @@ def _append(
     encode_run(fitted.model, fitted.codes, run, manifest.batch_tokens, max_bad, progress)
     quarantined = quarantined_of(run, max_bad, progress)
 
-    # 4) how far the curvature is from that of the new data
+    # 4) how far the curvature is from that of the new data; nothing else depends on it
     ids = [member for member in range(run.first, run.first + run.count)
            if member not in quarantined]
     seed = manifest.code["seed"]
@@ -187,6 +187,7 @@ class Drift:
 def measure_drift(fitted: FittedModel, old: list[Record], new: list[Record]) -> Drift:
     """Compare a sample of what was indexed before with one of new sequences, see Drift."""
     before, now = _token_sizes(fitted, old), _token_sizes(fitted, new)
+    # nothing new that could be encoded, or nothing old that is left
     if not len(before) or not len(now) or before.mean() == 0 or now.mean() == 0:
         return Drift(1.0, 0.0, 0)
     return drift_of(before, now)
@@ -211,6 +212,7 @@ def _token_sizes(fitted: FittedModel, members: list[Record]) -> np.ndarray:
     by = Rescorer(model, manifest.modules, fitted.ekfac, manifest.damping, manifest.batch_tokens)
     sizes = self_influence(by, members, lambda records: fit_batch(
         model, records, "model", manifest.code["seed"], Stream.DRIFT_LABELS))
+    # per token, or longer documents would look like other ones
     counted = [model.objective.counted(record.scored).sum() for record in members]
     return sizes / np.maximum(1, counted)
 

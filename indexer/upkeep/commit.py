@@ -87,7 +87,7 @@ def commit_segments(
              if name.startswith(f"{layout.CURVATURE}/") or name == layout.BACKGROUND}
     files |= {name: listed[name] for segment in segments
               for name in layout.segment_files(segment.name)}
-    if rows is None:
+    if rows is None:  # an append has read them already
         rows = Contents(index, replace(manifest, segments=segments, files=files, **changes)).rows
     # ids of rows that are gone for good, compacted away, needn't be remembered as deleted
     present = np.array(sorted(deleted & set(rows["id"].tolist())), dtype=np.int64)

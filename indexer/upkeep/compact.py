@@ -85,6 +85,7 @@ def _groups(contents: Contents) -> list[list[Segment]]:
 
 def _check_room(contents: Contents, groups: list[list[Segment]]) -> None:
     """Raise ResourceError where the disk hasn't room for old and new files at once."""
+    # as if nothing were deleted: how much smaller the new ones are isn't known before
     needed = sum(contents.manifest.files[name].size for group in groups for segment in group
                  for name in layout.segment_files(segment.name))
     free = shutil.disk_usage(contents.root).free

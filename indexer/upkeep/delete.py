@@ -48,7 +48,7 @@ def delete(
         new = set(rows["id"][np.isin(rows["id"], list(requested))].tolist()) - gone
         if not new:
             return Deleted(0, len(requested), [])
-        equal_left = _equal_left(rows, new, gone)
+        equal_left = _equal_left(rows, new, gone)  # said, not deleted: the user may want them
         commit_segments(contents, manifest.segments, gone | new, {})
     return Deleted(len(new), len(requested) - len(new), equal_left)
 
@@ -60,6 +60,7 @@ def _of_users(contents: Contents, user_ids: set[str], progress: Progress) -> set
     ids: set[int] = set()
     seen: set[str] = set()
     progress.start("look up", len(contents.rows), "sequences")
+    # users' ids are in the records alone, so all of them are read
     for number, segment in enumerate(contents.segments):
         start = int(contents.starts[number])
         for record in contents.records(range(start, start + segment.rows)):
@@ -96,6 +97,7 @@ def give_up(index: str | Path, names: Collection[str], progress: Progress | None
         if unknown := sorted(set(names) - set(known)):
             raise InputError(f"--segment {unknown[0]}: no such segment; expected one of "
                              f"{', '.join(known[:5])}{', …' if len(known) > 5 else ''}.")
+        # what is deleted of the others stays deleted
         kept = [segment for segment in manifest.segments if segment.name not in names]
         commit_segments(contents, kept, set(contents.deleted.tolist()), {})
     return sum(segment.rows for segment in manifest.segments if segment.name in names)

@@ -112,7 +112,7 @@ def verify(
 def _verified(
     index: Path, source: ModelSource, no_model: bool, rebuild: bool, progress: Progress
 ) -> Verified:
-    """What is found; where `rebuilt` says that something was mended, nothing is: look again."""
+    """Look at everything once. Where segments were rebuilt, it ends there: look again."""
     verified = Verified()
     reader = locks.Reader(index)  # so that nobody removes a file of this state meanwhile
 
@@ -195,6 +195,7 @@ def _compare_codes(
 ) -> None:
     """Compare the codes and norms of some rows with vectors `again` [n, K] made anew."""
     signs = contents.manifest.code["length"] // 8  # bytes
+    # signs alone; the length of a vector is compared below
     encoded = CodeIndex(8 * signs).encode(again)
     changed = contents.codes_of(rows)[:, :signs] ^ encoded[:, :signs]
     differ = np.unpackbits(changed, axis=1).mean(axis=1)
@@ -254,6 +255,7 @@ def _compare_background(contents: Contents, fitted: FittedModel, verified: Verif
     if manifest.background is None:
         return
     queries = read_background(contents.files.path(layout.BACKGROUND), manifest)
+    # a query outlives its sequence: what was deleted and compacted away can't be asked again
     numbers = np.flatnonzero(np.isin(queries.ids, contents.rows["id"]))[:AGAIN]
     rows = np.searchsorted(contents.rows["id"], queries.ids[numbers])
     within = 10 * SAME_SCORE[manifest.dtype] + 1e-3  # stored in float16
