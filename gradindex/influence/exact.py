@@ -206,8 +206,8 @@ def exact_scores(
     scores = np.zeros((len(preconditioned), len(sequences)))
     by = Rescorer(model, modules, {}, 0.0, batch_tokens)  # no sizes are asked for
     for part in rescore(by, preconditioned, sequences, whole=True):
-        for place, exact in part:
-            scores[:, place] = exact.influence
+        for position, exact in part:
+            scores[:, position] = exact.influence
     return scores
 
 
