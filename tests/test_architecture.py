@@ -84,7 +84,8 @@ WINGS |= {
     "indexer.read": CORE, "indexer.fit": CORE | {"indexer"},
     "indexer.dry_run": CORE | {"indexer", "indexer.fit", "indexer.read"},
     "indexer.upkeep": CORE | {"indexer", "indexer.fit", "indexer.read"},
-    "search.ask": CORE, "search.rank": CORE | {"search.ask"},
+    "search.ask": CORE | {"search"},  # files of queries are answered by the engine
+    "search.rank": CORE | {"search.ask"},
     "search.show": CORE,
     "search.study": CORE | {"search", "search.ask", "search.rank", "search.show"},
     "search.serve": CORE | {"search", "search.ask", "search.show", "search.study"},
