@@ -338,6 +338,12 @@ def test_no_test_file_imports_another():
             assert first not in folders or name == "faults.harness", f"{path} imports {name}"
 
 
+def test_files_that_one_worker_has_are_there():
+    from support.workers import TOGETHER
+
+    assert all((ROOT / file).is_file() for file in TOGETHER)
+
+
 def test_every_command_has_an_example():
     from gradindex.cli import COMMANDS, main_group
 
