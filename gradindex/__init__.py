@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from indexer.upkeep.compact import compact
     from indexer.upkeep.delete import delete
     from indexer.upkeep.verify import verify
-    from search.engine import Searcher, open
+    from search.engine import Searcher
+    from search.opening import open
     from search.show.html import render_html
 
 __version__ = VERSION
@@ -43,7 +44,8 @@ _HOMES = {name: home for home, names in {
     "indexer.upkeep.compact": ("compact",),
     "indexer.upkeep.delete": ("delete",),
     "indexer.upkeep.verify": ("verify",),
-    "search.engine": ("Searcher", "open"),
+    "search.engine": ("Searcher",),
+    "search.opening": ("open",),
     "search.show.html": ("render_html",),
 }.items() for name in names}
 

@@ -13,7 +13,8 @@ from gradindex.model.source import ModelSource
 from indexer import build as journey
 from indexer.build_request import BuildRequest, make_request, takes_arguments_of
 from indexer.upkeep import append as appending
-from search.engine import Searcher, open_index
+from search.engine import Searcher
+from search.opening import open_index
 
 Arguments = ParamSpec("Arguments")
 

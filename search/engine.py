@@ -9,16 +9,12 @@ sequence's gradient formed once for all of them.
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from typing_extensions import Unpack
 
-from gradindex.cluster import LOCAL, connect
 from gradindex.errors import InputError
-from gradindex.memory import parse_bound
 from gradindex.model.network import LanguageModel
-from gradindex.model.source import ModelSource
 from gradindex.results import Comparison, Hit, Query, Result
 from gradindex.storage.manifest import Manifest
 from search.ask.controls import ControlArguments, Controls
@@ -28,7 +24,6 @@ from search.ask.settings import Settings, settle
 from search.ask.signature import QuestionOptions, SearchArguments, split, with_keywords
 from search.rank.named import place_of, rescore_named
 from search.rank.query_gradient import make_targets
-from search.rank.ray_search import SharedIndex
 from search.rank.session import Session
 from search.rank.snapshot import OpenIndex
 
@@ -52,45 +47,6 @@ class SearchStage:
     provisional: Result | None = None
     influence: dict[int, float] = field(default_factory=dict)
     result: Result | None = None
-
-
-def open(
-    index: str | Path, model: Any = None, tokenizer: Any = None, device: str = "auto",
-    trust_remote_code: bool = False, allow_pickle: bool = False, batch_tokens: int | None = None,
-    allow_damaged: bool = False, max_memory: str | int | None = None, ray: str | bool = False,
-    ray_workers: int | None = None,
-) -> "Searcher":
-    """Open an index for searching. Nothing heavy is loaded before the first search.
-
-    `model` (a folder, hub id or loaded model) is where the weights are now, if not where they were
-    at the build; other weights are refused. `batch_tokens` bounds the memory of a batch [the
-    build's], `max_memory` ("8GB") all of it, of the GPU where the model is on one. With
-    `allow_damaged` every file is digested first and segments with a damaged one are left out;
-    results say so (`Result.coverage`). With `ray`, workers of a Ray cluster score the sequences:
-    "auto" or host:port says where it is, True starts one here; `ray_workers` is how many [one for
-    each GPU of the cluster, or for each machine if it has none]. What is appended or deleted later
-    is seen by who opens later. Raises InputError where there is no index or no cluster,
-    DamagedIndexError for missing or changed files.
-    """
-    if batch_tokens is not None and batch_tokens < 1:
-        raise InputError(f"--batch-tokens {batch_tokens}: expected a number above 0.")
-    if ray_workers is not None and (ray_workers < 1 or not ray):
-        raise InputError(f"--ray-workers {ray_workers}: expected a number above 0, and --ray.")
-    source = ModelSource(model, tokenizer, device, trust_remote_code, allow_pickle,
-                         parse_bound(max_memory))
-    if not ray:
-        return open_index(Path(index), source, batch_tokens, allow_damaged)
-    cluster = connect(LOCAL if ray is True else str(ray))
-    shared = SharedIndex(cluster, ray_workers, Path(index), source, allow_damaged)
-    return Searcher(shared, batch_tokens or shared.manifest.batch_tokens)
-
-
-def open_index(
-    path: Path, source: ModelSource, batch_tokens: int | None = None, allow_damaged: bool = False
-) -> "Searcher":
-    """An index in this process alone, see `open`."""
-    opened = OpenIndex(path, source, allow_damaged)
-    return Searcher(opened, batch_tokens or opened.manifest.batch_tokens)
 
 
 class Searcher:
@@ -172,13 +128,14 @@ class Searcher:
         """The comparison of two queries' results: hits of one are rescored for the other too."""
         if not settings.rescore:
             raise InputError("a comparison needs exact scores: it can't go with rescore=False.")
-        own = [{hit.id: hit.influence for hit in result} for result in results]
-        for mine, other, query in zip(own, own[::-1], queries, strict=True):
-            places = self.known(sorted(set(other) - set(mine)))
+        scores = [{hit.id: hit.influence for hit in result} for result in results]
+        for mine, theirs, query in zip(scores, scores[::-1], queries, strict=True):
+            # what only the other side shows has been scored for it alone
+            places = self.known(sorted(set(theirs) - set(mine)))
             for hits in self.rescore_stream(query, places, settings):
                 mine.update((hit.id, hit.influence) for hit in hits)
-        first, second = own
-        return Comparison(results, {one: (first[one], second[one]) for one in first})
+        first, second = scores
+        return Comparison(results, {hit: (first[hit], second[hit]) for hit in first})
 
     def answer(self, queries: list[Query], settings: Settings) -> Iterator[SearchStage]:
         """The stages of any number of queries, a group after the other."""
@@ -225,7 +182,7 @@ class Searcher:
 
     def known(self, ids: Iterable[Any]) -> list[int]:
         """The places of sequences' ids. Raises InputError where there is no such sequence."""
-        return [place_of(self.index, one) for one in ids]
+        return [place_of(self.index, named) for named in ids]
 
     # ---- the stages
 
@@ -317,14 +274,15 @@ class _Clock:
         """What was before doesn't count."""
         self._since = time.monotonic()
 
-    def take(self, *own: str) -> dict[str, float]:
-        """All seconds so far; those named begin again for the next query."""
-        taken = dict(self.seconds)
-        for name in own:
+    def take(self, *names: str) -> dict[str, float]:
+        """All seconds so far; the steps named begin again for the next query."""
+        seconds = dict(self.seconds)
+        for name in names:
             del self.seconds[name]
-        return taken
+        return seconds
 
     def lap(self, name: str) -> None:
+        """Count the time since the lap before for a step."""
         now = time.monotonic()
         self.seconds[name] = round(self.seconds.get(name, 0.0) + now - self._since, 3)
         self._since = now
