@@ -65,16 +65,16 @@ def search(
     from search.ask.settings import settle
     from search.engine import drain
 
-    controls, given = take_controls(flags), take_question(flags)
-    check_outputs({"-o": output}, [queries, given["messages"]])
+    controls, question_flags = take_controls(flags), take_question(flags)
+    check_outputs({"-o": output}, [queries, question_flags["messages"]])
     if queries is not None:
-        if any(value is not None for value in given.values()):
+        if any(value is not None for value in question_flags.values()):
             raise click.UsageError("--queries and -p, -c, --messages, --versus, --score-on exclude "
                                    "each other; those are fields of the file's lines.")
         return _search_many(index, flags, queries, aggregate is not None, controls, form, output)
     if aggregate is not None or controls.rank is not None:
         raise click.UsageError("--aggregate and --rank go with --queries FILE.")
-    question = read_question(given)
+    question = read_question(question_flags)
     searcher, progress = open_searcher(index, flags)
     settings = settle(controls, searcher.manifest)  # before the model is loaded
     query = make_query(searcher.index, question)
@@ -113,22 +113,22 @@ def _search_many(
 
     if form in ("csv", "parquet", "html") and not aggregated:
         raise click.UsageError(f"--format {form} holds one query's hits; with --queries take json.")
-    read = query_files.read_queries(path)
+    query_file = query_files.read_queries(path)
     searcher, progress = open_searcher(index, flags)
     settings = settle(controls, searcher.manifest)
     if aggregated:
-        queries = query_files.make_queries(searcher, read, set())
-        complain(read, progress)
+        queries = query_files.make_queries(searcher, query_file, set())
+        complain(query_file, progress)
         stages = searcher.stages([aggregate(queries)], settings, conclude_early=True)
         return _finish(drain(stages, _Follower(progress).follow), form, output) or \
-            2 * bool(read.problems)
+            2 * bool(query_file.problems)
     results = None
     if output is not None:
-        results = query_files.ResultsFile(output, searcher, settings, read.questions)
+        results = query_files.ResultsFile(output, searcher, settings, query_file.questions)
         if results.done:
             progress.say(f"{len(results.done)} queries are answered in {output} already")
-    queries = query_files.make_queries(searcher, read, results.done if results else set())
-    complain(read, progress)
+    queries = query_files.make_queries(searcher, query_file, results.done if results else set())
+    complain(query_file, progress)
     follower = _Follower(progress, len(queries))
     # a result is shown, or on disk, before the next query's begins: a kill loses one at most
     for stage in searcher.answer(queries, settings):
@@ -140,21 +140,21 @@ def _search_many(
             click.echo(render_form(stage.result, one_a_line, may_color()), nl=False)
     if results is not None:
         results.close()
-    return 2 if read.problems else 0
+    return 2 if query_file.problems else 0
 
 
 class _Follower:
-    """Shows where a search stands; with `queries`, of how many."""
+    """Shows where a search stands; with a `count`, of how many queries."""
 
-    def __init__(self, progress: "Progress", queries: int = 0):
-        self._progress, self._queries = progress, queries
+    def __init__(self, progress: "Progress", count: int = 0):
+        self._progress, self._count = progress, count
         self._answered = self._done = 0
         self._running = False
 
     def follow(self, stage: "SearchStage") -> None:
         """Show one stage; bars go on from query to query as long as more is to be scored."""
         progress = self._progress
-        if stage.name == "gradient" and stage.query is not None and not self._queries:
+        if stage.name == "gradient" and stage.query is not None and not self._count:
             query = stage.query
             if query.generated:
                 progress.say(f"the model continues: {query.completion!r}")
@@ -173,11 +173,11 @@ class _Follower:
                 progress.say_expected(progress.seconds_each() * (stage.total - stage.done))
         elif stage.name == "result":
             self._answered += 1
-            last = self._answered == max(1, self._queries)
+            last = self._answered == max(1, self._count)
             if self._running and (last or stage.done == stage.total):
                 progress.finish()
                 self._running = False
-            if last and self._queries:
+            if last and self._count:
                 progress.say(f"{self._answered} queries answered")
 
 
@@ -185,9 +185,9 @@ class _Follower:
 @options(INDEX_FLAGS)
 @options(QUESTION_FLAGS)
 @options(control_flags("normalize", "damping", "modules"))
-@click.option("--ids", required=True, metavar="FILE|-",
+@click.option("--ids", "id_source", required=True, metavar="FILE|-",
               help="Ids to score: a line each, as a number or as JSON with an id.")
-def rescore(index: Path, ids: str, **flags: Any) -> int:
+def rescore(index: Path, id_source: str, **flags: Any) -> int:
     """Exact influence of the sequences you name, as JSON lines in the same order.
 
     The sizes of their gradients (cosine, relatif) come with a --normalize other than none.
@@ -203,10 +203,10 @@ def rescore(index: Path, ids: str, **flags: Any) -> int:
     from search.show.data_files import json_lines
 
     controls = take_controls(flags)
-    question = read_question(take_question(flags), ids)
+    question = read_question(take_question(flags), id_source)
     searcher, progress = open_searcher(index, flags)
     settings = settle(controls, searcher.manifest)
-    places = searcher.known(read_ids(ids))
+    places = searcher.known(read_ids(id_source))
     query = make_query(searcher.index, question)
     progress.start("exact", len(places), "sequences")
     for hits in searcher.rescore_stream(query, places, settings):

@@ -98,12 +98,12 @@ def take_question(flags: dict[str, Any]) -> dict[str, Any]:
     return {name: flags.pop(name) for name in (*TEXTS, "messages", "score_on")}
 
 
-def read_question(given: dict[str, Any], ids: str | None = None) -> Question:
+def read_question(flags: dict[str, Any], id_source: str | None = None) -> Question:
     """What the flags of `take_question` ask, files read. Raises UsageError.
 
-    `ids` is where ids are read, for standard input has one reader.
+    `id_source` is where ids are read, for standard input has one reader.
     """
-    texts, messages = {name: given[name] for name in TEXTS}, given["messages"]
+    texts, messages = {name: flags[name] for name in TEXTS}, flags["messages"]
     if messages is not None:
         if any(text is not None for text in texts.values()):
             raise click.UsageError("--messages and -p, -c, --versus exclude each other; give one "
@@ -112,14 +112,14 @@ def read_question(given: dict[str, Any], ids: str | None = None) -> Question:
             chat = json.loads(read_text(messages, f"--messages {messages}"))
         except ValueError as error:
             raise click.UsageError(f"--messages {messages} is not valid JSON: {error}.") from None
-        return Question(messages=chat, score_on=given["score_on"])
-    if given["prompt"] is None and given["completion"] is None:
+        return Question(messages=chat, score_on=flags["score_on"])
+    if flags["prompt"] is None and flags["completion"] is None:
         raise click.UsageError('give the query: -p "PROMPT" -c " COMPLETION", or --messages FILE, '
                                "or --queries FILE.")
-    if [*texts.values(), ids].count("-") > 1:
+    if [*texts.values(), id_source].count("-") > 1:
         raise click.UsageError("only one of -p, -c, --versus and --ids can be standard input, -.")
-    return Question(read_argument(given["prompt"]), read_argument(given["completion"]),
-                    versus=read_argument(given["versus"]), score_on=given["score_on"])
+    return Question(read_argument(flags["prompt"]), read_argument(flags["completion"]),
+                    versus=read_argument(flags["versus"]), score_on=flags["score_on"])
 
 
 def read_argument(value: str | None) -> str | None:
@@ -133,11 +133,11 @@ def read_argument(value: str | None) -> str | None:
     return value
 
 
-def sample_size(given: str) -> int | None:
+def sample_size(text: str) -> int | None:
     """How many sequences --sample asks for, None for all. Raises UsageError."""
-    if given != "all" and not (given.isdecimal() and int(given)):
-        raise click.UsageError(f"--sample {given}: expected a number above 0, or all.")
-    return None if given == "all" else int(given)
+    if text != "all" and not (text.isdecimal() and int(text)):
+        raise click.UsageError(f"--sample {text}: expected a number above 0, or all.")
+    return None if text == "all" else int(text)
 
 
 def open_searcher(index: Path, flags: dict[str, Any]) -> tuple["Searcher", "Progress"]:
@@ -153,9 +153,9 @@ def open_searcher(index: Path, flags: dict[str, Any]) -> tuple["Searcher", "Prog
     return searcher, progress
 
 
-def complain(read: "QueryFile", progress: "Progress") -> None:
+def complain(query_file: "QueryFile", progress: "Progress") -> None:
     """Say which lines of a file of queries are left out, and why."""
-    for problem in read.problems:
+    for problem in query_file.problems:
         progress.say(f"left out: {problem}")
 
 

@@ -128,13 +128,14 @@ class Searcher:
         """The comparison of two queries' results: hits of one are rescored for the other too."""
         if not settings.rescore:
             raise InputError("a comparison needs exact scores: it can't go with rescore=False.")
-        own = [{hit.id: hit.influence for hit in result} for result in results]
-        for mine, other, query in zip(own, own[::-1], queries, strict=True):
-            places = self.known(sorted(set(other) - set(mine)))
+        scores = [{hit.id: hit.influence for hit in result} for result in results]
+        for mine, theirs, query in zip(scores, scores[::-1], queries, strict=True):
+            # what only the other side shows has been scored for it alone
+            places = self.known(sorted(set(theirs) - set(mine)))
             for hits in self.rescore_stream(query, places, settings):
                 mine.update((hit.id, hit.influence) for hit in hits)
-        first, second = own
-        return Comparison(results, {one: (first[one], second[one]) for one in first})
+        first, second = scores
+        return Comparison(results, {hit: (first[hit], second[hit]) for hit in first})
 
     def answer(self, queries: list[Query], settings: Settings) -> Iterator[SearchStage]:
         """The stages of any number of queries, a group after the other."""
@@ -181,7 +182,7 @@ class Searcher:
 
     def known(self, ids: Iterable[Any]) -> list[int]:
         """The places of sequences' ids. Raises InputError where there is no such sequence."""
-        return [place_of(self.index, one) for one in ids]
+        return [place_of(self.index, named) for named in ids]
 
     # ---- the stages
 
@@ -273,14 +274,15 @@ class _Clock:
         """What was before doesn't count."""
         self._since = time.monotonic()
 
-    def take(self, *own: str) -> dict[str, float]:
-        """All seconds so far; those named begin again for the next query."""
-        taken = dict(self.seconds)
-        for name in own:
+    def take(self, *names: str) -> dict[str, float]:
+        """All seconds so far; the steps named begin again for the next query."""
+        seconds = dict(self.seconds)
+        for name in names:
             del self.seconds[name]
-        return taken
+        return seconds
 
     def lap(self, name: str) -> None:
+        """Count the time since the lap before for a step."""
         now = time.monotonic()
         self.seconds[name] = round(self.seconds.get(name, 0.0) + now - self._since, 3)
         self._since = now

@@ -1,4 +1,4 @@
-"""An index folder → a Searcher, in this process alone or with workers of a Ray cluster."""
+"""An index folder → a Searcher, in this process alone or shared out to a cluster."""
 
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ def open(
                          parse_bound(max_memory))
     if not ray:
         return open_index(Path(index), source, batch_tokens, allow_damaged)
+    # the cluster first: where there is none, nothing of the index need be read
     cluster = connect(LOCAL if ray is True else str(ray))
     shared = SharedIndex(cluster, ray_workers, Path(index), source, allow_damaged)
     return Searcher(shared, batch_tokens or shared.manifest.batch_tokens)
@@ -47,5 +48,5 @@ def open_index(
     path: Path, source: ModelSource, batch_tokens: int | None = None, allow_damaged: bool = False
 ) -> Searcher:
     """An index in this process alone, see `open`."""
-    opened = OpenIndex(path, source, allow_damaged)
-    return Searcher(opened, batch_tokens or opened.manifest.batch_tokens)
+    snapshot = OpenIndex(path, source, allow_damaged)
+    return Searcher(snapshot, batch_tokens or snapshot.manifest.batch_tokens)

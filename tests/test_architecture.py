@@ -294,7 +294,7 @@ def test_no_unsafe_readers():
     ("import gradindex", ("torch", "faiss", "transformers", "numpy", "click")),
     ("import gradindex.cli, sys; sys.argv = ['gradindex', '--help']; gradindex.cli._run()",
      ("torch", "faiss", "transformers", "numpy", "pyarrow")),
-    ("import search.engine, search.serve.listening, indexer.ray_build", ("ray",)),
+    ("import search.opening, search.serve.listening, indexer.ray_build", ("ray",)),
 ])
 def test_what_is_not_imported(statement, absent):
     code = f"{statement}\nimport sys\nprint([m for m in {absent!r} if m in sys.modules])"

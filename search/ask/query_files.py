@@ -45,22 +45,22 @@ def read_queries(path: Path) -> QueryFile:
     except OSError as error:
         raise InputError(f"--queries {path}: {error.strerror}. A JSON lines file is read "
                          "there.") from None
-    read = QueryFile()
+    query_file = QueryFile()
     for number, line in enumerate(content.split(b"\n"), 1):
         if not line.strip():
             continue
         try:
             question = _parse(line, number)
-            if question.id in read.questions:
+            if question.id in query_file.questions:
                 raise ValueError(f"the id {question.id!r} was there before (a line without an id "
                                  "has its number)")
-            read.questions[question.id] = question
+            query_file.questions[question.id] = question
         except ValueError as error:
-            read.problems.append(f"{path}:{number}: {error}")
-    if not read.questions and not read.problems:
+            query_file.problems.append(f"{path}:{number}: {error}")
+    if not query_file.questions and not query_file.problems:
         raise InputError(f"--queries {path} holds no query; expected JSON lines with a prompt and "
                          "a completion.")
-    return read
+    return query_file
 
 
 def _parse(line: bytes, number: int) -> Question:
@@ -91,22 +91,24 @@ def _check_id(value: Any) -> None:
     str(value).encode()  # a lone surrogate can't be written: a UnicodeEncodeError, a ValueError too
 
 
-def make_queries(searcher: Searcher, read: QueryFile, done: set[Any]) -> list[Query]:
+def make_queries(searcher: Searcher, query_file: QueryFile, done: set[Any]) -> list[Query]:
     """The queries not yet `done`, tokenised; one that can't be scored becomes a problem.
 
     Raises InputError or IndexMismatchError where the model or its tokenizer can't be had.
     """
-    left = [question for question in read.questions.values() if question.id not in done]
-    if left:
+    unanswered = [question for question in query_file.questions.values()
+                  if question.id not in done]
+    if unanswered:
         _ = searcher.index.tokenizer  # what is wrong with it is no query's fault
-    if any(question.prompt is not None and question.completion is None for question in left):
+    if any(question.prompt is not None and question.completion is None
+           for question in unanswered):
         _ = searcher.model  # which continues a prompt
     queries = []
-    for question in left:
+    for question in unanswered:
         try:
             queries.append(make_query(searcher.index, question))
         except InputError as error:
-            read.problems.append(f"query {question.id!r}: {error}")
+            query_file.problems.append(f"query {question.id!r}: {error}")
     return queries
 
 
@@ -124,11 +126,11 @@ class ResultsFile:
         self.path = path
         self.done: set[Any] = set()
         self._digests = {name: _digest(question) for name, question in questions.items()}
-        facts = {"index": searcher.index.digest, **settings.facts()}
+        expected = {"index": searcher.index.digest, **settings.facts()}
         self._regular = path.is_file() or not path.exists()
         lines = path.read_bytes().split(b"\n") if path.is_file() else [b""]
         for line in lines[:-1]:
-            self.done.add(self._check(line, facts))
+            self.done.add(self._check(line, expected))
         cut_off = lines[-1]  # by a kill, if it isn't empty
         if not (cut_off.startswith(OPENING) or OPENING.startswith(cut_off)):
             raise self._foreign()
@@ -140,26 +142,27 @@ class ResultsFile:
         return InputError(f"-o {self.path} exists and holds something else than results. Give "
                           "another file, or remove it.")
 
-    def _check(self, line: bytes, facts: dict[str, Any]) -> Any:
+    def _check(self, line: bytes, expected: dict[str, Any]) -> Any:
+        """The id that a line answers. Raises InputError for a result of something else."""
         try:
             content = json.loads(line)
-            own, asked = content["query"]["id"], content["asked"]
-            found = {**content["controls"], "index": content["index"]}
+            name, digest = content["query"]["id"], content["asked"]
+            facts = {**content["controls"], "index": content["index"]}
         except (ValueError, KeyError, TypeError):
             raise self._foreign() from None
-        expected = json.loads(json.dumps(facts))
-        for name, now in expected.items():
-            if found.get(name) != now:
+        # through JSON, which has lists for tuples and no infinities
+        for control, now in json.loads(json.dumps(expected)).items():
+            if facts.get(control) != now:
                 raise InputError(
-                    f"-o {self.path} holds results of another search ({name}: {found.get(name)} "
-                    f"there, {now} now). Give another file, or remove it."
+                    f"-o {self.path} holds results of another search ({control}: "
+                    f"{facts.get(control)} there, {now} now). Give another file, or remove it."
                 )
-        if self._digests.get(own) != asked:
+        if self._digests.get(name) != digest:
             raise InputError(
-                f"-o {self.path} answers a query {own!r} that is not, or no longer the same, in "
+                f"-o {self.path} answers a query {name!r} that is not, or no longer the same, in "
                 "the file of queries. Give another file, or remove it."
             )
-        return own
+        return name
 
     def write(self, result: Result) -> None:
         """Add a result; it is on disk when this returns."""

@@ -82,15 +82,14 @@ def bounded(settings: Settings, total: int) -> Settings:
                    most=min(settings.most, total))
 
 
-def _grouping(by: str | None, kept: tuple[str, ...]) -> str | None:
+def _grouping(by: str | None, fields: tuple[str, ...]) -> str | None:
     """What groups are made by. Raises InputError for a field that was not kept."""
-    known = [*GROUPINGS, *kept]
-    if by is None or by in known:
+    if by is None or by in (*GROUPINGS, *fields):
         return by
-    fields = f"kept were {', '.join(kept)}" if kept else \
+    available = f"kept were {', '.join(fields)}" if fields else \
         "none was kept; build with --keep-fields for more"
     raise InputError(f"--group-by {by}: expected {', '.join(GROUPINGS)} or a field that was "
-                     f"kept at the build ({fields}).")
+                     f"kept at the build ({available}).")
 
 
 def _sizes(controls: Controls, total: int) -> tuple[int, int, int]:

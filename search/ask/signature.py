@@ -32,7 +32,7 @@ class SearchArguments(QuestionOptions, ControlArguments, total=False):
     """All that a search takes by keyword."""
 
 
-DEFAULTS = {one.name: one.default for kind in (Question, Controls) for one in fields(kind)}
+KEYWORD_DEFAULTS = {one.name: one.default for kind in (Question, Controls) for one in fields(kind)}
 
 
 def with_keywords(function: Function) -> Function:
@@ -41,8 +41,8 @@ def with_keywords(function: Function) -> Function:
     *others, last = signature.parameters.values()
     assert last.kind is inspect.Parameter.VAR_KEYWORD
     [arguments] = get_args(last.annotation)
-    keywords = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=DEFAULTS[name],
-                                  annotation=kind)
+    keywords = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY,
+                                  default=KEYWORD_DEFAULTS[name], annotation=kind)
                 for name, kind in get_type_hints(arguments).items()]
     function.__signature__ = signature.replace(  # type: ignore[attr-defined]
         parameters=[*others, *keywords])

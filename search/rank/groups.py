@@ -29,7 +29,7 @@ from gradindex.storage.contents import Contents
 from gradindex.storage.records import Part, Record
 from search.rank.ranking import best
 
-MOST_GROUPS = 100  # kept in a result, besides those with a hit
+GROUPS_KEPT = 100  # kept in a result, besides those with a hit
 COORDINATES = 2048  # of the K, for spreads: standard errors are then right to 2 %
 UNPACKED = 1024  # codes held unpacked at once
 
@@ -65,9 +65,9 @@ def read_grouping(contents: Contents, codes: Sequence[CodeIndex], by: str) -> Gr
     """
     numbers: dict[str, int] = {}  # of groups, by what tells them apart
     values: list[Any] = []
-    found = [np.zeros((3, 0))]
+    entries = [np.zeros((3, 0))]
     for start, end in zip(contents.starts[:-1], contents.starts[1:], strict=True):
-        here: list[tuple[int, int, float]] = []
+        of_segment: list[tuple[int, int, float]] = []
         first, last = np.searchsorted(contents.places, [start, end])
         for place, record in enumerate(contents.records(contents.places[first:last]), int(first)):
             shares: dict[int, float] = {}
@@ -77,10 +77,10 @@ def read_grouping(contents: Contents, codes: Sequence[CodeIndex], by: str) -> Gr
                 if number == len(values):
                     values.append(value)
                 shares[number] = shares.get(number, 0.0) + share
-            here += [(number, place, share) for number, share in shares.items()]
-        found.append(np.array(here, dtype=np.float64).reshape(-1, 3).T)
+            of_segment += [(number, place, share) for number, share in shares.items()]
+        entries.append(np.array(of_segment, dtype=np.float64).reshape(-1, 3).T)
     signs, steps = chosen_signs(codes, contents.manifest.code["length"])
-    return make_grouping(values, np.concatenate(found, axis=1), signs[contents.places],
+    return make_grouping(values, np.concatenate(entries, axis=1), signs[contents.places],
                          steps[contents.places])
 
 
@@ -113,10 +113,10 @@ def make_grouping(
     joined, squares = np.zeros(len(values)), 8 * signs.shape[1] * steps.astype(np.float64) ** 2
     whole = carried = np.zeros(1)
     for first in range(0, len(groups), UNPACKED):
-        here = slice(first, first + UNPACKED)
-        group, place = groups[here], places[here]
+        rows = slice(first, first + UNPACKED)
+        group, place = groups[rows], places[rows]
         vectors = np.unpackbits(signs[place], axis=1, bitorder="little").astype(np.float32)
-        vectors = (2 * vectors - 1) * (steps[place] * shares[here]).astype(np.float32)[:, None]
+        vectors = (2 * vectors - 1) * (steps[place] * shares[rows]).astype(np.float32)[:, None]
         starts = np.flatnonzero(np.diff(group, prepend=-1))
         sums = np.add.reduceat(vectors, starts, axis=0)
         whole = whole + sums.sum(0, dtype=np.float64)
@@ -143,7 +143,7 @@ def total_groups(
     grouping: Grouping, estimate: np.ndarray, variance: np.ndarray, sign: float,
     hits: dict[int, int], train_sequences: int,
 ) -> tuple[list[Group], Group]:
-    """The groups of a result, those with a hit and the MOST_GROUPS best, and the whole index.
+    """The groups of a result, those with a hit and the GROUPS_KEPT best, and the whole index.
 
     `estimate` and `variance` [N] are those of `Shortlist.estimates`, times the sign; `hits` are the
     places of the result's hits by id, in order.
@@ -151,16 +151,16 @@ def total_groups(
     totals = sign * grouping.total(estimate)
     errors = np.sqrt(grouping.spread * grouping.total(variance, power=2))
     sequences = np.bincount(grouping.group, minlength=len(totals))
-    own: dict[int, list[int]] = {}
-    for one, place in hits.items():
+    hits_of: dict[int, list[int]] = {}
+    for hit, place in hits.items():
         for group in grouping.group[grouping.place == place].tolist():
-            own.setdefault(group, []).append(one)
+            hits_of.setdefault(group, []).append(hit)
     order = best(-totals if sign < 0 else np.abs(totals), len(totals)).tolist()
     groups = [
-        Group(grouping.values[number], int(sequences[number]), own.get(number, []),
+        Group(grouping.values[number], int(sequences[number]), hits_of.get(number, []),
               float(totals[number]), float(errors[number]),
               float(totals[number]) / train_sequences)
-        for rank, number in enumerate(order) if rank < MOST_GROUPS or number in own
+        for rank, number in enumerate(order) if rank < GROUPS_KEPT or number in hits_of
     ]
     whole = sign * float(estimate.sum())
     return groups, Group(None, len(estimate), list(hits), whole,

@@ -13,25 +13,24 @@ NEAR = 0.5  # of all shingles of two sequences, from here on they are near-dupli
 
 
 class Wording:
-    """How rare each token is in a sample of sequences (token ids [n] each).
+    """How rare each token is in a sample of sequences (tokens [n] each).
 
     IDF(token) = log((S + 1) / (n + 1)), n of the S sequences holding it: 0 where all do.
     """
 
     def __init__(self, sample: Sequence[np.ndarray]):
         self._size = len(sample)
-        self._held = Counter(token for ids in sample for token in set(ids.tolist()))
+        self._counts = Counter(token for tokens in sample for token in set(tokens.tolist()))
 
-    def overlap(self, query: Iterable[int], ids: Iterable[int]) -> float | None:
-        """Share of the query's distinct tokens that `ids` hold, weighed by IDF: 0 to 1.
+    def overlap(self, query_tokens: Iterable[int], tokens: Iterable[int]) -> float | None:
+        """Share of the query's distinct tokens that are among `tokens`, weighed by IDF: 0 to 1.
 
         None where the query has no token that isn't in every sequence of the sample.
         """
-        wanted = sorted(set(query))
-        weights = np.log([(self._size + 1) / (self._held[token] + 1) for token in wanted])
-        held = set(ids)
-        there = np.array([token in held for token in wanted])
-        return float(weights[there].sum() / weights.sum()) if weights.sum() > 0 else None
+        distinct, members = sorted(set(query_tokens)), set(tokens)
+        weights = np.log([(self._size + 1) / (self._counts[token] + 1) for token in distinct])
+        shared = np.array([token in members for token in distinct])
+        return float(weights[shared].sum() / weights.sum()) if weights.sum() > 0 else None
 
 
 def fold_near(hits: list[Hit]) -> list[Hit]:
@@ -44,15 +43,16 @@ def fold_near(hits: list[Hit]) -> list[Hit]:
     sizes: list[int] = []
     near: dict[int, int] = {}
     for rank, hit in enumerate(hits):
-        own = _shingles(hit.token_ids)
-        sizes.append(len(own))
-        shared = Counter(head for shingle in own for head in heads.get(shingle, ()))
-        alike = {head: count / (sizes[head] + len(own) - count) for head, count in shared.items()}
+        shingles = _shingles(hit.token_ids)
+        sizes.append(len(shingles))
+        shared = Counter(head for shingle in shingles for head in heads.get(shingle, ()))
+        alike = {head: count / (sizes[head] + len(shingles) - count)
+                 for head, count in shared.items()}
         best = max(alike, key=lambda head: (alike[head], -head), default=None)
         if best is not None and alike[best] >= NEAR:
             near[rank] = best
             continue
-        for shingle in own:
+        for shingle in shingles:
             heads.setdefault(shingle, []).append(rank)
     folded: dict[int, list[int]] = {}
     for rank, head in near.items():
@@ -62,6 +62,7 @@ def fold_near(hits: list[Hit]) -> list[Hit]:
             for rank, hit in enumerate(hits)]
 
 
-def _shingles(ids: list[int]) -> set[tuple[int, ...]]:
-    return {tuple(ids[start : start + SHINGLE])
-            for start in range(max(1, len(ids) - SHINGLE + 1))}
+def _shingles(tokens: list[int]) -> set[tuple[int, ...]]:
+    """Every run of SHINGLE tokens; of fewer tokens, all of them as one."""
+    return {tuple(tokens[start : start + SHINGLE])
+            for start in range(max(1, len(tokens) - SHINGLE + 1))}

@@ -23,7 +23,7 @@ from gradindex.results import UNSCORED, Query
 from search.ask.settings import Settings
 from search.rank.snapshot import OpenIndex
 
-LARGEST_STACK = 1 << 31  # bytes of preconditioned gradients kept in full
+LARGEST_IN_FULL = 1 << 31  # bytes of preconditioned gradients kept in full
 LOW_RANK = 32  # what they are reduced to beyond that (Grosse et al. 2023, §3.2.2)
 AT_ONCE = 1 << 27  # entries of gradients formed together
 
@@ -40,7 +40,7 @@ class Target:
 def fits_in_full(index: OpenIndex, settings: Settings) -> int:
     """How many queries' preconditioned gradients are kept in full: one at least, unless memory is
     bounded."""
-    room = index.allowance.part(1 / 4, LARGEST_STACK)
+    room = index.allowance.part(1 / 4, LARGEST_IN_FULL)
     count = room // (_entries(settings.modules) * index.model.accumulate.itemsize)
     return count if index.allowance.bytes is not None else max(1, count)
 
@@ -54,14 +54,14 @@ def make_targets(
     """
     targets, parts = [], []
     rank = rank_for(index, len(queries), settings)
-    for some in _groups(index, queries, settings.modules):
-        vectors, squares = index.codes.empty(len(some)), index.codes.empty(len(some))[:, 0]
+    for group in _groups(index, queries, settings.modules):
+        vectors, squares = index.codes.empty(len(group)), index.codes.empty(len(group))[:, 0]
         preconditioned = Preconditioned({}, rank)
         for modules in together(index, settings.modules):
-            coordinates = coordinates_of(index, some, modules, settings.damping, batch_tokens)
+            coordinates = coordinates_of(index, group, modules, settings.damping, batch_tokens)
             prepare(index.codes, index.ekfac, coordinates, settings.damping, vectors, squares,
                     preconditioned)
-        for query, vector, norm in zip(some, vectors.float().cpu().numpy(),
+        for query, vector, norm in zip(group, vectors.float().cpu().numpy(),
                                        squares.sqrt().tolist(), strict=True):
             if not np.isfinite(vector).all():
                 raise InputError("the query's gradient is not finite. Try an index with "
@@ -78,23 +78,23 @@ def rescore_in_full(
 
     Where memory doesn't hold the query's gradient, in one pass for each part of the modules.
     """
-    found: dict[int, list[Exact]] = {place: [] for place in places}
+    scores: dict[int, list[Exact]] = {place: [] for place in places}
     for modules in together(index, by.modules):
         coordinates = coordinates_of(index, [query], modules, by.damping, by.batch_tokens)
         whole = Preconditioned(precondition(index.ekfac, coordinates))
-        own = replace(by, modules=modules, halved=0)
-        for part in index.rescore(own, whole, places, sizes=True, terms=True):
+        partial = replace(by, modules=modules, halved=0)
+        for part in index.rescore(partial, whole, places, sizes=True, terms=True):
             for place, exact in part:
-                found[place].append(exact)
-        by.halved += own.halved
-    return {place: joined(parts) for place, parts in found.items()}
+                scores[place].append(exact)
+        by.halved += partial.halved
+    return {place: joined(parts) for place, parts in scores.items()}
 
 
-def rank_for(index: OpenIndex, queries: int, settings: Settings) -> int | None:
+def rank_for(index: OpenIndex, count: int, settings: Settings) -> int | None:
     """The rank asked for; without one, None (all) where the gradients fit, else 32."""
     if settings.rank is not None:
         return settings.rank
-    return None if queries <= fits_in_full(index, settings) else LOW_RANK
+    return None if count <= fits_in_full(index, settings) else LOW_RANK
 
 
 def together(index: OpenIndex, modules: list[Module]) -> Iterator[list[Module]]:
@@ -134,8 +134,8 @@ def coordinates_of(
     lengths, most = [len(text.tokens) for _, text in texts], _at_once(index, modules)
     for rows, (coordinates, log_p) in in_batches(lengths, batch_tokens, Splits(), run, most):
         members = [texts[row] for row in rows]
-        for (_, text), own in zip(members, log_p.tolist(), strict=True):
-            text.token_log_p = index.objective.by_token(own, len(text.tokens))
+        for (_, text), terms in zip(members, log_p.tolist(), strict=True):
+            text.token_log_p = index.objective.by_token(terms, len(text.tokens))
         places = torch.tensor([place for place, _ in members], device=index.model.device)
         for name, c in coordinates.items():
             weights = c.new_tensor([text.weight for _, text in members])

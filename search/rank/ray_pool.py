@@ -17,7 +17,7 @@ from search.rank.coverage import LostError
 from search.rank.ray_worker import Whereabouts, Worker
 from search.rank.snapshot import SegmentSubset
 
-PATIENCE = 600.0  # seconds without a sign from a worker that has something to do
+WORKER_PATIENCE = 600.0  # seconds without a sign from a worker that has something to do
 RETURN = 60.0  # seconds that searches wait for a lost worker to be back, in all
 
 
@@ -31,19 +31,19 @@ class WorkerHandle:
     until: float
     loading: Any = None
     ready: bool = False
-    known: bool = False  # was ready once
+    loaded_once: bool = False
 
 
 class WorkerPool:
-    """The workers that an index's segments are shared out to: `wanted` many, or one a GPU or node.
+    """The workers that an index's segments are shared out to: `count` many, or one a GPU or node.
 
     `workers` are in the order of their segments; there are none before `begin`.
     """
 
-    def __init__(self, ray: Any, wanted: int | None, where: Whereabouts):
-        self.ray, self._wanted, self._where = ray, wanted, where
+    def __init__(self, ray: Any, count: int | None, where: Whereabouts):
+        self.ray, self._count, self._where = ray, count, where
         self.workers: list[WorkerHandle] = []
-        self.patience, self.back = PATIENCE, RETURN
+        self.patience, self.back = WORKER_PATIENCE, RETURN
 
     def without(self, lost: LostError) -> Self:
         """The same workers but for those whose segments are all lost."""
@@ -69,15 +69,16 @@ class WorkerPool:
         """
         waiting = [worker for worker in self.workers if not worker.ready]
         while waiting:
-            left = max(worker.until for worker in waiting) - time.monotonic()
-            done, _ = self.ray.wait([worker.loading for worker in waiting], timeout=max(0.0, left))
+            seconds = max(worker.until for worker in waiting) - time.monotonic()
+            done, _ = self.ray.wait([worker.loading for worker in waiting],
+                                    timeout=max(0.0, seconds))
             if not done:
                 break
             for worker in [worker for worker in waiting if worker.loading in done]:
                 self._loaded(worker)
                 waiting.remove(worker)
         for worker in waiting:
-            if not worker.known:
+            if not worker.loaded_once:
                 raise GradindexError(
                     f"{worker.name} hasn't loaded its segments in {duration(self.patience)}. "
                     "`ray status` says whether the cluster has the CPU or GPU that it asks for.")
@@ -87,7 +88,7 @@ class WorkerPool:
         ray, segments = self.ray, contents.segments
         nodes, gpu = self._nodes()
         strategy = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
-        count = min(self._wanted or len(nodes), len(segments))
+        count = min(self._count or len(nodes), len(segments))
         chosen = [nodes[number % len(nodes)]["NodeID"] for number in range(count)]
         workers = []
         for number, run in enumerate(deal([segment.rows for segment in segments], count)):
@@ -110,8 +111,8 @@ class WorkerPool:
                       for kind in ("GPU", "CPU"))
         gpu = self._where.source.device != "cpu" and sum(gpus) > 0
         most = sum(gpus if gpu else cpus)
-        if not most or (self._wanted or 0) > most:
-            raise InputError(f"--ray-workers {self._wanted or 1}: the cluster has "
+        if not most or (self._count or 0) > most:
+            raise InputError(f"--ray-workers {self._count or 1}: the cluster has "
                              f"{most} {'GPUs' if gpu else 'CPUs'}, one for each worker at most.")
         if gpu:
             return [node for node, count in zip(alive, gpus, strict=True)
@@ -129,7 +130,7 @@ class WorkerPool:
         except self.ray.exceptions.RayError as error:
             why = self.reason(worker, error)
             raise GradindexError(f"{worker.name} doesn't start: it {why}.") from None
-        worker.ready = worker.known = True
+        worker.ready = worker.loaded_once = True
 
     # ---- they answer, or are lost
 

@@ -75,7 +75,7 @@ class SharedRanking:
 
 
 class SharedIndex(OpenIndex):
-    """An index whose segments are shared out to workers of `ray`, `wanted` many.
+    """An index whose segments are shared out to workers of `ray`, so many.
 
     Without a number there is a worker for each GPU of the cluster, or for each machine if it has
     none. They are started when something is to be scored. Only what `OpenIndex` does with all codes
@@ -85,23 +85,23 @@ class SharedIndex(OpenIndex):
     """
 
     def __init__(
-        self, ray: Any, wanted: int | None, path: Path, source: ModelSource,
+        self, ray: Any, workers: int | None, path: Path, source: ModelSource,
         allow_damaged: bool = False,
     ):
-        for given, flag in ((source.model, "model"), (source.tokenizer, "tokenizer")):
-            if given is not None and not isinstance(given, (str, Path)):
+        for value, flag in ((source.model, "model"), (source.tokenizer, "tokenizer")):
+            if value is not None and not isinstance(value, (str, Path)):
                 raise InputError(
-                    f"with ray the {flag} can't be an object ({type(given).__name__}): every "
+                    f"with ray the {flag} can't be an object ({type(value).__name__}): every "
                     "worker reads its own. Save it, and give the folder.")
         super().__init__(path.absolute(), source, allow_damaged)
-        there = replace(
+        remote = replace(
             self.source, model=absolute(self.source.model),
             tokenizer=None if self.source.tokenizer is None else absolute(self.source.tokenizer),
             # which GPU it is on a worker's machine is Ray's to say
             device="cuda" if self.source.device.startswith("cuda") else self.source.device)
-        self.pool = WorkerPool(ray, wanted, Whereabouts(VERSION, self.path, there))
+        self.pool = WorkerPool(ray, workers, Whereabouts(VERSION, self.path, remote))
         self._sent: tuple[Preconditioned, Any] | None = None
-        self._queries: tuple[np.ndarray, Any] | None = None  # the same after a loss: scored already
+        self._vectors: tuple[np.ndarray, Any] | None = None  # the same after a loss: scored already
 
     def without(self, lost: LostError) -> Self:
         rest = super().without(lost)
@@ -127,9 +127,9 @@ class SharedIndex(OpenIndex):
         self, places: Sequence[int]
     ) -> list[tuple[WorkerHandle, np.ndarray, np.ndarray]]:
         """Each worker that has some of the places: which of them, and where they are there."""
-        starts, wanted = self.starts(), np.asarray(places, dtype=np.int64)
-        homes = np.searchsorted(starts, wanted, side="right") - 1
-        return [(worker, mine, wanted[mine] - starts[number])
+        starts, chosen = self.starts(), np.asarray(places, dtype=np.int64)
+        homes = np.searchsorted(starts, chosen, side="right") - 1
+        return [(worker, mine, chosen[mine] - starts[number])
                 for number, worker in enumerate(self.pool.workers)
                 if len(mine := np.flatnonzero(homes == number))]
 
@@ -151,22 +151,22 @@ class SharedIndex(OpenIndex):
 
     # ---- what is asked of them
 
-    def rankings(self, queries: np.ndarray, sign: float, by_norm: bool) -> Sequence[Ranking]:
+    def rankings(self, vectors: np.ndarray, sign: float, by_norm: bool) -> Sequence[Ranking]:
         """As of `OpenIndex`. Each worker scores its codes when they are first asked about."""
         if not self.pool.workers:
             self.load()
         away = self.pool.away()
         if away is not None:
             raise away
-        if self._queries is None or self._queries[0] is not queries:
-            self._queries = queries, self.pool.ray.put(queries)
-        sent = self._queries[1]
+        if self._vectors is None or self._vectors[0] is not vectors:
+            self._vectors = vectors, self.pool.ray.put(vectors)
+        sent = self._vectors[1]
         how = Ordering(sent.hex(), sign, by_norm)
-        return [SharedRanking(self, how, sent, number) for number in range(len(queries))]
+        return [SharedRanking(self, how, sent, number) for number in range(len(vectors))]
 
-    def code_scores(self, queries: np.ndarray) -> np.ndarray:
+    def code_scores(self, vectors: np.ndarray) -> np.ndarray:
         """As of `OpenIndex`: 4 bytes a sequence and query cross the network."""
-        return np.stack([ranking.scores() for ranking in self.rankings(queries, 1.0, False)])
+        return np.stack([ranking.scores() for ranking in self.rankings(vectors, 1.0, False)])
 
     def stored_codes(self, places: Sequence[int]) -> np.ndarray:
         width = layout.code_bytes(self.manifest.code["length"])
@@ -193,8 +193,8 @@ class SharedIndex(OpenIndex):
         try:
             while streams:
                 begun = time.monotonic()
-                left = self.pool.patience - max(silent[stream] for stream in streams)
-                ready, _ = ray.wait(list(streams), timeout=max(0.0, left))
+                seconds = self.pool.patience - max(silent[stream] for stream in streams)
+                ready, _ = ray.wait(list(streams), timeout=max(0.0, seconds))
                 # only the time that was waited counts: whoever reads the batches may take long
                 for stream in streams:
                     silent[stream] += time.monotonic() - begun

@@ -36,9 +36,9 @@ class Whereabouts:
 
 @dataclass(frozen=True)
 class Rescoring:
-    """How sequences are to be rescored; `query` tells preconditioned gradients apart."""
+    """How sequences are to be rescored; `gradients` tells preconditioned gradients apart."""
 
-    query: str
+    gradients: str
     rank: int | None
     modules: list[Module]
     damping: float
@@ -49,9 +49,9 @@ class Rescoring:
 
 @dataclass(frozen=True)
 class Ordering:
-    """How sequences are to be ordered by code; `queries` tells query vectors apart."""
+    """How sequences are to be ordered by code; `vectors` tells query vectors apart."""
 
-    queries: str
+    vectors: str
     sign: float
     by_norm: bool
 
@@ -61,7 +61,7 @@ class Worker:
 
     def __init__(self, where: Whereabouts, subset: SegmentSubset, threads: int):
         self._where, self._subset, self._threads = where, subset, threads
-        self._query = ""
+        self._gradients = ""
         self._preconditioned = Preconditioned({})
         self._ranked = Ordering("", 1.0, False)
         self._rankings: Sequence[Ranking] = []
@@ -87,7 +87,7 @@ class Worker:
         gc.freeze()  # what stays for good would stop a query for 0.2 s now and then
 
     def ask(
-        self, how: Ordering, queries: np.ndarray, number: int, what: str, *given: Any
+        self, how: Ordering, vectors: np.ndarray, number: int, what: str, *given: Any
     ) -> Any:
         """What the `Ranking` of these places by one of the queries [q, K] answers.
 
@@ -95,7 +95,7 @@ class Worker:
         """
         if self._ranked != how:
             self._ranked, self._rankings = Ordering("", 1.0, False), []  # free before the next
-            self._rankings = self.index.rankings(queries, how.sign, how.by_norm)
+            self._rankings = self.index.rankings(vectors, how.sign, how.by_norm)
             self._ranked = how
         return getattr(self._rankings[number], what)(*given)
 
@@ -108,9 +108,9 @@ class Worker:
     ) -> Iterator[tuple[list[tuple[int, Exact]], int]]:
         """As `OpenIndex.rescore`, with how many batches were halved since the one before."""
         index = self.index
-        if self._query != how.query:
+        if self._gradients != how.gradients:
             self._preconditioned = Preconditioned.from_arrays(arrays, how.rank, index.model.device)
-            self._query = how.query
+            self._gradients = how.gradients
         by = Rescorer(index.model, how.modules, index.ekfac, how.damping, how.batch_tokens)
         before = 0
         for batch in index.rescore(by, self._preconditioned, places.tolist(), how.sizes, how.terms):

@@ -70,17 +70,17 @@ def estimated_recall(probabilities: Sequence[float] | np.ndarray, k: int) -> flo
 
 
 def expected_recall(
-    probabilities: Sequence[float] | np.ndarray, others: Sequence[float] | np.ndarray, k: int
+    probabilities: Sequence[float] | np.ndarray, later: Sequence[float] | np.ndarray, k: int
 ) -> float:
     """The recall to expect at another cut-off, where the same sequences' π would be `others`.
 
     Each hit stands for 1/π sequences, of which the other cut-off would let in a share of its own π.
     """
-    represented = found = 0.0
-    for probability, other in zip(probabilities, others, strict=True):
+    represented = held = 0.0
+    for probability, chance in zip(probabilities, later, strict=True):
         weight = min(1 / probability, k - represented)
         represented += weight
-        found += weight * other
+        held += weight * chance
         if represented >= k:
             break
-    return float(found / k)
+    return float(held / k)

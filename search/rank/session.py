@@ -78,14 +78,14 @@ class Session:
         # Nothing changes until all is known of the rest: that may take a while and be interrupted,
         # and then the query concludes from what it was.
         index, settings, shortlists = self._scan(common.index.without(lost))
-        kept = np.flatnonzero(np.isin(before, index.contents.ids))
-        moved = dict(zip(kept.tolist(), range(len(kept)), strict=True))  # place → place
+        remaining = np.flatnonzero(np.isin(before, index.contents.ids))
+        moved = dict(zip(remaining.tolist(), range(len(remaining)), strict=True))  # place → place
         common.index, common.settings = index, settings
         common.exact = {moved[place]: exact for place, exact in common.exact.items()
                         if place in moved}
         common.background = [moved[place] for place in common.background if place in moved]
         for track, shortlist in zip(self.tracks, shortlists, strict=True):
-            track.shortlist, track.length = shortlist, min(track.length, len(kept))
+            track.shortlist, track.length = shortlist, min(track.length, len(remaining))
         self._plan()
 
     # ---- exact scores

@@ -20,25 +20,25 @@ class Shortlist:
     """How far along one query's order of sequences they are rescored.
 
     The error of a code's score has sd noise · ‖v_m‖. `most` is the longest the shortlist may grow:
-    of the order, no more is fetched. `listed` are the places of a TF-IDF list, which come on
+    of the order, no more is fetched. `tfidf_list` are the places of a TF-IDF list, which come on
     top of the shortlist; with `by_list` they alone are taken.
     """
 
     def __init__(
-        self, ranking: Ranking, noise: float, most: int, listed: np.ndarray | None = None,
+        self, ranking: Ranking, noise: float, most: int, tfidf_list: np.ndarray | None = None,
         by_list: bool = False,
     ):
         self.ranking, self._noise = ranking, noise
         self._total = len(ranking.norms)
         self._order, self._statistic = ranking.best(min(self._total, most + 1))
-        self.listed = np.zeros(0, dtype=np.int64) if listed is None else listed
+        self.tfidf_list = np.zeros(0, dtype=np.int64) if tfidf_list is None else tfidf_list
         self._list_done = False
         self._by_list = by_list
         self.length = 0  # along the order, all of them rescored
 
     def places(self, length: int) -> list[int]:
         """Who is to be rescored for a shortlist of `length` by code, best first."""
-        listed: list[int] = self.listed.tolist()
+        listed: list[int] = self.tfidf_list.tolist()
         return listed if self._by_list else list(
             dict.fromkeys([*self._order[:length].tolist(), *listed]))
 
@@ -49,7 +49,7 @@ class Shortlist:
         self.length = 0
         while self.length < length and int(self._order[self.length]) in rescored:
             self.length += 1
-        listed: list[int] = self.listed.tolist()
+        listed: list[int] = self.tfidf_list.tolist()
         self._list_done = all(place in rescored for place in listed)
         counted = self._order[: self.length].tolist()
         return list(dict.fromkeys([*counted, *listed])) if self._list_done else counted
@@ -66,7 +66,7 @@ class Shortlist:
         chosen = np.asarray(places, dtype=np.int64)
         pi = inclusion_probability(*self._in_order(chosen, influence), cutoff)
         if self._list_done:
-            pi[np.isin(chosen, self.listed)] = 1.0
+            pi[np.isin(chosen, self.tfidf_list)] = 1.0
         return pi
 
     def _in_order(self, places: np.ndarray, influence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -90,12 +90,12 @@ class Shortlist:
         """
         estimate, variance = scores.astype(np.float64), (self._noise * self.ranking.norms) ** 2
         places = np.asarray(counted, dtype=np.int64)
-        mean, left = included_error(*self._in_order(places, influence), self.cutoff)
+        mean, remaining = included_error(*self._in_order(places, influence), self.cutoff)
         if self._list_done:
-            certain = np.isin(places, self.listed)
-            mean[certain] = left[certain] = 0.0
+            certain = np.isin(places, self.tfidf_list)
+            mean[certain] = remaining[certain] = 0.0
         estimate[places] = influence + mean * self._noise * self.ranking.norms[places]
-        variance[places] *= left
+        variance[places] *= remaining
         estimate[sample], variance[sample] = of_sample, 0.0
         return estimate, variance
 
@@ -131,7 +131,7 @@ class Shortlist:
 
     def rank_in_list(self, place: int) -> int | None:
         """Rank of a place in the TF-IDF list, from 1, or None."""
-        at = np.flatnonzero(self.listed == place)
+        at = np.flatnonzero(self.tfidf_list == place)
         return int(at[0]) + 1 if len(at) else None
 
     def ranks(self, places: list[int]) -> list[int]:

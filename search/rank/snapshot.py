@@ -106,21 +106,21 @@ class OpenIndex(FittedModel):
                     self.contents.segments))
         return self._segments
 
-    def code_scores(self, queries: np.ndarray) -> np.ndarray:
+    def code_scores(self, vectors: np.ndarray) -> np.ndarray:
         """The code score of every place for query vectors [q, K]: float32 [q, N]."""
         scores = finite(
-            code_file.scan(self.segments(), queries, max(1, torch.get_num_threads())), self.path)
+            code_file.scan(self.segments(), vectors, max(1, torch.get_num_threads())), self.path)
         rows = self.contents.places
         # rows are places where nothing is deleted, and then nothing is copied
         return scores if len(rows) == scores.shape[1] else scores[:, rows]
 
-    def rankings(self, queries: np.ndarray, sign: float, by_norm: bool) -> Sequence[Ranking]:
+    def rankings(self, vectors: np.ndarray, sign: float, by_norm: bool) -> Sequence[Ranking]:
         """The order of every place by code for each of the query vectors [q, K].
 
         `sign` is −1 for opponents; `by_norm` orders by score / ‖v_m‖.
         """
         return [CodeRanking(scores, self.norms, sign, by_norm)
-                for scores in self.code_scores(queries)]
+                for scores in self.code_scores(vectors)]
 
     def codes_at(self, places: Sequence[int]) -> CodeIndex:
         """The codes at these places, in that order."""

@@ -128,8 +128,8 @@ def make_shortlist(
     index: OpenIndex, settings: Settings, target: Target, ranking: Ranking
 ) -> Shortlist:
     """Who is rescored for a query, with a TF-IDF list where one is asked for."""
-    listed = None
+    tfidf_list = None
     if settings.candidates != "code":
-        listed = best(index.tables.tokens.scores(target.query.scored_tokens), settings.first)
-    return Shortlist(ranking, code_noise(index, target), settings.most, listed,
+        tfidf_list = best(index.tables.tokens.scores(target.query.scored_tokens), settings.first)
+    return Shortlist(ranking, code_noise(index, target), settings.most, tfidf_list,
                      by_list=settings.candidates == "tfidf")

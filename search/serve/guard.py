@@ -90,8 +90,8 @@ class Guard:
 
     def _knows(self, scope: Message) -> bool:
         assert self.token is not None
-        for given in _all(scope, b"authorization"):
-            kind, _, value = given.partition(" ")
+        for header in _all(scope, b"authorization"):
+            kind, _, value = header.partition(" ")
             if kind.lower() == "basic":
                 try:
                     value = base64.b64decode(value, validate=True).decode().partition(":")[2]

@@ -157,8 +157,8 @@ class Jobs:
         finally:  # nobody is left waiting
             with self._guard:
                 self._over, self.problem = True, ENDED
-                left = [job for job in self._jobs.values() if not job.ended]
-            for job in left:
+                unfinished = [job for job in self._jobs.values() if not job.ended]
+            for job in unfinished:
                 self._fail(job, ENDED, 503)
 
     def _load(self) -> None:
@@ -179,8 +179,8 @@ class Jobs:
                 self.problem = why
             until = time.monotonic() + self._retry
             with contextlib.suppress(queue.Empty):
-                while (left := until - time.monotonic()) > 0:
-                    self._fail(self._waiting.get(timeout=left),
+                while (remaining := until - time.monotonic()) > 0:
+                    self._fail(self._waiting.get(timeout=remaining),
                                f"the model or the index can't be loaded: {self.problem}", 503)
 
     def _without_folders(self, message: str) -> str:
@@ -203,8 +203,8 @@ class Jobs:
         except Exception as error:
             number = secrets.token_hex(4)
             _LOG.exception("error %s in a search", number)
-            own = str(error) if isinstance(error, MemoryError) else type(error).__name__
-            self._fail(job, f"the search failed ({own}); the server's log has it under "
+            reason = str(error) if isinstance(error, MemoryError) else type(error).__name__
+            self._fail(job, f"the search failed ({reason}); the server's log has it under "
                             f"{number}.", 500)
 
     def _run(self, job: SearchJob) -> None:
@@ -229,11 +229,11 @@ class Jobs:
             if stage.result is not None:
                 results.append(stage.result)
             self._changed(job)
-        found = results[0] if not job.request.compare else \
+        result = results[0] if not job.request.compare else \
             self.searcher.compared(results, queries, job.settings)
-        if isinstance(found, Result):
-            job.tail = fit_tail(upper_tail(found))
-        job.result = found
+        if isinstance(result, Result):
+            job.tail = fit_tail(upper_tail(result))
+        job.result = result
         self._end(job, "done")
 
     def _is_forgotten(self, job: SearchJob) -> bool:

@@ -20,41 +20,41 @@ FEWEST_LETTERS = 8  # different ones; so many random digits or letters have more
 TURN = 0.0005  # seconds that a thread keeps the interpreter while others wait for it
 
 
-def host_names(host: str, port: int, others: Iterable[str] = ()) -> set[str]:
-    """The values of Host by which a server on that address is asked for."""
-    own = {"127.0.0.1", "localhost", "[::1]"} if host in LOOPBACK else \
+def host_names(host: str, port: int, extra: Iterable[str] = ()) -> set[str]:
+    """The values of Host by which a server on that address is asked for; `extra` are further names.
+    """
+    names = {"127.0.0.1", "localhost", "[::1]"} if host in LOOPBACK else \
         {"127.0.0.1", "localhost", bracketed(host), socket.gethostname(), socket.getfqdn()}
+    with_port = {f"{name}:{port}" for name in names}
     if port in (80, 443):  # which browsers leave out
-        own |= {f"{name}:{port}" for name in own}
-    else:
-        own = {f"{name}:{port}" for name in own}
-    return own | set(others) | {f"{name}:{port}" for name in others if ":" not in name}
+        with_port |= names
+    return with_port | set(extra) | {f"{name}:{port}" for name in extra if ":" not in name}
 
 
 def listen(host: str, port: int | None) -> socket.socket:
     """A socket that listens. Raises InputError where the address or the port can't be had."""
     problem: OSError | None = None
-    for one in PORTS if port is None else [port]:
+    for number in PORTS if port is None else [port]:
         try:
-            family = socket.getaddrinfo(host, one, type=socket.SOCK_STREAM)[0][0]
-            return socket.create_server((host, one), family=family)
+            family = socket.getaddrinfo(host, number, type=socket.SOCK_STREAM)[0][0]
+            return socket.create_server((host, number), family=family)
         except OSError as error:
             problem = error
-    asked = f"ports {PORTS[0]} to {PORTS[-1]}" if port is None else f"--port {port}"
-    raise InputError(f"{host}, {asked}: {problem}. Give another --port or --host.")
+    ports = f"ports {PORTS[0]} to {PORTS[-1]}" if port is None else f"--port {port}"
+    raise InputError(f"{host}, {ports}: {problem}. Give another --port or --host.")
 
 
-def token_for(host: str, given: str | None) -> str | None:
+def token_for(host: str, token: str | None) -> str | None:
     """The token to ask for: none on the loopback, else the given one or a new one.
 
     Raises InputError for one that can be guessed.
     """
-    if given is not None and (len(given) < SHORTEST_TOKEN or len(set(given)) < FEWEST_LETTERS):
+    if token is not None and (len(token) < SHORTEST_TOKEN or len(set(token)) < FEWEST_LETTERS):
         raise InputError(
-            f"GRADINDEX_TOKEN has {len(given)} characters, {len(set(given))} different ones; "
+            f"GRADINDEX_TOKEN has {len(token)} characters, {len(set(token))} different ones; "
             f"expected at least {SHORTEST_TOKEN} random ones, such as `openssl rand -base64 24` "
             "gives.")
-    return given if given is not None or host in LOOPBACK else secrets.token_urlsafe(24)
+    return token if token is not None or host in LOOPBACK else secrets.token_urlsafe(24)
 
 
 def make_server(

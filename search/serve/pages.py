@@ -85,15 +85,15 @@ class Pages:
 
     async def page(self, request: Request) -> Response:
         """The form; with a query, its search as far as it is."""
-        search, error, status, job, held = SearchRequest(), "", 200, None, False
+        search, error, status, job, on_hold = SearchRequest(), "", 200, None, False
         try:
             fields = parse_qsl(request.url.query, keep_blank_values=True)
             search = from_form(fields)
             if any(name in TOKEN_FIELDS for name, _ in fields):
                 return RedirectResponse(search.url(), 303)  # an address fit to be shared
             if search.prompt or search.completion:
-                held = not request.state.trusted
-                if not held:
+                on_hold = not request.state.trusted
+                if not on_hold:
                     job = self._shown(search, fields) or await self.reception.submit(search)
                     await _first_hits(job, QUICK)
         except InputError as problem:
@@ -103,7 +103,7 @@ class Pages:
         if job is not None and job.state == "failed":
             status = job.error_status
         # a copy, for the worker goes on while the page is filled
-        content = await self.reception.aside(self.fill, search, copy.copy(job), error, held)
+        content = await self.reception.aside(self.fill, search, copy.copy(job), error, on_hold)
         return HTMLResponse(content, status, retry_after(status))
 
     def _shown(self, search: SearchRequest, fields: list[tuple[str, str]]) -> SearchJob | None:
@@ -112,10 +112,10 @@ class Pages:
         job = self.reception.jobs.get(name)
         return job if job is not None and job.request == search else None
 
-    def fill(self, search: SearchRequest, job: SearchJob | None, error: str, held: bool) -> str:
-        """The page of a search. `held`, it waits for a click: it was opened from elsewhere."""
+    def fill(self, search: SearchRequest, job: SearchJob | None, error: str, on_hold: bool) -> str:
+        """The page of a search. `on_hold`, it waits for a click: it was opened from elsewhere."""
         return html.fill("search.html", **self._content(search, job), request=search, error=error,
-                         job=job, held=held, tokens=self.reception.tokens_of(search),
+                         job=job, on_hold=on_hold, tokens=self.reception.tokens_of(search),
                          controls=CONTROLS)
 
     def _content(self, search: SearchRequest, job: SearchJob | None) -> dict[str, Any]:

@@ -17,7 +17,7 @@ def openapi() -> dict[str, Any]:
     """The description of every route under /api, and of /healthz."""
     schemas = _schemas()
     job = {"$ref": "#/components/schemas/Job"}
-    found = {"oneOf": [{"$ref": "#/components/schemas/Result"},
+    result_schema = {"oneOf": [{"$ref": "#/components/schemas/Result"},
                        {"$ref": "#/components/schemas/Comparison"}]}
     texts = {"type": "object", "additionalProperties": False, "properties": {
         name: {"type": "string", "maxLength": LONGEST_TEXT} for name in ("prompt", "completion")}}
@@ -41,8 +41,8 @@ def openapi() -> dict[str, Any]:
                                     "content": {"application/json": {"schema": body}}}
         return about
 
-    result = route("The result; 202 and how far it is while the search runs", "200", found, None,
-                   name)
+    result = route("The result; 202 and how far it is while the search runs", "200",
+                   result_schema, None, name)
     result["responses"]["202"] = _answer("The search runs", job)
     events = route("The stages as server-sent events", "200", {}, None, name)
     event = {"type": "object", "required": ["event", "data"], "properties": {
@@ -81,8 +81,8 @@ def openapi() -> dict[str, Any]:
 def _schemas() -> dict[str, Any]:
     kinds: list[tuple[Any, Any, Any]] = [
         (kind, "serialization", pydantic.TypeAdapter(kind)) for kind in (Result, Comparison)]
-    _, found = pydantic.TypeAdapter.json_schemas(kinds, ref_template=_REFERENCE)
-    schemas: dict[str, Any] = found["$defs"]
+    _, definitions = pydantic.TypeAdapter.json_schemas(kinds, ref_template=_REFERENCE)
+    schemas: dict[str, Any] = definitions["$defs"]
     schemas["Result"]["properties"] |= {"schema": {"const": SCHEMA}, "units": {"type": "string"}}
     schemas["Comparison"]["properties"]["schema"] = {"const": SCHEMA}
     schemas["Query"]["properties"] |= {"scored": {"type": "integer"}, "log_p": {"type": "number"}}

@@ -11,8 +11,9 @@ from search.command_line import OUTPUT_FILE, check_outputs, write_output
 @click.argument("result", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("-o", "--output", required=True, type=OUTPUT_FILE,
               help="File to write: .html, .json, .jsonl, .csv or .parquet.")
-@click.option("--query", type=int, metavar="N", help="Which of several results, from 1 on.")
-def export(result: Path, output: Path, query: int | None) -> int:
+@click.option("--query", "number", type=int, metavar="N",
+              help="Which of several results, from 1 on.")
+def export(result: Path, output: Path, number: int | None) -> int:
     """Write a saved result in another form.
 
     RESULT is what `search --format json -o FILE` wrote, a download of the page, or the file of
@@ -24,11 +25,12 @@ def export(result: Path, output: Path, query: int | None) -> int:
       gradindex export result.json -o result.html
     """
     from search.show.data_files import read_result
-    from search.show.forms import FORMS, form_of, render_form
+    from search.show.forms import FORM_OF_SUFFIX, form_of, render_form
 
     check_outputs({"-o": output}, [result])
     form = form_of(output)
     if form is None:
-        raise click.UsageError(f"-o {output}: expected a name that ends in {', '.join(FORMS)}.")
-    write_output(output, render_form(read_result(result, query), form))
+        endings = ", ".join(FORM_OF_SUFFIX)
+        raise click.UsageError(f"-o {output}: expected a name that ends in {endings}.")
+    write_output(output, render_form(read_result(result, number), form))
     return 0

@@ -7,12 +7,13 @@ from search.show.data_files import csv_table, json_lines, parquet
 from search.show.html import document
 from search.show.terminal_text import render_terminal
 
-FORMS = {".json": "json", ".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet", ".html": "html"}
+FORM_OF_SUFFIX = {".json": "json", ".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet",
+                  ".html": "html"}
 
 
 def form_of(path: Path) -> str | None:
     """The form that a file's name ends in, or None."""
-    return FORMS.get(path.suffix.lower())
+    return FORM_OF_SUFFIX.get(path.suffix.lower())
 
 
 def render_form(result: Result, form: str, color: bool = False) -> bytes:

@@ -47,8 +47,8 @@ def environment(**filters: Any) -> jinja2.Environment:
 def _environment() -> jinja2.Environment:
     made = environment(number=wording.number, unsigned=wording.unsigned, one_line=visible,
                        as_is=_as_is)
-    made.globals.update(wording=wording, runs=runs, strip=strip, columns=columns, query=query,
-                        version=VERSION)
+    made.globals.update(wording=wording, runs=runs, layer_bars=layer_bars, columns=columns,
+                        query=query, version=VERSION)
     return made
 
 
@@ -112,10 +112,10 @@ def runs(hit: Hit, scale: float, first: int = 0, last: int | None = None) -> Ite
         return tint, place if tint or place in starts else -1
 
     for (tint, _), members in groupby(places, key):
-        own = list(members)
-        text = "".join(hit.tokens[place] for place in own)
-        border = " border" if own[0] in starts else ""
-        yield text, _tint(tint) + border, wording.number(values[own[0]]) if tint else ""
+        run = list(members)
+        text = "".join(hit.tokens[place] for place in run)
+        border = " border" if run[0] in starts else ""
+        yield text, _tint(tint) + border, wording.number(values[run[0]]) if tint else ""
 
 
 def _tint(shade: int) -> str:
@@ -131,20 +131,20 @@ def query(text: Query) -> Iterator[tuple[str, bool, int]]:
         yield piece, scored, place
 
 
-def strip(hit: Hit, layers: list[int]) -> Markup:
+def layer_bars(hit: Hit, layers: list[int]) -> Markup:
     """A bar a layer, upwards and blue for influence above zero, downwards and orange below."""
     top = max(map(abs, hit.layer_influence), default=0.0) or 1.0
     wide, high = max(4, min(12, 120 // max(1, len(layers)))), 12
-    bars, said = [], []
+    bars, labels = [], []
     for place, (layer, value) in enumerate(zip(layers, hit.layer_influence, strict=True)):
         size = max(0.6, abs(value) / top * high)
         kind, y = ("p", high - size) if value >= 0 else ("n", high)
-        said.append(f"{layer}: {wording.number(value)}")
+        labels.append(f"{layer}: {wording.number(value)}")
         bars.append(f'<rect class="{kind}" x="{place * wide}" y="{y:.1f}" width="{wide - 1}" '
-                    f'height="{size:.1f}"><title>layer {said[-1]}</title></rect>')
+                    f'height="{size:.1f}"><title>layer {labels[-1]}</title></rect>')
     width = max(1, len(layers) * wide)
     return Markup(
-        f'<svg class="strip" role="img" aria-label="influence by layer, {"; ".join(said)}" '
+        f'<svg class="strip" role="img" aria-label="influence by layer, {"; ".join(labels)}" '
         f'width="{width}" height="{2 * high}" viewBox="0 0 {width} {2 * high}">'
         f'<path class="axis" d="M0 {high}H{width}"/>{"".join(bars)}</svg>')
 
@@ -158,9 +158,9 @@ def columns(hit: Hit, layers: list[int]) -> Iterator[tuple[str, Markup, str]]:
         cells = "".join(
             f'<rect class="{_tint(shade)}" y="{place * high}" width="100%" height="{high}"/>'
             for place, value in enumerate(row) if (shade := wording.shade(value, top)))
-        said = f"{wording.number(sum(row))}"
+        label = f"{wording.number(sum(row))}"
         if cells:
-            said += "; " + ", ".join(
+            label += "; " + ", ".join(
                 f"layer {layer}: {wording.number(value)}"
                 for layer, value in zip(layers, row, strict=True) if wording.shade(value, top))
-        yield token, Markup(f'<svg height="{high * len(row)}">{cells}</svg>'), said
+        yield token, Markup(f'<svg height="{high * len(row)}">{cells}</svg>'), label

@@ -21,7 +21,7 @@ from gradindex.terminal import visible
 WIDTH, HEIGHT = 400, 240
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 12, 44  # margins of the axes
 ROW = 23  # units a bar
-NAMES = 172  # units at most for the names of bars
+NAMES_WIDTH = 172  # units at most for the names of bars
 UPRIGHT = 64  # units at most an upright bar
 LETTER = 6.9  # units a letter, about
 MOST_POINTS = 1500  # of a scatter plot
@@ -47,9 +47,10 @@ def histogram(
         parts.append(_g(f"{short(low)} to {short(high)}: {count:,.0f}",
                         _rect("plot-a", left, top, right - left - gap, _y(y, 0) - top)))
     most = int(counts.argmax())
-    said = (f"{title}: {counts.sum():,.0f} from {short(edges[0])} to {short(edges[-1])}; most, "
-            f"{counts[most]:,.0f}, from {short(edges[most])} to {short(edges[most + 1])}")
-    return _svg(title, said, parts, HEIGHT)
+    description = (f"{title}: {counts.sum():,.0f} from {short(edges[0])} to {short(edges[-1])}; "
+                   f"most, {counts[most]:,.0f}, from {short(edges[most])} to "
+                   f"{short(edges[most + 1])}")
+    return _svg(title, description, parts, HEIGHT)
 
 
 def bars(
@@ -61,7 +62,7 @@ def bars(
     values = [value for _, value in rows]
     low, high = min(0.0, *values, 0.0), max(0.0, *values, 0.0)
     room = LETTER * max((len(form(value)) for value in values), default=0) + 10
-    names = min(NAMES, 10 + LETTER * max((len(visible(name)) for name, _ in rows), default=0))
+    names = min(NAMES_WIDTH, 10 + LETTER * max((len(visible(name)) for name, _ in rows), default=0))
     first, last = names + (room if low < 0 else 0), WIDTH - (room if high > 0 else 6)
     scale = (last - first) / ((high - low) or 1.0)
     zero = first - low * scale
@@ -108,7 +109,7 @@ def tail(
     steps = np.unique(np.geomspace(1, len(drawn), MOST_STEPS).round().astype(int))
     points = "".join(_dot("plot-point", _x(x, drawn[k - 1]), _y(y, k / n), 2.1) for k in steps)
     parts.append(points)
-    said = f"{title}: {n:,} positive values from {short(falling[-1])} to {short(falling[0])}"
+    description = f"{title}: {n:,} positive values from {short(falling[-1])} to {short(falling[0])}"
     if law is not None:
         largest = falling[0]
         end = law.share * (largest / law.x_min) ** -(law.alpha - 1)
@@ -121,9 +122,9 @@ def tail(
         side = ("end", -5) if at > WIDTH / 2 else ("start", 5)
         parts.append(_text("plot-note", at + side[1], HEIGHT - BOTTOM - 7, side[0],
                            f"x_min {short(law.x_min)}"))
-        said += (f"; power law from {short(law.x_min)} on with density exponent "
-                 f"{law.alpha:.2f}, {law.share:.1%} of the values")
-    return _svg(title, said, parts, HEIGHT)
+        description += (f"; power law from {short(law.x_min)} on with density exponent "
+                        f"{law.alpha:.2f}, {law.share:.1%} of the values")
+    return _svg(title, description, parts, HEIGHT)
 
 
 def scatter(
@@ -135,8 +136,8 @@ def scatter(
     `diagonal` draws y = x. Of many points some are drawn, evenly in their order.
     """
     xs, ys = np.asarray(xs, float), np.asarray(ys, float)
-    both = np.concatenate([xs, ys])
-    x, y = Axis.of(both if diagonal else xs, log), Axis.of(both if diagonal else ys, log)
+    values = np.concatenate([xs, ys])
+    x, y = Axis.of(values if diagonal else xs, log), Axis.of(values if diagonal else ys, log)
     parts = _axes(x, y, x_label, y_label)
     if diagonal:
         low, high = max(x.low, y.low), min(x.high, y.high)
@@ -144,9 +145,9 @@ def scatter(
     chosen = np.unique(np.linspace(0, len(xs) - 1, min(len(xs), MOST_POINTS)).round().astype(int))
     radius = 2.6 if len(chosen) <= 200 else 1.5
     parts.append("".join(_dot("plot-point", _x(x, xs[n]), _y(y, ys[n]), radius) for n in chosen))
-    said = (f"{title}: {len(xs):,} points, {x_label} {short(xs.min())} to {short(xs.max())}, "
-            f"{y_label} {short(ys.min())} to {short(ys.max())}")
-    return _svg(title, said, parts, HEIGHT)
+    description = (f"{title}: {len(xs):,} points, {x_label} {short(xs.min())} to "
+                   f"{short(xs.max())}, {y_label} {short(ys.min())} to {short(ys.max())}")
+    return _svg(title, description, parts, HEIGHT)
 
 
 def strip(
@@ -162,7 +163,7 @@ def strip(
     low, high = min(0.0, values.min()), max(0.0, values.max())
     span, tall = (high - low) or 1.0, 84.0
     step = min((WIDTH - 20) / len(columns), UPRIGHT)
-    shown = LETTER * max(len(form(value)) for value in values.flat) < step - 2
+    fits = LETTER * max(len(form(value)) for value in values.flat) < step - 2
     parts, top = [], 0.0
     for number, (name, row) in enumerate(zip(rows, values, strict=True)):
         parts.append(_text("plot-name", 10, top + 14, "start", name))
@@ -171,7 +172,7 @@ def strip(
             x, size = 10 + place * step, abs(value) / span * tall
             y = base - size if value >= 0 else base
             bar = _rect(f"plot-{'abcd'[number % 4]}", x + step * 0.1, y, step * 0.8, size)
-            if shown:
+            if fits:
                 above = y - 4 if value >= 0 else y + size + 12
                 bar += _text("plot-value", x + step / 2, above, "middle", form(value))
             parts.append(_g(f"{what} {column}, {name}: {form(value)}", bar))
@@ -181,10 +182,10 @@ def strip(
     parts += [_text("plot-tick", 10 + (place + 0.5) * step, top + 4, "middle", str(column))
               for place, column in enumerate(columns) if place % every == 0]
     parts.append(_text("plot-label", 10 + step * len(columns) / 2, top + 22, "middle", what))
-    said = [(f"{what} {column}, {name}", form(value))
-            for name, row in zip(rows, values, strict=True)
-            for column, value in zip(columns, row, strict=True)]
-    return _svg(title, _listed(title, said), parts, top + 28)
+    values_shown = [(f"{what} {column}, {name}", form(value))
+                    for name, row in zip(rows, values, strict=True)
+                    for column, value in zip(columns, row, strict=True)]
+    return _svg(title, _listed(title, values_shown), parts, top + 28)
 
 
 # ---- axes
@@ -312,9 +313,9 @@ def _axes(x: Axis, y: Axis, x_label: str, y_label: str) -> list[str]:
 # ---- SVG
 
 
-def _svg(title: str, said: str, parts: list[str], height: float) -> str:
+def _svg(title: str, description: str, parts: list[str], height: float) -> str:
     return (f'<svg class="gradindex-plot" viewBox="0 0 {WIDTH} {height:.0f}" role="img" '
-            f'aria-label="{_safe(said)}"><title>{_safe(title)}</title>{"".join(parts)}</svg>')
+            f'aria-label="{_safe(description)}"><title>{_safe(title)}</title>{"".join(parts)}</svg>')
 
 
 def _listed(title: str, values: list[tuple[str, str]]) -> str:

@@ -72,14 +72,14 @@ def _hit_lines(rank: int, hit: Hit, result: Result, width: int, color: bool) -> 
     if color:
         influence = f"\x1b[{PLUS if hit.influence >= 0 else MINUS}m{influence}\x1b[0m"
     head = f"{rank:>3}  {by}{about}{influence}  {wording.number(hit.nats)} nats"
-    facts = [wording.percentile(hit, result), wording.rank_before(hit)]
+    notes = [wording.percentile(hit, result), wording.rank_before(hit)]
     if hit.tfidf_rank is not None:
-        facts.append(f"TF-IDF rank {hit.tfidf_rank}")
+        notes.append(f"TF-IDF rank {hit.tfidf_rank}")
     if hit.lexical is not None:
-        facts.append(f"lexical overlap {hit.lexical:.2f}")
+        notes.append(f"lexical overlap {hit.lexical:.2f}")
     noticed = "".join(f"  [{mark.text}]" for mark in wording.marks(hit))
     lines = [*_wrap(head + visible(f"{label}  sequence {hit.id}{noticed}"), width)]
-    lines += ["     " + line for line in _wrap(", ".join(filter(None, facts)), width - 5)]
+    lines += ["     " + line for line in _wrap(", ".join(filter(None, notes)), width - 5)]
     lines.append(f"     {_clip(wording.where(hit), width - 5)}")
     if hit.layer_influence:
         kinds = wording.kind_shares(hit)
@@ -130,10 +130,10 @@ def layer_strip(values: list[float]) -> str:
 def _sentence(result: Result, color: bool) -> str:
     marks = "blue tokens add to it, yellow ones take from it" if color else \
         "[+tokens] add to it, [-tokens] take from it"
-    said = wording.meaning(result)
+    sentence = wording.meaning(result)
     if not result.controls["rescore"]:
-        return said
-    return f"{said} In the text, {marks}; a token's share belongs to predicting what follows."
+        return sentence
+    return f"{sentence} In the text, {marks}; a token's share belongs to predicting what follows."
 
 
 def group_lines(result: Result, width: int) -> list[str]:
@@ -141,15 +141,15 @@ def group_lines(result: Result, width: int) -> list[str]:
     if result.total is None:
         return []
     by = visible(str(result.controls["group_by"]))
-    shown = result.groups[: wording.MOST_GROUPS]
+    groups = result.groups[: wording.GROUPS_SHOWN]
     lines = [f"total influence by {by}, ± its standard error:",
              f"{'influence':>14} {'±':>9} {'nats':>11} {'sequences':>10} {'hits':>5}  {by}"]
-    lines += [_group_line(group, visible(wording.group_name(group, by))) for group in shown]
-    if result.group_count > len(shown):
-        lines.append(f"{'':>53}  and {result.group_count - len(shown):,} more")
+    lines += [_group_line(group, visible(wording.group_name(group, by))) for group in groups]
+    if result.group_count > len(groups):
+        lines.append(f"{'':>53}  and {result.group_count - len(groups):,} more")
     lines.append(_group_line(result.total, f"all {result.group_count:,} together"))
-    if unsure := wording.unsure(shown):
-        lines.append(f"{unsure} of the {len(shown)} shown are within {wording.UNSURE} ± of zero: "
+    if unsure := wording.unsure(groups):
+        lines.append(f"{unsure} of the {len(groups)} shown are within {wording.UNSURE} ± of zero: "
                      "chance may have put them here")
     return [line if len(line) <= width else line[: width - 1] + "…" for line in lines]
 

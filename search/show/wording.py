@@ -7,9 +7,9 @@ from gradindex.results import Group, Hit, Query, Result
 from gradindex.terminal import json_text
 
 WINDOW = 48  # tokens of text shown around the strongest of them
-BINS = 7  # shades of a sign
+SHADES = 7  # shades of a sign
 LITTLE_OVERLAP = 0.1
-MOST_GROUPS = 20  # shown at once
+GROUPS_SHOWN = 20  # shown at once
 UNSURE = 2  # standard errors from zero, within which a total may be nothing
 
 
@@ -40,8 +40,8 @@ def strongest(hits: list[Hit]) -> float:
 
 
 def shade(value: float, scale: float) -> int:
-    """−BINS to BINS, 0 for what is below half a shade."""
-    return max(-BINS, min(BINS, round(value / scale * BINS)))
+    """−SHADES to SHADES, 0 for what is below half a shade."""
+    return max(-SHADES, min(SHADES, round(value / scale * SHADES)))
 
 
 def kind_shares(hit: Hit) -> dict[str, float]:
@@ -90,21 +90,21 @@ def rank_before(hit: Hit) -> str:
 
 def marks(hit: Hit) -> list[Mark]:
     """What to notice of a hit."""
-    found = []
+    noticed = []
     if hit.duplicates:
-        found.append(Mark("equal", f"×{len(hit.duplicates) + 1} equal",
+        noticed.append(Mark("equal", f"×{len(hit.duplicates) + 1} equal",
                           "so many sequences of the index have these very tokens"))
     if hit.near_duplicates:
-        found.append(Mark("near", f"+{len(hit.near_duplicates)} alike",
+        noticed.append(Mark("near", f"+{len(hit.near_duplicates)} alike",
                           "so many hits below share most of its wording and are folded into it"))
     if hit.generic and hit.generic_rate is not None:
-        found.append(Mark("generic", "generic",
+        noticed.append(Mark("generic", "generic",
                           f"among the {'lowest' if hit.influence < 0 else 'highest'} 1% for "
                           f"{hit.generic_rate:.0%} of the index's background queries"))
     if hit.lexical is not None and hit.lexical < LITTLE_OVERLAP and hit.exact:
-        found.append(Mark("unlike", "other words",
+        noticed.append(Mark("unlike", "other words",
                           "it shares hardly any of the query's rarer tokens"))
-    return found
+    return noticed
 
 
 def group_name(group: Group, by: str) -> str:
@@ -176,7 +176,7 @@ def recall_statement(result: Result) -> str:
                 f"({result.rescored:,} of {result.sequences:,} rescored).")
     if result.rescored == result.sequences:
         return f"recall: complete, all {result.sequences:,} sequences were rescored exactly."
-    said = (
+    statement = (
         f"recall: an estimated {share(recall.estimate)} of the true top {recall.k} are in this "
         f"list ({result.rescored:,} of {result.sequences:,} rescored{_cutoff(result)})."
     )
@@ -184,10 +184,10 @@ def recall_statement(result: Result) -> str:
         why = "was interrupted" if result.interrupted else \
             "ran out of --time-limit" if result.timed_out else \
             f"ended at its limit, --shortlist {controls['shortlist']}"
-        said += f" {recall.asked:.1%} was asked for; rescoring {why}."
+        statement += f" {recall.asked:.1%} was asked for; rescoring {why}."
     if recall.shortlist_for_95 is not None and recall.estimate < 0.9:
-        said += f" For 95%, about {recall.shortlist_for_95:,} must be rescored."
-    return said
+        statement += f" For 95%, about {recall.shortlist_for_95:,} must be rescored."
+    return statement
 
 
 def _cutoff(result: Result) -> str:

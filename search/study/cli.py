@@ -50,14 +50,14 @@ def evaluate(
         raise click.UsageError(f"--plot {plot}: expected a name that ends in .png, .svg or .pdf.")
     controls = take_controls(flags)
     count = sample_size(sample)
-    read = query_files.read_queries(queries)
+    query_file = query_files.read_queries(queries)
     searcher, progress = open_searcher(index, flags)
     # everything that can be wrong is told before the model is loaded
     settings = settle(controls, searcher.manifest)
     evaluation.check_sample(count, searcher.manifest)
-    questions = query_files.make_queries(searcher, read, set())
-    complain(read, progress)
-    progress.start("exact", len(questions) * len(searcher), "scores")
+    ready = query_files.make_queries(searcher, query_file, set())
+    complain(query_file, progress)
+    progress.start("exact", len(ready) * len(searcher), "scores")
     before = 0
 
     def follow(done: int, total: int) -> None:
@@ -67,14 +67,14 @@ def evaluate(
         if progress.measured:
             progress.say_expected(progress.seconds_each() * (total - done))
 
-    found = evaluation.evaluate(searcher, questions, settings, count, follow)
+    evaluated = evaluation.evaluate(searcher, ready, settings, count, follow)
     progress.finish()
-    click.echo(evaluation.table(found))
+    click.echo(evaluation.table(evaluated))
     if output is not None:
-        write_output(output, json_text(found.to_dict(), indent=1) + "\n")
+        write_output(output, json_text(evaluated.to_dict(), indent=1) + "\n")
     if plot is not None:
-        evaluation.plot(found, plot)
-    return 2 if read.problems else 0
+        evaluation.plot(evaluated, plot)
+    return 2 if query_file.problems else 0
 
 
 @click.command()
@@ -104,15 +104,15 @@ def report(
 
     check_outputs({"-o": output}, [queries])
     count = survey.SCORED_SEQUENCES if sample is None else sample_size(sample)
-    read = None if queries is None else query_files.read_queries(queries)
+    query_file = None if queries is None else query_files.read_queries(queries)
     controls = take_controls(flags)
     searcher, progress = open_searcher(index, flags)
     settings = settle(controls, searcher.manifest)
-    chosen = None
-    if read is not None:
-        chosen = query_files.make_queries(searcher, read, set())
-        complain(read, progress)
-    found = survey.survey(searcher, chosen, count, settings, progress)
-    write_output(output, render_report(found))
+    ready = None
+    if query_file is not None:
+        ready = query_files.make_queries(searcher, query_file, set())
+        complain(query_file, progress)
+    surveyed = survey.survey(searcher, ready, count, settings, progress)
+    write_output(output, render_report(surveyed))
     progress.say(f"the report is in {output}")
-    return 2 if read is not None and read.problems else 0
+    return 2 if query_file is not None and query_file.problems else 0

@@ -31,16 +31,16 @@ TOP_BY_CODE = 100  # sequences that are scored exactly for each query besides th
 class QuerySurvey:
     """A query and its exact scores.
 
-    `origin` is the id of the sequence that the query was made of, if it was. `others` is how many
-    sequences there are but for that one and its equals; `values` [n] are the influence of the
-    random sample's, equal ones once. `half` of the others carry half of the positive influence,
+    `origin` is the id of the sequence that the query was made of, if it was. `sequences` is how
+    many there are but for that one and its equals; `values` [n] are the influence of the random
+    sample's, equal ones once. `half` of the sequences carry half of the positive influence,
     `interval` where that is an estimate. `absolute` and `proponents` [groups] are sums of |I| over
     the sample, and of I over the top by code with I > 0, by `Survey.groups`.
     """
 
     query: Query
     origin: int | None
-    others: int
+    sequences: int
     values: np.ndarray
     tail: Tail | None
     half: int
@@ -61,8 +61,8 @@ def own_queries(index: OpenIndex, count: int) -> tuple[list[Query], list[int]]:
     chosen: list[int] = []
     # some sequences have no second half: so many are looked at that there are enough queries
     for first in range(0, len(places), count):
-        some = places[first : first + count].tolist()
-        for place, record in zip(some, index.records(some), strict=True):
+        next_places = places[first : first + count].tolist()
+        for place, record in zip(next_places, index.records(next_places), strict=True):
             scored = index.objective.later_half(record.scored)
             if scored.any() and len(queries) < count:
                 labels = np.where(scored, record.tokens, UNSCORED).tolist()
@@ -147,21 +147,21 @@ class ExactSample:
         chosen = np.flatnonzero(drawn)
         first = self.index.contents.first_equal[self.places[chosen]]
         different = values[chosen[np.unique(first, return_index=True)[1]]]
-        others = int(allowed.sum())
+        sequences = int(allowed.sum())
         interval, weights = None, np.ones(len(values))
         if len(self.sample) < len(self.index):
             # all of the top by code is known; the others stand for those that weren't drawn
             rest = int((drawn & ~certain).sum())
-            weights[~certain] = (others - len(self.top[number])) / max(1, rest)
-            known = drawn | certain
-            interval = half_interval(values[known], weights[known], certain[known])
+            weights[~certain] = (sequences - len(self.top[number])) / max(1, rest)
+            counted = drawn | certain
+            interval = half_interval(values[counted], weights[counted], certain[counted])
         else:
-            known = drawn
+            counted = drawn
         return QuerySurvey(
             query=target.query,
             origin=None if origin is None else int(self.index.contents.ids[origin]),
-            others=others, values=different, tail=fit_tail(different),
-            half=half(values[known], weights[known]), interval=interval,
+            sequences=sequences, values=different, tail=fit_tail(different),
+            half=half(values[counted], weights[counted]), interval=interval,
             absolute=self._absolute[number], proponents=self._proponents[number],
         )
 

@@ -14,10 +14,10 @@ import numpy as np
 from gradindex.draws import Stream, generator
 from gradindex.results import Result
 
-FEWEST = 50  # values in a tail: below, the estimate of α is biased (Clauset et al., section 3.5)
-LARGEST = 10_000  # values looked at
-CANDIDATES = 48  # values of x_min tried
-DRAWS = 250  # synthetic samples behind p, and resamples behind an interval
+FEWEST_IN_TAIL = 50  # values: below, the estimate of α is biased (Clauset et al., section 3.5)
+MOST_FITTED = 10_000  # values looked at
+CUTOFFS_TRIED = 48  # values of x_min tried
+SYNTHETIC_SAMPLES = 250  # synthetic samples behind p, and resamples behind an interval
 REJECTED = 0.1  # at or below this p a power law is ruled out (Clauset et al., section 4.1)
 
 
@@ -49,16 +49,17 @@ def upper_tail(result: Result) -> np.ndarray:
     return scores[scores > 0]
 
 
-def fit_tail(values: np.ndarray, draws: int = DRAWS, seed: int = 0) -> Tail | None:
+def fit_tail(values: np.ndarray, draws: int = SYNTHETIC_SAMPLES, seed: int = 0) -> Tail | None:
     """Fit the upper tail of `values` [n]; the others than positive ones are left out.
 
-    x_min is the candidate with the smallest distance; candidates are values with at least FEWEST at
-    or above them, spaced evenly in the logarithm of their rank. Of more than LARGEST values the
-    largest are the sample. None where there are too few different ones.
+    x_min is the candidate with the smallest distance. Candidates are values with at least
+    FEWEST_IN_TAIL at or above them, spaced evenly in the logarithm of their rank. Of more than
+    MOST_FITTED values only the largest are looked at. None where there are too few different
+    ones.
     """
     positive = np.sort(np.asarray(values, dtype=np.float64))[::-1]
     positive = positive[positive > 0]
-    logs = np.log(positive[:LARGEST])
+    logs = np.log(positive[:MOST_FITTED])
     fitted = _best_fit(logs)
     if fitted is None:
         return None
@@ -87,9 +88,9 @@ def _best_fit(logs: np.ndarray) -> tuple[float, int, float] | None:
 
 def _candidates(logs: np.ndarray) -> list[int]:
     """How many values lie at or above each x_min that is tried, ascending."""
-    if len(logs) < FEWEST:
+    if len(logs) < FEWEST_IN_TAIL:
         return []
-    ranks = np.geomspace(FEWEST, len(logs), CANDIDATES).round().astype(np.int64)
+    ranks = np.geomspace(FEWEST_IN_TAIL, len(logs), CUTOFFS_TRIED).round().astype(np.int64)
     return np.unique(np.searchsorted(-logs, -logs[ranks - 1], side="right")).tolist()
 
 
@@ -113,9 +114,9 @@ def _worse(
     worse = 0
     for _ in range(draws):
         above = int(random.binomial(n, points / n)) if len(below) else n
-        drawn = low + random.exponential(1 / (alpha - 1), above)
+        tail = low + random.exponential(1 / (alpha - 1), above)
         rest = random.choice(below, n - above) if above < n else below[:0]
-        again = _best_fit(np.sort(np.concatenate([drawn, rest]))[::-1])
+        again = _best_fit(np.sort(np.concatenate([tail, rest]))[::-1])
         worse += again is not None and again[2] >= distance
     return worse / draws if draws else math.nan
 
@@ -144,10 +145,10 @@ def half_interval(
     order = np.argsort(-values, kind="stable")
     values, weights, drawn = np.maximum(values[order], 0.0), weights[order], ~certain[order]
     n = int(drawn.sum())
-    again = np.repeat(weights[None], DRAWS, axis=0)
+    again = np.repeat(weights[None], SYNTHETIC_SAMPLES, axis=0)
     if n:
         random = generator(Stream.HALF_INTERVALS, seed)
-        again[:, drawn] *= random.multinomial(n, np.full(n, 1 / n), DRAWS)
+        again[:, drawn] *= random.multinomial(n, np.full(n, 1 / n), SYNTHETIC_SAMPLES)
     low, high = np.quantile(_half(values, again), [0.025, 0.975])
     return math.floor(low), math.ceil(high)
 

@@ -29,7 +29,7 @@ class Amount:
     name: str
     documents: int
     sequences: int
-    tokens: int
+    token_count: int
 
 
 @dataclass
@@ -57,7 +57,7 @@ class ShownSequence:
     id: int
     where: str
     user_id: Any
-    tokens: int
+    token_count: int
     text: str
     copies: int
 

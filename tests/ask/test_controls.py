@@ -335,7 +335,7 @@ def test_gradients_that_do_not_fit_are_reduced_and_it_is_said(index, monkeypatch
 
     assert not any("reduced" in warning for result in index.search_many([QUESTION, OTHER], k=2)
                    for warning in result.warnings)
-    monkeypatch.setattr(query_gradient, "LARGEST_STACK", 1)
+    monkeypatch.setattr(query_gradient, "LARGEST_IN_FULL", 1)
     monkeypatch.setattr(query_gradient, "LOW_RANK", 2)
     truth = exact(index, OTHER)
     for result in index.search_many([OTHER, QUESTION], k=2, shortlist="all"):

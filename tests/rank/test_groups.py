@@ -16,7 +16,7 @@ from gradindex.influence.codes import score_error
 from gradindex.terminal import visible
 from search.ask.controls import Controls
 from search.ask.settings import settle
-from search.rank.groups import MOST_GROUPS, Grouping, total_groups
+from search.rank.groups import GROUPS_KEPT, Grouping, total_groups
 from search.rank.query_gradient import make_targets
 from search.rank.ranking import CodeRanking
 from search.rank.shortlist import Shortlist
@@ -258,7 +258,7 @@ def test_the_best_groups_are_kept_and_those_with_hits(opponents):
     last = int(order[-1])
     groups, total = total_groups(grouping, sign * influence, np.full(300, 0.25), sign,
                                  {7: last, 8: int(order[3])}, 100)
-    assert [group.value for group in groups] == [*order[:MOST_GROUPS], last]
+    assert [group.value for group in groups] == [*order[:GROUPS_KEPT], last]
     assert [group.hits for group in groups if group.hits] == [[8], [7]]
     assert groups[0].influence == influence[order[0]]
     assert groups[0].standard_error == pytest.approx(math.sqrt(2 * 0.25))
@@ -297,7 +297,7 @@ def test_estimates_have_no_bias_and_the_variance_they_say(by_norm, listed):
 def test_group_lines(index):
     result = index.search(**QUESTION, **SHORT, group_by="document")
     lines = group_lines(result, 100)
-    assert len(lines) == 2 + wording.MOST_GROUPS + 2
+    assert len(lines) == 2 + wording.GROUPS_SHOWN + 2
     first, total = result.groups[0], result.total
     assert lines[2].split() == [
         f"{first.influence:+.3g}", f"{first.standard_error:.3g}", f"{first.nats:+.3g}",
@@ -315,7 +315,7 @@ def test_group_lines(index):
     assert group_lines(index.search(**QUESTION, **SHORT), 100) == []
     result = index.search(**QUESTION, k=5, rescore=False, group_by="document")
     unsure = sum(abs(one.influence) < 2 * one.standard_error
-                 for one in result.groups[:wording.MOST_GROUPS])
+                 for one in result.groups[:wording.GROUPS_SHOWN])
     assert unsure and group_lines(result, 100)[-1].startswith(f"{unsure} of the 20 shown are ")
 
 

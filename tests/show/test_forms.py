@@ -76,7 +76,7 @@ def test_shares_of_kinds(index_folder, model_folder, data_file, tmp_path):
 
 def test_layer_strip_and_map(result):
     hit = result[0]
-    drawn = str(html.strip(hit, result.layers))
+    drawn = str(html.layer_bars(hit, result.layers))
     assert drawn.count("<rect") == len(result.layers)
     for layer, value in zip(result.layers, hit.layer_influence, strict=True):
         assert f"layer {layer}: {wording.number(value)}" in drawn

@@ -50,7 +50,7 @@ def test_an_evaluation_is_the_plain_counts(index, tmp_path, monkeypatch):
     assert any(claim == pytest.approx(result.recall.estimate, abs=0.02) for claim in claims)
     assert "2 queries, every sequence scored exactly" in evaluate.table(found)
     # one query at a time, at full rank
-    monkeypatch.setattr("search.rank.query_gradient.LARGEST_STACK", 1)
+    monkeypatch.setattr("search.rank.query_gradient.LARGEST_IN_FULL", 1)
     again = evaluate.evaluate(index, queries, settings, None, lambda done, total: None)
     for one, other in zip(found.measures, again.measures, strict=True):
         assert one.recall == other.recall and one.claimed == pytest.approx(other.claimed, abs=0.02)
@@ -60,7 +60,7 @@ def test_an_evaluation_is_the_plain_counts(index, tmp_path, monkeypatch):
 
 
 def test_ndcg_by_hand(index):
-    comparison = evaluate._Comparison(np.arange(3), np.array([3.0, -1.0, 2.0]), np.zeros(3),
+    comparison = evaluate.Shortlists(np.arange(3), np.array([3.0, -1.0, 2.0]), np.zeros(3),
                                       np.ones(3), 1.0, np.zeros(3), 1.0)
     found = comparison.ndcg(np.array([1.0, 2.0, 3.0]))  # order: 2, 1, 0
     gains = (2 + 0 + 3 / np.log2(4)) / (3 + 2 / np.log2(3))
@@ -74,14 +74,14 @@ def test_a_part_stands_for_the_whole():
     for _ in range(200):
         truth = random.standard_t(2.5, n) * random.pareto(3, n)
         codes = truth + 2.0 * random.standard_normal(n)
-        whole = evaluate._Comparison(np.arange(n), truth, codes, np.ones(n), 2.0, codes, 1.0)
+        whole = evaluate.Shortlists(np.arange(n), truth, codes, np.ones(n), 2.0, codes, 1.0)
         ids = np.sort(random.choice(n, 400, replace=False))
-        part = evaluate._Comparison(ids, truth[ids], codes, np.ones(n), 2.0, codes, share)
+        part = evaluate.Shortlists(ids, truth[ids], codes, np.ones(n), 2.0, codes, share)
         actual, claimed = whole.measure("code", 100, 200)
         found = part.measure("code", 20, 200)
         errors.append((found[0] - actual, found[1] - claimed))
     assert (np.abs(np.mean(errors, axis=0)) < 0.03).all()
-    asked = part.measured()
+    asked = part.compare()
     assert {(top, length) for _, top, length in asked.pairs} == {
         (100, length) for length in (100, 200, 500, 1000)}  # 2 of 400 are too few for a top 10
     summary = evaluate._summary(evaluate.Evaluation(1, n, 400, 0.1, 1), [asked])

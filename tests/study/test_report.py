@@ -73,13 +73,13 @@ def test_texts_are_counted_as_in_the_file(index, found, data_file):
     windows = [-(-n // length) for n in lengths]
     [source] = found.texts.sources
     assert source.name == str(data_file)
-    assert (source.documents, source.sequences, source.tokens) == (
+    assert (source.documents, source.sequences, source.token_count) == (
         40, sum(windows), sum(lengths))
     [field] = found.texts.fields
     assert field.name == "place" and len(field.values) == 5
     for one in field.values:
         chosen = [n for n, document in enumerate(documents) if document["place"] == one.name]
-        assert (one.documents, one.sequences, one.tokens) == (
+        assert (one.documents, one.sequences, one.token_count) == (
             len(chosen), sum(windows[n] for n in chosen), sum(lengths[n] for n in chosen))
     counts = [one.sequences for one in field.values]
     assert counts == sorted(counts, reverse=True)
@@ -106,7 +106,7 @@ def test_packed_sequences_count_for_each_of_their_documents(model_folder, tmp_pa
         assert source.documents == len({part.document for record in records
                                         for part in record.parts if part.source == str(path)})
     assert sum(one.sequences for one in read.sources) > len(index)  # one holds the border
-    assert sum(one.tokens for one in read.sources) == read.lengths.sum()
+    assert sum(one.token_count for one in read.sources) == read.lengths.sum()
     assert {one.name for one in read.fields[0].values} == {"[0]", "[1]"}
 
 
@@ -175,7 +175,7 @@ def test_influence_is_exact_and_leaves_out_a_querys_own(index, found, truth):
             if not seen & {hit.id, *hit.duplicates}:
                 values.append(hit.influence)
             seen.add(hit.id)
-        assert one.others == len(everything) == len(index) - len(own)
+        assert one.sequences == len(everything) == len(index) - len(own)
         scale = max(map(abs, everything))
         np.testing.assert_allclose(sorted(one.values), sorted(values), atol=1e-5 * scale)
         assert one.half == half(np.array(everything), np.ones(len(everything)))
@@ -244,7 +244,7 @@ def test_queries_of_the_user(index):
     made = [index.make_query("The plum number 26 grows", " by the river.", id="q")]
     found = survey_of(index, made, train_sequences=500)
     [one] = found.queries
-    assert one.origin is None and one.others == len(index)
+    assert one.origin is None and one.sequences == len(index)
     hits = index.rescore("The plum number 26 grows", " by the river.",
                          ids=index.index.contents.ids.tolist())
     assert one.half == half(np.array([hit.influence for hit in hits]), np.ones(len(hits)))
@@ -318,7 +318,7 @@ def test_the_page_says_what_was_found(found):
     assert f"{found.total:,} training sequences of model" in text
     assert "positive means that one more copy of the sequence would make the completion" in text
     for one in found.queries:
-        assert f"{one.half} of {one.others}" in text
+        assert f"{one.half} of {one.sequences}" in text
     ids = {attributes["id"] for _, attributes in page.elements if "id" in attributes}
     links = {attributes["href"][1:] for tag, attributes in page.elements if tag == "a"}
     assert links == ids
@@ -369,7 +369,7 @@ def small_part(index_folder, tmp_path, left):
 def test_an_index_of_few(index_folder, tmp_path, left):
     index, total = small_part(index_folder, tmp_path, left)
     found = survey_of(index)
-    assert len(found.queries) == left and found.queries[0].others == left - 1
+    assert len(found.queries) == left and found.queries[0].sequences == left - 1
     text = " ".join(check_inert(render_report(found)).text.split())
     assert f"{left} of {left} sequences" in text
     assert f"deleted, text still here{total - left}" in text.replace(" deleted", "deleted")

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from search.study.tail import FEWEST, fit_tail, half, half_interval
+from search.study.tail import FEWEST_IN_TAIL, fit_tail, half, half_interval
 
 
 def plain_fit(values: list[float], x_min: float) -> tuple[float, float]:
@@ -38,10 +38,10 @@ def test_x_min_has_the_smallest_distance_of_all_that_leave_enough():
     values = np.concatenate([pareto(2.4, 60, 0, 5.0),
                              np.random.default_rng(1).uniform(0, 5, 30)]).tolist()
     found = fit_tail(np.array(values), draws=5)
-    assert len(values) - FEWEST < 48  # so few candidates that all are tried
+    assert len(values) - FEWEST_IN_TAIL < 48  # so few candidates that all are tried
     falling = sorted(values, reverse=True)
     assert found.distance == pytest.approx(
-        min(plain_fit(values, x)[1] for x in falling[FEWEST - 1 :]), rel=1e-10)
+        min(plain_fit(values, x)[1] for x in falling[FEWEST_IN_TAIL - 1 :]), rel=1e-10)
 
 
 @pytest.mark.parametrize("alpha", [1.8, 2.5, 3.5])
@@ -86,7 +86,7 @@ def test_equal_values_stand_or_fall_together():
 
 
 @pytest.mark.parametrize("values", [
-    [], [1.0] * 10, [-1.0] * 100, [2.0] * 200, [float(n) for n in range(1, FEWEST)],
+    [], [1.0] * 10, [-1.0] * 100, [2.0] * 200, [float(n) for n in range(1, FEWEST_IN_TAIL)],
 ])
 def test_too_few_or_all_the_same_give_no_fit(values):
     assert fit_tail(np.array(values)) is None
