@@ -144,8 +144,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "search.rank.recall.inclusion_probability": {"influence": "n", "error": "n", "return": "n"},
     "search.rank.recall.included_error": {"influence": "n", "error": "n", "return": ("n", "n")},
     "search.rank.recall.estimated_recall": {"probabilities": "n"},
-    "search.rank.recall.expected_recall": {"probabilities": "n", "others": "n"},
-    "search.rank.shortlist.Shortlist.__init__": {"listed": "n"},
+    "search.rank.recall.expected_recall": {"probabilities": "n", "later": "n"},
+    "search.rank.shortlist.Shortlist.__init__": {"tfidf_list": "n"},
     "search.rank.shortlist.Shortlist.probability":
         {"places": "n", "influence": "n", "return": "n"},
     "search.rank.shortlist.Shortlist.estimates":
@@ -153,8 +153,8 @@ SHAPES: dict[str, dict[str, Any]] = {
          "return": ("N", "N")},
     "search.rank.shortlist.Shortlist.length_for": {"places": "n", "influence": "n"},
     "search.rank.snapshot.finite": {"scores": "... n", "return": "... n"},
-    "search.rank.snapshot.OpenIndex.code_scores": {"queries": "q K", "return": "q N"},
-    "search.rank.snapshot.OpenIndex.rankings": {"queries": "q K", "return": "q"},
+    "search.rank.snapshot.OpenIndex.code_scores": {"vectors": "q K", "return": "q N"},
+    "search.rank.snapshot.OpenIndex.rankings": {"vectors": "q K", "return": "q"},
     "search.rank.snapshot.OpenIndex.stored_codes": {"places": "n", "return": "n c"},
 }
 LEFT_OUT = {  # of the modules below, and why
