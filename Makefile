@@ -1,5 +1,6 @@
 # make demo   train a small model, index its training text, ask it three questions
 # make test   lint, types, tests, some faults
+# make slow   tests that take long: more moments to be killed at, more of Ray
 # make faults every fault: kills, full disks, damage (under an hour); its table is benchmarks/results/faults.md
 # make screenshots  the documents' pictures, from the demo's index (needs Chromium)
 # make transcript   the README's transcript, from the demo's index
@@ -11,10 +12,11 @@ BIN := $(VENV)/bin
 EXTRA ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 DEMO := .demo
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
 export OMP_WAIT_POLICY ?= passive
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test faults screenshots transcript lint clean
+.PHONY: demo test slow faults screenshots transcript lint clean
 
 # torch first: a range would let pip choose a newer build with several GB of CUDA libraries.
 $(BIN)/.installed: pyproject.toml constraints.txt
@@ -34,7 +36,10 @@ demo: $(BIN)/.installed
 	@$(BIN)/python demo/ask.py $(DEMO)
 
 test: $(BIN)/.installed lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
+	$(TESTS)
+
+slow: $(BIN)/.installed
+	$(TESTS) -m slow
 
 faults: $(BIN)/.installed
 	FAULTS=all FAULTS_REPORT=1 $(BIN)/python -m pytest -s -o faulthandler_timeout=0 tests/faults

@@ -15,7 +15,7 @@ from gradindex.storage.row_file import digest_of
 from indexer.calibrate import prepare_query
 from indexer.fit.units import Read
 
-QUERIES = 64
+BACKGROUND_QUERIES = 64
 LARGEST_SAMPLE = 1 << 20  # sequences whose scores are held at once: 256 MiB
 
 
@@ -32,31 +32,34 @@ def make_background(
     others, is left out.
     """
     seed, length = codes.settings.seed, codes.settings.length
-    chosen = read([ids[one] for one in choose(
-        Stream.BACKGROUND_QUERIES, seed, len(ids), QUERIES)])
-    progress.start("background", len(chosen), "queries")
-    vectors = np.zeros((len(chosen), length), dtype=np.float16)
-    for number, record in enumerate(chosen):
-        vectors[number] = unit(prepare_query(model, codes, ekfac, record)[0])
+    # a stream of its own: the same sequences shouldn't serve for calibration and here
+    members = read([ids[number] for number in choose(
+        Stream.BACKGROUND_QUERIES, seed, len(ids), BACKGROUND_QUERIES)])
+    progress.start("background", len(members), "queries")
+    vectors = np.zeros((len(members), length), dtype=np.float16)
+    for number, record in enumerate(members):
+        vectors[number] = unit_vector(prepare_query(model, codes, ekfac, record)[0])
         progress.update(1)
     progress.finish()
-    sample = [ids[one] for one in choose(
+    sample = [ids[number] for number in choose(
         Stream.BACKGROUND_QUERY_SCORES, seed, len(ids), LARGEST_SAMPLE)]
+    # scored with what is stored: a search holds the same float16 against the thresholds
     scores, digests = _scores(vectors.astype(np.float32), sample, stored)
-    own = np.array([digest_of(record) for record in chosen])
-    kept = np.count_nonzero(vectors, axis=1) > 0
-    upper, lower = np.zeros((2, len(chosen)), dtype=np.float32)
-    for number in np.flatnonzero(kept).tolist():
-        others = (digests != own[number]).any(1)
-        kept[number] = others.any()
-        if kept[number]:
+    query_digests = np.array([digest_of(record) for record in members])
+    usable = np.count_nonzero(vectors, axis=1) > 0
+    upper, lower = np.zeros((2, len(members)), dtype=np.float32)
+    for number in np.flatnonzero(usable).tolist():
+        # a sequence is like itself whatever it says: its copies would raise the threshold
+        others = (digests != query_digests[number]).any(1)
+        usable[number] = others.any()
+        if usable[number]:
             upper[number], lower[number] = thresholds(scores[number, others])
-    named = np.array([record.id for record in chosen], dtype=np.int64)
-    return BackgroundQueries(vectors[kept], upper[kept], lower[kept], named[kept],
-                             own[kept]), len(sample)
+    query_ids = np.array([record.id for record in members], dtype=np.int64)
+    return BackgroundQueries(vectors[usable], upper[usable], lower[usable], query_ids[usable],
+                             query_digests[usable]), len(sample)
 
 
-def unit(vector: np.ndarray) -> np.ndarray:
+def unit_vector(vector: np.ndarray) -> np.ndarray:
     """v / ‖v‖ [K] in float16, 0 for one that is zero or not finite."""
     wide = vector.astype(np.float64)
     norm = np.linalg.norm(wide)
@@ -71,10 +74,10 @@ def _scores(
     scores = np.empty((len(vectors), len(ids)), dtype=np.float32)
     digests = np.empty((len(ids), 2), dtype=np.uint64)
     done = 0
-    for codes, rows in stored(ids):
-        index = CodeIndex(vectors.shape[1])
-        index.add(codes)
-        here = slice(done, done + len(rows))
-        scores[:, here], digests[here] = index.many_scores(vectors), rows["digest"]
+    for codes, rows in stored(ids):  # a segment's codes at a time
+        code_index = CodeIndex(vectors.shape[1])
+        code_index.add(codes)
+        part = slice(done, done + len(rows))
+        scores[:, part], digests[part] = code_index.many_scores(vectors), rows["digest"]
         done += len(rows)
     return scores, digests

@@ -30,12 +30,10 @@ from gradindex.model.config import vocabulary_size
 from gradindex.model.identity import check_identity, files_digest
 from gradindex.model.network import LanguageModel
 from gradindex.model.source import ModelSource
-from gradindex.model.tracked import (
-    parameter_share,
-)
+from gradindex.model.tracked import parameter_share
 from gradindex.modules import Module
 from gradindex.progress import Progress, size
-from gradindex.storage import background_file, code_file, layout, manifest, row_file
+from gradindex.storage import background_file, code_file, layout, row_file
 from gradindex.storage.files import disk_errors, facts_of, make_folder, make_folders
 from gradindex.storage.integrity import refuse_links
 from gradindex.storage.layout import BUILD
@@ -48,73 +46,81 @@ from gradindex.storage.manifest import (
     Manifest,
     ModelFacts,
 )
+from gradindex.storage.manifest import commit as commit_manifest
+from gradindex.storage.manifest import exists as index_exists
+from gradindex.storage.manifest import load as load_manifest
+from gradindex.storage.upgrades import FORMAT
 from gradindex.version import VERSION
 from indexer.background import make_background
 from indexer.build_request import BuildRequest, anywhere
 from indexer.calibrate import calibrate
+from indexer.encode import encode_run, quarantined_of
 from indexer.fit.notes import FitNotes
 from indexer.fit.schedule import fit
-from indexer.prepare import Prepared, make_codes, prepare
+from indexer.prepare import Prepared, make_codes, prepare_build
 from indexer.read import ingest
 from indexer.read.ingest import Run
-from indexer.shards import OVER_RAY, Shard, Share, Stage
+from indexer.shards import OVER_RAY, BuildStage, Shard, Share
 from indexer.state import BuildState
 
 
 def build(request: BuildRequest) -> ModelSource | None:
-    """Do what is asked for, or this process's share of it, from what is there already on.
+    """Build an index, or do this process's share of it. What is done already isn't done again.
 
-    Returns with what the finished index can be opened, None where it is yet to be merged. Raises
-    as `gradindex.build`.
+    Returns what opens the finished index, None where it is yet to be merged. Raises as
+    `gradindex.build`.
     """
     # 1) what is asked for was settled when the request was made (`build_request.py`)
     index, progress, shard = request.index, request.progress, request.shard
     with _writing(request) as state:
-        if manifest.exists(index):
+        if index_exists(index):
             if shard.first:
                 _check_finished(index, request)
             progress.say(f"{index} is complete; nothing to do.")
-            return _whole(request)
+            return _source_to_open(request)
         if shard.first:
-            state.request = request.facts
+            state.request = request.facts  # may differ from run to run, unlike the plan
             state.save()
 
         # 2) text → sequences, on disk as records; the other shards began when this was done
         if state.corpus is None:
             assert shard.first
-            if not (index / "segments").is_dir():
-                make_folder(index / "segments")
+            if not (index / layout.SEGMENTS).is_dir():
+                make_folder(index / layout.SEGMENTS)
             empty = Run(index, 0, 0, 0, request.plan.segment_size)
             state.corpus = ingest.write_records(request.corpus, empty, progress)
             state.save()
         ingest.report_read(state.corpus, state.plan.sequence_length, progress)
 
         # 3) the model and its tracked modules
-        about = prepare(index, request.source, request.dtype, state, progress, shard.of)
-        with _shared_out(request) as share:
+        prepared = prepare_build(index, request.source, request.dtype, state, progress, shard.of)
+        with _share_of(request) as share:
 
             # 4) EK-FAC curvature
-            fitted = _fit(index, about, share, progress)
+            fitted = _fit(index, prepared, share, progress)
 
             # 5) every sequence → a code
             if request.ray is None:
-                ingest.encode_run(about.model, _codes(fitted, state), about.run,
+                encode_run(prepared.model, _codes(fitted, state), prepared.run,
                                   state.plan.batch_tokens, request.facts.max_bad, progress, share)
             else:
-                share.wait(Stage("encode"), lambda: ingest.unsealed(about.run))
-        return_freed()
+                share.complete(BuildStage("encode"), lambda: ingest.unsealed(prepared.run))
+        return_freed()  # what batches took, before calibration needs it
         if shard.of > 1:
             progress.say(f"shard {shard.number}/{shard.of} is done; when all are: gradindex merge "
                          f"{index}")
             return None
 
-        # 6) and 7) how good the codes are, and the commit
-        _complete(index, fitted, state, progress)
-    return _whole(request)
+        # 6) how far a code's score is from the exact one, and what comes up whatever is asked
+        measured = _measure(index, fitted, state, progress)
+
+        # 7) the commit
+        _commit(index, fitted, measured, state, progress)
+    return _source_to_open(request)
 
 
-def _whole(request: BuildRequest) -> ModelSource | None:
-    """What an index that is whole can be opened with; a shard leaves that to `merge`."""
+def _source_to_open(request: BuildRequest) -> ModelSource | None:
+    """What opens the finished index; None for a shard, whose index `merge` makes."""
     if request.shard.of > 1:
         return None
     source = request.source
@@ -132,8 +138,9 @@ def _writing(request: BuildRequest) -> Iterator[BuildState]:
             if together:
                 _begin_anew_alone(request)
     else:
-        shard.wait(Stage("reading the data"), lambda: [] if manifest.exists(index) or
-                   BuildState.joined(index, request.plan) else [0])
+        # until the first has read the data and knows the model, there is nothing to share
+        shard.complete(BuildStage("reading the data"), lambda: [] if index_exists(index) or
+                       BuildState.joined(index, request.plan) else [0])
     group = f"one of {shard.of} shards" if shard.of > 1 else OVER_RAY
     writing = one_of_writers(index, shard.number, group) if together else \
         only_writer(index, "gradindex build")
@@ -143,15 +150,16 @@ def _writing(request: BuildRequest) -> Iterator[BuildState]:
 
 
 @contextlib.contextmanager
-def _shared_out(request: BuildRequest) -> Iterator[Share]:
-    """Who does what: this shard its share, or workers of a Ray cluster everything."""
+def _share_of(request: BuildRequest) -> Iterator[Share]:
+    """This process's share: a shard's own, or all of it, to be handed out to a Ray cluster."""
     if request.ray is None:
         yield request.shard
         return
-    from indexer.ray_build import Crew, Job
+    from indexer.ray_build import BuildWorkers, WorkerJob
 
-    with Crew(request.ray, request.ray_workers, Job.of(request), request.progress) as crew:
-        yield crew
+    job = WorkerJob.of(request)
+    with BuildWorkers(request.ray, request.ray_workers, job, request.progress) as pool:
+        yield pool
 
 
 def _begin_anew_alone(request: BuildRequest) -> None:
@@ -160,10 +168,10 @@ def _begin_anew_alone(request: BuildRequest) -> None:
     A shard of the old plan that is still at work would add its sums to the new one's. Where the
     plan is the same, the others may begin at this moment, and must not find the folder locked.
     """
-    stored = BuildState.resumed(request.index)
-    if stored is None or stored.plan == request.plan:
+    state = BuildState.resumed(request.index)
+    if state is None or state.plan == request.plan:
         return
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:  # whose errors are not those of what stands below
         try:
             stack.enter_context(only_writer(request.index, "gradindex build"))
         except GradindexError:
@@ -184,36 +192,40 @@ def merge(
     for another model, GradindexError while another process writes to the index; ResourceError.
     """
     folder, progress = Path(index), progress or Progress()
-    given = ModelSource(model, tokenizer, device, trust_remote_code, allow_pickle,
-                        parse_bound(max_memory))
+    source = ModelSource(model, tokenizer, device, trust_remote_code, allow_pickle,
+                         parse_bound(max_memory))
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder; expected one that gradindex build --shard wrote.")
     with only_writer(folder, "gradindex merge"), disk_errors(folder):
         refuse_links(folder)
         state = BuildState.resumed(folder)
-        if state is None and not manifest.exists(folder):
+        if state is None and not index_exists(folder):
             raise InputError(f"{folder} holds no unfinished build. Run gradindex build … --shard "
                              "i/n first, once for each i.")
-        if state is None or manifest.exists(folder):
+        if state is None or index_exists(folder):
             progress.say(f"{folder} is complete; nothing to do.")
         else:
             _refuse_unfinished(folder, state)
             plan = state.plan
-            source = given.at_build(plan.model, plan.revision, None)
-            about = prepare(folder, source, plan.dtype, state, progress)
-            _complete(folder, _fit(folder, about, Shard(), progress), state, progress)
-    return replace(given, max_memory=None)
+            prepared = prepare_build(folder, source.at_build(plan.model, plan.revision, None),
+                                     plan.dtype, state, progress)
+            # steps 4 and 5 are done, so the curvature is only read; 6 and 7 are what is left
+            fitted = _fit(folder, prepared, Shard(), progress)
+            measured = _measure(folder, fitted, state, progress)
+            _commit(folder, fitted, measured, state, progress)
+    return replace(source, max_memory=None)
 
 
 def _refuse_unfinished(index: Path, state: BuildState) -> None:
-    """Raise InputError for shards that are not done."""
+    """Raise InputError where shards have not done all of their work."""
     run = Run(index, 0, 0, state.corpus.sequences if state.corpus else 0, state.plan.segment_size)
+    # the first thing that is missing: what comes after it isn't there either
     missing = "the data are not read" if state.corpus is None else \
-        "the curvature is not fitted" if not (index / "curvature").is_dir() else None
-    left = [run.segments[number].name for number in ingest.unsealed(run)]
-    if missing is None and left:
-        shown = ", ".join(left[:5]) + ", …" * (len(left) > 5)
-        missing = f"{len(left)} of {len(run.segments)} segments are not encoded ({shown}; shard " \
+        "the curvature is not fitted" if not (index / layout.CURVATURE).is_dir() else None
+    names = [run.segments[number].name for number in ingest.unsealed(run)]
+    if missing is None and names:
+        shown = ", ".join(names[:5]) + ", …" * (len(names) > 5)
+        missing = f"{len(names)} of {len(run.segments)} segments are not encoded ({shown}; shard " \
                   "i of n does those whose number leaves i when divided by n)"
     if missing:
         raise InputError(
@@ -223,72 +235,89 @@ def _refuse_unfinished(index: Path, state: BuildState) -> None:
 
 
 @dataclass
-class _Fitted:
-    """A build whose curvature is there, of those modules that have one."""
+class _FittedBuild:
+    """A build with its curvature; `modules` are those of the tracked that have one."""
 
-    about: Prepared
+    prepared: Prepared
     modules: list[Module]
     ekfac: Ekfac
     notes: FitNotes
 
 
-def _fit(index: Path, about: Prepared, share: Share, progress: Progress) -> _Fitted:
-    ekfac, notes = fit(about.model, about.tracked, about.run.records, about.settings, index,
-                       progress, about.run.count, share, about.allowance)
-    return _Fitted(about, [one for one in about.tracked if one.name in ekfac], ekfac, notes)
+def _fit(index: Path, prepared: Prepared, share: Share, progress: Progress) -> _FittedBuild:
+    """Step 4: the curvature, fitted or read."""
+    ekfac, notes = fit(prepared.model, prepared.tracked, prepared.run.records, prepared.settings,
+                       index, progress, prepared.run.count, share, prepared.allowance)
+    modules = [module for module in prepared.tracked if module.name in ekfac]
+    return _FittedBuild(prepared, modules, ekfac, notes)
 
 
-def _codes(fitted: _Fitted, state: BuildState) -> Codes:
+def _codes(fitted: _FittedBuild, state: BuildState) -> Codes:
     return make_codes(fitted.modules, fitted.ekfac, state.plan)
 
 
-def _complete(index: Path, fitted: _Fitted, state: BuildState, progress: Progress) -> None:
-    """Steps 6 and 7, once every segment is encoded."""
-    plan, run, model, ekfac = state.plan, fitted.about.run, fitted.about.model, fitted.ekfac
+@dataclass
+class _MeasuredBuild:
+    """What is known of a build's codes, once every segment is encoded."""
+
+    codes: Codes
+    calibration: Calibration
+    background: BackgroundFacts
+    quarantined: int
+
+
+def _measure(
+    index: Path, fitted: _FittedBuild, state: BuildState, progress: Progress
+) -> _MeasuredBuild:
+    """Step 6: calibrate the codes, and write the background queries."""
+    plan, prepared, ekfac = state.plan, fitted.prepared, fitted.ekfac
+    run, model = prepared.run, prepared.model
     assert state.request is not None
     codes, length = _codes(fitted, state), plan.bits
-    quarantined = ingest.quarantined(run, state.request.max_bad, progress)
-
-    # 6) how far a code's score is from the exact one, and what comes up whatever is asked
-    coded = [one for one in range(run.count) if one not in quarantined]
+    quarantined = quarantined_of(run, state.request.max_bad, progress)
+    coded = [number for number in range(run.count) if number not in quarantined]
+    # both read codes and norms from the disk: what is measured is what a search will see
     calibration = calibrate(
         model, codes, ekfac, run.records, lambda ids: run.codes(ids, length), coded,
-        plan.batch_tokens, progress, fitted.about.allowance,
+        plan.batch_tokens, progress, prepared.allowance,
     )
     queries, sample = make_background(
         model, codes, ekfac, run.records, lambda ids: run.coded(ids, length), coded, progress)
     background_file.save(index / layout.BACKGROUND, queries)
+    return _MeasuredBuild(codes, calibration,
+                          BackgroundFacts(queries=len(queries), sample=sample), len(quarantined))
 
-    # 7) the commit
-    made = _manifest(state, fitted, codes, calibration,
-                     BackgroundFacts(queries=len(queries), sample=sample), len(quarantined))
-    if made.duplicates:
-        progress.say(f"duplicates: {made.duplicates:,} sequences equal an earlier one; they are "
-                     "shown as one hit with a count")
-    manifest.commit(index, made)
+
+def _commit(
+    index: Path, fitted: _FittedBuild, measured: _MeasuredBuild, state: BuildState,
+    progress: Progress,
+) -> None:
+    """Step 7: the manifest. From then on there is an index, and the rest is tidying up."""
+    manifest = _manifest(fitted, measured, state)
+    if manifest.duplicates:
+        progress.say(f"duplicates: {manifest.duplicates:,} sequences equal an earlier one; they "
+                     "are shown as one hit with a count")
+    commit_manifest(index, manifest)
     (index / BUILD).unlink()
     for path in filter(is_lock, index.iterdir()):  # of shards that were killed
         path.unlink()
     total = sum(file.stat().st_size for file in index.rglob("*") if file.is_file())
-    progress.say(f"index: {index}, {made.sequences:,} sequences, {size(total)} (it holds the "
+    progress.say(f"index: {index}, {manifest.sequences:,} sequences, {size(total)} (it holds the "
                  "training text)")
 
 
-def _manifest(
-    state: BuildState, fitted: _Fitted, codes: Codes, calibration: Calibration,
-    queries: BackgroundFacts, quarantined: int,
-) -> Manifest:
-    """What the build made."""
-    run, model = fitted.about.run, fitted.about.model
-    tracked, notes = fitted.modules, fitted.notes
-    plan, facts, request, identity = state.plan, state.corpus, state.request, state.model
-    assert facts is not None and request is not None and identity is not None
-    files = {f"curvature/{name}": one for name, one in notes.files.items()}
+def _manifest(fitted: _FittedBuild, measured: _MeasuredBuild, state: BuildState) -> Manifest:
+    """What the build came to."""
+    run, model = fitted.prepared.run, fitted.prepared.model
+    tracked, notes, settings = fitted.modules, fitted.notes, measured.codes.settings
+    plan, corpus, request, identity = state.plan, state.corpus, state.request, state.model
+    assert corpus is not None and request is not None and identity is not None
+    files = {f"{layout.CURVATURE}/{name}": facts for name, facts in notes.files.items()}
     for name in (layout.FIT, layout.BACKGROUND):
         files[name] = facts_of(run.index / name)
-    rows = np.concatenate([run.rows(one) for one in run.segments])
+    rows = np.concatenate([run.rows(segment) for segment in run.segments])
     return Manifest(
-        format=manifest.FORMAT, generation=1, versions=_versions(),
+        format=FORMAT, generation=1, versions=_versions(),
         model=ModelFacts(
             name=anywhere(plan.model), revision=plan.revision,
             files=identity.files, tensors=identity.tensors, config=identity.config,
@@ -297,24 +326,26 @@ def _manifest(
         dtype=plan.dtype, device=plan.device, threads=state.threads,
         task=request.task, vocabulary=vocabulary_size(model.network.config),
         sequence_length=plan.sequence_length,
-        documents=facts.documents, sequences=run.count - quarantined, tokens=facts.tokens,
-        scored_tokens=facts.scored_tokens, skipped=facts.skipped,
+        documents=corpus.documents, sequences=run.count - measured.quarantined,
+        tokens=corpus.tokens, scored_tokens=corpus.scored_tokens, skipped=corpus.skipped,
+        # the quarantined have no norm, are in no answer, and so are no one's duplicate
         duplicates=row_file.count_equal(rows["digest"][~np.isnan(rows["norm"])]),
         train_sequences=request.train_sequences, modules=tracked,
         parameter_share=parameter_share(model.network, tracked),
-        effective_dimension={name: round(one.effective_dimension(plan.damping), 1)
-                             for name, one in fitted.ekfac.items()},
-        fit=FitFacts(sequences=len(fitted.about.settings.ids) - len(notes.quarantined),
-                     labels=plan.fit_labels, left_out=notes.left_out),
+        effective_dimension={name: round(curvature.effective_dimension(plan.damping), 1)
+                             for name, curvature in fitted.ekfac.items()},
+        fit=FitFacts(
+            sequences=len(fitted.prepared.settings.ids) - len(notes.quarantined),
+            labels=plan.fit_labels, left_out=notes.left_out),
         damping=plan.damping, code=CodeFacts(
-            length=codes.settings.length, width=codes.settings.width, seed=codes.settings.seed,
-            damping=codes.settings.damping, digest=codes.digest,
+            length=settings.length, width=settings.width, seed=settings.seed,
+            damping=settings.damping, digest=measured.codes.digest,
         ),
-        calibration=calibration, background=queries,
+        calibration=measured.calibration, background=measured.background,
         batch_tokens=plan.batch_tokens, plan=plan,
         appended=[],
         next_id=run.count, next_segment=len(run.segments), segments=run.segments,
-        deleted=0, deleted_file=None, quarantined=quarantined,
+        deleted=0, deleted_file=None, quarantined=measured.quarantined,
         files=files | ingest.file_facts(run),
     )
 
@@ -322,18 +353,20 @@ def _manifest(
 def _check_finished(index: Path, request: BuildRequest) -> None:
     """Raise IndexMismatchError if the weights changed; take over a new N_train."""
     (index / BUILD).unlink(missing_ok=True)  # killed right after the commit
-    built = manifest.load(index)
+    manifest = load_manifest(index)
     digest = files_digest(request.source)
-    if digest is None or digest != built.model["files"]:
-        check_identity(LanguageModel.load(request.source, request.dtype), dict(built.model))
+    # equal files are proof enough; only else is the model loaded, and its tensors looked at
+    if digest is None or digest != manifest.model["files"]:
+        check_identity(LanguageModel.load(request.source, request.dtype), dict(manifest.model))
     train_sequences = request.facts.train_sequences
-    if train_sequences not in (None, built.train_sequences):
-        built.train_sequences = train_sequences  # it only scales what is shown
-        built.generation += 1
-        manifest.commit(index, built)
+    if train_sequences not in (None, manifest.train_sequences):
+        manifest.train_sequences = train_sequences  # it only scales what is shown
+        manifest.generation += 1
+        commit_manifest(index, manifest)
 
 
 def _versions() -> dict[str, str]:
+    """What the index was built with: another version may draw or compute other numbers."""
     libraries = {name: version(name) for name in ("torch", "transformers", "lmdb", "numpy")}
     return {"gradindex": VERSION, "python": platform.python_version(),
             "faiss": code_file.library_version(), **libraries}

@@ -20,9 +20,9 @@ from gradindex.model.config import context_length, vocabulary_size
 from gradindex.model.identity import tokenizer_digest
 from gradindex.model.source import ModelSource
 from gradindex.progress import Progress
-from gradindex.storage.plan import MOST_BLOCKS, Plan
+from gradindex.storage.plan import MOST_BLOCKS, CorpusSettings, Plan
 from indexer import defaults
-from indexer.read.corpus import Corpus, CorpusSettings
+from indexer.read.corpus import Corpus
 from indexer.read.sources import token_file_width
 from indexer.shards import Shard, parse_shard
 from indexer.state import RequestFacts
@@ -85,10 +85,16 @@ def make_request(
     ray_workers: int | None = None,
     progress: Progress | None = None,
 ) -> BuildRequest:
-    """1) What is asked for, resolved, before anything expensive. Raises InputError."""
+    """Step 1 of a build: what is asked for, resolved. Raises InputError.
+
+    Everything that can be refused is refused here, before anything expensive.
+    """
+    # 1) where the model comes from; its configuration is read, no weights
     source = ModelSource(model, tokenizer, device, trust_remote_code, allow_pickle,
                          parse_bound(max_memory))
     config = source.load_config()
+
+    # 2) values that can't be, in the order in which they are cheap to see
     settings = CorpusSettings(
         sequence_length=_sequence_length(seq_len, config, as_list(data)), pack=pack,
         text_field=text_field, prompt_field=prompt_field, completion_field=completion_field,
@@ -104,7 +110,11 @@ def make_request(
     progress, index = progress or Progress(), Path(out)
     share = Shard() if shard is None else parse_shard(shard, wait, progress)
     _check_choices(index, seed, covariance_blocks, keep_fields, fit_labels)
+
+    # 3) the data: found, of one kind, and digested, so that other content is another plan
     corpus = open_corpus(data, source, config, settings, strict)
+
+    # 4) the plan, with nothing left to be chosen; a resumed build compares it with the one it began
     chosen_device, chosen_dtype = source.resolve(dtype)
     plan = Plan(
         **asdict(settings), model=source.name, revision=source.revision, data=corpus.data_facts(),
@@ -115,9 +125,8 @@ def make_request(
         batch_tokens=batch_tokens, segment_size=segment_size, seed=seed,
         tokenizer=tokenizer_digest(corpus.tokenizer),
     )
-    named = isinstance(tokenizer, (str, Path))
-    facts = RequestFacts(corpus.task, train_sequences, max_bad,
-                         anywhere(str(tokenizer)) if named else None)
+    tokenizer_name = anywhere(str(tokenizer)) if isinstance(tokenizer, (str, Path)) else None
+    facts = RequestFacts(corpus.task, train_sequences, max_bad, tokenizer_name)
     return BuildRequest(index, source, corpus, plan, dtype, facts, progress, share, ray,
                         ray_workers)
 
@@ -129,7 +138,7 @@ Made = TypeVar("Made")
 def takes_arguments_of(
     resolve: Callable[Arguments, BuildRequest]
 ) -> Callable[[Callable[[BuildRequest], Made]], Callable[Arguments, Made]]:
-    """A decorator: a function of a request becomes one of the arguments that `resolve` makes it of.
+    """A decorator: the function of a request takes the arguments that `resolve` makes a request of.
 
     So the long list of a build's arguments and defaults stands once.
     """
@@ -138,6 +147,7 @@ def takes_arguments_of(
         def call(*positional: Arguments.args, **named: Arguments.kwargs) -> Made:
             return function(resolve(*positional, **named))
 
+        # wraps() hands on the name and the words; what editors show of arguments stands here
         returns = inspect.signature(function).return_annotation
         call.__signature__ = inspect.signature(resolve).replace(  # type: ignore[attr-defined]
             return_annotation=returns)
@@ -163,17 +173,19 @@ def as_list(data: Any) -> list[Any]:
         return [data]
     if isinstance(data, (list, tuple)) and data and all(isinstance(d, (str, Path)) for d in data):
         return list(data)
-    return [data]
+    return [data]  # a list of dictionaries is one source
 
 
 def anywhere(name: str) -> str:
-    """A folder as a path that is valid from anywhere, a hub id as it is."""
+    """The absolute path of a folder; a hub id stays as it is."""
     return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 def _sequence_length(seq_len: int | None, config: Any, data: list[Any]) -> int:
+    """Tokens a sequence: as given, as the rows of token files have, or what the model takes."""
     context = context_length(config)
     if seq_len is None:
+        # rows of a file were cut by who made it: a shorter length would cut them again
         width = token_file_width(data)
         if width is None:
             return min(context or defaults.LONGEST, defaults.LONGEST)
@@ -188,6 +200,7 @@ def _sequence_length(seq_len: int | None, config: Any, data: list[Any]) -> int:
 
 
 def _code_length(bits: int | None, sequence_length: int) -> int:
+    """K, as given or by the length of the sequences. Raises InputError."""
     if bits is None:
         return default_length(sequence_length)
     if bits < 64 or bits % 64:
@@ -205,7 +218,7 @@ def check_numbers(**numbers: float | None) -> None:
 def _check_choices(
     index: Path, seed: int, covariance_blocks: int, keep_fields: Iterable[str], fit_labels: str
 ) -> None:
-    """Raise InputError for what is not to be chosen from."""
+    """Raise InputError for a value outside its bounds or choices."""
     if not 0 <= seed < 1 << 63:
         raise InputError(f"--seed {seed}: expected a number from 0 on.")
     if covariance_blocks > MOST_BLOCKS:
@@ -219,7 +232,7 @@ def _check_choices(
 
 
 def _check_ray(address: str, model: Any, shard: str | None) -> None:
-    """Raise InputError for what can't be handed out, or a cluster that isn't there."""
+    """Raise InputError for a model that workers can't load, or a cluster that isn't there."""
     if not isinstance(model, (str, Path)):
         raise InputError("ray= hands the work to other processes, which load the model themselves; "
                          "expected its folder or hub id, got an object. Save it "
@@ -227,4 +240,4 @@ def _check_ray(address: str, model: Any, shard: str | None) -> None:
     if shard is not None:
         raise InputError("--ray and --shard exclude each other: give one.")
     load_ray()
-    check_address(address)
+    check_address(address)  # Ray itself tries for minutes to reach a cluster that isn't there

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from gradindex.errors import ResourceError
+from gradindex.errors import DamagedIndexError, ResourceError
 from gradindex.flags import MAX_MEMORY, MODEL, options, read_ids, read_lines
 from gradindex.terminal import json_text, visible_lines
 from indexer import defaults
@@ -90,6 +90,7 @@ def build(
     Example:
       gradindex build ./my-model train.jsonl -o train.index --id-field url
     """
+    # here and in each command: torch takes seconds to import, and help should take none
     from gradindex.model.loading import quiet_transformers
     from gradindex.progress import stderr_progress
     from indexer import build as journey
@@ -99,12 +100,12 @@ def build(
     quiet_transformers()
     names = tuple(name.strip() for name in (keep_fields or "").split(",") if name.strip())
     if dry_run:
-        found = estimate(model, list(data), progress=stderr_progress(), keep_fields=names, **others)
-        click.echo(visible_lines("\n".join(found.lines())))
-        return ResourceError.exit_code if found.lacking else 0
+        needs = estimate(model, list(data), progress=stderr_progress(), keep_fields=names, **others)
+        click.echo(visible_lines("\n".join(needs.lines())))
+        return ResourceError.exit_code if needs.lacking else 0
     request = make_request(model, list(data), progress=stderr_progress(), keep_fields=names,
                            **others)
-    if journey.build(request) is None:
+    if journey.build(request) is None:  # a shard has no index to search yet
         return 0
     click.echo(visible_lines(f'next: gradindex search {others["out"]} -p "PROMPT" '
                              '-c " COMPLETION"'), err=True)
@@ -161,13 +162,15 @@ def append(index: Path, data: tuple[str, ...], **others: Any) -> None:
 
 @click.command()
 @click.argument("index", type=click.Path(path_type=Path))
-@click.option("--ids", metavar="FILE|-",
+@click.option("--ids", "ids_file", metavar="FILE|-",
               help="Ids to delete: a line each, as a number or as JSON with an id.")
-@click.option("--user-ids", metavar="FILE|-",
+@click.option("--user-ids", "user_ids_file", metavar="FILE|-",
               help="Your own ids of documents, a line each; the sequences that hold them go.")
 @click.option("--segment", "names", multiple=True, metavar="NAME",
               help="Give up a damaged segment, as verify names it.")
-def delete(index: Path, ids: str | None, user_ids: str | None, names: tuple[str, ...]) -> None:
+def delete(
+    index: Path, ids_file: str | None, user_ids_file: str | None, names: tuple[str, ...]
+) -> None:
     """Take sequences out of every answer, at once.
 
     Their text stays on the disk until compact. Searches that run already go on with what they had.
@@ -181,19 +184,22 @@ def delete(index: Path, ids: str | None, user_ids: str | None, names: tuple[str,
     from indexer.upkeep.delete import give_up
 
     progress = stderr_progress()
-    if bool(names) + (ids is not None or user_ids is not None) != 1:
+    # a damaged segment can't tell which ids it holds, so giving one up is a deed of its own
+    if bool(names) + (ids_file is not None or user_ids_file is not None) != 1:
         raise click.UsageError("say what to delete: --ids FILE or --user-ids FILE, or --segment "
                                "NAME.")
-    if ids == user_ids == "-":
+    if ids_file == user_ids_file == "-":
         raise click.UsageError("only one of --ids and --user-ids can be standard input, -.")
     if names:
         rows = give_up(index, names, progress)
         progress.say(f"{rows:,} sequences given up with their segments")
         return
-    own = set(_user_ids(user_ids)) if user_ids else set()
-    done = run(index, list(read_ids(ids)) if ids else [], own, progress)
+    ids = list(read_ids(ids_file)) if ids_file else []
+    user_ids = set(_user_ids(user_ids_file)) if user_ids_file else set()
+    done = run(index, ids, user_ids, progress)
     already = f", {done.already:,} were deleted before" if done.already else ""
     progress.say(f"{done.deleted:,} sequences deleted{already}")
+    # who deletes a text for its content wants its copies gone as well
     if done.equal_left:
         shown = ", ".join(map(str, done.equal_left[:10])) + ", …" * (len(done.equal_left) > 10)
         progress.say(f"warning: {len(done.equal_left)} sequences with the same tokens stay: "
@@ -239,38 +245,26 @@ def verify(index: Path, form: str, **others: Any) -> int:
       gradindex verify train.index
     """
     from gradindex.model.loading import quiet_transformers
-    from gradindex.progress import size, stderr_progress
+    from gradindex.progress import stderr_progress
     from indexer.upkeep.verify import verify as run
 
     quiet_transformers()
-    found = run(index, progress=stderr_progress(), **others)
+    verified = run(index, progress=stderr_progress(), **others)
     if form == "json":
-        click.echo(json_text(found.to_dict(), indent=1))
-        return 0 if found.sound else 3
-    if found.rebuilt:
-        click.echo(f"rebuilt: {', '.join(found.rebuilt)}")
-    click.echo(f"{found.files:,} files ({size(found.bytes)}) digested, {found.records:,} records "
-               "checked")
-    if found.same_bits is not None:
-        click.echo(f"{found.encoded} sequences encoded again: {found.same_bits:.4%} of their bits "
-                   "are the same")
-    if found.score_error is not None:
-        click.echo(f"{found.scores} scores measured again: within {found.score_error:.1e} of the "
-                   "largest")
-    for finding in found.findings:
-        click.echo(visible_lines(f"damaged: {finding.what}\n  {finding.wrong}\n  {finding.do}"))
-    click.echo("sound" if found.sound else f"{len(found.findings)} damaged")
-    return 0 if found.sound else 3
+        click.echo(json_text(verified.to_dict(), indent=1))
+    else:
+        click.echo(visible_lines("\n".join(verified.lines())))
+    return 0 if verified.sound else DamagedIndexError.exit_code
 
 
-def _user_ids(source: str) -> Iterator[str]:
-    """The user's own ids: a line each, as text or JSON with a user_id."""
-    for _, line in read_lines(source, "--user-ids"):
+def _user_ids(file: str) -> Iterator[str]:
+    """The user's own ids of a file: a line each, as text or JSON with a user_id."""
+    for _, line in read_lines(file, "--user-ids"):
         content: Any = line.strip()
         if content.startswith("{"):
             try:
                 content = json.loads(content)["user_id"]
             except (ValueError, KeyError):
-                raise click.UsageError(f"--user-ids {source}: {line[:60]!r} is not JSON with a "
+                raise click.UsageError(f"--user-ids {file}: {line[:60]!r} is not JSON with a "
                                        "user_id.") from None
         yield str(content)

@@ -21,9 +21,67 @@ from gradindex.progress import Progress
 from gradindex.storage import row_file, segments, token_file
 from gradindex.storage.code_file import CodeIndex
 from gradindex.storage.files import rename_folder
-from gradindex.storage.layout import code_bytes
+from gradindex.storage.layout import CODES, ROWS, TOKENS, code_bytes
+from gradindex.storage.manifest import Segment
 from gradindex.storage.records import Record
 from gradindex.storage.segments import SegmentFacts
+from indexer.fit.quarantine import check_quarantine
+from indexer.read.ingest import Run, is_sealed
+from indexer.shards import Shard, Share
+
+MOST_NAMED = 20  # quarantined sequences that are said one by one
+
+
+def encode_run(
+    model: LanguageModel, codes: Codes, run: Run, batch_tokens: int, bad: float, progress: Progress,
+    share: Share | None = None,
+) -> None:
+    """Encode what isn't encoded yet of this process's `share` [all], and seal it.
+
+    Raises GradindexError where more than the share `bad` is quarantined, ResourceError.
+    """
+    share, reasons = share or Shard(), dict[int, str]()
+    mine = [segment for number, segment in enumerate(run.segments) if share.takes(number)]
+    sealed = [segment for segment in mine if is_sealed(run.index, segment)]
+    progress.start("encode", sum(segment.rows for segment in mine), "sequences",
+                   done=sum(segment.rows for segment in sealed))
+    for segment in mine:
+        if segment in sealed:
+            facts = segments.read_facts(run.folder(segment))
+        else:
+            facts = encode_one(model, codes, run, segment, batch_tokens, progress)
+        # after each segment: a model that is wrong throughout shouldn't take a night to be noticed
+        reasons |= facts.quarantined
+        check_quarantine(reasons, run.count, bad, "to be indexed")
+    progress.finish()
+
+
+def encode_one(
+    model: LanguageModel, codes: Codes, run: Run, segment: Segment, batch_tokens: int,
+    progress: Progress,
+) -> SegmentFacts:
+    """Encode and seal a segment. Raises ResourceError."""
+    members = run.reader(segment).records(range(segment.rows))
+    return encode_segment(model, codes, members, run.folder(segment), batch_tokens, progress)
+
+
+def quarantined_of(run: Run, bad: float, progress: Progress) -> dict[int, str]:
+    """Which ids were quarantined while a run was encoded, and why; says so.
+
+    Raises GradindexError where they are more than the share `bad`.
+    """
+    encoded = [segments.read_facts(run.folder(segment)) for segment in run.segments]
+    reasons = {member: why for facts in encoded for member, why in facts.quarantined.items()}
+    check_quarantine(reasons, run.count, bad, "to be indexed")
+    for member, reason in list(reasons.items())[:MOST_NAMED]:  # segment.json has the others
+        progress.say(f"sequence {member} is quarantined: {reason}")
+    if reasons:
+        progress.say(f"{len(reasons)} sequences are quarantined; they are in no answer (`gradindex "
+                     "info` lists them)")
+    if halved := sum(len(facts.splits) for facts in encoded):
+        progress.say(f"memory ran out on {halved} batches, which were halved; smaller "
+                     "--batch-tokens avoid that")
+    return reasons
 
 
 def encode_segment(
@@ -35,28 +93,29 @@ def encode_segment(
     A sequence whose gradient is not finite has no code: its row's norm is NaN, and segment.json
     says why. Raises ResourceError.
     """
-    facts = segments.read_facts(folder)
-    index = CodeIndex(codes.settings.length)
-    rows_codes = np.zeros((len(records), code_bytes(codes.settings.length)), dtype=np.uint8)
+    facts = segments.read_facts(folder)  # with the splits of an earlier attempt
+    code_index = CodeIndex(codes.settings.length)
+    stored = np.zeros((len(records), code_bytes(codes.settings.length)), dtype=np.uint8)
     norms = np.zeros(len(records), dtype=np.float32)
 
-    def keep(made: list[tuple[int, int]]) -> None:
-        facts.splits = made
+    def keep(halved: list[tuple[int, int]]) -> None:
+        facts.splits = halved
         segments.write_facts(folder, facts)
 
+    # noted before a half is tried, so that who goes on after a kill forms the same batches
     splits = Splits(facts.splits, keep)
-    for rows, array in encode_batches(model, codes, records, batch_tokens, splits):
-        with np.errstate(over="ignore", invalid="ignore"):
-            norms[rows] = np.linalg.norm(array.astype(np.float64), axis=1)
-        good = np.isfinite(norms[rows])
-        rows_codes[np.array(rows)[good]] = index.encode(array[good])
-        for row in np.array(rows)[~good].tolist():
+    for rows, vectors in encode_batches(model, codes, records, batch_tokens, splits):
+        with np.errstate(over="ignore", invalid="ignore"):  # norms that float32 can't hold, too
+            norms[rows] = np.linalg.norm(vectors.astype(np.float64), axis=1)
+        finite = np.isfinite(norms[rows])
+        stored[np.array(rows)[finite]] = code_index.encode(vectors[finite])
+        for row in np.array(rows)[~finite].tolist():
             facts.quarantined[records[row].id] = _why(model, codes, records[row])
             norms[row] = np.nan
         progress.update(len(rows))
-    index.add(rows_codes)
+    code_index.add(stored)
     vocabulary = vocabulary_size(model.network.config)
-    seal(folder, facts, index, row_file.make_rows(records, norms),
+    seal(folder, facts, code_index, row_file.make_rows(records, norms),
          [record.tokens for record in records], vocabulary)
     return facts
 
@@ -69,15 +128,19 @@ def seal(
 
     Raises ResourceError.
     """
-    facts.files["vectors.faiss"] = codes.write(folder / "vectors.faiss")
-    facts.files["rows.npy"] = row_file.write_rows(folder / "rows.npy", rows)
-    facts.files["tokens.npz"] = token_file.write(folder / "tokens.npz", sequences, vocabulary)
+    files = facts.files
+    files[CODES.name] = codes.write(folder / CODES.name)
+    files[ROWS.name] = row_file.write_rows(folder / ROWS.name, rows)
+    files[TOKENS.name] = token_file.write(folder / TOKENS.name, sequences, vocabulary)
+    # last, since it says what the others are; the new name says that all are there
     segments.write_facts(folder, facts)
     rename_folder(folder, folder.with_suffix(""))
 
 
 def _why(model: LanguageModel, codes: Codes, record: Record) -> str:
+    """Why a sequence has no code."""
     batch = model.batch([record])
+    # gradients may be finite, and their sums in a bucket too large
     return why_not_finite(model, codes.modules, batch) or "its code's norm is not finite"
 
 
@@ -92,13 +155,14 @@ def encode_batches(
     def run(rows: list[int]) -> np.ndarray:
         return encode_batch(model, codes, [records[row] for row in rows]).float().cpu().numpy()
 
+    # float32 for FAISS, whatever the model computes in
     return in_batches([len(record.tokens) for record in records], batch_tokens, splits, run)
 
 
 def encode_batch(model: LanguageModel, codes: Codes, records: list[Record]) -> Tensor:
     """Vectors [b, K] of sequences, from one forward and one backward pass."""
     batch = model.batch(records)
-    vectors = codes.empty(len(records))
+    vectors = codes.empty(len(records))  # each module adds its part as soon as it arrives
 
     def each(module: Module, a: Tensor, d: Tensor) -> None:
         codes.add(vectors, module, a, d)

@@ -27,7 +27,7 @@ from gradindex.storage.records import Record
 from indexer.dry_run.measure import batch_bytes
 from indexer.fit.budget import disk_bytes, held_bytes, partitions
 from indexer.fit.notes import FitSettings
-from indexer.fit.schedule import AHEAD, LARGEST_BLOCK
+from indexer.fit.schedule import AHEAD, BLOCK_SEQUENCES
 from indexer.read import ingest
 from indexer.read.ingest import Run
 from indexer.state import BuildState
@@ -46,35 +46,42 @@ class Prepared:
     allowance: Allowance
 
 
-def prepare(
+def prepare_build(
     index: Path, source: ModelSource, dtype: str, state: BuildState, progress: Progress,
     shards: int = 1,
 ) -> Prepared:
-    """Load and check the model. Raises ResourceError where disk or memory don't suffice."""
+    """Load and check the model, and settle how it is fitted, the same way in every process.
+
+    `shards` are how many processes share the fit. Raises IndexMismatchError for another model,
+    ResourceError where disk or memory don't suffice.
+    """
     plan, request = state.plan, state.request
     assert state.corpus is not None and request is not None
+    # those of the build's beginning, also where it goes on elsewhere: others sum in another order
     torch.set_num_threads(state.threads)
     run = Run(index, 0, 0, state.corpus.sequences, plan.segment_size)
     progress.say(f"model: loading {source.name} as {plan.dtype} on {plan.device}")
     model = LanguageModel.load(source, dtype)
-    state.check_model(model)
+    state.check_model(model)  # weights that changed since the build began end it here
     tracked = tracked_modules(model.network, plan.modules)
-    progress.say(f"modules: {describe(model, tracked)}")
-    odd = {what: share for what, share in untracked(model.network, tracked).items()
-           if what not in (*TRACKABLE, *SMALL_PARTS)}
-    if (total := sum(odd.values())) > NOTABLE:
+    progress.say(f"modules: {describe_modules(model, tracked)}")
+    # what nobody chose to leave out, and is more than norms and the like
+    lost = {what: share for what, share in untracked(model.network, tracked).items()
+            if what not in (*TRACKABLE, *SMALL_PARTS)}
+    if (total := sum(lost.values())) > NOTABLE:
         progress.say(f"warning: {total:.0%} of the model's parameters can't be tracked, so their "
-                     f"influence is in no score: {shares(odd)}")
+                     f"influence is in no score: {shares(lost)}")
     settings = FitSettings(
         choose(Stream.FIT_SEQUENCES, plan.seed, run.count, plan.fit_sequences),
-        plan.fit_labels, min(plan.segment_size, LARGEST_BLOCK), plan.batch_tokens,
+        plan.fit_labels, min(plan.segment_size, BLOCK_SEQUENCES), plan.batch_tokens,
         plan.seed, request.max_bad, plan.covariance_blocks,
     )
     allowance = allow(model, tracked, settings, lambda: run.records(settings.ids[: settings.block]))
     blocks, width = settings.covariance_blocks, model.accumulate.itemsize
-    every = partitions(tracked, blocks, width, allowance.planned)
+    groups = partitions(tracked, blocks, width, allowance.planned)
+    # blocks that wait for the first shard lie on the disk too, some of each of the others
     ingest.check_disk(run, plan.bits, _still_needed(index, disk_bytes(
-        every, blocks, width, AHEAD * shards if shards > 1 else 0)))
+        groups, blocks, width, AHEAD * shards if shards > 1 else 0)))
     return Prepared(run, model, tracked, settings, allowance)
 
 
@@ -82,8 +89,9 @@ def _still_needed(index: Path, fit: int) -> int:
     """What a fit of so many bytes still needs on the disk."""
     if (index / "curvature").is_dir():
         return 0
-    there = sum(one.stat().st_size for one in (index / "curvature.partial").glob("*"))
-    return max(0, fit - there)
+    # what an unfinished fit has written is a part of what it needs
+    written = sum(file.stat().st_size for file in (index / "curvature.partial").glob("*"))
+    return max(0, fit - written)
 
 
 def allow(
@@ -94,8 +102,9 @@ def allow(
 
     Raises ResourceError where that is too little.
     """
-    if model.source.max_memory is None:
+    if model.source.max_memory is None:  # what a batch takes is measured only where it matters
         return Allowance()
+    # modules can be fitted one after the other, so the largest alone has to fit
     held, largest = max((held_bytes([module], settings.covariance_blocks,
                                     model.accumulate.itemsize), module.name) for module in tracked)
     batch = batch_bytes(model, tracked, sample(), settings)
@@ -105,14 +114,16 @@ def allow(
 
 def make_codes(modules: list[Module], ekfac: Ekfac, plan: Plan) -> Codes:
     """The codes that a plan asks for, of modules that have curvature."""
+    # k follows from how many modules share the K buckets, so it is chosen after the fit
     return Codes(modules, ekfac, CodeSettings(
         plan.bits, default_width(plan.bits, len(modules)), plan.seed, plan.damping))
 
 
-def describe(model: LanguageModel, tracked: list[Module]) -> str:
+def describe_modules(model: LanguageModel, tracked: list[Module]) -> str:
     """Which modules are tracked, their share of the model, and what isn't tracked."""
     kinds: dict[str, int] = {}
     for module in tracked:
+        # the module's own name without its layer; experts count as one kind
         kind = re.sub(r"_\d+$", "_*", module.name.split(f".{module.layer}.", 1)[1])
         kinds[kind] = kinds.get(kind, 0) + 1
     rest = shares({f"{what} (not chosen)" if what in TRACKABLE else what: share for what, share

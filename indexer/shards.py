@@ -19,7 +19,7 @@ from gradindex.progress import Progress, duration
 
 POLL = 0.5  # seconds between looks at what the others did
 OVER_RAY = "part of a build over Ray"  # see `one_of_writers`
-SAID = 60.0  # seconds until it is said again whom a shard waits for
+SAY_AGAIN = 60.0  # seconds until it is said again whom a shard waits for
 
 # What starts several processes tells each its number and how many there are, by these names.
 ARRAY = "SLURM_ARRAY_TASK_"
@@ -28,7 +28,7 @@ STARTERS = (("RANK", "WORLD_SIZE"), (f"{ARRAY}ID", f"{ARRAY}COUNT"),
 
 
 @dataclass(frozen=True)
-class Stage:
+class BuildStage:
     """A stage of a build whose units can be shared out: `name` and, of a fit, the partition.
 
     covariance and eigenvalues have a unit a block, eigenvectors a module, encode a segment.
@@ -42,22 +42,24 @@ class Stage:
 
 
 class Share(Protocol):
-    """What of a build this process does itself, and how the rest comes about.
-
-    `first`: whether it does what can't be shared out.
-    """
+    """Which units of a build this process does itself, and how the others get done."""
 
     @property
-    def first(self) -> bool: ...
+    def first(self) -> bool:
+        """Whether it does what can't be shared out."""
 
     @property
-    def of(self) -> int: ...
+    def of(self) -> int:
+        """Among how many the units are shared out."""
 
     def takes(self, unit: int) -> bool:
         """Whether a unit is this process's own."""
 
-    def wait(self, stage: Stage, missing: Callable[[], list[int]]) -> None:
-        """Come back when no unit is missing any more. Raises GradindexError."""
+    def complete(self, stage: BuildStage, missing: Callable[[], list[int]]) -> None:
+        """See to it that no unit is missing any more: wait for others, or hand the units out.
+
+        Raises GradindexError.
+        """
 
 
 @dataclass(frozen=True)
@@ -78,32 +80,33 @@ class Shard:
         return self.number == 0
 
     def takes(self, unit: int) -> bool:
-        return unit % self.of == self.number
+        return unit % self.of == self.number  # in turn, so that all end at about the same time
 
-    def wait(self, stage: Stage, missing: Callable[[], list[int]]) -> None:
+    def complete(self, stage: BuildStage, missing: Callable[[], list[int]]) -> None:
         """Wait until `missing`, the numbers of units that others have yet to do, is empty.
 
         Raises GradindexError where nothing new came for `patience` seconds.
         """
-        left = missing()
-        begun = said = time.monotonic()
-        first = True
-        while left:
+        units = missing()
+        last_news = time.monotonic()
+        last_line = -math.inf  # so whom it waits for is said at once, and then now and again
+        while units:
             now = time.monotonic()
-            if first or now - said > SAID:
-                self.progress.say(f"waiting for {self._shards(left)}: {stage}")
-                first, said = False, now
-            if now - begun > self.patience:
+            if now - last_line > SAY_AGAIN:
+                self.progress.say(f"waiting for {self._shards(units)}: {stage}")
+                last_line = now
+            if now - last_news > self.patience:
                 raise GradindexError(
-                    f"waited {duration(self.patience)} in vain for {self._shards(left)}: {stage} "
-                    f"({len(left)} missing). Is it running? Start it with the same command and "
-                    f"--shard {left[0] % self.of}/{self.of}, then this one again; what is done "
+                    f"waited {duration(self.patience)} in vain for {self._shards(units)}: {stage} "
+                    f"({len(units)} missing). Is it running? Start it with the same command and "
+                    f"--shard {units[0] % self.of}/{self.of}, then this one again; what is done "
                     "stays done."
                 )
             time.sleep(POLL)
-            before, left = left, missing()
-            if left != before:
-                begun = now
+            previous, units = units, missing()
+            # patience counts from the last news: a slow shard is no dead one
+            if units != previous:
+                last_news = now
 
     def _shards(self, units: list[int]) -> str:
         numbers = sorted({unit % self.of for unit in units})
@@ -116,49 +119,50 @@ def parse_shard(
     environment: Mapping[str, str] = os.environ,
 ) -> Shard:
     """The shard called "2/8", or "auto": what torchrun or SLURM say. Raises InputError."""
-    given, separator, count = text.partition("/")
+    first, separator, second = text.partition("/")
     if text == "auto":
-        number, of = _started(environment)
-    elif separator and given.isdecimal() and count.isdecimal():
-        number, of = int(given), int(count)
+        number, of = _by_starter(environment)
+    elif separator and first.isdecimal() and second.isdecimal():
+        number, of = int(first), int(second)
     else:
         number = of = 0
-    if not number < of:
+    if not number < of:  # so is what could not be read, as 0 of 0
         raise InputError(f"--shard {text}: expected i/n, such as 0/8, with i from 0 to n - 1.")
     return Shard(number, of, math.inf if patience is None else patience, progress or Progress())
 
 
-def _started(environment: Mapping[str, str]) -> tuple[int, int]:
+def _by_starter(environment: Mapping[str, str]) -> tuple[int, int]:
     """This process's number and how many there are, by what started it. Raises InputError."""
-    def number(name: str) -> int:
-        value = environment[name]
-        if not value.isdecimal():
-            raise InputError(f"--shard auto: {name} is {value!r}; expected a number. Say --shard "
+    def value(name: str) -> int:
+        text = environment[name]
+        if not text.isdecimal():
+            raise InputError(f"--shard auto: {name} is {text!r}; expected a number. Say --shard "
                              "i/n.")
-        return int(value)
+        return int(text)
 
-    for own, count in STARTERS:
-        if own in environment and count in environment:
+    for name, count in STARTERS:  # torchrun first: it may run inside a SLURM job
+        if name in environment and count in environment:
             break
     else:
         raise InputError(
             "--shard auto: found none of RANK, SLURM_ARRAY_TASK_ID and SLURM_PROCID in the "
             "environment, by which torchrun and SLURM number processes. Say --shard i/n."
         )
-    found, of, first = number(own), number(count), 0
-    if own.startswith(ARRAY):
-        first = number(f"{ARRAY}MIN") if f"{ARRAY}MIN" in environment else 0
-        last = number(f"{ARRAY}MAX") if f"{ARRAY}MAX" in environment else first + of - 1
+    number, of, first = value(name), value(count), 0
+    if name.startswith(ARRAY):
+        # the tasks of an array are numbered as its user likes: only without gaps is task i shard i
+        first = value(f"{ARRAY}MIN") if f"{ARRAY}MIN" in environment else 0
+        last = value(f"{ARRAY}MAX") if f"{ARRAY}MAX" in environment else first + of - 1
         if last - first + 1 != of:
             raise InputError(
                 f"--shard auto: the array has {of} tasks numbered {first} to {last}, so which "
                 "shard task i is can't be told; expected numbers without gaps, such as --array=0-7."
                 " To run some shards again say --shard i/n with the first n.")
-        if of == 1 and found != 0:  # more likely one of many that is run again than all there is
+        if of == 1 and number != 0:  # more likely one of many that is run again than all there is
             raise InputError(
-                f"--shard auto: the array has one task, number {found}; expected all tasks, or "
+                f"--shard auto: the array has one task, number {number}; expected all tasks, or "
                 "number 0 for an only one. To run a shard again say --shard i/n with the first n.")
-    if not 0 <= found - first < of:
-        raise InputError(f"--shard auto: {own} is {found}, of {of} from {first} on; expected less "
-                         f"than {first + of}. Say --shard i/n.")
-    return found - first, of
+    if not 0 <= number - first < of:
+        raise InputError(f"--shard auto: {name} is {number}, of {of} from {first} on; expected "
+                         f"less than {first + of}. Say --shard i/n.")
+    return number - first, of

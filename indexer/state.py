@@ -27,14 +27,14 @@ from gradindex.storage.manifest import load as load_manifest
 from gradindex.storage.plan import DataFacts, Plan
 from indexer.read.corpus import CorpusFacts
 
-LARGEST = 1 << 26  # bytes of either file
+LARGEST_STATE = 1 << 26  # bytes of either file
 
 Threads = Annotated[int, pydantic.Field(gt=0, le=1 << 16)]
 
 
 @dataclass(frozen=True)
 class RequestFacts:
-    """What of a build's request doesn't decide the codes, and the manifest needs all the same."""
+    """The part of a build's request that goes into the manifest without affecting the codes."""
 
     task: str
     train_sequences: int | None
@@ -56,8 +56,7 @@ class ModelIdentity:
 
 @dataclass
 class BuildState:
-    """`build.json`. What isn't known yet is None: the corpus, the model, the request besides the
-    plan.
+    """`build.json`: `corpus`, `model` and `request` are None until they are known.
 
     `saved_plan` is the plan as it lies there, perhaps of an earlier version: two are compared in
     this form.
@@ -77,6 +76,7 @@ class BuildState:
         """The state of the build in `index`, or a new one. Raises as `find` does; ResourceError."""
         state = cls.find(index, plan, progress, anew)
         if state is None:
+            # as many threads as now, for good: each number of them sums in an order of its own
             state = cls(index / BUILD, plan.to_dict(), torch.get_num_threads())
             state.save()
         return state
@@ -87,7 +87,7 @@ class BuildState:
         path = index / BUILD
         if not path.is_file():
             return None
-        stored = _read(path, _BUILD)
+        stored = _read_state(path, _BUILD)
         return cls(path, stored["plan"], stored["threads"], stored["corpus"], stored["model"],
                    stored.get("asked"))
 
@@ -100,6 +100,7 @@ class BuildState:
         state = cls.resumed(index)
         if state is None:
             return None
+        # before that the first shard may begin anew with this plan, so it is waited for
         if _is_fitted(index):
             _refuse_difference(index, state.saved_plan, plan.to_dict())
         known = state.corpus is not None and state.model is not None
@@ -115,15 +116,15 @@ class BuildState:
         can be corrected; afterwards, or where other processes may be at work (not `anew`), it is
         refused. Raises InputError.
         """
-        wanted = plan.to_dict()
+        current = plan.to_dict()
         if index_exists(index):
-            _refuse_difference(index, load_manifest(index).plan.to_dict(), wanted)
-            return cls(index / BUILD, wanted, torch.get_num_threads())
+            _refuse_difference(index, load_manifest(index).plan.to_dict(), current)
+            return cls(index / BUILD, current, torch.get_num_threads())
         state = cls.resumed(index)
         if state is not None:
-            changes = _differences(state.saved_plan, wanted)
+            changes = _differences(state.saved_plan, current)
             if _is_fitted(index) or not anew or not changes:
-                _refuse_difference(index, state.saved_plan, wanted)
+                _refuse_difference(index, state.saved_plan, current)
                 return state
             progress.say(f"starting over in {index}, where nothing was fitted yet: "
                          + "; ".join(changes))
@@ -143,11 +144,12 @@ class BuildState:
 
     def save(self) -> None:
         """Write build.json. Raises ResourceError."""
-        _write(self.path, self.saved_plan, self.threads, self.corpus, self.model, self.request)
+        _write_state(
+            self.path, self.saved_plan, self.threads, self.corpus, self.model, self.request)
 
     def check_model(self, model: LanguageModel) -> None:
         """Remember the weights' digest, or raise IndexMismatchError if they changed."""
-        if self.model is None:
+        if self.model is None:  # the first process of the build to get here
             self.model = ModelIdentity(**identify(model))
             self.save()
         else:
@@ -199,14 +201,14 @@ class AppendState:
     def resumed(cls, index: Path) -> "AppendState | None":
         """The state of the append to `index`, finished or not; None for none."""
         path = index / APPEND
-        if not os.path.lexists(path):
+        if not os.path.lexists(path):  # a link counts as there, and is refused when it is read
             return None
-        stored = _read(path, _APPEND)
+        stored = _read_state(path, _APPEND)
         return cls(path, stored["plan"], stored["threads"], stored["corpus"])
 
     def save(self) -> None:
         """Write append.json. Raises ResourceError."""
-        _write(self.path, asdict(self.plan), self.threads, self.corpus)
+        _write_state(self.path, asdict(self.plan), self.threads, self.corpus)
 
 
 def unfinished_append(index: Path, next_id: int) -> AppendState | None:
@@ -223,6 +225,7 @@ def finished_append(index: Path, plan: AppendPlan) -> bool:
 
     Its `first` is below that of `plan`, which is the index's next id.
     """
+    # or the same data would be in the index twice
     state = AppendState.resumed(index)
     return state is not None and state.plan.first != plan.first and \
         replace(state.plan, first=plan.first) == plan
@@ -231,6 +234,7 @@ def finished_append(index: Path, plan: AppendPlan) -> bool:
 # ---- the files
 
 
+# what the files hold, under the names of their first version
 class _StoredBuild(TypedDict):
     plan: dict[str, Any]
     threads: Threads
@@ -250,12 +254,14 @@ _APPEND: pydantic.TypeAdapter[_StoredAppend] = pydantic.TypeAdapter(_StoredAppen
 _Stored = TypeVar("_Stored", _StoredBuild, _StoredAppend)
 
 
-def _read(path: Path, adapter: pydantic.TypeAdapter[_Stored]) -> _Stored:
+def _read_state(path: Path, adapter: pydantic.TypeAdapter[_Stored]) -> _Stored:
     """What a file holds, checked. Raises DamagedIndexError."""
     try:
+        # the file may come from a stranger, with an index that was copied: no link, no size, and
+        # nothing that isn't what we write
         with os.fdopen(open_inside(path.parent, path.name), "rb") as file:
             return adapter.validate_json(
-                sealed_json.check(sealed_json.parse(file.read(LARGEST))))
+                sealed_json.check(sealed_json.parse(file.read(LARGEST_STATE))))
     except ValueError as error:
         raise DamagedIndexError(
             f"{path} can't be read ({str(error).splitlines()[0][:120]}). It says how far a command "
@@ -264,10 +270,11 @@ def _read(path: Path, adapter: pydantic.TypeAdapter[_Stored]) -> _Stored:
         ) from None
 
 
-def _write(
+def _write_state(
     path: Path, plan: dict[str, Any], threads: int, corpus: CorpusFacts | None,
     model: ModelIdentity | None = None, request: RequestFacts | None = None,
 ) -> None:
+    # append.json has all fields too: earlier versions refuse one without
     content = {
         "plan": plan, "threads": threads, "corpus": corpus and asdict(corpus),
         "model": model and asdict(model), "asked": request and asdict(request),
@@ -275,16 +282,17 @@ def _write(
     atomic_write(path, sealed_json.sign(content))
 
 
-def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def _differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """Where two plans differ, an entry each."""
     return [
-        f"{name}: {before.get(name)!r} before, {now.get(name)!r} now"
-        for name in sorted({*before, *now}) if before.get(name) != now.get(name)
+        f"{name}: {saved.get(name)!r} before, {current.get(name)!r} now"
+        for name in sorted({*saved, *current}) if saved.get(name) != current.get(name)
     ]
 
 
-def _refuse_difference(index: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+def _refuse_difference(index: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
     """Raise InputError where a plan is another than the one that was begun."""
-    changes = _differences(before, now)
+    changes = _differences(saved, current)
     if changes:
         raise InputError(
             f"{index} was begun with another command ({'; '.join(changes)}). Run the first command "

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,21 @@ from demo.prepare import train_tokenizer
 from gradindex.model.network import LanguageModel
 from gradindex.model.source import ModelSource
 from gradindex.objective import Text
+from indexer import background, calibrate
 from support.documents import FRUIT, PLACES, small_documents
 from support.indexes import SMALL
 from support.models import SIZES, VOCABULARY, random_network
 from support.needed import missing
+from support.shapes import install
+
+install()  # of the checks of shapes
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collect_file(file_path: Path) -> Any:
+    """Collect tests here, and no examples: a look for these would import every script."""
+    collectors = yield
+    return [one for one in collectors if type(one).__name__ != "DoctestModule"]
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
@@ -93,3 +104,14 @@ def more_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "text": f"A late {FRUIT[n % 8]} ripens in the {PLACES[n % 5]}, number {n}.",
         "url": f"late/{n}", "place": PLACES[n % 5]}) + "\n" for n in range(20)))
     return path
+
+
+@pytest.fixture
+def few_queries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A build asks two queries each and computes in one thread, for time."""
+    monkeypatch.setattr(calibrate, "CALIBRATION_QUERIES", 2)
+    monkeypatch.setattr(background, "BACKGROUND_QUERIES", 2)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -3,6 +3,8 @@
 import ast
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import gradindex
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("gradindex", "indexer", "search")
-FRONT = {"gradindex/__init__.py", "gradindex/cli.py", "gradindex/facade.py"}  # where all meet
+FRONT = {"gradindex", "gradindex.cli", "gradindex.facade"}  # where all packages meet
 DOORS = {  # library: the files that it enters through
     "transformers": {f"gradindex/model/{name}.py"
                      for name in ("loading", "network", "source", "tracked")},
@@ -58,7 +60,7 @@ def test_imports(path):
     name = str(path.relative_to(ROOT))
     room = path.relative_to(ROOT).parts[0]
     used = roots(imports(path))
-    if room == "gradindex" and name not in FRONT:
+    if room == "gradindex" and module_of(path) not in FRONT:
         assert not used & {"indexer", "search"}
     if room == "indexer":
         assert "search" not in used
@@ -70,6 +72,212 @@ def test_imports(path):
     if path.name == "cli.py":
         heavy = roots(imports(path, top_level_only=True)) - set(sys.stdlib_module_names)
         assert heavy <= {"click", "gradindex", room}
+
+
+WINGS = {  # a wing: those that it may import; all may import the rooms at gradindex's root
+    "gradindex.storage": set(),
+    "gradindex.model": {"gradindex.storage"},
+    "gradindex.influence": {"gradindex.storage", "gradindex.model"},
+}
+CORE = {"gradindex", *WINGS}
+WINGS |= {
+    "indexer.read": CORE, "indexer.fit": CORE | {"indexer"},
+    "indexer.dry_run": CORE | {"indexer", "indexer.fit", "indexer.read"},
+    "indexer.upkeep": CORE | {"indexer", "indexer.fit", "indexer.read"},
+    "search.ask": CORE | {"search"},  # files of queries are answered by the engine
+    "search.rank": CORE | {"search.ask"},
+    "search.show": CORE,
+    "search.study": CORE | {"search", "search.ask", "search.rank", "search.show"},
+    "search.serve": CORE | {"search", "search.ask", "search.show", "search.study"},
+}
+
+
+def wing_of(module: str) -> str:
+    """gradindex.storage of gradindex.storage.files; gradindex of gradindex.memory."""
+    parts = module.split(".")
+    return ".".join(parts[:2]) if len(parts) > 2 else parts[0]
+
+
+def module_of(path: Path) -> str:
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    return name.removesuffix(".__init__")
+
+
+def arrows() -> dict[str, set[str]]:
+    """Which rooms of the three packages each one imports."""
+    modules = {module_of(path): path for path in sources()}
+    found: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        names = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                names |= {f"{node.module}.{name.name}" for name in node.names} | {str(node.module)}
+            elif isinstance(node, ast.Import):
+                names |= {name.name for name in node.names}
+        found[module] = {name for name in names if name in modules and modules[name].stem
+                         != "__init__"} - {module}
+    return found
+
+
+def test_arrows_between_wings():
+    for module, imported in arrows().items():
+        own = wing_of(module)
+        for other in imported:
+            wing = wing_of(other)
+            if wing == own or module in FRONT or own in ("indexer", "search"):
+                continue
+            if module.endswith(".cli") and other == "search.command_line":
+                continue  # what the commands of all wings share
+            assert own != "gradindex", f"{module}, at the root, imports {other}"
+            assert wing == "gradindex" or wing in WINGS[own], f"{module} imports {other}"
+
+
+def test_no_circle_of_rooms():
+    graph, done, path = arrows(), set(), []
+
+    def visit(module: str) -> None:
+        assert module not in path, " → ".join([*path[path.index(module):], module])
+        if module in done:
+            return
+        path.append(module)
+        for other in sorted(graph[module]):
+            visit(other)
+        path.pop()
+        done.add(module)
+
+    for module in graph:
+        visit(module)
+
+
+# ---- words
+
+MEANINGS = {  # a name: what its annotation may say, in signatures and classes of the three packages
+    "ids": ("list[int]", "Sequence[int]", "Iterable[int]", "Iterable[Any]", "np.ndarray",
+            "set[int]", "str", "str | None", "Iterator[int]"),
+    "places": ("list[int]", "Sequence[int]", "Iterable[int]", "np.ndarray", "Tensor",
+               "Tensor | None", "range", "Sequence[int] | np.ndarray"),
+    "tokens": ("np.ndarray", "Tensor", "list[int]", "Sequence[int]", "int", "Count",
+               "Callable[[Segment], token_file.Matrix]"),
+    "pieces": ("list[str]", "Sequence[str]"),
+    "manifest": ("Manifest",),
+}
+KEPT = {  # names of the saved JSON of a result, and counts that are called after what they count
+    ("gradindex/results.py", "tokens"), ("gradindex/results.py", "token_ids"),
+}
+
+
+def annotated(tree: ast.AST) -> Iterator[tuple[str, str]]:
+    """Names of arguments and attributes with their annotations."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arg) and node.annotation is not None:
+            yield node.arg, ast.unparse(node.annotation)
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            yield node.target.id, ast.unparse(node.annotation)
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_word_means_one_thing(path):
+    name = str(path.relative_to(ROOT))
+    kinds: dict[str, set[str]] = {}
+    for word, kind in annotated(ast.parse(path.read_text())):
+        kind = kind.strip("'\"")
+        if word in MEANINGS and (name, word) not in KEPT:
+            assert kind in MEANINGS[word], f"{name}: {word}: {kind}"
+        kinds.setdefault(word, set()).add(kind)
+    index = kinds.get("index", set())
+    paths = {kind for kind in index if "Path" in kind or kind == "str"}
+    assert not paths or paths == index, f"{name}: index is {index}"
+
+
+def test_no_class_and_no_file_stands_twice():
+    classes = Counter(node.name for path in sources() for node in ast.walk(
+        ast.parse(path.read_text())) if isinstance(node, ast.ClassDef))
+    assert [name for name, count in classes.items() if count > 1] == []
+    files = Counter(path.name for path in sources())
+    assert {name for name, count in files.items() if count > 1} <= {"cli.py", "__init__.py"}
+
+
+# ---- what stands in one place only
+
+REMOTE_CODE = {  # where a ModelSource is made of what the user said, at the front of each command
+    "gradindex/flags.py", "gradindex/model/source.py", "indexer/build.py",
+    "indexer/build_request.py", "indexer/cli.py", "indexer/upkeep/append.py",
+    "indexer/upkeep/verify.py", "search/opening.py",
+}
+FOREIGN = {"RuntimeError", "MemoryError", "Exception", "RayError", "lmdb.Error"}
+
+
+def test_remote_code_is_decided_at_the_front():
+    users = {str(path.relative_to(ROOT)) for path in sources()
+             if "trust_remote_code" in path.read_text()}
+    assert users <= REMOTE_CODE | {"gradindex/model/loading.py"}, users - REMOTE_CODE
+
+
+def test_random_numbers_are_drawn_in_one_room():
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Attribute) or path.name == "draws.py":
+                continue
+            call = ast.unparse(node)
+            assert not call.startswith(("np.random.", "numpy.random.")) or \
+                call == "np.random.Generator", f"{path}: {call}"
+            assert call not in ("torch.manual_seed", "torch.rand", "torch.randn",
+                                "torch.randint", "torch.Generator"), f"{path}: {call}"
+
+
+def test_no_control_flow_by_the_text_of_our_own_errors():
+    """`in str(error)` is for what foreign libraries say; ours carry fields."""
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ExceptHandler) or node.type is None:
+                continue
+            by_text = any(
+                isinstance(inner, ast.Compare) and isinstance(inner.ops[0], (ast.In, ast.NotIn))
+                and f"str({node.name})" in ast.unparse(inner.comparators[0])
+                for inner in ast.walk(node))
+            kinds = ast.unparse(node.type)
+            assert not by_text or not any(name in kinds for name in OURS), f"{path}: {kinds}"
+
+
+OURS = ("GradindexError", "InputError", "IndexMismatchError", "DamagedIndexError", "ResourceError")
+
+# ---- sizes
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_room_is_small(path):
+    text = path.read_text()
+    assert text.count("\n") <= 450
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ClassDef):
+            methods = [inner.name for inner in node.body
+                       if isinstance(inner, (ast.FunctionDef, ast.AsyncFunctionDef))]
+            assert len(methods) <= 15, f"{node.name} has {len(methods)} methods"
+
+
+def long_functions(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Functions of 25 lines or more, with their lines; tables of flags are none."""
+    text = path.read_text()
+    lines = text.split("\n")
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            last = node.end_lineno or node.lineno
+            if last - node.lineno + 1 >= 25 and "click" not in "".join(
+                    ast.unparse(one) for one in node.decorator_list):
+                yield node.name, lines[node.lineno - 1 : last]
+
+
+def test_every_long_function_says_why():
+    silent = [f"{path.relative_to(ROOT)}: {name}" for path in sources()
+              for name, lines in long_functions(path)
+              if not any(line.lstrip().startswith("#") or "  # " in line for line in lines)]
+    assert silent == []
+
+
+def test_comments_are_at_least_one_line_in_twenty_five():
+    lines = [line for path in sources() for line in path.read_text().split("\n")[:-1]]
+    comments = sum(line.lstrip().startswith("#") or "  # " in line for line in lines)
+    assert comments >= 0.04 * len(lines), f"{comments} of {len(lines)}"
 
 
 def test_no_unsafe_readers():

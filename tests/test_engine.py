@@ -3,14 +3,17 @@
 import csv
 import io
 import json
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 import gradindex
+from gradindex.cli import main_group
 from gradindex.errors import DamagedIndexError, IndexMismatchError, InputError
 from gradindex.influence.exact import chunk_ends, exact_scores
 from gradindex.influence.queries import Preconditioned, precondition, query_coordinates
@@ -22,10 +25,10 @@ from search.engine import drain
 from search.show import wording
 from search.show.data_files import csv_table
 from search.show.terminal_text import _wrap, layer_strip, render_terminal
-from support.documents import small_documents
+from support.documents import save, small_documents, tiny_tokens
 from support.fits import records_of
-from support.indexes import QUESTION, SMALL
-from support.models import random_network
+from support.indexes import QUESTION, SMALL, TINY
+from support.models import random_network, tiny_network
 from support.scores import codes_of
 
 
@@ -393,3 +396,30 @@ def test_wrapping_never_cuts_a_colour():
 def test_layer_strip_shows_size_and_sign():
     assert layer_strip([0.0, 1.0, -0.5]) == "▁█(▅)"
     assert layer_strip([]) == ""
+
+
+def test_equal_sequences_are_one_hit_that_names_all_copies(tmp_path):
+    """By a digest taken at the build, also where the copies are no part of the shortlist."""
+    tokens = tiny_tokens(7, 30)
+    copies = [3, 4, 11, 20, 29]
+    tokens[copies] = tokens[3]
+    nearly = 12
+    tokens[nearly] = tokens[3]
+    tokens[nearly, -1] += 1
+    searcher = gradindex.build(tiny_network(), save(tmp_path / "a.npy", tokens),
+                               tmp_path / "index", **TINY)
+    assert searcher.manifest.duplicates == len(tokens) - len({tuple(row) for row in tokens}) == 4
+    for controls in ({"k": 1, "shortlist": 1}, {"k": 2, "shortlist": 2}, {"k": 3, "rescore": False},
+                     {"k": 30, "shortlist": "all"}):
+        result = searcher.search(token_ids=tokens[3], normalize="cosine", **controls)
+        of_them = [hit for hit in result if hit.id in copies]
+        assert len(of_them) == 1
+        assert sorted([of_them[0].id, *of_them[0].duplicates]) == copies, controls
+        assert all(hit.duplicates == [] for hit in result if hit.id not in copies)
+    assert result[0].id == 3 and len(result) == 26
+    [hit] = searcher.rescore(token_ids=tokens[3], ids=[20])
+    assert (hit.id, hit.duplicates) == (20, [3, 4, 11, 29])
+    lines = re.findall(r"equal an earlier one", json.dumps(result.to_dict()))
+    assert not lines  # said by the build and by info alone
+    done = CliRunner().invoke(main_group, ["info", str(tmp_path / "index")])
+    assert "4 sequences equal an earlier one" in done.output

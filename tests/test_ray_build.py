@@ -27,9 +27,9 @@ from indexer.build_request import make_request
 from indexer.fit.folder import FitFolder
 from indexer.fit.schedule import Fit
 from indexer.fit.units import FitUnits
-from indexer.prepare import prepare
-from indexer.ray_build import Crew, Job, Receipt, _Worker
-from indexer.shards import OVER_RAY, Shard, Stage
+from indexer.prepare import prepare_build
+from indexer.ray_build import BuildWorkers, Receipt, WorkerJob, _Worker
+from indexer.shards import OVER_RAY, BuildStage, Shard
 from indexer.state import BuildState
 from support.clusters import two_nodes
 from support.indexes import SMALL, SMALL_FLAGS, files_of
@@ -37,6 +37,7 @@ from support.needed import library
 from support.waiting import HANG, IN_VAIN, is_gone, struck, until
 
 ray = library("ray")
+pytestmark = pytest.mark.xdist_group("a cluster to build")
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -100,7 +101,8 @@ def command(model, data, out, cluster):
             *SMALL_FLAGS, "--ray", cluster.address]
 
 
-@pytest.mark.parametrize("moment", ["while it starts", "once a block is summed"])
+@pytest.mark.parametrize("moment", [
+    pytest.param("while it starts", marks=pytest.mark.slow), "once a block is summed"])
 def test_the_bytes_of_one_process_though_a_worker_is_killed(
     moment, cluster, alone, model_folder, data_file, tmp_path
 ):
@@ -142,6 +144,7 @@ def test_a_model_named_from_another_folder(
     assert there["files"] == here["files"]
 
 
+@pytest.mark.slow
 def test_a_worker_out_of_reach_is_ended_before_another_does_its_unit(
     cluster, alone, model_folder, data_file, tmp_path, monkeypatch
 ):
@@ -163,9 +166,10 @@ def test_a_worker_out_of_reach_is_ended_before_another_does_its_unit(
     assert gone(*reached) and files_of(out) == alone
 
 
+@pytest.mark.slow
 def test_what_is_waited_for(cluster, alone, model_folder, data_file, tmp_path, monkeypatch):
     """A worker that has no place in the cluster, and two that load."""
-    monkeypatch.setattr(ray_build, "PATIENCE", 0.2)
+    monkeypatch.setattr(ray_build, "WORKER_PATIENCE", 0.2)
     out = tmp_path / "index"
     out.mkdir()
     locked, free = threading.Event(), threading.Event()
@@ -195,6 +199,7 @@ def test_what_is_waited_for(cluster, alone, model_folder, data_file, tmp_path, m
     assert files_of(out) == alone
 
 
+@pytest.mark.slow
 def test_an_error_of_the_folder_is_tried_again(
     cluster, alone, model_folder, data_file, begun, monkeypatch
 ):
@@ -223,7 +228,7 @@ def test_an_error_of_the_folder_is_tried_again(
 
 def test_an_unforeseen_error_is_one_line(cluster, model_folder, data_file, begun):
     """And no worker is left, though the connection is the user's and stays."""
-    job = Job.of(make_request(str(model_folder), data_file, begun, **SMALL))
+    job = WorkerJob.of(make_request(str(model_folder), data_file, begun, **SMALL))
     ray.init(cluster.address, log_to_driver=False)
     processes = []
 
@@ -233,8 +238,8 @@ def test_an_unforeseen_error_is_one_line(cluster, model_folder, data_file, begun
 
     try:
         with (pytest.raises(GradindexError, match=r"^a worker failed in a way .*: KeyError: 'odd'$")
-              as kept, Crew(cluster.address, 1, job, Progress()) as hands):
-            hands.wait(Stage("odd"), left)
+              as kept, BuildWorkers(cluster.address, 1, job, Progress()) as hands):
+            hands.complete(BuildStage("odd"), left)
         assert kept.tb and ray.is_initialized() and processes and all(map(gone, processes))
     finally:
         ray.shutdown()
@@ -246,9 +251,9 @@ def test_a_worker_is_where_the_plan_says(model_folder, data_file, tmp_path, one_
     with pytest.raises(GradindexError, match="in vain for shard 1 of 2"):
         gradindex.build(str(model_folder), data_file, tmp_path / "index", **SMALL, dtype="float64",
                         shard="0/2", wait=IN_VAIN)
-    worker = _Worker(Job.of(build(dtype="float64")), 1)
+    worker = _Worker(WorkerJob.of(build(dtype="float64")), 1)
     assert worker.load() == Receipt()
-    assert worker._about.model.dtype == torch.float64
+    assert worker._prepared.model.dtype == torch.float64
     worker._stack.close()
     assert not list(tmp_path.glob("index/shard.*"))
     if not torch.cuda.is_available():
@@ -257,14 +262,14 @@ def test_a_worker_is_where_the_plan_says(model_folder, data_file, tmp_path, one_
         state.save()
         asked = build(dtype="float64")
         asked.plan = replace(asked.plan, device="cuda")
-        receipt = _Worker(Job.of(asked), 1).load()
+        receipt = _Worker(WorkerJob.of(asked), 1).load()
         assert receipt.error == "InputError" and "sees no CUDA GPU" in receipt.message
 
 
 def test_a_worker_reads_once_what_units_of_a_stage_share(model_folder, data_file, begun):
     """The numbers of units done by a process each, though the files they share are gone."""
     asked = make_request(str(model_folder), data_file, begun, **SMALL)
-    about = prepare(begun, asked.source, "float32", BuildState.resumed(begun), Progress())
+    about = prepare_build(begun, asked.source, "float32", BuildState.resumed(begun), Progress())
     folder = begun / "curvature.partial"
 
     def worker():
@@ -295,12 +300,12 @@ def test_a_worker_reads_once_what_units_of_a_stage_share(model_folder, data_file
         assert one._at_hand is None
 
     for block in (1, 2, 3):
-        worker().do(Stage("covariance"), block)
+        worker().do(BuildStage("covariance"), block)
     first = Fit(about.model, about.tracked, about.run.records, about.settings, folder, Progress(),
                 0, Shard(0, 2))
-    first._add_waiting(Stage("covariance"), first.folder.sums(Stage("covariance")))
-    done(Stage("eigenvectors"), range(len(about.tracked)), "covariance-*", "*.eigenvectors.*")
-    done(Stage("eigenvalues"), range(4), "*.eigenvectors.*", "eigenvalues-*")
+    first._add_waiting(BuildStage("covariance"), first.folder.sums(BuildStage("covariance")))
+    done(BuildStage("eigenvectors"), range(len(about.tracked)), "covariance-*", "*.eigenvectors.*")
+    done(BuildStage("eigenvalues"), range(4), "*.eigenvectors.*", "eigenvalues-*")
 
 
 def test_a_killed_driver_goes_on(cluster, alone, model_folder, data_file, tmp_path):
@@ -341,6 +346,7 @@ def test_what_ray_can_not_do(model_folder, data_file, tmp_path):
     assert not (tmp_path / "index").exists()
 
 
+@pytest.mark.slow
 def test_a_terminated_driver_goes_on(cluster, alone, model_folder, data_file, tmp_path):
     """As one without Ray does, which takes the signal for itself."""
     out = tmp_path / "index"

@@ -14,13 +14,10 @@ import torch
 
 import gradindex
 from gradindex.errors import GradindexError, InputError, ResourceError
-from gradindex.modules import Module
 from gradindex.progress import Progress
 from gradindex.storage.locks import one_of_writers, only_writer
 from indexer import shards
-from indexer.fit.budget import SOLVER, held_bytes, partitions
-from indexer.fit.sums import Block, BlockNotes, Sums
-from indexer.shards import Shard, Stage, parse_shard
+from indexer.shards import BuildStage, Shard, parse_shard
 from indexer.state import BuildState
 from support.indexes import SMALL, SMALL_FLAGS, files_of
 from support.waiting import HANG, IN_VAIN, until
@@ -222,19 +219,19 @@ def clock(monkeypatch):
 def test_waiting_ends_when_nothing_is_missing_and_counts_from_the_last_news(clock):
     left = [[3, 5], [3, 5], [5], []]
     shard = Shard(0, 4, patience=math.inf)
-    shard.wait(Stage("blocks"), lambda: left.pop(0))
+    shard.complete(BuildStage("blocks"), lambda: left.pop(0))
     assert not left
     begun = clock[0]
     states = iter([[1], [1], [1, 2]])
     with pytest.raises(GradindexError, match=r"shards 1, 2 of 4: blocks \(2 missing\)"):
-        Shard(0, 4, patience=0.05).wait(Stage("blocks"), lambda: next(states, [1, 2]))
+        Shard(0, 4, patience=0.05).complete(BuildStage("blocks"), lambda: next(states, [1, 2]))
     assert clock[0] - begun >= 0.05
 
 
 def test_a_shard_says_whom_it_waits_for(monkeypatch, clock):
     said = []
     monkeypatch.setattr(Progress, "say", lambda self, line: said.append(line))
-    Shard(1, 3).wait(Stage("eigenvectors", 2), lambda: [3, 2] if clock[0] < 0.05 else [])
+    Shard(1, 3).complete(BuildStage("eigenvectors", 2), lambda: [3, 2] if clock[0] < 0.05 else [])
     assert said == ["waiting for shards 0, 2 of 3: eigenvectors of partition 2"]
 
 
@@ -287,58 +284,3 @@ def test_what_a_starter_says_is_no_number(environment, said):
 def test_auto_without_a_starter():
     with pytest.raises(InputError, match="Say --shard i/n"):
         parse_shard("auto", environment={"RANK": "1"})
-
-
-# ---- sums
-
-
-def test_sums_are_added_in_order_whoever_took_them(tmp_path):
-    """In float64, block by block: equal to the last bit, in any order of arrival."""
-    torch.manual_seed(0)
-    parts = [{"x": torch.randn(3, 4)} for _ in range(4)]
-    expected = torch.zeros(3, 4, dtype=torch.float64)
-    for part in parts:
-        expected = expected + part["x"].double()
-
-    def block(number):
-        notes = BlockNotes([(0, number)], {number: "odd"}) if number == 2 else BlockNotes()
-        return Block(parts[number], 10 + number, notes)
-
-    adding, other = (Sums(tmp_path, "a-0", {"x": (3, 4)}, 4) for _ in range(2))
-    for number in (2, 1):
-        other.keep(number, block(number))
-    assert [other.has(number) for number in range(4)] == [False, True, True, False]
-    assert list(adding.waiting()) == []
-    adding.add(0, block(0))
-    noted = []
-    for number, found in adding.waiting():
-        noted.append((number, found.notes))
-        adding.add(number, found)
-    assert noted == [(1, BlockNotes()), (2, BlockNotes([(0, 2)], {2: "odd"}))]
-    assert other.added() == 3 and [path.name for path in tmp_path.iterdir()] == ["a-0.safetensors"]
-    again = Sums(tmp_path, "a-0", {"x": (3, 4)}, 4)
-    again.add(3, block(3))
-    totals, positions = again.totals()
-    assert torch.equal(totals["x"], expected) and positions == 10 + 11 + 12 + 13
-    again.remove()
-    assert not list(tmp_path.iterdir())
-
-
-def test_partitions_hold_no_more_than_they_may():
-    modules = [Module(f"m{n}", n, "mlp", 3 + n, 5, n % 2 == 0) for n in range(6)]
-    sizes = [held_bytes([module], 1, 4) for module in modules]
-    assert sizes[0] == max(
-        12 * (9 + 36), 8 * (9 + 36) + SOLVER * 36 + 8 * (9 + 36), 12 * 18 + 4 * (9 + 36),
-        12 * 18 + 12 * (9 + 36))
-    assert held_bytes(modules[:2], 2, 8) == max(
-        16 * (6 + 18 + 8 + 15), 8 * (6 + 18 + 8 + 15) + SOLVER * 9 + 8 * (6 + 18),
-        16 * (18 + 20) + 8 * (6 + 18 + 8 + 15), 8 * (18 + 20) + 16 * (6 + 18) + 8 * 18)
-    assert partitions(modules, 1, 4, None) == [modules]
-    assert partitions(modules, 1, 4, 1) == [[module] for module in modules]
-    for held in (sizes[0] + sizes[1], held_bytes(modules[:4], 1, 4), held_bytes(modules, 1, 4)):
-        found = partitions(modules, 1, 4, held)
-        assert [one for part in found for one in part] == modules
-        for part, after in zip(found, [*found[1:], None], strict=True):
-            assert held_bytes(part, 1, 4) <= held or len(part) == 1
-            assert after is None or held_bytes([*part, after[0]], 1, 4) > held
-    assert partitions(modules, 1, 4, held_bytes(modules[:4], 1, 4))[0] == modules[:4]

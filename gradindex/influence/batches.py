@@ -80,6 +80,7 @@ class Splits:
         self._keep = keep
 
     def add(self, batch: tuple[int, int]) -> None:
+        """Note that a batch, (first row, rows), is halved."""
         self.halved.append(batch)
         # Before the half runs: a process killed on it would otherwise forget the split, and with
         # more memory next time give other bytes.

@@ -206,8 +206,8 @@ def exact_scores(
     scores = np.zeros((len(preconditioned), len(sequences)))
     by = Rescorer(model, modules, {}, 0.0, batch_tokens)  # no sizes are asked for
     for part in rescore(by, preconditioned, sequences, whole=True):
-        for place, exact in part:
-            scores[:, place] = exact.influence
+        for position, exact in part:
+            scores[:, position] = exact.influence
     return scores
 
 
@@ -215,10 +215,10 @@ def self_influence(
     by: Rescorer, sequences: list[Record],
     batch_of: Callable[[list[Record]], tuple[Batch, Tensor | None]],
 ) -> np.ndarray:
-    """‖m̃‖² of every sequence: float64 [sequences], see `GradientSizes`.
+    """The influence of every sequence on itself, ‖m̃‖² (`GradientSizes`): float64 [sequences].
 
-    `batch_of` makes the batch of some, and the numbers that draw their labels from the model [its
-    targets are the labels].
+    `batch_of` makes a batch of some records, with the numbers [b, t] that draw its labels from the
+    model, or None where the targets are the labels. Raises ResourceError as `rescore` does.
     """
     def run(rows: list[int]) -> np.ndarray:
         batch, numbers = batch_of([sequences[row] for row in rows])
@@ -226,11 +226,11 @@ def self_influence(
         collect(by.model, by.modules, batch, sizes, numbers=numbers)
         return sizes.self_influence.numpy()
 
-    every = np.zeros(len(sequences))
+    squares = np.zeros(len(sequences))
     lengths = [len(record.tokens) for record in sequences]
     for rows, sizes in in_batches(lengths, by.batch_tokens, Splits(), run):
-        every[rows] = sizes
-    return every
+        squares[rows] = sizes  # batches come in no order of the sequences
+    return squares
 
 
 def joined(parts: Sequence[Exact]) -> Exact:

@@ -36,23 +36,23 @@ from gradindex.progress import duration, size
 from gradindex.storage import (
     background_file,
     code_file,
-    manifest,
     records,
     row_file,
     sealed_json,
     token_file,
 )
 from gradindex.storage.integrity import refuse_links
+from gradindex.storage.manifest import exists as index_exists
 from gradindex.storage.plan import Plan
 from gradindex.storage.records import Record
-from indexer.background import QUERIES as BACKGROUND
+from indexer.background import BACKGROUND_QUERIES
 from indexer.build_request import BuildRequest, make_request, takes_arguments_of
-from indexer.calibrate import QUERIES, SAMPLE
+from indexer.calibrate import CALIBRATION_QUERIES, CALIBRATION_SAMPLE
 from indexer.dry_run.measure import WRITING, Bench, Memory, Work, gpu_available, hashing
 from indexer.fit.budget import budget
 from indexer.fit.notes import FitSettings
-from indexer.fit.schedule import LARGEST_BLOCK
-from indexer.prepare import allow, describe
+from indexer.fit.schedule import BLOCK_SEQUENCES
+from indexer.prepare import allow, describe_modules
 from indexer.read import ingest
 from indexer.read.corpus import Corpus, CorpusFacts
 from indexer.read.sources import count_rows
@@ -156,49 +156,52 @@ def estimate(request: BuildRequest) -> Estimate:
     note = _note_on(request.index, state)
 
     # 2) text → lengths
-    read = _read(request)
-    ingest.report_read(read.facts, plan.sequence_length, progress)
+    data = _read_data(request)
+    ingest.report_read(data.facts, plan.sequence_length, progress)
 
     # 3) the model and its tracked modules
-    begun = time.perf_counter()
+    start = time.perf_counter()
     model = LanguageModel.load(request.source, request.dtype)
     if state is not None and state.model is not None:
         check_identity(model, asdict(state.model))
-    identify(model)
-    start = time.perf_counter() - begun
+    identify(model)  # digests the weights, as a build does
+    loading = time.perf_counter() - start
     tracked = tracked_modules(model.network, plan.modules)
     inner, width = default_width(plan.bits, len(tracked)), model.accumulate.itemsize
-    settings = FitSettings([], plan.fit_labels, min(plan.segment_size, LARGEST_BLOCK),
+    settings = FitSettings([], plan.fit_labels, min(plan.segment_size, BLOCK_SEQUENCES),
                            plan.batch_tokens, plan.seed,
                            covariance_blocks=plan.covariance_blocks)
-    allowed = allow(model, tracked, settings, lambda: read.sample[: settings.block])
-    needs = budget(model.bytes, tracked, settings.covariance_blocks, width, allowed.planned, inner)
+    allowance = allow(model, tracked, settings, lambda: data.sample[: settings.block])
+    needs = budget(model.bytes, tracked, settings.covariance_blocks, width, allowance.planned,
+                   inner)
 
     # 4) two batches of each stage
     progress.say("measuring two batches of each stage")
     bench = Bench(
-        model, tracked, read.sample, settings,
+        model, tracked, data.sample, settings,
         CodeSettings(plan.bits, inner, plan.seed, plan.damping),
-        min(plan.segment_size, len(read.lengths)), allowed,
+        min(plan.segment_size, len(data.lengths)), allowance,
     )
-    disk = _disk(read, model, tracked, plan)
-    stages = {"start": (start, 0), **_stages(bench, read, disk, plan)}
+    disk = _disk(data, model, tracked, plan)
+    stages = {"start": (loading, 0), **_stages(bench, data, disk, plan)}
 
-    # 5) what there is of it
+    # 5) what there is of it; what an unfinished build has written is a part of what it needs
     existing = _bytes_in(request.index)
-    place = next(one for one in (request.index, *request.index.absolute().parents) if one.is_dir())
-    text, facts = disk["records"], read.facts
+    folder = next(path for path in (request.index, *request.index.absolute().parents)
+                  if path.is_dir())
+    facts, moments = data.facts, bench.memory.values()
     return Estimate(
         model=f"{request.source.name}: {model.network.num_parameters() / 1e6:,.1f} M parameters in "
-              f"{plan.dtype}; {describe(model, tracked)}",
+              f"{plan.dtype}; {describe_modules(model, tracked)}",
         data=f"{facts.documents:,} documents → {facts.sequences:,} sequences of at most "
              f"{plan.sequence_length} tokens, {facts.tokens:,} tokens",
         documents=facts.documents, sequences=facts.sequences, tokens=facts.tokens,
-        read=read.share, stages=stages, disk=disk,
-        disk_most=max(sum(disk.values()), text + needs.fit_disk),
-        disk_free=shutil.disk_usage(place).free + existing, place=str(place),
-        memory=Memory(max(one.host for one in bench.memory.values()),
-                      max(one.device for one in bench.memory.values())),
+        read=data.share, stages=stages, disk=disk,
+        # the fit's sums are gone before the first code is written
+        disk_most=max(sum(disk.values()), disk["records"] + needs.fit_disk),
+        disk_free=shutil.disk_usage(folder).free + existing, place=str(folder),
+        memory=Memory(max(moment.host for moment in moments),
+                      max(moment.device for moment in moments)),
         memory_free=Memory(available(), gpu_available(model.device)),
         memory_parts=needs.parts | {"a batch": bench.batch},
         threads=torch.get_num_threads(), device=str(model.device), note=note,
@@ -206,7 +209,8 @@ def estimate(request: BuildRequest) -> Estimate:
 
 
 def _note_on(index: Path, state: BuildState | None) -> str:
-    if manifest.exists(index):
+    """What there is already of a build, in words; empty for nothing."""
+    if index_exists(index):
         return f"{index} is complete: the same command has nothing to do"
     if state is not None:
         return f"{index} holds a part of this build: less than estimated is left to do"
@@ -221,7 +225,7 @@ def _bytes_in(folder: Path) -> int:
 
 
 @dataclass
-class _Read:
+class _ReadData:
     """The data: counted, and where they were read in part (`share`), scaled.
 
     `lengths` are the tokens of every sequence, `sizes` the bytes of its record, in order; `seconds`
@@ -236,42 +240,42 @@ class _Read:
     seconds: float
 
 
-def _read(request: BuildRequest) -> _Read:
-    """Raises InputError where a build would."""
+def _read_data(request: BuildRequest) -> _ReadData:
+    """Read the data, or what can be read in READING seconds. Raises InputError as a build would."""
     corpus, most = request.corpus, request.plan.segment_size
     lengths: list[int] = []
     sizes: list[int] = []
     sample: list[Record] = []
     random = draws.generator(Stream.DRY_RUN_SAMPLE, request.plan.seed)
     request.progress.start("read", 0, "sequences")
-    begun = time.perf_counter()
-    share = 1.0
+    start, share = time.perf_counter(), 1.0
     for record in corpus.sequences():
         lengths.append(len(record.tokens))
         sizes.append(records.value_bytes(record))
         if len(sample) < most:
             sample.append(record)
-        elif (place := int(random.integers(len(lengths)))) < most:  # each with equal chance
-            sample[place] = record
+        elif (number := int(random.integers(len(lengths)))) < most:  # each with equal chance
+            sample[number] = record
         request.progress.update(1)
-        if time.perf_counter() - begun > READING:
-            share = _share(corpus, record)
+        if time.perf_counter() - start > READING:
+            share = _share_read(corpus, record)  # all else is scaled by it
             break
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - start
     request.progress.finish()
     if share == 1:
         ingest.check_read(corpus)
     facts = corpus.facts
-    sample = [sample[one] for one in random.permutation(len(sample))]
+    # the first of a sample are measured, and must not be the first of the data
+    sample = [sample[number] for number in random.permutation(len(sample))]
     if share < 1:
         count = round(len(lengths) / share)
         facts = replace(facts, **{name: round(getattr(facts, name) / share) for name in (
             "sequences", "tokens", "scored_tokens", "documents")})
-        lengths, sizes = (np.resize(np.array(one), count).tolist() for one in (lengths, sizes))
-    return _Read(facts, lengths, sizes, sample, share, seconds / share)
+        lengths, sizes = (np.resize(np.array(read), count).tolist() for read in (lengths, sizes))
+    return _ReadData(facts, lengths, sizes, sample, share, seconds / share)
 
 
-def _share(corpus: Corpus, last: Record) -> float:
+def _share_read(corpus: Corpus, last: Record) -> float:
     """How much of the data, in rows, was read up to a sequence."""
     part = last.parts[-1]
     done = total = 0
@@ -279,6 +283,7 @@ def _share(corpus: Corpus, last: Record) -> float:
         if source.name == part.source:
             done = total + part.row
         total += count_rows(source, corpus.settings.sequence_length)
+    # with a limit, the rows that come after it are never read
     limit = corpus.settings.limit
     return min(1.0, max(done / total, corpus.facts.documents / limit if limit else 0.0))
 
@@ -287,23 +292,25 @@ def _share(corpus: Corpus, last: Record) -> float:
 
 
 def _disk(
-    read: _Read, model: LanguageModel, tracked: list[Module], plan: Plan
+    data: _ReadData, model: LanguageModel, tracked: list[Module], plan: Plan
 ) -> dict[str, int]:
     """Bytes of the finished index by part."""
-    cut = list(_groups(read.sizes, plan.segment_size))
+    cut = list(_in_groups(data.sizes, plan.segment_size))  # of each segment
     vocabulary = vocabulary_size(model.network.config)
-    sequences = [record.tokens for record in read.sample[:TOKEN_SAMPLE]]
-    one = len(token_file.pack(sequences[:1], vocabulary))
-    more = (len(token_file.pack(sequences, vocabulary)) - one) / max(1, len(sequences) - 1)
+    sequences = [record.tokens for record in data.sample[:TOKEN_SAMPLE]]
+    # what a matrix of one sequence takes, and each further one on top
+    single = len(token_file.pack(sequences[:1], vocabulary))
+    further = (len(token_file.pack(sequences, vocabulary)) - single) / max(1, len(sequences) - 1)
+    queries = min(BACKGROUND_QUERIES, len(data.sizes))
     return {
         "records": sum(records.file_bytes(sizes) for sizes in cut),
         "codes": sum(code_file.file_bytes(plan.bits, len(sizes))
                      + len(row_file.array_bytes(np.zeros(len(sizes), row_file.ROW)))
                      for sizes in cut),
-        "token matrices": round(sum(one + more * (len(sizes) - 1) for sizes in cut)),
+        "token matrices": round(sum(single + further * (len(sizes) - 1) for sizes in cut)),
         "curvature": sum(curvature.file_bytes(module, model.accumulate, plan.covariance_blocks)
                          for module in tracked),
-        "background": background_file.file_bytes(min(BACKGROUND, len(read.sizes)), plan.bits),
+        "background": background_file.file_bytes(queries, plan.bits),
         # manifest.json, fit.json and segment.json: a few hundred bytes a file that they name
         "notes": 4000 + len(sealed_json.sign(plan.to_dict())) + 1400 * len(cut)
                  + 500 * len(tracked),
@@ -314,52 +321,51 @@ def _disk(
 
 
 def _stages(
-    bench: Bench, read: _Read, disk: dict[str, int], plan: Plan
+    bench: Bench, data: _ReadData, disk: dict[str, int], plan: Plan
 ) -> dict[str, tuple[float, int]]:
     """Seconds and sequences of each stage after the model is loaded."""
-    count, tokens = len(read.lengths), plan.batch_tokens
+    count, batch_tokens = len(data.lengths), plan.batch_tokens
     rate = hashing()
 
-    def kept(name: str, digests: int) -> float:
-        """To write files, and to digest them so many times."""
+    def writing(name: str, digests: int) -> float:
+        """Seconds of writing a part's files, and of digesting them so many times."""
         return disk[name] * (1 / WRITING + digests / rate)
 
-    chosen = choose(Stream.FIT_SEQUENCES, plan.seed, count, plan.fit_sequences)
-    blocks = list(_groups([read.lengths[one] for one in chosen], bench.settings.block))
-    fitting, every = Work.of(blocks, tokens), len(bench.partitions)
+    fit_ids = choose(Stream.FIT_SEQUENCES, plan.seed, count, plan.fit_sequences)
+    blocks = list(_in_groups([data.lengths[number] for number in fit_ids], bench.settings.block))
+    fitting, passes = Work.of(blocks, batch_tokens), len(bench.partitions)
+    # measured one after the other, and each let go, so that the next finds the memory free
     covariance, sums = bench.covariance()
     decompositions = bench.decompositions(sums)
     del sums
     eigenvalues = bench.eigenvalues()
-    encode, drawn, codes, ekfac = bench.encode()
+    encode, drawing, codes, ekfac = bench.encode()
     exact, prepare = bench.calibrate(codes, ekfac)
     del codes, ekfac
-    sum_a_s, sum_table = bench.commits()
+    sum_squares, sum_tables = bench.commits()
     matrices = bench.token_matrices()
 
-    reading = 2 * READ_RECORD * len(chosen)  # a block's records are read again to be counted
+    reading = 2 * READ_RECORD * len(fit_ids)  # a block's records are read again to be counted
     sealing = count * (READ_RECORD + matrices)
-    sample = choose(Stream.CALIBRATION_SAMPLE, plan.seed, count, SAMPLE)
-    queries = min(QUERIES, count)
-    passes = -(-queries // bench.together)
-    request = min(BACKGROUND, count)
-    pairs = Work.of([[read.lengths[one] for one in sample]], tokens)
+    encoding = Work.of(list(_in_groups(data.lengths, plan.segment_size)), batch_tokens)
+    sample = choose(Stream.CALIBRATION_SAMPLE, plan.seed, count, CALIBRATION_SAMPLE)
+    pairs = Work.of([[data.lengths[number] for number in sample]], batch_tokens)
+    queries, background = min(CALIBRATION_QUERIES, count), min(BACKGROUND_QUERIES, count)
+    stacks = -(-queries // bench.together)
     return {
-        "read": (read.seconds + count * WRITE_RECORD + kept("records", 2), 0),
-        "covariance": (every * (covariance * fitting + len(blocks) * sum_a_s + reading),
-                       len(chosen)),
-        "eigenvectors": (decompositions + 2 * every * sum_a_s, 0),
-        "eigenvalues": (every * (eigenvalues * fitting + len(blocks) * sum_table + reading)
-                        + kept("curvature", 4), len(chosen)),
-        "encode": (drawn + encode * Work.of(list(_groups(read.lengths, plan.segment_size)),
-                                            tokens)
-                   + sealing + kept("codes", 2), count),
-        "calibrate": (queries * prepare + passes * (exact * pairs), 0),
-        "background": (request * prepare + count * bench.background(request, plan.bits)
-                       + kept("background", 2), 0),
+        "read": (data.seconds + count * WRITE_RECORD + writing("records", 2), 0),
+        "covariance": (passes * (covariance * fitting + len(blocks) * sum_squares + reading),
+                       len(fit_ids)),
+        "eigenvectors": (decompositions + 2 * passes * sum_squares, 0),
+        "eigenvalues": (passes * (eigenvalues * fitting + len(blocks) * sum_tables + reading)
+                        + writing("curvature", 4), len(fit_ids)),
+        "encode": (drawing + encode * encoding + sealing + writing("codes", 2), count),
+        "calibrate": (queries * prepare + stacks * (exact * pairs), 0),
+        "background": (background * prepare + count * bench.background(background, plan.bits)
+                       + writing("background", 2), 0),
     }
 
 
-def _groups(values: list[int], most: int) -> Iterator[list[int]]:
+def _in_groups(values: list[int], most: int) -> Iterator[list[int]]:
     for first in range(0, len(values), most):
         yield values[first : first + most]

@@ -45,7 +45,7 @@ from gradindex.storage import token_file
 from gradindex.storage.code_file import UNPACKED_ROWS, CodeIndex
 from gradindex.storage.layout import code_bytes
 from gradindex.storage.records import Record
-from indexer.calibrate import QUERIES, prepare_query, stacked_queries
+from indexer.calibrate import CALIBRATION_QUERIES, prepare_query, stacked_queries
 from indexer.encode import encode_batch
 from indexer.fit.budget import FitMoments, curvature_bytes, held_bytes, partitions, projection_bytes
 from indexer.fit.eigen import eigenvectors
@@ -63,18 +63,22 @@ RECORD_BYTES = 2000  # of a Record in memory besides its tokens
 class Work:
     """Padded tokens and sequences of some batches."""
 
-    tokens: int
+    padded_tokens: int
     sequences: int
 
     @classmethod
     def of(cls, groups: Sequence[Sequence[int]], batch_tokens: int) -> "Work":
-        """Of groups of lengths, each put into batches by itself."""
-        tokens = sequences = 0
+        """The work on groups of lengths; each group is put into batches by itself.
+
+        >>> Work.of([[5, 3, 3]], batch_tokens=6)  # a batch of one, and one of two
+        Work(padded_tokens=11, sequences=3)
+        """
+        padded_tokens = sequences = 0
         for lengths in groups:
-            tokens += sum(lengths[batch[0]] * len(batch)
-                          for batch in plan_batches(lengths, batch_tokens))
+            padded_tokens += sum(lengths[batch[0]] * len(batch)
+                                 for batch in plan_batches(lengths, batch_tokens))
             sequences += len(lengths)
-        return cls(tokens, sequences)
+        return cls(padded_tokens, sequences)
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ class Speed:
     sequence: float
 
     def __mul__(self, work: Work) -> float:
-        return self.token * work.tokens + self.sequence * work.sequences
+        return self.token * work.padded_tokens + self.sequence * work.sequences
 
 
 @dataclass
@@ -107,21 +111,21 @@ def batch_bytes(
     like = torch.zeros((), dtype=model.accumulate, device=model.device)
     squares = covariance_shapes(modules, settings.covariance_blocks)
     shapes = squares | {module.name: module.shape for module in modules}
-    kept = {shape: like.new_empty(shape).fill_(0)  # zeros() would take no memory yet
-            for shape in set(shapes.values())}
-    sums = {name: kept[shape] for name, shape in shapes.items()}
-    turned = {shape: identity(*shape, like) for shape in set(squares.values())}
-    vectors = {name: turned[shape] for name, shape in squares.items()}
+    shared = {shape: like.new_empty(shape).fill_(0)  # zeros() would take no memory yet
+              for shape in set(shapes.values())}
+    sums = {name: shared[shape] for name, shape in shapes.items()}
+    identities = {shape: identity(*shape, like) for shape in set(squares.values())}
+    vectors = {name: identities[shape] for name, shape in squares.items()}
     plan = plan_batches([len(record.tokens) for record in sample], settings.batch_tokens)
     _forget_peak(model.device)
-    before = _used(model.device)
+    base = _used(model.device)
     with torch.no_grad():
         for rows in (plan[0], max(plan, key=len)):
             batch = partial(fit_batch, model, [sample[row] for row in rows], settings.labels,
                             settings.seed)
             add_covariances(model, modules, sums, *batch(Stream.COVARIANCE_LABELS))
             add_eigenvalues(model, modules, vectors, sums, *batch(Stream.EIGENVALUE_LABELS))
-    return max(0, _peak(model.device) - before)
+    return max(0, _peak(model.device) - base)
 
 
 class Bench:
@@ -136,31 +140,32 @@ class Bench:
     ):
         self.model, self.modules, self.sample = model, modules, sample
         self.settings, self.code, self.segment = settings, code, segment
-        self.together = min(QUERIES, stacked_queries(modules, allowance))  # scored in a pass
+        # queries that are scored in a pass
+        self.together = min(CALIBRATION_QUERIES, stacked_queries(modules, allowance))
         self.memory: dict[str, Memory] = {}
         self.batch = 0  # the most bytes that a batch took
         self._blocks, self._width = settings.covariance_blocks, model.accumulate.itemsize
         self.partitions = partitions(modules, self._blocks, self._width, allowance.planned)
-        self._largest = max(self.partitions, key=lambda some: held_bytes(
-            some, self._blocks, self._width))
+        self._largest = max(self.partitions, key=lambda group: held_bytes(
+            group, self._blocks, self._width))
         self._fit = FitMoments.of(self._largest, self._blocks, self._width)
-        self._kept = allowance.curvature
+        self._curvature_room = allowance.curvature
         self._base = _used(model.device)
         self._host = resident()
 
     # ---- the stages
 
     def covariance(self) -> tuple[Speed, dict[str, Tensor]]:
-        """Of a partition's pass for A and S; and their sums over the batches that were run."""
-        sums = self._zeros(covariance_shapes(self._largest, self._blocks))
+        """The speed of a partition's pass for A and S, and the sums of the batches that ran."""
+        sums = _zeros(self.model, covariance_shapes(self._largest, self._blocks))
 
         def run(records: list[Record]) -> None:
             batch, numbers = self._batch(records, Stream.COVARIANCE_LABELS)
             add_covariances(self.model, self._largest, sums, batch, numbers)
 
-        own = self._fit.covariance
-        speed, batch = self._two(run, self.settings.block, own.device)
-        self._note("covariance", [(own.host, own.device + batch)])
+        moment = self._fit.covariance
+        speed, batch = self._two(run, self.settings.block, moment.device)
+        self._note("covariance", [(moment.host, moment.device + batch)])
         return speed, sums
 
     def decompositions(self, sums: dict[str, Tensor]) -> float:
@@ -169,7 +174,7 @@ class Bench:
         for name, matrix in sums.items():
             for block in square_blocks(matrix):
                 n = min(len(block), LARGEST_MATRIX)
-                if n not in seconds:
+                if n not in seconds:  # of each size one; what is in a matrix matters little
                     part = block[:n, :n].to("cpu", torch.float64).nan_to_num()
                     seconds[n] = _seconds(partial(eigenvectors, part, name))
         self._note("eigenvectors", [(self._fit.eigenvectors.host, 0)])
@@ -182,49 +187,54 @@ class Bench:
         return total
 
     def eigenvalues(self) -> Speed:
-        """Of a partition's pass for Λ; any eigenvectors will do, so the identity."""
+        """The speed of a partition's pass for Λ. Any eigenvectors will do, so the identity."""
         like = torch.zeros((), dtype=self.model.accumulate, device=self.model.device)
         vectors = {name: identity(n, rows, like) for name, (n, rows)
                    in covariance_shapes(self._largest, self._blocks).items()}
-        sums = self._zeros({module.name: module.shape for module in self._largest})
+        sums = _zeros(self.model, {module.name: module.shape for module in self._largest})
 
         def run(records: list[Record]) -> None:
             batch, numbers = self._batch(records, Stream.EIGENVALUE_LABELS)
             add_eigenvalues(self.model, self._largest, vectors, sums, batch, numbers)
 
-        own = self._fit.eigenvalues
-        speed, batch = self._two(run, self.settings.block, own.device)
-        self._note("eigenvalues", [(own.host, own.device + batch), (self._fit.curvature.host, 0)])
+        moment = self._fit.eigenvalues
+        speed, batch = self._two(run, self.settings.block, moment.device)
+        self._note("eigenvalues", [(moment.host, moment.device + batch),
+                                   (self._fit.curvature.host, 0)])
         return speed
 
     def encode(self) -> tuple[Speed, float, Codes, Ekfac]:
-        """Of gradients → codes; and the seconds to draw the codes' projections, and these."""
+        """The speed of encoding, the seconds of drawing projections, the codes, their curvature."""
         kinds: dict[tuple[int, int], Curvature] = {}  # modules of a shape share theirs
+        # nothing is fitted yet; with Λ = 1 and Q = I the same work is done as with a real curvature
         for o, i in {module.shape for module in self.modules}:
             ones = torch.ones(o, i, dtype=self.model.accumulate, device=self.model.device)
             eye_a, eye_s = (identity(n, block_rows(n, self._blocks), ones) for n in (i, o))
             kinds[o, i] = Curvature(eye_a, eye_s, ones)
         ekfac = {module.name: kinds[module.shape] for module in self.modules}
-        begun = time.perf_counter()
+        start = time.perf_counter()
         codes = Codes(self.modules, ekfac, self.code)
-        drawn = time.perf_counter() - begun
-        index = CodeIndex(self.code.length)
+        drawing = time.perf_counter() - start
+        code_index = CodeIndex(self.code.length)
 
         def run(records: list[Record]) -> None:
             vectors = encode_batch(self.model, codes, records).float().cpu().numpy()
             norms = np.linalg.norm(vectors.astype(np.float64), axis=1)
-            index.encode(vectors[np.isfinite(norms)])
+            code_index.encode(vectors[np.isfinite(norms)])
 
         held = self._held()
+        # this process holds less than a build, whose modules don't share their curvature
         speed, batch = self._two(run, self.segment, self._held_here())
         longest = max(len(record.tokens) for record in self.sample)
         texts = self.segment * (RECORD_BYTES + 5 * longest)
         coded = self.segment * code_bytes(self.code.length)
         self._note("encode", [(texts + coded, held + batch), (texts + 3 * coded, held)])
-        return speed, drawn, codes, ekfac
+        return speed, drawing, codes, ekfac
 
     def calibrate(self, codes: Codes, ekfac: Ekfac) -> tuple[Speed, float]:
-        """Of exact scores of as many queries as are scored together, and seconds of a query."""
+        """The speed of exact scores, of the queries that are scored together, and the seconds of
+        making one query ready."""
+        # a sequence of middle length: queries are drawn from all of them
         typical = sorted(self.sample, key=lambda record: len(record.tokens))[len(self.sample) // 2]
         with torch.no_grad():
             seconds = _seconds(lambda: prepare_query(self.model, codes, ekfac, typical))
@@ -235,6 +245,7 @@ class Bench:
         stack = sum(tables)
 
         def run(records: list[Record]) -> None:
+            # so many tokens a batch that the records are one
             exact_scores(self.model, self.modules, queries, records,
                          sum(len(record.tokens) for record in records) * len(records))
 
@@ -244,10 +255,10 @@ class Bench:
 
     def background(self, queries: int, length: int) -> float:
         """Seconds a row of scoring codes of K = `length` for so many queries together."""
-        index = CodeIndex(length)
-        index.add(np.zeros((UNPACKED_ROWS, code_bytes(length)), dtype=np.uint8))
+        code_index = CodeIndex(length)
+        code_index.add(np.zeros((UNPACKED_ROWS, code_bytes(length)), dtype=np.uint8))
         vectors = np.zeros((queries, length), dtype=np.float32)
-        return _seconds(lambda: index.many_scores(vectors)) / UNPACKED_ROWS
+        return _seconds(lambda: code_index.many_scores(vectors)) / UNPACKED_ROWS
 
     def commits(self) -> tuple[float, float]:
         """Seconds of adding up and writing a block's sums of a partition: A and S, and Λ."""
@@ -257,9 +268,9 @@ class Bench:
 
     def token_matrices(self) -> float:
         """Seconds a sequence of making a segment's token matrix."""
-        some = [record.tokens for record in self.sample[:512]]
+        sequences = [record.tokens for record in self.sample[:512]]
         vocabulary = vocabulary_size(self.model.network.config)
-        return _seconds(lambda: token_file.pack(some, vocabulary)) / len(some)
+        return _seconds(lambda: token_file.pack(sequences, vocabulary)) / len(sequences)
 
     # ---- measuring
 
@@ -280,24 +291,20 @@ class Bench:
             for extreme in (plan[0], max(plan, key=len)):  # warm up; memory is largest at the ends
                 run([records[row] for row in extreme])
             shapes, seconds = [], []
-            for place in (0.25, 0.75):
-                number = int(np.abs(middle - place).argmin())
+            for share in (0.25, 0.75):  # of the padded tokens, at which a batch stands
+                number = int(np.abs(middle - share).argmin())
                 batch = [records[row] for row in plan[number]]
                 shapes.append((padded[number], len(batch)))
-                seconds.append(_seconds(partial(self._finished, run, batch)))
+                seconds.append(_seconds(partial(_run_to_its_end, run, batch, self.model.device)))
         over = max(0, _peak(self.model.device) - self._base - held)
         if self.model.device.type != "cuda":
             over += max(0, resident() - self._base - held)  # freed, and kept by the C library
-        self.batch = max(self.batch, over)
+        self.batch = max(self.batch, over)  # of any stage, for the table of memory
         return _fit_speed(shapes, seconds), over
-
-    def _finished(self, run: Callable[[list[Record]], None], batch: list[Record]) -> None:
-        run(batch)
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)
 
     def _note(self, stage: str, moments: list[tuple[int, int]]) -> None:
         """Keep the most that a stage takes, of (host, device) bytes at several moments."""
+        # without a GPU the model's device is the host: both add up there
         gpu = self.model.device.type == "cuda"
         self.memory[stage] = Memory(
             self._host + max(host + (0 if gpu else device) for host, device in moments),
@@ -308,7 +315,7 @@ class Bench:
         """Bytes of curvature and projections that a build holds while it encodes."""
         whole = curvature_bytes(self.modules, self._blocks, self._width)
         return projection_bytes(self.modules, self._width, self.code.width) + (
-            whole if self._kept is None else min(whole, self._kept))
+            whole if self._curvature_room is None else min(whole, self._curvature_room))
 
     def _held_here(self) -> int:
         """The same in this process, where modules of a shape share their curvature."""
@@ -316,18 +323,14 @@ class Bench:
         return projection_bytes(self.modules, self._width, self.code.width) + curvature_bytes(
             list(kinds.values()), self._blocks, self._width)
 
-    def _zeros(self, shapes: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
-        return {name: torch.zeros(shape, dtype=self.model.accumulate, device=self.model.device)
-                for name, shape in shapes.items()}
-
     def _batch(self, records: list[Record], stream: Stream) -> tuple[Batch, Tensor | None]:
-        own = self.settings
-        return fit_batch(self.model, records, own.labels, own.seed, stream)
+        return fit_batch(self.model, records, self.settings.labels, self.settings.seed, stream)
 
     def _commit(self, shapes: dict[str, tuple[int, int]]) -> float:
+        """Seconds of adding a block's sums of these shapes to the running sum, and writing it."""
         totals = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
-        begun = time.perf_counter()
-        sums = self._zeros(shapes)
+        start = time.perf_counter()
+        sums = _zeros(self.model, shapes)
         for name, part in sums.items():
             torch.isfinite(part).all()
             totals[name] += part.to("cpu", torch.float64)
@@ -335,19 +338,39 @@ class Bench:
         for part in totals.values():
             for _ in range(2):  # the file's own digest, and that of the whole file
                 hashlib.sha256(part.numpy().data).digest()
-        return time.perf_counter() - begun + written / WRITING
+        return time.perf_counter() - start + written / WRITING
+
+
+def _zeros(model: LanguageModel, shapes: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
+    return {name: torch.zeros(shape, dtype=model.accumulate, device=model.device)
+            for name, shape in shapes.items()}
+
+
+def _run_to_its_end(
+    run: Callable[[list[Record]], None], batch: list[Record], device: torch.device
+) -> None:
+    """Run a batch, and wait for the GPU, which works on after the call came back."""
+    run(batch)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _fit_speed(shapes: list[tuple[int, int]], seconds: list[float]) -> Speed:
     """x, y ≥ 0 with x · tokens + y · sequences nearest to the seconds, both batches counting alike.
 
     Two unknowns: where the free solution has a negative one, that is 0.
+
+    >>> speed = _fit_speed([(100, 2), (40, 4)], [1.04, 0.48])
+    >>> round(speed.token, 6), round(speed.sequence, 6)
+    (0.01, 0.02)
     """
+    # each equation divided by its seconds: errors are relative, so a short batch counts as much
     rows = np.array(shapes, dtype=np.float64) / np.array(seconds)[:, None]
     ones = np.ones(len(rows))
     free = np.linalg.lstsq(rows, ones, rcond=1e-9)[0]
     if (free >= 0).all():
         return Speed(float(free[0]), float(free[1]))
+    # the best with one of them alone is the best with both at least 0
     alone = [rows[:, side] @ ones / (rows[:, side] @ rows[:, side]) for side in (0, 1)]
     wrong = [float(((rows[:, side] * alone[side] - 1) ** 2).sum()) for side in (0, 1)]
     return Speed(alone[0], 0.0) if wrong[0] <= wrong[1] else Speed(0.0, alone[1])
@@ -357,9 +380,9 @@ def _seconds(run: Callable[[], object]) -> float:
     """The median of some runs, one where that takes long."""
     taken: list[float] = []
     while len(taken) < REPEATS and sum(taken) < ENOUGH:
-        begun = time.perf_counter()
+        start = time.perf_counter()
         run()
-        taken.append(time.perf_counter() - begun)
+        taken.append(time.perf_counter() - start)
     return statistics.median(taken)
 
 
@@ -384,6 +407,7 @@ def _used(device: torch.device) -> int:
 
 
 def _forget_peak(device: torch.device) -> None:
+    """Measure the peak of memory anew from now on."""
     return_freed()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

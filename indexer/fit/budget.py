@@ -24,6 +24,7 @@ class Moment:
 
     @property
     def both(self) -> int:
+        """Bytes of both together: one memory, where there is no GPU."""
         return self.host + self.device
 
 
@@ -43,17 +44,24 @@ class FitMoments:
 
     @classmethod
     def of(cls, modules: Sequence[Module], covariance_blocks: int, width: int) -> "FitMoments":
-        """`width` is the bytes of a number of curvature (4; 8 for a float64 model)."""
+        """`width` is the bytes of a number of curvature (4; 8 for a float64 model).
+
+        >>> moments = FitMoments.of([Module("m", 0, "mlp", 2, 3, False)], 1, 4)
+        >>> moments.covariance  # A [3, 3] and S [2, 2]: 13 numbers, as totals and as sums
+        Moment(host=104, device=52)
+        """
         squares = [square_entries(module, covariance_blocks) for module in modules]
         tables = [module.shape[0] * module.shape[1] for module in modules]
         square, table = sum(squares), sum(tables)
+        # matrices are decomposed one by one, so the largest block's work is all there is at once
         largest = max(block_rows(n, covariance_blocks) for module in modules
                       for n in module.shape)
-        made = max((8 + width) * s + width * t for s, t in zip(squares, tables, strict=True))
+        # a module's eigenvectors as they are read, and the curvature that is made of them
+        saved = max((8 + width) * s + width * t for s, t in zip(squares, tables, strict=True))
         return cls(
             Moment(8 * square, width * square),
             Moment(8 * square + SOLVER * largest**2 + 8 * max(squares), 0),
-            Moment(8 * table, width * (square + table)), Moment(8 * table + made, 0))
+            Moment(8 * table, width * (square + table)), Moment(8 * table + saved, 0))
 
     @property
     def most(self) -> Moment:
@@ -68,12 +76,17 @@ def held_bytes(modules: Sequence[Module], covariance_blocks: int, width: int) ->
 
 
 def curvature_bytes(modules: Sequence[Module], covariance_blocks: int, width: int) -> int:
-    """Bytes of eigenvectors and eigenvalues."""
+    """Bytes of eigenvectors and eigenvalues.
+
+    >>> curvature_bytes([Module("m", 0, "mlp", 2, 3, False)], 1, 4)  # 9 + 4 + 6 numbers
+    76
+    """
     return width * sum(file_entries(module, covariance_blocks) for module in modules)
 
 
 def projection_bytes(modules: Sequence[Module], width: int, inner: int) -> int:
     """Bytes of what a code needs of each module: P and R of both sides, R as int8, and signs."""
+    # a side of a module that is smaller than k is mixed into no more than it has
     return sum((width + 1) * min(inner, o, i) * (o + i) + width * min(inner, o, i) ** 2
                for o, i in (module.shape for module in modules))
 
@@ -84,19 +97,24 @@ def partitions(
     """Modules that follow each other, fitted together: what they hold is at most `held` bytes.
 
     One that holds more is alone. None: all together.
+
+    >>> modules = [Module(name, 0, "mlp", 2, 3, False) for name in "abcde"]
+    >>> two = held_bytes(modules[:2], 1, 4)
+    >>> ["".join(module.name for module in group) for group in partitions(modules, 1, 4, two)]
+    ['ab', 'cd', 'e']
     """
-    found: list[list[Module]] = []
+    groups: list[list[Module]] = []
     for module in modules:
-        if found and (held is None or held_bytes([*found[-1], module], covariance_blocks, width)
-                      <= held):
-            found[-1].append(module)
+        if groups and (held is None or held_bytes([*groups[-1], module], covariance_blocks, width)
+                       <= held):
+            groups[-1].append(module)
         else:
-            found.append([module])
-    return found
+            groups.append([module])
+    return groups
 
 
 def disk_bytes(
-    every: list[list[Module]], covariance_blocks: int, width: int, waiting: int = 0
+    groups: list[list[Module]], covariance_blocks: int, width: int, waiting: int = 0
 ) -> int:
     """The most that a fit of some partitions holds on the disk at once.
 
@@ -105,14 +123,15 @@ def disk_bytes(
     where several processes share the fit, the sums of at most `waiting` blocks that are yet to be
     added. Of those before it the curvature, `width` bytes a number.
     """
-    most = before = 0
-    for some in every:
-        square = sum(square_entries(module, covariance_blocks) for module in some)
-        table = sum(o * i for o, i in (module.shape for module in some))
-        own = width * (square + table)
+    most = finished = 0
+    for modules in groups:
+        square = sum(square_entries(module, covariance_blocks) for module in modules)
+        table = sum(o * i for o, i in (module.shape for module in modules))
+        fitted = width * (square + table)  # what stays of the partition: its curvature
         ahead = waiting * width * max(square, table)
-        most = max(most, before + ahead + 16 * square + max(16 * table, 8 * table + own))
-        before += own
+        # A, S beside Q_A, Q_S, 8 bytes a number each; then Λ twice, or once beside the curvature
+        most = max(most, finished + ahead + 16 * square + max(16 * table, 8 * table + fitted))
+        finished += fitted
     return most
 
 
@@ -153,21 +172,21 @@ def budget(
     model_bytes: int, modules: list[Module], covariance_blocks: int, width: int, held: int | None,
     inner: int,
 ) -> Budget:
-    """The budget of a model with these modules tracked.
+    """The budget of a model of `model_bytes` with these modules tracked.
 
     `width` is the bytes of a number of curvature (4, or 8 for a float64 model), `held` what a
     partition of the fit may hold, `inner` the codes' k.
     """
-    every = partitions(modules, covariance_blocks, width, held)
+    groups = partitions(modules, covariance_blocks, width, held)
     shapes = [module.shape for module in modules]
-    most = max((FitMoments.of(some, covariance_blocks, width).most for some in every),
+    most = max((FitMoments.of(group, covariance_blocks, width).most for group in groups),
                key=lambda moment: moment.both)
     return Budget(
-        model=model_bytes, sums=most.device, host_sums=most.host, partitions=len(every),
+        model=model_bytes, sums=most.device, host_sums=most.host, partitions=len(groups),
         module=max(curvature_bytes([module], covariance_blocks, width) for module in modules),
         curvature=curvature_bytes(modules, covariance_blocks, width),
         projections=projection_bytes(modules, width, inner),
         query=width * sum(o * i for o, i in shapes),
         query_low_rank=width * sum(min(LOW_RANK * (o + i), o * i) for o, i in shapes),
-        fit_disk=disk_bytes(every, covariance_blocks, width),
+        fit_disk=disk_bytes(groups, covariance_blocks, width),
     )

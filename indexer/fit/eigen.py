@@ -7,6 +7,7 @@ it gives is checked, and a slower method is tried before a fit is given up.
 import scipy.linalg
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined, unused-ignore]  # no stub
 
 from gradindex.errors import GradindexError
 from gradindex.influence.blockwise import symmetric
@@ -33,10 +34,10 @@ def eigenvectors(covariance: Tensor, name: str) -> Tensor:
         matrix.diagonal().add_(jitter * matrix.diagonal().mean())
         try:
             values, vectors = solve(matrix)
-        except (torch.linalg.LinAlgError, scipy.linalg.LinAlgError, ValueError) as error:
+        except (LinAlgError, scipy.linalg.LinAlgError, ValueError) as error:
             reasons.append(" ".join(str(error).split()))
             continue
-        if (wrong := _wrong(matrix, values, vectors)) is None:
+        if (wrong := _unsound(matrix, values, vectors)) is None:
             # either sign is an eigenvector's: fixed, an index has the same bytes on every machine
             largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
             return vectors.mul_(torch.where(largest < 0, -1.0, 1.0))
@@ -57,7 +58,7 @@ def _qr_iteration(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(values), torch.from_numpy(vectors)
 
 
-def _wrong(matrix: Tensor, values: Tensor, vectors: Tensor) -> str | None:
+def _unsound(matrix: Tensor, values: Tensor, vectors: Tensor) -> str | None:
     """What is unsound about an eigendecomposition, or None."""
     residual = torch.linalg.norm((matrix @ vectors).addcmul_(vectors, values, value=-1))
     product = vectors.T @ vectors

@@ -17,11 +17,11 @@ from gradindex.storage.tensors import read_tensors
 from indexer.fit.notes import FitNotes, FitSettings
 from indexer.fit.quarantine import check_quarantine
 from indexer.fit.sums import BlockNotes, Sums
-from indexer.shards import Stage
+from indexer.shards import BuildStage
 
 
 class FitFolder:
-    """What a fit of `modules` has in the folder `path`. Modules are told by their numbers there.
+    """What a fit of `modules` has written to the folder `path`. A module is known by its number.
 
     `blocks` are the ids of each block of sequences. `first`: whether this process alone writes
     fit.json; the others read it again where it matters.
@@ -39,9 +39,9 @@ class FitFolder:
 
     def partition(self, number: int) -> list[Module]:
         """The modules that are fitted together."""
-        return [self.modules[one] for one in self.notes.partitions[number]]
+        return [self.modules[module] for module in self.notes.partitions[number]]
 
-    def sums(self, stage: Stage) -> Sums:
+    def sums(self, stage: BuildStage) -> Sums:
         """The sums of a stage, "covariance" or "eigenvalues", of its partition."""
         numbers, modules = self.notes.partitions[stage.partition], self.partition(stage.partition)
         shapes = covariance_shapes(modules, self.settings.covariance_blocks) \
@@ -58,14 +58,14 @@ class FitFolder:
         return read_tensors(self.vectors_path(module))[0]
 
     def undecomposed(self, modules: list[Module]) -> list[int]:
-        """The numbers of modules whose eigenvectors aren't there, and are still needed."""
-        if not self.unfitted(modules):
+        """The numbers of modules without eigenvectors that still need them."""
+        if not self.unfitted(modules):  # the first shard removed them with the last curvature
             return []
         return [self.modules.index(module) for module in modules
                 if not self.vectors_path(module).is_file()]
 
     def unfitted(self, modules: list[Module]) -> list[int]:
-        """The numbers of modules whose curvature isn't there; none once the folder has its name."""
+        """The numbers of modules without curvature; none once the folder has its final name."""
         missing = [module for module in modules
                    if not curvature.path_of(self.path, module).is_file()]
         # whoever fitted last may have found that a module has no gradient, or renamed the folder
@@ -74,15 +74,15 @@ class FitFolder:
         return [self.modules.index(module) for module in missing
                 if module.name not in self.notes.left_out and self.path.is_dir()]
 
-    def note(self, stage: Stage, block: int, happened: BlockNotes) -> None:
+    def note(self, stage: BuildStage, number: int, notes: BlockNotes) -> None:
         """Write down what happened in a block, before anything is made of it.
 
         Raises GradindexError where too many sequences are quarantined by now.
         """
-        if happened.splits:
-            self.notes.splits[f"{stage} {block}"] = happened.splits
-        self.notes.quarantined.update(happened.quarantined)
+        if notes.splits:
+            self.notes.splits[f"{stage} {number}"] = notes.splits
+        self.notes.quarantined.update(notes.quarantined)
         check_quarantine(self.notes.quarantined, len(self.settings.ids), self.settings.bad,
                          "of the fit")
-        if self.notes.quarantined or self.notes.splits:
+        if self.notes.quarantined or self.notes.splits:  # most fits have nothing to note
             self.notes.write(self.path)

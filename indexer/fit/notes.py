@@ -5,17 +5,17 @@ on with a fit reads of it here and so ends with the same bytes.
 """
 
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import pydantic
 
 from gradindex.errors import DamagedIndexError
 from gradindex.progress import Progress
-from gradindex.storage import sealed_json
+from gradindex.storage import layout, sealed_json
 from gradindex.storage.files import FileFacts, atomic_write
 from indexer.defaults import MAX_BAD
 
-NOTES = "fit.json"
+FIT_NOTES = PurePath(layout.FIT).name
 
 
 @dataclass(frozen=True)
@@ -53,17 +53,19 @@ class FitNotes:
     untracked: dict[str, float] = field(default_factory=dict)
 
     def write(self, folder: Path) -> FileFacts:
+        """Write the notes into a folder. Raises ResourceError."""
+        # JSON's keys are texts; in order of the numbers, the file is the same whoever wrote it
         content = {
             **asdict(self), "splits": dict(sorted(self.splits.items())),
             "quarantined": {str(one): why for one, why in sorted(self.quarantined.items())},
         }
-        return atomic_write(folder / NOTES, sealed_json.sign(content))
+        return atomic_write(folder / FIT_NOTES, sealed_json.sign(content))
 
     @classmethod
     def read(cls, folder: Path) -> "FitNotes":
         """The notes in a folder, empty where there are none. Raises DamagedIndexError."""
-        path = folder / NOTES
-        if not path.is_file():
+        path = folder / FIT_NOTES
+        if not path.is_file():  # the fit has just begun
             return cls()
         try:
             content = sealed_json.check(sealed_json.parse(path.read_bytes()))

@@ -31,39 +31,41 @@ from gradindex.storage.files import facts_of, make_folder, rename_folder
 from gradindex.storage.integrity import CheckedFiles
 from indexer.fit.budget import held_bytes, partitions
 from indexer.fit.folder import FitFolder
-from indexer.fit.notes import NOTES, FitNotes, FitSettings, report_fit
+from indexer.fit.notes import FIT_NOTES, FitNotes, FitSettings, report_fit
 from indexer.fit.sums import Block, Sums
 from indexer.fit.units import FitUnits, Read
-from indexer.shards import Shard, Share, Stage
+from indexer.shards import BuildStage, Shard, Share
 
-LARGEST_BLOCK = 256  # sequences
-AHEAD = 4  # blocks that a shard sums up before the first one added them
+BLOCK_SEQUENCES = 256  # sequences
+AHEAD = 4  # blocks that a shard sums up before the first one added those before them
 
 
 def fit(
     model: LanguageModel, modules: list[Module], read: Read, settings: FitSettings, index: Path,
-    progress: Progress, after: int, share: Share | None = None, allowance: Allowance | None = None,
+    progress: Progress, to_encode: int, share: Share | None = None,
+    allowance: Allowance | None = None,
 ) -> tuple[Ekfac, FitNotes]:
     """Fit, or go on fitting, and write `index/curvature`; returns what is on disk there.
 
-    Modules without a gradient are left out of it, and noted. `after` is the number of sequences to
-    be encoded afterwards, for the expected time. A process that has but a `share` of the units
+    Modules without a gradient are left out of it, and noted. `to_encode` is the number of sequences
+    to be encoded afterwards, for the expected time. A process that has but a `share` of the units
     waits for the others. `allowance` bounds the memory.
     Raises GradindexError where no module is left, too many sequences are not finite, eigenvectors
     can't be found, or other shards don't come; ResourceError.
     """
     folder = index / "curvature"
-    share, may = share or Shard(), allowance or Allowance()
+    share, allowance = share or Shard(), allowance or Allowance()
     if not folder.is_dir():
         unfinished = index / "curvature.partial"
         if share.first and not unfinished.is_dir():
             make_folder(unfinished)
-        share.wait(Stage("fit"), lambda: [] if unfinished.is_dir() or folder.is_dir() else [0])
-        Fit(model, modules, read, settings, unfinished, progress, after, share).run(may)
+        stage = BuildStage("fit")
+        share.complete(stage, lambda: [] if unfinished.is_dir() or folder.is_dir() else [0])
+        Fit(model, modules, read, settings, unfinished, progress, to_encode, share).run(allowance)
         if share.first:
-            rename_folder(unfinished, folder)
-        share.wait(Stage("fit"), lambda: [] if folder.is_dir() else [0])
-    return read_fitted(model, modules, settings.covariance_blocks, index, progress, may)
+            rename_folder(unfinished, folder)  # from now on the curvature is there, whole
+        share.complete(stage, lambda: [] if folder.is_dir() else [0])
+    return read_fitted(model, modules, settings.covariance_blocks, index, progress, allowance)
 
 
 def read_fitted(
@@ -74,14 +76,15 @@ def read_fitted(
     folder = index / "curvature"
     notes = FitNotes.read(folder)
     report_fit(notes, progress)
-    kept = [module for module in modules if module.name not in notes.left_out]
-    checked = CheckedFiles(folder, notes.files)
+    fitted = [module for module in modules if module.name not in notes.left_out]
+    files = CheckedFiles(folder, notes.files)
 
-    def where(module: Module) -> Path:
-        return checked.path(curvature.path_of(Path(), module).name)
+    def path_of(module: Module) -> Path:
+        return files.path(curvature.path_of(Path(), module).name)
 
-    return curvature.FiledEkfac(
-        where, kept, model.device, model.accumulate, covariance_blocks, allowance.curvature), notes
+    ekfac = curvature.FiledEkfac(path_of, fitted, model.device, model.accumulate,
+                                 covariance_blocks, allowance.curvature)
+    return ekfac, notes
 
 
 class Fit:
@@ -92,12 +95,12 @@ class Fit:
 
     def __init__(
         self, model: LanguageModel, modules: list[Module], read: Read, settings: FitSettings,
-        folder: Path, progress: Progress, after: int, share: Share,
+        folder: Path, progress: Progress, to_encode: int, share: Share,
     ):
         self.model, self.progress, self.share = model, progress, share
         self.folder = FitFolder(folder, modules, settings, share.first)
         # both passes, and what comes after the fit
-        to_come = (2 * len(settings.ids) + after) / share.of
+        to_come = (2 * len(settings.ids) + to_encode) / share.of
         self.units = FitUnits(model, read, self.folder, progress, to_come)
 
     def run(self, allowance: Allowance) -> None:
@@ -112,7 +115,8 @@ class Fit:
             modules = folder.partition(number)
             if not folder.unfitted(modules):
                 continue
-            first_pass, second_pass = Stage("covariance", number), Stage("eigenvalues", number)
+            first_pass = BuildStage("covariance", number)
+            second_pass = BuildStage("eigenvalues", number)
             covariance, eigenvalues = folder.sums(first_pass), folder.sums(second_pass)
             if folder.undecomposed(modules):
 
@@ -120,7 +124,7 @@ class Fit:
                 self._sum(first_pass, covariance, folder.undecomposed)
 
                 # 3) Q_A and Q_S, a module at a time
-                self._decompose(Stage("eigenvectors", number), covariance, modules)
+                self._decompose(BuildStage("eigenvectors", number), covariance, modules)
                 covariance.forget()
 
             # 4) Λ, a block at a time again
@@ -133,7 +137,7 @@ class Fit:
                     sums.remove()
                 for module in modules:
                     folder.vectors_path(module).unlink(missing_ok=True)
-            share.wait(Stage("curvature", number), partial(self._unsaved, modules))
+            share.complete(BuildStage("curvature", number), partial(self._unsaved, modules))
 
         # 6) fit.json names the files, and no other is left
         if share.first:
@@ -145,23 +149,24 @@ class Fit:
         They stay as they are while each still fits. Else those of what is left are made anew.
         """
         folder = self.folder
-        if not self.share.first:
-            self.share.wait(Stage("fit"), lambda: [0] if folder.path.is_dir() and
-                            not FitNotes.read(folder.path).partitions else [])
+        if not self.share.first:  # the others go by what the first one wrote
+            self.share.complete(BuildStage("fit"), lambda: [0] if folder.path.is_dir() and
+                                not FitNotes.read(folder.path).partitions else [])
             folder.read_notes()
             return
-        blocks, before = folder.settings.covariance_blocks, folder.notes.partitions
+        blocks, planned = folder.settings.covariance_blocks, folder.notes.partitions
         width, held = self.model.accumulate.itemsize, allowance.fit
-        if before and (held is None or all(
+        # other partitions have other sums: what was summed up for these would be lost
+        if planned and (held is None or all(
                 len(numbers) == 1 or
-                held_bytes([folder.modules[one] for one in numbers], blocks, width) <= held
-                for numbers in before)):
+                held_bytes([folder.modules[number] for number in numbers], blocks, width) <= held
+                for numbers in planned)):
             return
         unfitted = [folder.modules[number] for number in folder.unfitted(folder.modules)]
         folder.notes.partitions = [
             [folder.modules.index(module) for module in together]
             for together in partitions(unfitted, blocks, width, allowance.planned)]
-        if before:
+        if planned:
             self.progress.say(
                 f"--max-memory is less than it was: what is left is fitted in "
                 f"{len(folder.notes.partitions)} partitions, the one under way from its beginning; "
@@ -170,28 +175,33 @@ class Fit:
 
     # ---- sums over blocks of sequences
 
-    def _sum(self, stage: Stage, sums: Sums, undone: Callable[[list[Module]], list[int]]) -> None:
-        """Sum up this shard's blocks, and wait until the running sum has all, or `undone` tells
-        that what is made of it is there."""
+    def _sum(
+        self, stage: BuildStage, sums: Sums, undone: Callable[[list[Module]], list[int]]
+    ) -> None:
+        """Sum up this process's blocks, then wait until the running sum has all of them.
+
+        The wait ends, too, when `undone` gives no module: what is made of the sums is there then.
+        """
         folder, blocks = self.folder, self.folder.blocks
         if not self.share.first:
             folder.read_notes()
         modules, add = folder.partition(stage.partition), self.units.adder(stage)
-        own = [block for block in range(len(blocks)) if self.share.takes(block)]
-        left = [block for block in own if not sums.has(block)]
-        sequences = sum(len(blocks[block]) for block in own)
-        if own:
+        numbers = [number for number in range(len(blocks)) if self.share.takes(number)]
+        pending = [number for number in numbers if not sums.has(number)]
+        sequences = sum(len(blocks[number]) for number in numbers)
+        if numbers:
             self.progress.start(str(stage), sequences, "sequences", done=sequences - sum(
-                len(blocks[block]) for block in left))
-        for block in left:
-            self._keep_step(stage, block, sums, undone)
-            found = self.units.sum_block(stage, block, sums, add)
+                len(blocks[number]) for number in pending))
+        for number in pending:
+            self._keep_step(stage, number, sums, undone)
+            block = self.units.sum_block(stage, number, sums, add)
             self._add_waiting(stage, sums)
-            if self.share.first and sums.added() == block:
-                self._add(stage, block, found, sums)
+            # the first shard's, whose turn it is, goes straight to the running sum
+            if self.share.first and sums.added() == number:
+                self._add(stage, number, block, sums)
             else:
-                sums.keep(block, found)
-        if own:
+                sums.keep(number, block)
+        if numbers:
             self.progress.finish()
 
         def missing() -> list[int]:
@@ -199,44 +209,46 @@ class Fit:
             if sums.added() == len(blocks) or not undone(modules):
                 return []
             # all may be there, and the first shard has yet to add them
-            return [block for block in range(len(blocks)) if not sums.has(block)] or [0]
+            return [number for number in range(len(blocks)) if not sums.has(number)] or [0]
 
-        self.share.wait(stage, missing)
+        self.share.complete(stage, missing)
         return_freed()  # what batches took is no use to what follows
 
     def _keep_step(
-        self, stage: Stage, block: int, sums: Sums, undone: Callable[[list[Module]], list[int]]
+        self, stage: BuildStage, number: int, sums: Sums,
+        undone: Callable[[list[Module]], list[int]],
     ) -> None:
         """Let the first shard catch up, so that no more than AHEAD blocks of each shard wait."""
         if not self.share.first:
             modules = self.folder.partition(stage.partition)
-            self.share.wait(stage, lambda: [0] if undone(modules) and
-                            block >= sums.added() + AHEAD * self.share.of else [])
+            self.share.complete(stage, lambda: [0] if undone(modules) and
+                                number >= sums.added() + AHEAD * self.share.of else [])
 
-    def _add_waiting(self, stage: Stage, sums: Sums) -> None:
+    def _add_waiting(self, stage: BuildStage, sums: Sums) -> None:
         if self.share.first:
-            for block, found in sums.waiting():
-                self._add(stage, block, found, sums)
+            for number, block in sums.waiting():
+                self._add(stage, number, block, sums)
 
-    def _add(self, stage: Stage, block: int, found: Block, sums: Sums) -> None:
-        self.folder.note(stage, block, found.notes)
-        sums.add(block, found)
+    def _add(self, stage: BuildStage, number: int, block: Block, sums: Sums) -> None:
+        self.folder.note(stage, number, block.notes)
+        sums.add(number, block)
 
     # ---- what is made of the sums
 
-    def _decompose(self, stage: Stage, covariance: Sums, modules: list[Module]) -> None:
-        """The eigenvectors of this shard's modules; then wait for the others'."""
-        own = [number for number in self.folder.undecomposed(modules) if self.share.takes(number)]
-        if own:
-            self.progress.start(str(stage), 2 * len(own), "matrices")
-        for number in own:
+    def _decompose(self, stage: BuildStage, covariance: Sums, modules: list[Module]) -> None:
+        """Find the eigenvectors of this process's modules, then wait for those of the others."""
+        numbers = [number for number in self.folder.undecomposed(modules)
+                   if self.share.takes(number)]
+        if numbers:
+            self.progress.start(str(stage), 2 * len(numbers), "matrices")
+        for number in numbers:
             self.units.decompose(number, covariance)
-        if own:
+        if numbers:
             self.progress.finish()
-        self.share.wait(stage, lambda: self.folder.undecomposed(modules))
+        self.share.complete(stage, lambda: self.folder.undecomposed(modules))
 
     def _save(self, eigenvalues: Sums, modules: list[Module]) -> None:
-        """Write the curvature of modules, in the end's precision; one without Λ is left out."""
+        """Write the curvature of modules in its final precision; one without Λ is left out."""
         folder = self.folder
         totals, _ = eigenvalues.totals()
         stored = torch.float64 if self.model.dtype == torch.float64 else torch.float32
@@ -260,19 +272,19 @@ class Fit:
     def _finish(self) -> None:
         """Note the files, and remove all others."""
         folder = self.folder
-        kept = [module for module in folder.modules if module.name not in folder.notes.left_out]
-        if not kept:
+        fitted = [module for module in folder.modules if module.name not in folder.notes.left_out]
+        if not fitted:
             raise GradindexError(
                 f"no tracked module has a gradient on any of the {len(folder.settings.ids)} fit "
                 "sequences. Is the model the one that was trained on this data? Choose others with "
                 "--modules."
             )
         files = {(path := curvature.path_of(folder.path, module)).name: facts_of(path)
-                 for module in kept}
+                 for module in fitted}
         for path in folder.path.iterdir():
-            if path.name not in (*files, NOTES):
+            if path.name not in (*files, FIT_NOTES):
                 path.unlink()
         folder.notes.files, folder.notes.partitions = files, []
         folder.notes.untracked = {what: round(share, 6) for what, share
-                                  in untracked(self.model.network, kept).items()}
+                                  in untracked(self.model.network, fitted).items()}
         folder.notes.write(folder.path)

@@ -31,14 +31,31 @@ def add_covariances(
     part of them: a factor of A and S changes neither their eigenvectors nor Λ.
     """
     def each(module: Module, a: Tensor, d: Tensor) -> None:
-        wide = model.accumulate
-        real = batch.real_inputs(module)
-        rows = (a.flatten(0, 1) if real.all() else a[real]).to(wide)
-        add_outer(sums[f"{module.name}/A"], rows, module.bias)
-        rows = d.flatten(0, 1).to(wide)  # zero where nothing real is
-        add_outer(sums[f"{module.name}/S"], rows)
+        add_products(sums[f"{module.name}/A"], sums[f"{module.name}/S"], module, a, d,
+                     batch.real_inputs(module))
 
     backward(model, modules, batch, each, numbers)
+
+
+def add_products(
+    sum_a: Tensor, sum_s: Tensor, module: Module, a: Tensor, d: Tensor, real: Tensor
+) -> None:
+    """Add Σ a aᵀ and Σ d dᵀ over the inputs a [b, t, i] that are `real` [b, t], and d [b, t, o].
+
+    Only the upper triangle is summed, see `add_outer`. d has to be zero where nothing real is.
+
+    >>> import torch
+    >>> module = Module("m", 0, "mlp", 1, 2, False)
+    >>> a, d = torch.tensor([[[1.0, 2.0], [5.0, 5.0]]]), torch.tensor([[[3.0], [0.0]]])
+    >>> sum_a, sum_s = torch.zeros(2, 2), torch.zeros(1, 1)
+    >>> add_products(sum_a, sum_s, module, a, d, real=torch.tensor([[True, False]]))
+    >>> sum_a.triu().tolist(), sum_s.tolist()  # of the first token alone
+    ([[1.0, 2.0], [0.0, 4.0]], [[9.0]])
+    """
+    # picking rows out copies them, which a batch without padding can do without
+    inputs = a.flatten(0, 1) if real.all() else a[real]
+    add_outer(sum_a, inputs.to(sum_a.dtype), module.bias)
+    add_outer(sum_s, d.flatten(0, 1).to(sum_s.dtype))
 
 
 def add_eigenvalues(
@@ -50,12 +67,30 @@ def add_eigenvalues(
     `vectors` are Q_A and Q_S, in blocks, by `name/A` and `name/S`.
     """
     def each(module: Module, a: Tensor, d: Tensor) -> None:
-        rotated = rotator(module, a, d,
-                          *(vectors[f"{module.name}/{side}"] for side in ("A", "S")))
-        for rows in slices(module, len(a)):  # the gradients of a whole batch may not fit
-            sums[module.name] += rotated(rows).square_().sum(0)
+        add_squares(sums[module.name], module, a, d, vectors[f"{module.name}/A"],
+                    vectors[f"{module.name}/S"])
 
     backward(model, modules, batch, each, numbers)
+
+
+def add_squares(
+    total: Tensor, module: Module, a: Tensor, d: Tensor, q_a: Tensor, q_s: Tensor
+) -> None:
+    """Add Σ (Q_Sᵀ G Q_A)² [o, i] over the sequences of a [b, t, i] and d [b, t, o].
+
+    The square is taken of each sequence's gradient G = Σ_t d_t a_tᵀ, after its tokens are added up.
+
+    >>> import torch
+    >>> module = Module("m", 0, "mlp", 1, 1, False)
+    >>> a, d = torch.ones(2, 3, 1), torch.tensor([[[1.0], [2.0], [3.0]], [[4.0], [0.0], [0.0]]])
+    >>> total, one = torch.zeros(1, 1), torch.ones(1, 1)
+    >>> add_squares(total, module, a, d, one, one)  # (1 + 2 + 3)² + 4²
+    >>> total.item()
+    52.0
+    """
+    rotated = rotator(module, a, d, q_a, q_s)
+    for rows in slices(module, len(a)):  # the gradients of a whole batch may not fit
+        total += rotated(rows).square_().sum(0)
 
 
 def fit_batch(
@@ -65,7 +100,7 @@ def fit_batch(
 
     None for `labels` other than "model": the data's own are taken.
     """
-    batch = model.batch(members)
+    batch = model.batch(members)  # whose targets are the data's own labels
     if labels != "model":
         return batch, None
     return batch, model.objective.label_numbers(

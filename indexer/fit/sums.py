@@ -51,13 +51,13 @@ class Sums:
         self._blocks = self._positions = 0
 
     def zeros(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        """The sums of no sequence."""
+        """Tensors of zero to add to, by name."""
         return {name: torch.zeros(shape, dtype=dtype, device=device)
                 for name, shape in self._shapes.items()}
 
     def added(self) -> int:
         """How many blocks the running sum has."""
-        if self._totals is not None:
+        if self._totals is not None:  # this process adds, and so knows
             return self._blocks
         if not self._path.is_file():
             return 0
@@ -68,37 +68,40 @@ class Sums:
                 raise
             return self.count  # removed just now: what was made of it took its place
 
-    def has(self, block: int) -> bool:
+    def has(self, number: int) -> bool:
         """Whether a block is in the running sum, or waits for those before it."""
-        return self._waiting(block).is_file() or block < self.added()
+        # in this order: a block is added before its file goes, so it is seen in one place at least
+        return self._waiting(number).is_file() or number < self.added()
 
-    def keep(self, block: int, found: Block) -> None:
+    def keep(self, number: int, block: Block) -> None:
         """Write a block that comes out of turn, or that another process is to add."""
-        about = {"positions": str(found.positions), "splits": json.dumps(found.notes.splits),
-                 "quarantined": json.dumps(found.notes.quarantined)}
-        write_tensors(self._waiting(block), found.sums, about)
+        about = {"positions": str(block.positions), "splits": json.dumps(block.notes.splits),
+                 "quarantined": json.dumps(block.notes.quarantined)}
+        write_tensors(self._waiting(number), block.sums, about)
 
     def waiting(self) -> Iterator[tuple[int, Block]]:
-        """The blocks whose turn it is, as long as each is added: for the process that adds."""
-        while self._waiting(block := self.added()).is_file():
-            yield block, self._read(block)
+        """Yield waiting blocks in order, as long as the caller adds each of them."""
+        while self._waiting(number := self.added()).is_file():
+            yield number, self._read(number)
 
-    def add(self, block: int, found: Block) -> None:
+    def add(self, number: int, block: Block) -> None:
         """Add a block, whose turn it is, to the running sum, and commit it."""
         totals = self._load()
-        assert block == self._blocks
-        for name, part in found.sums.items():
+        assert number == self._blocks
+        # (a + b) + c is not a + (b + c): the order decides the last bits
+        for name, part in block.sums.items():
             totals[name] += part.to("cpu", torch.float64)
         self._blocks += 1
-        self._positions += found.positions
+        self._positions += block.positions
         write_tensors(self._path, totals, {"blocks": str(self._blocks),
                                            "positions": str(self._positions)})
-        self._waiting(block).unlink(missing_ok=True)
+        # last: killed before, the block is still there, and is in the running sum already
+        self._waiting(number).unlink(missing_ok=True)
 
     def totals(self) -> tuple[dict[str, Tensor], int]:
         """The sums of all blocks, float64, and the number of real positions."""
         totals = self._load()
-        assert self._blocks == self.count
+        assert self._blocks == self.count  # who asks has waited until all are there
         return totals, self._positions
 
     def forget(self) -> None:
@@ -108,10 +111,12 @@ class Sums:
     def remove(self) -> None:
         """Remove the files, once something took their place."""
         self._totals = None
+        # with the dot: the sums of modules 0 to 7 are not those of 0 to 70
         for path in self._folder.glob(f"{self._name}.*safetensors"):
             path.unlink(missing_ok=True)
 
     def _load(self) -> dict[str, Tensor]:
+        """The running sum, kept in memory from the first time on."""
         if self._totals is None:
             if self._path.is_file():
                 self._totals, about = read_tensors(self._path)
@@ -120,11 +125,12 @@ class Sums:
                 self._totals = self.zeros(torch.float64, torch.device("cpu"))
         return self._totals
 
-    def _waiting(self, block: int) -> Path:
-        return self._folder / f"{self._name}.{block:06d}.safetensors"
+    def _waiting(self, number: int) -> Path:
+        return self._folder / f"{self._name}.{number:06d}.safetensors"
 
-    def _read(self, block: int) -> Block:
-        sums, about = read_tensors(self._waiting(block))
+    def _read(self, number: int) -> Block:
+        """A block that waits. Raises DamagedIndexError."""
+        sums, about = read_tensors(self._waiting(number))
         notes = BlockNotes([(first, rows) for first, rows in json.loads(about["splits"])],
                            {int(one): why for one, why in
                             json.loads(about["quarantined"]).items()})

@@ -24,10 +24,10 @@ from indexer.fit.eigen import eigenvectors
 from indexer.fit.folder import FitFolder
 from indexer.fit.steps import Add, add_covariances, add_eigenvalues, fit_batch
 from indexer.fit.sums import Block, BlockNotes, Sums
-from indexer.shards import Stage
+from indexer.shards import BuildStage
 
 Read = Callable[[list[int]], list[Record]]  # the records of ids, in their order
-LABELS = {"covariance": Stream.COVARIANCE_LABELS, "eigenvalues": Stream.EIGENVALUE_LABELS}
+LABEL_STREAMS = {"covariance": Stream.COVARIANCE_LABELS, "eigenvalues": Stream.EIGENVALUE_LABELS}
 
 
 class FitUnits:
@@ -43,10 +43,10 @@ class FitUnits:
     ):
         self.model, self.read, self.folder = model, read, folder
         self.progress, self.to_come = progress, to_come
-        self._at_hand: tuple[Stage, Sums, Add] | None = None  # of `do`
+        self._at_hand: tuple[BuildStage, Sums, Add] | None = None  # of `do`
 
-    def do(self, stage: Stage, unit: int) -> None:
-        """Do one unit and leave it for the process that goes through the stages.
+    def do(self, stage: BuildStage, unit: int) -> None:
+        """Do one unit and leave its result in the folder, for the process that runs the stages.
 
         What units of a stage read alike is kept until one of another stage comes, or `forget`.
         """
@@ -54,24 +54,24 @@ class FitUnits:
         if self._at_hand is None or self._at_hand[0] != stage:
             self.forget()
             name = "covariance" if stage.name == "eigenvectors" else stage.name
-            self._at_hand = (stage, self.folder.sums(Stage(name, stage.partition)),
+            self._at_hand = (stage, self.folder.sums(BuildStage(name, stage.partition)),
                              self.adder(stage))
         _, sums, add = self._at_hand
         if stage.name == "eigenvectors":
             self.decompose(unit, sums)
-        elif not sums.has(unit):
+        elif not sums.has(unit):  # else another did it, while this one was taken for dead
             sums.keep(unit, self.sum_block(stage, unit, sums, add))
 
     def forget(self) -> None:
         """Free the memory of what `do` keeps."""
         self._at_hand = None
 
-    def adder(self, stage: Stage) -> Add:
+    def adder(self, stage: BuildStage) -> Add:
         """What adds a batch to the sums of a stage."""
         modules = self.folder.partition(stage.partition)
         if stage.name == "covariance":
             return partial(add_covariances, self.model, modules)
-        vectors: dict[str, Tensor] = {}
+        vectors: dict[str, Tensor] = {}  # of the whole partition, on the model's device
 
         def add(sums: dict[str, Tensor], batch: Batch, numbers: Tensor | None) -> None:
             if not vectors:  # read by who has something to sum up, all or none
@@ -83,49 +83,52 @@ class FitUnits:
         return add
 
     def decompose(self, number: int, covariance: Sums) -> None:
-        """The eigenvectors of a module, by its number. Raises GradindexError."""
+        """Find the eigenvectors of a module, by its number, and write them.
+
+        Raises GradindexError where they can't be found, ResourceError.
+        """
         totals, positions = covariance.totals()
         module, vectors = self.folder.modules[number], {}
         for side in ("A", "S"):
             name = f"{module.name}/{side}"
             vectors[side] = torch.zeros_like(totals[name])
-            for place, block in zip(square_blocks(vectors[side]), square_blocks(totals[name]),
-                                    strict=True):
-                place.copy_(eigenvectors(block / positions, name))
+            # block by block, into the file's layout: blocks of rows, one below the other
+            for target, block in zip(square_blocks(vectors[side]), square_blocks(totals[name]),
+                                     strict=True):
+                target.copy_(eigenvectors(block / positions, name))
             self.progress.update(1)
         write_tensors(self.folder.vectors_path(module), vectors)
-        return_freed()
+        return_freed()  # the solver's work space, before the next module asks for its own
 
     # ---- a block
 
-    def sum_block(self, stage: Stage, block: int, sums: Sums, add: Add) -> Block:
-        """A block's sums.
+    def sum_block(self, stage: BuildStage, number: int, sums: Sums, add: Add) -> Block:
+        """Sum up a block of sequences, again and again until its sums are sound.
 
         A batch adds to the sums as it goes, so where one fails half-way, or they are not finite,
         they are spoilt and the block is summed again, as its notes then say. The first shard writes
         those down at once.
         """
-        notes = BlockNotes(self.folder.notes.splits.get(f"{stage} {block}", []))
+        notes = BlockNotes(self.folder.notes.splits.get(f"{stage} {number}", []))
         while True:
             left_out = {*self.folder.notes.quarantined, *notes.quarantined}
-            records = self.read([one for one in self.folder.blocks[block]
-                                 if one not in left_out])
-            found = self._try_block(stage, block, records, sums, add, notes)
-            if found is not None:
-                return Block(found, sum(len(record.tokens) for record in records), notes)
+            records = self.read([one for one in self.folder.blocks[number] if one not in left_out])
+            tensors = self._try_block(stage, number, records, sums, add, notes)
+            if tensors is not None:
+                return Block(tensors, sum(len(record.tokens) for record in records), notes)
 
     def _try_block(
-        self, stage: Stage, block: int, records: list[Record], sums: Sums, add: Add,
+        self, stage: BuildStage, number: int, records: list[Record], sums: Sums, add: Add,
         notes: BlockNotes,
     ) -> dict[str, Tensor] | None:
         """The sums of a block; None where it has to be summed again, as `notes` then say."""
-        found = sums.zeros(self.model.accumulate, self.model.device)
-        stream, done = LABELS[stage.name], 0
+        tensors = sums.zeros(self.model.accumulate, self.model.device)
+        stream, done = LABEL_STREAMS[stage.name], 0
 
-        def keep(made: list[tuple[int, int]]) -> None:
-            notes.splits = made
+        def keep(halved: list[tuple[int, int]]) -> None:
+            notes.splits = halved
             if self.folder.first:
-                self.folder.note(stage, block, notes)
+                self.folder.note(stage, number, notes)
 
         splits = Splits(notes.splits, keep)
         planned = len(splits.halved)
@@ -134,7 +137,7 @@ class FitUnits:
             """Add a batch, unless one before it was halved: what that left behind spoils all."""
             if len(splits.halved) > planned:
                 return False
-            add(found, *self._batch([records[row] for row in rows], stream))
+            add(tensors, *self._batch([records[row] for row in rows], stream))
             return True
 
         lengths = [len(record.tokens) for record in records]
@@ -146,13 +149,14 @@ class FitUnits:
             self.progress.update(len(rows))
             if self.progress.measured and stage.name == "covariance":
                 self.progress.say_expected(self.progress.seconds_each() * self.to_come)
-        odd = [name for name, part in found.items() if not torch.isfinite(part).all()]
-        if not odd:
-            return found
+        names = [name for name, part in tensors.items() if not torch.isfinite(part).all()]
+        if not names:
+            return tensors
+        # found in the sums, not sequence by sequence: to look at each would take another pass
         notes.quarantined.update(
-            self._why_not_finite(records, stream, f"the {stage.name} of {odd[0]}"))
+            self._why_not_finite(records, stream, f"the {stage.name} of {names[0]}"))
         if self.folder.first:
-            self.folder.note(stage, block, notes)
+            self.folder.note(stage, number, notes)
         self.progress.update(-done)
         return None
 
@@ -162,13 +166,13 @@ class FitUnits:
 
     def _why_not_finite(self, records: list[Record], stream: Stream, what: str) -> dict[int, str]:
         """The sequences that make a sum not finite, and why. Raises GradindexError for none."""
-        found = {
+        reasons = {
             record.id: reason for record in records if (reason := why_not_finite(
                 self.model, self.folder.modules, *self._batch([record], stream)))
         }
-        if not found:
+        if not reasons:
             raise GradindexError(
                 f"{what} is not finite within sequences {records[0].id} to {records[-1].id}, "
                 "though each gradient is. Try --dtype float32."
             )
-        return found
+        return reasons

@@ -22,18 +22,18 @@ from gradindex.objective import NextToken
 from gradindex.storage.plan import CorpusSettings, DataFacts
 from gradindex.storage.records import Part, Record
 from indexer.read.sources import (
-    FORMS,
+    DATA_FORMS,
     BadRowError,
+    DataSource,
     Row,
-    Source,
     arrow_rows,
     as_object,
-    digest_of,
+    content_digest,
+    content_size,
     discover,
     jsonl_rows,
     load_tokens,
     parquet_rows,
-    size_of,
     text_rows,
 )
 
@@ -47,8 +47,11 @@ NEEDED_FIELDS = {
 
 @dataclass
 class CorpusFacts:
-    """What reading came to: counts, and why what was left out was, the first few with file and
-    line."""
+    """What was counted while a corpus was read.
+
+    `skipped` counts what was left out by reason; `examples` are the first of it, with file and
+    line.
+    """
 
     documents: int = 0
     sequences: int = 0
@@ -65,7 +68,7 @@ class CorpusFacts:
 class Corpus:
     """The sequences of some data files, in order.
 
-    `data` holds paths (see FORMS) or dictionaries in a list, a `datasets.Dataset` or the like.
+    `data` holds paths (see DATA_FORMS) or dictionaries in a list, a `datasets.Dataset` or the like.
     `strict` stops at the first row that can't be used.
     Raises InputError for a path that can't be read, unsuitable fields, or a missing chat template.
     """
@@ -85,8 +88,8 @@ class Corpus:
         self.documents_before = 0  # in the index already
         self.fields_seen: set[str] = set()
         if not self.sources:
-            found = ", ".join(str(item) for item in items) or "nothing"
-            raise InputError(f"no data files were found in {found}; expected {FORMS}.")
+            shown = ", ".join(str(item) for item in items) or "nothing"
+            raise InputError(f"no data files were found in {shown}; expected {DATA_FORMS}.")
         self.task = self._find_task()
         if self.task != "tokens" and tokenizer is None:
             raise InputError(
@@ -103,8 +106,8 @@ class Corpus:
 
     def data_facts(self) -> list[DataFacts]:
         """Name, size (bytes, or rows) and digest of every source, to notice that it changed."""
-        return [{"name": source.name, "size": size_of(source.content),
-                 "sha256": digest_of(source.content)} for source in self.sources]
+        return [{"name": source.name, "size": content_size(source.content),
+                 "sha256": content_digest(source.content)} for source in self.sources]
 
     def sequences(self) -> Iterator[Record]:
         """Every sequence in order, with ids from 0; `facts` are of what was read so far."""
@@ -120,20 +123,22 @@ class Corpus:
     # ---- documents → sequences
 
     def _windows(self) -> Iterator[Record]:
+        """A document at a time, in consecutive windows where it is too long for one."""
         length = self.settings.sequence_length
-        for part, tokenised in self._documents():
+        for document, tokenised in self._documents():
             for start in range(0, len(tokenised.tokens), length):
                 cut = slice(start, start + length)
-                here = _stretch(part, tokenised.spans[cut], token=0)
-                yield from self._record(tokenised.tokens[cut], tokenised.scored[cut], [here])
+                part = _stretch(document, tokenised.spans[cut], token=0)
+                yield from self._record(tokenised.tokens[cut], tokenised.scored[cut], [part])
 
     def _packed(self) -> Iterator[Record]:
+        """Documents joined by the end token, cut into windows that are full but for the last."""
         length = self.settings.sequence_length
         tokens: list[int] = []
         scored: list[bool] = []
         parts: list[Part] = []
         assert self.end_token is not None  # as checked above
-        for part, tokenised in self._documents():
+        for document, tokenised in self._documents():
             if tokenised.tokens[-1] != self.end_token:  # some tokenizers add it by themselves
                 tokenised = tokenise.Tokenised(
                     np.append(tokenised.tokens, np.int32(self.end_token)),
@@ -143,7 +148,8 @@ class Corpus:
             done = 0
             while done < len(tokenised.tokens):
                 cut = slice(done, done + length - len(tokens))
-                parts.append(_stretch(part, tokenised.spans[cut], token=len(tokens)))
+                # a window remembers of which part of a document each of its tokens is
+                parts.append(_stretch(document, tokenised.spans[cut], token=len(tokens)))
                 tokens.extend(tokenised.tokens[cut].tolist())
                 scored.extend(tokenised.scored[cut].tolist())
                 done = cut.stop
@@ -156,23 +162,25 @@ class Corpus:
     def _record(
         self, tokens: np.ndarray, scored: np.ndarray, parts: list[Part]
     ) -> Iterator[Record]:
+        """The record of a window, unless it has nothing that counts: its gradient would be 0."""
         if self.objective.counted(scored).any():
             yield Record(-1, tokens, scored, parts)
         else:
             self.facts.skip("sequence without a scored token")
 
     def _documents(self) -> Iterator[tuple[Part, tokenise.Tokenised]]:
+        """Every document that can be used, as a part that isn't cut yet, and its tokens."""
         for source, row, content in self._rows():
             try:
                 if isinstance(content, BadRowError):
                     raise content
                 tokenised = self._tokenised(content)
-                self._check(tokenised)
+                _check_tokens(tokenised, self.vocabulary)
                 user_id, fields = self._metadata(content)
             except BadRowError as bad:
                 self._skip(source, row, str(bad))
                 continue
-            except InputError as error:
+            except InputError as error:  # the whole data's fault: a template that can't be used
                 raise InputError(f"{source.name}:{row}: {error}") from None
             number = self.documents_before + self.facts.documents
             self.facts.documents += 1
@@ -180,21 +188,24 @@ class Corpus:
             if self.facts.documents == self.settings.limit:
                 return
 
-    def _skip(self, source: Source, row: int, reason: str) -> None:
+    def _skip(self, source: DataSource, row: int, reason: str) -> None:
+        """Count a row that can't be used. Raises InputError where that is to stop the build."""
         where = f"{source.name}:{row}: {reason}"
         if self.strict:
             raise InputError(f"{where}. Correct it, or leave out --strict to skip such rows.")
-        self.facts.skip(reason.split(" (")[0])
+        self.facts.skip(reason.split(" (")[0])  # what is in brackets differs from row to row
         if len(self.facts.examples) < KEPT_EXAMPLES:
             self.facts.examples.append(where)
 
     # ---- rows → tokens
 
     def _fields(self) -> dict[str, str]:
+        """What the fields are called in the data, by their names here."""
         return {name: getattr(self.settings, f"{name}_field") or name
                 for name in ("text", "prompt", "completion", "messages")}
 
     def _find_task(self) -> str:
+        """What kind of data this is: by its files, the fields that are named, or its first row."""
         kinds = {source.kind for source in self.sources}
         if kinds == {"npy"}:
             return "tokens"
@@ -202,34 +213,38 @@ class Corpus:
             raise InputError(
                 "the data holds token files (.npy) and text; an index takes one kind. Give one."
             )
-        named = [task for task, needed in NEEDED_FIELDS.items()
+        tasks = [task for task, needed in NEEDED_FIELDS.items()
                  if any(getattr(self.settings, f"{name}_field") for name in needed)]
-        if len(named) > 1:
+        if len(tasks) > 1:
             raise InputError(
                 "--text-field, --prompt-field/--completion-field and --messages-field exclude each "
                 "other; give one kind."
             )
-        if named:
-            return named[0]
+        if tasks:
+            return tasks[0]
         for source, _, content in self._rows():
-            if isinstance(content, BadRowError):
+            if isinstance(content, BadRowError):  # it is counted when the data are read
                 continue
             for task, needed in NEEDED_FIELDS.items():
                 if needed <= set(content):
                     return task
-            found = ", ".join(str(name) for name in content) or "none"
+            fields = ", ".join(str(name) for name in content) or "none"
             raise InputError(
-                f"the first record of {source.name} has the fields {found}; expected text, prompt "
+                f"the first record of {source.name} has the fields {fields}; expected text, prompt "
                 "and completion, or messages. Name yours with --text-field, --prompt-field and "
                 "--completion-field, or --messages-field."
             )
         return "text"
 
     def _tokenised(self, content: dict[str, Any]) -> tokenise.Tokenised:
+        """A row's tokens, which of them are scored, and where each stands in its text.
+
+        Raises BadRowError.
+        """
         fields = self._fields()
         if self.task == "tokens":
             tokens = content["tokens"].astype(np.int64)
-            n = len(tokens)
+            n = len(tokens)  # all are scored, and of no text
             return tokenise.Tokenised(tokens, np.ones(n, bool), np.full((n, 2), -1))
         if self.task == "text":
             document = _string(content, fields["text"])
@@ -242,41 +257,24 @@ class Corpus:
                 raise BadRowError("empty completion")
             prompt = _string(content, fields["prompt"])
             return tokenise.encode_pair(self.tokenizer, prompt, completion)
-        messages = _value(content, fields["messages"])
-        if not isinstance(messages, list) or not all(
-            isinstance(message, dict) and isinstance(message.get("content"), str)
-            and isinstance(message.get("role"), str) for message in messages
-        ):
-            raise BadRowError(f"field {fields['messages']!r} is not a list of role and content")
-        if not any(message["role"] == "assistant" for message in messages):
-            raise BadRowError("no assistant message")
-        _check_characters(fields["messages"], json.dumps(messages, ensure_ascii=False, default=str))
         try:
-            return tokenise.encode_messages(self.tokenizer, messages)
+            return tokenise.encode_messages(
+                self.tokenizer, _conversation(content, fields["messages"]))
         except tokenise.ChatTemplateError as error:
             reason = f"the chat template refuses the messages ({error.__cause__})"
             raise BadRowError(reason) from None
 
-    def _check(self, tokenised: tokenise.Tokenised) -> None:
-        if not len(tokenised.tokens):
-            raise BadRowError("no token")
-        least, most = tokenised.tokens.min(), tokenised.tokens.max()
-        if least < 0 or most >= self.vocabulary:
-            raise BadRowError(
-                f"token id outside the vocabulary (found {least} to {most}, expected 0 to "
-                f"{self.vocabulary - 1})"
-            )
-        tokenised.tokens = tokenised.tokens.astype(np.int32)
-
     def _metadata(self, content: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        self.fields_seen.update(map(str, content))
+        """The user's own id of a document, and the fields to keep. Raises BadRowError."""
+        self.fields_seen.update(map(str, content))  # to say what there is, where a name is wrong
         id_field = self.settings.id_field
-        user_id = None if id_field is None else _plain(_value(content, id_field))
-        return user_id, {name: _plain(content.get(name)) for name in self.settings.keep_fields}
+        user_id = None if id_field is None else _as_json(_field(content, id_field))
+        return user_id, {name: _as_json(content.get(name)) for name in self.settings.keep_fields}
 
     # ---- files → rows
 
-    def _rows(self) -> Iterator[tuple[Source, int, Row]]:
+    def _rows(self) -> Iterator[tuple[DataSource, int, Row]]:
+        """Every row of every source, with its number from 1."""
         readers: dict[str, Callable[[Any], Iterable[Row | None]]] = {
             "jsonl": jsonl_rows, "npy": self._token_rows, "rows": partial(map, as_object),
             "parquet": partial(parquet_rows, columns=self._columns),
@@ -289,12 +287,16 @@ class Corpus:
                     yield source, number, content
 
     def _columns(self, names: list[str]) -> list[str]:
-        """The columns to read: what is used, or all, to be shown, where no content is known."""
+        """The columns to read of a table: those that are used.
+
+        Where it has none of the fields that hold content, all are read, for the error to name.
+        """
         content = set(self._fields().values())
         used = {*content, self.settings.id_field, *self.settings.keep_fields}
         return [name for name in names if name in used] if content & set(names) else names
 
     def _token_rows(self, path: Path) -> Iterator[dict[str, Any]]:
+        """The rows of a token file, or a stream of tokens cut into rows. Raises InputError."""
         array = load_tokens(path)
         length = self.settings.sequence_length
         if array.ndim == 2 and array.shape[1] > length:
@@ -308,14 +310,42 @@ class Corpus:
         yield from ({"tokens": np.asarray(row)} for row in rows)
 
 
-def _value(content: dict[str, Any], name: str) -> Any:
+def _check_tokens(tokenised: tokenise.Tokenised, vocabulary: int) -> None:
+    """Raise BadRowError for no token, or ids outside the vocabulary; else make them int32."""
+    if not len(tokenised.tokens):
+        raise BadRowError("no token")
+    least, most = tokenised.tokens.min(), tokenised.tokens.max()
+    if least < 0 or most >= vocabulary:
+        raise BadRowError(
+            f"token id outside the vocabulary (found {least} to {most}, expected 0 to "
+            f"{vocabulary - 1})"
+        )
+    tokenised.tokens = tokenised.tokens.astype(np.int32)
+
+
+def _conversation(content: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """The messages of a row. Raises BadRowError for what isn't a conversation to learn from."""
+    messages = _field(content, name)
+    if not isinstance(messages, list) or not all(
+        isinstance(message, dict) and isinstance(message.get("content"), str)
+        and isinstance(message.get("role"), str) for message in messages
+    ):
+        raise BadRowError(f"field {name!r} is not a list of role and content")
+    if not any(message["role"] == "assistant" for message in messages):
+        raise BadRowError("no assistant message")
+    # templates may show any field of a message, so all of it is looked at
+    _check_characters(name, json.dumps(messages, ensure_ascii=False, default=str))
+    return messages
+
+
+def _field(content: dict[str, Any], name: str) -> Any:
     if name not in content:
         raise BadRowError(f"missing field {name!r}")
     return content[name]
 
 
 def _string(content: dict[str, Any], name: str) -> str:
-    value = _value(content, name)
+    value = _field(content, name)
     if not isinstance(value, str):
         raise BadRowError(f"field {name!r} is not text (a {type(value).__name__})")
     _check_characters(name, value)
@@ -323,6 +353,7 @@ def _string(content: dict[str, Any], name: str) -> str:
 
 
 def _check_characters(name: str, value: str) -> None:
+    """Raise BadRowError for half a character, which neither a tokenizer nor JSON can take."""
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
@@ -336,14 +367,14 @@ def _stretch(part: Part, spans: np.ndarray, token: int) -> Part:
     return replace(part, start=int(spans[:, 0].min()), end=int(spans[:, 1].max()), token=token)
 
 
-def _plain(value: Any) -> Any:
+def _as_json(value: Any) -> Any:
     """A metadata value as JSON can hold it."""
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
-        return {str(name): _plain(entry) for name, entry in value.items()}
+        return {str(name): _as_json(entry) for name, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
+        return [_as_json(entry) for entry in value]
     return value if value is None or isinstance(value, (str, int, float, bool)) else str(value)

@@ -12,8 +12,6 @@ from pathlib import Path
 import numpy as np
 
 from gradindex.errors import InputError, ResourceError
-from gradindex.influence.codes import Codes
-from gradindex.model.network import LanguageModel
 from gradindex.progress import Progress, size
 from gradindex.storage import code_file, layout, records, row_file, segments
 from gradindex.storage.files import FileFacts, facts_of, make_folder
@@ -22,10 +20,7 @@ from gradindex.storage.layout import PARTIAL, segment_folder
 from gradindex.storage.manifest import Segment
 from gradindex.storage.records import Record
 from gradindex.storage.segments import SegmentFacts, SegmentReader
-from indexer.encode import encode_segment
-from indexer.fit.quarantine import check_quarantine
 from indexer.read.corpus import Corpus, CorpusFacts
-from indexer.shards import Shard, Share
 
 
 @dataclass(frozen=True)
@@ -41,23 +36,24 @@ class Run:
 
     @property
     def segments(self) -> list[Segment]:
+        """Its segments in order; all but the last are full."""
         return [
-            Segment(f"{self.number + place:06d}", min(self.size, self.count - done))
-            for place, done in enumerate(range(0, self.count, self.size))
+            Segment(layout.segment_name(number), min(self.size, self.count - done))
+            for number, done in enumerate(range(0, self.count, self.size), self.number)
         ]
 
     def folder(self, segment: Segment) -> Path:
         """Where a segment is now: sealed, or still being made."""
         sealed = segment_folder(self.index, segment.name)
-        return sealed if sealed.is_dir() else sealed.with_name(segment.name + PARTIAL)
+        return sealed if sealed.is_dir() else layout.partial_folder(self.index, segment.name)
 
     def records(self, ids: list[int]) -> list[Record]:
         """The records of ids of this run, in that order."""
-        found: dict[int, Record] = {}
-        for segment, here in self._by_segment(ids):
-            rows = [(one - self.first) % self.size for one in here]
-            found.update(zip(here, self.reader(segment).records(rows), strict=True))
-        return [found[one] for one in ids]
+        members: dict[int, Record] = {}
+        for segment, within in self._by_segment(ids):
+            stored = self.reader(segment).records(self._rows_of(within))
+            members.update(zip(within, stored, strict=True))
+        return [members[one] for one in ids]
 
     def codes(self, ids: list[int], length: int) -> tuple[code_file.CodeIndex, np.ndarray]:
         """The codes [ids, K] of sealed segments and their ‖v‖ [ids]; ids ascending."""
@@ -69,8 +65,8 @@ class Run:
 
     def coded(self, ids: list[int], length: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Codes uint8 [n, bytes] and rows, row_file.ROW [n], of ascending ids by sealed segment."""
-        for segment, here in self._by_segment(ids):
-            rows = [(one - self.first) % self.size for one in here]
+        for segment, within in self._by_segment(ids):
+            rows = self._rows_of(within)
             reader = self.reader(segment)
             yield reader.codes(length).codes(rows), reader.rows()[rows]
 
@@ -81,16 +77,22 @@ class Run:
     def reader(self, segment: Segment) -> SegmentReader:
         """A segment's files, checked against what was noted when they were written."""
         folder = self.folder(segment)
+        # by folder: what was read while it was being made is looked at again once it is sealed
         if folder not in self._checked:
             self._checked[folder] = CheckedFiles(folder, segments.read_facts(folder).files)
         return SegmentReader(self._checked[folder], "", segment.rows)
 
     def _by_segment(self, ids: list[int]) -> list[tuple[Segment, list[int]]]:
+        """The segments that have some of the ids, in order, each with its own of them."""
         by_number: dict[int, list[int]] = {}
         for one in ids:
             by_number.setdefault((one - self.first) // self.size, []).append(one)
-        own = self.segments
-        return [(own[number], here) for number, here in sorted(by_number.items())]
+        every = self.segments
+        return [(every[number], within) for number, within in sorted(by_number.items())]
+
+    def _rows_of(self, ids: list[int]) -> list[int]:
+        """The rows that ids of one segment have in it."""
+        return [(one - self.first) % self.size for one in ids]
 
 
 def write_records(corpus: Corpus, run: Run, progress: Progress) -> CorpusFacts:
@@ -99,7 +101,7 @@ def write_records(corpus: Corpus, run: Run, progress: Progress) -> CorpusFacts:
     What an earlier attempt left is replaced. Raises InputError where there is nothing to index,
     ResourceError.
     """
-    remove_unsealed(run.index, run.number)
+    remove_unsealed(run.index, run.number)  # perhaps of other data, or cut otherwise
     number, members = run.number, list[Record]()
     progress.start("read", 0, "sequences")
     for record in corpus.sequences():
@@ -129,10 +131,11 @@ def check_read(corpus: Corpus) -> None:
     """Raise InputError where a corpus, read, gave nothing to index, or lacks a field to keep."""
     facts = corpus.facts
     if not facts.sequences:
-        skipped = [f"Skipped: {counted(facts.skipped)}."] if facts.skipped else []
+        skipped = [f"Skipped: {by_reason(facts.skipped)}."] if facts.skipped else []
         raise InputError(" ".join([
             "the data holds no sequence with a token to predict; expected at least one text of two "
             "tokens.", *skipped, *facts.examples[:3]]))
+    # a misspelt name would otherwise give an index that lacks the field, noticed too late
     absent = set(corpus.settings.keep_fields) - corpus.fields_seen
     if absent and corpus.task != "tokens":
         raise InputError(
@@ -143,15 +146,15 @@ def check_read(corpus: Corpus) -> None:
 
 def remove_unsealed(index: Path, number: int) -> None:
     """Remove every segment folder numbered `number` or above, sealed or not."""
-    for folder in (index / "segments").iterdir():
-        own = folder.name.removesuffix(PARTIAL)
-        if own.isdecimal() and int(own) >= number:
+    for folder in (index / layout.SEGMENTS).iterdir():
+        name = folder.name.removesuffix(PARTIAL)
+        if name.isdecimal() and int(name) >= number:
             remove_any(folder)
 
 
 def remove_any(path: Path) -> None:
     """Remove a file, a link itself, or a folder with what is in it."""
-    if path.is_dir() and not path.is_symlink():
+    if path.is_dir() and not path.is_symlink():  # never what a link leads to
         shutil.rmtree(path)
     else:
         path.unlink()
@@ -164,21 +167,24 @@ def report_read(facts: CorpusFacts, length: int, progress: Progress) -> None:
         f"{length} tokens, {facts.tokens:,} tokens, {facts.scored_tokens:,} scored"
     )
     if facts.skipped:
-        progress.say(f"skipped: {counted(facts.skipped)}")
+        progress.say(f"skipped: {by_reason(facts.skipped)}")
         for example in facts.examples:
             progress.say(f"  {example}")
 
 
-def counted(counts: dict[str, int]) -> str:
+def by_reason(counts: dict[str, int]) -> str:
+    """What was left out, in words.
+
+    >>> by_reason({"no token": 1200, "empty text": 3})
+    '3 × empty text, 1,200 × no token'
+    """
     return ", ".join(f"{count:,} × {reason}" for reason, count in sorted(counts.items()))
 
 
-def check_disk(
-    run: Run, length: int, fit: int
-) -> None:
+def check_disk(run: Run, length: int, fit: int) -> None:
     """Raise ResourceError where the codes that are yet to be made, and `fit` bytes of a fit, don't
     fit on the disk."""
-    rows = sum(run.segments[place].rows for place in unsealed(run))
+    rows = sum(run.segments[number].rows for number in unsealed(run))  # records are there already
     codes = rows * (layout.code_bytes(length) + row_file.ROW.itemsize)
     free = shutil.disk_usage(run.index).free
     if codes + fit > free:
@@ -189,65 +195,15 @@ def check_disk(
         )
 
 
-def encode_run(
-    model: LanguageModel, codes: Codes, run: Run, batch_tokens: int, bad: float, progress: Progress,
-    share: Share | None = None,
-) -> None:
-    """Encode what isn't encoded yet of this process's `share` [all], and seal it.
-
-    Raises GradindexError where more than the share `bad` is quarantined, ResourceError.
-    """
-    kept_out: dict[int, str] = {}
-    own = [one for number, one in enumerate(run.segments) if (share or Shard()).takes(number)]
-    sealed = [one for one in own if is_sealed(run.index, one)]
-    progress.start("encode", sum(one.rows for one in own), "sequences",
-                   done=sum(one.rows for one in sealed))
-    for segment in own:
-        if segment in sealed:
-            facts = segments.read_facts(run.folder(segment))
-        else:
-            facts = encode_one(model, codes, run, segment, batch_tokens, progress)
-        kept_out |= facts.quarantined
-        check_quarantine(kept_out, run.count, bad, "to be indexed")
-    progress.finish()
-
-
-def encode_one(
-    model: LanguageModel, codes: Codes, run: Run, segment: Segment, batch_tokens: int,
-    progress: Progress,
-) -> SegmentFacts:
-    """Encode and seal a segment. Raises ResourceError."""
-    batch = run.reader(segment).records(range(segment.rows))
-    return encode_segment(model, codes, batch, run.folder(segment), batch_tokens, progress)
-
-
-def quarantined(run: Run, bad: float, progress: Progress) -> dict[int, str]:
-    """Who was quarantined while a run was encoded, and why; says so.
-
-    Raises GradindexError where they are more than the share `bad`.
-    """
-    every = [segments.read_facts(run.folder(segment)) for segment in run.segments]
-    found = {one: why for facts in every for one, why in facts.quarantined.items()}
-    check_quarantine(found, run.count, bad, "to be indexed")
-    for one, reason in list(found.items())[:20]:
-        progress.say(f"sequence {one} is quarantined: {reason}")
-    if found:
-        progress.say(f"{len(found)} sequences are quarantined; they are in no answer (`gradindex "
-                     "info` lists them)")
-    if halved := sum(len(facts.splits) for facts in every):
-        progress.say(f"memory ran out on {halved} batches, which were halved; smaller "
-                     "--batch-tokens avoid that")
-    return found
-
-
 def is_sealed(index: Path, segment: Segment) -> bool:
     """Whether a segment is whole."""
     return segment_folder(index, segment.name).is_dir()
 
 
 def unsealed(run: Run) -> list[int]:
-    """Which of a run's segments are not whole yet, by place."""
-    return [place for place, one in enumerate(run.segments) if not is_sealed(run.index, one)]
+    """Which of a run's segments are not whole yet, by their numbers in it."""
+    return [number for number, segment in enumerate(run.segments)
+            if not is_sealed(run.index, segment)]
 
 
 def file_facts(run: Run) -> dict[str, FileFacts]:
@@ -260,6 +216,7 @@ def file_facts(run: Run) -> dict[str, FileFacts]:
 
 def sealed_files(index: Path, segment: Segment, facts: SegmentFacts) -> dict[str, FileFacts]:
     """The facts of one sealed segment's files, by their names in the index."""
-    own = segment_folder(index, segment.name) / layout.NOTES.name
-    return {f"segments/{segment.name}/{name}": one
-            for name, one in {**facts.files, layout.NOTES.name: facts_of(own)}.items()}
+    # segment.json lists the files that were written before it, and so not itself
+    notes = segment_folder(index, segment.name) / layout.NOTES.name
+    return {f"{layout.SEGMENTS}/{segment.name}/{name}": file
+            for name, file in {**facts.files, layout.NOTES.name: facts_of(notes)}.items()}

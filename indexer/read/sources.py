@@ -25,7 +25,7 @@ from gradindex.storage.files import digest_of_files
 
 LONGEST_LINE = 64 << 20  # bytes; a longer JSONL line is taken for damage and left out
 
-FORMS = (
+DATA_FORMS = (
     "a .jsonl (.gz, .zst), .parquet, .npy or text file, a folder of such files, or a folder "
     "written by datasets' save_to_disk"
 )
@@ -40,7 +40,9 @@ Columns = Callable[[list[str]], list[str]]
 
 
 @dataclass
-class Source:
+class DataSource:
+    """A file, a folder that datasets wrote, or rows that were given."""
+
     kind: str  # jsonl, parquet, arrow, npy, text or rows
     name: str
     content: Any
@@ -54,6 +56,7 @@ def token_file_width(data: Iterable[Any]) -> int | None:
 
 
 def load_tokens(path: Path) -> np.ndarray:
+    """A file of token ids, mapped. Raises InputError."""
     try:
         array = np.lib.format.open_memmap(path, mode="r")
     except (OSError, ValueError) as error:
@@ -66,8 +69,8 @@ def load_tokens(path: Path) -> np.ndarray:
     return array
 
 
-def discover(item: Any, named: bool = True) -> list[Source]:
-    """The files behind a path (or the rows given); `named` unless met while walking a folder.
+def discover(item: Any, direct: bool = True) -> list[DataSource]:
+    """The files behind a path (or the rows given); `direct` unless met while walking a folder.
 
     Raises InputError for what isn't there or isn't read.
     """
@@ -77,7 +80,7 @@ def discover(item: Any, named: bool = True) -> list[Source]:
                 f"the data given is a {type(item).__name__}; expected paths, or records that can "
                 "be read more than once: a list of dictionaries, or one split of a dataset."
             )
-        return [Source("rows", "the data given", item)]
+        return [DataSource("rows", "the data given", item)]
     path = Path(item)
     if path.is_dir():
         if (path / "dataset_dict.json").is_file():
@@ -85,43 +88,47 @@ def discover(item: Any, named: bool = True) -> list[Source]:
                                json.loads((path / "dataset_dict.json").read_text())["splits"])
             raise InputError(f"{path} holds several splits; give one of them: {splits}.")
         if (path / "state.json").is_file():
-            return [Source("arrow", str(path), path)]
-        if (path / "segments").is_dir() and not named:  # an index, perhaps the one being built
+            return [DataSource("arrow", str(path), path)]
+        if (path / "segments").is_dir() and not direct:  # an index, perhaps the one being built
             return []
+        # sorted: the order of sequences, and so their ids, must not depend on the file system
         entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
-        return [source for entry in entries for source in discover(entry, named=False)]
+        return [source for entry in entries for source in discover(entry, direct=False)]
     if not path.is_file():
-        raise InputError(f"{path} does not exist; expected {FORMS}.")
+        raise InputError(f"{path} does not exist; expected {DATA_FORMS}.")
     name = path.name.removesuffix(".gz").removesuffix(".zst")
     if name.endswith((".jsonl", ".ndjson")):
-        return [Source("jsonl", str(path), path)]
-    if named and path.suffix in (".json", ".csv", ".tsv"):
+        return [DataSource("jsonl", str(path), path)]
+    # alone it would be read as one text; in a folder of texts it may well be one
+    if direct and path.suffix in (".json", ".csv", ".tsv"):
         raise InputError(
-            f"{path}: {path.suffix} isn't read as records; expected {FORMS}. Write one JSON object "
-            "a line into a .jsonl file."
+            f"{path}: {path.suffix} isn't read as records; expected {DATA_FORMS}. Write one JSON "
+            "object a line into a .jsonl file."
         )
     kind = {".parquet": "parquet", ".npy": "npy"}.get(path.suffix, "text")
-    return [Source(kind, str(path), path)]
+    return [DataSource(kind, str(path), path)]
 
 
-def size_of(content: Any) -> int | None:
+def content_size(content: Any) -> int | None:
+    """Bytes of a file or of a folder's files, or how many rows were given, where that is known."""
     if not isinstance(content, Path):
         return len(content) if hasattr(content, "__len__") else None
     files = content.iterdir() if content.is_dir() else [content]
     return sum(file.stat().st_size for file in files)
 
 
-def digest_of(content: Any) -> str:
+def content_digest(content: Any) -> str:
     """SHA-256 of the bytes of a file or folder of files, or of rows as JSON."""
     if isinstance(content, Path):
         return digest_of_files(sorted(content.iterdir()) if content.is_dir() else [content])
+    # rows may hold anything; what JSON has no word for goes in as Python shows it
     digest = hashlib.sha256()
     for row in content:
         digest.update(json.dumps(row, default=repr).encode(errors="surrogatepass") + b"\n")
     return digest.hexdigest()
 
 
-def count_rows(source: Source, length: int) -> int:
+def count_rows(source: DataSource, length: int) -> int:
     """How many rows a source has, blank lines included, without parsing them.
 
     `length` is that of a stream of tokens cut into rows. Raises InputError.
@@ -129,7 +136,7 @@ def count_rows(source: Source, length: int) -> int:
     content = source.content
     try:
         if source.kind == "jsonl":
-            with _decompressed(content) as file:
+            with _decompressed(content) as file:  # line ends alone, nothing is parsed
                 return sum(chunk.count(b"\n") for chunk in iter(partial(file.read, 1 << 20), b""))
         if source.kind == "parquet":
             with pyarrow.parquet.ParquetFile(content) as file:
@@ -147,10 +154,12 @@ def count_rows(source: Source, length: int) -> int:
 
 
 def jsonl_rows(path: Path) -> Iterator[Row | None]:
+    """Rows of a file of JSON objects, a line each; None for a blank line. Raises InputError."""
     try:
         with _decompressed(path) as file:
-            while line := file.readline(LONGEST_LINE):
+            while line := file.readline(LONGEST_LINE):  # bounded: a damaged file may have no lines
                 whole = True
+                # the rest of a line that is too long is read away, a piece at a time
                 while len(line) == LONGEST_LINE and not line.endswith(b"\n"):
                     line, whole = file.readline(LONGEST_LINE), False
                 yield _parse_line(line) if whole else BadRowError(
@@ -170,7 +179,7 @@ def _decompressed(path: Path) -> BinaryIO:
 
 def _parse_line(line: bytes) -> Row | None:
     try:
-        content = line.decode("utf-8-sig").strip()
+        content = line.decode("utf-8-sig").strip()  # with or without a byte order mark
         return as_object(json.loads(content)) if content else None
     except UnicodeDecodeError as error:
         return BadRowError(f"invalid UTF-8 (byte {error.start})")
@@ -185,9 +194,11 @@ def as_object(content: Any) -> Row:
 
 
 def parquet_rows(path: Path, columns: Columns) -> Iterator[Row]:
+    """Rows of a Parquet file, with the `columns` that are chosen. Raises InputError."""
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = columns(file.schema_arrow.names)
+            # a part of the file at a time, which may be larger than memory
             for batch in file.iter_batches(batch_size=1024, columns=names):
                 yield from _batch_rows(batch)
     except (OSError, pyarrow.ArrowException) as error:
@@ -207,6 +218,7 @@ def arrow_rows(folder: Path, columns: Columns) -> Iterator[Row]:
 
 
 def _batch_rows(batch: pyarrow.RecordBatch) -> Iterator[Row]:
+    """Rows one by one: where a column is no UTF-8, only the row with it is lost."""
     for row in range(len(batch)):
         try:
             content = batch.slice(row, 1).to_pylist()[0]
@@ -216,6 +228,7 @@ def _batch_rows(batch: pyarrow.RecordBatch) -> Iterator[Row]:
 
 
 def text_rows(path: Path, name: str) -> Iterator[Row]:
+    """A text file, as one row with a field of that name. Raises InputError."""
     try:
         yield {name: path.read_bytes().decode("utf-8-sig")}
     except UnicodeDecodeError as error:

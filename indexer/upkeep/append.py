@@ -14,7 +14,6 @@ import torch
 
 from gradindex.draws import Stream, choose
 from gradindex.errors import InputError
-from gradindex.influence.codes import Codes
 from gradindex.influence.exact import Rescorer, self_influence
 from gradindex.influence.fitted import FittedModel
 from gradindex.memory import parse_bound
@@ -25,11 +24,13 @@ from gradindex.storage.layout import APPEND
 from gradindex.storage.records import Record
 from indexer import defaults
 from indexer.build_request import check_numbers, open_corpus
+from indexer.encode import encode_run, quarantined_of
 from indexer.fit.steps import fit_batch
 from indexer.read import ingest
+from indexer.read.corpus import CorpusFacts
 from indexer.read.ingest import Run
 from indexer.state import AppendPlan, AppendState, finished_append
-from indexer.upkeep.commit import commit, writing
+from indexer.upkeep.commit import commit_segments, writing
 
 DRIFT_SAMPLE = 256  # sequences of each, old and new
 DRIFTED = 1.25  # Λ of the new data by this factor larger or smaller: warn, if it is no accident
@@ -61,84 +62,103 @@ def append(
     """
     progress, folder = progress or Progress(), Path(index)
     check_numbers(limit=limit, max_bad=max_bad)
-    given = ModelSource(model, tokenizer, device, trust_remote_code, allow_pickle,
-                        parse_bound(max_memory))
+    source = ModelSource(model, tokenizer, device, trust_remote_code, allow_pickle,
+                         parse_bound(max_memory))
     only_discard = discard and data is None  # which a damaged index allows
     with writing(folder, "gradindex append", progress, only_discard, discard) as contents:
         if data is None and not discard:
             raise InputError("no data given; expected files to append.")
         if data is not None:
-            fitted = FittedModel(contents.manifest, contents.files, given)
+            fitted = FittedModel(contents.manifest, contents.files, source)
             _append(contents, fitted, data, limit, strict, max_bad, progress)
-    return None if only_discard else replace(given, max_memory=None)
+    return None if only_discard else replace(source, max_memory=None)
 
 
 def _append(
     contents: Contents, fitted: FittedModel, data: Any, limit: int | None, strict: bool,
     max_bad: float, progress: Progress,
 ) -> None:
-    facts, plan = contents.manifest, contents.manifest.plan
+    """The journey of an append, in numbered steps; every step resumes."""
+    index, manifest, plan = contents.root, contents.manifest, contents.manifest.plan
+
+    # 1) what is asked for: other data, and all else as at the build
     _ = fitted.tokenizer  # refused here, before anything is read, if it is another
     corpus = open_corpus(data, fitted.source, fitted.config, replace(plan.corpus, limit=limit),
                          strict)
-    if corpus.task != facts.task:
+    if corpus.task != manifest.task:
         raise InputError(
-            f"the data holds {corpus.task}, the index was built on {facts.task}; append the same "
-            "kind, or build another index."
+            f"the data holds {corpus.task}, the index was built on {manifest.task}; append the "
+            "same kind, or build another index."
         )
-    appending = AppendPlan(corpus.data_facts(), limit, facts.next_id)
-    if finished_append(contents.root, appending):
-        (contents.root / APPEND).unlink()
-        progress.say(f"{contents.root} has these data: they were appended already; nothing to do.")
+    append_plan = AppendPlan(corpus.data_facts(), limit, manifest.next_id)
+    if finished_append(index, append_plan):
+        (index / APPEND).unlink()
+        progress.say(f"{index} has these data: they were appended already; nothing to do.")
         return
-    progress.say(f"model: loading {fitted.source.name} as {facts.dtype}")
-    _ = fitted.model  # as is another model
-    state = AppendState.open(contents.root, appending, facts.threads)
+    progress.say(f"model: loading {fitted.source.name} as {manifest.dtype}")
+    _ = fitted.model  # refused before anything is read, too
+    state = AppendState.open(index, append_plan, manifest.threads)
     torch.set_num_threads(state.threads)
-    run = Run(contents.root, facts.next_id, facts.next_segment, 0, plan.segment_size)
+
+    # 2) text → sequences, on disk as records
+    run = Run(index, manifest.next_id, manifest.next_segment, 0, plan.segment_size)
     if state.corpus is None:
-        corpus.documents_before = facts.documents
+        corpus.documents_before = manifest.documents
         try:
             state.corpus = ingest.write_records(corpus, run, progress)
         except InputError:  # data that can't be used leave nothing that had to be discarded
             state.path.unlink()
-            ingest.remove_unsealed(contents.root, run.number)
+            ingest.remove_unsealed(index, run.number)
             raise
         state.save()
     run = replace(run, count=state.corpus.sequences)
-    ingest.report_read(state.corpus, facts.sequence_length, progress)
-    ingest.check_disk(run, facts.code["length"], 0)
+    ingest.report_read(state.corpus, manifest.sequence_length, progress)
+    ingest.check_disk(run, manifest.code["length"], fit=0)
 
-    codes = fitted.codes
-    ingest.encode_run(fitted.model, codes, run, facts.batch_tokens, max_bad, progress)
-    quarantined = ingest.quarantined(run, max_bad, progress)
-    good = [run.first + place for place in range(run.count) if run.first + place not in quarantined]
-    drift = measure_drift(fitted, codes, _some(contents.places, facts.code["seed"]),
-                          _some(np.array(good), facts.code["seed"]), contents, run)
-    _say_drift(drift, progress)
-    new = state.corpus
-    skipped = {reason: facts.skipped.get(reason, 0) + new.skipped.get(reason, 0)
-               for reason in {*facts.skipped, *new.skipped}}
-    commit(
-        contents, facts.segments + run.segments, set(contents.deleted.tolist()),
-        ingest.file_facts(run),
-        np.concatenate([contents.rows, *(run.rows(one) for one in run.segments)]),
-        documents=facts.documents + new.documents, tokens=facts.tokens + new.tokens,
-        scored_tokens=facts.scored_tokens + new.scored_tokens, skipped=skipped,
-        next_id=run.first + run.count, next_segment=run.number + len(run.segments),
-        appended=[*facts.appended, {
-            "data": appending.data, "first": run.first, "sequences": run.count,
-            "drift": round(drift.ratio, 4), "drift_error": round(drift.error, 4),
-        }],
-    )
-    (contents.root / APPEND).unlink()
+    # 3) every sequence → a code
+    encode_run(fitted.model, fitted.codes, run, manifest.batch_tokens, max_bad, progress)
+    quarantined = quarantined_of(run, max_bad, progress)
+
+    # 4) how far the curvature is from that of the new data; nothing else depends on it
+    ids = [member for member in range(run.first, run.first + run.count)
+           if member not in quarantined]
+    seed = manifest.code["seed"]
+    drift = measure_drift(fitted, contents.records(_sample(contents.places, seed)),
+                          run.records(_sample(np.array(ids), seed)))
+    _report_drift(drift, progress)
+
+    # 5) the commit; append.json goes last, so that one killed in between knows it is done
+    _commit(contents, run, append_plan, state.corpus, drift)
+    (index / APPEND).unlink()
     progress.say(f"index: {run.count:,} sequences appended, ids {run.first} to "
                  f"{run.first + run.count - 1}")
 
 
-def _some(among: np.ndarray, seed: int) -> list[int]:
+def _commit(
+    contents: Contents, run: Run, plan: AppendPlan, corpus: CorpusFacts, drift: "Drift"
+) -> None:
+    """Make the new segments a part of the index."""
+    manifest = contents.manifest
+    skipped = {reason: manifest.skipped.get(reason, 0) + corpus.skipped.get(reason, 0)
+               for reason in {*manifest.skipped, *corpus.skipped}}
+    commit_segments(
+        contents, manifest.segments + run.segments, set(contents.deleted.tolist()),
+        ingest.file_facts(run),
+        np.concatenate([contents.rows, *(run.rows(segment) for segment in run.segments)]),
+        documents=manifest.documents + corpus.documents, tokens=manifest.tokens + corpus.tokens,
+        scored_tokens=manifest.scored_tokens + corpus.scored_tokens, skipped=skipped,
+        next_id=run.first + run.count, next_segment=run.number + len(run.segments),
+        appended=[*manifest.appended, {
+            "data": plan.data, "first": run.first, "sequences": run.count,
+            "drift": round(drift.ratio, 4), "drift_error": round(drift.error, 4),
+        }],
+    )
+
+
+def _sample(among: np.ndarray, seed: int) -> list[int]:
     """A fixed random part of some ids or rows."""
-    return [int(among[one]) for one in choose(Stream.DRIFT_SAMPLE, seed, len(among), DRIFT_SAMPLE)]
+    return [int(among[number])
+            for number in choose(Stream.DRIFT_SAMPLE, seed, len(among), DRIFT_SAMPLE)]
 
 
 # ---- drift
@@ -164,32 +184,41 @@ class Drift:
         return bool(size > np.log(DRIFTED) and size > SURE * self.error / self.ratio)
 
 
-def measure_drift(
-    fitted: FittedModel, codes: Codes, old_rows: list[int], new_ids: list[int],
-    contents: Contents, run: Run,
-) -> Drift:
-    """Compare a sample of the index's rows with one of a run's ids, see Drift."""
-    old = _sizes(fitted, codes, contents.records(old_rows))
-    new = _sizes(fitted, codes, run.records(new_ids))
-    if not len(old) or not len(new) or old.mean() == 0 or new.mean() == 0:
+def measure_drift(fitted: FittedModel, old: list[Record], new: list[Record]) -> Drift:
+    """Compare a sample of what was indexed before with one of new sequences, see Drift."""
+    before, now = _token_sizes(fitted, old), _token_sizes(fitted, new)
+    # nothing new that could be encoded, or nothing old that is left
+    if not len(before) or not len(now) or before.mean() == 0 or now.mean() == 0:
         return Drift(1.0, 0.0, 0)
+    return drift_of(before, now)
+
+
+def drift_of(old: np.ndarray, new: np.ndarray) -> Drift:
+    """The ratio of two samples' means, neither of them 0, and its standard error.
+
+    >>> drift_of(np.array([1.0, 3.0]), np.array([4.0, 4.0]))  # 4 / 2, the old mean ± 1
+    Drift(ratio=2.0, error=1.0, sample=2)
+    """
     ratio = float(new.mean() / old.mean())
-    variance = sum(float(one.var(ddof=1)) / len(one) / float(one.mean()) ** 2
-                   for one in (old, new) if len(one) > 1)
+    # relative variances of the means add up; one sequence alone has none that is known
+    variance = sum(float(sizes.var(ddof=1)) / len(sizes) / float(sizes.mean()) ** 2
+                   for sizes in (old, new) if len(sizes) > 1)
     return Drift(ratio, ratio * variance**0.5, min(len(old), len(new)))
 
 
-def _sizes(fitted: FittedModel, codes: Codes, members: list[Record]) -> np.ndarray:
+def _token_sizes(fitted: FittedModel, members: list[Record]) -> np.ndarray:
     """s of each sequence, see Drift: float64 [n]."""
     manifest, model = fitted.manifest, fitted.model
-    by = Rescorer(model, codes.modules, fitted.ekfac, manifest.damping, manifest.batch_tokens)
+    by = Rescorer(model, manifest.modules, fitted.ekfac, manifest.damping, manifest.batch_tokens)
     sizes = self_influence(by, members, lambda records: fit_batch(
         model, records, "model", manifest.code["seed"], Stream.DRIFT_LABELS))
-    counted = [model.objective.counted(one.scored).sum() for one in members]
+    # per token, or longer documents would look like other ones
+    counted = [model.objective.counted(record.scored).sum() for record in members]
     return sizes / np.maximum(1, counted)
 
 
-def _say_drift(drift: Drift, progress: Progress) -> None:
+def _report_drift(drift: Drift, progress: Progress) -> None:
+    """Say how the new data's Λ compares, and what follows where that is another."""
     if not drift.sample:
         progress.say("curvature: nothing to compare the new data's Λ with")
         return

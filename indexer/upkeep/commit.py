@@ -72,11 +72,11 @@ def refuse_unfinished(index: Path, manifest: Manifest) -> None:
         )
 
 
-def commit(
-    contents: Contents, chosen: list[Segment], deleted: set[int],
+def commit_segments(
+    contents: Contents, segments: list[Segment], deleted: set[int],
     new_files: dict[str, FileFacts], rows: np.ndarray | None = None, **changes: Any,
 ) -> None:
-    """Make the index consist of the segments `chosen`, without the ids `deleted`; count it anew.
+    """Make the index consist of the `segments`, without the ids `deleted`; count it anew.
 
     `new_files` are the files of segments that are new. `rows` are all of theirs in order [read].
     Raises ResourceError.
@@ -85,10 +85,10 @@ def commit(
     listed = {**manifest.files, **new_files}
     files = {name: facts for name, facts in listed.items()
              if name.startswith(f"{layout.CURVATURE}/") or name == layout.BACKGROUND}
-    files |= {name: listed[name] for segment in chosen
+    files |= {name: listed[name] for segment in segments
               for name in layout.segment_files(segment.name)}
-    if rows is None:
-        rows = Contents(index, replace(manifest, segments=chosen, files=files, **changes)).rows
+    if rows is None:  # an append has read them already
+        rows = Contents(index, replace(manifest, segments=segments, files=files, **changes)).rows
     # ids of rows that are gone for good, compacted away, needn't be remembered as deleted
     present = np.array(sorted(deleted & set(rows["id"].tolist())), dtype=np.int64)
     name = None
@@ -101,7 +101,7 @@ def commit(
     broken = np.isnan(rows["norm"])
     live = rows["digest"][alive & ~broken]
     commit_manifest(index, replace(
-        manifest, generation=manifest.generation + 1, segments=chosen, files=files,
+        manifest, generation=manifest.generation + 1, segments=segments, files=files,
         sequences=len(live), deleted=len(present), deleted_file=name,
         quarantined=int((alive & broken).sum()),
         duplicates=row_file.count_equal(live), **changes,

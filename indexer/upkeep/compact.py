@@ -20,7 +20,7 @@ from gradindex.storage.manifest import load as load_manifest
 from gradindex.storage.segments import SegmentFacts
 from indexer.encode import seal
 from indexer.read.ingest import sealed_files
-from indexer.upkeep.commit import clean, commit, refuse_unfinished, writing
+from indexer.upkeep.commit import clean, commit_segments, refuse_unfinished, writing
 
 
 def compact(index: str | Path, progress: Progress | None = None) -> int:
@@ -43,7 +43,8 @@ def compact(index: str | Path, progress: Progress | None = None) -> int:
         _check_room(contents, groups)
 
         # 2) each group of neighbours into new segments
-        progress.start("compact", sum(one.rows for group in groups for one in group), "sequences")
+        rows = sum(segment.rows for group in groups for segment in group)
+        progress.start("compact", rows, "sequences")
         number = manifest.next_segment
         new_files: dict[str, FileFacts] = {}
         replacing: dict[str, list[Segment]] = {}  # by each old segment's name
@@ -57,7 +58,8 @@ def compact(index: str | Path, progress: Progress | None = None) -> int:
 
         # 3) one commit, then the old files can go
         order = [new for old in manifest.segments for new in replacing.get(old.name, [old])]
-        commit(contents, order, set(contents.deleted.tolist()), new_files, next_segment=number)
+        commit_segments(contents, order, set(contents.deleted.tolist()), new_files,
+                        next_segment=number)
         clean(folder, load_manifest(folder), progress)
     return count
 
@@ -78,11 +80,12 @@ def _groups(contents: Contents) -> list[list[Segment]]:
             groups.append([])
     # one that is not full and has no neighbour to join would only be copied
     return [group for group in groups
-            if len(group) > 1 or any(one.name in holding for one in group)]
+            if len(group) > 1 or any(segment.name in holding for segment in group)]
 
 
 def _check_room(contents: Contents, groups: list[list[Segment]]) -> None:
     """Raise ResourceError where the disk hasn't room for old and new files at once."""
+    # as if nothing were deleted: how much smaller the new ones are isn't known before
     needed = sum(contents.manifest.files[name].size for group in groups for segment in group
                  for name in layout.segment_files(segment.name))
     free = shutil.disk_usage(contents.root).free
@@ -98,16 +101,16 @@ def _rewrite(
 ) -> tuple[list[Segment], dict[str, FileFacts]]:
     """Copy what isn't deleted of neighbouring segments into new ones, numbered from `number`."""
     full = contents.manifest.plan.segment_size
-    place = contents.segments.index(group[0])
-    first, end = contents.starts[place], contents.starts[place + len(group)]
-    kept = np.flatnonzero(~np.isin(contents.rows["id"][first:end], contents.deleted)) + first
+    home = contents.segments.index(group[0])
+    first, end = contents.starts[home], contents.starts[home + len(group)]
+    rows_left = np.flatnonzero(~np.isin(contents.rows["id"][first:end], contents.deleted)) + first
     vocabulary = contents.manifest.vocabulary
-    reasons = {one: why for segment in group
-               for one, why in contents.reader(segment).facts().quarantined.items()}
+    reasons = {member: why for segment in group
+               for member, why in contents.reader(segment).facts().quarantined.items()}
     written: list[Segment] = []
     files: dict[str, FileFacts] = {}
-    for start in range(0, len(kept), full):
-        rows = kept[start : start + full]
+    for start in range(0, len(rows_left), full):
+        rows = rows_left[start : start + full]
         segment = Segment(layout.segment_name(number + len(written)), len(rows))
         folder = layout.partial_folder(contents.root, segment.name)
         make_folder(folder)

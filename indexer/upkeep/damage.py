@@ -85,6 +85,7 @@ def read_background(path: Path, manifest: Manifest) -> BackgroundQueries:
 
 def _check_rows(index: Path, manifest: Manifest, damage: Damage, progress: Progress) -> None:
     """Compare each segment's files with each other: records, rows, codes, tokens."""
+    # a list that can't be read would bring the deleted back: every search needs it
     with damage.noting(str(manifest.deleted_file)):
         _ = Contents(index, manifest).deleted
     progress.start("records", manifest.rows, "sequences")
@@ -96,7 +97,7 @@ def _check_rows(index: Path, manifest: Manifest, damage: Damage, progress: Progr
                 damage.records += segment.rows
         progress.update(segment.rows)
     progress.finish()
-    if not damage.reasons:
+    if not damage.reasons:  # only of whole segments can be said whether the manifest counts right
         with damage.noting(layout.MANIFEST):
             _ = Contents(index, manifest).places
 
@@ -113,6 +114,7 @@ def _check_segment(contents: Contents, segment: Segment, last: int) -> int:
     rows, facts = contents.rows, reader.facts()
     if rows["id"][0] <= last:
         raise wrong(layout.ROWS, "has ids that don't follow those of the segment before")
+    # files that a stranger signed have the right digests; only together they show a lie
     members = contents.records(range(segment.rows))  # checks each checksum, id and digest
     broken = set(rows["id"][np.isnan(rows["norm"])].tolist())
     if facts.rows != segment.rows or set(facts.quarantined) != broken:
@@ -132,6 +134,7 @@ def sound_records(contents: Contents, name: str) -> list[Record]:
     """A segment's records by themselves, [] where they are damaged or the segment is gone."""
     rows = next((one.rows for one in contents.manifest.segments if one.name == name), 0)
     try:
+        # without rows.npy, which may be what is damaged: each record has a checksum of its own
         path = contents.files.path(f"{layout.SEGMENTS}/{name}/{layout.RECORDS.name}",
                                    records.audit)
         return records.read(path, range(rows))

@@ -13,7 +13,7 @@ from gradindex.errors import InputError
 from gradindex.progress import Progress
 from gradindex.storage.contents import Contents
 from gradindex.storage.row_file import first_equal
-from indexer.upkeep.commit import commit, writing
+from indexer.upkeep.commit import commit_segments, writing
 
 
 @dataclass(frozen=True)
@@ -39,37 +39,38 @@ def delete(
     progress = progress or Progress()
     with writing(Path(index), "gradindex delete", progress) as contents:
         manifest, rows = contents.manifest, contents.rows
-        wanted = {int(one) for one in ids} | _of_users(contents, set(map(str, user_ids)), progress)
-        if never := sorted(one for one in wanted if not 0 <= one < manifest.next_id):
-            raise InputError(f"no sequence has the id {never[0]}; expected 0 to "
+        requested = {*map(int, ids), *_of_users(contents, set(map(str, user_ids)), progress)}
+        if unknown := sorted(name for name in requested if not 0 <= name < manifest.next_id):
+            raise InputError(f"no sequence has the id {unknown[0]}; expected 0 to "
                              f"{manifest.next_id - 1}. Nothing was deleted.")
         # ids without a row were deleted and compacted away: like those listed, out already
         gone = set(contents.deleted.tolist())
-        new = set(rows["id"][np.isin(rows["id"], list(wanted))].tolist()) - gone
+        new = set(rows["id"][np.isin(rows["id"], list(requested))].tolist()) - gone
         if not new:
-            return Deleted(0, len(wanted), [])
-        equal_left = _equal_left(rows, new, gone)
-        commit(contents, manifest.segments, gone | new, {})
-    return Deleted(len(new), len(wanted) - len(new), equal_left)
+            return Deleted(0, len(requested), [])
+        equal_left = _equal_left(rows, new, gone)  # said, not deleted: the user may want them
+        commit_segments(contents, manifest.segments, gone | new, {})
+    return Deleted(len(new), len(requested) - len(new), equal_left)
 
 
-def _of_users(contents: Contents, wanted: set[str], progress: Progress) -> set[int]:
+def _of_users(contents: Contents, user_ids: set[str], progress: Progress) -> set[int]:
     """Ids of the sequences that hold a document of these user ids. Raises InputError."""
-    if not wanted:
+    if not user_ids:
         return set()
     ids: set[int] = set()
     seen: set[str] = set()
     progress.start("look up", len(contents.rows), "sequences")
+    # users' ids are in the records alone, so all of them are read
     for number, segment in enumerate(contents.segments):
         start = int(contents.starts[number])
         for record in contents.records(range(start, start + segment.rows)):
             held = {str(part.user_id) for part in record.parts if part.user_id is not None}
-            if held & wanted:
+            if held & user_ids:
                 ids.add(record.id)
-                seen |= held & wanted
+                seen |= held & user_ids
         progress.update(segment.rows)
     progress.finish()
-    if missing := sorted(wanted - seen):
+    if missing := sorted(user_ids - seen):
         raise InputError(
             f"no document has the id {missing[0]!r} of your own. Nothing was deleted. Was the "
             "index built with --id-field?")
@@ -96,6 +97,7 @@ def give_up(index: str | Path, names: Collection[str], progress: Progress | None
         if unknown := sorted(set(names) - set(known)):
             raise InputError(f"--segment {unknown[0]}: no such segment; expected one of "
                              f"{', '.join(known[:5])}{', …' if len(known) > 5 else ''}.")
+        # what is deleted of the others stays deleted
         kept = [segment for segment in manifest.segments if segment.name not in names]
-        commit(contents, kept, set(contents.deleted.tolist()), {})
+        commit_segments(contents, kept, set(contents.deleted.tolist()), {})
     return sum(segment.rows for segment in manifest.segments if segment.name in names)

@@ -15,14 +15,14 @@ from gradindex.storage.manifest import Segment
 from gradindex.storage.segments import SegmentFacts
 from indexer.encode import encode_segment
 from indexer.read.ingest import sealed_files, write_partial
-from indexer.upkeep.commit import commit, refuse_unfinished, writing
+from indexer.upkeep.commit import commit_segments, refuse_unfinished, writing
 from indexer.upkeep.damage import find_damage, sound_records
 
 
-def rebuild(index: Path, given: ModelSource, progress: Progress) -> list[str]:
+def rebuild(index: Path, source: ModelSource, progress: Progress) -> list[str]:
     """Encode damaged segments again from their records, in one commit; the names of those.
 
-    `given` says where the model is now. Raises DamagedIndexError where a segment that can't be
+    `source` says where the model is now. Raises DamagedIndexError where a segment that can't be
     mended can't even be counted, InputError while an append is unfinished.
     """
     with writing(index, "gradindex verify --rebuild", progress, damaged=True) as contents:
@@ -40,24 +40,25 @@ def rebuild(index: Path, given: ModelSource, progress: Progress) -> list[str]:
             _check_countable(contents, name)
 
         # 2) each of them under a new name, in the same place
-        fitted = FittedModel(manifest, contents.files, given)
+        fitted = FittedModel(manifest, contents.files, source)
         torch.set_num_threads(manifest.threads)  # as at the build: more give other bits
-        chosen: list[Segment] = []
+        order: list[Segment] = []
         files: dict[str, FileFacts] = {}
         number = manifest.next_segment
-        progress.start("rebuild", sum(one.rows for one in manifest.segments if one.name in names),
-                       "sequences")
+        rows = sum(segment.rows for segment in manifest.segments if segment.name in names)
+        progress.start("rebuild", rows, "sequences")
         for segment in manifest.segments:
             if segment.name in names:
                 new = Segment(layout.segment_name(number), segment.rows)
                 facts = _encode_again(contents, fitted, segment, new, progress)
                 files |= sealed_files(index, new, facts)
                 segment, number = new, number + 1
-            chosen.append(segment)
+            order.append(segment)
         progress.finish()
 
         # 3) one commit
-        commit(contents, chosen, set(contents.deleted.tolist()), files, next_segment=number)
+        commit_segments(contents, order, set(contents.deleted.tolist()), files,
+                        next_segment=number)
     return names
 
 

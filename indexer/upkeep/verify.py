@@ -17,19 +17,19 @@ from gradindex.influence.batches import Splits
 from gradindex.influence.fitted import FittedModel
 from gradindex.model.identity import tensors_digest
 from gradindex.model.source import ModelSource
-from gradindex.progress import Progress
+from gradindex.progress import Progress, size
 from gradindex.storage import layout, locks, row_file
 from gradindex.storage.code_file import CodeIndex
 from gradindex.storage.contents import Contents
 from gradindex.storage.manifest import load as load_manifest
 from gradindex.storage.records import Record
-from indexer.background import unit
+from indexer.background import unit_vector
 from indexer.calibrate import exact_influence, prepare_query
 from indexer.encode import encode_batches
 from indexer.upkeep.damage import find_damage, read_background, sound_records
 from indexer.upkeep.rebuild import rebuild as rebuild_segments
 
-SAMPLE = 64  # sequences encoded again
+VERIFIED_SAMPLE = 64  # sequences encoded again
 AGAIN = 8  # background queries made again
 SAME_BITS = 0.99  # share of a code's bits that must come out again on another machine
 SAME_SCORE = {"float64": 1e-6, "float32": 1e-3, "bfloat16": 0.1, "float16": 0.05}
@@ -65,10 +65,27 @@ class Verified:
 
     @property
     def sound(self) -> bool:
+        """Whether nothing is damaged."""
         return not self.findings
 
     def to_dict(self) -> dict[str, Any]:
+        """All of it as plain JSON types."""
         return {"schema": 1, "sound": self.sound, **asdict(self)}
+
+    def lines(self) -> list[str]:
+        """What is said of it to people."""
+        lines = [f"rebuilt: {', '.join(self.rebuilt)}"] if self.rebuilt else []
+        lines.append(f"{self.files:,} files ({size(self.bytes)}) digested, {self.records:,} "
+                     "records checked")
+        if self.same_bits is not None:
+            lines.append(f"{self.encoded} sequences encoded again: {self.same_bits:.4%} of their "
+                         "bits are the same")
+        if self.score_error is not None:
+            lines.append(f"{self.scores} scores measured again: within {self.score_error:.1e} of "
+                         "the largest")
+        lines += [f"damaged: {finding.what}\n  {finding.wrong}\n  {finding.do}"
+                  for finding in self.findings]
+        return [*lines, "sound" if self.sound else f"{len(self.findings)} damaged"]
 
 
 def verify(
@@ -82,20 +99,20 @@ def verify(
     records, where those are sound. Raises InputError where there is no index or no model,
     IndexMismatchError for another model. A damaged index is no error here but a finding.
     """
-    given = ModelSource(model, tokenizer, device, trust_remote_code, allow_pickle)
+    source = ModelSource(model, tokenizer, device, trust_remote_code, allow_pickle)
     progress, folder = progress or Progress(), Path(index)
-    verified = _verified(folder, given, no_model, rebuild, progress)
+    verified = _verified(folder, source, no_model, rebuild, progress)
     if not verified.rebuilt:
         return verified
-    again = _verified(folder, given, no_model, False, progress)
+    again = _verified(folder, source, no_model, False, progress)
     again.rebuilt = verified.rebuilt
     return again
 
 
 def _verified(
-    index: Path, given: ModelSource, no_model: bool, rebuild: bool, progress: Progress
+    index: Path, source: ModelSource, no_model: bool, rebuild: bool, progress: Progress
 ) -> Verified:
-    """What is found; where `rebuilt` says that something was mended, nothing is: look again."""
+    """Look at everything once. Where segments were rebuilt, it ends there: look again."""
     verified = Verified()
     reader = locks.Reader(index)  # so that nobody removes a file of this state meanwhile
 
@@ -114,7 +131,7 @@ def _verified(
     # 3) what can be mended is; the writer waits for no reader, this one least of all
     if rebuild and damage.reasons and not damage.outside_segments:
         del reader
-        verified.rebuilt = rebuild_segments(index, given, progress)
+        verified.rebuilt = rebuild_segments(index, source, progress)
         if verified.rebuilt:
             return verified
     for name, reasons in sorted(damage.reasons.items()):
@@ -122,8 +139,8 @@ def _verified(
 
     # 4) with the model, what segments are left
     if not no_model and not damage.outside_segments:
-        chosen = [one for one in manifest.segments if one.name not in damage.reasons]
-        _check_model(Contents(index, manifest, chosen), given, verified, progress)
+        sound = [one for one in manifest.segments if one.name not in damage.reasons]
+        _check_model(Contents(index, manifest, sound), source, verified, progress)
     return verified
 
 
@@ -144,11 +161,11 @@ def _finding(contents: Contents, name: str, reasons: list[str]) -> Finding:
 
 
 def _check_model(
-    contents: Contents, given: ModelSource, verified: Verified, progress: Progress
+    contents: Contents, source: ModelSource, verified: Verified, progress: Progress
 ) -> None:
     """Encode a sample again, and measure the anchors again."""
     manifest = contents.manifest
-    fitted = FittedModel(manifest, contents.files, given)
+    fitted = FittedModel(manifest, contents.files, source)
     # its files have the build's digest, or it was given as an object; the weights decide
     if tensors_digest(fitted.model.network) != manifest.model["tensors"]:
         verified.findings.append(Finding(
@@ -156,7 +173,7 @@ def _check_model(
             "its files were taken for them", "Pass the right one with --model."))
         return
     rows = contents.places[choose(
-        Stream.VERIFIED_SEQUENCES, manifest.code["seed"], len(contents.places), SAMPLE)]
+        Stream.VERIFIED_SEQUENCES, manifest.code["seed"], len(contents.places), VERIFIED_SAMPLE)]
     members = contents.records(rows)
     progress.start("encode", len(members), "sequences")
     again = np.zeros((len(members), manifest.code["length"]), dtype=np.float32)
@@ -178,6 +195,7 @@ def _compare_codes(
 ) -> None:
     """Compare the codes and norms of some rows with vectors `again` [n, K] made anew."""
     signs = contents.manifest.code["length"] // 8  # bytes
+    # signs alone; the length of a vector is compared below
     encoded = CodeIndex(8 * signs).encode(again)
     changed = contents.codes_of(rows)[:, :signs] ^ encoded[:, :signs]
     differ = np.unpackbits(changed, axis=1).mean(axis=1)
@@ -200,32 +218,34 @@ def _compare_anchors(
 ) -> None:
     """Measure the anchors again whose sequences are still there."""
     manifest = contents.manifest
-    rows = {int(one): row for row, one in enumerate(contents.rows["id"])}
-    anchors = [one for one in manifest.calibration["anchors"] if one[0] in rows and one[1] in rows]
+    rows = {member: row for row, member in enumerate(contents.rows["id"].tolist())}
+    anchors = [(query, member, score) for query, member, score in manifest.calibration["anchors"]
+               if query in rows and member in rows]
+    # each query and each sequence once, in order; measured is every pair of them
     queries = list(dict.fromkeys(query for query, _, _ in anchors))
-    sample = list(dict.fromkeys(other for _, other, _ in anchors))
+    sample = list(dict.fromkeys(member for _, member, _ in anchors))
     if not anchors:
         return
     measured: dict[tuple[int, int], float] = {}
     progress.start("score", len(anchors), "pairs")
     for _, exact, members in exact_influence(
             fitted.model, fitted.codes, fitted.ekfac,
-            contents.records([rows[one] for one in queries]),
-            contents.records([rows[one] for one in sample]), manifest.batch_tokens,
+            contents.records([rows[query] for query in queries]),
+            contents.records([rows[member] for member in sample]), manifest.batch_tokens,
             fitted.allowance):
         for record, scores in zip(members, exact, strict=True):
-            measured |= {(record.id, other): float(score)
-                         for other, score in zip(sample, scores, strict=True)}
+            measured |= {(record.id, member): float(score)
+                         for member, score in zip(sample, scores, strict=True)}
     progress.update(len(anchors))
     progress.finish()
     scale = max(abs(score) for _, _, score in anchors) or 1.0
-    errors = [abs(measured[query, other] - score) / scale for query, other, score in anchors]
+    errors = [abs(measured[query, member] - score) / scale for query, member, score in anchors]
     verified.scores, verified.score_error = len(anchors), float(max(errors))
-    if not max(errors) <= SAME_SCORE[manifest.dtype]:
-        query, other, score = anchors[int(np.argmax(errors))]
+    if not max(errors) <= SAME_SCORE[manifest.dtype]:  # so that NaN is found, too
+        query, member, score = anchors[int(np.argmax(errors))]
         verified.findings.append(Finding(
-            f"sequence {other}", f"its influence on sequence {query} was {score:.6g} at the build "
-            f"and is {measured[query, other]:.6g} now",
+            f"sequence {member}", f"its influence on sequence {query} was {score:.6g} at the build "
+            f"and is {measured[query, member]:.6g} now",
             "The model or the curvature is another than the build's: build again."))
 
 
@@ -235,6 +255,7 @@ def _compare_background(contents: Contents, fitted: FittedModel, verified: Verif
     if manifest.background is None:
         return
     queries = read_background(contents.files.path(layout.BACKGROUND), manifest)
+    # a query outlives its sequence: what was deleted and compacted away can't be asked again
     numbers = np.flatnonzero(np.isin(queries.ids, contents.rows["id"]))[:AGAIN]
     rows = np.searchsorted(contents.rows["id"], queries.ids[numbers])
     within = 10 * SAME_SCORE[manifest.dtype] + 1e-3  # stored in float16
@@ -242,7 +263,7 @@ def _compare_background(contents: Contents, fitted: FittedModel, verified: Verif
         vector = prepare_query(fitted.model, fitted.codes, fitted.ekfac, record)[0]
         stored = queries.vectors[number].astype(np.float64)
         if (queries.digests[number] != row_file.digest_of(record)).any() or \
-                not np.linalg.norm(unit(vector) - stored) <= within:
+                not np.linalg.norm(unit_vector(vector) - stored) <= within:
             verified.findings.append(Finding(
                 layout.BACKGROUND, f"the query made of sequence {record.id} comes out otherwise",
                 "The model or the curvature is another than the build's: build again."))

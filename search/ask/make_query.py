@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 
 from gradindex.errors import InputError
+from gradindex.influence.fitted import FittedModel
 from gradindex.model import tokenise
 from gradindex.model.config import context_length, vocabulary_size
 from gradindex.modules import numbers_in
 from gradindex.results import UNSCORED, Query
 from search.ask.question import Question, as_versus
-from search.rank.snapshot import OpenIndex
 
 CONTINUATION = 32  # tokens, where no completion is given
 
 
-def make_query(index: OpenIndex, question: Question) -> Query:
+def make_query(index: FittedModel, question: Question) -> Query:
     """The query, tokenised. Without a completion, the model's own greedy continuation.
 
     Raises InputError where it can't be scored: nothing predicted, too long (it is never cut),
@@ -58,7 +58,7 @@ def _kept_labels(query: Query, score_on: str) -> list[int]:
     return [label if place in kept else UNSCORED for place, label in enumerate(query.labels)]
 
 
-def _one_text(index: OpenIndex, question: Question) -> Query:
+def _one_text(index: FittedModel, question: Question) -> Query:
     """A question's own text, without what it is compared with. Raises InputError."""
     if question.token_ids is not None:
         labels = question.token_ids if question.labels is None else question.labels
@@ -88,7 +88,7 @@ def _whole_numbers(name: str, values: Sequence[int]) -> list[int]:
         raise InputError(f"{name} must be a list of whole numbers; found {values!r:.80}.") from None
 
 
-def _chat_query(index: OpenIndex, messages: list[dict[str, Any]]) -> Query:
+def _chat_query(index: FittedModel, messages: list[dict[str, Any]]) -> Query:
     tokenise.check_chat_template(index.tokenizer, "messages")
     if not isinstance(messages, list) or not messages or not all(
         isinstance(message, dict) and {"role", "content"} <= set(message) for message in messages
@@ -117,7 +117,7 @@ def _scored_query(tokenised: tokenise.Tokenised, prompt: str | None, completion:
     return query
 
 
-def _continued_query(index: OpenIndex, tokens: list[int], prompt: str | None) -> Query:
+def _continued_query(index: FittedModel, tokens: list[int], prompt: str | None) -> Query:
     """A prompt's tokens with what the model itself says after them."""
     if not tokens:
         raise InputError("the prompt is empty and there is no completion: nothing to explain.")

@@ -24,7 +24,7 @@ from indexer import build as build_module
 from indexer.dry_run import estimate as estimate_module
 from indexer.dry_run.measure import Speed, Work, _fit_speed
 from indexer.fit.budget import disk_bytes
-from indexer.read.sources import Source, count_rows
+from indexer.read.sources import DataSource, count_rows
 from support.documents import small_documents
 from support.indexes import SMALL
 
@@ -223,7 +223,7 @@ def test_rows_are_counted_without_parsing(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": ["x"] * 9}), tmp_path / "c.parquet")
     np.save(tmp_path / "two.npy", np.zeros((4, 6), np.int32))
     np.save(tmp_path / "one.npy", np.zeros(13, np.int32))
-    counts = [count_rows(Source(kind, "", content), 6) for kind, content in (
+    counts = [count_rows(DataSource(kind, "", content), 6) for kind, content in (
         ("jsonl", tmp_path / "a.jsonl"), ("jsonl", tmp_path / "b.jsonl.gz"),
         ("parquet", tmp_path / "c.parquet"), ("npy", tmp_path / "two.npy"),
         ("npy", tmp_path / "one.npy"), ("rows", [{}] * 3), ("text", tmp_path / "a.jsonl"))]

@@ -35,8 +35,9 @@ from gradindex.storage import (
     segments,
     token_file,
 )
+from gradindex.storage.plan import CorpusSettings
 from gradindex.storage.tensors import write_tensors
-from indexer.read.corpus import Corpus, CorpusSettings
+from indexer.read.corpus import Corpus
 
 QUESTION = {"prompt": "The apple number", "completion": " 8 grows"}
 MODEL: dict[str, Any] = {}  # the loaded model of `load`, shared by forked children

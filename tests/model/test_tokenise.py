@@ -1,6 +1,5 @@
 """Spans, loss masks and the text of tokens, with tokenizers of the usual kinds."""
 
-
 import numpy as np
 import pytest
 

@@ -31,6 +31,7 @@ from support.server import Running
 from support.waiting import HANG
 
 ray = library("ray")
+pytestmark = pytest.mark.xdist_group("a cluster to search")
 
 OTHERS = [{"prompt": "The fig number 3", "completion": " grows by the harbour."},
           {"prompt": "The lime number", "completion": " 4"},
@@ -383,6 +384,7 @@ def damage(index):
     file.write_bytes(content)
 
 
+@pytest.mark.slow
 def test_a_damaged_segment(cluster, index_folder, tmp_path):
     copy = tmp_path / "index"
     shutil.copytree(index_folder, copy)

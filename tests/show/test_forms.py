@@ -1,10 +1,8 @@
 """What is shown of a hit, against plain recomputation; and files of results, read again."""
 
 import json
-import math
 from dataclasses import replace
 
-import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -13,8 +11,6 @@ from click.testing import CliRunner
 import gradindex
 from gradindex.cli import COMMANDS, main_group
 from gradindex.results import Result
-from search.rank.likeness import SHINGLE, Wording, fold_near
-from search.serve.request import SearchRequest, from_form
 from search.show import html, wording
 from search.show.data_files import csv_table, json_lines, parquet, read_result
 from search.show.forms import render_form
@@ -31,54 +27,6 @@ def index(index_folder):
 @pytest.fixture(scope="module")
 def result(index):
     return index.search(**QUESTION, k=12, shortlist="all")
-
-
-# ---- likeness
-
-
-def test_lexical_overlap(index, result):
-    sample = [set(one.tokens.tolist()) for one in index.index.records(index.index.background())]
-    rarity = {token: math.log((len(sample) + 1) / (sum(token in one for one in sample) + 1))
-              for token in set(result.query.tokens)}
-    for hit in result:
-        expected = sum(weight for token, weight in rarity.items() if token in hit.token_ids) / \
-            sum(rarity.values())
-        assert hit.lexical == pytest.approx(expected, abs=1e-12)
-    assert max(hit.lexical for hit in result) > min(hit.lexical for hit in result)
-    everywhere = Wording([np.array([1, 2]), np.array([1])])
-    assert everywhere.overlap([1], [1]) is None
-    assert everywhere.overlap([1, 2], [1]) == 0 and everywhere.overlap([2, 2, 9], [2]) == \
-        math.log(3 / 2) / (math.log(3 / 2) + math.log(3))
-    named = index.rescore(**QUESTION, ids=[hit.id for hit in result])
-    assert [hit.lexical for hit in named] == [hit.lexical for hit in result]
-
-
-def test_near_duplicates(result):
-    def shingles(ids):
-        return {tuple(ids[at : at + SHINGLE]) for at in range(len(ids) - SHINGLE + 1)} or \
-            {tuple(ids)}
-
-    def alike(one, other):
-        a, b = shingles(one), shingles(other)
-        return len(a & b) / len(a | b)
-
-    random = np.random.default_rng(1)
-    base = random.integers(0, 50, 40).tolist()
-    texts = [base, [*base[:36], 60, 61, 62, 63], random.integers(0, 50, 40).tolist(), base[20:],
-             [7, 8], [7, 8], [*base[:39], 99]]
-    hits = fold_near([replace(result[0], id=10 + n, token_ids=ids) for n, ids in enumerate(texts)])
-    near = [hit.near for hit in hits]
-    heads: list[int] = []
-    for n, ids in enumerate(texts):
-        scores = {head: alike(texts[head], ids) for head in heads}
-        best = max(scores, key=lambda head: scores[head], default=None)
-        if best is not None and scores[best] >= 0.5:
-            assert near[n] == 10 + best
-        else:
-            assert near[n] is None
-            heads.append(n)
-    assert near == [None, 10, None, None, None, 14, 10]
-    assert [hit.near_duplicates for hit in hits] == [[11, 16], [], [], [], [15], [], []]
 
 
 # ---- cards
@@ -228,42 +176,6 @@ def test_csv_has_the_users_fields(result):
 
     rows = list(csv.DictReader(io.StringIO(csv_table(result))))
     assert [row["field:place"] for row in rows] == [hit.fields["place"] for hit in result]
-
-
-# ---- one search, several ways to write it
-
-
-def test_a_search_as_address_command_and_python(index, index_folder):
-    from urllib.parse import parse_qsl, urlsplit
-
-    asked = SearchRequest(prompt="The pear's \"number\"\n", completion=" 3 & 4", k=5,
-                          opponents=True, shortlist="all", normalize="cosine", score_on="0-1",
-                          rescore=True)
-    assert from_form(parse_qsl(urlsplit(asked.url()).query)) == asked
-    space: dict = {}
-    exec(asked.python(str(index_folder)), space)
-    expected = index.search(prompt=asked.prompt, completion=asked.completion, k=5, opponents=True,
-                            shortlist="all", normalize="cosine", score_on="0-1")
-    assert [hit.id for hit in space["result"]] == [hit.id for hit in expected]
-    import shlex
-    arguments = shlex.split(asked.command(str(index_folder)))
-    done = CliRunner().invoke(main_group, [*arguments[1:], "--format", "json"])
-    assert [hit["id"] for hit in json.loads(done.stdout)["hits"]] == [hit.id for hit in expected]
-
-
-@pytest.mark.parametrize("text", [
-    "plain", "two\nlines", "it's \\ back", "zero\u200dwidth and 'quotes' \\n", "\x1b[2J", "@file",
-    "@@file", "$HOME `x` \"y\"", "\U000e0001 end"])
-def test_a_shell_reads_what_was_quoted(text):
-    """The argument as bash hands it on, and as the command then takes it."""
-    import subprocess
-
-    from search.command_line import read_argument
-
-    command = SearchRequest(prompt=text, completion=" x").command("an index")
-    shown = subprocess.run(["bash", "-c", command.replace("gradindex", "printf '%s\\0'", 1)],
-                           capture_output=True, check=True, env={"LC_ALL": "C.UTF-8"}).stdout
-    assert [*map(read_argument, shown.decode().split("\0")[3:4])] == [text]
 
 
 def test_hits_that_rose_and_fell(result):

@@ -20,6 +20,14 @@ def small_documents() -> list[dict[str, Any]]:
     return documents
 
 
+NEW: list[dict[str, Any]] = [  # documents to be appended
+    {"text": "The quince number 77 grows by the gate. The quince number 78 grows by the gate.",
+     "url": "new/0", "place": "gate"},
+    {"text": small_documents()[9]["text"], "url": "new/1", "place": "river"},
+    {"text": "A late plum falls by the river.", "url": "new/2", "place": "river"},
+]
+
+
 def tiny_tokens(seed: int, rows: int = 8) -> np.ndarray:
     """Token ids [rows, 6], none of them 36."""
     return np.random.default_rng(seed).integers(0, 36, (rows, 6))

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
+from urllib.parse import urlencode
 
 import starlette
 import torch
@@ -20,12 +21,20 @@ import transformers
 import uvicorn
 
 import gradindex
+from gradindex.results import Result
 from search.engine import Searcher
 from search.serve import guard, jobs, listening, server
 from search.serve.connections import Connection, configuration
 from support.waiting import HANG, until
 
 JSON = {"Content-Type": "application/json"}
+QUERY = {"prompt": "The apple number 3 grows by", "completion": " the garden."}
+OWN = {"Sec-Fetch-Site": "none"}  # typed into the address bar
+PAGE = "/search?" + urlencode(QUERY)
+ROUTES = ("/", PAGE, "/map/0/0", "/download/0.json", "/static/style.css", "/static/nothing",
+          "/healthz", "/api/schema", "/api/result/0", "/api/result/0/events", "/api/sequence/0",
+          "/nothing")
+TOKEN = "3c0Vt2mQy8HkZrWn5pLxAe"
 VERSIONS = "|".join(re.escape(one) for one in (
     gradindex.__version__, uvicorn.__version__, starlette.__version__, torch.__version__,
     transformers.__version__, ".".join(map(str, sys.version_info[:3])), "uvicorn", "starlette"))
@@ -144,3 +153,11 @@ class Running:
                     name = line[7:-1].decode()
                 elif line.startswith(b"data: "):
                     yield name, json.loads(line[6:])
+
+
+def same(found: Any, expected: Result) -> None:
+    """A result's JSON is that of another, but for the seconds it took."""
+    other = json.loads(expected.to_json())
+    for one in (found, other):
+        assert set(one.pop("seconds")) >= {"gradient", "scan"}
+    assert found == other

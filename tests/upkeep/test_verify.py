@@ -15,12 +15,7 @@ from safetensors.torch import load_file
 
 import gradindex
 from gradindex.cli import main_group
-from gradindex.errors import (
-    DamagedIndexError,
-    GradindexError,
-    IndexMismatchError,
-    InputError,
-)
+from gradindex.errors import DamagedIndexError, GradindexError, IndexMismatchError, InputError
 from gradindex.storage import layout, manifest, records, row_file, segments, token_file
 from gradindex.storage.code_file import CodeIndex
 from gradindex.storage.contents import Contents

@@ -1,178 +1,28 @@
-"""Fused experts, shared maps, quantised bases: exact gradients, and what isn't covered is said."""
-
-import copy
+"""Which maps are tracked, shared and repeated ones too; and what is not covered is said."""
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 import gradindex
 from demo.prepare import train_tokenizer
 from gradindex.errors import InputError
-from gradindex.influence.blockwise import covariance_shapes
 from gradindex.influence.exact import Influences, Terms, collect
-from gradindex.influence.gradients import backward, gradient
 from gradindex.influence.queries import Preconditioned
-from gradindex.model import experts
-from gradindex.model.identity import tensors_digest
 from gradindex.model.network import LanguageModel
 from gradindex.model.source import ModelSource
 from gradindex.model.tracked import parameter_share, tracked_modules, untracked
 from gradindex.modules import Module
 from gradindex.progress import shares, stderr_progress
-from indexer.fit.steps import add_covariances
-from indexer.prepare import NOTABLE, describe
+from indexer.prepare import NOTABLE, describe_modules
 from search.study.describe import describe as info
 from search.study.describe import summary
-from support.documents import small_documents
-from support.indexes import SMALL
+from support.gradients import captured
 from support.models import SIZES, VOCABULARY, labels_of, random_network
-from support.needed import library
 from support.reference import log_likelihood, sequence_gradient
 
 LLAMA = SIZES["llama"]
-MIXTURES = {
-    "mixtral": dict(LLAMA, num_local_experts=4, num_experts_per_tok=2),
-    "qwen3_moe": dict(LLAMA, moe_intermediate_size=8, num_experts=5, num_experts_per_tok=2,
-                      head_dim=6, decoder_sparse_step=1),
-    "olmoe": dict(LLAMA, num_experts=4, num_experts_per_tok=2),
-    "gpt_oss": dict(LLAMA, num_local_experts=4, num_experts_per_tok=2, head_dim=6,
-                    layer_types=["full_attention"] * 2, rope_parameters={
-                        "rope_type": "default", "rope_theta": 10000.0}),
-}
-
-
-@pytest.fixture(params=list(MIXTURES))
-def mixture(request, monkeypatch):
-    """A small random mixture of experts, run in transformers' own eager way."""
-    monkeypatch.setitem(SIZES, request.param, MIXTURES[request.param])
-    network = random_network(request.param)
-    network.config._experts_implementation = "eager"
-    return network
-
-
-def captured(model, modules, batch):
-    found = {}
-    log_p = backward(model, modules, batch,
-                     lambda m, a, d: found.__setitem__(m.name, gradient(m, a, d)))
-    return found, log_p
-
-
-def dense(network, module, ids, scored):
-    """∂ log-likelihood / ∂ W of one expert, the bias last, by autograd on the fused tensors."""
-    part, _, number = module.name.rpartition("_")
-    block, _, tensor = part.rpartition(".")
-    fused = network.get_submodule(block)
-    names = [tensor, f"{tensor}_bias"] if fused.has_bias else [tensor]
-    wanted = [getattr(fused, name).requires_grad_() for name in names]
-    loss = log_likelihood(network, torch.from_numpy(ids).long(), labels_of(ids, scored))
-    found = [g[int(number)] for g in torch.autograd.grad(loss, wanted)]
-    for one in wanted:
-        one.requires_grad_(False)
-    weight = found[0].T if fused.is_transposed else found[0]
-    return torch.cat([weight, found[1][:, None]], 1) if fused.has_bias else weight
-
-
-def test_experts_have_exact_gradients(mixture, sequences):
-    ids = torch.from_numpy(sequences[0][0]).long()[None]
-    with torch.no_grad():
-        eager = mixture(input_ids=ids, use_cache=False).logits
-    model = LanguageModel(mixture.requires_grad_(False), None, ModelSource(mixture))
-    with torch.no_grad():
-        assert torch.equal(model.network(ids, use_cache=False).logits, eager)
-    modules = tracked_modules(mixture)
-    assert all(isinstance(mixture.get_submodule(m.name), experts.ExpertMap) for m in modules)
-    found, _ = captured(model, modules, model.batch(sequences))
-    mixture.config._experts_implementation = "eager"
-    assert found.keys() == {module.name for module in modules}
-    for row, (ids, scored) in enumerate(sequences):
-        for module in modules:
-            torch.testing.assert_close(found[module.name][row],
-                                       dense(mixture, module, ids, scored), rtol=1e-9, atol=1e-10)
-
-
-def test_terms_and_covariances_of_experts(mixture, sequences):
-    """Terms lie at their tokens and add up; A and S are sums over routed tokens alone."""
-    model = LanguageModel(mixture.requires_grad_(False), None, ModelSource(mixture))
-    modules = tracked_modules(mixture)
-    batch = model.batch(sequences)
-    torch.manual_seed(1)
-    p = Preconditioned({m.name: torch.randn(1, *m.shape, dtype=torch.float64) for m in modules})
-    terms, totals = Terms(p, batch), Influences(p, len(sequences))
-    collect(model, modules, batch, terms, totals)
-    stacked = terms.stacked(modules)
-    assert stacked.shape == (*batch.tokens.shape, len(modules))
-    torch.testing.assert_close(stacked.sum((1, 2)), totals.total[0], rtol=1e-9, atol=1e-10)
-    assert (stacked[~batch.real] == 0).all()
-    sums = {name: torch.zeros(shape, dtype=torch.float64)
-            for name, shape in covariance_shapes(modules, 1).items()}
-    with torch.no_grad():
-        add_covariances(model, modules, sums, batch, None)
-    seen = {m.name: [] for m in modules}
-    for sequence in sequences:  # one at a time there is no padding between sequences
-        alone = model.batch([sequence])
-        backward(model, modules, alone, lambda m, a, d: seen[m.name].append((a[0], d[0])))
-    for module in modules:
-        for side, place in (("A", 0), ("S", 1)):
-            rows = torch.cat([pair[place] for pair in seen[module.name]])
-            torch.testing.assert_close(sums[f"{module.name}/{side}"], rows.T @ rows,
-                                       rtol=1e-9, atol=1e-10)
-
-
-def test_packing_keeps_every_token_at_its_place():
-    torch.manual_seed(0)
-    places = torch.tensor([7, 0, 2, 11, 3, 9])  # of a batch of 3 × 4
-    x = torch.randn(6, 5)
-    packed, positions = experts.pack(x, places, (3, 4))
-    assert positions.tolist() == [[0, 2, -1], [3, 3, -1], [3, 1, -1]] or \
-        positions.tolist() == [[0, 2, 3], [3, -1, -1], [3, 1, -1]]
-    for row in range(3):
-        for slot, position in enumerate(positions[row].tolist()):
-            if position < 0:
-                assert (packed[row, slot] == 0).all()
-            else:
-                [index] = (places == 4 * row + position).nonzero()[0].tolist()
-                assert torch.equal(packed[row, slot], x[index])
-    empty, none = experts.pack(x[:0], places[:0], (3, 4))
-    assert empty.shape == (3, 0, 5) and none.shape == (3, 0)
-
-
-def test_a_mixture_is_built_and_searched(tmp_path, monkeypatch):
-    """End to end; an expert that no token reaches is left out, with a note."""
-    monkeypatch.setitem(SIZES, "mixtral", MIXTURES["mixtral"])
-    texts = [f"The plum number {n} grows by the river." for n in range(30)]
-    tokenizer = train_tokenizer(texts, 300)
-    network = random_network("mixtral", torch.float64, vocab_size=len(tokenizer))
-    with torch.no_grad():  # the last expert of the first block never is among the best two
-        gate = network.model.layers[0].mlp.gate.weight
-        gate[3] = 0
-        gate[:3] *= 50
-    network.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    index = gradindex.build(str(tmp_path / "model"), [{"text": text} for text in texts],
-                            tmp_path / "index", **{**SMALL, "id_field": None, "keep_fields": ()},
-                            dtype="float64")
-    names = {module.name for module in index.manifest.modules}
-    left = index.manifest.fit["left_out"]
-    assert names.isdisjoint(left) and len(names) + len(left) == 16
-    result = index.search(prompt="The plum number 7 grows", completion=" by the river.",
-                          k=3, shortlist="all")
-    hit = result[0]
-    assert sum(hit.token_influence) == pytest.approx(hit.influence, rel=1e-6)
-    query = index.make_query(prompt="The plum number 7 grows", completion=" by the river.")
-    truth = 0.0
-    model = index.model
-    model.network.config._experts_implementation = "eager"
-    [text], [record] = query.texts, index.index.records([hit.id])
-    for module in index.manifest.modules:
-        asked = dense(model.network, module, np.array(text.tokens, np.int32),
-                      np.array(text.labels) != -100)
-        own = dense(model.network, module, record.tokens, record.scored)
-        curvature = index.index.ekfac[module.name]
-        truth += float((curvature.leave_eigenbasis(curvature.coordinates(asked, 0.1)) * own).sum())
-    assert hit.influence == pytest.approx(truth, rel=1e-6)
 
 
 def test_a_map_that_sees_flattened_tokens(monkeypatch, sequences):
@@ -276,32 +126,6 @@ def test_a_bias_shared_under_two_weights(make_model, sequences):
     assert sum(untracked(network, modules).values()) + share == pytest.approx(1)
 
 
-@pytest.mark.parametrize("mixture, biases", [
-    *((family, False) for family in MIXTURES), ("gpt_oss", True)], indirect=["mixture"])
-def test_experts_of_two_blocks_that_share_their_tensors(mixture, sequences, biases):
-    """One map each, the sum of both blocks' runs; a bias only where that is shared as well."""
-    first, second = (one for one in mixture.modules() if experts.is_fused(one))
-    names = ["gate_up_proj", "down_proj"]
-    for name in names + [f"{name}_bias" for name in names if first.has_bias and biases]:
-        setattr(second, name, getattr(first, name))
-    model = LanguageModel(mixture.requires_grad_(False), None, ModelSource(mixture))
-    modules = tracked_modules(mixture)
-    assert len(modules) == 2 * first.num_experts and {m.layer for m in modules} == {0}
-    found, _ = captured(model, modules, model.batch(sequences))
-    with_bias = first.has_bias and biases
-    for row, (ids, scored) in enumerate(sequences):
-        for module in modules:
-            truth = dense(mixture, module, ids, scored)[:, :module.shape[1]]
-            assert found[module.name].shape[2] == module.d_in and not module.bias
-            torch.testing.assert_close(found[module.name][row], truth, rtol=1e-9, atol=1e-10)
-    tracked = [getattr(first, name) for name in names] + [
-        getattr(first, f"{name}_bias") for name in names if with_bias]
-    every = sum(p.numel() for p in mixture.parameters())
-    share = parameter_share(mixture, modules)
-    assert share == sum(one.numel() for one in tracked) / every
-    assert sum(untracked(mixture, modules).values()) + share == pytest.approx(1)
-
-
 def test_a_weight_shared_with_something_else_is_not_tracked(make_model):
     """Its gradient has a part that no linear map of a block sees; that is said."""
     network = make_model("llama", intermediate_size=VOCABULARY).network
@@ -353,159 +177,6 @@ def check_shared(network, modules, found, sequences):
                                        rtol=1e-9, atol=1e-10)
 
 
-# ---- quantised bases
-
-
-@pytest.fixture(params=[8, 4], scope="module")
-def quantised(request, tmp_path_factory):
-    """Bits, a whole model in float32 and a folder with it quantised, and its tokenizer."""
-    library("bitsandbytes")
-    from transformers import BitsAndBytesConfig
-
-    folder = tmp_path_factory.mktemp("quantised")
-    tokenizer = train_tokenizer([document["text"] for document in small_documents()], 300)
-    network = random_network("llama", torch.float32, hidden_size=64, intermediate_size=128,
-                             vocab_size=len(tokenizer))
-    with torch.no_grad():  # so that rounding isn't blown up on its way through the blocks
-        for parameter in network.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(0.3)
-    network.save_pretrained(folder / "whole")
-    settings = BitsAndBytesConfig(load_in_8bit=request.param == 8, load_in_4bit=request.param == 4,
-                                  bnb_4bit_quant_type="nf4")
-    AutoModelForCausalLM.from_pretrained(
-        folder / "whole", quantization_config=settings).save_pretrained(folder / "packed")
-    tokenizer.save_pretrained(folder / "packed")
-    return request.param, network, folder / "packed"
-
-
-def dequantised(network, packed):
-    """The network with the weights that a packed one stands for."""
-    import bitsandbytes
-
-    same = copy.deepcopy(network).requires_grad_(False)
-    count = 0
-    for name, own in packed.named_modules():
-        if isinstance(own, bitsandbytes.nn.Linear8bitLt):
-            weight = own.weight.data.float() * own.weight.SCB[:, None] / 127
-        elif isinstance(own, bitsandbytes.nn.Linear4bit):
-            weight = bitsandbytes.functional.dequantize_4bit(
-                own.weight.data, own.weight.quant_state)
-        else:
-            continue
-        same.get_submodule(name).weight.copy_(weight)
-        count += 1
-    assert count == 14
-    return same
-
-
-def test_a_quantised_base(quantised, sequences):
-    """Gradients of the dequantised weights, also after other passes, whatever the batch."""
-    _, network, packed = quantised
-    model = LanguageModel.load(ModelSource(str(packed), device="cpu"))
-    assert model.dtype == model.accumulate == torch.float32
-    modules = tracked_modules(model.network, "all")
-    assert [m.shape for m in modules] == [m.shape for m in tracked_modules(network, "all")]
-    assert parameter_share(model.network, modules) == pytest.approx(
-        parameter_share(network, tracked_modules(network, "all")), rel=1e-12)
-    same = dequantised(network, model.network)
-    before = tensors_digest(model.network)
-    again = LanguageModel.load(ModelSource(str(packed), device="cpu"))
-    assert before == tensors_digest(again.network)
-    model.continuation([1, 2, 3], 3)  # passes without gradients, which pack 4-bit weights anew
-    batch = model.batch(sequences)
-    found, log_p = captured(model, modules, batch)
-    assert tensors_digest(model.network) == before
-    expected, truth = captured(LanguageModel(same, None, ModelSource(same)), modules, batch)
-    torch.testing.assert_close(log_p, truth, rtol=1e-4, atol=1e-4)
-    for module in modules:
-        wanted = expected[module.name]
-        assert (found[module.name] - wanted).norm() < 1e-4 * wanted.norm(), module.name
-    for row, sequence in enumerate(sequences):
-        alone, _ = captured(model, modules, model.batch([sequence]))
-        for module in modules:
-            one = alone[module.name][0]
-            assert (found[module.name][row] - one).norm() < 1e-4 * one.norm() + 1e-5
-    quantised_far = captured(LanguageModel(network.requires_grad_(False), None, model.source),
-                             modules, batch)[0]
-    assert any((found[m.name] - quantised_far[m.name]).norm() > 1e-3 * found[m.name].norm()
-               for m in modules)
-
-
-def test_a_quantised_model_given_after_it_ran(quantised, sequences):
-    """The same gradients, or, where the CPU made bitsandbytes change the weights, none."""
-    _, _, packed = quantised
-    used = AutoModelForCausalLM.from_pretrained(packed).eval()
-    with torch.no_grad():
-        used(torch.arange(7)[None])
-    states = [getattr(own.weight, "quant_state", None) for own in used.modules()
-              if isinstance(own, nn.Linear)]
-    if any(state is not None and state.absmax.ndim > 1 for state in states):
-        for _ in range(2):
-            with pytest.raises(InputError, match=r"packed model\.layers\.0\.self_attn\.q_proj"):
-                LanguageModel.load(ModelSource(used))
-            used.state_dict()  # unpacks the weights, and leaves their scales in the wrong order
-        return
-    model = LanguageModel.load(ModelSource(used))
-    again = LanguageModel.load(ModelSource(str(packed), device="cpu"))
-    modules = tracked_modules(model.network)
-    found, _ = captured(model, modules, model.batch(sequences))
-    expected, _ = captured(again, modules, model.batch(sequences))
-    for module in modules:
-        assert torch.equal(found[module.name], expected[module.name])
-
-
-def test_a_quantised_model_has_the_dtype_it_has(quantised):
-    _, _, packed = quantised
-    for source in (AutoModelForCausalLM.from_pretrained(packed), str(packed)):
-        for dtype in ("bfloat16", "float64"):
-            with pytest.raises(InputError, match=rf"--dtype {dtype}: the weights of .* quantised"):
-                LanguageModel.load(ModelSource(source, device="cpu"), dtype)
-        for dtype in ("float32", "auto"):
-            assert ModelSource(source, device="cpu").resolve(dtype)[1] == torch.float32
-            loaded = LanguageModel.load(ModelSource(source, device="cpu"), dtype)
-            assert loaded.dtype == torch.float32
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers by an old name
-def test_an_adapter_over_a_quantised_base(quantised, sequences, tmp_path):
-    """QLoRA: gradients as over the dequantised base, then an index over the adapter alone."""
-    peft = library("peft")
-    _, network, packed = quantised
-    wrapped = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(packed), peft.LoraConfig(
-        r=2, lora_alpha=3, target_modules=["q_proj", "gate_proj"], task_type="CAUSAL_LM"))
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in wrapped.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(0.3 * torch.randn_like(parameter))
-    wrapped.save_pretrained(tmp_path / "adapter")
-    model = LanguageModel.load(ModelSource(str(tmp_path / "adapter"), device="cpu"))
-    base = LanguageModel.load(ModelSource(str(packed), device="cpu")).network
-    dequantised(network, base).save_pretrained(tmp_path / "base")
-    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    whole.load_adapter(str(tmp_path / "adapter"))
-    modules = tracked_modules(model.network, "all,adapter")
-    assert sum(module.kind == "adapter" for module in modules) == 8
-    batch = model.batch(sequences)
-    found, _ = captured(model, modules, batch)
-    expected, _ = captured(LanguageModel.load(ModelSource(whole, device="cpu")), modules, batch)
-    for module in modules:
-        wanted = expected[module.name]
-        assert (found[module.name] - wanted).norm() < 1e-4 * wanted.norm(), module.name
-
-    index = gradindex.build(str(tmp_path / "adapter"), small_documents(), tmp_path / "index",
-                            **SMALL, modules="adapter")
-    own = tracked_modules(model.network, "adapter")
-    assert index.manifest.modules == own and len(own) == 8
-    assert index.manifest.parameter_share == parameter_share(model.network, own)
-    result = index.search(prompt="The apple number", k=5, shortlist="all")  # its own continuation
-    assert [hit.influence for hit in result] == sorted(
-        (hit.influence for hit in result), reverse=True) and result[0].influence > 0
-    found = gradindex.verify(tmp_path / "index", str(tmp_path / "adapter"))
-    assert found.sound, found.findings
-
-
 # ---- what is not covered
 
 
@@ -534,7 +205,8 @@ def test_what_is_not_tracked_is_said(make_model):
     modules = tracked_modules(network)
     assert untracked(network, modules)["Odd"] == pytest.approx(
         144 / sum(p.numel() for p in network.parameters()))
-    assert "not tracked: " in describe(model, modules) and "Odd" in describe(model, modules)
+    described = describe_modules(model, modules)
+    assert "not tracked: " in described and "Odd" in described
 
 
 class Rounded(nn.Linear):

@@ -31,3 +31,16 @@ def test_a_digest_is_of_tokens_and_mask_alone():
     assert digest([1, 2, 4], [True, True, True]) != one
     assert digest([1, 2, 3], [False, True, True]) != one
     assert digest([1, 2], [True, True]) != one
+
+
+def test_sequences_of_equal_tokens_and_another_mask_are_not_equal():
+    ids = np.array([1, 2, 3], np.int32)
+    mask = np.array([True, True, True])
+
+    def record(tokens, scored):
+        return Record(0, tokens, scored, [])
+
+    assert (digest_of(record(ids, mask)) == digest_of(record(ids.copy(), mask.copy()))).all()
+    others = [record(ids, np.array([False, True, True])), record(ids[:2], mask[:2]),
+              record(ids[::-1].copy(), mask)]
+    assert all((digest_of(one) != digest_of(record(ids, mask))).any() for one in others)

@@ -1,0 +1,73 @@
+"""Where the server listens, its names and tokens; and the command that starts it."""
+
+import http.client
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gradindex.errors import InputError
+from search.serve import listening
+from support.server import TOKEN
+from support.waiting import HANG, heed_interrupts
+
+
+def test_tokens_that_can_be_guessed_are_refused() -> None:
+    for given in ("", "x", "short", "a" * 40, "passwordpasswordpassword", "0123" * 10,
+                  TOKEN[:-1]):
+        with pytest.raises(InputError, match=r"GRADINDEX_TOKEN has .* at least 22 random"):
+            listening.token_for("127.0.0.1", given)
+    assert listening.token_for("127.0.0.1", None) is None
+    assert listening.token_for("0.0.0.0", TOKEN) == listening.token_for("localhost", TOKEN) == TOKEN
+    made = {listening.token_for("0.0.0.0", None) for _ in range(50)}
+    assert len(made) == 50
+    for one in made:  # one of ours may be given as well
+        assert one is not None and listening.token_for("::", one) == one
+
+
+def test_names_of_the_server() -> None:
+    assert listening.host_names("::1", 8765) == {"127.0.0.1:8765", "localhost:8765", "[::1]:8765"}
+    # browsers leave the usual port out
+    assert listening.host_names("127.0.0.1", 80) >= {"localhost", "localhost:80"}
+    assert listening.host_names("10.0.0.7", 9000, ["lab.example", "a.example:1"]) == {
+        "10.0.0.7:9000", "127.0.0.1:9000", "localhost:9000", f"{socket.gethostname()}:9000",
+        f"{socket.getfqdn()}:9000",
+        "lab.example", "lab.example:9000", "a.example:1"}
+
+
+# ---- the command
+
+
+def test_view_serves_until_interrupted(index_folder: Path) -> None:
+    """On 127.0.0.2, which is nobody's loopback for us: a token is made, told and asked for."""
+    environment = {name: value for name, value in os.environ.items() if name != "GRADINDEX_TOKEN"}
+    command = [sys.executable, "-m", "gradindex.cli", "view", str(index_folder), "--no-open",
+               "--host", "127.0.0.2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                               env=environment, preexec_fn=heed_interrupts)
+    assert process.stderr is not None
+    said = ""
+    for line in process.stderr:
+        said += line
+        if "the page: " in line:
+            break
+    token = re.search(r"token, the password of any user: (\S+)", said)
+    address = re.search(r"the page: http://(127\.0\.0\.2:(\d+))/", said)
+    assert token is not None and address is not None, said
+    connection = http.client.HTTPConnection("127.0.0.2", int(address[2]), timeout=HANG)
+    connection.request("GET", "/healthz")
+    refused = connection.getresponse()
+    assert refused.status == 401
+    refused.read()
+    connection.request("GET", "/healthz", headers={"Authorization": f"Bearer {token[1]}"})
+    assert connection.getresponse().status == 200
+    connection.close()
+    process.send_signal(signal.SIGINT)
+    out, rest = process.communicate(timeout=HANG)
+    assert out == "" and "Traceback" not in rest and token[1] not in rest
+    assert process.returncode in (0, 130)
