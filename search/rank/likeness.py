@@ -1,7 +1,7 @@
 """How alike texts are in their wording: a query and a hit, and the hits among each other."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -22,7 +22,7 @@ class Wording:
         self._size = len(sample)
         self._counts = Counter(token for tokens in sample for token in set(tokens.tolist()))
 
-    def overlap(self, query_tokens: Iterable[int], tokens: Iterable[int]) -> float | None:
+    def overlap(self, query_tokens: Sequence[int], tokens: Sequence[int]) -> float | None:
         """Share of the query's distinct tokens that are among `tokens`, weighed by IDF: 0 to 1.
 
         None where the query has no token that isn't in every sequence of the sample.
