@@ -51,7 +51,7 @@ from gradindex.storage.manifest import exists as index_exists
 from gradindex.storage.manifest import load as load_manifest
 from gradindex.storage.upgrades import FORMAT
 from gradindex.version import VERSION
-from indexer.background import make_background
+from indexer.background_queries import make_background
 from indexer.build_request import BuildRequest, anywhere
 from indexer.calibrate import calibrate
 from indexer.encode import encode_run, quarantined_of

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from gradindex.cluster import check_address, load_ray
 from gradindex.errors import InputError
 from gradindex.influence.codes import default_length
 from gradindex.memory import parse_bound
@@ -20,7 +19,8 @@ from gradindex.model.config import context_length, vocabulary_size
 from gradindex.model.identity import tokenizer_digest
 from gradindex.model.source import ModelSource
 from gradindex.progress import Progress
-from gradindex.storage.plan import MOST_BLOCKS, CorpusSettings, Plan
+from gradindex.ray_cluster import check_address, load_ray
+from gradindex.storage.build_plan import MOST_BLOCKS, CorpusSettings, Plan
 from indexer import defaults
 from indexer.read.corpus import Corpus
 from indexer.read.sources import token_file_width

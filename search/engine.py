@@ -18,10 +18,10 @@ from gradindex.model.network import LanguageModel
 from gradindex.results import Comparison, Hit, Query, Result
 from gradindex.storage.manifest import Manifest
 from search.ask.controls import ControlArguments, Controls
+from search.ask.keywords import QuestionOptions, SearchArguments, split, with_keywords
 from search.ask.make_query import aggregate, make_query
 from search.ask.question import Question
 from search.ask.settings import Settings, settle
-from search.ask.signature import QuestionOptions, SearchArguments, split, with_keywords
 from search.rank.named import place_of, rescore_named
 from search.rank.query_gradient import make_targets
 from search.rank.session import Session

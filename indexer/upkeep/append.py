@@ -15,7 +15,7 @@ import torch
 from gradindex.draws import Stream, choose
 from gradindex.errors import InputError
 from gradindex.influence.exact import Rescorer, self_influence
-from gradindex.influence.fitted import FittedModel
+from gradindex.influence.fitted_model import FittedModel
 from gradindex.memory import parse_bound
 from gradindex.model.source import ModelSource
 from gradindex.progress import Progress

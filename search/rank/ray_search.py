@@ -15,11 +15,11 @@ from typing import Any, Self
 
 import numpy as np
 
-from gradindex.cluster import absolute
 from gradindex.errors import InputError
 from gradindex.influence.exact import Exact, Rescorer
 from gradindex.influence.queries import Preconditioned
 from gradindex.model.source import ModelSource
+from gradindex.ray_cluster import absolute
 from gradindex.storage import layout
 from gradindex.version import VERSION
 from search.rank.coverage import LostError
@@ -121,7 +121,7 @@ class SharedIndex(OpenIndex):
         if not self.pool.workers:
             self.load()
         held = np.cumsum([0, *(len(worker.segments) for worker in self.pool.workers)])
-        return np.searchsorted(self.contents.places, self.contents.starts)[held]
+        return np.asarray(np.searchsorted(self.contents.places, self.contents.starts)[held])
 
     def _shares(
         self, places: Sequence[int]

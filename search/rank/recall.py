@@ -25,7 +25,8 @@ def inclusion_probability(
     if cutoff is None:
         return np.ones(len(influence))
     z = torch.from_numpy(_margin(influence, error, cutoff))
-    return np.maximum(torch.special.ndtr(z).numpy(), SMALLEST_PROBABILITY)
+    pi: np.ndarray = np.maximum(torch.special.ndtr(z).numpy(), SMALLEST_PROBABILITY)
+    return pi
 
 
 def included_error(
