@@ -121,7 +121,7 @@ class SharedIndex(OpenIndex):
         if not self.pool.workers:
             self.load()
         held = np.cumsum([0, *(len(worker.segments) for worker in self.pool.workers)])
-        return np.searchsorted(self.contents.places, self.contents.starts)[held]
+        return np.asarray(np.searchsorted(self.contents.places, self.contents.starts)[held])
 
     def _shares(
         self, places: Sequence[int]

@@ -25,7 +25,7 @@ def inclusion_probability(
     if cutoff is None:
         return np.ones(len(influence))
     z = torch.from_numpy(_margin(influence, error, cutoff))
-    return np.maximum(torch.special.ndtr(z).numpy(), SMALLEST_PROBABILITY)
+    return np.asarray(np.maximum(torch.special.ndtr(z).numpy(), SMALLEST_PROBABILITY))
 
 
 def included_error(

@@ -34,7 +34,7 @@ class SizeSurvey:
     def ratios(self) -> np.ndarray:
         """Estimate / exact of the background sequences that have a gradient."""
         estimates = self.estimates[self.background]
-        return estimates[self.exact > 0] / self.exact[self.exact > 0]
+        return np.asarray(estimates[self.exact > 0] / self.exact[self.exact > 0])
 
     @property
     def outliers(self) -> int:

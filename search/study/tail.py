@@ -91,7 +91,9 @@ def _candidates(logs: np.ndarray) -> list[int]:
     if len(logs) < FEWEST_IN_TAIL:
         return []
     ranks = np.geomspace(FEWEST_IN_TAIL, len(logs), CUTOFFS_TRIED).round().astype(np.int64)
-    return np.unique(np.searchsorted(-logs, -logs[ranks - 1], side="right")).tolist()
+    counts: list[int] = np.unique(
+        np.searchsorted(-logs, -logs[ranks - 1], side="right")).tolist()
+    return counts
 
 
 def _distance(excess: np.ndarray, rate: float) -> float:
