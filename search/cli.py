@@ -173,6 +173,7 @@ class _Follower:
                 progress.say_expected(progress.seconds_each() * (stage.total - stage.done))
         elif stage.name == "result":
             self._answered += 1
+            # several queries share one bar: it ends with the last, or before a longer shortlist
             last = self._answered == max(1, self._count)
             if self._running and (last or stage.done == stage.total):
                 progress.finish()

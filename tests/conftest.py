@@ -36,6 +36,14 @@ def pytest_collect_file(file_path: Path) -> Any:
     return [one for one in collectors if type(one).__name__ != "DoctestModule"]
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Share out the tests among workers as support/workers.py says."""
+    from support.workers import Scheduling
+
+    return Scheduling(config, log)
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Say what was skipped for want of what, and how to get it."""
     if lines := missing(terminalreporter.stats.get("skipped", [])):

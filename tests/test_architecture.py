@@ -124,7 +124,8 @@ def test_arrows_between_wings():
         own = wing_of(module)
         for other in imported:
             wing = wing_of(other)
-            if wing == own or module in FRONT or own in ("indexer", "search"):
+            if wing == own or module in FRONT or own in ("indexer", "search") or \
+                    module.endswith(".cli"):  # which share the flags at their package's root
                 continue
             if module.endswith(".cli") and other == "search.command_line":
                 continue  # what the commands of all wings share
@@ -156,7 +157,8 @@ MEANINGS = {  # a name: what its annotation may say, in signatures and classes o
             "set[int]", "str", "str | None", "Iterator[int]"),
     "places": ("list[int]", "Sequence[int]", "Iterable[int]", "np.ndarray", "Tensor",
                "Tensor | None", "range", "Sequence[int] | np.ndarray"),
-    "tokens": ("np.ndarray", "Tensor", "list[int]", "Sequence[int]", "int", "Count",
+    "tokens": ("np.ndarray", "Tensor", "list[int]", "Sequence[int]", "Iterable[int]", "int",
+               "Count",
                "Callable[[Segment], token_file.Matrix]"),
     "pieces": ("list[str]", "Sequence[str]"),
     "manifest": ("Manifest",),
@@ -338,6 +340,12 @@ def test_no_test_file_imports_another():
             first, last = name.partition(".")[0], name.rpartition(".")[2]
             assert not last.startswith("test_") and last != "conftest", f"{path} imports {name}"
             assert first not in folders or name == "faults.harness", f"{path} imports {name}"
+
+
+def test_files_that_one_worker_has_are_there():
+    from support.workers import TOGETHER
+
+    assert all((ROOT / file).is_file() for file in TOGETHER)
 
 
 def test_every_command_has_an_example():

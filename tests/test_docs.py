@@ -96,7 +96,6 @@ def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("page", MANUAL, ids=by_name)
-@pytest.mark.xdist_group("a shell")
 def test_every_block_runs_or_says_why_not(page, desk, shell, tmp_path, monkeypatch):
     folder = shutil.copytree(desk, tmp_path / "desk")
     found = blocks(page)

@@ -37,7 +37,6 @@ from support.needed import library
 from support.waiting import HANG, IN_VAIN, is_gone, struck, until
 
 ray = library("ray")
-pytestmark = pytest.mark.xdist_group("a cluster to build")
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 

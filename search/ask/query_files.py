@@ -46,6 +46,7 @@ def read_queries(path: Path) -> QueryFile:
         raise InputError(f"--queries {path}: {error.strerror}. A JSON lines file is read "
                          "there.") from None
     query_file = QueryFile()
+    # not splitlines(): JSON text may hold U+2028 and the like, which end no line of the file
     for number, line in enumerate(content.split(b"\n"), 1):
         if not line.strip():
             continue

@@ -61,6 +61,7 @@ def settle(controls: Controls, manifest: Manifest) -> Settings:
     if not manifest.sequences:
         raise InputError("the index holds no sequence any more: all were deleted. Append documents "
                          "with `gradindex append`.")
+    # what was deleted may leave fewer than k, so the sizes are those of what is there now
     k, first, most = _sizes(controls, manifest.sequences)
     return Settings(
         k=k, first=first, most=most, recall=controls.recall,

@@ -155,6 +155,7 @@ def total_groups(
     for hit, place in hits.items():
         for group in grouping.group[grouping.place == place].tolist():
             hits_of.setdefault(group, []).append(hit)
+    # among proponents a group that takes away is worth seeing too, so by size; opponents by sign
     order = best(-totals if sign < 0 else np.abs(totals), len(totals)).tolist()
     groups = [
         Group(grouping.values[number], int(sequences[number]), hits_of.get(number, []),

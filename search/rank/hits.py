@@ -33,7 +33,7 @@ def make_hit(
     )
     if exact is None:
         return hit
-    if exact.self_influence is not None:
+    if exact.self_influence is not None:  # sizes of gradients are formed only where asked for
         hit = replace(
             hit, self_influence=exact.self_influence,
             cosine=normalized(influence, exact, "cosine") / query_norm if query_norm else 0.0,

@@ -137,6 +137,7 @@ def coordinates_of(
         for (_, text), terms in zip(members, log_p.tolist(), strict=True):
             text.token_log_p = index.objective.by_token(terms, len(text.tokens))
         places = torch.tensor([place for place, _ in members], device=index.model.device)
+        # a query's texts may be in several batches: each adds its part, −1 times that of a versus
         for name, c in coordinates.items():
             weights = c.new_tensor([text.weight for _, text in members])
             total[name].index_add_(0, places, c * weights[:, None, None])

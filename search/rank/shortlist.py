@@ -123,6 +123,7 @@ class Shortlist:
         low, high = float(np.nextafter(certain, -np.inf)), cutoff
         if not reached(low):
             return self._total
+        # bisection over the cut-off and not the length: it needs no scores of what isn't fetched
         for _ in range(HALVINGS):
             middle = (low + high) / 2
             low, high = (middle, high) if reached(middle) else (low, middle)

@@ -48,6 +48,7 @@ def openapi() -> dict[str, Any]:
     event = {"type": "object", "required": ["event", "data"], "properties": {
         "event": {"enum": ["stage", "end"]},
         "data": {"type": "string", "contentMediaType": "application/json"}}}
+    # OpenAPI has no word for a stream: this describes one event of it
     events["responses"]["200"]["content"] = {"text/event-stream": {"schema": event}}
     return {
         "openapi": "3.1.0",
@@ -83,6 +84,7 @@ def _schemas() -> dict[str, Any]:
         (kind, "serialization", pydantic.TypeAdapter(kind)) for kind in (Result, Comparison)]
     _, definitions = pydantic.TypeAdapter.json_schemas(kinds, ref_template=_REFERENCE)
     schemas: dict[str, Any] = definitions["$defs"]
+    # what `to_dict` adds, which no dataclass has
     schemas["Result"]["properties"] |= {"schema": {"const": SCHEMA}, "units": {"type": "string"}}
     schemas["Comparison"]["properties"]["schema"] = {"const": SCHEMA}
     schemas["Query"]["properties"] |= {"scored": {"type": "integer"}, "log_p": {"type": "number"}}

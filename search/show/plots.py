@@ -65,7 +65,7 @@ def bars(
     names = min(NAMES_WIDTH, 10 + LETTER * max((len(visible(name)) for name, _ in rows), default=0))
     first, last = names + (room if low < 0 else 0), WIDTH - (room if high > 0 else 6)
     scale = (last - first) / ((high - low) or 1.0)
-    zero = first - low * scale
+    zero = first - low * scale  # values below zero go to the left of it
     parts = []
     for place, (name, value) in enumerate(rows):
         y, end = place * ROW, zero + value * scale
@@ -178,7 +178,7 @@ def strip(
             parts.append(_g(f"{what} {column}, {name}: {form(value)}", bar))
         parts.append(_line("plot-zero", 10, base, 10 + step * len(columns), base))
         top += 48 + tall
-    every = max(1, math.ceil(26 / step))
+    every = max(1, math.ceil(26 / step))  # or numbers of many layers would lie over each other
     parts += [_text("plot-tick", 10 + (place + 0.5) * step, top + 4, "middle", str(column))
               for place, column in enumerate(columns) if place % every == 0]
     parts.append(_text("plot-label", 10 + step * len(columns) / 2, top + 22, "middle", what))

@@ -71,6 +71,7 @@ def _hit_lines(rank: int, hit: Hit, result: Result, width: int, color: bool) -> 
     influence = wording.number(hit.influence)
     if color:
         influence = f"\x1b[{PLUS if hit.influence >= 0 else MINUS}m{influence}\x1b[0m"
+    # only our own letters may hold colour codes: what comes from data goes through `visible`
     head = f"{rank:>3}  {by}{about}{influence}  {wording.number(hit.nats)} nats"
     notes = [wording.percentile(hit, result), wording.rank_before(hit)]
     if hit.tfidf_rank is not None:

@@ -86,6 +86,7 @@ def summary(about: dict[str, Any]) -> str:
     more = f" and {len(about['data']) - 3} more" if len(about["data"]) > 3 else ""
     n_train = f"{about['train_sequences']:,}" if about["train_sequences"] else \
         f"{about['next_id']:,} (taken as the number ever indexed)"
+    # a line only where there is something to say: most indexes were never appended to
     rows = [
         ("index", f"{about['index']}, format {about['format']}, commit {about['generation']}"),
         ("model", f"{model['name']}{revision}, weights {str(model['tensors'])[:12]}, "

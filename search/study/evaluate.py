@@ -229,6 +229,7 @@ def table(evaluation: Evaluation) -> str:
         f"{'claimed':<9}per query",
     ]
     for measure in evaluation.measures:
+        # a TF-IDF list claims nothing: what it misses is unknown
         low, high = measure.recall_interval
         claim = "unknown" if measure.claimed is None else f"{measure.claimed:.3f}"
         each = "" if measure.claimed_error is None else f"±{measure.claimed_error:.3f}"

@@ -22,7 +22,6 @@ from gradindex.progress import Progress
 from support.waiting import HANG, LATE, heed_interrupts, struck
 
 ROOT = Path(__file__).parent.parent.parent
-pytestmark = pytest.mark.xdist_group("a trained model")
 COMMAND = [sys.executable, "-m", "gradindex"]
 
 FIRST = ("Zor", "Mel", "Quin", "Bra", "Tol", "Fen", "Gar", "Hul", "Iva", "Jor")

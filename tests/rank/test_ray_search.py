@@ -31,7 +31,6 @@ from support.server import Running
 from support.waiting import HANG
 
 ray = library("ray")
-pytestmark = pytest.mark.xdist_group("a cluster to search")
 
 OTHERS = [{"prompt": "The fig number 3", "completion": " grows by the harbour."},
           {"prompt": "The lime number", "completion": " 4"},

@@ -16,7 +16,7 @@ from support.indexes import SMALL
 from support.needed import CHROMIUM, needs_chromium
 from support.waiting import HANG
 
-pytestmark = [needs_chromium, pytest.mark.xdist_group("a browser")]
+pytestmark = needs_chromium
 MILLISECONDS = 1000 * HANG
 HOSTILE = [
     '<script>alert("text")</script>', "<img src=x onerror=alert(1)>", '"><svg onload=alert(2)>',
