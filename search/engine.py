@@ -180,7 +180,7 @@ class Searcher:
         """
         return make_query(self.index, Question(prompt, completion, id=id, **options))
 
-    def known(self, ids: Iterable[object]) -> list[int]:
+    def known(self, ids: Iterable[Any]) -> list[int]:
         """The places of sequences' ids. Raises InputError where there is no such sequence."""
         return [place_of(self.index, named) for named in ids]
 
