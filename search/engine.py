@@ -188,7 +188,7 @@ class Searcher:
 
     def stages(
         self, queries: list[Query], settings: Settings, conclude_early: bool = False
-    ) -> Iterator[SearchStage]:
+    ) -> Generator[SearchStage, None, None]:
         """Search for some queries together, yielding a SearchStage as each step ends.
 
         A result comes for each query, in order, as soon as its shortlist is exact. Raises as
@@ -243,7 +243,8 @@ class Searcher:
 
 
 def drain(
-    stages: Iterator[SearchStage], follow: Callable[[SearchStage], None] | None = None
+    stages: Generator[SearchStage, None, None],
+    follow: Callable[[SearchStage], None] | None = None
 ) -> Result:
     """Run a search of one query to its end, showing each stage to `follow`.
 
@@ -257,7 +258,6 @@ def drain(
             if follow is not None:
                 follow(stage)
         except KeyboardInterrupt:
-            assert isinstance(stages, Generator)
             stage = stages.throw(KeyboardInterrupt())
         result = stage.result
     return result

@@ -135,7 +135,7 @@ def _continued_query(index: FittedModel, tokens: list[int], prompt: str | None) 
                  generated=True)
 
 
-def _check(query: Query, config: Any) -> None:
+def _check(query: Query, config: object) -> None:
     n, vocabulary = len(query.tokens), vocabulary_size(config)
     if len(query.labels) != n or any(
         label not in (UNSCORED, token)

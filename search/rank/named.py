@@ -3,7 +3,7 @@
 import operator
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import SupportsIndex, cast
 
 from gradindex.errors import InputError
 from gradindex.influence.exact import LARGEST_CHUNK, Exact, Rescorer
@@ -15,11 +15,11 @@ from search.rank.query_gradient import make_targets
 from search.rank.snapshot import OpenIndex, finite
 
 
-def place_of(index: OpenIndex, named: Any) -> int:
+def place_of(index: OpenIndex, named: object) -> int:
     """The place of a sequence's id. Raises InputError where it is none, or nobody has it."""
     try:
         # True would be sequence 1; whatever else counts as an integer may come, NumPy's too
-        number = -1 if isinstance(named, bool) else operator.index(named)
+        number = -1 if isinstance(named, bool) else operator.index(cast(SupportsIndex, named))
     except TypeError:
         number = -1
     place = index.contents.place_of(number)

@@ -25,8 +25,7 @@ def inclusion_probability(
     if cutoff is None:
         return np.ones(len(influence))
     z = torch.from_numpy(_margin(influence, error, cutoff))
-    pi: np.ndarray = np.maximum(torch.special.ndtr(z).numpy(), SMALLEST_PROBABILITY)
-    return pi
+    return np.asarray(np.maximum(torch.special.ndtr(z).numpy(), SMALLEST_PROBABILITY))
 
 
 def included_error(

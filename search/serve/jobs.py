@@ -15,9 +15,8 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from gradindex.errors import GradindexError, InputError
 from gradindex.results import Comparison, Result
@@ -215,7 +214,7 @@ class Jobs:
         started = 0.0
         for stage in _until_stopped(stages, job):
             if self._is_forgotten(job):
-                stages.close()  # type: ignore[attr-defined]
+                stages.close()
                 raise _ForgottenError
             if stage.name == "approximate":
                 started = time.monotonic()
@@ -268,7 +267,9 @@ class _ForgottenError(Exception):
     pass
 
 
-def _until_stopped(stages: Any, job: SearchJob) -> Generator[SearchStage, None, None]:
+def _until_stopped(
+    stages: Generator[SearchStage, None, None], job: SearchJob
+) -> Iterator[SearchStage]:
     """The stages; where the job is to stop, each query concludes from what is exact by then."""
     while True:
         try:

@@ -67,7 +67,7 @@ def make_server(
     """
     sys.setswitchinterval(TURN)
     jobs = Jobs(searcher, train_sequences)
-    site = application(searcher, jobs, {"hosts": hosts, "token": token})
+    site = application(searcher, jobs, hosts, token)
     jobs.start()
     return uvicorn.Server(configuration(site))
 

@@ -6,7 +6,6 @@ hits.
 
 import asyncio
 import copy
-from typing import Any
 from urllib.parse import parse_qsl, quote
 
 from markupsafe import Markup
@@ -118,11 +117,11 @@ class Pages:
                          job=job, on_hold=on_hold, tokens=self.reception.tokens_of(search),
                          controls=CONTROLS)
 
-    def _content(self, search: SearchRequest, job: SearchJob | None) -> dict[str, Any]:
+    def _content(self, search: SearchRequest, job: SearchJob | None) -> dict[str, object]:
         """What a search page shows of a job."""
         result = None if job is None else \
             job.provisional if job.result is None else job.result
-        content: dict[str, Any] = {
+        content: dict[str, object] = {
             "about": self.about, "examples": self.examples, "result": None, "comparison": None,
             "advanced": bool(search.given().keys()
                              - {"prompt", "completion", "score_on", "opponents", "k"}),
@@ -193,7 +192,7 @@ async def _first_hits(job: SearchJob, seconds: float) -> None:
         forget()
 
 
-def _tail_figure(result: Result, tail: Tail | None) -> dict[str, Any] | None:
+def _tail_figure(result: Result, tail: Tail | None) -> dict[str, object] | None:
     """The plot of a result's exact scores, and what it shows."""
     values = upper_tail(result)
     if len(values) < 2:

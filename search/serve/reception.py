@@ -5,7 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import ParamSpec, TypeVar
 
 from starlette.exceptions import HTTPException
 
@@ -19,6 +19,9 @@ from search.serve.jobs import Jobs, SearchJob
 from search.serve.request import SearchRequest
 from search.show import html
 
+Arguments = ParamSpec("Arguments")
+Answer = TypeVar("Answer")
+
 
 class Reception:
     """Checks requests, hands them to `jobs`, and does beside the event loop what takes a while."""
@@ -27,7 +30,10 @@ class Reception:
         self.searcher, self.jobs = searcher, jobs
         self._thread = ThreadPoolExecutor(1, "page")
 
-    async def aside(self, function: Callable[..., Any], *given: Any, **named: Any) -> Any:
+    async def aside(
+        self, function: Callable[Arguments, Answer], *given: Arguments.args,
+        **named: Arguments.kwargs,
+    ) -> Answer:
         """What a function returns that would hold up other requests.
 
         One after another in one thread: each further one would make the server wait longer for its

@@ -7,7 +7,6 @@ an error tells of the machine.
 import logging
 import secrets
 from collections.abc import Awaitable, Callable
-from typing import Any
 
 import pydantic
 from starlette.applications import Starlette
@@ -19,7 +18,7 @@ from gradindex.errors import GradindexError, InputError
 from gradindex.terminal import visible
 from search.engine import Searcher
 from search.serve.api import Api, problem_json
-from search.serve.guard import Guard
+from search.serve.guard import SLOWEST_BODY, Guard
 from search.serve.jobs import BusyError, Jobs
 from search.serve.pages import Pages
 from search.serve.reception import Reception, retry_after
@@ -29,10 +28,13 @@ from search.show import html
 _LOG = logging.getLogger("gradindex")
 
 
-def application(searcher: Searcher, jobs: Jobs, guard: dict[str, Any]) -> Guard:
-    """The ASGI application: pages and API behind their guard, made with the arguments `guard`."""
+def application(
+    searcher: Searcher, jobs: Jobs, hosts: set[str], token: str | None = None,
+    slowest_body: float = SLOWEST_BODY,
+) -> Guard:
+    """The ASGI application: pages and API behind their guard, which the last three are for."""
     reception = Reception(searcher, jobs)
-    pages, api = Pages(reception, shared=guard["token"] is not None), Api(reception)
+    pages, api = Pages(reception, shared=token is not None), Api(reception)
 
     async def failed(request: Request, error: Exception) -> Response:
         path = request.scope["path"]
@@ -47,13 +49,13 @@ def application(searcher: Searcher, jobs: Jobs, guard: dict[str, Any]) -> Guard:
         return answer
 
     # Exception too, or Starlette would answer it by itself, with a traceback where it may
-    kinds: tuple[Any, ...] = (HTTPException, pydantic.ValidationError, GradindexError,
-                              ClientDisconnect, Exception)
-    handlers: dict[Any, Callable[[Request, Exception], Awaitable[Response]]] = {
+    kinds: tuple[type[Exception], ...] = (
+        HTTPException, pydantic.ValidationError, GradindexError, ClientDisconnect, Exception)
+    handlers: dict[int | type[Exception], Callable[[Request, Exception], Awaitable[Response]]] = {
         kind: failed for kind in kinds}
     app = Starlette(routes=[*pages.routes(), *api.routes()], exception_handlers=handlers)
     app.router.redirect_slashes = False  # which would answer with an address made of Host
-    return Guard(app, **guard)
+    return Guard(app, hosts, token, slowest_body)
 
 
 def _status_of(error: Exception, path: str) -> tuple[int, str]:

@@ -6,11 +6,10 @@ classes, not styles, so that the page's Content-Security-Policy needs no excepti
 
 import base64
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.resources import files
 from itertools import groupby
-from typing import Any
 
 import jinja2
 from markupsafe import Markup, escape
@@ -33,7 +32,7 @@ def style() -> str:
     return asset("style.css") + asset("plots.css")
 
 
-def environment(**filters: Any) -> jinja2.Environment:
+def environment(**filters: Callable[..., object]) -> jinja2.Environment:
     """Templates of the page, with escaping on, hidden characters shown, and some filters."""
     made = jinja2.Environment(
         loader=jinja2.FunctionLoader(asset), autoescape=True, undefined=jinja2.StrictUndefined,
@@ -52,7 +51,7 @@ def _environment() -> jinja2.Environment:
     return made
 
 
-def _shown(value: Any) -> Any:
+def _shown(value: object) -> object:
     """What every {{ expression }} goes through: hidden characters become visible."""
     return value if isinstance(value, Markup) or not isinstance(value, str) else \
         visible_lines(value)
@@ -63,7 +62,7 @@ def _as_is(value: str) -> Markup:
     return escape(value)
 
 
-def fill(template: str, **content: Any) -> str:
+def fill(template: str, **content: object) -> str:
     """A filled template of the page."""
     return _environment().get_template(template).render(**content)
 

@@ -6,7 +6,6 @@ allows nothing but its style sheet, named by digest.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from markupsafe import Markup
@@ -60,7 +59,7 @@ def render_report(survey: Survey) -> str:
 # ---- the parts
 
 
-def _texts(survey: Survey) -> dict[str, Any]:
+def _texts(survey: Survey) -> dict[str, object]:
     lengths = survey.texts.lengths
     full = int((lengths == survey.manifest.sequence_length).sum())
     return {
@@ -78,10 +77,10 @@ def _texts(survey: Survey) -> dict[str, Any]:
     }
 
 
-def _gradients(survey: Survey) -> dict[str, Any]:
+def _gradients(survey: Survey) -> dict[str, object]:
     sizes, lengths = survey.sizes, survey.texts.lengths
     positive, exact = sizes.estimates > 0, sizes.exact > 0
-    content: dict[str, Any] = {"dimension_plot": _dimensions(survey), "ratio": None,
+    content: dict[str, object] = {"dimension_plot": _dimensions(survey), "ratio": None,
                                "size_plot": None, "length_size_plot": None, "ratio_plot": None}
     if positive.any():
         content["size_plot"] = _as_markup(plots.histogram(
@@ -103,7 +102,7 @@ def _gradients(survey: Survey) -> dict[str, Any]:
     return content
 
 
-def _influence(survey: Survey) -> dict[str, Any]:
+def _influence(survey: Survey) -> dict[str, object]:
     absolute, proponents = survey.shares("absolute"), survey.shares("proponents")
     queries = survey.queries
     tails = [query.tail for query in queries if query.tail is not None]
@@ -131,7 +130,7 @@ def _range(values: list[float]) -> dict[str, float] | None:
     return {"low": min(values), "median": float(np.median(values)), "high": max(values)}
 
 
-def _kinds(survey: Survey, absolute: np.ndarray, proponents: np.ndarray) -> list[dict[str, Any]]:
+def _kinds(survey: Survey, absolute: np.ndarray, proponents: np.ndarray) -> list[dict[str, object]]:
     """The two shares of attention and MLP, and how much of the tracked parameters they are."""
     rows = []
     for kind in dict.fromkeys(kind for _, kind in survey.groups):
@@ -207,7 +206,7 @@ def _tail_plot(number: int, query: QuerySurvey) -> tuple[int, Markup]:
 # ---- words
 
 
-def _query(query: Query) -> dict[str, Any]:
+def _query(query: Query) -> dict[str, object]:
     """The end of what comes before, and the beginning of what is scored, from there on."""
     scored = list(filter(query.is_scored, range(len(query.labels))))
     first = scored[0] if scored else len(query.tokens)

@@ -124,7 +124,7 @@ def _records(index: OpenIndex, places: Sequence[int]) -> Iterator[Record]:
         yield from index.records(places[first : first + RECORDS_HELD])
 
 
-def _as_text(value: Any) -> str:
+def _as_text(value: object) -> str:
     return value if isinstance(value, str) else json_text(value)
 
 

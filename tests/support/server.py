@@ -74,9 +74,8 @@ class Running:
         listener = listening.listen("127.0.0.1", 0)
         self.port = listener.getsockname()[1]
         self.jobs = jobs.Jobs(searcher, **settings)
-        site = server.application(searcher, self.jobs, {
-            "hosts": listening.host_names("127.0.0.1", self.port), "token": token,
-            "slowest_body": slowest_body})
+        hosts = listening.host_names("127.0.0.1", self.port)
+        site = server.application(searcher, self.jobs, hosts, token, slowest_body)
         self.server = uvicorn.Server(configuration(site, connection))
         self.thread = threading.Thread(target=self.server.run, args=([listener],))
         self.thread.start()
