@@ -213,7 +213,7 @@ class Jobs:
         results: list[Result] = []
         started = 0.0
         for stage in _until_stopped(stages, job):
-            if self._is_forgotten(job):
+            if self._is_forgotten(job):  # nobody reads it any more, and others wait
                 stages.close()
                 raise _ForgottenError
             if stage.name == "approximate":
