@@ -125,6 +125,8 @@ def make_request(
         batch_tokens=batch_tokens, segment_size=segment_size, seed=seed,
         tokenizer=tokenizer_digest(corpus.tokenizer),
     )
+    if wrong := plan.out_of_bounds():  # else hours of work would end in front of the manifest
+        raise InputError(f"this can't be built: {wrong}.")
     tokenizer_name = anywhere(str(tokenizer)) if isinstance(tokenizer, (str, Path)) else None
     facts = RequestFacts(corpus.task, train_sequences, max_bad, tokenizer_name)
     return BuildRequest(index, source, corpus, plan, dtype, facts, progress, share, ray,

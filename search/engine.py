@@ -18,7 +18,7 @@ from gradindex.model.network import LanguageModel
 from gradindex.results import Comparison, Hit, Query, Result
 from gradindex.storage.manifest import Manifest
 from search.ask.controls import ControlArguments, Controls
-from search.ask.keywords import QuestionOptions, SearchArguments, split, with_keywords
+from search.ask.keywords import SearchArguments, split, with_keywords
 from search.ask.make_query import aggregate, make_query
 from search.ask.question import Question
 from search.ask.settings import Settings, settle
@@ -171,14 +171,17 @@ class Searcher:
 
     @with_keywords
     def make_query(
-        self, prompt: str | None = None, completion: str | None = None, *, id: Any = None,
-        **options: Unpack[QuestionOptions],
+        self, prompt: str | None = None, completion: str | None = None,
+        token_ids: Sequence[int] | None = None, labels: Sequence[int] | None = None,
+        messages: list[dict[str, Any]] | None = None, versus: str | None = None,
+        score_on: str | None = None, id: Any = None,
     ) -> Query:
         """Tokenise and check a query, without the model unless it is to continue the prompt.
 
         Raises InputError for a query that can't be scored.
         """
-        return make_query(self.index, Question(prompt, completion, id=id, **options))
+        return make_query(self.index, Question(
+            prompt, completion, token_ids, labels, messages, versus, score_on, id))
 
     def known(self, ids: Iterable[Any]) -> list[int]:
         """The places of sequences' ids. Raises InputError where there is no such sequence."""

@@ -158,8 +158,7 @@ MEANINGS = {  # a name: what its annotation may say, in signatures and classes o
     "places": ("list[int]", "Sequence[int]", "Iterable[int]", "np.ndarray", "Tensor",
                "Tensor | None", "range", "Sequence[int] | np.ndarray"),
     "tokens": ("np.ndarray", "Tensor", "list[int]", "Sequence[int]", "Iterable[int]", "int",
-               "Count",
-               "Callable[[Segment], token_file.Matrix]"),
+               "Count"),
     "pieces": ("list[str]", "Sequence[str]"),
     "manifest": ("Manifest",),
 }

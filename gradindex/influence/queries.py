@@ -250,6 +250,7 @@ class Preconditioned:
 
     def one(self, query: int) -> "Preconditioned":
         """The query of this number alone. Modules of low rank are left out."""
+        assert self.rank is None
         if len(self) == 1:
             return self
         return Preconditioned({name: part.p[query : query + 1]
