@@ -169,7 +169,6 @@ class Searcher:
         """Like `rescore` for the places that `known` gives, a chunk at a time."""
         return rescore_named(self.index, query, places, settings, self.batch_tokens)
 
-    @with_keywords
     def make_query(
         self, prompt: str | None = None, completion: str | None = None,
         token_ids: Sequence[int] | None = None, labels: Sequence[int] | None = None,
