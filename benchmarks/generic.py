@@ -29,7 +29,7 @@ from gradindex.influence.queries import Preconditioned, precondition
 from gradindex.progress import Progress, duration, stderr_progress
 from gradindex.results import GENERIC
 from gradindex.storage.background_file import BackgroundQueries, thresholds
-from indexer.background import make_background
+from indexer.background_queries import make_background
 from indexer.calibrate import as_query
 from indexer.read.ingest import Run
 from search.engine import Searcher

@@ -21,7 +21,7 @@ from demo.ask import as_typed, search_arguments
 from demo.prepare import QUERIES
 from docs.make_tree import ROOT, with_block
 from gradindex.results import Result
-from search.show.forms import render_form
+from search.show.output_forms import render_form
 from search.show.terminal_text import render_terminal
 
 README, SAVED = ROOT / "README.md", ROOT / "docs" / "transcript.json"

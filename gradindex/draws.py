@@ -1,9 +1,9 @@
 """Every random stream by name: nothing else in gradindex draws a random number.
 
-No two streams have the same key, so no two of them give the same bits. Whatever decides the bytes
-of an index, or a score, is raw Philox bits keyed by (seed, stream): they are the same on every
-machine and with every version of NumPy. Where a draw belongs to a sequence, the sequence's id is
-part of the key, so nothing depends on batching.
+For one seed no two streams have the same key, so no two of them give the same bits. Whatever
+decides the bytes of an index, or a score, is raw Philox bits keyed by (seed, stream): they are the
+same on every machine and with every version of NumPy. Where a draw belongs to a sequence, the
+sequence's id is part of the key, so nothing depends on batching.
 """
 
 import contextlib
@@ -37,14 +37,14 @@ class Stream(Enum):
     EIGENVALUE_LABELS = 0, 3
     BACKGROUND_SAMPLE = 0, 4
     DRIFT_LABELS = 0, 5
-    EVAL_SAMPLE = 0, 6
+    EVAL_SAMPLE = 0, 6, "PCG64"  # these two by NumPy's default generator, which goes by the seed
+    REPORT_QUERIES = 0, 8, "PCG64"  # alone: a change would draw others for indexes that exist
     EVAL_INTERVALS = 0, 7
-    REPORT_QUERIES = 0, 8
     REPORT_SAMPLE = 0, 9
     TAIL_SAMPLES = 0, 10  # of the fitted power law
     HALF_INTERVALS = 0, 11
     DRY_RUN_SAMPLE = 0, 12
-    GROUP_COORDINATES = 0, 13
+    GROUP_COORDINATES = 0, 0, "K"  # keyed by K in the place of the seed
 
 
 def choose(stream: Stream, seed: int, count: int, size: int) -> list[int]:
@@ -111,6 +111,8 @@ def generator(stream: Stream, seed: int = 0) -> np.random.Generator:
 
     Never for the bytes of an index: NumPy may change what its generators make of the same bits.
     """
+    if "PCG64" in stream.value:
+        return np.random.default_rng(seed)
     return np.random.Generator(_philox(stream, seed))
 
 
@@ -128,7 +130,7 @@ def always_alike(device: "torch.device") -> Iterator[None]:
 
 
 def _philox(stream: Stream, seed: int, sequence: int = 0) -> np.random.Philox:
-    added, number = stream.value
+    added, number, *_ = stream.value
     # Philox counts up in the lowest word of its counter, so a sequence's id in the third one gives
     # each sequence 2¹²⁸ numbers that no other one reaches.
     return np.random.Philox(key=np.array([seed + added, number], dtype=np.uint64),

@@ -7,12 +7,13 @@ import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import ParamSpec
+from typing import Any, ParamSpec, overload
 
 from gradindex.model.source import ModelSource
-from indexer import build as journey
+from indexer.build import build as write_build
+from indexer.build import merge as write_merge
 from indexer.build_request import BuildRequest, make_request, takes_arguments_of
-from indexer.upkeep import append as appending
+from indexer.upkeep.append import append as write_append
 from search.engine import Searcher
 from search.opening import open_index
 
@@ -38,28 +39,40 @@ def build(request: BuildRequest) -> Searcher | None:
     GradindexError while another process writes to the index, where too many gradients are not
     finite, or where other shards don't come.
     """
-    source = journey.build(request)
+    source = write_build(request)
     return None if source is None else open_index(request.index, source)
 
 
+@overload
 def _then_open(
-    write: Callable[Arguments, ModelSource | None]
+    write: Callable[Arguments, ModelSource], returns: Any
+) -> Callable[Arguments, Searcher]: ...
+@overload
+def _then_open(
+    write: Callable[Arguments, ModelSource | None], returns: Any
+) -> Callable[Arguments, Searcher | None]: ...
+def _then_open(
+    write: Callable[Arguments, ModelSource | None], returns: Any
 ) -> Callable[Arguments, Searcher | None]:
-    """A function that writes to an index by `write` and returns it open.
+    """A function that writes to an index by `write` and returns it open, `returns` says the type.
 
     It returns None where `write` does: there is no index to open yet.
     """
+    signature = inspect.signature(write)
+
     @functools.wraps(write)
     def call(*positional: Arguments.args, **named: Arguments.kwargs) -> Searcher | None:
         source = write(*positional, **named)
         if source is None:
             return None
         # `index` may have come by its place or by its name
-        bound = inspect.signature(write).bind(*positional, **named)
+        bound = signature.bind(*positional, **named)
         return open_index(Path(bound.arguments["index"]), source)
 
+    call.__signature__ = signature.replace(return_annotation=returns)  # type: ignore[attr-defined]
+    call.__module__ = __name__
     return call
 
 
-append = _then_open(appending.append)
-merge = _then_open(journey.merge)
+append = _then_open(write_append, Searcher | None)
+merge = _then_open(write_merge, Searcher)

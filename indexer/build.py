@@ -51,7 +51,7 @@ from gradindex.storage.manifest import exists as index_exists
 from gradindex.storage.manifest import load as load_manifest
 from gradindex.storage.upgrades import FORMAT
 from gradindex.version import VERSION
-from indexer.background import make_background
+from indexer.background_queries import make_background
 from indexer.build_request import BuildRequest, anywhere
 from indexer.calibrate import calibrate
 from indexer.encode import encode_run, quarantined_of
@@ -169,7 +169,7 @@ def _begin_anew_alone(request: BuildRequest) -> None:
     plan is the same, the others may begin at this moment, and must not find the folder locked.
     """
     state = BuildState.resumed(request.index)
-    if state is None or state.plan == request.plan:
+    if state is None or state.saved_plan == request.plan.to_dict():
         return
     with contextlib.ExitStack() as stack:  # whose errors are not those of what stands below
         try:
@@ -185,7 +185,7 @@ def merge(
     trust_remote_code: bool = False, allow_pickle: bool = False,
     max_memory: str | int | None = None, progress: Progress | None = None,
 ) -> ModelSource:
-    """Make an index of what the shards of a build did, once all are done. Returns it, open.
+    """Make an index of what the shards of a build did, once all are done. Returns what opens it.
 
     `model` (a folder, hub id or loaded model) is where the weights are now, if not where they were.
     Raises InputError where there is nothing to merge or something is missing, IndexMismatchError

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from gradindex.cluster import check_address, load_ray
 from gradindex.errors import InputError
 from gradindex.influence.codes import default_length
 from gradindex.memory import parse_bound
@@ -20,7 +19,8 @@ from gradindex.model.config import context_length, vocabulary_size
 from gradindex.model.identity import tokenizer_digest
 from gradindex.model.source import ModelSource
 from gradindex.progress import Progress
-from gradindex.storage.plan import MOST_BLOCKS, CorpusSettings, Plan
+from gradindex.ray_cluster import check_address, load_ray
+from gradindex.storage.build_plan import MOST_BLOCKS, CorpusSettings, Plan
 from indexer import defaults
 from indexer.read.corpus import Corpus
 from indexer.read.sources import token_file_width
@@ -125,6 +125,8 @@ def make_request(
         batch_tokens=batch_tokens, segment_size=segment_size, seed=seed,
         tokenizer=tokenizer_digest(corpus.tokenizer),
     )
+    if wrong := plan.out_of_bounds():  # else hours of work would end in front of the manifest
+        raise InputError(f"this can't be built: {wrong}.")
     tokenizer_name = anywhere(str(tokenizer)) if isinstance(tokenizer, (str, Path)) else None
     facts = RequestFacts(corpus.task, train_sequences, max_bad, tokenizer_name)
     return BuildRequest(index, source, corpus, plan, dtype, facts, progress, share, ray,

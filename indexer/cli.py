@@ -93,7 +93,7 @@ def build(
     # here and in each command: torch takes seconds to import, and help should take none
     from gradindex.model.loading import quiet_transformers
     from gradindex.progress import stderr_progress
-    from indexer import build as journey
+    from indexer.build import build as run
     from indexer.build_request import make_request
     from indexer.dry_run.estimate import estimate
 
@@ -105,7 +105,7 @@ def build(
         return ResourceError.exit_code if needs.lacking else 0
     request = make_request(model, list(data), progress=stderr_progress(), keep_fields=names,
                            **others)
-    if journey.build(request) is None:  # a shard has no index to search yet
+    if run(request) is None:  # a shard has no index to search yet
         return 0
     click.echo(visible_lines(f'next: gradindex search {others["out"]} -p "PROMPT" '
                              '-c " COMPLETION"'), err=True)

@@ -22,7 +22,7 @@ from gradindex.model.tracked import (
 )
 from gradindex.modules import Module
 from gradindex.progress import Progress, shares
-from gradindex.storage.plan import Plan
+from gradindex.storage.build_plan import Plan
 from gradindex.storage.records import Record
 from indexer.dry_run.measure import batch_bytes
 from indexer.fit.budget import disk_bytes, held_bytes, partitions

@@ -16,14 +16,14 @@ from types import TracebackType
 from typing import Any
 
 from gradindex import errors
-from gradindex.cluster import absolute, connect, load_ray
 from gradindex.errors import GradindexError, InputError
 from gradindex.influence.codes import Codes
 from gradindex.model.source import ModelSource
 from gradindex.progress import Progress
+from gradindex.ray_cluster import absolute, connect, load_ray
+from gradindex.storage.build_plan import Plan
 from gradindex.storage.files import disk_errors
 from gradindex.storage.locks import one_of_writers
-from gradindex.storage.plan import Plan
 from indexer.build_request import BuildRequest
 from indexer.encode import encode_one
 from indexer.fit.folder import FitFolder

@@ -18,13 +18,13 @@ from gradindex.model.identity import check_identity, identify
 from gradindex.model.network import LanguageModel
 from gradindex.progress import Progress
 from gradindex.storage import sealed_json
+from gradindex.storage.build_plan import DataFacts, Plan
 from gradindex.storage.files import TEMPORARY, atomic_write
 from gradindex.storage.integrity import open_inside
 from gradindex.storage.layout import APPEND, BUILD, CURVATURE, PARTIAL
 from gradindex.storage.locks import NOTE, is_lock
 from gradindex.storage.manifest import exists as index_exists
 from gradindex.storage.manifest import load as load_manifest
-from gradindex.storage.plan import DataFacts, Plan
 from indexer.read.corpus import CorpusFacts
 
 LARGEST_STATE = 1 << 26  # bytes of either file

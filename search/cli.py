@@ -7,7 +7,7 @@ import click
 
 from gradindex.flags import options, read_ids
 from gradindex.terminal import json_text, visible_lines
-from search.command_line import (
+from search.query_flags import (
     INDEX_FLAGS,
     OUTPUT_FILE,
     QUESTION_FLAGS,
@@ -85,7 +85,7 @@ def search(
 
 def _finish(result: "Result", form: str, output: Path | None) -> int:
     """Print a result, or write it, in the form asked for."""
-    from search.show.forms import form_of, render_form
+    from search.show.output_forms import form_of, render_form
     from search.show.wording import meaning, recall_statement
 
     # what -o ends in is asked for; a name that says nothing is text for people
@@ -112,7 +112,7 @@ def _search_many(
     from search.ask.make_query import aggregate
     from search.ask.settings import settle
     from search.engine import drain
-    from search.show.forms import render_form
+    from search.show.output_forms import render_form
 
     if form in ("csv", "parquet", "html") and not aggregated:
         raise click.UsageError(f"--format {form} holds one query's hits; with --queries take json.")

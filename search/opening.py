@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from gradindex.cluster import LOCAL, connect
 from gradindex.errors import InputError
 from gradindex.memory import parse_bound
 from gradindex.model.source import ModelSource
+from gradindex.ray_cluster import LOCAL, connect
 from search.engine import Searcher
 from search.rank.ray_search import SharedIndex
 from search.rank.snapshot import OpenIndex

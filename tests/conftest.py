@@ -19,7 +19,7 @@ from demo.prepare import train_tokenizer
 from gradindex.model.network import LanguageModel
 from gradindex.model.source import ModelSource
 from gradindex.objective import Text
-from indexer import background, calibrate
+from indexer import background_queries, calibrate
 from support.documents import FRUIT, PLACES, small_documents
 from support.indexes import SMALL
 from support.models import SIZES, VOCABULARY, random_network
@@ -118,7 +118,7 @@ def more_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def few_queries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A build asks two queries each and computes in one thread, for time."""
     monkeypatch.setattr(calibrate, "CALIBRATION_QUERIES", 2)
-    monkeypatch.setattr(background, "BACKGROUND_QUERIES", 2)
+    monkeypatch.setattr(background_queries, "BACKGROUND_QUERIES", 2)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -68,7 +68,8 @@ def _eight_bits(layer: Any, x: Tensor) -> Tensor:
     """The outputs [..., o] of an 8-bit map for x [..., i]; W is int8 [o, i] · scale [o] / 127."""
     # bitsandbytes moves the scale from the weight to the state when a pass has run.
     scale = layer.weight.SCB if layer.state.SCB is None else layer.state.SCB
-    product: Tensor = _Product.apply(x, layer.weight.data, scale / 127)
+    product: Tensor = _Product.apply(  # type: ignore[no-untyped-call]
+        x, layer.weight.data, scale / 127)
     return product if layer.bias is None else product + layer.bias.to(x.dtype)
 
 

@@ -23,9 +23,9 @@ from typing_extensions import TypedDict
 from gradindex.errors import DamagedIndexError, IndexMismatchError, InputError
 from gradindex.modules import Module
 from gradindex.storage import layout, sealed_json
+from gradindex.storage.build_plan import Count, DataFacts, Plan, Positive
 from gradindex.storage.files import FileFacts, atomic_write
 from gradindex.storage.integrity import CheckedFiles, damaged, open_inside
-from gradindex.storage.plan import Count, DataFacts, Plan, Positive
 from gradindex.storage.upgrades import FORMAT, OLDEST, downgrade, upgrade
 from gradindex.version import VERSION
 

@@ -41,11 +41,11 @@ from gradindex.storage import (
     sealed_json,
     token_file,
 )
+from gradindex.storage.build_plan import Plan
 from gradindex.storage.integrity import refuse_links
 from gradindex.storage.manifest import exists as index_exists
-from gradindex.storage.plan import Plan
 from gradindex.storage.records import Record
-from indexer.background import BACKGROUND_QUERIES
+from indexer.background_queries import BACKGROUND_QUERIES
 from indexer.build_request import BuildRequest, make_request, takes_arguments_of
 from indexer.calibrate import CALIBRATION_QUERIES, CALIBRATION_SAMPLE
 from indexer.dry_run.measure import WRITING, Bench, Memory, Work, gpu_available, hashing

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from gradindex.influence.blockwise import block_rows, square_entries
 from gradindex.influence.curvature import file_entries
+from gradindex.influence.queries import LOW_RANK
 from gradindex.modules import Module
 
-LOW_RANK = 32  # of a query's gradient, where all of it doesn't fit
 SOLVER = 34  # bytes of an eigendecomposition's work for each entry of its matrix, as measured
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from gradindex.errors import InputError
 from gradindex.model import tokenise
 from gradindex.objective import NextToken
-from gradindex.storage.plan import CorpusSettings, DataFacts
+from gradindex.storage.build_plan import CorpusSettings, DataFacts
 from gradindex.storage.records import Part, Record
 from indexer.read.sources import (
     DATA_FORMS,

@@ -15,7 +15,7 @@ import torch
 from gradindex.draws import Stream, choose
 from gradindex.errors import InputError
 from gradindex.influence.exact import Rescorer, self_influence
-from gradindex.influence.fitted import FittedModel
+from gradindex.influence.fitted_model import FittedModel
 from gradindex.memory import parse_bound
 from gradindex.model.source import ModelSource
 from gradindex.progress import Progress
@@ -53,7 +53,7 @@ def append(
     max_memory: str | int | None = None,
     progress: Progress | None = None,
 ) -> ModelSource | None:
-    """Encode new documents into the index; resumable. Returns the index, open.
+    """Encode new documents into the index; resumable. Returns what opens the index.
 
     Fields, lengths and settings are the build's; `model` says where its model is now. With
     `discard` an unfinished append is dropped first; without data that is all (returns None).

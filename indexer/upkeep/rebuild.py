@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from gradindex.errors import DamagedIndexError
-from gradindex.influence.fitted import FittedModel
+from gradindex.influence.fitted_model import FittedModel
 from gradindex.model.source import ModelSource
 from gradindex.progress import Progress
 from gradindex.storage import layout

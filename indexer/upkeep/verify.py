@@ -14,7 +14,7 @@ import numpy as np
 from gradindex.draws import Stream, choose
 from gradindex.errors import DamagedIndexError
 from gradindex.influence.batches import Splits
-from gradindex.influence.fitted import FittedModel
+from gradindex.influence.fitted_model import FittedModel
 from gradindex.model.identity import tensors_digest
 from gradindex.model.source import ModelSource
 from gradindex.progress import Progress, size
@@ -23,7 +23,7 @@ from gradindex.storage.code_file import CodeIndex
 from gradindex.storage.contents import Contents
 from gradindex.storage.manifest import load as load_manifest
 from gradindex.storage.records import Record
-from indexer.background import unit_vector
+from indexer.background_queries import unit_vector
 from indexer.calibrate import exact_influence, prepare_query
 from indexer.encode import encode_batches
 from indexer.upkeep.damage import find_damage, read_background, sound_records

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gradindex.errors import InputError
-from gradindex.influence.fitted import FittedModel
+from gradindex.influence.fitted_model import FittedModel
 from gradindex.model import tokenise
 from gradindex.model.config import context_length, vocabulary_size
 from gradindex.modules import numbers_in

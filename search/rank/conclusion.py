@@ -7,11 +7,11 @@ from gradindex.results import Group, Hit, Recall, Result
 from gradindex.storage.manifest import model_name
 from gradindex.storage.records import Record
 from search.rank.generic_rate import add_rates
-from search.rank.groups import total_groups
+from search.rank.group_totals import total_groups
 from search.rank.hits import make_hit, normalized
 from search.rank.likeness import fold_near
 from search.rank.query_gradient import rescore_in_full
-from search.rank.track import Track
+from search.rank.query_track import Track
 
 SMALLEST_SAMPLE = 32  # of the background, before anything is said of the error on a query
 ODD_CALIBRATION = 1.5  # c on this query's background, as a factor of the index's: warn beyond it

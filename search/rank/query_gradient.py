@@ -11,6 +11,7 @@ from gradindex.errors import InputError
 from gradindex.influence.batches import Splits, in_batches
 from gradindex.influence.exact import Exact, Rescorer, joined
 from gradindex.influence.queries import (
+    LOW_RANK,
     Gradients,
     Preconditioned,
     precondition,
@@ -24,7 +25,6 @@ from search.ask.settings import Settings
 from search.rank.snapshot import OpenIndex
 
 LARGEST_IN_FULL = 1 << 31  # bytes of preconditioned gradients kept in full
-LOW_RANK = 32  # what they are reduced to beyond that (Grosse et al. 2023, §3.2.2)
 AT_ONCE = 1 << 27  # entries of gradients formed together
 
 

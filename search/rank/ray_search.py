@@ -15,11 +15,11 @@ from typing import Any, Self
 
 import numpy as np
 
-from gradindex.cluster import absolute
 from gradindex.errors import InputError
 from gradindex.influence.exact import Exact, Rescorer
 from gradindex.influence.queries import Preconditioned
 from gradindex.model.source import ModelSource
+from gradindex.ray_cluster import absolute
 from gradindex.storage import layout
 from gradindex.version import VERSION
 from search.rank.coverage import LostError

@@ -15,9 +15,9 @@ from search.ask.settings import Settings, bounded
 from search.rank.conclusion import conclude, provisional
 from search.rank.coverage import LostError
 from search.rank.query_gradient import QueryGradient
+from search.rank.query_track import Common, Track, make_shortlist
 from search.rank.shortlist import Shortlist
 from search.rank.snapshot import OpenIndex
-from search.rank.track import Common, Track, make_shortlist
 
 
 class Session:

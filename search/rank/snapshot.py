@@ -13,7 +13,7 @@ import torch
 from gradindex import memory
 from gradindex.errors import DamagedIndexError
 from gradindex.influence.exact import Exact, Rescorer, rescore
-from gradindex.influence.fitted import FittedModel
+from gradindex.influence.fitted_model import FittedModel
 from gradindex.influence.queries import Preconditioned
 from gradindex.model.source import ModelSource
 from gradindex.storage import code_file, layout, locks
@@ -23,7 +23,7 @@ from gradindex.storage.manifest import Manifest, digest_of, problems
 from gradindex.storage.manifest import load as load_manifest
 from gradindex.storage.records import Record
 from search.rank.coverage import Coverage, LostError
-from search.rank.groups import Grouping, read_grouping
+from search.rank.group_totals import Grouping, read_grouping
 from search.rank.ranking import CodeRanking, Ranking
 from search.rank.side_tables import SideTables, random_sample
 

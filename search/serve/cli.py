@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from gradindex.flags import options
-from search.command_line import INDEX_FLAGS, RAY_FLAGS, open_searcher
+from search.query_flags import INDEX_FLAGS, RAY_FLAGS, open_searcher
 
 
 @click.command()

@@ -220,7 +220,7 @@ class Jobs:
         started = 0.0
         # between stages the worker looks up: who left, who wants to stop, who is to be told
         for stage in _until_stopped(stages, job):
-            if self._is_forgotten(job):
+            if self._is_forgotten(job):  # nobody reads it any more, and others wait
                 stages.close()
                 raise _ForgottenError
             if stage.name == "approximate":

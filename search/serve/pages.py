@@ -23,7 +23,7 @@ from search.serve.jobs import BusyError, SearchJob
 from search.serve.reception import Reception, changes_of, retry_after
 from search.serve.request import TOKEN_FIELDS, SearchRequest, from_form, whole_number
 from search.show import html, plots, wording
-from search.show.forms import render_form
+from search.show.output_forms import render_form
 from search.study.tail import Tail, upper_tail
 
 EXAMPLES = 3

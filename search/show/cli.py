@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from search.command_line import OUTPUT_FILE, check_outputs, write_output
+from search.query_flags import OUTPUT_FILE, check_outputs, write_output
 
 
 @click.command()
@@ -25,7 +25,7 @@ def export(result: Path, output: Path, number: int | None) -> int:
       gradindex export result.json -o result.html
     """
     from search.show.data_files import read_result
-    from search.show.forms import FORM_OF_SUFFIX, form_of, render_form
+    from search.show.output_forms import FORM_OF_SUFFIX, form_of, render_form
 
     check_outputs({"-o": output}, [result])
     form = form_of(output)

@@ -7,7 +7,7 @@ import click
 
 from gradindex.flags import options
 from gradindex.terminal import json_text
-from search.command_line import (
+from search.query_flags import (
     INDEX_FLAGS,
     OUTPUT_FILE,
     check_outputs,

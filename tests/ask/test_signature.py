@@ -11,9 +11,9 @@ import pytest
 from gradindex.cli import main_group
 from gradindex.errors import InputError
 from search.ask.controls import CONTROLS, DEFAULTS, TYPES, ControlArguments, Controls, flag_of
+from search.ask.keywords import QuestionOptions, split
 from search.ask.question import Question
 from search.ask.settings import settle
-from search.ask.signature import QuestionOptions, split
 from search.engine import Searcher
 from search.serve.request import SearchRequest
 

@@ -35,7 +35,7 @@ from gradindex.storage import (
     segments,
     token_file,
 )
-from gradindex.storage.plan import CorpusSettings
+from gradindex.storage.build_plan import CorpusSettings
 from gradindex.storage.tensors import write_tensors
 from indexer.read.corpus import Corpus
 

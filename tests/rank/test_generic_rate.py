@@ -17,7 +17,7 @@ from gradindex.results import GENERIC
 from gradindex.storage import background_file, layout, manifest
 from gradindex.storage.background_file import BackgroundQueries, thresholds
 from gradindex.storage.files import facts_of
-from indexer import background as background_module
+from indexer import background_queries as background_module
 from search.ask.controls import Controls
 from search.ask.settings import settle
 from search.rank.generic_rate import all_rates

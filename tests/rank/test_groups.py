@@ -16,7 +16,7 @@ from gradindex.influence.codes import score_error
 from gradindex.terminal import visible
 from search.ask.controls import Controls
 from search.ask.settings import settle
-from search.rank.groups import GROUPS_KEPT, Grouping, total_groups
+from search.rank.group_totals import GROUPS_KEPT, Grouping, total_groups
 from search.rank.query_gradient import form_gradients
 from search.rank.ranking import CodeRanking
 from search.rank.shortlist import Shortlist

@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from gradindex.errors import InputError
-from gradindex.storage.plan import CorpusSettings
+from gradindex.storage.build_plan import CorpusSettings
 from indexer.read import sources
 from indexer.read.corpus import Corpus
 from support.corpora import (

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gradindex.errors import InputError
-from gradindex.storage.plan import CorpusSettings
+from gradindex.storage.build_plan import CorpusSettings
 from indexer.read.corpus import Corpus
 from indexer.read.sources import token_file_width
 from support.corpora import (

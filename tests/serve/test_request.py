@@ -40,7 +40,7 @@ def test_a_shell_reads_what_was_quoted(text):
     """The argument as bash hands it on, and as the command then takes it."""
     import subprocess
 
-    from search.command_line import read_argument
+    from search.query_flags import read_argument
 
     command = SearchRequest(prompt=text, completion=" x").command("an index")
     shown = subprocess.run(["bash", "-c", command.replace("gradindex", "printf '%s\\0'", 1)],

@@ -13,7 +13,7 @@ from gradindex.cli import COMMANDS, main_group
 from gradindex.results import Result
 from search.show import html, wording
 from search.show.data_files import csv_table, json_lines, parquet, read_result
-from search.show.forms import render_form
+from search.show.output_forms import render_form
 from search.show.terminal_text import render_terminal
 
 QUESTION = {"prompt": "The apple number", "completion": " 3 grows by the river."}

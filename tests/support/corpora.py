@@ -7,7 +7,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 
-from gradindex.storage.plan import CorpusSettings
+from gradindex.storage.build_plan import CorpusSettings
 from indexer.read.corpus import Corpus
 from support.tokenizers import byte_tokenizer
 

@@ -129,10 +129,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "indexer.fit.steps.fit_batch": {"return": (None, "b t")},
     "indexer.fit.sums.Sums.zeros": {"return": "n m"},
     "indexer.fit.sums.Sums.totals": {"return": ("n m", None)},
-    "search.rank.groups.Grouping.total": {"values": "N", "return": "G"},
-    "search.rank.groups.make_grouping": {"entries": "3 _", "signs": "N _", "steps": "N"},
-    "search.rank.groups.chosen_signs": {"return": ("n _", "n")},
-    "search.rank.groups.total_groups": {"estimate": "N", "variance": "N"},
+    "search.rank.group_totals.Grouping.total": {"values": "N", "return": "G"},
+    "search.rank.group_totals.make_grouping": {"entries": "3 _", "signs": "N _", "steps": "N"},
+    "search.rank.group_totals.chosen_signs": {"return": ("n _", "n")},
+    "search.rank.group_totals.total_groups": {"estimate": "N", "variance": "N"},
     "search.rank.ranking.CodeRanking.__init__": {"scores": "N", "norms": "N"},
     "search.rank.ranking.CodeRanking.best": {"return": ("n", "n")},
     "search.rank.ranking.CodeRanking.before": {"statistic": "n", "places": "n", "return": "n"},
@@ -170,7 +170,7 @@ LEFT_OUT = {  # of the modules below, and why
 MODULES = (  # and those of the folders among them
     "gradindex.influence", "gradindex.objective", "gradindex.storage.background_file",
     "gradindex.storage.code_file", "gradindex.storage.row_file", "gradindex.storage.token_file",
-    "indexer.calibrate", "indexer.encode", "indexer.fit", "search.rank.groups",
+    "indexer.calibrate", "indexer.encode", "indexer.fit", "search.rank.group_totals",
     "search.rank.ranking", "search.rank.recall", "search.rank.shortlist", "search.rank.snapshot",
 )
 

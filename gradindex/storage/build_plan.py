@@ -80,6 +80,15 @@ class Plan(CorpusSettings):
         """The plan as plain JSON types, in one flat object."""
         return {**asdict(self), "keep_fields": list(self.keep_fields)}
 
+    def out_of_bounds(self) -> str | None:
+        """What of the plan no manifest may hold, or None."""
+        try:
+            _ADAPTER.validate_json(json.dumps(self.to_dict()))
+        except pydantic.ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        return None
+
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "Plan":
         """The plan that `to_dict` made a dictionary of. Raises DamagedIndexError for anything else.
