@@ -19,7 +19,7 @@ from gradindex.influence.exact import Rescorer
 from gradindex.progress import stderr_progress
 from search.ask.controls import Controls
 from search.ask.settings import settle
-from search.rank.query_gradient import make_targets
+from search.rank.query_gradient import form_gradients
 from search.study.exact_sample import TOP_BY_CODE, ExactSample, own_queries
 from search.study.survey import OWN_QUERIES
 from search.study.tail import fit_tail, half, half_interval
@@ -55,7 +55,7 @@ def score_all(searcher) -> ExactSample:
     index, settings = searcher.index, settle(Controls(), searcher.manifest)
     index.load()
     queries, own = own_queries(index, OWN_QUERIES)
-    targets, preconditioned = make_targets(index, queries, settings, searcher.batch_tokens)
+    targets, preconditioned = form_gradients(index, queries, settings, searcher.batch_tokens)
     codes = index.code_scores(np.stack([target.vector for target in targets]))
     scores = ExactSample(index, list(own), codes, None)
     scores.fill(Rescorer(index.model, settings.modules, index.ekfac, settings.damping,

@@ -74,6 +74,7 @@ def search(
         return _search_many(index, flags, queries, aggregate is not None, controls, form, output)
     if aggregate is not None or controls.rank is not None:
         raise click.UsageError("--aggregate and --rank go with --queries FILE.")
+    # read before the index is opened: it may wait for standard input
     question = read_question(question_flags)
     searcher, progress = open_searcher(index, flags)
     settings = settle(controls, searcher.manifest)  # before the model is loaded
@@ -87,6 +88,7 @@ def _finish(result: "Result", form: str, output: Path | None) -> int:
     from search.show.output_forms import form_of, render_form
     from search.show.wording import meaning, recall_statement
 
+    # what -o ends in is asked for; a name that says nothing is text for people
     if form == "auto" and output is not None:
         form = form_of(output) or form
     content = render_form(result, form, color=output is None and may_color())
@@ -97,6 +99,7 @@ def _finish(result: "Result", form: str, output: Path | None) -> int:
         click.echo(content, nl=False)
     else:
         write_output(output, content)
+    # an answer was given, but scripts should know that Ctrl-C ended it
     return 130 if result.interrupted else 0
 
 
@@ -113,6 +116,7 @@ def _search_many(
 
     if form in ("csv", "parquet", "html") and not aggregated:
         raise click.UsageError(f"--format {form} holds one query's hits; with --queries take json.")
+    # a line that can't be used is told and left out: the others are worth their time
     query_file = query_files.read_queries(path)
     searcher, progress = open_searcher(index, flags)
     settings = settle(controls, searcher.manifest)
@@ -164,6 +168,7 @@ class _Follower:
         elif stage.name == "approximate" and stage.total:
             if self._running:
                 progress.finish()
+            # the total may grow on the way: every stage tells it anew
             progress.start("exact", stage.total, "sequences")
             self._done, self._running = 0, True
         elif stage.name == "exact":

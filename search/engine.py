@@ -23,7 +23,7 @@ from search.ask.make_query import aggregate, make_query
 from search.ask.question import Question
 from search.ask.settings import Settings, settle
 from search.rank.named import place_of, rescore_named
-from search.rank.query_gradient import make_targets
+from search.rank.query_gradient import form_gradients
 from search.rank.session import Session
 from search.rank.snapshot import OpenIndex
 
@@ -61,6 +61,7 @@ class Searcher:
 
     @property
     def manifest(self) -> Manifest:
+        """What the index is."""
         return self.index.manifest
 
     @property
@@ -98,6 +99,7 @@ class Searcher:
         A query is one of `make_query`, or a dictionary of a Question's fields. `aggregated`: one
         result for the sum of their gradients. Controls and errors as for `search`.
         """
+        # not a generator itself, so that what is wrong is told by the call, not by the first result
         settings = settle(Controls(**arguments), self.manifest)
         ready = [query if isinstance(query, Query) else make_query(self.index, Question(**query))
                  for query in queries]
@@ -118,6 +120,7 @@ class Searcher:
         settings = settle(Controls(**arguments), self.manifest)
         queries = [make_query(self.index, Question(prompt, completion, score_on=score_on))
                    for completion in completions]
+        # both at once: one scan, and each sequence's gradient formed once for the two
         results = [stage.result for stage in self.stages(queries, settings)]
         return self.compared([result for result in results if result is not None], queries,
                              settings)
@@ -145,6 +148,7 @@ class Searcher:
     @property
     def group_size(self) -> int:
         """How many queries share a session, for memory."""
+        # code scores of every sequence and query are held until the shortlists are known
         return max(1, min(LARGEST_GROUP, LARGEST_SCORES // len(self)))
 
     @with_keywords
@@ -158,6 +162,7 @@ class Searcher:
         sequences' gradients come with a `normalize` other than "none".
         """
         question, controls = split(prompt, completion, arguments)
+        # ids that nobody has are told before the query is tokenised, and the model loaded
         places = self.known(ids)
         settings = settle(controls, self.manifest)
         query = make_query(self.index, question)
@@ -206,17 +211,18 @@ class Searcher:
         clock.lap("load")
 
         # 1) each query's gradient, preconditioned, as a vector and in full
-        targets, preconditioned = make_targets(self.index, queries, settings, self.batch_tokens)
+        gradients, preconditioned = form_gradients(self.index, queries, settings, self.batch_tokens)
         clock.lap("gradient")
         yield SearchStage("gradient", query=queries[0])
 
         # 2) every sequence's code score; the best make the shortlists
-        session = Session(self.index, settings, targets, preconditioned, self.batch_tokens)
+        session = Session(self.index, settings, gradients, preconditioned, self.batch_tokens)
         clock.lap("scan")
         yield SearchStage("approximate", 0, session.planned, queries[0],
                     session.provisional(session.tracks[0]) if len(queries) == 1 else None)
 
         for track in session.tracks:
+            # whoever reads the stages may have taken long over them
             clock.restart()
             # 3) exact influence of the shortlist, best first, until the statement is good enough
             interrupted = False
@@ -231,6 +237,7 @@ class Searcher:
                     if not track.timed_out:
                         session.score_background()
                 except KeyboardInterrupt:
+                    # a file of queries is gone on with by the next run; here there is none
                     if not conclude_early:
                         raise
                     interrupted = bool(track.missing())
@@ -260,6 +267,7 @@ def drain(
             if follow is not None:
                 follow(stage)
         except KeyboardInterrupt:
+            # it may have struck in `follow`: the search learns of it only if it is told
             stage = stages.throw(KeyboardInterrupt())
         result = stage.result
     return result
@@ -273,7 +281,7 @@ class _Clock:
         self._since = time.monotonic()
 
     def restart(self) -> None:
-        """What was before doesn't count."""
+        """Leave out the time since the lap before."""
         self._since = time.monotonic()
 
     def take(self, *names: str) -> dict[str, float]:

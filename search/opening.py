@@ -48,5 +48,6 @@ def open_index(
     path: Path, source: ModelSource, batch_tokens: int | None = None, allow_damaged: bool = False
 ) -> Searcher:
     """An index in this process alone, see `open`."""
+    # the build's batches are known to fit this machine, or one like it
     snapshot = OpenIndex(path, source, allow_damaged)
     return Searcher(snapshot, batch_tokens or snapshot.manifest.batch_tokens)

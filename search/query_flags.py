@@ -30,6 +30,7 @@ def control_flags(*names: str) -> list[Flag]:
 
 
 def _control_flag(name: str) -> Flag:
+    """One control's flag; one that is on or off has no value."""
     control, flag, default = CONTROLS[name], flag_of(name), getattr(DEFAULTS, name)
     if TYPES[name] is bool:
         return click.option(flag, is_flag=True, help=control.help)
@@ -40,8 +41,11 @@ def _control_flag(name: str) -> Flag:
 def _type_of_flag(name: str) -> type | None:
     """What click makes of a flag's text: a number, or None where it stays text."""
     kinds = get_args(TYPES[name])
+    # what may be text as well as a number is told apart by `settle`, which says what it expected
     return None if str in kinds else next((kind for kind in kinds if kind in (int, float)), None)
 
+
+# ---- flags that several commands have, in the order in which their help shows them
 
 OUTPUT_FILE = click.Path(dir_okay=False, path_type=Path)
 INDEX_FLAGS = [
@@ -147,6 +151,7 @@ def open_searcher(index: Path, flags: dict[str, Any]) -> tuple["Searcher", "Prog
     from search.opening import open as open_index
 
     quiet_transformers()
+    # whatever flags are left are those that say where things are: no others may be
     searcher, progress = open_index(index, **flags), stderr_progress()
     if not searcher.index.coverage.whole:
         progress.say(f"warning: {searcher.index.coverage}")
@@ -167,6 +172,7 @@ def check_outputs(outputs: dict[str, Path | None], inputs: list[Path | None]) ->
     for flag, path in outputs.items():
         if path is not None and not path.parent.is_dir():
             raise click.UsageError(f"{flag} {path}: there is no folder {path.parent}.")
+        # resolved: a link to an input would be replaced as well
         if path is not None and path.resolve() in [other.resolve() for other in inputs if other]:
             raise click.UsageError(f"{flag} {path}: that file is read here; give another.")
 
@@ -175,7 +181,7 @@ def write_output(output: Path, content: str | bytes) -> None:
     """A file is replaced as a whole; anything else (a device, a pipe) is written to."""
     from gradindex.storage.files import atomic_write
 
-    output = output.resolve()
+    output = output.resolve()  # or a link would be replaced by a file
     raw = content.encode() if isinstance(content, str) else content
     if output.exists() and not output.is_file():
         output.write_bytes(raw)

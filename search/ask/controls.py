@@ -13,6 +13,7 @@ from typing_extensions import TypedDict
 
 Normalization = Literal["none", "cosine", "relatif"]
 Candidates = Literal["code", "tfidf", "both"]
+# what each page's hits, and each search's time, cost a server that strangers may ask
 MOST_HITS = 200  # that the page is asked for at once
 MOST_RESCORED = 100_000
 # layers, kinds, or a regular expression that can't take for ever: no groups, few repetitions
@@ -21,7 +22,7 @@ PLAIN_MODULES = r"^[ \w.,|^$\\-]*([*+?][ \w.,|^$\\-]*){0,3}$"
 
 @dataclass(frozen=True)
 class Bounds:
-    """Between what a value has to lie; None where it isn't bounded.
+    """The limits of a control's value; None where there is no limit.
 
     A number is more than `above`, or `least` or more, and `most` or less. A text has at most so
     many `letters` and matches `pattern`.
@@ -35,6 +36,7 @@ class Bounds:
 
     def hold(self, number: float) -> bool:
         """Whether a number lies between them; infinities and NaN never do."""
+        # NaN compares as false with everything, so it would pass every bound that is a negation
         return math.isfinite(number) and (self.above is None or number > self.above) and (
             self.least is None or number >= self.least) and (
             self.most is None or number <= self.most)
@@ -71,7 +73,10 @@ def about(
     help: str, flag: str = "", *, unit: str | None = None, choices: tuple[str, ...] = (),
     bounds: Bounds = UNBOUNDED, page: Bounds | None = None, api: str | None = None,
 ) -> dict[str, Control]:
-    """A control, to go with a field of `Controls`. Choices are its unit too, bounds the page's."""
+    """Describe a control, for `metadata` of a field of `Controls`.
+
+    Where no `unit` is given it is the choices; where no `page` is given, the page has the `bounds`.
+    """
     return {"control": Control(help, flag, unit or "|".join(choices) or None, choices, bounds,
                                bounds if page is None else page, api)}
 
@@ -94,9 +99,11 @@ class Controls:
     group_by: also total influence by "document", "source", or a field that was kept at the build.
     """
 
+    # None is what the index decides: `settings.settle` puts it in
     k: int | None = field(default=None, metadata=about(
         "Hits [20].", "-k", page=Bounds(least=1, most=MOST_HITS)))
     shortlist: int | str | None = field(default=None, metadata=about(
+        # a text, too: the command line has numbers and "all" as one
         "Sequences to rescore exactly [1000, or 10 k if more].", unit="N|all",
         page=Bounds(least=1, most=MOST_RESCORED)))
     recall: float | None = field(default=None, metadata=about(
@@ -106,6 +113,7 @@ class Controls:
         "The most negative influence instead."))
     damping: float | None = field(default=None, metadata=about(
         "λ as a factor of each module's mean eigenvalue [the build's].",
+        # beyond these Λ + λ is Λ or λ alone in float32, and a stranger could ask for overflow
         bounds=ABOVE_ZERO, page=Bounds(least=1e-12, most=1e12)))
     modules: str | None = field(default=None, metadata=about(
         "Layers (8-15), mlp, attention, adapter, or names that match [all indexed].",
@@ -151,6 +159,7 @@ class ControlArguments(TypedDict, total=False):
     group_by: str | None
 
 
+# read from the class above, so that nothing of it has to be said twice
 TYPES: Mapping[str, Any] = get_type_hints(Controls)
 DEFAULTS = Controls()
 CONTROLS: Mapping[str, Control] = {one.name: one.metadata["control"] for one in fields(Controls)}

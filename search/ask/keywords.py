@@ -37,6 +37,7 @@ KEYWORD_DEFAULTS = {one.name: one.default for kind in (Question, Controls) for o
 
 def with_keywords(function: Function) -> Function:
     """Show what `**arguments: Unpack[…]` takes in a function's signature, with its defaults."""
+    # the annotation is the class itself, not a text: nothing here has postponed annotations
     signature = inspect.signature(function)
     *others, last = signature.parameters.values()
     assert last.kind is inspect.Parameter.VAR_KEYWORD

@@ -15,7 +15,7 @@ from gradindex.modules import numbers_in
 from gradindex.results import UNSCORED, Query
 from search.ask.question import Question, as_versus
 
-CONTINUATION = 32  # tokens, where no completion is given
+CONTINUATION = 32  # tokens at most, where no completion is given
 
 
 def make_query(index: FittedModel, question: Question) -> Query:
@@ -41,12 +41,14 @@ def aggregate(queries: list[Query]) -> Query:
     """One query for the sum of log p of several. Raises InputError where there is none."""
     if not queries:
         raise InputError("there is no query to add up.")
+    # the texts of all stand side by side: a query that has a `versus` brings it with its weight
     texts = [replace(text, others=[]) for query in queries for text in query.texts]
     return replace(texts[0], others=texts[1:], id=None)
 
 
 def _kept_labels(query: Query, score_on: str) -> list[int]:
     """The labels with only the chosen of the scored tokens left."""
+    # a first token is never predicted, so it has no number
     places = [place for place, label in enumerate(query.labels) if place and label != UNSCORED]
     wanted = numbers_in(score_on) or set()
     if max(wanted) >= len(places):
@@ -76,12 +78,15 @@ def _one_text(index: FittedModel, question: Question) -> Query:
     else:
         prompt = tokenise.encode_pair(index.tokenizer, question.prompt or "", "").tokens.tolist()
         query = _continued_query(index, prompt, question.prompt)
+    # after a continuation, which the model may have made longer than it can read again
     _check(query, index.config)
     query.token_texts = tokenise.pieces(index.tokenizer, query.tokens)
     return query
 
 
 def _whole_numbers(name: str, values: Sequence[int]) -> list[int]:
+    """The values as Python's own integers. Raises InputError for what is no list of integers."""
+    # operator.index takes NumPy's integers too, and no float that happens to be whole
     try:
         return [operator.index(value) for value in values]
     except TypeError:
@@ -89,11 +94,13 @@ def _whole_numbers(name: str, values: Sequence[int]) -> list[int]:
 
 
 def _chat_query(index: FittedModel, messages: list[dict[str, Any]]) -> Query:
+    """The query of a chat, of which the last answer is scored: given, or the model's own."""
     tokenise.check_chat_template(index.tokenizer, "messages")
     if not isinstance(messages, list) or not messages or not all(
         isinstance(message, dict) and {"role", "content"} <= set(message) for message in messages
     ):
         raise InputError("messages must be a list of objects with a role and a content.")
+    # who spoke last is explained: the assistant by what it said, the user by what the model says
     if messages[-1]["role"] == "assistant":
         tokenised = tokenise.encode_messages(index.tokenizer, messages, last=True)
         return _scored_query(tokenised, None, str(messages[-1]["content"]))
@@ -103,8 +110,11 @@ def _chat_query(index: FittedModel, messages: list[dict[str, Any]]) -> Query:
 
 
 def _scored_query(tokenised: tokenise.Tokenised, prompt: str | None, completion: str) -> Query:
+    """The query of a text of which a part is scored, with a note if a token lies over the border.
+    """
     labels = np.where(tokenised.scored, tokenised.tokens, UNSCORED)
     query = Query(tokenised.tokens.tolist(), labels.tolist(), prompt, completion)
+    # a token over the border can't be scored by halves, and which half is the user's to know
     border = len(prompt or "")
     across = np.flatnonzero(tokenised.scored & (tokenised.spans[:, 0] < border))
     if prompt is not None and len(across):
@@ -121,6 +131,7 @@ def _continued_query(index: FittedModel, tokens: list[int], prompt: str | None) 
     """A prompt's tokens with what the model itself says after them."""
     if not tokens:
         raise InputError("the prompt is empty and there is no completion: nothing to explain.")
+    # a model that names no context length gets room for the continuation
     longest = context_length(index.config) or len(tokens) + CONTINUATION
     if len(tokens) >= longest:
         raise InputError(
@@ -136,6 +147,7 @@ def _continued_query(index: FittedModel, tokens: list[int], prompt: str | None) 
 
 
 def _check(query: Query, config: object) -> None:
+    """Raise InputError for a query that the model can't score."""
     n, vocabulary = len(query.tokens), vocabulary_size(config)
     if len(query.labels) != n or any(
         label not in (UNSCORED, token)

@@ -58,6 +58,7 @@ def read_queries(path: Path) -> QueryFile:
             query_file.questions[question.id] = question
         except ValueError as error:
             query_file.problems.append(f"{path}:{number}: {error}")
+    # problems alone are told one by one; a file of blank lines would end in silence
     if not query_file.questions and not query_file.problems:
         raise InputError(f"--queries {path} holds no query; expected JSON lines with a prompt and "
                          "a completion.")
@@ -68,6 +69,7 @@ def _parse(line: bytes, number: int) -> Question:
     """What a line asks; without an id of its own it has its number. Raises ValueError."""
     try:
         query = json.loads(line.decode("utf-8"))
+    # brackets without end make the parser recurse until Python stops it
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"not JSON in UTF-8 ({error})") from None
     if not isinstance(query, dict):
@@ -87,6 +89,8 @@ def _parse(line: bytes, number: int) -> Question:
 
 
 def _check_id(value: Any) -> None:
+    """Raise ValueError for an id that couldn't be written, or found again."""
+    # True would be the same key as 1
     if isinstance(value, bool) or not isinstance(value, (int, str)):
         raise ValueError(f"the id {value!r} is neither text nor a whole number")
     str(value).encode()  # a lone surrogate can't be written: a UnicodeEncodeError, a ValueError too
@@ -128,6 +132,7 @@ class ResultsFile:
         self.done: set[Any] = set()
         self._digests = {name: _digest(question) for name, question in questions.items()}
         expected = {"index": searcher.index.digest, **settings.facts()}
+        # a device or a pipe can be written to, but has no lines to go on from
         self._regular = path.is_file() or not path.exists()
         lines = path.read_bytes().split(b"\n") if path.is_file() else [b""]
         for line in lines[:-1]:
@@ -135,11 +140,13 @@ class ResultsFile:
         cut_off = lines[-1]  # by a kill, if it isn't empty
         if not (cut_off.startswith(OPENING) or OPENING.startswith(cut_off)):
             raise self._foreign()
+        # only now is anything changed: a file that is not ours stays as it was
         self._file = path.open("ab")
         if self._regular:
             self._file.truncate(sum(len(line) + 1 for line in lines[:-1]))
 
     def _foreign(self) -> InputError:
+        """The error for a file that holds no results."""
         return InputError(f"-o {self.path} exists and holds something else than results. Give "
                           "another file, or remove it.")
 
@@ -167,6 +174,7 @@ class ResultsFile:
 
     def write(self, result: Result) -> None:
         """Add a result; it is on disk when this returns."""
+        # in front, so that a line that a kill cut short is known by its beginning
         content = {"asked": self._digests[result.query.id], **result.to_dict()}
         self._file.write(json_text(content).encode() + b"\n")
         self._file.flush()

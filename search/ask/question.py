@@ -46,6 +46,7 @@ class Question:
         """Raise InputError for what can be told to be wrong without a tokenizer."""
         if self.versus is not None and (self.prompt is None or self.completion is None):
             raise InputError("--versus compares two completions of one prompt: give -p and -c.")
+        # the difference of a text with itself is zero, and no code has anything to say of it
         if self.versus is not None and self.versus == self.completion:
             raise InputError("--versus is the completion itself: there is nothing to compare.")
         if self.score_on is not None and not numbers_in(self.score_on):
@@ -78,6 +79,7 @@ class Question:
                     f"the query is not valid UTF-8 (character {error.start}: {letter!r}). Put it "
                     "in a UTF-8 file and give @FILE."
                 ) from None
+        # left out, it means the model's own continuation; empty, more likely a mistake
         if self.completion == "":
             raise InputError("the completion is empty; give the text to explain, or leave -c out "
                              "to explain the model's own continuation.")

@@ -18,7 +18,11 @@ GROUPINGS = ("document", "source")  # besides the fields that were kept
 
 @dataclass(frozen=True)
 class Settings:
-    """What Controls mean for one index; `first` and `most` bound the shortlist's length."""
+    """What controls mean for one index.
+
+    A shortlist begins with `first` sequences and grows to at most `most`. `sign` is −1 for
+    opponents, and `time_limit` infinite where there is none.
+    """
 
     k: int
     first: int
@@ -44,12 +48,16 @@ class Settings:
             "modules": [module.name for module in self.modules], "normalize": self.normalize,
             "candidates": self.candidates, "rescore": self.rescore, "rank": self.rank,
             "train_sequences": self.train_sequences, "group_by": self.group_by,
+            # JSON has no infinity
             "time_limit": None if math.isinf(self.time_limit) else self.time_limit,
         }
 
 
 def settle(controls: Controls, manifest: Manifest) -> Settings:
-    """Controls with the index's defaults put in. Raises InputError for what can't be."""
+    """What controls mean for one index: its defaults are put in where nothing was given.
+
+    Raises InputError for a control that can't have its value, or can't go with another.
+    """
     _check_each(controls)
     if controls.recall is not None and controls.candidates == "tfidf":
         raise InputError("--recall needs --candidates code or both: what a TF-IDF list misses is "
@@ -96,6 +104,7 @@ def _grouping(by: str | None, fields: tuple[str, ...]) -> str | None:
 def _sizes(controls: Controls, total: int) -> tuple[int, int, int]:
     """k, and the lengths that a shortlist begins with and at most grows to."""
     k, shortlist = controls.k, controls.shortlist
+    # a k that was asked for is refused where it can't be; one that wasn't shrinks with the index
     if k is not None and not 1 <= k <= total:
         raise InputError(f"-k {k}: expected 1 to {total}, the sequences in the index.")
     k = min(DEFAULT_HITS, total) if k is None else k
@@ -111,6 +120,7 @@ def _sizes(controls: Controls, total: int) -> tuple[int, int, int]:
             raise InputError(f"--shortlist {length}: expected at least -k, {k}.")
     if controls.recall is None:
         return k, min(length, total), min(length, total)
+    # a shortlist that was asked for is the limit of how far it may grow
     most = min(total, length if shortlist is not None else GROWTH * length)
     return k, min(most, max(SMALLEST_SHORTLIST, 2 * k)), most
 

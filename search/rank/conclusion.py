@@ -1,4 +1,4 @@
-"""What follows for one query from what is exact: its hits, its statement, its warnings, groups."""
+"""The result of one query, made of what is exact: hits, statement, warnings, totals by group."""
 
 import numpy as np
 
@@ -38,6 +38,7 @@ def conclude(track: Track, interrupted: bool) -> Result:
         return provisional(track)
     unfinished = interrupted or track.timed_out
     warnings = _about(track)
+    # equal sequences count together in the statement, as they stand together in the answer
     groups, estimate = track.statement()
     counted = sum(map(len, groups))
     complete = counted == len(index)
@@ -58,6 +59,7 @@ def conclude(track: Track, interrupted: bool) -> Result:
         warnings.append(f"{why}: {counted} of {total} sequences are exact")
     result = _result(track, hits, recall, counted, warnings)
     result.interrupted, result.timed_out = interrupted, track.timed_out
+    # one of each: a law fitted to the tail would take copies for as many draws
     result.exact_influence = sorted(track.influence(group[0] for group in groups),
                                     reverse=settings.sign > 0)
     result.sample_influence = track.influence(track.common.background)
@@ -78,6 +80,7 @@ def _approximate_hits(track: Track) -> list[Hit]:
     """The best k by code alone."""
     index, k = track.common.index, track.common.settings.k
     first, count = index.contents.first_equal, k
+    # some of the best may equal each other: so many are fetched that k different ones remain
     while True:
         places, _ = track.ranking.best(count)
         different = places[first[places] == places]  # equal sequences are one hit
@@ -131,9 +134,10 @@ def _exact_hits(track: Track, groups: list[list[int]]) -> list[Hit]:
 def _hit(
     track: Track, place: int, record: Record, exact: Exact | None, rank: int, score: float
 ) -> Hit:
+    """A hit of the query, with what its wording and its copies say of it."""
     index, settings = track.common.index, track.common.settings
     hit = make_hit(index.tokenizer, record, exact, score, rank, settings.train_sequences,
-                   settings.modules, track.target.norm)
+                   settings.modules, track.gradient.norm)
     hit.duplicates = index.copies(place)
     tokens = [token for text in track.query.texts for token in text.tokens]
     hit.lexical = index.tables.wording.overlap(tokens, hit.token_ids)
@@ -148,6 +152,7 @@ def _error_here(track: Track) -> float | None:
     """c measured on the query's background sample, or None where that says too little."""
     common, sample = track.common, track.common.background
     error = track.noise * common.index.norms[sample]
+    # a gradient of zero has a code without error, of which nothing can be learned
     real = error > 0
     if real.sum() < SMALLEST_SAMPLE:
         return None
@@ -157,12 +162,14 @@ def _error_here(track: Track) -> float | None:
 
 
 def _warnings(track: Track, hits: list[Hit], recall: Recall, unfinished: bool) -> list[str]:
+    """What to know before the hits are believed."""
     common, sign, warnings = track.common, track.common.settings.sign, []
     if common.by.halved:
         warnings.append(
             f"memory ran out on {common.by.halved} batches, which were halved; smaller "
             "--batch-tokens avoid that"
         )
+    # where fewer than k proponents are in the shortlist, opponents fill up the k
     wrong = sum(sign * hit.influence <= 0 for hit in hits)
     if wrong:
         warnings.append(
@@ -192,7 +199,7 @@ def _warnings(track: Track, hits: list[Hit], recall: Recall, unfinished: bool) -
 
 
 def _what_would_help(track: Track, last: Hit, length: int | None) -> str:
-    """Said of a search whose answer drowns in the code's noise."""
+    """The warning for an answer that drowns in the code's noise: which flags would help."""
     index = track.common.index
     total, place = len(index), index.contents.place_of(last.id)
     assert place is not None
@@ -219,6 +226,7 @@ def _round_up(length: int, total: int) -> str:
 def _result(
     track: Track, hits: list[Hit], recall: Recall, rescored: int, warnings: list[str]
 ) -> Result:
+    """The result, but for what only an exact search knows."""
     index, settings = track.common.index, track.common.settings
     groups, total, count = _groups(track, hits)
     return Result(
@@ -239,6 +247,7 @@ def _groups(track: Track, hits: list[Hit]) -> tuple[list[Group], Group | None, i
     common, settings = track.common, track.common.settings
     if settings.group_by is None:
         return [], None, 0
+    # the sample counts with its exact scores whether or not its codes let it in
     counted, sample = track.advance(), common.background
     estimate, variance = track.shortlist.estimates(
         settings.sign * track.ranking.scores(), counted, track.signed(counted), sample,

@@ -25,10 +25,12 @@ class Coverage:
 
     @property
     def share(self) -> float:
+        """The share of the index's sequences that is searched."""
         return self.sequences / self.of_sequences if self.of_sequences else 1.0
 
     @property
     def whole(self) -> bool:
+        """Whether nothing is left out."""
         return not (self.damaged or self.lost)
 
     def __str__(self) -> str:
@@ -41,5 +43,7 @@ class Coverage:
 
 
 def _named(segments: tuple[str, ...]) -> str:
+    """Segments by their names, after the word for them."""
+    # a few: a lost machine may have thousands
     shown = ", ".join(segments[:3]) + ", …" * (len(segments) > 3)
     return f"{'segment' if len(segments) == 1 else 'segments'} {shown}"

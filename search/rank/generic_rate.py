@@ -11,11 +11,13 @@ from search.rank.snapshot import OpenIndex
 def add_rates(index: OpenIndex, hits: Sequence[Hit]) -> None:
     """Fill in `generic_rate` of hits, at the side that their influence has.
 
-    Raises DamagedIndexError where the file of background queries is not what it was.
+    Raises DamagedIndexError where the file of background queries is not what it was when the index
+    was written.
     """
     queries, contents = index.tables.background_queries, index.contents
     if queries is None or not hits:
         return
+    # a query that was made of this very text doesn't count for it, and is known by its digest
     places = np.searchsorted(contents.ids, [hit.id for hit in hits])
     digests = contents.rows["digest"][contents.places[places]]
     rates = queries.rates(index.codes_at(places.tolist()), digests)
@@ -35,6 +37,7 @@ def all_rates(index: OpenIndex) -> np.ndarray | None:
         return None
     rates = np.empty((2, len(contents.rows)))
     for codes, start in zip(index.segments(), contents.starts.tolist(), strict=False):
-        here = slice(start, start + len(codes))
-        rates[:, here] = queries.rates(codes, contents.rows["digest"][here])
+        rows = slice(start, start + len(codes))
+        rates[:, rows] = queries.rates(codes, contents.rows["digest"][rows])
+    # the deleted and the quarantined have codes too, and no place
     return rates[:, contents.places]

@@ -41,6 +41,13 @@ class Grouping:
     `values` [G] are what the groups are called; `spread` [G] is each one's ‖Σ share_m x̂_m‖² /
     Σ ‖share_m x̂_m‖²: the variance of its total's error, over what it would be if the errors of its
     sequences were independent. `whole_spread` is that of the whole index.
+
+    Two groups of three sequences, the second of which belongs to both by halves:
+
+    >>> grouping = Grouping(["a", "b"], np.array([0, 0, 1, 1]), np.array([0, 1, 1, 2]),
+    ...                     np.array([1.0, 0.5, 0.5, 1.0]), np.ones(2), 1.0)
+    >>> grouping.total(np.array([10.0, 4.0, 1.0])).tolist()
+    [12.0, 3.0]
     """
 
     values: list[Any]
@@ -51,7 +58,10 @@ class Grouping:
     whole_spread: float
 
     def total(self, values: np.ndarray, power: int = 1) -> np.ndarray:
-        """Σ share^power · value of every group, for values of every place [N]: float64 [G]."""
+        """Σ share^power · value of every group, for values of every place [N]: float64 [G].
+
+        Variances are summed with a power of 2.
+        """
         weights = self.share**power * values[self.place]
         return np.bincount(self.group, weights, minlength=len(self.values))
 
@@ -66,6 +76,7 @@ def read_grouping(contents: Contents, codes: Sequence[CodeIndex], by: str) -> Gr
     numbers: dict[str, int] = {}  # of groups, by what tells them apart
     values: list[Any] = []
     entries = [np.zeros((3, 0))]
+    # a segment at a time: its records are read in order, and held no longer than needed
     for start, end in zip(contents.starts[:-1], contents.starts[1:], strict=True):
         of_segment: list[tuple[int, int, float]] = []
         first, last = np.searchsorted(contents.places, [start, end])
@@ -94,10 +105,12 @@ def _shares(record: Record) -> list[tuple[Part, float]]:
 
 def _identity(part: Part, by: str) -> tuple[str, Any]:
     """What tells a part's group from others, and what the group is called."""
+    # a document's name may be another's too: ids are the user's, and rows are of files of one name
     if by == "document":
         name = f"{part.source}:{part.row}" if part.user_id is None else part.user_id
         return str(part.document), name
     value = part.source if by == "source" else part.fields.get(by)
+    # as JSON, 1, true and "1" are told apart, and lists can be keys
     return json.dumps(value, sort_keys=True), value
 
 
@@ -106,12 +119,22 @@ def make_grouping(
 ) -> Grouping:
     """A grouping from its entries (number of the group, place, share) [3, E], every place in one.
 
-    `signs` and `steps` are those of every place.
+    `signs` [N, octets] (8 coordinates each) and `steps` [N] are those of every place.
+
+    Two equal codes and their opposite. In the group of the two equal ones errors add up, so the
+    variance is twice that of independent ones; over all three the third takes off the second's:
+
+    >>> entries = np.array([[0, 0, 1], [0, 1, 2], [1, 1, 1]], dtype=float)
+    >>> signs = np.array([[0b00001111], [0b00001111], [0b11110000]], dtype=np.uint8)
+    >>> grouping = make_grouping(["equal", "opposite"], entries, signs, np.ones(3))
+    >>> grouping.spread.tolist(), round(grouping.whole_spread, 3)
+    ([2.0, 1.0], 0.333)
     """
     entries = entries[:, np.lexsort((entries[1], entries[0]))]
     (groups, places), shares = entries[:2].astype(np.int64), entries[2]
     joined, squares = np.zeros(len(values)), 8 * signs.shape[1] * steps.astype(np.float64) ** 2
     whole = carried = np.zeros(1)
+    # vectors are unpacked a few at a time: all of an index would be 32 times its codes
     for first in range(0, len(groups), UNPACKED):
         rows = slice(first, first + UNPACKED)
         group, place = groups[rows], places[rows]
@@ -120,6 +143,7 @@ def make_grouping(
         starts = np.flatnonzero(np.diff(group, prepend=-1))
         sums = np.add.reduceat(vectors, starts, axis=0)
         whole = whole + sums.sum(0, dtype=np.float64)
+        # a group that began before goes on with what it came to by then
         if first and group[0] == groups[first - 1]:
             sums[0] += carried
         joined[group[starts]] = np.einsum("gk,gk->g", sums, sums)  # the last may yet go on
@@ -135,7 +159,7 @@ def chosen_signs(codes: Sequence[CodeIndex], length: int) -> tuple[np.ndarray, n
     """`some_signs` of all codes of K = `length`, at COORDINATES chosen at random once for all."""
     order = draws.order(Stream.GROUP_COORDINATES, length, length // 8)
     octets = np.sort(order[: COORDINATES // 8])
-    signs, steps = zip(*(one.some_signs(octets) for one in codes), strict=True)
+    signs, steps = zip(*(part.some_signs(octets) for part in codes), strict=True)
     return np.concatenate(signs), np.concatenate(steps)
 
 

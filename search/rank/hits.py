@@ -16,10 +16,11 @@ def make_hit(
     tokenizer: Any | None, record: Record, exact: Exact | None, code_score: float, code_rank: int,
     train_sequences: int, modules: list[Module], query_norm: float,
 ) -> Hit:
-    """A hit of one query; approximate where `exact` is None.
+    """A hit of one query; approximate where `exact` is None. Influence above 0 is a proponent's.
 
     `code_rank` is −1 where it was named; `query_norm` is ‖q̃‖, `modules` those that count.
     """
+    # a packed sequence says where it begins; `parts` have all of its documents
     first = record.parts[0]
     tokens = tokenise.pieces(tokenizer, record.tokens.tolist())
     influence = code_score if exact is None else float(exact.influence[0])
@@ -43,26 +44,29 @@ def make_hit(
 
 
 def _with_terms(hit: Hit, terms: np.ndarray, modules: list[Module]) -> Hit:
+    """The hit with terms [t, u] of tokens and modules, and their sums."""
     layers = sorted({module.layer for module in modules})
+    # summed in float64, so that layers, tokens and modules give the same total to rounding
     wide = terms.astype(np.float64)
     by_layer = np.zeros((len(wide), len(layers)))
-    for place, module in enumerate(modules):
-        by_layer[:, layers.index(module.layer)] += wide[:, place]
+    for column, module in enumerate(modules):
+        by_layer[:, layers.index(module.layer)] += wide[:, column]
     return replace(
         hit, token_influence=wide.sum(1).tolist(), layer_influence=by_layer.sum(0).tolist(),
         module_influence={
             module.name: float(value) for module, value in zip(modules, wide.sum(0), strict=True)
         },
-        kind_influence={kind: float(sum(wide[:, place].sum() for place in places))
-                        for kind, places in _by_kind(modules).items()},
+        kind_influence={kind: float(sum(wide[:, column].sum() for column in columns))
+                        for kind, columns in _by_kind(modules).items()},
         token_layer_influence=by_layer.tolist(),
     )
 
 
 def _by_kind(modules: list[Module]) -> dict[str, list[int]]:
+    """Which of the modules are of each kind."""
     kinds: dict[str, list[int]] = {}
-    for place, module in enumerate(modules):
-        kinds.setdefault(module.kind, []).append(place)
+    for column, module in enumerate(modules):
+        kinds.setdefault(module.kind, []).append(column)
     return kinds
 
 
@@ -70,6 +74,10 @@ def normalized(influence: float, exact: Exact, normalize: str) -> float:
     """What is ranked by: influence, influence / ‖m̃‖ or influence / ‖(G+λ)⁻¹ ∇m‖.
 
     The second is the cosine but for ‖q̃‖, which is the same for all. 0 for a gradient of zero.
+
+    >>> exact = Exact(np.array([6.0]), self_influence=4.0, squared_step=9.0)
+    >>> [normalized(6.0, exact, by) for by in ("none", "cosine", "relatif")]
+    [6.0, 3.0, 2.0]
     """
     if normalize == "none":
         return influence

@@ -16,6 +16,15 @@ class Wording:
     """How rare each token is in a sample of sequences (tokens [n] each).
 
     IDF(token) = log((S + 1) / (n + 1)), n of the S sequences holding it: 0 where all do.
+
+    Of three sequences all hold token 1 and one holds 2, so 1 weighs nothing and 2 all; a token that
+    none holds weighs most:
+
+    >>> wording = Wording([np.array([1, 2]), np.array([1, 3]), np.array([1, 4])])
+    >>> wording.overlap([1, 2], [1]), wording.overlap([1, 2], [2, 2])
+    (0.0, 1.0)
+    >>> round(wording.overlap([2, 9], [2]), 3)
+    0.333
     """
 
     def __init__(self, sample: Sequence[np.ndarray]):
@@ -27,6 +36,7 @@ class Wording:
 
         None where the query has no token that isn't in every sequence of the sample.
         """
+        # each token once: a query that repeats a word would weigh it by how often it does
         distinct, members = sorted(set(query_tokens)), set(tokens)
         weights = np.log([(self._size + 1) / (self._counts[token] + 1) for token in distinct])
         shared = np.array([token in members for token in distinct])
@@ -42,12 +52,14 @@ def fold_near(hits: list[Hit]) -> list[Hit]:
     heads: dict[tuple[int, ...], list[int]] = {}  # of a shingle: the hits that hold it
     sizes: list[int] = []
     near: dict[int, int] = {}
+    # each hit against all earlier ones at once, by the shingles that they share
     for rank, hit in enumerate(hits):
         shingles = _shingles(hit.token_ids)
         sizes.append(len(shingles))
         shared = Counter(head for shingle in shingles for head in heads.get(shingle, ()))
         alike = {head: count / (sizes[head] + len(shingles) - count)
                  for head, count in shared.items()}
+        # of equals the earlier, which ranks higher
         best = max(alike, key=lambda head: (alike[head], -head), default=None)
         if best is not None and alike[best] >= NEAR:
             near[rank] = best

@@ -11,7 +11,7 @@ from gradindex.results import Hit, Query
 from search.ask.settings import Settings
 from search.rank.generic_rate import add_rates
 from search.rank.hits import make_hit
-from search.rank.query_gradient import make_targets
+from search.rank.query_gradient import form_gradients
 from search.rank.snapshot import OpenIndex, finite
 
 
@@ -39,12 +39,13 @@ def rescore_named(
     A place may come twice. Raises InputError, LostError.
     """
     settings = replace(settings, rank=None)  # a single query's gradient is kept in full
-    [target], preconditioned = make_targets(index, [query], settings, batch_tokens)
+    [gradient], preconditioned = form_gradients(index, [query], settings, batch_tokens)
     by = Rescorer(index.model, settings.modules, index.ekfac, settings.damping, batch_tokens)
     tokens = [token for text in query.texts for token in text.tokens]
+    # a chunk at a time, so that a long list of ids is shown as it comes
     for first in range(0, len(places), LARGEST_CHUNK):
         chunk = places[first : first + LARGEST_CHUNK]
-        code_scores = finite(index.codes_at(chunk).scores(target.vector), index.path).tolist()
+        code_scores = finite(index.codes_at(chunk).scores(gradient.vector), index.path).tolist()
         scores: dict[int, Exact] = {}
         for batch in index.rescore(by, preconditioned, chunk, terms=True,
                                    sizes=settings.normalize != "none"):
@@ -53,7 +54,7 @@ def rescore_named(
         for place, record, code_score in zip(chunk, index.records(chunk), code_scores, strict=True):
             # no rank: nobody looked at the order of the others
             hit = make_hit(index.tokenizer, record, scores[place], code_score, -1,
-                           settings.train_sequences, settings.modules, target.norm)
+                           settings.train_sequences, settings.modules, gradient.norm)
             hit.duplicates = index.copies(place)
             hit.lexical = index.tables.wording.overlap(tokens, hit.token_ids)
             hits.append(hit)

@@ -1,4 +1,4 @@
-"""Queries made ready: the gradient of each, preconditioned, as a code's vector and in full."""
+"""The gradients of queries, preconditioned: each as a code's vector, and in full or of low rank."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -29,7 +29,7 @@ AT_ONCE = 1 << 27  # entries of gradients formed together
 
 
 @dataclass
-class Target:
+class QueryGradient:
     """A query and, for the modules and the damping asked for, v_q [K] and ‖q̃‖."""
 
     query: Query
@@ -42,33 +42,36 @@ def fits_in_full(index: OpenIndex, settings: Settings) -> int:
     bounded."""
     room = index.allowance.part(1 / 4, LARGEST_IN_FULL)
     count = room // (_entries(settings.modules) * index.model.accumulate.itemsize)
+    # without a bound a single query is kept whole whatever it takes: that is what was asked for
     return count if index.allowance.bytes is not None else max(1, count)
 
 
-def make_targets(
+def form_gradients(
     index: OpenIndex, queries: list[Query], settings: Settings, batch_tokens: int
-) -> tuple[list[Target], Preconditioned]:
-    """Every query's target, and their preconditioned gradients, of low rank where that is needed.
+) -> tuple[list[QueryGradient], Preconditioned]:
+    """Every query's gradient as a vector, and all of them preconditioned, of low rank where needed.
 
     Raises InputError for a gradient that isn't finite.
     """
-    targets, parts = [], []
+    gradients, parts = [], []
     rank = rank_for(index, len(queries), settings)
     for group in _groups(index, queries, settings.modules):
         vectors, squares = index.codes.empty(len(group)), index.codes.empty(len(group))[:, 0]
         preconditioned = Preconditioned({}, rank)
+        # a pass for each part of the modules, where memory doesn't hold a whole gradient
         for modules in together(index, settings.modules):
             coordinates = coordinates_of(index, group, modules, settings.damping, batch_tokens)
             prepare(index.codes, index.ekfac, coordinates, settings.damping, vectors, squares,
                     preconditioned)
         for query, vector, norm in zip(group, vectors.float().cpu().numpy(),
                                        squares.sqrt().tolist(), strict=True):
+            # told here, for every score would be NaN, and no comparison with it true
             if not np.isfinite(vector).all():
                 raise InputError("the query's gradient is not finite. Try an index with "
                                  "--dtype float32.")
-            targets.append(Target(query, vector, norm))
+            gradients.append(QueryGradient(query, vector, norm))
         parts.append(preconditioned)
-    return targets, Preconditioned.join(parts) if len(parts) > 1 else parts[0]
+    return gradients, Preconditioned.join(parts) if len(parts) > 1 else parts[0]
 
 
 def rescore_in_full(
@@ -80,35 +83,37 @@ def rescore_in_full(
     """
     scores: dict[int, list[Exact]] = {place: [] for place in places}
     for modules in together(index, by.modules):
+        # the gradient again: what was kept of it for the search was of low rank
         coordinates = coordinates_of(index, [query], modules, by.damping, by.batch_tokens)
         whole = Preconditioned(precondition(index.ekfac, coordinates))
         partial = replace(by, modules=modules, halved=0)
-        for part in index.rescore(partial, whole, places, sizes=True, terms=True):
-            for place, exact in part:
+        for batch in index.rescore(partial, whole, places, sizes=True, terms=True):
+            for place, exact in batch:
                 scores[place].append(exact)
         by.halved += partial.halved
     return {place: joined(parts) for place, parts in scores.items()}
 
 
 def rank_for(index: OpenIndex, count: int, settings: Settings) -> int | None:
-    """The rank asked for; without one, None (all) where the gradients fit, else 32."""
+    """The rank that was asked for; without one, None (full) where the gradients fit, else 32."""
     if settings.rank is not None:
         return settings.rank
     return None if count <= fits_in_full(index, settings) else LOW_RANK
 
 
 def together(index: OpenIndex, modules: list[Module]) -> Iterator[list[Module]]:
-    """Modules that follow each other whose gradients, of one query, are held together."""
-    some: list[Module] = []
+    """Runs of modules; the gradients of one query for a run fit in memory together."""
+    held: list[Module] = []
     room, used = _room(index), 0
     for module in modules:
-        own = _entries([module])
-        if some and used + own > room:
-            yield some
-            some, used = [], 0
-        some.append(module)
-        used += own
-    yield some
+        entries = _entries([module])
+        # one at least: a module that is too large by itself is for memory to refuse
+        if held and used + entries > room:
+            yield held
+            held, used = [], 0
+        held.append(module)
+        used += entries
+    yield held
 
 
 def coordinates_of(
@@ -116,7 +121,7 @@ def coordinates_of(
     batch_tokens: int,
 ) -> Gradients:
     """C_u [q, o, i] of each query, the weighted sum over its texts; sets their token_log_p."""
-    texts = [(place, text) for place, query in enumerate(queries) for text in query.texts]
+    texts = [(number, text) for number, query in enumerate(queries) for text in query.texts]
     total: Gradients = {
         module.name: torch.zeros(len(queries), *module.shape, dtype=index.model.accumulate,
                                  device=index.model.device)
@@ -136,18 +141,18 @@ def coordinates_of(
         members = [texts[row] for row in rows]
         for (_, text), terms in zip(members, log_p.tolist(), strict=True):
             text.token_log_p = index.objective.by_token(terms, len(text.tokens))
-        places = torch.tensor([place for place, _ in members], device=index.model.device)
+        numbers = torch.tensor([number for number, _ in members], device=index.model.device)
         # a query's texts may be in several batches: each adds its part, −1 times that of a versus
         for name, c in coordinates.items():
             weights = c.new_tensor([text.weight for _, text in members])
-            total[name].index_add_(0, places, c * weights[:, None, None])
+            total[name].index_add_(0, numbers, c * weights[:, None, None])
     return total
 
 
 def _groups(
     index: OpenIndex, queries: list[Query], modules: list[Module]
 ) -> Iterator[list[Query]]:
-    """Queries whose gradients are formed together."""
+    """The queries, so many at a time as have their gradients formed together."""
     size = _at_once(index, modules)
     for first in range(0, len(queries), size):
         yield queries[first : first + size]
@@ -160,6 +165,7 @@ def _at_once(index: OpenIndex, modules: list[Module]) -> int:
 def _room(index: OpenIndex) -> int:
     """Entries of gradients held together while they are formed; without a bound, one query's."""
     width = index.model.accumulate.itemsize
+    # without a bound no pass is made twice: a whole gradient is held, however large
     if index.allowance.bytes is None:
         return max(AT_ONCE, _entries(index.manifest.modules))
     return index.allowance.part(1 / 8, AT_ONCE * width) // width

@@ -11,7 +11,7 @@ from gradindex.influence.queries import Preconditioned
 from gradindex.results import Query
 from search.ask.settings import Settings
 from search.rank.hits import normalized
-from search.rank.query_gradient import Target
+from search.rank.query_gradient import QueryGradient
 from search.rank.ranking import Ranking, best
 from search.rank.recall import estimated_recall
 from search.rank.shortlist import Shortlist, longer
@@ -41,15 +41,15 @@ class Track:
     it early.
     """
 
-    def __init__(self, common: Common, number: int, target: Target, shortlist: Shortlist):
-        self.common, self.number, self.target = common, number, target
+    def __init__(self, common: Common, number: int, gradient: QueryGradient, shortlist: Shortlist):
+        self.common, self.number, self.gradient = common, number, gradient
         self.shortlist = shortlist
         self.length = common.settings.first
         self.timed_out = False
 
     @property
     def query(self) -> Query:
-        return self.target.query
+        return self.gradient.query
 
     @property
     def ranking(self) -> Ranking:
@@ -59,7 +59,9 @@ class Track:
     @property
     def noise(self) -> float:
         """The sd of the error of the query's code scores, for ‖v_m‖ = 1."""
-        return code_noise(self.common.index, self.target)
+        return code_noise(self.common.index, self.gradient)
+
+    # ---- how far it is
 
     def missing(self) -> list[int]:
         """The places of its shortlist that are not exact yet, best first."""
@@ -88,6 +90,7 @@ class Track:
             alike.setdefault(int(index.contents.first_equal[place]), []).append(place)
         # equal sequences differ by rounding only: the first in the index stands for them
         groups = [sorted(group) for group in alike.values()]
+        # of all that there is nothing can be missing, whatever the codes say
         if len(counted) == len(index):
             return groups, 1.0
         first = [group[0] for group in groups]
@@ -102,6 +105,8 @@ class Track:
         """How long the shortlist would have to be for a statement of `goal`, as far as is known."""
         first = [group[0] for group in groups]
         return self.shortlist.length_for(goal, first, self.signed(first), self.common.settings.k)
+
+    # ---- what is known of a place
 
     def influence(self, places: Iterable[int]) -> list[float]:
         """The exact influence of places that were rescored."""
@@ -118,18 +123,19 @@ class Track:
         return normalized(influence, exact, settings.normalize)
 
 
-def code_noise(index: OpenIndex, target: Target) -> float:
+def code_noise(index: OpenIndex, gradient: QueryGradient) -> float:
     """The sd of the error of a query's code scores, for ‖v_m‖ = 1."""
-    c, vector = index.manifest.calibration["c"], target.vector
+    c, vector = index.manifest.calibration["c"], gradient.vector
     return float(score_error(c, float(np.linalg.norm(vector)), np.ones(1), len(vector))[0])
 
 
 def make_shortlist(
-    index: OpenIndex, settings: Settings, target: Target, ranking: Ranking
+    index: OpenIndex, settings: Settings, gradient: QueryGradient, ranking: Ranking
 ) -> Shortlist:
     """Who is rescored for a query, with a TF-IDF list where one is asked for."""
+    # it doesn't grow with the shortlist: who is on it must have been certain from the start
     tfidf_list = None
     if settings.candidates != "code":
-        tfidf_list = best(index.tables.tokens.scores(target.query.scored_tokens), settings.first)
-    return Shortlist(ranking, code_noise(index, target), settings.most, tfidf_list,
+        tfidf_list = best(index.tables.tokens.scores(gradient.query.scored_tokens), settings.first)
+    return Shortlist(ranking, code_noise(index, gradient), settings.most, tfidf_list,
                      by_list=settings.candidates == "tfidf")

@@ -11,7 +11,10 @@ import numpy as np
 
 
 class Ranking(Protocol):
-    """One query's order of N places, equal ones by place; `norms` [N] are the ‖v_m‖."""
+    """One query's order of N places, equal ones by place; `norms` [N] are the ‖v_m‖.
+
+    Whatever has all code scores here, or only some of them elsewhere, is asked through this.
+    """
 
     norms: np.ndarray
     by_norm: bool
@@ -33,13 +36,32 @@ class Ranking(Protocol):
 
 
 class CodeRanking:
-    """A Ranking from the code score [N] of every place."""
+    """A Ranking from the code score [N] of every place.
+
+    >>> scores, norms = np.array([1.0, 4.0, 2.0, 4.0]), np.array([1.0, 8.0, 1.0, 2.0])
+    >>> places, values = CodeRanking(scores, norms).best(3)
+    >>> places.tolist(), values.tolist()
+    ([1, 3, 2], [4.0, 4.0, 2.0])
+
+    Per unit of gradient the second, whose gradient is long, falls to the end:
+
+    >>> ranking = CodeRanking(scores, norms, by_norm=True)
+    >>> ranking.best(4)[0].tolist(), ranking.ranks([1, 3])
+    ([2, 3, 0, 1], [4, 2])
+
+    Opponents begin with the lowest score:
+
+    >>> CodeRanking(scores, norms, sign=-1.0).best(1)[0].tolist()
+    [0]
+    """
 
     def __init__(
         self, scores: np.ndarray, norms: np.ndarray, sign: float = 1.0, by_norm: bool = False
     ):
         self.norms, self.by_norm, self._scores = norms, by_norm, scores
         self._statistic = statistic(scores, norms, sign, by_norm)
+
+    # each as of `Ranking`
 
     def best(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         places = best(self._statistic, count)
@@ -53,8 +75,8 @@ class CodeRanking:
             for value, place in zip(values, places, strict=True)], dtype=np.int64)
 
     def ranks(self, places: Sequence[int]) -> list[int]:
-        wanted = np.asarray(places, dtype=np.int64)
-        ranks: list[int] = (self.before(self._statistic[wanted], wanted) + 1).tolist()
+        chosen = np.asarray(places, dtype=np.int64)
+        ranks: list[int] = (self.before(self._statistic[chosen], chosen) + 1).tolist()
         return ranks
 
     def scores_at(self, places: Sequence[int]) -> np.ndarray:
@@ -67,20 +89,29 @@ class CodeRanking:
 def statistic(
     scores: np.ndarray, norms: np.ndarray, sign: float, by_norm: bool
 ) -> np.ndarray:
-    """What is ordered by, largest first, of code scores [n] and the ‖v_m‖ [n] beside them."""
+    """What is ordered by, largest first, of code scores [n] and the ‖v_m‖ [n] beside them.
+
+    >>> statistic(np.array([3.0, -3.0]), np.array([2.0, 0.0]), 1.0, True).tolist()
+    [1.5, -0.0]
+    """
     signed = scores if sign > 0 else -scores
     return signed / unit(norms) if by_norm else signed
 
 
 def unit(norms: np.ndarray) -> np.ndarray:
-    """‖v_m‖, or infinity for a gradient of zero, whose statistic is zero then."""
+    """‖v_m‖ [n], or infinity for a gradient of zero, whose statistic is zero then."""
     return np.where(norms > 0, norms, np.inf)
 
 
 def best(values: np.ndarray, count: int) -> np.ndarray:
-    """Places of the `count` largest values [n], largest first, equal ones by place."""
+    """Places of the `count` largest values [n], largest first, equal ones by place.
+
+    >>> best(np.array([2.0, 5.0, 3.0, 5.0]), 3).tolist()
+    [1, 3, 2]
+    """
     if count >= len(values):
         return np.lexsort((np.arange(len(values)), -values))
+    # a partition takes time N where a sort takes N log N, and N is an index
     border = np.partition(values, len(values) - count)[len(values) - count]
     above = np.flatnonzero(values > border)
     equal = np.flatnonzero(values == border)[: count - len(above)]

@@ -56,6 +56,7 @@ class WorkerPool:
 
     def begin(self, contents: Contents) -> None:
         """Start the workers where there are none, and let those load that haven't."""
+        # not when the index is opened: it may only be looked at
         if not self.workers:
             self.workers = self._start(contents)
         for worker in self.workers:
@@ -68,6 +69,7 @@ class WorkerPool:
         Raises what keeps a worker from loading.
         """
         waiting = [worker for worker in self.workers if not worker.ready]
+        # those that are loaded are noted as they come, for one that fails must be told at once
         while waiting:
             seconds = max(worker.until for worker in waiting) - time.monotonic()
             done, _ = self.ray.wait([worker.loading for worker in waiting],
@@ -78,6 +80,7 @@ class WorkerPool:
                 self._loaded(worker)
                 waiting.remove(worker)
         for worker in waiting:
+            # one that was there once is away: the search does without its segments
             if not worker.loaded_once:
                 raise GradindexError(
                     f"{worker.name} hasn't loaded its segments in {duration(self.patience)}. "
@@ -136,6 +139,7 @@ class WorkerPool:
 
     def gather(self, answers: Sequence[tuple[WorkerHandle, Any]]) -> list[Any]:
         """What workers answer, in order. Raises LostError where some don't."""
+        # all together, or one that hangs would hide what happened to the others
         refs = [ref for _, ref in answers]
         _, late = self.ray.wait(refs, num_returns=len(refs), timeout=self.patience)
         values, gone = [], {}
@@ -175,6 +179,7 @@ class WorkerPool:
             if isinstance(cause, GradindexError):
                 raise type(cause)(f"{worker.name}: {cause}") from None
             raise cause if isinstance(cause, Exception) else error from None
+        # what Ray says of a death is a page; its first line says the most
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         first_words = lines[-1 if "creation task" in lines[0] else 0]  # where the cause comes last
         return f"is gone ({first_words[:160]})"

@@ -46,6 +46,7 @@ class SharedRanking:
         places = np.concatenate([start + inside for start, (inside, _) in
                                  zip(starts[:-1], bests, strict=True)])
         values = np.concatenate([values for _, values in bests])
+        # by place where values are equal, as in one process: answers must not depend on workers
         order = np.lexsort((places, -values))[:count]
         return places[order], values[order]
 
@@ -120,6 +121,7 @@ class SharedIndex(OpenIndex):
         """The first place of each worker, and N: int64 [workers + 1]."""
         if not self.pool.workers:
             self.load()
+        # workers have runs of segments, in order: what one has begins where another's ends
         held = np.cumsum([0, *(len(worker.segments) for worker in self.pool.workers)])
         return np.asarray(np.searchsorted(self.contents.places, self.contents.starts)[held])
 
@@ -185,6 +187,7 @@ class SharedIndex(OpenIndex):
         ray, sent = self.pool.ray, self._send(preconditioned)
         how = Rescoring(sent.hex(), preconditioned.rank, by.modules, by.damping, by.batch_tokens,
                         sizes, terms)
+        # of each worker's answers: who it is, and which place its first one is here
         streams: dict[Any, tuple[WorkerHandle, int]] = {}
         for worker, mine, inside in self._shares(places):
             stream = worker.actor.rescore.options(num_returns="streaming").remote(how, sent, inside)
@@ -222,6 +225,7 @@ class SharedIndex(OpenIndex):
 
     def _send(self, preconditioned: Preconditioned) -> Any:
         """A query's gradients, put where workers can read them, once."""
+        # the very object: to compare gradients would take longer than to send them
         if self._sent is None or self._sent[0] is not preconditioned:
             self._sent = preconditioned, self.pool.ray.put(preconditioned.arrays())
         return self._sent[1]

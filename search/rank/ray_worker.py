@@ -69,6 +69,7 @@ class Worker:
     @cached_property
     def index(self) -> OpenIndex:
         """The segments, opened. Raises what a user has to mend: GradindexError, InputError."""
+        # what is sent to and fro could mean something else to another version, and not fail
         where = self._where
         if where.version != VERSION:
             raise GradindexError(f"it has gradindex {VERSION}, who asks has "
@@ -76,7 +77,7 @@ class Worker:
         if not where.path.is_dir():
             raise InputError(f"it finds no folder {where.path}. With --ray the index has to lie "
                              "where every machine sees it by the same path.")
-        torch.set_num_threads(self._threads)
+        torch.set_num_threads(self._threads)  # Ray would leave one, whatever the machine has
         quiet_transformers()
         return OpenIndex(where.path, where.source, subset=self._subset)
 
@@ -108,6 +109,7 @@ class Worker:
     ) -> Iterator[tuple[list[tuple[int, Exact]], int]]:
         """As `OpenIndex.rescore`, with how many batches were halved since the one before."""
         index = self.index
+        # sent once for a query, they come with every call; the name tells whether they are new
         if self._gradients != how.gradients:
             self._preconditioned = Preconditioned.from_arrays(arrays, how.rank, index.model.device)
             self._gradients = how.gradients

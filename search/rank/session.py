@@ -14,7 +14,7 @@ from gradindex.results import Result
 from search.ask.settings import Settings, bounded
 from search.rank.conclusion import conclude, provisional
 from search.rank.coverage import LostError
-from search.rank.query_gradient import Target
+from search.rank.query_gradient import QueryGradient
 from search.rank.query_track import Common, Track, make_shortlist
 from search.rank.shortlist import Shortlist
 from search.rank.snapshot import OpenIndex
@@ -28,17 +28,18 @@ class Session:
     """
 
     def __init__(
-        self, index: OpenIndex, settings: Settings, targets: list[Target],
+        self, index: OpenIndex, settings: Settings, gradients: list[QueryGradient],
         preconditioned: Preconditioned, batch_tokens: int,
     ):
-        self._targets, self._settings = targets, settings
+        self._gradients, self._settings = gradients, settings
         # always this very array: a cluster knows by it that the codes are scored already
-        self._vectors = np.stack([target.vector for target in targets])
+        self._vectors = np.stack([gradient.vector for gradient in gradients])
         by = Rescorer(index.model, settings.modules, index.ekfac, settings.damping, batch_tokens)
         index, settings, shortlists = self._scan(index)
         self.common = Common(index, settings, by, preconditioned)
-        self.tracks = [Track(self.common, number, target, shortlist) for number, (target, shortlist)
-                       in enumerate(zip(targets, shortlists, strict=True))]
+        self.tracks = [
+            Track(self.common, number, gradient, shortlist)
+            for number, (gradient, shortlist) in enumerate(zip(gradients, shortlists, strict=True))]
         self._plan()
 
     def _scan(self, index: OpenIndex) -> tuple[OpenIndex, Settings, list[Shortlist]]:
@@ -48,12 +49,13 @@ class Session:
         """
         while True:
             settings = bounded(self._settings, len(index))
+            # a loss may strike while codes are scored, or while the best of them are fetched
             try:
                 rankings = index.rankings(self._vectors, settings.sign,
                                           settings.normalize != "none")
                 return index, settings, [
-                    make_shortlist(index, settings, target, ranking)
-                    for target, ranking in zip(self._targets, rankings, strict=True)]
+                    make_shortlist(index, settings, gradient, ranking)
+                    for gradient, ranking in zip(self._gradients, rankings, strict=True)]
             except LostError as lost:
                 index = index.without(lost)
 
@@ -97,9 +99,11 @@ class Session:
         """
         track.timed_out = False
         deadline = time.monotonic() + self.common.settings.time_limit
+        # what is missing may change on the way: others move up where segments are lost
         while missing := track.missing():
             for places in self._score(missing):
                 yield places
+                # over time, but for a shortlist that this batch has made whole
                 if time.monotonic() > deadline and missing[-1] not in self.common.exact:
                     track.timed_out = True
                     return
@@ -150,6 +154,7 @@ class Session:
 
     def conclude(self, track: Track, interrupted: bool) -> Result:
         """A query's top k, exact by token and module, and how complete it is."""
+        # hits are scored again by token and module, and who has them may be lost even now
         while True:
             try:
                 return conclude(track, interrupted)

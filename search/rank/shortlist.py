@@ -22,6 +22,22 @@ class Shortlist:
     The error of a code's score has sd noise · ‖v_m‖. `most` is the longest the shortlist may grow:
     of the order, no more is fetched. `tfidf_list` are the places of a TF-IDF list, which come on
     top of the shortlist; with `by_list` they alone are taken.
+
+    Five sequences, of which two are shortlisted by code and one by its words:
+
+    >>> from search.rank.ranking import CodeRanking
+    >>> ranking = CodeRanking(np.array([1.0, 9.0, 5.0, 7.0, 2.0]), np.ones(5))
+    >>> shortlist = Shortlist(ranking, 2.0, most=4, tfidf_list=np.array([4]))
+    >>> shortlist.places(2)
+    [1, 3, 4]
+
+    Once they are rescored, the best code left out is that of place 2, with a score of 5. A sequence
+    of influence 7 had a chance of 84 % to come in, but for the one that was listed:
+
+    >>> shortlist.advance({1, 3, 4}, 2), shortlist.cutoff
+    ([1, 3, 4], 5.0)
+    >>> shortlist.probability([3, 4], np.array([7.0, 7.0]), shortlist.cutoff).round(2).tolist()
+    [0.84, 1.0]
     """
 
     def __init__(
@@ -30,6 +46,7 @@ class Shortlist:
     ):
         self.ranking, self._noise = ranking, noise
         self._total = len(ranking.norms)
+        # one more than may be rescored: its statistic is the cut-off of the longest shortlist
         self._order, self._statistic = ranking.best(min(self._total, most + 1))
         self.tfidf_list = np.zeros(0, dtype=np.int64) if tfidf_list is None else tfidf_list
         self._list_done = False
@@ -43,7 +60,11 @@ class Shortlist:
             dict.fromkeys([*self._order[:length].tolist(), *listed]))
 
     def advance(self, rescored: Container[int], length: int) -> list[int]:
-        """Note how far the order is rescored, and return who counts: that far, and the list."""
+        """Note how far the order is rescored, and return who counts: that far, and the list.
+
+        A list that is not all rescored doesn't count yet. Its members that are would be there for
+        no reason that has a chance, having been taken by time and not by code.
+        """
         if self._by_list:
             return [place for place in self.places(length) if place in rescored]
         self.length = 0
@@ -62,7 +83,8 @@ class Shortlist:
     def probability(
         self, places: list[int], influence: np.ndarray, cutoff: float | None
     ) -> np.ndarray:
-        """π of places with exact `influence` (times the sign): their chance to be rescored."""
+        """π [n] of n places with exact `influence` [n] (times the sign): their chance to come in.
+        """
         chosen = np.asarray(places, dtype=np.int64)
         pi = inclusion_probability(*self._in_order(chosen, influence), cutoff)
         if self._list_done:
@@ -75,6 +97,7 @@ class Shortlist:
         error = self._noise * norms
         if not self.ranking.by_norm:
             return influence, error
+        # σ_m is a multiple of ‖v_m‖, so that all errors are alike in this unit
         return influence / unit(norms), error / unit(norms)
 
     def estimates(
@@ -87,6 +110,18 @@ class Shortlist:
         sample, each with exact `influence`; all times the sign. An estimate is the code's score; of
         those that were to be rescored whatever their code the influence; of those that their code
         let in the influence plus the mean error of codes let in. See `recall.included_error`.
+
+        Of three codes that err by 2, the first was let in by the cut-off 5, and the last is of the
+        sample:
+
+        >>> from search.rank.ranking import CodeRanking
+        >>> scores = np.array([6.0, 5.0, 1.0])
+        >>> shortlist = Shortlist(CodeRanking(scores, np.ones(3)), 2.0, most=1)
+        >>> counted = shortlist.advance({0}, 1)
+        >>> estimate, variance = shortlist.estimates(scores, counted, np.array([5.0]), [2],
+        ...                                          np.array([0.5]))
+        >>> estimate.round(2).tolist(), variance.round(2).tolist()
+        ([6.6, 5.0, 0.5], [2.55, 4.0, 0.0])
         """
         estimate, variance = scores.astype(np.float64), (self._noise * self.ranking.norms) ** 2
         places = np.asarray(counted, dtype=np.int64)
@@ -96,6 +131,7 @@ class Shortlist:
             mean[certain] = remaining[certain] = 0.0
         estimate[places] = influence + mean * self._noise * self.ranking.norms[places]
         variance[places] *= remaining
+        # last: who is of both was to be rescored whatever its code
         estimate[sample], variance[sample] = of_sample, 0.0
         return estimate, variance
 
@@ -104,8 +140,8 @@ class Shortlist:
     ) -> int:
         """The shortest length whose expected statement reaches `goal`, judged by what is exact.
 
-        `places` and `influence` are the rescored, best first. Sequences like those found but missed
-        so far are counted through their π (see recall.py).
+        `places` and `influence` [n] are the rescored, best first. Sequences like those found but
+        missed so far are counted through their π (see recall.py).
         """
         cutoff = self.cutoff
         if cutoff is None:
@@ -121,6 +157,7 @@ class Shortlist:
         values, error = self._in_order(np.asarray(places, dtype=np.int64), influence)
         certain = np.min(values - CERTAIN * error, initial=cutoff)
         low, high = float(np.nextafter(certain, -np.inf)), cutoff
+        # where even certainty for those like the found isn't enough, all have to be rescored
         if not reached(low):
             return self._total
         # bisection over the cut-off and not the length: it needs no scores of what isn't fetched
@@ -137,11 +174,12 @@ class Shortlist:
 
     def ranks(self, places: list[int]) -> list[int]:
         """Where places are in the order by code, from 1."""
-        known = {place: rank for rank, place in enumerate(self._order.tolist(), 1)}
-        deeper = [place for place in places if place not in known]
+        ranks = {place: rank for rank, place in enumerate(self._order.tolist(), 1)}
+        # members of a TF-IDF list may lie anywhere in the order, of which only the top is here
+        deeper = [place for place in places if place not in ranks]
         if deeper:
-            known.update(zip(deeper, self.ranking.ranks(deeper), strict=True))
-        return [known[place] for place in places]
+            ranks.update(zip(deeper, self.ranking.ranks(deeper), strict=True))
+        return [ranks[place] for place in places]
 
 
 def longer(length: int, expected: int) -> int:
@@ -149,5 +187,8 @@ def longer(length: int, expected: int) -> int:
 
     It grows by at least a quarter, so that statements are few and each is of another list, and at
     most fourfold, since a short list says little of a long one.
+
+    >>> longer(100, 110), longer(100, 300), longer(100, 5000)
+    (126, 300, 400)
     """
     return max(length + length // 4 + 1, min(expected, 4 * length))

@@ -28,6 +28,7 @@ class SideTables:
     def tokens(self) -> TokenMatrix:
         """Which tokens the sequence of each place holds."""
         if self._tokens is None:
+            # of all rows, for the deleted are in a segment's table too; `live` leaves them out
             contents, manifest = self._contents, self._contents.manifest
             self._tokens = TokenMatrix(
                 [contents.reader(segment).tokens(manifest.sequence_length, manifest.vocabulary)
@@ -37,6 +38,7 @@ class SideTables:
     @property
     def wording(self) -> Wording:
         """How rare tokens are, told from the random sample."""
+        # a sample is enough to tell rare from common; counting all would read every record
         if self._wording is None:
             rows = self._contents.places[random_sample(self._contents, len(self._contents))]
             self._wording = Wording([record.tokens for record in self._contents.records(rows)])
@@ -55,5 +57,6 @@ class SideTables:
 
 def random_sample(contents: Contents, total: int) -> list[int]:
     """Some of the `total` places, drawn at random once for all, ascending."""
+    # by the index's own seed: whoever asks finds the same sample, and percentiles compare
     return draws.distinct(Stream.BACKGROUND_SAMPLE, contents.manifest.code["seed"], total,
                           RANDOM_SAMPLE)

@@ -75,6 +75,7 @@ class OpenIndex(FittedModel):
         why = "; ".join(filter(None, [self.coverage.why, lost.why]))
         if not contents.segments or not len(contents):
             raise LostError(lost.segments, f"nothing is left to search: {why}")
+        # a copy, which has the same model and curvature: they need not be read again
         rest = copy.copy(self)
         rest.contents, rest.coverage = contents, replace(
             self.coverage, sequences=len(contents), why=why,
@@ -98,6 +99,7 @@ class OpenIndex(FittedModel):
         """The codes of every segment, read at first use; mapped where they would fill memory."""
         if self._segments is None:
             length = self.manifest.code["length"]
+            # in memory a scan is faster, but never at the price of what searches need besides
             total = layout.code_bytes(length) * int(self.contents.starts[-1])
             mapped = total > self.allowance.part(1 / 4, memory.available() // 2)
             with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
@@ -132,6 +134,7 @@ class OpenIndex(FittedModel):
         """The codes at these places as they are kept, in that order: uint8 [places, bytes]."""
         rows = self.contents.places[np.asarray(places, dtype=np.int64)]
         homes = np.searchsorted(self.contents.starts, rows, side="right") - 1
+        # segment by segment, each read or mapped once, and put where it was asked for
         codes = np.zeros((len(rows), layout.code_bytes(self.manifest.code["length"])), np.uint8)
         for home in np.unique(homes).tolist():
             inside = rows[homes == home] - self.contents.starts[home]
@@ -186,6 +189,7 @@ def finite(scores: np.ndarray, path: Path) -> np.ndarray:
 def _some(path: Path, subset: SegmentSubset) -> tuple[Contents, Coverage]:
     """Some segments, whose files are checked when they are read."""
     chosen = [segment for segment in subset.manifest.segments if segment.name in subset.segments]
+    # a worker doesn't look at files of others, which may be gone
     contents = Contents(path, subset.manifest, chosen)
     return contents, Coverage(len(contents), len(contents), ())
 
@@ -206,6 +210,7 @@ def _undamaged(path: Path, manifest: Manifest) -> tuple[Contents, Coverage]:
     whole = Contents(path, manifest)
     damaged = set()
     for problem in problems(whole.files, manifest, digest=True):
+        # the curvature, say: without it no segment can be searched
         if problem.segment is None:
             raise problem.error
         damaged.add(problem.segment)

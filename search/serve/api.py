@@ -81,7 +81,7 @@ class Api:
 
     async def stop(self, request: Request) -> Response:
         """Conclude from what is exact by now."""
-        await _body(request)
+        await _body(request)  # which other sites can't send
         job = self._job(request)
         job.stopping = True
         return JSONResponse(_state(job), status_code=202)
@@ -172,5 +172,5 @@ async def _follow(job: SearchJob) -> AsyncIterator[bytes]:
                 yield b": still here\n\n"
     finally:
         job.watchers -= 1
-        job.seen = time.monotonic()
+        job.seen = time.monotonic()  # from here on it may be forgotten
         forget()

@@ -35,7 +35,9 @@ def view(
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from search.serve import listening
 
+    # not of the index but of each search
     train_sequences = flags.pop("train_sequences")
+    # before anything is opened: a token that can be guessed is refused at once
     token = listening.token_for(host, os.environ.get("GRADINDEX_TOKEN"))
     searcher, progress = open_searcher(index, flags)
     socket = listening.listen(host, port)

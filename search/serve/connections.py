@@ -19,7 +19,7 @@ class Connection(H11Protocol):
     patience = SLOWEST_REQUEST
 
     def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
+        super().connection_made(transport)  # which counts it
         if len(self.connections) > MOST_CONNECTIONS:
             transport.abort()
         self._look(None)
@@ -28,6 +28,7 @@ class Connection(H11Protocol):
         """Close where no request has begun, or none has become whole, since the look before."""
         if self.transport.is_closing():
             return
+        # the request under way, and how far HTTP's own states have come with what the client sends
         now = (self.cycle, self.conn.their_state)
         if now == before and now[1] in (h11.IDLE, h11.SEND_BODY):
             self.transport.abort()

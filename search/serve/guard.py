@@ -49,6 +49,7 @@ class Guard:
         self.origins = {f"{scheme}://{host}" for host in self.hosts for scheme in ("http", "https")}
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        # the server's own, at its start and its end: nobody outside can send it
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
@@ -61,6 +62,7 @@ class Guard:
             return
         scope.setdefault("state", {})["trusted"] = self._trusted(scope)
 
+        # on every answer, errors of Starlette's own among them
         async def guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message["headers"], *HEADERS]
@@ -69,6 +71,7 @@ class Guard:
         await self.app(scope, _Body(receive, self.slowest_body), guarded)
 
     def _refused(self, scope: Message) -> tuple[int, str, list[tuple[bytes, bytes]]] | None:
+        # before anything else: under a name that isn't ours a browser takes us for another site
         hosts = _all(scope, b"host")
         if len(hosts) != 1 or hosts[0].lower() not in self.hosts:
             return 403, "This server does not go by that name (Host). Use the address that it " \
@@ -76,12 +79,14 @@ class Guard:
         origins = _all(scope, b"origin")
         if len(origins) > 1 or (origins and origins[0].lower() not in self.origins):
             return 403, "Requests from other sites are refused (Origin).", []
+        # a link from elsewhere may lead to a page, which then waits for a click; not to the API
         api = scope["path"].startswith("/api/") or scope["method"] not in ("GET", "HEAD")
         if api and not _same(_all(scope, b"sec-fetch-site")):
             return 403, "Requests from other sites are refused (Sec-Fetch-Site).", []
         if self.token is not None and not self._knows(scope):
             return 401, "A token is needed: the password that the server printed.", [
                 (b"www-authenticate", b'Basic realm="gradindex", charset="UTF-8"')]
+        # what is told at once to be too long needn't be read; what lies about it is cut off later
         length = _all(scope, b"content-length")
         if length and not (length[0].isascii() and length[0].isdigit()
                            and int(length[0][:20]) <= LARGEST_BODY):
@@ -99,12 +104,14 @@ class Guard:
                     continue
             elif kind.lower() != "bearer":
                 continue
+            # in the same time for every wrong token: how long it takes must not tell what is right
             if secrets.compare_digest(value.encode(), self.token.encode()):
                 return True
         return False
 
     def _trusted(self, scope: Message) -> bool:
         """Whether this page was asked for by one of its own, or typed in."""
+        # older browsers send no Sec-Fetch-Site, but the address of the page a link stood on
         site, referer = _all(scope, b"sec-fetch-site"), _all(scope, b"referer")
         if site:
             return _same(site)
@@ -132,6 +139,7 @@ class _Body:
     async def __call__(self) -> Message:
         if self._whole:
             return await self._receive()  # waits for the client to leave
+        # one deadline for all of it: a limit on each piece would let a drip go on for ever
         try:
             async with asyncio.timeout_at(self._until):
                 message = await self._receive()

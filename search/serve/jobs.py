@@ -69,6 +69,7 @@ class SearchJob:
     @property
     def whole(self) -> bool:
         """Whether who asks for the same search may have this job: it wasn't stopped."""
+        # a query that can't be scored stays so; a failure of ours may not happen again
         return self.error_status < 500 and not self.stopping and not (
             isinstance(self.result, Result) and self.result.interrupted)
 
@@ -130,6 +131,7 @@ class Jobs:
             if self._over:
                 raise BusyError(ENDED)
             job = SearchJob(name, request, settings)
+            # refused at once: a longer queue would only hide how late an answer would come
             try:
                 self._waiting.put_nowait(job)
             except queue.Full:
@@ -149,6 +151,7 @@ class Jobs:
     # ---- the worker
 
     def _work(self) -> None:
+        # SystemExit and the like end the thread, and must leave nobody waiting either
         try:
             self._load()
             while True:
@@ -176,6 +179,7 @@ class Jobs:
                 if why != self.problem:
                     _LOG.exception("the model or the index can't be loaded; trying again")
                 self.problem = why
+            # searches that come meanwhile are told why at once: waiting would look like working
             until = time.monotonic() + self._retry
             with contextlib.suppress(queue.Empty):
                 while (remaining := until - time.monotonic()) > 0:
@@ -184,6 +188,7 @@ class Jobs:
 
     def _without_folders(self, message: str) -> str:
         """An error without where on this machine its files are."""
+        # what lies in the index is named from the index on, anything else by its file name alone
         message = message.replace(f"{self.searcher.index.path.absolute().parent}/", "")
         return re.sub(r"(?<![\w.:/])/(?:[^/\s'\"]+/)+", "", message)
 
@@ -200,6 +205,7 @@ class Jobs:
         except InputError as error:
             self._fail(job, str(error), 422)
         except Exception as error:
+            # messages of Python's own may quote data or paths: strangers get a number to ask about
             number = secrets.token_hex(4)
             _LOG.exception("error %s in a search", number)
             reason = str(error) if isinstance(error, MemoryError) else type(error).__name__
@@ -212,6 +218,7 @@ class Jobs:
         stages = self.searcher.stages(queries, job.settings, conclude_early=True)
         results: list[Result] = []
         started = 0.0
+        # between stages the worker looks up: who left, who wants to stop, who is to be told
         for stage in _until_stopped(stages, job):
             if self._is_forgotten(job):  # nobody reads it any more, and others wait
                 stages.close()
@@ -254,11 +261,13 @@ class Jobs:
         with self._guard:
             ended = [one for one in self._jobs.values() if one.ended]
             values = sum(one.values for one in ended)
+            # the oldest go first; one that was looked at lately is among the young
             while len(ended) > KEPT or (values > KEPT_VALUES and len(ended) > 1):
                 values -= ended[0].values
                 del self._jobs[ended.pop(0).id]
 
     def _changed(self, job: SearchJob) -> None:
+        # a copy: watchers come and go in the server's thread
         for wake in list(job.wake):
             wake()
 

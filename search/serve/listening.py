@@ -33,6 +33,7 @@ def host_names(host: str, port: int, extra: Iterable[str] = ()) -> set[str]:
 
 def listen(host: str, port: int | None) -> socket.socket:
     """A socket that listens. Raises InputError where the address or the port can't be had."""
+    # the first free one, so that a second page doesn't need a --port
     problem: OSError | None = None
     for number in PORTS if port is None else [port]:
         try:
@@ -65,7 +66,7 @@ def make_server(
     Python's threads take turns ten times as often from here on, so that a search or a page in the
     making doesn't hold up every other answer.
     """
-    sys.setswitchinterval(TURN)
+    sys.setswitchinterval(TURN)  # for the whole process: there is no other way
     jobs = Jobs(searcher, train_sequences)
     site = application(searcher, jobs, hosts, token)
     jobs.start()

@@ -44,6 +44,7 @@ class Pages:
         self.reception = reception
         searcher = reception.searcher
         index, manifest = searcher.index, searcher.manifest
+        # two parts tell indexes apart without telling where they lie
         name = "/".join(index.path.resolve().parts[-2:])
         self.about = {
             "name": name, "path": name if shared else str(index.path), "sequences": len(searcher),
@@ -88,6 +89,7 @@ class Pages:
         try:
             fields = parse_qsl(request.url.query, keep_blank_values=True)
             search = from_form(fields)
+            # without JavaScript the ticked tokens come one by one: they are made one field
             if any(name in TOKEN_FIELDS for name, _ in fields):
                 return RedirectResponse(search.url(), 303)  # an address fit to be shared
             if search.prompt or search.completion:
@@ -168,6 +170,7 @@ class Pages:
         if form not in TYPES or job is None or job.result is None:
             raise HTTPException(404, "There is no such result any more. Search again.")
         result = job.result
+        # two lists side by side have no row a hit
         if isinstance(result, Comparison):
             if form != "json":
                 raise HTTPException(404, "A comparison can be downloaded as JSON only.")
@@ -195,6 +198,7 @@ async def _first_hits(job: SearchJob, seconds: float) -> None:
 def _tail_figure(result: Result, tail: Tail | None) -> dict[str, object] | None:
     """The plot of a result's exact scores, and what it shows."""
     values = upper_tail(result)
+    # an axis needs two ends
     if len(values) < 2:
         return None
     law = None if tail is None else plots.Law(tail.x_min, tail.alpha, tail.points / tail.total)

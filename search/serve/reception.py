@@ -51,6 +51,7 @@ class Reception:
         if request.compare and (request.versus or not request.rescore):
             raise InputError("a comparison is of two completions, scored exactly: it can't go with "
                              "versus or rescore=false.")
+        # N_train is the server's to say, and checked with the rest
         controls = replace(request.controls(), train_sequences=self.jobs.train_sequences)
         settings = settle(controls, self.searcher.manifest)
         for question in request.questions():
@@ -62,6 +63,7 @@ class Reception:
         """The completion's tokens, and which are scored; none where it can't be tokenised."""
         if not request.completion:
             return []
+        # twice: what is scored of the whole completion, and which of that the user chose
         question = Question(request.prompt, request.completion)
         try:
             whole = make_query(self.searcher.index, question)

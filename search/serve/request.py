@@ -82,6 +82,7 @@ class SearchRequest(pydantic.BaseModel):
 
     def id(self, digest: str) -> str:
         """What names this search of the index with that digest."""
+        # of the index as it was opened: after an append the same question is another search
         content = json.dumps([digest, self.given()], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
@@ -110,6 +111,7 @@ class SearchRequest(pydantic.BaseModel):
 
     def command(self, path: str, train_sequences: int | None = None) -> str:
         """The same as a command line; of a comparison, its first side."""
+        # what is a flag's default is left out, so that the command says what was meant
         parts = ["gradindex", "search", _quoted(path), "-p", _text(self.prompt)]
         for flag, value in (("-c", self.completion), ("--versus", self.versus)):
             parts += [flag, _text(value)] * bool(value)
@@ -166,6 +168,7 @@ def from_form(fields: list[tuple[str, str]]) -> SearchRequest:
             content[name] = value if number is None else number
     if ticked_of is not None and ticked_of.replace("\r\n", "\n") == content.get("completion"):
         content["score_on"] = ",".join(ticked)
+    # not strictly: a form sends numbers as text
     try:
         request = SearchRequest.model_validate(content)
     except pydantic.ValidationError as error:
@@ -178,6 +181,7 @@ def from_form(fields: list[tuple[str, str]]) -> SearchRequest:
 
 def whole_number(text: str) -> int | None:
     """A whole number of 64 bits, or None."""
+    # other scripts' digits are decimal to Python too, and a long text takes it quadratic time
     return int(text) if text.isascii() and text.isdecimal() and len(text) < 19 else None
 
 

@@ -29,6 +29,7 @@ def openapi() -> dict[str, Any]:
                "500": "a failure, with its number in the server's log",
                "503": "too many searches wait, this one was given up (nobody asked for a minute), "
                       "or the model can't be loaded; Retry-After says when to ask again"}
+    # every route may answer with any of them: the guard stands before all
     problems = {code: _answer(why, {"$ref": "#/components/schemas/Problem"})
                 for code, why in problem.items()}
     name = _parameter("job", {"type": "string"})

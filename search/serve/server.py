@@ -44,6 +44,7 @@ def application(
         else:  # `version` is told to nobody who makes errors
             answer = HTMLResponse(html.fill("problem.html", about=pages.about, error=message,
                                             version=""), status, retry_after(status))
+        # of Starlette's own errors: which methods are allowed, say
         for name, value in (getattr(error, "headers", None) or {}).items():
             answer.headers[name] = value
         return answer

@@ -27,6 +27,7 @@ def read_result(path: Path, number: int | None = None) -> Result:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} can't be read: {error}.") from None
+    # not splitlines: texts in JSON may hold other characters that end a line to Python
     lines = [line for line in text.split("\n") if line.strip()]
     with contextlib.suppress(ValueError):  # one object over several lines
         lines = [json.dumps(json.loads(text))]
@@ -59,6 +60,7 @@ def csv_table(result: Result) -> str:
     """A table with a row a hit; text that a spreadsheet would run as a formula is defused."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
+    # hits may have different fields: a column for each that any of them has
     fields = sorted({name for hit in result for name in hit.fields})
     writer.writerow([*CSV_COLUMNS, *(_defuse(f"field:{name}") for name in fields)])
     for rank, hit in enumerate(result.hits, 1):
@@ -77,8 +79,10 @@ def _plain(value: Any) -> Any:
 
 
 def _defuse(value: Any) -> Any:
+    """A cell that no spreadsheet takes for a formula, and no terminal obeys."""
     if not isinstance(value, str):
         return value
+    # spreadsheets run what begins so, and show what stands behind an apostrophe
     value = visible_lines(value)
     return f"'{value}" if value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
@@ -90,8 +94,10 @@ def parquet(result: Result) -> bytes:
     """
     import pyarrow.parquet
 
+    # from the types, not the values: a column that is empty here must have the type of others
     schema = pyarrow.schema([("rank", pyarrow.int64()), *_columns(pyarrow)])
     rows = [{"rank": rank, **asdict(hit)} for rank, hit in enumerate(result.hits, 1)]
+    # what has no one type is JSON text in every row, whatever it is in this one
     plain = {name for name, kind in get_type_hints(Hit).items() if _inner(kind) is None}
     for row in rows:
         row.update((name, json_text(row[name])) for name in plain)
@@ -119,7 +125,8 @@ def _inner(kind: Any) -> tuple[type, int] | None:
     """The scalar type inside lists (or optional), and how deep; None for what has no one type."""
     if kind in (int, float, bool, str):
         return kind, 0
-    others = [one for one in get_args(kind) if one is not type(None)]
+    others = [part for part in get_args(kind) if part is not type(None)]
+    # a dictionary, or a union of several types
     if len(others) != 1 or (inner := _inner(others[0])) is None:
         return None
     return inner[0], inner[1] + (get_origin(kind) is list)

@@ -37,7 +37,7 @@ def environment(**filters: Callable[..., object]) -> jinja2.Environment:
     made = jinja2.Environment(
         loader=jinja2.FunctionLoader(asset), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True)
-    made.finalize = _shown
+    made.finalize = _shown  # no template can forget it
     made.filters.update(filters)
     return made
 
@@ -70,6 +70,7 @@ def fill(template: str, **content: object) -> str:
 def document(result: Result) -> str:
     """The result as one file that needs nothing else: styles and script inside, no request out."""
     styles, script = style(), asset("page.js")
+    # maps are most of such a file: the best hits get theirs, as long as browsers can open it
     mapped, cells = set(), 0
     for hit in result.hits:
         cells += len(hit.tokens) * len(hit.layer_influence)
@@ -104,6 +105,7 @@ def runs(hit: Hit, scale: float, first: int = 0, last: int | None = None) -> Ite
     """Text of tokens first to last − 1 as (text, class, influence); untinted neighbours joined."""
     values = hit.token_influence or [0.0] * len(hit.tokens)
     places = range(first, len(hit.tokens) if last is None else last)
+    # where another document begins a run ends, for a border is drawn there
     starts = {part.get("token", 0) for part in hit.parts} - {0}
 
     def key(place: int) -> tuple[int, int]:
@@ -136,6 +138,7 @@ def layer_bars(hit: Hit, layers: list[int]) -> Markup:
     wide, high = max(4, min(12, 120 // max(1, len(layers)))), 12
     bars, labels = [], []
     for place, (layer, value) in enumerate(zip(layers, hit.layer_influence, strict=True)):
+        # at least a hair: no bar would look like no layer
         size = max(0.6, abs(value) / top * high)
         kind, y = ("p", high - size) if value >= 0 else ("n", high)
         labels.append(f"{layer}: {wording.number(value)}")

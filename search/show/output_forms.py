@@ -18,6 +18,7 @@ def form_of(path: Path) -> str | None:
 
 def render_form(result: Result, form: str, color: bool = False) -> bytes:
     """A result in one of the forms, or in "auto", text for people (with `color`, if it may be)."""
+    # the only one that isn't text
     if form == "parquet":
         return parquet(result)
     text = render_terminal(result, color=color) + "\n" if form == "auto" else \

@@ -41,6 +41,7 @@ def histogram(
     counts, edges = np.asarray(counts, float), np.asarray(edges, float)
     x, y = Axis.of(edges, log, whole=True), Axis.of([0, max(1.0, counts.max())])
     parts = _axes(x, y, x_label, y_label)
+    # bars keep a gap, but narrow ones keep most of themselves
     for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True):
         left, right, top = _x(x, low), _x(x, high), _y(y, count)
         gap = min(1.0, (right - left) / 4)
@@ -101,11 +102,13 @@ def tail(
     """
     falling = np.sort(np.asarray(values, float))[::-1]
     falling = falling[falling > 0]
+    # of all positive values, so that the share is right though the plot begins further up
     n = len(falling)
     least = float(np.quantile(falling, 0.25))
     drawn = falling[falling >= (least if law is None else min(least, law.x_min / 2))]
     x, y = Axis.of(drawn, log=True), Axis.of([1 / n, 1.0], log=True)
     parts = _axes(x, y, x_label, y_label)
+    # evenly in the logarithm of the rank: a point a value would be megabytes of one black line
     steps = np.unique(np.geomspace(1, len(drawn), MOST_STEPS).round().astype(int))
     points = "".join(_dot("plot-point", _x(x, drawn[k - 1]), _y(y, k / n), 2.1) for k in steps)
     parts.append(points)
@@ -142,6 +145,7 @@ def scatter(
     if diagonal:
         low, high = max(x.low, y.low), min(x.high, y.high)
         parts.append(_line("plot-mark", _x(x, low), _y(y, low), _x(x, high), _y(y, high)))
+    # evenly in their order, so that the same points are drawn each time
     chosen = np.unique(np.linspace(0, len(xs) - 1, min(len(xs), MOST_POINTS)).round().astype(int))
     radius = 2.6 if len(chosen) <= 200 else 1.5
     parts.append("".join(_dot("plot-point", _x(x, xs[n]), _y(y, ys[n]), radius) for n in chosen))
@@ -163,6 +167,7 @@ def strip(
     low, high = min(0.0, values.min()), max(0.0, values.max())
     span, tall = (high - low) or 1.0, 84.0
     step = min((WIDTH - 20) / len(columns), UPRIGHT)
+    # numbers above the bars, if all of them have room: some would look chosen
     fits = LETTER * max(len(form(value)) for value in values.flat) < step - 2
     parts, top = [], 0.0
     for number, (name, row) in enumerate(zip(rows, values, strict=True)):
@@ -203,6 +208,7 @@ def bins(values: Values, most: int, log: bool = False) -> tuple[np.ndarray, np.n
     if log:
         edges = np.geomspace(low, max(high, low * 1.01), most + 1)
         edges[0], edges[-1] = low, max(high, edges[-1])
+    # a bin of 1.5 would hold one whole number or two, and the plot look like a comb
     elif (values == np.round(values)).all():
         width = max(1, math.ceil((high - low + 1) / most))
         edges = np.arange(low, high + width + 1, width) - 0.5
@@ -221,7 +227,7 @@ class Axis:
 
     @classmethod
     def of(cls, values: Values, log: bool = False, whole: bool = False) -> "Axis":
-        """What holds the values, with a little room unless they are the `whole`."""
+        """An axis that holds the values, with a little room unless they are the `whole`."""
         low, high = float(np.min(values)), float(np.max(values))
         if log:
             low, high = (low, high) if high > low else (low / 2, high * 2)
@@ -232,7 +238,7 @@ class Axis:
         return cls(low - room if low != 0 else 0.0, high + room)
 
     def place(self, value: float) -> float:
-        """0 at the lower end, 1 at the upper."""
+        """Where a value lies on it: 0 at the lower end, 1 at the upper."""
         if self.log:
             return math.log(value / self.low) / math.log(self.high / self.low)
         return (value - self.low) / (self.high - self.low)
@@ -243,6 +249,7 @@ class Axis:
         if not self.log:
             return _round_steps(self.low, self.high)
         first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
+        # powers of ten if there are enough, else what people count in between
         for digits in ((1,), (1, 3), (1, 2, 5)):
             found = [digit * 10.0**power for power in range(first, last + 1) for digit in digits]
             found = [one for one in found if self.low <= one * 1.000001 and one <= self.high]
@@ -253,6 +260,7 @@ class Axis:
 
 
 def _round_steps(low: float, high: float) -> list[float]:
+    """About five numbers at round distances that lie between two others."""
     rough = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.99)
@@ -263,6 +271,7 @@ def _round_steps(low: float, high: float) -> list[float]:
 def short(value: float, digits: int = 3) -> str:
     """A number in a few letters: 0.25, 1.5k, 20M, 3e−5."""
     sign, size = ("−" if value < 0 else ""), abs(value)
+    # 0.9995: what would be rounded to 1,000 is 1k
     for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if limit * 0.9995 <= size < limit * 1e3:
             return f"{sign}{size / limit:.{digits}g}{unit}"
@@ -273,7 +282,8 @@ def short(value: float, digits: int = 3) -> str:
 
 
 def _tick_names(ticks: list[float]) -> list[str]:
-    """As short as tells them apart."""
+    """The names of ticks, as short as tells them apart."""
+    # equal names on two ticks would say that nothing lies between them
     for digits in range(3, 12):
         names = [short(tick, digits) for tick in ticks]
         if len(set(names)) == len(names):
@@ -290,6 +300,7 @@ def _y(axis: Axis, value: float) -> float:
 
 
 def _axes(x: Axis, y: Axis, x_label: str, y_label: str) -> list[str]:
+    """The grid, the ticks and the labels of a plot's two axes."""
     bottom = HEIGHT - BOTTOM
     parts = []
     for tick, name in zip(y.ticks, _tick_names(y.ticks), strict=True):
@@ -319,6 +330,7 @@ def _svg(title: str, description: str, parts: list[str], height: float) -> str:
 
 
 def _listed(title: str, values: list[tuple[str, str]]) -> str:
+    """A label that says the values, for who can't see the plot."""
     shown = ", ".join(f"{name} {value}" for name, value in values[:MOST_SAID])
     more = f", and {len(values) - MOST_SAID} more" if len(values) > MOST_SAID else ""
     return f"{title}: {shown}{more}"
@@ -329,11 +341,12 @@ def _safe(text: str) -> str:
 
 
 def _clipped(text: str, letters: int) -> str:
-    """The beginning and, since names often differ there, more of the end."""
+    """At most so many letters of a name: its beginning and, as names often differ there, more of
+    its end."""
     text = visible(text)
     if len(text) <= letters:
         return text
-    end = (letters - 1) * 2 // 3
+    end = (letters - 1) * 2 // 3  # paths and modules of one layer begin alike
     return f"{text[: letters - 1 - end]}…{text[-end:]}"
 
 

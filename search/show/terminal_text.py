@@ -22,6 +22,7 @@ def render_terminal(
     result: Result, width: int | None = None, color: bool = False
 ) -> str:
     """The result for people: `color` uses ANSI, else strong tokens stand in [brackets]."""
+    # narrower, the facts of a hit don't fit; wider, lines are hard to follow
     width = max(60, min(width or shutil.get_terminal_size((100, 24)).columns, 160))
     lines = [*_heading(result, width), ""]
     for rank, hit in wording.folded(result):
@@ -38,6 +39,7 @@ def render_terminal(
 
 
 def _heading(result: Result, width: int) -> list[str]:
+    """The query, and how it was searched for."""
     query = result.query
     lines = _query_lines(query, "query: ", width)
     for text in query.others[:MOST_TEXTS]:
@@ -63,6 +65,7 @@ def _query_lines(query: Query, label: str, width: int) -> list[str]:
 
 
 def _hit_lines(rank: int, hit: Hit, result: Result, width: int, color: bool) -> list[str]:
+    """A hit: its score, where it stands, where it is from, its layers and its text."""
     ranked_by = result.controls["normalize"]
     value = {"cosine": hit.cosine, "relatif": hit.relatif}.get(ranked_by)
     by = "" if value is None else f"{ranked_by} {wording.number(value)}  "
@@ -102,6 +105,7 @@ def _clip(text: str, width: int) -> str:
 
 def _window(hit: Hit, color: bool) -> str:
     """The strongest stretch of the text, its strong tokens marked with their sign."""
+    # each hit by itself: beside one strong hit the others would have no mark at all
     strongest = wording.strongest([hit])
     first, last = wording.window(hit)
     shown = []
@@ -123,12 +127,14 @@ def _mark(piece: str, positive: bool, color: bool) -> str:
 def layer_strip(values: list[float]) -> str:
     """A bar per layer for the size of its influence; a layer below zero stands in parentheses."""
     top = max((abs(value) for value in values), default=0.0) or 1.0
+    # signs by parentheses: blocks that hang down are not in every font
     bars = (BARS[min(7, int(8 * abs(value) / top))] for value in values)
     return "".join(bar if value >= 0 else f"({bar})"
                    for bar, value in zip(bars, values, strict=True))
 
 
 def _sentence(result: Result, color: bool) -> str:
+    """What the numbers and the marks in the text mean."""
     marks = "blue tokens add to it, yellow ones take from it" if color else \
         "[+tokens] add to it, [-tokens] take from it"
     sentence = wording.meaning(result)
@@ -165,6 +171,7 @@ _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 def _wrap(text: str, width: int) -> list[str]:
     """Break into lines of at most `width` letters, colour codes not counted or cut."""
+    # colours take no room, and are ended and begun again where a line is broken
     lines, line, length, active = [], "", 0, ""
     for piece in re.findall(r"\x1b\[[0-9;]*m|[^\s\x1b]+|\s+", text):
         if _ANSI.fullmatch(piece):
@@ -172,6 +179,7 @@ def _wrap(text: str, width: int) -> list[str]:
             line += piece
             continue
         while length + len(piece) > width:
+            # a word goes to the next line as a whole, unless no line could hold it
             whole = length and not piece.isspace() and len(piece) <= width
             room = 0 if whole else width - length
             lines.append((line + piece[:room]).rstrip(" ") + ("\x1b[0m" if active else ""))

@@ -24,11 +24,13 @@ class Mark:
 
 def window(hit: Hit, size: int = WINDOW) -> tuple[int, int]:
     """First and last + 1 of the tokens with the most absolute influence among `size` in a row."""
+    # a sum that slides along, so that it takes time n and not n times the window
     strength = [abs(value) for value in hit.token_influence] or [0.0] * len(hit.tokens)
     total = sum(strength[:size])
     best, start = total, 0
     for first in range(1, max(1, len(strength) - size + 1)):
         total += strength[first + size - 1] - strength[first - 1]
+        # clearly more, or rounding would move the window from machine to machine
         if total > best * (1 + 1e-9):
             best, start = total, first
     return start, min(start + size, len(strength))
@@ -57,6 +59,7 @@ def kind_shares(hit: Hit) -> dict[str, float]:
 
 def moved(result: Result) -> dict[int, int]:
     """How many places each hit rose (above 0) or fell among these hits by rescoring, by id."""
+    # among these hits alone: whom rescoring let in from far down would dwarf all else
     before = sorted(result.hits, key=lambda hit: hit.code_rank)
     places = {hit.id: place for place, hit in enumerate(before)}
     return {hit.id: places[hit.id] - place for place, hit in enumerate(result.hits)}
@@ -75,7 +78,7 @@ def where(hit: Hit) -> str:
 
 
 def percentile(hit: Hit, result: Result) -> str:
-    """Where a hit stands in the random sample."""
+    """Which part of the random sample a hit ranks above; empty where none was scored."""
     if hit.percentile is None:
         return ""
     side = "below" if result.opponents else "above"
@@ -84,7 +87,7 @@ def percentile(hit: Hit, result: Result) -> str:
 
 
 def rank_before(hit: Hit) -> str:
-    """The rank before rescoring."""
+    """The rank before rescoring; empty for a sequence that was named."""
     return f"rank {hit.code_rank:,} by code" if hit.code_rank > 0 else ""
 
 
@@ -115,18 +118,18 @@ def group_name(group: Group, by: str) -> str:
 
 
 def unsure(groups: list[Group]) -> int:
-    """How many totals may be nothing."""
+    """How many totals are so near to zero, for their errors, that they may be nothing."""
     return sum(abs(group.influence) < UNSURE * group.standard_error for group in groups)
 
 
 def logarithm(query: Query) -> str:
-    """What was differentiated: its name."""
+    """The name of what was differentiated: log p, or a difference or sum of several."""
     return {(): "log p", (-1.0,): "log p − log p(versus)"}.get(
         tuple(text.weight for text in query.others), "weighted sum of log p")
 
 
 def how(result: Result) -> str:
-    """What the numbers depend on, besides the query."""
+    """What the numbers depend on besides the query: order, modules, layers, damping."""
     controls, layers = result.controls, result.layers
     there = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}"
     modules = len(controls["modules"])
@@ -151,6 +154,7 @@ def times(result: Result) -> str:
 
 def meaning(result: Result) -> str:
     """Units and sign in a sentence, and what N_train was taken to be."""
+    # only where it is a guess: N_train scales every nat
     given = "" if result.train_sequences_given else \
         ", taken as the number indexed; set --train-sequences if it was trained on more"
     return f"{result.units} N_train = {result.train_sequences:,}{given}."
@@ -167,10 +171,11 @@ def unsigned(value: float) -> str:
 
 
 def recall_statement(result: Result) -> str:
-    """What the answer holds of the true top k, in a sentence or two."""
+    """How much of the true top k the answer holds, in a sentence or two."""
     recall, controls = result.recall, result.controls
     if not controls["rescore"]:
         return "recall: unknown, nothing was rescored; influence is the code's estimate."
+    # each case says why, and what the number would have been about
     if recall.estimate is None:
         return ("recall: unknown; who else there is can't be told from a TF-IDF list "
                 f"({result.rescored:,} of {result.sequences:,} rescored).")
@@ -191,8 +196,10 @@ def recall_statement(result: Result) -> str:
 
 
 def _cutoff(result: Result) -> str:
+    """What the code says at most of a sequence that was left out; empty where none was."""
     if result.recall.cutoff is None:
         return ""
+    # the cut-off is in the unit of the order
     by = "" if result.controls["normalize"] == "none" else " a unit of gradient"
     side, cutoff = ("least", -result.recall.cutoff) if result.opponents else (
         "most", result.recall.cutoff)
@@ -200,5 +207,5 @@ def _cutoff(result: Result) -> str:
 
 
 def share(estimate: float) -> str:
-    """A recall as people read it: never more certain than three digits."""
+    """A recall as text, never more certain than three digits."""
     return f"{estimate:.1%}" if estimate < 0.9995 else "99.9% or more"

@@ -1,4 +1,4 @@
-"""What an index is, as facts and in people's words."""
+"""What an index is, as data and in words."""
 
 from collections import Counter
 from pathlib import Path
@@ -31,6 +31,7 @@ def describe(path: Path) -> dict[str, Any]:
     quarantined = _quarantined(contents)
     untracked = _untracked(contents)
     del reader  # what follows is in the manifest, which is read
+    # every part is named, also where nothing is of it: readers of JSON look for keys
     sizes = Counter(dict.fromkeys(layout.PARTS, 0))
     for name, file in manifest.files.items():
         sizes[layout.part_of(name)] += file.size
@@ -71,6 +72,7 @@ def _quarantined(contents: Contents) -> dict[int, str]:
     """Why sequences have no code, by id; the deleted aren't counted."""
     if not contents.manifest.quarantined:
         return {}
+    # a sequence may be quarantined first and deleted later
     deleted = set(contents.deleted.tolist())
     return {id_: why for segment in contents.segments
             for id_, why in contents.reader(segment).facts().quarantined.items()
@@ -122,6 +124,7 @@ def summary(about: dict[str, Any]) -> str:
 
 
 def _few(quarantined: dict[int, str]) -> str:
+    """The first of the sequences without a code, and why they have none."""
     few = list(quarantined.items())[:QUARANTINED_SHOWN]
     more = len(quarantined) - len(few)
     return f"{len(quarantined):,} sequences have no code: " + \
@@ -129,6 +132,7 @@ def _few(quarantined: dict[int, str]) -> str:
 
 
 def _background(background: dict[str, int] | None, size_in_bytes: int) -> str:
+    """What the index's background queries are, and what they are for."""
     if background is None:
         return "background queries: none (built by an earlier version)"
     return (f"background queries: {background['queries']} of the index's own sequences, "
@@ -137,6 +141,7 @@ def _background(background: dict[str, int] | None, size_in_bytes: int) -> str:
 
 
 def _appended(appends: list[dict[str, Any]]) -> str:
+    """How much was appended, and how far the last of it lies from the data before."""
     total = sum(append["sequences"] for append in appends)
     last = appends[-1]
     times = "once" if len(appends) == 1 else f"{len(appends)} times"

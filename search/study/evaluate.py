@@ -21,7 +21,7 @@ from gradindex.results import Query
 from gradindex.storage.manifest import Manifest
 from search.ask.settings import Settings
 from search.engine import Searcher
-from search.rank.query_gradient import fits_in_full, make_targets
+from search.rank.query_gradient import fits_in_full, form_gradients
 from search.rank.ranking import CodeRanking, best
 from search.rank.recall import estimated_recall
 from search.rank.session import Session
@@ -105,8 +105,8 @@ def evaluate(
     together = min(searcher.group_size, max(1, fits_in_full(index, settings)))
     for first in range(0, len(queries), together):
         group = queries[first : first + together]
-        targets, preconditioned = make_targets(index, group, settings, searcher.batch_tokens)
-        session = Session(index, settings, targets, preconditioned, searcher.batch_tokens)
+        gradients, preconditioned = form_gradients(index, group, settings, searcher.batch_tokens)
+        session = Session(index, settings, gradients, preconditioned, searcher.batch_tokens)
         truth = np.zeros((len(group), len(places)))
         done = first * len(places)
         for start in range(0, len(places), RECORDS_HELD):
@@ -139,6 +139,15 @@ class Shortlists:
 
     `codes` and `tfidf` [N] are the scores of every place, `noise` the sd of a code's error for
     ‖v_m‖ = 1. A `share` of the index was scored; of equal sequences only the first is here.
+
+    Four sequences with codes that err by 1: the best two by code hold one of the true top two. What
+    a search would claim of itself is right on average only:
+
+    >>> truth, codes = np.array([4.0, 3.0, 1.0, 0.0]), np.array([5.0, 1.5, 2.0, 0.0])
+    >>> lists = Shortlists(np.arange(4), truth, codes, np.ones(4), 1.0, np.zeros(4), 1.0)
+    >>> actual, claimed = lists.measure("code", 2, 2)
+    >>> actual, round(claimed, 2)
+    (0.5, 0.65)
     """
 
     def __init__(
@@ -167,6 +176,7 @@ class Shortlists:
         """Recall of the highest k of the scored, and what a search would claim."""
         k = min(k, len(self.truth))
         listed = None if method == "code" else best(self.tfidf, length)
+        # made as a search would make it, but of codes alone: nothing has to be rescored again
         shortlist = Shortlist(self.ranking, self.noise, length, listed,
                               by_list=method == "tfidf")
         members = set(shortlist.advance(range(self.total), length))
@@ -183,6 +193,7 @@ class Shortlists:
         """NDCG@20 of the order by some scores [n]; 1 where there is nothing to order."""
         if len(scores) < 2:
             return 1.0
+        # a gain can't be below zero: to rank an opponent low is as good as to rank a stranger low
         return float(ndcg_score(np.maximum(self.truth, 0)[None], scores[None], k=GAIN_DEPTH))
 
 

@@ -18,7 +18,7 @@ from gradindex.progress import Progress
 from gradindex.results import UNSCORED, Query
 from search.ask.make_query import make_query
 from search.ask.question import Question
-from search.rank.query_gradient import Target
+from search.rank.query_gradient import QueryGradient
 from search.rank.ranking import best
 from search.rank.snapshot import OpenIndex
 from search.study.tail import Tail, fit_tail, half, half_interval
@@ -97,6 +97,7 @@ class ExactSample:
         for number, place in enumerate(origins):
             if place is not None:
                 self.allowed[number, index.contents.equal_to(place)] = False
+        # scored besides the sample, for the few that carry half of the influence are among them
         self.top = [self._best(number, TOP_BY_CODE) for number in range(queries)]
         self.places = np.unique(np.concatenate([self.sample, *self.top]))
         self.influence = np.zeros((queries, len(self.places)))
@@ -113,7 +114,7 @@ class ExactSample:
         return chosen
 
     def fill(self, by: Rescorer, preconditioned: Preconditioned, progress: Progress) -> None:
-        """Compute them, a batch at a time."""
+        """Score the sequences on every query, a batch at a time."""
         allowed = self.allowed[:, self.places]
         drawn = np.isin(self.places, self.sample) & allowed
         high = np.array([np.isin(self.places, top) for top in self.top])
@@ -137,8 +138,8 @@ class ExactSample:
                     progress.say_expected(progress.seconds_each() * (len(self.places) - done))
         progress.finish()
 
-    def survey_of(self, number: int, target: Target) -> QuerySurvey:
-        """What is said of a query."""
+    def survey_of(self, number: int, gradient: QueryGradient) -> QuerySurvey:
+        """What the exact scores say of one query, the `number`-th."""
         allowed, origin = self.allowed[number], self.origins[number]
         certain = np.isin(self.places, self.top[number])
         drawn = np.isin(self.places, self.sample) & allowed[self.places]
@@ -158,7 +159,7 @@ class ExactSample:
         else:
             counted = drawn
         return QuerySurvey(
-            query=target.query,
+            query=gradient.query,
             origin=None if origin is None else int(self.index.contents.ids[origin]),
             sequences=sequences, values=different, tail=fit_tail(different),
             half=half(values[counted], weights[counted]), interval=interval,

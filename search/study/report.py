@@ -35,10 +35,11 @@ LETTERS_SHOWN = 220  # letters of a query's prompt, and of its completion
 
 
 def render_report(survey: Survey) -> str:
-    """The page."""
+    """The report as one HTML page."""
     environment = html.environment(
         line=visible, lines=visible_lines, whole=_whole, number=wording.unsigned, percent=_percent,
         short=plots.short)
+    # the policy names the style by its digest, so it is put together once and used for both
     style = "".join(map(html.asset, STYLES))
     return environment.get_template("report.html").render(
         found=survey, manifest=survey.manifest, version=VERSION,
@@ -60,6 +61,7 @@ def render_report(survey: Survey) -> str:
 
 
 def _texts(survey: Survey) -> dict[str, object]:
+    """What the page says of texts: sources, kept fields, lengths."""
     lengths = survey.texts.lengths
     full = int((lengths == survey.manifest.sequence_length).sum())
     return {
@@ -78,6 +80,7 @@ def _texts(survey: Survey) -> dict[str, object]:
 
 
 def _gradients(survey: Survey) -> dict[str, object]:
+    """What the page says of the curvature and of the sizes of gradients."""
     sizes, lengths = survey.sizes, survey.texts.lengths
     positive, exact = sizes.estimates > 0, sizes.exact > 0
     content: dict[str, object] = {"dimension_plot": _dimensions(survey), "ratio": None,
@@ -103,6 +106,7 @@ def _gradients(survey: Survey) -> dict[str, object]:
 
 
 def _influence(survey: Survey) -> dict[str, object]:
+    """What the page says of influence over queries: by layer and kind, and its upper tail."""
     absolute, proponents = survey.shares("absolute"), survey.shares("proponents")
     queries = survey.queries
     tails = [query.tail for query in queries if query.tail is not None]
@@ -163,8 +167,10 @@ def _field_bars(field: FieldAmounts) -> Markup:
 
 
 def _dimensions(survey: Survey) -> Markup:
+    """The effective dimension of each module, or of each layer and kind."""
     dimension, modules = survey.manifest.effective_dimension, survey.manifest.modules
     title = "Effective dimension by module"
+    # a bar a module while they can be read, else summed by layer and kind
     if len(modules) <= MOST_MODULES:
         return _as_markup(plots.bars([(_within(module), dimension.get(module.name, 0.0))
                                       for module in modules], title))
@@ -197,6 +203,7 @@ KIND_NAMES = {"mlp": "MLP", "attention": "attention", "adapter": "adapter"}
 
 
 def _tail_plot(number: int, query: QuerySurvey) -> tuple[int, Markup]:
+    """A query's number, and the plot of its positive influence with the law fitted to it."""
     tail = query.tail
     law = None if tail is None else plots.Law(tail.x_min, tail.alpha, tail.points / tail.total)
     return number, _as_markup(plots.tail(
@@ -208,6 +215,7 @@ def _tail_plot(number: int, query: QuerySurvey) -> tuple[int, Markup]:
 
 def _query(query: Query) -> dict[str, object]:
     """The end of what comes before, and the beginning of what is scored, from there on."""
+    # what is asked about stands in the middle of a long text: its surroundings are cut at both ends
     scored = list(filter(query.is_scored, range(len(query.labels))))
     first = scored[0] if scored else len(query.tokens)
     before, after = "".join(query.token_texts[:first]), "".join(query.token_texts[first:])

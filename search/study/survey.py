@@ -16,7 +16,7 @@ from gradindex.storage.manifest import Manifest
 from search.ask.settings import Settings
 from search.engine import Searcher
 from search.rank.coverage import Coverage
-from search.rank.query_gradient import make_targets
+from search.rank.query_gradient import form_gradients
 from search.study.exact_sample import ExactSample, QuerySurvey, own_queries
 from search.study.gradient_sizes import SizeSurvey, measure_sizes, most_generic
 from search.study.texts import ShownSequence, TextSurvey, read_texts
@@ -86,8 +86,8 @@ def survey(
     if queries is None:
         queries, places = own_queries(index, min(OWN_QUERIES, most))
         origins = [*places]
-    targets, preconditioned = make_targets(index, queries, settings, searcher.batch_tokens)
-    codes = index.code_scores(np.stack([target.vector for target in targets]))
+    gradients, preconditioned = form_gradients(index, queries, settings, searcher.batch_tokens)
+    codes = index.code_scores(np.stack([gradient.vector for gradient in gradients]))
     by = Rescorer(index.model, settings.modules, index.ekfac, settings.damping,
                   searcher.batch_tokens)
 
@@ -101,8 +101,8 @@ def survey(
     # 5) what follows of each query
     progress.start("tails", len(queries), "queries")
     surveys = []
-    for number, target in enumerate(targets):
-        surveys.append(scores.survey_of(number, target))
+    for number, gradient in enumerate(gradients):
+        surveys.append(scores.survey_of(number, gradient))
         progress.update(1)
     progress.finish()
     return Survey(

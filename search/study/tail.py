@@ -40,6 +40,7 @@ class Tail:
 
     @property
     def rejected(self) -> bool:
+        """Whether a power law is ruled out."""
         return self.p <= REJECTED
 
 
@@ -56,9 +57,16 @@ def fit_tail(values: np.ndarray, draws: int = SYNTHETIC_SAMPLES, seed: int = 0) 
     FEWEST_IN_TAIL at or above them, spaced evenly in the logarithm of their rank. Of more than
     MOST_FITTED values only the largest are looked at. None where there are too few different
     ones.
+
+    Values whose share at or above x is 1/x², so that the density exponent is 3:
+
+    >>> tail = fit_tail(np.sqrt(1000 / np.arange(1, 1001)), draws=0)
+    >>> round(tail.alpha, 2), tail.total
+    (3.01, 1000)
     """
     positive = np.sort(np.asarray(values, dtype=np.float64))[::-1]
     positive = positive[positive > 0]
+    # a fit of all that an index holds would take minutes, and the tail is at the top
     logs = np.log(positive[:MOST_FITTED])
     fitted = _best_fit(logs)
     if fitted is None:
@@ -81,6 +89,7 @@ def _best_fit(logs: np.ndarray) -> tuple[float, int, float] | None:
             continue
         rate = points / total  # α − 1 (eq. 3.1)
         distance = _distance(excess, rate)
+        # of equals the shorter tail, which came first
         if best is None or distance < best[2]:
             best = 1 + rate, points, distance
     return best
@@ -90,6 +99,7 @@ def _candidates(logs: np.ndarray) -> list[int]:
     """How many values lie at or above each x_min that is tried, ascending."""
     if len(logs) < FEWEST_IN_TAIL:
         return []
+    # in the logarithm of the rank: x_min moves most where values lie far apart
     ranks = np.geomspace(FEWEST_IN_TAIL, len(logs), CUTOFFS_TRIED).round().astype(np.int64)
     counts: list[int] = np.unique(
         np.searchsorted(-logs, -logs[ranks - 1], side="right")).tolist()
@@ -114,6 +124,7 @@ def _worse(
     random = generator(Stream.TAIL_SAMPLES, seed)
     n, low, below = len(logs), logs[points - 1], logs[points:]
     worse = 0
+    # each sample's x_min is found anew, or fits to the data would look too good (section 4.1)
     for _ in range(draws):
         above = int(random.binomial(n, points / n)) if len(below) else n
         tail = low + random.exponential(1 / (alpha - 1), above)
@@ -128,6 +139,15 @@ def half(values: np.ndarray, weights: np.ndarray) -> int:
 
     values [n] stand for `weights` [n] sequences each, as a sample does for those left out
     (Horvitz–Thompson); with weights of 1 it is an exact count. 0 where nothing is positive.
+
+    Of 10 in all the first carries 6, more than half. If each of the small ones stands for ten
+    sequences, the first and 17 of those carry half of 46:
+
+    >>> values = np.array([6.0, 1.0, 1.0, 1.0, 1.0, -3.0])
+    >>> half(values, np.ones(6))
+    1
+    >>> half(values, np.array([1.0, 10.0, 10.0, 10.0, 10.0, 10.0]))
+    18
     """
     if not len(values):
         return 0
@@ -151,12 +171,14 @@ def half_interval(
     if n:
         random = generator(Stream.HALF_INTERVALS, seed)
         again[:, drawn] *= random.multinomial(n, np.full(n, 1 / n), SYNTHETIC_SAMPLES)
+    # outwards to whole sequences, so that the interval holds what it says
     low, high = np.quantile(_half(values, again), [0.025, 0.975])
     return math.floor(low), math.ceil(high)
 
 
 def _half(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """`half` for each row of weights [draws, n] and values [n] ≥ 0 in falling order."""
+    # a fraction of the sequence at which half is reached counts, then all is rounded up
     carried = np.cumsum(weights * values, axis=1)
     goal = carried[:, -1:] / 2
     place = np.minimum((carried < goal).sum(axis=1), len(values) - 1)

@@ -17,7 +17,7 @@ from gradindex.terminal import visible
 from search.ask.controls import Controls
 from search.ask.settings import settle
 from search.rank.group_totals import GROUPS_KEPT, Grouping, total_groups
-from search.rank.query_gradient import make_targets
+from search.rank.query_gradient import form_gradients
 from search.rank.ranking import CodeRanking
 from search.rank.shortlist import Shortlist
 from search.show import wording
@@ -63,7 +63,7 @@ def shares_by(index, key):
 def noise_of(index, question):
     """σ_m of every sequence."""
     settings = settle(Controls(), index.manifest)
-    [target], _ = make_targets(index.index, [index.make_query(**question)], settings, 96)
+    [target], _ = form_gradients(index.index, [index.make_query(**question)], settings, 96)
     return score_error(index.manifest.calibration["c"], float(np.linalg.norm(target.vector)),
                        index.index.norms, len(target.vector))
 

@@ -19,7 +19,7 @@ from search.ask.controls import Controls
 from search.ask.settings import settle
 from search.engine import Searcher
 from search.rank.coverage import LostError
-from search.rank.query_gradient import make_targets
+from search.rank.query_gradient import form_gradients
 from search.rank.ray_pool import deal
 from search.rank.ray_search import SharedRanking
 from search.rank.session import Session
@@ -315,7 +315,7 @@ def test_an_interrupt_while_others_move_up_changes_nothing(
     shared, index_folder, workers, monkeypatch
 ):
     """Loss, interrupt before the rest is scored again: what is known stays as it was."""
-    [target], preconditioned = make_targets(
+    [target], preconditioned = form_gradients(
         shared.index, [shared.make_query(**QUESTION)], settle(Controls(**MANY), shared.manifest),
         shared.batch_tokens)
     session = Session(shared.index, settle(Controls(**MANY), shared.manifest), [target],

@@ -7,13 +7,13 @@ from gradindex.influence.queries import Preconditioned, precondition, query_coor
 from gradindex.objective import Text
 from search.ask.controls import Controls
 from search.ask.settings import settle
-from search.rank.query_gradient import make_targets
+from search.rank.query_gradient import form_gradients
 
 
 def codes_of(index, question, **controls):
     """Every sequence's code score."""
     settings = settle(Controls(**controls), index.manifest)
-    [target], _ = make_targets(index.index, [index.make_query(**question)], settings, 96)
+    [target], _ = form_gradients(index.index, [index.make_query(**question)], settings, 96)
     return index.index.code_scores(target.vector[None])[0]
 
 
