@@ -30,7 +30,6 @@ from gradindex.progress import Progress, duration, stderr_progress
 from gradindex.results import GENERIC
 from gradindex.storage.background_file import BackgroundQueries, thresholds
 from indexer.background_queries import make_background
-from indexer.calibrate import as_query
 from indexer.read.ingest import Run
 from search.engine import Searcher
 from search.rank.generic_rate import all_rates
@@ -58,10 +57,11 @@ def main(queries: int, cache: Path, **size: object) -> None:
           f"background queries\n")
 
     records = index.records(range(len(index)))
-    asked = [as_query(index.model, index.codes, index.ekfac, record)[0]
-             for record in index.contents.records(background.ids)]
     here = replace(work, model=index.model, ekfac=index.ekfac)
-    asked.append(coordinates_of(here, work.queries, index.manifest.damping))
+    later_half = index.model.objective.later_half
+    halves = [replace(record, scored=later_half(record.scored))
+              for record in index.contents.records(background.ids)]
+    asked = [coordinates_of(here, some, index.manifest.damping) for some in (halves, work.queries)]
     together = Preconditioned.join([Preconditioned(precondition(index.ekfac, one))
                                     for one in asked])
     exact = exact_scores(index.model, searcher.manifest.modules, together, records,

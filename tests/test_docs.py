@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -290,6 +291,14 @@ def test_every_benchmark_has_a_page_and_a_line():
     assert {name for name in re.findall(r"\(results/(\w+)\.md", table)} == pages
     for word in WORDS:
         assert re.search(rf"(?<!\w){re.escape(word)}(?!\w)", table), word
+
+
+def test_every_benchmark_finds_what_it_imports():
+    imports = "\n".join(f"import benchmarks.{path.stem}"
+                        for path in sorted((ROOT / "benchmarks").glob("*.py")))
+    done = subprocess.run([sys.executable, "-c", imports], cwd=ROOT, text=True, check=False,
+                          stderr=subprocess.PIPE)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md"],
