@@ -24,8 +24,8 @@ from gradindex.storage import records
 from gradindex.storage.locks import only_writer
 from indexer import build as build_module
 from indexer import build_request
+from indexer import encode as encode_module
 from indexer.build_request import make_request
-from indexer.read import ingest
 from indexer.upkeep.append import append
 from support.documents import small_documents
 from support.indexes import SMALL, files_of
@@ -67,7 +67,7 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(
 def test_resuming_repeats_no_finished_work(model_folder, data_file, tmp_path, monkeypatch):
     """After a kill in the third segment only what wasn't sealed is encoded again."""
     encoded = []
-    real = ingest.encode_segment
+    real = encode_module.encode_segment
 
     def encode(model, codes, batch, folder, batch_tokens, progress):
         encoded.append(folder.name)
@@ -75,7 +75,7 @@ def test_resuming_repeats_no_finished_work(model_folder, data_file, tmp_path, mo
             raise KilledError
         return real(model, codes, batch, folder, batch_tokens, progress)
 
-    monkeypatch.setattr(ingest, "encode_segment", encode)
+    monkeypatch.setattr(encode_module, "encode_segment", encode)
     monkeypatch.setattr(build_module, "fit", fits := _Counting(build_module.fit))
     with pytest.raises(KilledError):
         gradindex.build(str(model_folder), data_file, tmp_path / "index", **SMALL)
