@@ -22,6 +22,7 @@ from gradindex.model.tracked import (
 )
 from gradindex.modules import Module
 from gradindex.progress import Progress, shares
+from gradindex.storage import layout
 from gradindex.storage.build_plan import Plan
 from gradindex.storage.records import Record
 from indexer.dry_run.measure import batch_bytes
@@ -87,10 +88,10 @@ def prepare_build(
 
 def _still_needed(index: Path, fit: int) -> int:
     """What a fit of so many bytes still needs on the disk."""
-    if (index / "curvature").is_dir():
+    if (index / layout.CURVATURE).is_dir():
         return 0
     # what an unfinished fit has written is a part of what it needs
-    written = sum(file.stat().st_size for file in (index / "curvature.partial").glob("*"))
+    written = sum(file.stat().st_size for file in (index / layout.CURVATURE_PARTIAL).glob("*"))
     return max(0, fit - written)
 
 

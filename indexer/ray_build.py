@@ -21,6 +21,7 @@ from gradindex.influence.codes import Codes
 from gradindex.model.source import ModelSource
 from gradindex.progress import Progress
 from gradindex.ray_cluster import absolute, connect, load_ray
+from gradindex.storage import layout
 from gradindex.storage.build_plan import Plan
 from gradindex.storage.files import disk_errors
 from gradindex.storage.locks import one_of_writers
@@ -109,8 +110,8 @@ class _Worker:
                 f"began with, {dtype} on {device}. Give all machines the same versions of "
                 "gradindex, torch and transformers.")
         self._prepared = prepared
-        folder = FitFolder(self._index / "curvature.partial", prepared.tracked, prepared.settings,
-                           first=False)
+        folder = FitFolder(self._index / layout.CURVATURE_PARTIAL, prepared.tracked,
+                           prepared.settings, first=False)
         self._units = FitUnits(model, prepared.run.records, folder, Progress())
 
     def _join(self) -> None:

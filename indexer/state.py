@@ -21,7 +21,7 @@ from gradindex.storage import sealed_json
 from gradindex.storage.build_plan import DataFacts, Plan
 from gradindex.storage.files import TEMPORARY, atomic_write
 from gradindex.storage.integrity import open_inside
-from gradindex.storage.layout import APPEND, BUILD, CURVATURE, PARTIAL
+from gradindex.storage.layout import APPEND, BUILD, CURVATURE, CURVATURE_PARTIAL
 from gradindex.storage.locks import NOTE, is_lock
 from gradindex.storage.manifest import exists as index_exists
 from gradindex.storage.manifest import load as load_manifest
@@ -159,7 +159,7 @@ class BuildState:
 def _is_fitted(index: Path) -> bool:
     """Whether a build has fitted anything."""
     return (index / CURVATURE).is_dir() or any(
-        (index / f"{CURVATURE}{PARTIAL}").glob("*.safetensors"))
+        (index / CURVATURE_PARTIAL).glob("*.safetensors"))
 
 
 # ---- an append

@@ -19,6 +19,7 @@ from gradindex.errors import DamagedIndexError
 from gradindex.influence.blockwise import block_rows, enter, leave, square_entries
 from gradindex.modules import Module
 from gradindex.storage.files import FileFacts
+from gradindex.storage.layout import module_file
 from gradindex.storage.tensors import header_bytes, read_tensors, write_tensors
 
 
@@ -65,14 +66,9 @@ class Curvature:
 Ekfac = Mapping[str, Curvature]  # by module name
 
 
-def path_of(folder: Path, module: Module) -> Path:
-    """The file of a module's curvature in a folder of such files."""
-    return folder / f"{module.name}.safetensors"
-
-
 def save(folder: Path, module: Module, curvature: Curvature) -> FileFacts:
     """Write one module's curvature. Raises ResourceError."""
-    return write_tensors(path_of(folder, module), {
+    return write_tensors(folder / module_file(module), {
         "eigenvectors_a": curvature.eigenvectors_a, "eigenvectors_s": curvature.eigenvectors_s,
         "eigenvalues": curvature.eigenvalues,
     })

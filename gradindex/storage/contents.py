@@ -75,7 +75,7 @@ class Contents:
         # there is nothing to compare it with.
         if self.segments == self.manifest.segments and len(places) != self.manifest.sequences:
             raise self.files.damaged(
-                "manifest.json", f"counts {self.manifest.sequences:,} sequences where the segments "
+                layout.MANIFEST, f"counts {self.manifest.sequences:,} sequences where the segments "
                 f"hold {len(places):,}")
         return places
 

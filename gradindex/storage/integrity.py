@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 
 from gradindex.errors import DamagedIndexError
+from gradindex.storage import layout
 from gradindex.storage.files import FileFacts
 
 SMALL = 1 << 14  # bytes: files up to this size are digested on every opening
@@ -113,8 +114,8 @@ class CheckedFiles:
 def damaged(root: Path, name: str, what: str) -> DamagedIndexError:
     """The error for file `name` of the index in `root`: "… `what`", and what to do."""
     # Without one segment the rest can be searched; without another file nothing can.
-    part = PurePosixPath(name).parts
-    rest = ", or search the other segments with --allow-damaged" if part[0] == "segments" else ""
+    inside = PurePosixPath(name).parts[0] == layout.SEGMENTS
+    rest = ", or search the other segments with --allow-damaged" if inside else ""
     wrong = f"{root / name} {what}"
     return DamagedIndexError(
         f"{wrong}. `gradindex verify {root}` says all that is damaged and what to do; copying the "
@@ -127,8 +128,9 @@ def refuse_links(root: Path) -> None:
     """
     # An index from a stranger could lead its reader's appends and deletions to files of the
     # reader's that have nothing to do with it. An index holds no links.
-    for folder in (root, root / "segments", root / "deleted", root / "curvature",
-                   root / "curvature.partial", *root.glob("segments/*.partial")):
+    for folder in (root, root / layout.SEGMENTS, root / layout.DELETED, root / layout.CURVATURE,
+                   root / layout.CURVATURE_PARTIAL,
+                   *root.glob(f"{layout.SEGMENTS}/*{layout.PARTIAL}")):
         if not folder.is_dir():
             continue
         with os.scandir(folder) as entries:
@@ -145,7 +147,7 @@ def open_inside(root: Path, name: str) -> int:
     """
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or ".." in parts or "\0" in name:
-        raise damaged(root, "manifest.json", f"names {name!r}, which lies outside the index")
+        raise damaged(root, layout.MANIFEST, f"names {name!r}, which lies outside the index")
     try:
         folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:

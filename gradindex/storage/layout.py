@@ -23,6 +23,7 @@ BACKGROUND = "background.safetensors"
 CURVATURE, SEGMENTS, DELETED = "curvature", "segments", "deleted"  # folders
 FIT = f"{CURVATURE}/fit.json"
 PARTIAL = ".partial"  # ends the name of a folder that isn't whole yet
+CURVATURE_PARTIAL = f"{CURVATURE}{PARTIAL}"
 MARGIN = 1 << 16  # bytes of a file for what isn't counted
 
 
@@ -61,13 +62,22 @@ def code_bytes(length: int) -> int:
     return length // 8 + 8
 
 
+def module_file(module: Module) -> str:
+    """The name of a module's file of curvature, in the folder of these.
+
+    >>> module_file(Module("layers.0.mlp.up", 0, "mlp", 8, 2, False))
+    'layers.0.mlp.up.safetensors'
+    """
+    return f"{module.name}.safetensors"
+
+
 def curvature_file(module: Module) -> str:
     """The name of a module's file of curvature, in the index.
 
     >>> curvature_file(Module("layers.0.mlp.up", 0, "mlp", 8, 2, False))
     'curvature/layers.0.mlp.up.safetensors'
     """
-    return f"{CURVATURE}/{module.name}.safetensors"
+    return f"{CURVATURE}/{module_file(module)}"
 
 
 def deleted_file(generation: int) -> str:

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gradindex.errors import GradindexError
+from gradindex.storage.layout import SEGMENTS
 
 FOLDER = os.O_RDONLY | os.O_DIRECTORY
 # EBADF: NFS locks exclusively only what is open for writing, which a folder can't be
@@ -150,7 +151,7 @@ def hold_for_reading(index: Path, reader: object) -> None:
     """
     # Where the file system has no locks there is nothing to hold; a writer there removes nothing.
     with contextlib.suppress(OSError):
-        descriptor = os.open(index / "segments", FOLDER | os.O_NOFOLLOW)
+        descriptor = os.open(index / SEGMENTS, FOLDER | os.O_NOFOLLOW)
         weakref.finalize(reader, os.close, descriptor)
         fcntl.flock(descriptor, fcntl.LOCK_SH)
 
@@ -171,7 +172,7 @@ def free_of_readers(index: Path) -> Iterator[bool]:
 
     Where the file system has no locks, that can't be known, and the answer is no.
     """
-    with _locked(index / "segments", fcntl.LOCK_EX) as got:
+    with _locked(index / SEGMENTS, fcntl.LOCK_EX) as got:
         yield got is True
 
 

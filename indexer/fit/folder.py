@@ -10,9 +10,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from gradindex.influence import curvature
 from gradindex.influence.blockwise import covariance_shapes
 from gradindex.modules import Module
+from gradindex.storage.layout import module_file
 from gradindex.storage.tensors import read_tensors
 from indexer.fit.notes import FitNotes, FitSettings
 from indexer.fit.quarantine import check_quarantine
@@ -67,7 +67,7 @@ class FitFolder:
     def unfitted(self, modules: list[Module]) -> list[int]:
         """The numbers of modules without curvature; none once the folder has its final name."""
         missing = [module for module in modules
-                   if not curvature.path_of(self.path, module).is_file()]
+                   if not (self.path / module_file(module)).is_file()]
         # whoever fitted last may have found that a module has no gradient, or renamed the folder
         if missing and not self.first and self.path.is_dir():
             self.read_notes()

@@ -27,6 +27,7 @@ from gradindex.model.network import LanguageModel
 from gradindex.model.tracked import untracked
 from gradindex.modules import Module
 from gradindex.progress import Progress
+from gradindex.storage import layout
 from gradindex.storage.files import facts_of, make_folder, rename_folder
 from gradindex.storage.integrity import CheckedFiles
 from indexer.fit.budget import held_bytes, partitions
@@ -36,7 +37,7 @@ from indexer.fit.sums import Block, Sums
 from indexer.fit.units import FitUnits, Read
 from indexer.shards import BuildStage, Shard, Share
 
-BLOCK_SEQUENCES = 256  # sequences
+BLOCK_SEQUENCES = 256  # what a kill costs at most, in a pass
 AHEAD = 4  # blocks that a shard sums up before the first one added those before them
 
 
@@ -53,10 +54,10 @@ def fit(
     Raises GradindexError where no module is left, too many sequences are not finite, eigenvectors
     can't be found, or other shards don't come; ResourceError.
     """
-    folder = index / "curvature"
+    folder = index / layout.CURVATURE
     share, allowance = share or Shard(), allowance or Allowance()
     if not folder.is_dir():
-        unfinished = index / "curvature.partial"
+        unfinished = index / layout.CURVATURE_PARTIAL
         if share.first and not unfinished.is_dir():
             make_folder(unfinished)
         stage = BuildStage("fit")
@@ -73,17 +74,14 @@ def read_fitted(
     progress: Progress, allowance: Allowance,
 ) -> tuple[Ekfac, FitNotes]:
     """The curvature that was fitted, and what was done otherwise than planned; says so."""
-    folder = index / "curvature"
+    folder = index / layout.CURVATURE
     notes = FitNotes.read(folder)
     report_fit(notes, progress)
     fitted = [module for module in modules if module.name not in notes.left_out]
     files = CheckedFiles(folder, notes.files)
-
-    def path_of(module: Module) -> Path:
-        return files.path(curvature.path_of(Path(), module).name)
-
-    ekfac = curvature.FiledEkfac(path_of, fitted, model.device, model.accumulate,
-                                 covariance_blocks, allowance.curvature)
+    ekfac = curvature.FiledEkfac(
+        lambda module: files.path(layout.module_file(module)), fitted, model.device,
+        model.accumulate, covariance_blocks, allowance.curvature)
     return ekfac, notes
 
 
@@ -279,8 +277,7 @@ class Fit:
                 "sequences. Is the model the one that was trained on this data? Choose others with "
                 "--modules."
             )
-        files = {(path := curvature.path_of(folder.path, module)).name: facts_of(path)
-                 for module in fitted}
+        files = {name: facts_of(folder.path / name) for name in map(layout.module_file, fitted)}
         for path in folder.path.iterdir():
             if path.name not in (*files, FIT_NOTES):
                 path.unlink()

@@ -22,6 +22,7 @@ import pyarrow.parquet
 
 from gradindex.errors import InputError
 from gradindex.storage.files import digest_of_files
+from gradindex.storage.layout import SEGMENTS
 
 LONGEST_LINE = 64 << 20  # bytes; a longer JSONL line is taken for damage and left out
 
@@ -89,7 +90,7 @@ def discover(item: Any, direct: bool = True) -> list[DataSource]:
             raise InputError(f"{path} holds several splits; give one of them: {splits}.")
         if (path / "state.json").is_file():
             return [DataSource("arrow", str(path), path)]
-        if (path / "segments").is_dir() and not direct:  # an index, perhaps the one being built
+        if (path / SEGMENTS).is_dir() and not direct:  # an index, perhaps the one being built
             return []
         # sorted: the order of sequences, and so their ids, must not depend on the file system
         entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))

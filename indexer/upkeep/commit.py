@@ -116,7 +116,7 @@ def clean(index: Path, manifest: Manifest, progress: Progress) -> None:
     same command, run again, has nothing more to do.
     """
     (index / BUILD).unlink(missing_ok=True)
-    shutil.rmtree(index / f"{layout.CURVATURE}{PARTIAL}", ignore_errors=True)
+    shutil.rmtree(index / layout.CURVATURE_PARTIAL, ignore_errors=True)
     for leftover in (*index.glob(f"*{TEMPORARY}"), *index.glob(f"{layout.DELETED}/*{TEMPORARY}")):
         leftover.unlink()
     appending = unfinished_append(index, manifest.next_id) is not None

@@ -27,6 +27,7 @@ from gradindex.modules import Module
 from gradindex.objective import Text
 from gradindex.progress import Progress, stderr_progress
 from gradindex.storage.files import facts_of
+from gradindex.storage.layout import module_file
 from gradindex.storage.tensors import DTYPES, read_tensors, write_tensors
 from indexer.fit.budget import held_bytes
 from indexer.fit.eigen import eigenvectors
@@ -340,7 +341,7 @@ def test_no_more_curvature_is_kept_than_may_be(tmp_path):
 
     def where(module):
         read.append(module.name)
-        return curvature.path_of(tmp_path, module)
+        return tmp_path / module_file(module)
 
     size = 4 * curvature.file_entries(modules[0], 1)
     assert size == 4 * (16 + 4 + 8)
@@ -363,7 +364,7 @@ def test_curvature_files_are_checked(tmp_path):
     curvature.save(tmp_path, module, whole)
 
     def load(module):
-        return FiledEkfac(lambda one: curvature.path_of(tmp_path, one), [module],
+        return FiledEkfac(lambda one: tmp_path / module_file(one), [module],
                           torch.device("cpu"), torch.float32, 1)["block.0.mlp"]
 
     found = load(module)
@@ -371,7 +372,7 @@ def test_curvature_files_are_checked(tmp_path):
     other = Module("block.0.mlp", 0, "mlp", 2, 4, True)
     with pytest.raises(DamagedIndexError, match=r"expected .*\(5, 5\)"):
         load(other)
-    path = curvature.path_of(tmp_path, module)
+    path = tmp_path / module_file(module)
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(DamagedIndexError, match="can't be read"):
         load(module)
