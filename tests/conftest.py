@@ -19,9 +19,11 @@ from demo.prepare import train_tokenizer
 from gradindex.model.network import LanguageModel
 from gradindex.model.source import ModelSource
 from gradindex.objective import Text
+from gradindex.results import Result
 from indexer import background_queries, calibrate
+from search.engine import Searcher
 from support.documents import FRUIT, PLACES, small_documents
-from support.indexes import SMALL
+from support.indexes import APPLES, SMALL
 from support.models import SIZES, VOCABULARY, random_network
 from support.needed import missing
 from support.shapes import install
@@ -102,6 +104,18 @@ def index_folder(
     out = tmp_path_factory.mktemp("index") / "small.index"
     gradindex.build(str(model_folder), data_file, out, **SMALL)
     return out
+
+
+@pytest.fixture(scope="module")
+def index(index_folder: Path) -> Searcher:
+    """That index, open; tests that change what is opened open it themselves."""
+    return gradindex.open(index_folder)
+
+
+@pytest.fixture(scope="module")
+def result(index: Searcher) -> Result:
+    """Exact hits of a question that shares words with several documents."""
+    return index.search(**APPLES, k=12, shortlist="all")
 
 
 @pytest.fixture(scope="session")

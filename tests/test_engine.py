@@ -33,11 +33,6 @@ from support.scores import codes_of
 
 
 @pytest.fixture(scope="module")
-def index(index_folder):
-    return gradindex.open(index_folder)
-
-
-@pytest.fixture(scope="module")
 def truth(index, index_folder):
     """Exact influence of every sequence on QUESTION, by the many-query routine."""
     query = index.make_query(**QUESTION)

@@ -24,11 +24,6 @@ from support.indexes import OTHER, QUESTION
 from support.scores import codes_of, exact
 
 
-@pytest.fixture(scope="module")
-def index(index_folder):
-    return gradindex.open(index_folder)
-
-
 def by_id(result):
     """Influence by id, equal sequences included."""
     return {one: hit.influence for hit in result for one in (hit.id, *hit.duplicates)}

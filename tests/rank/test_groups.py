@@ -31,11 +31,6 @@ SHORT = {"k": 5, "shortlist": 15}
 
 
 @pytest.fixture(scope="module")
-def index(index_folder):
-    return gradindex.open(index_folder)
-
-
-@pytest.fixture(scope="module")
 def many(model_folder, data_file, tmp_path_factory):
     """The same documents in shorter sequences: more of them than are in the background."""
     return gradindex.build(str(model_folder), data_file, tmp_path_factory.mktemp("many") / "index",

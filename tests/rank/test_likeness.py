@@ -6,20 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-import gradindex
 from search.rank.likeness import SHINGLE, Wording, fold_near
-
-QUESTION = {"prompt": "The apple number", "completion": " 3 grows by the river."}
-
-
-@pytest.fixture(scope="module")
-def index(index_folder):
-    return gradindex.open(index_folder)
-
-
-@pytest.fixture(scope="module")
-def result(index):
-    return index.search(**QUESTION, k=12, shortlist="all")
+from support.indexes import APPLES
 
 
 def test_lexical_overlap(index, result):
@@ -35,7 +23,7 @@ def test_lexical_overlap(index, result):
     assert everywhere.overlap([1], [1]) is None
     assert everywhere.overlap([1, 2], [1]) == 0 and everywhere.overlap([2, 2, 9], [2]) == \
         math.log(3 / 2) / (math.log(3 / 2) + math.log(3))
-    named = index.rescore(**QUESTION, ids=[hit.id for hit in result])
+    named = index.rescore(**APPLES, ids=[hit.id for hit in result])
     assert [hit.lexical for hit in named] == [hit.lexical for hit in result]
 
 

@@ -5,14 +5,8 @@ import json
 import pytest
 from click.testing import CliRunner
 
-import gradindex
 from gradindex.cli import main_group
 from search.serve.request import SearchRequest, from_form
-
-
-@pytest.fixture(scope="module")
-def index(index_folder):
-    return gradindex.open(index_folder)
 
 
 def test_a_search_as_address_command_and_python(index, index_folder):

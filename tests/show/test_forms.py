@@ -15,19 +15,7 @@ from search.show import html, wording
 from search.show.data_files import csv_table, json_lines, parquet, read_result
 from search.show.output_forms import render_form
 from search.show.terminal_text import render_terminal
-
-QUESTION = {"prompt": "The apple number", "completion": " 3 grows by the river."}
-
-
-@pytest.fixture(scope="module")
-def index(index_folder):
-    return gradindex.open(index_folder)
-
-
-@pytest.fixture(scope="module")
-def result(index):
-    return index.search(**QUESTION, k=12, shortlist="all")
-
+from support.indexes import APPLES
 
 # ---- cards
 
@@ -62,7 +50,7 @@ def test_tints_have_the_sign_and_fifteen_shades(result):
 def test_shares_of_kinds(index_folder, model_folder, data_file, tmp_path):
     index = gradindex.build(model_folder, data_file, out=tmp_path / "all.index", seq_len=24,
                             bits=512, batch_tokens=96, modules="all")
-    hit = index.search(**QUESTION, k=1)[0]
+    hit = index.search(**APPLES, k=1)[0]
     kinds = {module.name: module.kind for module in index.manifest.modules}
     sums = {"mlp": 0.0, "attention": 0.0}
     for name, value in hit.module_influence.items():
@@ -113,7 +101,7 @@ def test_a_result_is_read_as_it_was(result):
 
 
 def test_exact_scores_of_all_that_was_rescored(index, result):
-    everyone = index.rescore(**QUESTION, ids=range(len(index)))
+    everyone = index.rescore(**APPLES, ids=range(len(index)))
     first = {hit.id: hit.influence for hit in everyone
              if not any(other < hit.id for other in hit.duplicates)}
     assert result.exact_influence == pytest.approx(
@@ -184,15 +172,15 @@ def test_hits_that_rose_and_fell(result):
 
 
 def test_a_comparison(index):
-    both = index.compare(QUESTION["prompt"], [QUESTION["completion"], " 5 falls."], k=4)
-    alone = [index.search(QUESTION["prompt"], one, k=4)
-             for one in (QUESTION["completion"], " 5 falls.")]
+    both = index.compare(APPLES["prompt"], [APPLES["completion"], " 5 falls."], k=4)
+    alone = [index.search(APPLES["prompt"], one, k=4)
+             for one in (APPLES["completion"], " 5 falls.")]
     for mine, other in zip(both.results, alone, strict=True):
         assert [hit.id for hit in mine] == [hit.id for hit in other]
     ids = sorted({hit.id for one in alone for hit in one})
     assert sorted(both.influence) == ids
-    for place, completion in enumerate((QUESTION["completion"], " 5 falls.")):
-        exact = index.rescore(QUESTION["prompt"], completion, ids=ids)
+    for place, completion in enumerate((APPLES["completion"], " 5 falls.")):
+        exact = index.rescore(APPLES["prompt"], completion, ids=ids)
         assert [both.influence[one][place] for one in ids] == pytest.approx(
             [hit.influence for hit in exact], rel=1e-4, abs=1e-4)
     first = [(a - b) for _, a, b in both.pairs()]
@@ -202,7 +190,7 @@ def test_a_comparison(index):
     with pytest.raises(gradindex.InputError, match="two to compare"):
         index.compare("a", ["b"])
     with pytest.raises(gradindex.InputError, match="exact scores"):
-        index.compare(QUESTION["prompt"], [" 3", " 4"], rescore=False)
+        index.compare(APPLES["prompt"], [" 3", " 4"], rescore=False)
 
 
 @pytest.mark.parametrize("name", list(COMMANDS))

@@ -5,18 +5,12 @@ import json
 import numpy as np
 import pytest
 
-import gradindex
 from gradindex.errors import InputError
 from search.ask.controls import Controls
 from search.ask.settings import settle
 from search.study import evaluate
 from support.indexes import OTHER, QUESTION
 from support.scores import codes_of, exact
-
-
-@pytest.fixture(scope="module")
-def index(index_folder):
-    return gradindex.open(index_folder)
 
 
 def test_an_evaluation_is_the_plain_counts(index, tmp_path, monkeypatch):

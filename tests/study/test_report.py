@@ -41,11 +41,6 @@ def survey_of(index, queries=None, sample=None, **controls):
 
 
 @pytest.fixture(scope="module")
-def index(index_folder):
-    return gradindex.open(index_folder)
-
-
-@pytest.fixture(scope="module")
 def found(index):
     return survey_of(index)
 

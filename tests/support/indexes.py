@@ -17,6 +17,7 @@ SMALL_FLAGS = [part for name, value in SMALL.items()
                for part in (f"--{name.replace('_', '-')}",
                             ",".join(value) if isinstance(value, list) else str(value))]
 QUESTION = {"prompt": "The plum number 26 grows", "completion": " by the river."}
+APPLES = {"prompt": "The apple number", "completion": " 3 grows by the river."}
 OTHER = {"prompt": "The fig number 3 grows", "completion": " by the market."}
 # of tiny_tokens, for what is repeated often
 TINY: dict[str, Any] = {"bits": 512, "segment_size": 4, "batch_tokens": 12}
