@@ -34,7 +34,7 @@ from gradindex.model.tracked import parameter_share
 from gradindex.modules import Module
 from gradindex.progress import Progress, size
 from gradindex.storage import background_file, code_file, layout, row_file
-from gradindex.storage.files import disk_errors, facts_of, make_folder, make_folders
+from gradindex.storage.files import bytes_in, disk_errors, facts_of, make_folder, make_folders
 from gradindex.storage.integrity import refuse_links
 from gradindex.storage.layout import BUILD
 from gradindex.storage.locks import is_lock, one_of_writers, only_writer
@@ -301,9 +301,8 @@ def _commit(
     (index / BUILD).unlink()
     for path in filter(is_lock, index.iterdir()):  # of shards that were killed
         path.unlink()
-    total = sum(file.stat().st_size for file in index.rglob("*") if file.is_file())
-    progress.say(f"index: {index}, {manifest.sequences:,} sequences, {size(total)} (it holds the "
-                 "training text)")
+    progress.say(f"index: {index}, {manifest.sequences:,} sequences, {size(bytes_in(index))} (it "
+                 "holds the training text)")
 
 
 def _manifest(fitted: _FittedBuild, measured: _MeasuredBuild, state: BuildState) -> Manifest:

@@ -24,6 +24,7 @@ from gradindex.modules import Module
 from gradindex.progress import Progress, shares
 from gradindex.storage import layout
 from gradindex.storage.build_plan import Plan
+from gradindex.storage.files import bytes_in
 from gradindex.storage.records import Record
 from indexer.dry_run.measure import batch_bytes
 from indexer.fit.budget import disk_bytes, held_bytes, partitions
@@ -91,8 +92,7 @@ def _still_needed(index: Path, fit: int) -> int:
     if (index / layout.CURVATURE).is_dir():
         return 0
     # what an unfinished fit has written is a part of what it needs
-    written = sum(file.stat().st_size for file in (index / layout.CURVATURE_PARTIAL).glob("*"))
-    return max(0, fit - written)
+    return max(0, fit - bytes_in(index / layout.CURVATURE_PARTIAL))
 
 
 def allow(

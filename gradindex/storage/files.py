@@ -177,6 +177,11 @@ def facts_of(path: Path) -> FileFacts:
     return FileFacts(path.stat().st_size, sha256(path))
 
 
+def bytes_in(folder: Path) -> int:
+    """Bytes of all files below a folder; 0 where there is none."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
 def digest_of_files(files: Iterable[Path], lines: Iterable[str] = ()) -> str:
     """SHA-256 in hex over the names and SHA-256s of some files, and over further `lines`."""
     digest = hashlib.sha256()

@@ -42,6 +42,7 @@ from gradindex.storage import (
     token_file,
 )
 from gradindex.storage.build_plan import Plan
+from gradindex.storage.files import bytes_in
 from gradindex.storage.integrity import refuse_links
 from gradindex.storage.manifest import exists as index_exists
 from gradindex.storage.records import Record
@@ -186,7 +187,7 @@ def estimate(request: BuildRequest) -> Estimate:
     stages = {"start": (loading, 0), **_stages(bench, data, disk, plan)}
 
     # 5) what there is of it; what an unfinished build has written is a part of what it needs
-    existing = _bytes_in(request.index)
+    existing = bytes_in(request.index)
     folder = next(path for path in (request.index, *request.index.absolute().parents)
                   if path.is_dir())
     facts, moments = data.facts, bench.memory.values()
@@ -215,10 +216,6 @@ def _note_on(index: Path, state: BuildState | None) -> str:
     if state is not None:
         return f"{index} holds a part of this build: less than estimated is left to do"
     return ""
-
-
-def _bytes_in(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 # ---- reading
