@@ -9,6 +9,7 @@ meanwhile slows both sides alike.
 """
 
 import argparse
+import itertools
 import os
 import re
 import statistics
@@ -33,18 +34,20 @@ def rows(checkout: Path, script: str, arguments: list[str]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0],
+                                     epilog="What follows -- are the script's own arguments.")
     parser.add_argument("before", type=Path, help="the other checkout")
     parser.add_argument("script", help="a script of benchmarks/ that prints tables")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("arguments", nargs="*", help="of the script")
-    given = parser.parse_args()
+    own = list(itertools.takewhile(lambda word: word != "--", sys.argv[1:]))
+    of_the_script = sys.argv[2 + len(own):]
+    given = parser.parse_args(own)
     sides = given.before.resolve(), Path(__file__).resolve().parents[1]
     measured: list[list[dict[str, float]]] = [[], []]
     for number in range(given.rounds):
         order = (0, 1) if number % 2 == 0 else (1, 0)  # neither is always the first
         for side in order:
-            measured[side].append(rows(sides[side], given.script, given.arguments))
+            measured[side].append(rows(sides[side], given.script, of_the_script))
         print(f"round {number + 1} of {given.rounds}", file=sys.stderr, flush=True)
     print("| | before | now | now / before | of single rounds |")
     print("|---|---|---|---|---|")

@@ -153,8 +153,7 @@ def test_no_circle_of_rooms():
 # ---- words
 
 MEANINGS = {  # a name: what its annotation may say, in signatures and classes of the three packages
-    "ids": ("list[int]", "Sequence[int]", "Iterable[int]", "Iterable[Any]", "np.ndarray",
-            "set[int]", "str", "str | None", "Iterator[int]"),
+    "ids": ("list[int]", "Iterable[int]", "Iterable[Any]", "np.ndarray", "set[int]"),
     "places": ("list[int]", "Sequence[int]", "Iterable[int]", "np.ndarray", "Tensor",
                "Tensor | None", "range", "Sequence[int] | np.ndarray"),
     "tokens": ("np.ndarray", "Tensor", "list[int]", "Sequence[int]", "Iterable[int]", "int",

@@ -40,7 +40,7 @@ def delete(
     with writing(Path(index), "gradindex delete", progress) as contents:
         manifest, rows = contents.manifest, contents.rows
         requested = {*map(int, ids), *_of_users(contents, set(map(str, user_ids)), progress)}
-        if unknown := sorted(name for name in requested if not 0 <= name < manifest.next_id):
+        if unknown := sorted(one for one in requested if not 0 <= one < manifest.next_id):
             raise InputError(f"no sequence has the id {unknown[0]}; expected 0 to "
                              f"{manifest.next_id - 1}. Nothing was deleted.")
         # ids without a row were deleted and compacted away: like those listed, out already

@@ -49,15 +49,16 @@ def aggregate(queries: list[Query]) -> Query:
 def _kept_labels(query: Query, score_on: str) -> list[int]:
     """The labels with only the chosen of the scored tokens left."""
     # a first token is never predicted, so it has no number
-    places = [place for place, label in enumerate(query.labels) if place and label != UNSCORED]
+    scored = [position for position, label in enumerate(query.labels)
+              if position and label != UNSCORED]
     wanted = numbers_in(score_on) or set()
-    if max(wanted) >= len(places):
-        tokens = " ".join(f"{number}:{query.token_texts[place]!r}"
-                          for number, place in enumerate(places))
-        raise InputError(f"--score-on {score_on}: the completion has {len(places)} tokens to "
+    if max(wanted) >= len(scored):
+        tokens = " ".join(f"{number}:{query.token_texts[position]!r}"
+                          for number, position in enumerate(scored))
+        raise InputError(f"--score-on {score_on}: the completion has {len(scored)} tokens to "
                          f"score: {tokens}.")
-    kept = {places[number] for number in wanted}
-    return [label if place in kept else UNSCORED for place, label in enumerate(query.labels)]
+    kept = {scored[number] for number in wanted}
+    return [label if position in kept else UNSCORED for position, label in enumerate(query.labels)]
 
 
 def _one_text(index: FittedModel, question: Question) -> Query:

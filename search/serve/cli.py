@@ -34,11 +34,12 @@ def view(
     # read when the threads of NumPy and PyTorch begin: idle ones leave pages their turn
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from search.serve import listening
+    from search.serve.guard import token_for
 
     # not of the index but of each search
     train_sequences = flags.pop("train_sequences")
     # before anything is opened: a token that can be guessed is refused at once
-    token = listening.token_for(host, os.environ.get("GRADINDEX_TOKEN"))
+    token = token_for(host, os.environ.get("GRADINDEX_TOKEN"))
     searcher, progress = open_searcher(index, flags)
     socket = listening.listen(host, port)
     port = socket.getsockname()[1]

@@ -17,6 +17,11 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 
+from gradindex.errors import InputError
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+SHORTEST_TOKEN = 22  # characters, for 128 bits
+FEWEST_LETTERS = 8  # different ones; so many random digits or letters have more
 LARGEST_BODY = 1 << 19  # bytes
 SLOWEST_BODY = 10.0  # seconds
 POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
@@ -31,6 +36,19 @@ HEADERS = [(name.encode(), value.encode()) for name, value in {
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+
+
+def token_for(host: str, token: str | None) -> str | None:
+    """The token to ask for: none on the loopback, else the given one or a new one.
+
+    Raises InputError for one that can be guessed.
+    """
+    if token is not None and (len(token) < SHORTEST_TOKEN or len(set(token)) < FEWEST_LETTERS):
+        raise InputError(
+            f"GRADINDEX_TOKEN has {len(token)} characters, {len(set(token))} different ones; "
+            f"expected at least {SHORTEST_TOKEN} random ones, such as `openssl rand -base64 24` "
+            "gives.")
+    return token if token is not None or host in LOOPBACK else secrets.token_urlsafe(24)
 
 
 class Guard:

@@ -1,6 +1,5 @@
-"""Where the page is served: address, names and token."""
+"""Where the page is served: address and names."""
 
-import secrets
 import socket
 import sys
 from collections.abc import Iterable
@@ -10,13 +9,11 @@ import uvicorn
 from gradindex.errors import InputError
 from search.engine import Searcher
 from search.serve.connections import configuration
+from search.serve.guard import LOOPBACK
 from search.serve.jobs import Jobs
 from search.serve.server import application
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PORTS = range(8765, 8785)  # tried in order where none was asked for
-SHORTEST_TOKEN = 22  # characters, for 128 bits
-FEWEST_LETTERS = 8  # different ones; so many random digits or letters have more
 TURN = 0.0005  # seconds that a thread keeps the interpreter while others wait for it
 
 
@@ -43,19 +40,6 @@ def listen(host: str, port: int | None) -> socket.socket:
             problem = error
     ports = f"ports {PORTS[0]} to {PORTS[-1]}" if port is None else f"--port {port}"
     raise InputError(f"{host}, {ports}: {problem}. Give another --port or --host.")
-
-
-def token_for(host: str, token: str | None) -> str | None:
-    """The token to ask for: none on the loopback, else the given one or a new one.
-
-    Raises InputError for one that can be guessed.
-    """
-    if token is not None and (len(token) < SHORTEST_TOKEN or len(set(token)) < FEWEST_LETTERS):
-        raise InputError(
-            f"GRADINDEX_TOKEN has {len(token)} characters, {len(set(token))} different ones; "
-            f"expected at least {SHORTEST_TOKEN} random ones, such as `openssl rand -base64 24` "
-            "gives.")
-    return token if token is not None or host in LOOPBACK else secrets.token_urlsafe(24)
 
 
 def make_server(

@@ -7,11 +7,26 @@ from collections.abc import Callable
 
 import pytest
 
+from gradindex.errors import InputError
 from search.serve import guard
+from search.serve.guard import token_for
 from support.server import JSON, OWN, PAGE, QUERY, ROUTES, TOKEN, Running
 from support.waiting import HANG
 
 # ---- who may ask
+
+
+def test_tokens_that_can_be_guessed_are_refused() -> None:
+    for given in ("", "x", "short", "a" * 40, "passwordpasswordpassword", "0123" * 10,
+                  TOKEN[:-1]):
+        with pytest.raises(InputError, match=r"GRADINDEX_TOKEN has .* at least 22 random"):
+            token_for("127.0.0.1", given)
+    assert token_for("127.0.0.1", None) is None
+    assert token_for("0.0.0.0", TOKEN) == token_for("localhost", TOKEN) == TOKEN
+    made = {token_for("0.0.0.0", None) for _ in range(50)}
+    assert len(made) == 50
+    for one in made:  # one of ours may be given as well
+        assert one is not None and token_for("::", one) == one
 
 
 def test_host_must_be_a_name_of_this_server_on_every_route(running: Running) -> None:
