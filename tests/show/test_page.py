@@ -157,6 +157,49 @@ def test_a_search_from_typing_to_exact_results(visit):
     assert other.locator(".hit").first.get_attribute("data-id") == str(first.id)
 
 
+def test_what_comes_after_the_end_changes_nothing(visit):
+    """The hits of a search under way, asked for before its end, may come after the last page."""
+    visit.search(prompt="The pear number")
+    page = visit.page
+    done = page.url
+
+    def under_way(route):
+        met = route.fetch()
+        route.fulfill(response=met, body=met.text().replace(
+            'data-state="done"', 'data-state="running"').replace('class="hits', 'class="no-hits'))
+
+    page.route(done, under_way, times=1)
+    page.add_init_script("""
+        window.EventSource = class extends EventTarget {
+          constructor() { super(); window.events = this; }
+          close() {}
+        };
+        const send = XMLHttpRequest.prototype.send;
+        let first = true;
+        XMLHttpRequest.prototype.send = function (...what) {
+          if (!first) return send.apply(this, what);
+          first = false;
+          window.release = () => new Promise((arrived) => {
+            this.addEventListener("loadend", () => setTimeout(arrived));
+            send.apply(this, what);
+          });
+        };
+    """)
+    page.reload()
+    page.evaluate("""() => {
+        document.body.append(document.createElement("progress"));
+        const say = (name, data) => window.events.dispatchEvent(
+          new MessageEvent(name, { data: JSON.stringify(data) }));
+        say("stage", { step: 1, found: {}, hits: 20 });
+        say("end", null);
+    }""")
+    page.wait_for_selector("main[data-state=done]")
+    before = page.locator("#answer").inner_html()
+    assert page.locator("#answer .hit").count() == 20
+    page.evaluate("window.release()")
+    assert page.locator("#answer").inner_html() == before
+
+
 def test_layers_are_summed_again_and_kept_in_the_address(visit):
     visit.search()
     page = visit.page

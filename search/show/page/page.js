@@ -199,6 +199,8 @@
       const page = await fetchPage(`${location.pathname}${location.search}&job=${one("main").dataset.job}`);
       const answer = one("#answer", page);
       const there = one("#answer");
+      // asked for before the end, come after it: what stands there is newer
+      if (!ended && ["done", "failed"].includes(one("main").dataset.state)) return;
       if (!answer || !there) { location.reload(); return; }
       const y = scrollY;
       if (!ended) { // the stages stay, with who listens to them
