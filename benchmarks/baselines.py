@@ -26,12 +26,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.fidelity import tfidf_scores
 from benchmarks.workload import Size, Workload, make_workload
-from gradindex.influence.batches import plan_batches
 from gradindex.influence.codes import Codes, CodeSettings, default_width
 from gradindex.influence.gradients import apply_inputs, backward
+from gradindex.influence.split_batches import plan_batches
 from gradindex.modules import Module
 from gradindex.progress import duration, stderr_progress
-from gradindex.storage.code_file import CodeIndex
+from gradindex.storage.code_index import CodeIndex
 from gradindex.storage.layout import code_bytes
 from gradindex.storage.records import Record
 from indexer.defaults import DAMPING

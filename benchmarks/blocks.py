@@ -20,7 +20,7 @@ from gradindex.draws import Stream, choose
 from gradindex.influence import curvature
 from gradindex.influence.curvature import Ekfac
 from gradindex.influence.exact import exact_scores
-from gradindex.influence.queries import Preconditioned, precondition, query_coordinates
+from gradindex.influence.preconditioned import Preconditioned, precondition, query_coordinates
 from gradindex.progress import Progress, stderr_progress
 from indexer.defaults import DAMPING
 from indexer.fit.eigen import eigenvectors

@@ -148,7 +148,7 @@ def prepare(folder: str, name: str) -> None:
 def estimate(folder: str, name: str) -> None:
     """Write estimate.json."""
     import gradindex
-    from gradindex.model.loading import quiet_transformers
+    from gradindex.model.load_errors import quiet_transformers
 
     quiet_transformers()
     out = Path(folder)
@@ -162,7 +162,7 @@ def estimate(folder: str, name: str) -> None:
 def build(folder: str, name: str) -> None:
     """Build the index, saying the stages on standard error."""
     import gradindex
-    from gradindex.model.loading import quiet_transformers
+    from gradindex.model.load_errors import quiet_transformers
     from gradindex.progress import stderr_progress
 
     quiet_transformers()

@@ -27,7 +27,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.workload import PROMPT, Size, Workload, fit_on, make_workload
 from gradindex.draws import Stream, choose
-from gradindex.influence.batches import plan_batches
 from gradindex.influence.codes import (
     Codes,
     CodeSettings,
@@ -38,10 +37,16 @@ from gradindex.influence.codes import (
 from gradindex.influence.curvature import Ekfac
 from gradindex.influence.exact import Influences, collect, exact_scores
 from gradindex.influence.gradients import apply_inputs, backward
-from gradindex.influence.queries import Gradients, Preconditioned, precondition, query_coordinates
+from gradindex.influence.preconditioned import (
+    Gradients,
+    Preconditioned,
+    precondition,
+    query_coordinates,
+)
+from gradindex.influence.split_batches import plan_batches
 from gradindex.modules import Module
 from gradindex.progress import Progress, duration, stderr_progress
-from gradindex.storage.code_file import CodeIndex
+from gradindex.storage.code_index import CodeIndex
 from gradindex.storage.layout import code_bytes
 from gradindex.storage.records import Record
 from indexer.calibrate import calibrate

@@ -25,7 +25,7 @@ import gradindex
 from benchmarks.fidelity import coordinates_of, options
 from benchmarks.workload import Size, Workload, make_workload
 from gradindex.influence.exact import exact_scores
-from gradindex.influence.queries import Preconditioned, precondition
+from gradindex.influence.preconditioned import Preconditioned, precondition
 from gradindex.progress import Progress, duration, stderr_progress
 from gradindex.results import GENERIC
 from gradindex.storage.background_file import BackgroundQueries, thresholds

@@ -33,14 +33,14 @@ import numpy as np
 import gradindex
 from demo.documents import standard_library_documents
 from demo.prepare import QUERIES, Settings, prepare
-from gradindex.influence.batches import plan_batches
 from gradindex.influence.codes import Codes, CodeSettings, score_error
 from gradindex.influence.exact import Influences, collect
-from gradindex.influence.queries import Preconditioned, precondition
-from gradindex.model.loading import quiet_transformers
+from gradindex.influence.preconditioned import Preconditioned, precondition
+from gradindex.influence.split_batches import plan_batches
+from gradindex.model.load_errors import quiet_transformers
 from gradindex.progress import Progress, stderr_progress
 from gradindex.results import Query
-from gradindex.storage.code_file import CodeIndex
+from gradindex.storage.code_index import CodeIndex
 from gradindex.storage.layout import code_bytes
 from gradindex.storage.records import Record
 from search.engine import Searcher

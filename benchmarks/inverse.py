@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.baselines import BATCH_TOKENS, ByModule, Seen, look, recall, sides_of
 from benchmarks.fidelity import options
 from benchmarks.workload import Size, Workload, make_workload
-from gradindex.influence.batches import plan_batches
+from gradindex.influence.split_batches import plan_batches
 from gradindex.progress import duration, stderr_progress
 from gradindex.results import UNSCORED
 from gradindex.storage.records import Record

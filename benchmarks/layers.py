@@ -30,14 +30,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from gradindex.influence.blockwise import covariance_shapes
 from gradindex.influence.gradients import backward
-from gradindex.model import experts
-from gradindex.model.loading import quiet_transformers
+from gradindex.model import fused_experts
+from gradindex.model.load_errors import quiet_transformers
+from gradindex.model.model_source import ModelSource
 from gradindex.model.network import EXPERTS, LanguageModel
-from gradindex.model.source import ModelSource
 from gradindex.model.tracked import tracked_modules
 from gradindex.modules import Module
 from gradindex.objective import Batch, NextToken, Text
-from indexer.fit.steps import add_covariances
+from indexer.fit.batch_sums import add_covariances
 
 MIXTURE = dict(vocab_size=4096, hidden_size=256, intermediate_size=512, num_hidden_layers=4,
                num_attention_heads=4, num_key_value_heads=4, num_experts=16, num_experts_per_tok=2)
@@ -107,9 +107,9 @@ def _difference(file: Path, name: str) -> float:
     chosen = torch.stack([torch.randperm(fused.num_experts)[:2] for _ in range(9)])
     weights = torch.rand(9, 2, dtype=torch.float64)
     expected = kind.forward.__wrapped__(fused, x, chosen, weights)
-    experts.open_experts(nn.ModuleList([fused]))
+    fused_experts.open_experts(nn.ModuleList([fused]))
     with torch.no_grad():
-        return float((experts.forward(fused, x, chosen, weights) - expected).abs().max())
+        return float((fused_experts.forward(fused, x, chosen, weights) - expected).abs().max())
 
 
 def plain(model: LanguageModel, batch: Batch, way: str | None = None) -> None:

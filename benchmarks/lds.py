@@ -35,14 +35,14 @@ from demo.prepare import Settings, new_model, train, train_tokenizer
 from gradindex.influence.codes import Codes, CodeSettings, default_length, default_width
 from gradindex.influence.curvature import Ekfac
 from gradindex.influence.exact import exact_scores
-from gradindex.influence.queries import Gradients, Preconditioned, precondition
-from gradindex.model.loading import quiet_transformers
+from gradindex.influence.preconditioned import Gradients, Preconditioned, precondition
+from gradindex.model.load_errors import quiet_transformers
+from gradindex.model.model_source import ModelSource
 from gradindex.model.network import LanguageModel
-from gradindex.model.source import ModelSource
 from gradindex.model.tracked import tracked_modules
 from gradindex.modules import Module
 from gradindex.progress import Progress, duration, stderr_progress
-from gradindex.storage.code_file import CodeIndex
+from gradindex.storage.code_index import CodeIndex
 from gradindex.storage.files import atomic_write
 from gradindex.storage.records import Record
 from indexer.defaults import DAMPING

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import gradindex
 from gradindex.storage import layout, manifest, records, row_file, segments, token_file
-from gradindex.storage.code_file import CodeIndex
+from gradindex.storage.code_index import CodeIndex
 from gradindex.storage.contents import Contents
 from gradindex.storage.files import facts_of
 from gradindex.storage.segments import SegmentFacts

@@ -19,7 +19,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import gradindex
-from gradindex.model.loading import quiet_transformers
+from gradindex.model.load_errors import quiet_transformers
 from search.engine import Searcher
 
 LENGTH, VOCABULARY = 128, 4096

@@ -19,7 +19,7 @@ import torch
 from benchmarks.throughput import VOCABULARY, Bench, alternate
 from demo.prepare import Settings
 from gradindex.memory import forget_most, most, resident, return_freed
-from gradindex.storage.code_file import CodeIndex, scan
+from gradindex.storage.code_index import CodeIndex, scan
 from gradindex.storage.layout import code_bytes
 from indexer.fit.eigen import eigenvectors
 

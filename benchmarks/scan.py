@@ -22,10 +22,10 @@ import torch
 from benchmarks.workload import Size, Workload, make_workload
 from gradindex.influence.codes import Codes, CodeSettings, default_width, score_error
 from gradindex.influence.exact import exact_scores
-from gradindex.influence.queries import Preconditioned, precondition, query_coordinates
+from gradindex.influence.preconditioned import Preconditioned, precondition, query_coordinates
 from gradindex.progress import stderr_progress
-from gradindex.storage import code_file
-from gradindex.storage.code_file import CodeIndex, scan
+from gradindex.storage import code_index
+from gradindex.storage.code_index import CodeIndex, scan
 from gradindex.storage.integrity import CheckedFiles
 from gradindex.storage.layout import code_bytes
 from indexer.encode import encode_batch
@@ -85,7 +85,7 @@ def recall(work: Workload, queries: int) -> None:
         if bits is None:
             scores, each = index.many_scores(asked), float("nan")
         else:
-            code_file.QUERY_BITS = bits
+            code_index.QUERY_BITS = bits
             scores = np.stack([index.scores(one) for one in asked])
             each = median(lambda: index.scores(asked[0]), 5) / len(index)
         error = np.sqrt((((scores - exact) / sigma) ** 2).mean())
@@ -96,7 +96,7 @@ def recall(work: Workload, queries: int) -> None:
         shown = "–" if bits is None else f"{each * 1e9:.0f}"
         print(f"| {bits or 'whole'} | {error:.3f} | {shares[0]:.4f} | {shares[1]:.4f} | {shown} |",
               flush=True)
-    code_file.QUERY_BITS = 4
+    code_index.QUERY_BITS = 4
 
 
 def memory_speed() -> float:

@@ -28,17 +28,17 @@ from gradindex.influence.codes import Codes, CodeSettings, default_length, defau
 from gradindex.influence.curvature import Curvature, Ekfac
 from gradindex.influence.exact import Influences, collect
 from gradindex.influence.gradients import backward
-from gradindex.influence.queries import Preconditioned, query_coordinates
+from gradindex.influence.preconditioned import Preconditioned, query_coordinates
+from gradindex.model.model_source import ModelSource
 from gradindex.model.network import LanguageModel
-from gradindex.model.source import ModelSource
 from gradindex.model.tracked import tracked_modules
 from gradindex.modules import Module
 from gradindex.objective import Batch, Text
-from gradindex.storage.code_file import CodeIndex
+from gradindex.storage.code_index import CodeIndex
 from gradindex.storage.records import Part, Record
 from indexer.encode import encode_batch
+from indexer.fit.batch_sums import add_covariances, add_eigenvalues, fit_batch
 from indexer.fit.eigen import eigenvectors
-from indexer.fit.steps import add_covariances, add_eigenvalues, fit_batch
 
 VOCABULARY = 4096
 

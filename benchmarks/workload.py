@@ -19,10 +19,10 @@ from demo.prepare import Settings, new_model, train, train_tokenizer
 from gradindex.draws import Stream, choose
 from gradindex.influence.curvature import Ekfac
 from gradindex.influence.gradients import backward, gradient
-from gradindex.influence.queries import Gradients
-from gradindex.model.loading import quiet_transformers
+from gradindex.influence.preconditioned import Gradients
+from gradindex.model.load_errors import quiet_transformers
+from gradindex.model.model_source import ModelSource
 from gradindex.model.network import LanguageModel
-from gradindex.model.source import ModelSource
 from gradindex.model.tracked import tracked_modules
 from gradindex.modules import Module
 from gradindex.progress import Progress

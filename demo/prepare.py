@@ -35,7 +35,7 @@ if not __package__:  # run as a script, from anywhere
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from demo.documents import Document, standard_library_documents
-from gradindex.model.loading import quiet_transformers
+from gradindex.model.load_errors import quiet_transformers
 from gradindex.model.tokenise import encode_pair
 from gradindex.progress import Progress, stderr_progress
 

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 import gradindex
 from demo.prepare import QUERIES
 from search.serve import listening
+from search.serve.guard import host_names
 
 WIDTH, HEIGHT = 1240, 1250
 COLUMNS = 104
@@ -63,7 +64,7 @@ def main(folder: Path, out: Path) -> None:
 def _serve(index: Path) -> str:
     listener = listening.listen("127.0.0.1", None)
     port = listener.getsockname()[1]
-    hosts = listening.host_names("127.0.0.1", port)
+    hosts = host_names("127.0.0.1", port)
     running = listening.make_server(gradindex.open(index), hosts, None)
     threading.Thread(target=running.run, kwargs={"sockets": [listener]}, daemon=True).start()
     return f"http://127.0.0.1:{port}/"

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ParamSpec, overload
 
-from gradindex.model.source import ModelSource
+from gradindex.model.model_source import ModelSource
 from indexer.build import build as write_build
-from indexer.build import merge as write_merge
 from indexer.build_request import BuildRequest, make_request, takes_arguments_of
+from indexer.parallel.merge import merge as write_merge
 from indexer.upkeep.append import append as write_append
 from search.engine import Searcher
 from search.opening import open_index

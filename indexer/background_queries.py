@@ -10,7 +10,7 @@ from gradindex.influence.curvature import Ekfac
 from gradindex.model.network import LanguageModel
 from gradindex.progress import Progress
 from gradindex.storage.background_file import BackgroundQueries, thresholds
-from gradindex.storage.code_file import CodeIndex
+from gradindex.storage.code_index import CodeIndex
 from gradindex.storage.row_file import digest_of
 from indexer.calibrate import prepare_query
 from indexer.fit.units import Read

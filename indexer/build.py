@@ -8,8 +8,8 @@
     manifest.json                  the index exists; build.json goes
 
 The same command run again goes on where the last one stopped; a different one is refused. Several
-processes can share the fit and the encoding (`shards.py`); `merge` does what comes after. Step
-1, what is asked for, is in `build_request.py`.
+processes can share the fit and the encoding (`shards.py`, `parallel/`). Step 1, what is asked for,
+is in `build_request.py`.
 """
 
 import contextlib
@@ -18,22 +18,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from gradindex.errors import GradindexError, InputError
+from gradindex.errors import GradindexError
 from gradindex.influence.codes import Codes
 from gradindex.influence.curvature import Ekfac
-from gradindex.memory import parse_bound, return_freed
+from gradindex.memory import return_freed
 from gradindex.model.config import vocabulary_size
 from gradindex.model.identity import check_identity, files_digest
+from gradindex.model.model_source import ModelSource
 from gradindex.model.network import LanguageModel
-from gradindex.model.source import ModelSource
 from gradindex.model.tracked import parameter_share
 from gradindex.modules import Module
 from gradindex.progress import Progress, size
-from gradindex.storage import background_file, code_file, layout, row_file
+from gradindex.storage import background_file, code_index, layout, row_file
 from gradindex.storage.files import bytes_in, disk_errors, facts_of, make_folder, make_folders
 from gradindex.storage.integrity import refuse_links
 from gradindex.storage.layout import BUILD
@@ -60,7 +59,7 @@ from indexer.fit.schedule import fit
 from indexer.prepare import Prepared, make_codes, prepare_build
 from indexer.read import ingest
 from indexer.read.ingest import Run
-from indexer.shards import OVER_RAY, BuildStage, Shard, Share
+from indexer.shards import OVER_RAY, BuildStage, Share
 from indexer.state import BuildState
 
 
@@ -97,7 +96,7 @@ def build(request: BuildRequest) -> ModelSource | None:
         with _share_of(request) as share:
 
             # 4) EK-FAC curvature
-            fitted = _fit(index, prepared, share, progress)
+            fitted = fit_curvature(index, prepared, share, progress)
 
             # 5) every sequence → a code
             if request.ray is None:
@@ -112,10 +111,10 @@ def build(request: BuildRequest) -> ModelSource | None:
             return None
 
         # 6) how far a code's score is from the exact one, and what comes up whatever is asked
-        measured = _measure(index, fitted, state, progress)
+        measured = measure_codes(index, fitted, state, progress)
 
         # 7) the commit
-        _commit(index, fitted, measured, state, progress)
+        commit_index(index, fitted, measured, state, progress)
     return _source_to_open(request)
 
 
@@ -155,7 +154,7 @@ def _share_of(request: BuildRequest) -> Iterator[Share]:
     if request.ray is None:
         yield request.shard
         return
-    from indexer.ray_build import BuildWorkers, WorkerJob
+    from indexer.parallel.ray_build import BuildWorkers, WorkerJob
 
     job = WorkerJob.of(request)
     with BuildWorkers(request.ray, request.ray_workers, job, request.progress) as pool:
@@ -180,62 +179,8 @@ def _begin_anew_alone(request: BuildRequest) -> None:
         BuildState.open(request.index, request.plan, request.progress)
 
 
-def merge(
-    index: str | Path, model: Any = None, tokenizer: Any = None, device: str = "auto",
-    trust_remote_code: bool = False, allow_pickle: bool = False,
-    max_memory: str | int | None = None, progress: Progress | None = None,
-) -> ModelSource:
-    """Make an index of what the shards of a build did, once all are done. Returns what opens it.
-
-    `model` (a folder, hub id or loaded model) is where the weights are now, if not where they were.
-    Raises InputError where there is nothing to merge or something is missing, IndexMismatchError
-    for another model, GradindexError while another process writes to the index; ResourceError.
-    """
-    folder, progress = Path(index), progress or Progress()
-    source = ModelSource(model, tokenizer, device, trust_remote_code, allow_pickle,
-                         parse_bound(max_memory))
-    if not folder.is_dir():
-        raise InputError(f"{folder} is no folder; expected one that gradindex build --shard wrote.")
-    with only_writer(folder, "gradindex merge"), disk_errors(folder):
-        refuse_links(folder)
-        state = BuildState.resumed(folder)
-        if state is None and not index_exists(folder):
-            raise InputError(f"{folder} holds no unfinished build. Run gradindex build … --shard "
-                             "i/n first, once for each i.")
-        if state is None or index_exists(folder):
-            progress.say(f"{folder} is complete; nothing to do.")
-        else:
-            _refuse_unfinished(folder, state)
-            plan = state.plan
-            prepared = prepare_build(folder, source.at_build(plan.model, plan.revision, None),
-                                     plan.dtype, state, progress)
-            # steps 4 and 5 are done, so the curvature is only read; 6 and 7 are what is left
-            fitted = _fit(folder, prepared, Shard(), progress)
-            measured = _measure(folder, fitted, state, progress)
-            _commit(folder, fitted, measured, state, progress)
-    return replace(source, max_memory=None)
-
-
-def _refuse_unfinished(index: Path, state: BuildState) -> None:
-    """Raise InputError where shards have not done all of their work."""
-    run = Run(index, 0, 0, state.corpus.sequences if state.corpus else 0, state.plan.segment_size)
-    # the first thing that is missing: what comes after it isn't there either
-    missing = "the data are not read" if state.corpus is None else \
-        "the curvature is not fitted" if not (index / layout.CURVATURE).is_dir() else None
-    names = [run.segments[number].name for number in ingest.unsealed(run)]
-    if missing is None and names:
-        shown = ", ".join(names[:5]) + ", …" * (len(names) > 5)
-        missing = f"{len(names)} of {len(run.segments)} segments are not encoded ({shown}; shard " \
-                  "i of n does those whose number leaves i when divided by n)"
-    if missing:
-        raise InputError(
-            f"{index} can't be merged yet: {missing}. Wait for the shards that run, and start "
-            "those that were stopped again, or finish all with gradindex build … without --shard."
-        )
-
-
 @dataclass
-class _FittedBuild:
+class FittedBuild:
     """A build with its curvature; `modules` are those of the tracked that have one."""
 
     prepared: Prepared
@@ -244,20 +189,20 @@ class _FittedBuild:
     notes: FitNotes
 
 
-def _fit(index: Path, prepared: Prepared, share: Share, progress: Progress) -> _FittedBuild:
+def fit_curvature(index: Path, prepared: Prepared, share: Share, progress: Progress) -> FittedBuild:
     """Step 4: the curvature, fitted or read."""
     ekfac, notes = fit(prepared.model, prepared.tracked, prepared.run.records, prepared.settings,
                        index, progress, prepared.run.count, share, prepared.allowance)
     modules = [module for module in prepared.tracked if module.name in ekfac]
-    return _FittedBuild(prepared, modules, ekfac, notes)
+    return FittedBuild(prepared, modules, ekfac, notes)
 
 
-def _codes(fitted: _FittedBuild, state: BuildState) -> Codes:
+def _codes(fitted: FittedBuild, state: BuildState) -> Codes:
     return make_codes(fitted.modules, fitted.ekfac, state.plan)
 
 
 @dataclass
-class _MeasuredBuild:
+class MeasuredBuild:
     """What is known of a build's codes, once every segment is encoded."""
 
     codes: Codes
@@ -266,9 +211,9 @@ class _MeasuredBuild:
     quarantined: int
 
 
-def _measure(
-    index: Path, fitted: _FittedBuild, state: BuildState, progress: Progress
-) -> _MeasuredBuild:
+def measure_codes(
+    index: Path, fitted: FittedBuild, state: BuildState, progress: Progress
+) -> MeasuredBuild:
     """Step 6: calibrate the codes, and write the background queries."""
     plan, prepared, ekfac = state.plan, fitted.prepared, fitted.ekfac
     run, model = prepared.run, prepared.model
@@ -284,12 +229,12 @@ def _measure(
     queries, sample = make_background(
         model, codes, ekfac, run.records, lambda ids: run.coded(ids, length), coded, progress)
     background_file.save(index / layout.BACKGROUND, queries)
-    return _MeasuredBuild(codes, calibration,
+    return MeasuredBuild(codes, calibration,
                           BackgroundFacts(queries=len(queries), sample=sample), len(quarantined))
 
 
-def _commit(
-    index: Path, fitted: _FittedBuild, measured: _MeasuredBuild, state: BuildState,
+def commit_index(
+    index: Path, fitted: FittedBuild, measured: MeasuredBuild, state: BuildState,
     progress: Progress,
 ) -> None:
     """Step 7: the manifest. From then on there is an index, and the rest is tidying up."""
@@ -305,7 +250,7 @@ def _commit(
                  "holds the training text)")
 
 
-def _manifest(fitted: _FittedBuild, measured: _MeasuredBuild, state: BuildState) -> Manifest:
+def _manifest(fitted: FittedBuild, measured: MeasuredBuild, state: BuildState) -> Manifest:
     """What the build came to."""
     run, model = fitted.prepared.run, fitted.prepared.model
     tracked, notes, settings = fitted.modules, fitted.notes, measured.codes.settings
@@ -368,4 +313,4 @@ def _versions() -> dict[str, str]:
     """What the index was built with: another version may draw or compute other numbers."""
     libraries = {name: version(name) for name in ("torch", "transformers", "lmdb", "numpy")}
     return {"gradindex": VERSION, "python": platform.python_version(),
-            "faiss": code_file.library_version(), **libraries}
+            "faiss": code_index.library_version(), **libraries}

@@ -17,7 +17,7 @@ from gradindex.influence.codes import default_length
 from gradindex.memory import parse_bound
 from gradindex.model.config import context_length, vocabulary_size
 from gradindex.model.identity import tokenizer_digest
-from gradindex.model.source import ModelSource
+from gradindex.model.model_source import ModelSource
 from gradindex.progress import Progress
 from gradindex.ray_cluster import check_address, load_ray
 from gradindex.storage.build_plan import MOST_BLOCKS, CorpusSettings, Plan

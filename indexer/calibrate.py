@@ -16,12 +16,12 @@ from gradindex.errors import GradindexError
 from gradindex.influence.codes import Codes, score_error
 from gradindex.influence.curvature import Ekfac
 from gradindex.influence.exact import exact_scores
-from gradindex.influence.queries import Preconditioned, prepare, query_coordinates
+from gradindex.influence.preconditioned import Preconditioned, prepare, query_coordinates
 from gradindex.memory import Allowance
 from gradindex.model.network import LanguageModel
 from gradindex.modules import Module
 from gradindex.progress import Progress
-from gradindex.storage.code_file import CodeIndex
+from gradindex.storage.code_index import CodeIndex
 from gradindex.storage.manifest import Calibration
 from gradindex.storage.records import Record
 from indexer.fit.units import Read

@@ -91,7 +91,7 @@ def build(
       gradindex build ./my-model train.jsonl -o train.index --id-field url
     """
     # here and in each command: torch takes seconds to import, and help should take none
-    from gradindex.model.loading import quiet_transformers
+    from gradindex.model.load_errors import quiet_transformers
     from gradindex.progress import stderr_progress
     from indexer.build import build as run
     from indexer.build_request import make_request
@@ -126,9 +126,9 @@ def merge(index: Path, **others: Any) -> None:
       gradindex build ./my-model train.jsonl -o train.index --shard 1/2
       wait; gradindex merge train.index
     """
-    from gradindex.model.loading import quiet_transformers
+    from gradindex.model.load_errors import quiet_transformers
     from gradindex.progress import stderr_progress
-    from indexer.build import merge as run
+    from indexer.parallel.merge import merge as run
 
     quiet_transformers()
     run(index, progress=stderr_progress(), **others)
@@ -152,7 +152,7 @@ def append(index: Path, data: tuple[str, ...], **others: Any) -> None:
     Example:
       gradindex append train.index more.jsonl
     """
-    from gradindex.model.loading import quiet_transformers
+    from gradindex.model.load_errors import quiet_transformers
     from gradindex.progress import stderr_progress
     from indexer.upkeep.append import append as run
 
@@ -196,16 +196,8 @@ def delete(
         return
     ids = list(read_ids(ids_file)) if ids_file else []
     user_ids = set(_user_ids(user_ids_file)) if user_ids_file else set()
-    done = run(index, ids, user_ids, progress)
-    already = f", {done.already:,} were deleted before" if done.already else ""
-    progress.say(f"{done.deleted:,} sequences deleted{already}")
-    # who deletes a text for its content wants its copies gone as well
-    if done.equal_left:
-        shown = ", ".join(map(str, done.equal_left[:10])) + ", …" * (len(done.equal_left) > 10)
-        progress.say(f"warning: {len(done.equal_left)} sequences with the same tokens stay: "
-                     f"{shown}")
-    if done.deleted:
-        progress.say(f"their text is on the disk until: gradindex compact {index}")
+    for line in run(index, ids, user_ids, progress).lines(index):
+        progress.say(line)
 
 
 @click.command()
@@ -244,7 +236,7 @@ def verify(index: Path, form: str, **others: Any) -> int:
     Example:
       gradindex verify train.index
     """
-    from gradindex.model.loading import quiet_transformers
+    from gradindex.model.load_errors import quiet_transformers
     from gradindex.progress import stderr_progress
     from indexer.upkeep.verify import verify as run
 

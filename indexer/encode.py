@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradindex.influence.batches import Splits, in_batches
 from gradindex.influence.codes import Codes
 from gradindex.influence.gradients import backward, why_not_finite
+from gradindex.influence.split_batches import Splits, in_batches
 from gradindex.model.config import vocabulary_size
 from gradindex.model.network import LanguageModel
 from gradindex.modules import Module
 from gradindex.progress import Progress
 from gradindex.storage import row_file, segments, token_file
-from gradindex.storage.code_file import CodeIndex
+from gradindex.storage.code_index import CodeIndex
 from gradindex.storage.files import rename_folder
 from gradindex.storage.layout import CODES, ROWS, TOKENS, code_bytes
 from gradindex.storage.manifest import Segment

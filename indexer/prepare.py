@@ -11,8 +11,8 @@ from gradindex.draws import Stream, choose
 from gradindex.influence.codes import Codes, CodeSettings, default_width
 from gradindex.influence.curvature import Ekfac
 from gradindex.memory import Allowance
+from gradindex.model.model_source import ModelSource
 from gradindex.model.network import LanguageModel
-from gradindex.model.source import ModelSource
 from gradindex.model.tracked import (
     SMALL_PARTS,
     TRACKABLE,

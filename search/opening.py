@@ -5,7 +5,7 @@ from typing import Any
 
 from gradindex.errors import InputError
 from gradindex.memory import parse_bound
-from gradindex.model.source import ModelSource
+from gradindex.model.model_source import ModelSource
 from gradindex.ray_cluster import LOCAL, connect
 from search.engine import Searcher
 from search.rank.ray_search import SharedIndex

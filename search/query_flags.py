@@ -146,7 +146,7 @@ def sample_size(text: str) -> int | None:
 
 def open_searcher(index: Path, flags: dict[str, Any]) -> tuple["Searcher", "Progress"]:
     """An index, opened as the flags that are left say, and what tells of progress."""
-    from gradindex.model.loading import quiet_transformers
+    from gradindex.model.load_errors import quiet_transformers
     from gradindex.progress import stderr_progress
     from search.opening import open as open_index
 

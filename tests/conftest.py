@@ -16,8 +16,8 @@ import torch
 
 import gradindex
 from demo.prepare import train_tokenizer
+from gradindex.model.model_source import ModelSource
 from gradindex.model.network import LanguageModel
-from gradindex.model.source import ModelSource
 from gradindex.objective import Text
 from gradindex.results import Result
 from indexer import background_queries, calibrate

@@ -16,9 +16,9 @@ PACKAGES = ("gradindex", "indexer", "search")
 FRONT = {"gradindex", "gradindex.cli", "gradindex.facade"}  # where all packages meet
 DOORS = {  # library: the files that it enters through
     "transformers": {f"gradindex/model/{name}.py"
-                     for name in ("loading", "network", "source", "tracked")},
+                     for name in ("load_errors", "model_source", "network", "tracked")},
     "lmdb": {"gradindex/storage/records.py"},
-    "faiss": {"gradindex/storage/code_file.py"},
+    "faiss": {"gradindex/storage/code_index.py"},
     "safetensors": {"gradindex/storage/tensors.py"},
     "pyarrow": {"indexer/read/sources.py", "search/show/data_files.py"},
     "jinja2": {"search/show/html.py"},
@@ -83,6 +83,7 @@ CORE = {"gradindex", *WINGS}
 WINGS |= {
     "indexer.read": CORE, "indexer.fit": CORE | {"indexer"},
     "indexer.dry_run": CORE | {"indexer", "indexer.fit", "indexer.read"},
+    "indexer.parallel": CORE | {"indexer", "indexer.fit", "indexer.read"},
     "indexer.upkeep": CORE | {"indexer", "indexer.fit", "indexer.read"},
     "search.ask": CORE | {"search"},  # files of queries are answered by the engine
     "search.rank": CORE | {"search.ask"},
@@ -200,8 +201,8 @@ def test_no_class_and_no_file_stands_twice():
 # ---- what stands in one place only
 
 REMOTE_CODE = {  # where a ModelSource is made of what the user said, at the front of each command
-    "gradindex/flags.py", "gradindex/model/source.py", "indexer/build.py",
-    "indexer/build_request.py", "indexer/cli.py", "indexer/upkeep/append.py",
+    "gradindex/flags.py", "gradindex/model/model_source.py", "indexer/build_request.py",
+    "indexer/cli.py", "indexer/parallel/merge.py", "indexer/upkeep/append.py",
     "indexer/upkeep/verify.py", "search/opening.py",
 }
 FOREIGN = {"RuntimeError", "MemoryError", "Exception", "RayError", "lmdb.Error"}
@@ -210,7 +211,7 @@ FOREIGN = {"RuntimeError", "MemoryError", "Exception", "RayError", "lmdb.Error"}
 def test_remote_code_is_decided_at_the_front():
     users = {str(path.relative_to(ROOT)) for path in sources()
              if "trust_remote_code" in path.read_text()}
-    assert users <= REMOTE_CODE | {"gradindex/model/loading.py"}, users - REMOTE_CODE
+    assert users <= REMOTE_CODE | {"gradindex/model/load_errors.py"}, users - REMOTE_CODE
 
 
 def test_random_numbers_are_drawn_in_one_room():
@@ -296,7 +297,7 @@ def test_no_unsafe_readers():
     ("import gradindex", ("torch", "faiss", "transformers", "numpy", "click")),
     ("import gradindex.cli, sys; sys.argv = ['gradindex', '--help']; gradindex.cli._run()",
      ("torch", "faiss", "transformers", "numpy", "pyarrow")),
-    ("import search.opening, search.serve.listening, indexer.ray_build", ("ray",)),
+    ("import search.opening, search.serve.listening, indexer.parallel.ray_build", ("ray",)),
 ])
 def test_what_is_not_imported(statement, absent):
     code = f"{statement}\nimport sys\nprint([m for m in {absent!r} if m in sys.modules])"

@@ -17,8 +17,8 @@ from demo.prepare import train_tokenizer
 from gradindex.cli import main_group
 from gradindex.errors import GradindexError, IndexMismatchError, InputError, ResourceError
 from gradindex.model.config import context_length
+from gradindex.model.model_source import ModelSource
 from gradindex.model.network import LanguageModel
-from gradindex.model.source import ModelSource
 from gradindex.objective import NextToken, Text
 from gradindex.storage import records
 from gradindex.storage.locks import only_writer

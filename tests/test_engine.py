@@ -16,7 +16,7 @@ import gradindex
 from gradindex.cli import main_group
 from gradindex.errors import DamagedIndexError, IndexMismatchError, InputError
 from gradindex.influence.exact import chunk_ends, exact_scores
-from gradindex.influence.queries import Preconditioned, precondition, query_coordinates
+from gradindex.influence.preconditioned import Preconditioned, precondition, query_coordinates
 from gradindex.objective import Text
 from gradindex.storage import records
 from search.ask.controls import Controls

@@ -18,7 +18,7 @@ import torch
 import gradindex
 from gradindex.errors import ResourceError
 from gradindex.influence import gradients
-from gradindex.influence.batches import Splits
+from gradindex.influence.split_batches import Splits
 from gradindex.progress import Progress
 from gradindex.storage import files, segments
 from indexer.fit.notes import FitNotes

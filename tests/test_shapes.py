@@ -7,9 +7,9 @@ import torch
 from gradindex.influence import exact
 from gradindex.influence.codes import score_error
 from gradindex.influence.gradients import gradient
-from gradindex.influence.queries import LowRank, Preconditioned, precondition
+from gradindex.influence.preconditioned import LowRank, Preconditioned, precondition
 from gradindex.modules import Module
-from gradindex.storage.code_file import CodeIndex
+from gradindex.storage.code_index import CodeIndex
 from support.shapes import LEFT_OUT, SHAPES, check, checked, home_of, public_functions
 
 MODULE = Module("m", 0, "mlp", 2, 3, False)

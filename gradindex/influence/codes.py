@@ -14,7 +14,7 @@ far too many to store. It is estimated without bias in two steps that both sides
 2. Count sketch (Charikar et al. 2002). The k² entries of each X get random signs and are added up
    in K buckets, all modules in the same K.
 
-FAISS then keeps the K signs and one scale (`code_file.py`). The error of the resulting score is
+FAISS then keeps the K signs and one scale (`code_index.py`). The error of the resulting score is
 Gaussian with sd σ = c ‖v_q‖ ‖v_m‖ / √K.
 
 The bucket of entry j of a module is (offset + j) mod K, its sign random. Signs alone make the

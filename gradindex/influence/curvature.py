@@ -50,8 +50,11 @@ class Curvature:
 
     def coordinates(self, gradient: Tensor, factor: float) -> Tensor:
         """C = (Q_Sᵀ G Q_A) / (Λ+λ)  [..., o, i]: a preconditioned gradient, in the eigenbasis."""
-        return enter(gradient, self.eigenvectors_a, self.eigenvectors_s) / \
-            self.damped(factor)
+        return self.divided(enter(gradient, self.eigenvectors_a, self.eigenvectors_s), factor)
+
+    def divided(self, rotated: Tensor, factor: float) -> Tensor:
+        """R / (Λ+λ)  [..., o, i], of a gradient R in the eigenbasis already."""
+        return rotated / self.damped(factor)
 
     def leave_eigenbasis(self, coordinates: Tensor) -> Tensor:
         """Q_S C Q_Aᵀ  [..., o, i]: coordinates in the eigenbasis as a gradient again."""

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradindex.influence.batches import Splits, in_batches
 from gradindex.influence.blockwise import rotator
 from gradindex.influence.curvature import Ekfac
 from gradindex.influence.gradients import backward
-from gradindex.influence.queries import Preconditioned, slices
+from gradindex.influence.preconditioned import Preconditioned, slices
+from gradindex.influence.split_batches import Splits, in_batches
 from gradindex.model.network import LanguageModel
 from gradindex.modules import Module
 from gradindex.objective import Batch

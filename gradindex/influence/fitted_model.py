@@ -11,10 +11,10 @@ from gradindex.influence.codes import Codes, CodeSettings
 from gradindex.influence.curvature import Ekfac, FiledEkfac
 from gradindex.memory import Allowance
 from gradindex.model.config import vocabulary_size
+from gradindex.model.devices import DEVICE
 from gradindex.model.identity import check_identity, tokenizer_digest
-from gradindex.model.loading import DEVICE
+from gradindex.model.model_source import ModelSource
 from gradindex.model.network import LanguageModel
-from gradindex.model.source import ModelSource
 from gradindex.objective import NextToken
 from gradindex.storage.integrity import CheckedFiles
 from gradindex.storage.layout import curvature_file

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gradindex.errors import InputError
-from gradindex.influence.batches import out_of_memory
-from gradindex.model.experts import ExpertMap, pack
+from gradindex.influence.split_batches import out_of_memory
+from gradindex.model.fused_experts import ExpertMap, pack
 from gradindex.model.network import LanguageModel
 from gradindex.modules import Module
 from gradindex.objective import Batch

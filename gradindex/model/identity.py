@@ -9,8 +9,8 @@ from torch import nn
 
 from gradindex.errors import IndexMismatchError
 from gradindex.model.adapters import WEIGHTS, adapter_facts
+from gradindex.model.model_source import ModelSource
 from gradindex.model.network import LanguageModel
-from gradindex.model.source import ModelSource
 from gradindex.storage.files import digest_of_files
 
 

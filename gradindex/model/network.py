@@ -16,12 +16,13 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from gradindex.errors import InputError
-from gradindex.model import experts
+from gradindex.model import fused_experts
 from gradindex.model.adapters import WEIGHTS, adapter_facts, unwrapped
 from gradindex.model.config import is_quantised
-from gradindex.model.loading import dtype_of, readable_errors
+from gradindex.model.devices import dtype_of
+from gradindex.model.load_errors import readable_errors
+from gradindex.model.model_source import ModelSource
 from gradindex.model.quantised import as_dequantised
-from gradindex.model.source import ModelSource
 from gradindex.model.tracked import identity_of, maps_by_weight
 from gradindex.objective import Batch, NextToken, Scored
 
@@ -46,8 +47,8 @@ class LanguageModel:
 
     def __post_init__(self) -> None:
         # ours among transformers' ways of running fused experts; registering it again is harmless
-        ALL_EXPERTS_FUNCTIONS.register(EXPERTS, experts.forward)
-        for fused in experts.open_experts(self.network):
+        ALL_EXPERTS_FUNCTIONS.register(EXPERTS, fused_experts.forward)
+        for fused in fused_experts.open_experts(self.network):
             fused.config._experts_implementation = EXPERTS  # type: ignore[union-attr]
 
     @classmethod

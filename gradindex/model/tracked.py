@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from gradindex.errors import InputError
-from gradindex.model import experts
+from gradindex.model import fused_experts
 from gradindex.model.adapters import Parts, adapter_parts, no_adapter
 from gradindex.model.probe import called_in_a_pass
 from gradindex.model.quantised import is_bitsandbytes
@@ -30,7 +30,7 @@ def _stored(linear: nn.Module) -> tuple[Tensor | None, Tensor | None]:
 
     An expert's hold those of all experts. None for one that is computed from other parameters.
     """
-    if isinstance(linear, experts.ExpertMap):
+    if isinstance(linear, fused_experts.ExpertMap):
         return linear.parameters_of_all
     return linear._parameters.get("weight"), linear._parameters.get("bias")
 
@@ -39,7 +39,7 @@ def identity_of(linear: nn.Module) -> tuple[int, int]:
     """Which weight a linear map has: the address of its tensor, and an expert's number in it."""
     weight, _ = _stored(linear)
     address = id(linear) if weight is None else _address(weight)
-    return address, linear.number if isinstance(linear, experts.ExpertMap) else 0
+    return address, linear.number if isinstance(linear, fused_experts.ExpertMap) else 0
 
 
 def maps_by_weight(network: nn.Module) -> dict[tuple[int, int], list[nn.Module]]:
@@ -105,7 +105,7 @@ def _linear_maps(network: nn.Module, parts: Parts) -> list[Module]:
         for name, linear in block.named_modules():
             if not is_linear(linear) or linear in parts.idle or identity_of(linear) in seen:
                 continue
-            if not (linear in called or isinstance(linear, experts.ExpertMap)):
+            if not (linear in called or isinstance(linear, fused_experts.ExpertMap)):
                 continue  # if its weight is used, then not by running it
             seen.add(identity_of(linear))
             sharing = maps[identity_of(linear)]
@@ -124,7 +124,7 @@ def _linear_maps(network: nn.Module, parts: Parts) -> list[Module]:
                 bias = users == set(owners[_address(stored)])
             # An expert's inputs are padded with zeros behind, where a bias's 1 must not be: it is
             # put beside them before, and counts as one of them.
-            if bias and isinstance(linear, experts.ExpertMap):
+            if bias and isinstance(linear, fused_experts.ExpertMap):
                 d_in, bias = d_in + 1, False
             modules.append(Module(f"{prefix}.{layer}.{name}", layer, kind, d_out, d_in, bias))
     return modules
@@ -132,7 +132,7 @@ def _linear_maps(network: nn.Module, parts: Parts) -> list[Module]:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module computes W a + b and nothing else, so that its gradient is Σ d aᵀ."""
-    if isinstance(module, experts.ExpertMap):
+    if isinstance(module, fused_experts.ExpertMap):
         return True
     # By its `forward` and not by its class: a subclass may as well round, rescale or route.
     return isinstance(module, (nn.Linear, Conv1D)) and (
@@ -152,7 +152,7 @@ def _owners(network: nn.Module) -> dict[int, list[nn.Module]]:
 
 def _owner(linear: nn.Module) -> nn.Module:
     """The module that holds a linear map's weight: the map, or the block of an expert."""
-    return linear.experts if isinstance(linear, experts.ExpertMap) else linear
+    return linear.experts if isinstance(linear, fused_experts.ExpertMap) else linear
 
 
 def _form(linear: Any) -> tuple[Any, ...]:
@@ -203,7 +203,7 @@ def untracked(network: nn.Module, modules: list[Module]) -> dict[str, float]:
     tracked: dict[nn.Module, int] = {}
     for module in modules:
         holder = network.get_submodule(module.name)
-        if isinstance(holder, experts.ExpertMap):  # which has no weights itself
+        if isinstance(holder, fused_experts.ExpertMap):  # which has no weights itself
             holder = holder.experts
         tracked[holder] = tracked.get(holder, 0) + module.shape[0] * module.shape[1]
     total, rests = sum(counts.values()), dict[str, float]()
@@ -214,7 +214,7 @@ def untracked(network: nn.Module, modules: list[Module]) -> dict[str, float]:
         if rest := counts.get(holder, 0) - tracked.get(holder, 0):
             kind = _kind(holder, name.removeprefix(prefix), name.startswith(f"{prefix}."))
             # "attention: 40%" reads as a choice that the user could make: here it is none.
-            if kind in TRACKABLE and holder not in maps and not experts.is_fused(holder):
+            if kind in TRACKABLE and holder not in maps and not fused_experts.is_fused(holder):
                 kind = f"{kind} that aren't called, or share a weight with something else"
             rests[kind] = rests.get(kind, 0.0) + rest / total
     return dict(sorted(rests.items(), key=lambda share: (-share[1], share[0])))
@@ -227,7 +227,7 @@ def _kind(module: nn.Module, name: str, in_block: bool) -> str:
         return "embeddings"
     if "norm" in class_name.lower():
         return "norms"
-    if experts.is_fused(module):
+    if fused_experts.is_fused(module):
         return "experts"
     if isinstance(module, (nn.Linear, Conv1D)) and not in_block:
         return "LM head"

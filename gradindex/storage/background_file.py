@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from gradindex.errors import DamagedIndexError
-from gradindex.storage.code_file import CodeIndex
+from gradindex.storage.code_index import CodeIndex
 from gradindex.storage.files import FileFacts
 from gradindex.storage.tensors import read_tensors, write_tensors
 

@@ -1,7 +1,7 @@
 """A segment on disk: a run of sequences with their texts, their codes, and how they were made.
 
     records.lmdb    what each sequence was (`records.py`)
-    vectors.faiss   the codes; row i belongs to record i (`code_file.py`)
+    vectors.faiss   the codes; row i belongs to record i (`code_index.py`)
     rows.npy        each row's id, ‖v‖ and digest of its tokens (`row_file.py`)
     tokens.npz      which tokens each sequence holds (`token_file.py`)
     segment.json    SegmentFacts: written last before the folder gets its final name
@@ -20,7 +20,7 @@ import pydantic
 
 from gradindex.errors import DamagedIndexError
 from gradindex.storage import layout, records, sealed_json, token_file
-from gradindex.storage.code_file import CodeIndex
+from gradindex.storage.code_index import CodeIndex
 from gradindex.storage.files import FileFacts, atomic_write
 from gradindex.storage.integrity import CheckedFiles
 from gradindex.storage.layout import SegmentFile

@@ -35,7 +35,7 @@ from gradindex.modules import Module
 from gradindex.progress import duration, size
 from gradindex.storage import (
     background_file,
-    code_file,
+    code_index,
     records,
     row_file,
     sealed_json,
@@ -301,7 +301,7 @@ def _disk(
     queries = min(BACKGROUND_QUERIES, len(data.sizes))
     return {
         "records": sum(records.file_bytes(sizes) for sizes in cut),
-        "codes": sum(code_file.file_bytes(plan.bits, len(sizes))
+        "codes": sum(code_index.file_bytes(plan.bits, len(sizes))
                      + len(row_file.array_bytes(np.zeros(len(sizes), row_file.ROW)))
                      for sizes in cut),
         "token matrices": round(sum(single + further * (len(sizes) - 1) for sizes in cut)),

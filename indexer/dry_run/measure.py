@@ -30,27 +30,27 @@ import torch
 from torch import Tensor
 
 from gradindex.draws import Stream
-from gradindex.influence.batches import plan_batches
 from gradindex.influence.blockwise import block_rows, covariance_shapes, identity, square_blocks
 from gradindex.influence.codes import Codes, CodeSettings
 from gradindex.influence.curvature import Curvature, Ekfac
 from gradindex.influence.exact import exact_scores
-from gradindex.influence.queries import Preconditioned
+from gradindex.influence.preconditioned import Preconditioned
+from gradindex.influence.split_batches import plan_batches
 from gradindex.memory import Allowance, forget_most, most, resident, return_freed
 from gradindex.model.config import vocabulary_size
 from gradindex.model.network import LanguageModel
 from gradindex.modules import Module
 from gradindex.objective import Batch
 from gradindex.storage import token_file
-from gradindex.storage.code_file import UNPACKED_ROWS, CodeIndex
+from gradindex.storage.code_index import UNPACKED_ROWS, CodeIndex
 from gradindex.storage.layout import code_bytes
 from gradindex.storage.records import Record
 from indexer.calibrate import CALIBRATION_QUERIES, prepare_query, stacked_queries
 from indexer.encode import encode_batch
+from indexer.fit.batch_sums import add_covariances, add_eigenvalues, fit_batch
 from indexer.fit.budget import FitMoments, curvature_bytes, held_bytes, partitions, projection_bytes
 from indexer.fit.eigen import eigenvectors
 from indexer.fit.notes import FitSettings
-from indexer.fit.steps import add_covariances, add_eigenvalues, fit_batch
 
 LARGEST_MATRIX = 1024  # decomposed to be timed; larger ones take (n / 1024)³ times that
 ENOUGH = 2.0  # seconds: a batch is run again until it took so long, or REPEATS times

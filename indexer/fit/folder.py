@@ -16,7 +16,7 @@ from gradindex.storage.layout import module_file
 from gradindex.storage.tensors import read_tensors
 from indexer.fit.notes import FitNotes, FitSettings
 from indexer.fit.quarantine import check_quarantine
-from indexer.fit.sums import BlockNotes, Sums
+from indexer.fit.running_sums import BlockNotes, Sums
 from indexer.shards import BuildStage
 
 

@@ -33,7 +33,7 @@ from gradindex.storage.integrity import CheckedFiles
 from indexer.fit.budget import held_bytes, partitions
 from indexer.fit.folder import FitFolder
 from indexer.fit.notes import FIT_NOTES, FitNotes, FitSettings, report_fit
-from indexer.fit.sums import Block, Sums
+from indexer.fit.running_sums import Block, Sums
 from indexer.fit.units import FitUnits, Read
 from indexer.shards import BuildStage, Shard, Share
 

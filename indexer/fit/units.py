@@ -11,19 +11,19 @@ from torch import Tensor
 
 from gradindex.draws import Stream
 from gradindex.errors import GradindexError
-from gradindex.influence.batches import Splits, in_batches
 from gradindex.influence.blockwise import square_blocks
 from gradindex.influence.gradients import why_not_finite
+from gradindex.influence.split_batches import Splits, in_batches
 from gradindex.memory import return_freed
 from gradindex.model.network import LanguageModel
 from gradindex.objective import Batch
 from gradindex.progress import Progress
 from gradindex.storage.records import Record
 from gradindex.storage.tensors import write_tensors
+from indexer.fit.batch_sums import Add, add_covariances, add_eigenvalues, fit_batch
 from indexer.fit.eigen import eigenvectors
 from indexer.fit.folder import FitFolder
-from indexer.fit.steps import Add, add_covariances, add_eigenvalues, fit_batch
-from indexer.fit.sums import Block, BlockNotes, Sums
+from indexer.fit.running_sums import Block, BlockNotes, Sums
 from indexer.shards import BuildStage
 
 Read = Callable[[list[int]], list[Record]]  # the records of ids, in their order

@@ -1,15 +1,14 @@
 """Files → documents → sequences, each with the place it came from.
 
-A document is the user's record; a sequence is what the model was trained on at once. Without
-packing, a document longer than the sequence length becomes consecutive windows and a shorter one
-stays alone. With packing, documents are joined by the end token and cut into full windows.
-The order of sequences is a function of the files and the settings alone.
+A document is the user's record; a sequence is what the model was trained on at once: a document, or
+a window of one or of several (`windows.py`). The order of sequences is a function of the files and
+the settings alone.
 """
 
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ from indexer.read.sources import (
     parquet_rows,
     text_rows,
 )
+from indexer.read.windows import packed, windows
 
 KEPT_EXAMPLES = 20  # bad rows remembered with file and line; all are counted
 
@@ -112,61 +112,22 @@ class Corpus:
     def sequences(self) -> Iterator[Record]:
         """Every sequence in order, with ids from 0; `facts` are of what was read so far."""
         facts = self.facts = CorpusFacts()  # another reading counts anew
-        packed = self.settings.pack and self.task != "tokens"
-        for record in self._packed() if packed else self._windows():
-            record.id = facts.sequences
-            facts.sequences += 1
-            facts.tokens += len(record.tokens)
-            facts.scored_tokens += int(self.objective.counted(record.scored).sum())
-            yield record
-
-    # ---- documents → sequences
-
-    def _windows(self) -> Iterator[Record]:
-        """A document at a time, in consecutive windows where it is too long for one."""
-        length = self.settings.sequence_length
-        for document, tokenised in self._documents():
-            for start in range(0, len(tokenised.tokens), length):
-                cut = slice(start, start + length)
-                part = _stretch(document, tokenised.spans[cut], token=0)
-                yield from self._record(tokenised.tokens[cut], tokenised.scored[cut], [part])
-
-    def _packed(self) -> Iterator[Record]:
-        """Documents joined by the end token, cut into windows that are full but for the last."""
-        length = self.settings.sequence_length
-        tokens: list[int] = []
-        scored: list[bool] = []
-        parts: list[Part] = []
-        assert self.end_token is not None  # as checked above
-        for document, tokenised in self._documents():
-            if tokenised.tokens[-1] != self.end_token:  # some tokenizers add it by themselves
-                tokenised = tokenise.Tokenised(
-                    np.append(tokenised.tokens, np.int32(self.end_token)),
-                    np.append(tokenised.scored, tokenised.scored[-1]),
-                    np.vstack([tokenised.spans, tokenised.spans[-1:, [1, 1]]]),
-                )
-            done = 0
-            while done < len(tokenised.tokens):
-                cut = slice(done, done + length - len(tokens))
-                # a window remembers of which part of a document each of its tokens is
-                parts.append(_stretch(document, tokenised.spans[cut], token=len(tokens)))
-                tokens.extend(tokenised.tokens[cut].tolist())
-                scored.extend(tokenised.scored[cut].tolist())
-                done = cut.stop
-                if len(tokens) == length:
-                    yield from self._record(np.array(tokens, np.int32), np.array(scored), parts)
-                    tokens, scored, parts = [], [], []
-        if tokens:
-            yield from self._record(np.array(tokens, np.int32), np.array(scored), parts)
-
-    def _record(
-        self, tokens: np.ndarray, scored: np.ndarray, parts: list[Part]
-    ) -> Iterator[Record]:
-        """The record of a window, unless it has nothing that counts: its gradient would be 0."""
-        if self.objective.counted(scored).any():
-            yield Record(-1, tokens, scored, parts)
+        length, documents = self.settings.sequence_length, self._documents()
+        if self.settings.pack and self.task != "tokens":
+            assert self.end_token is not None  # as checked at the start
+            cut = packed(documents, length, self.end_token)
         else:
-            self.facts.skip("sequence without a scored token")
+            cut = windows(documents, length)
+        for tokens, scored, parts in cut:
+            if not (counted := int(self.objective.counted(scored).sum())):
+                facts.skip("sequence without a scored token")  # its gradient would be 0
+                continue
+            yield Record(facts.sequences, tokens, scored, parts)
+            facts.sequences += 1
+            facts.tokens += len(tokens)
+            facts.scored_tokens += counted
+
+    # ---- rows → documents
 
     def _documents(self) -> Iterator[tuple[Part, tokenise.Tokenised]]:
         """Every document that can be used, as a part that isn't cut yet, and its tokens."""
@@ -358,13 +319,6 @@ def _check_characters(name: str, value: str) -> None:
         value.encode("utf-8")
     except UnicodeEncodeError:
         raise BadRowError(f"invalid UTF-8 (a lone surrogate in {name!r})") from None
-
-
-def _stretch(part: Part, spans: np.ndarray, token: int) -> Part:
-    """The part of a document that some of its tokens cover; special tokens cover nothing."""
-    covering = spans[spans[:, 1] > spans[:, 0]]
-    spans = covering if len(covering) else spans
-    return replace(part, start=int(spans[:, 0].min()), end=int(spans[:, 1].max()), token=token)
 
 
 def _as_json(value: Any) -> Any:

@@ -13,7 +13,7 @@ import numpy as np
 
 from gradindex.errors import InputError, ResourceError
 from gradindex.progress import Progress, size
-from gradindex.storage import code_file, layout, records, row_file, segments
+from gradindex.storage import code_index, layout, records, row_file, segments
 from gradindex.storage.files import FileFacts, facts_of, make_folder
 from gradindex.storage.integrity import CheckedFiles
 from gradindex.storage.layout import PARTIAL, segment_folder
@@ -55,9 +55,9 @@ class Run:
             members.update(zip(within, stored, strict=True))
         return [members[one] for one in ids]
 
-    def codes(self, ids: list[int], length: int) -> tuple[code_file.CodeIndex, np.ndarray]:
+    def codes(self, ids: list[int], length: int) -> tuple[code_index.CodeIndex, np.ndarray]:
         """The codes [ids, K] of sealed segments and their ‖v‖ [ids]; ids ascending."""
-        joined, norms = code_file.CodeIndex(length), []
+        joined, norms = code_index.CodeIndex(length), []
         for codes, rows in self.coded(ids, length):
             joined.add(codes)
             norms.append(rows["norm"])

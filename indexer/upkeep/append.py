@@ -17,7 +17,7 @@ from gradindex.errors import InputError
 from gradindex.influence.exact import Rescorer, self_influence
 from gradindex.influence.fitted_model import FittedModel
 from gradindex.memory import parse_bound
-from gradindex.model.source import ModelSource
+from gradindex.model.model_source import ModelSource
 from gradindex.progress import Progress
 from gradindex.storage.contents import Contents
 from gradindex.storage.layout import APPEND
@@ -25,7 +25,7 @@ from gradindex.storage.records import Record
 from indexer import defaults
 from indexer.build_request import check_numbers, open_corpus
 from indexer.encode import encode_run, quarantined_of
-from indexer.fit.steps import fit_batch
+from indexer.fit.batch_sums import fit_batch
 from indexer.read import ingest
 from indexer.read.corpus import CorpusFacts
 from indexer.read.ingest import Run

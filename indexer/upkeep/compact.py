@@ -12,7 +12,7 @@ import numpy as np
 from gradindex.errors import ResourceError
 from gradindex.progress import Progress, size
 from gradindex.storage import layout, records
-from gradindex.storage.code_file import CodeIndex
+from gradindex.storage.code_index import CodeIndex
 from gradindex.storage.contents import Contents
 from gradindex.storage.files import FileFacts, make_folder
 from gradindex.storage.manifest import Segment

@@ -25,6 +25,19 @@ class Deleted:
     already: int
     equal_left: list[int]
 
+    def lines(self, index: Path) -> list[str]:
+        """What is said of it, in lines."""
+        already = f", {self.already:,} were deleted before" if self.already else ""
+        lines = [f"{self.deleted:,} sequences deleted{already}"]
+        # who deletes a text for its content wants its copies gone as well
+        if self.equal_left:
+            shown = ", ".join(map(str, self.equal_left[:10])) + ", …" * (len(self.equal_left) > 10)
+            lines.append(f"warning: {len(self.equal_left)} sequences with the same tokens stay: "
+                         f"{shown}")
+        if self.deleted:
+            lines.append(f"their text is on the disk until: gradindex compact {index}")
+        return lines
+
 
 def delete(
     index: str | Path, ids: Iterable[int] = (), user_ids: Collection[str] = (),

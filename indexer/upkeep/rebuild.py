@@ -6,7 +6,7 @@ import torch
 
 from gradindex.errors import DamagedIndexError
 from gradindex.influence.fitted_model import FittedModel
-from gradindex.model.source import ModelSource
+from gradindex.model.model_source import ModelSource
 from gradindex.progress import Progress
 from gradindex.storage import layout
 from gradindex.storage.contents import Contents

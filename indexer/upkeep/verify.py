@@ -13,13 +13,13 @@ import numpy as np
 
 from gradindex.draws import Stream, choose
 from gradindex.errors import DamagedIndexError
-from gradindex.influence.batches import Splits
 from gradindex.influence.fitted_model import FittedModel
+from gradindex.influence.split_batches import Splits
 from gradindex.model.identity import tensors_digest
-from gradindex.model.source import ModelSource
+from gradindex.model.model_source import ModelSource
 from gradindex.progress import Progress, size
 from gradindex.storage import layout, locks, row_file
-from gradindex.storage.code_file import CodeIndex
+from gradindex.storage.code_index import CodeIndex
 from gradindex.storage.contents import Contents
 from gradindex.storage.manifest import load as load_manifest
 from gradindex.storage.records import Record

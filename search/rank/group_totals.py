@@ -24,7 +24,7 @@ import numpy as np
 from gradindex import draws
 from gradindex.draws import Stream
 from gradindex.results import Group
-from gradindex.storage.code_file import CodeIndex
+from gradindex.storage.code_index import CodeIndex
 from gradindex.storage.contents import Contents
 from gradindex.storage.records import Part, Record
 from search.rank.ranking import best

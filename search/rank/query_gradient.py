@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from gradindex.errors import InputError
-from gradindex.influence.batches import Splits, in_batches
 from gradindex.influence.exact import Exact, Rescorer, joined
-from gradindex.influence.queries import (
+from gradindex.influence.preconditioned import (
     LOW_RANK,
     Gradients,
     Preconditioned,
@@ -18,6 +17,7 @@ from gradindex.influence.queries import (
     prepare,
     query_coordinates,
 )
+from gradindex.influence.split_batches import Splits, in_batches
 from gradindex.modules import Module
 from gradindex.objective import Text
 from gradindex.results import UNSCORED, Query

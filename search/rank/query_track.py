@@ -7,7 +7,7 @@ import numpy as np
 
 from gradindex.influence.codes import score_error
 from gradindex.influence.exact import Exact, Rescorer
-from gradindex.influence.queries import Preconditioned
+from gradindex.influence.preconditioned import Preconditioned
 from gradindex.results import Query
 from search.ask.settings import Settings
 from search.rank.hits import normalized

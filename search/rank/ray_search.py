@@ -17,8 +17,8 @@ import numpy as np
 
 from gradindex.errors import InputError
 from gradindex.influence.exact import Exact, Rescorer
-from gradindex.influence.queries import Preconditioned
-from gradindex.model.source import ModelSource
+from gradindex.influence.preconditioned import Preconditioned
+from gradindex.model.model_source import ModelSource
 from gradindex.ray_cluster import absolute
 from gradindex.storage import layout
 from gradindex.version import VERSION

@@ -16,9 +16,9 @@ import torch
 
 from gradindex.errors import GradindexError, InputError
 from gradindex.influence.exact import Exact, Rescorer
-from gradindex.influence.queries import Arrays, Preconditioned
-from gradindex.model.loading import quiet_transformers
-from gradindex.model.source import ModelSource
+from gradindex.influence.preconditioned import Arrays, Preconditioned
+from gradindex.model.load_errors import quiet_transformers
+from gradindex.model.model_source import ModelSource
 from gradindex.modules import Module
 from gradindex.version import VERSION
 from search.rank.ranking import Ranking

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from gradindex.influence.exact import Rescorer
-from gradindex.influence.queries import Preconditioned
+from gradindex.influence.preconditioned import Preconditioned
 from gradindex.results import Result
 from search.ask.settings import Settings, bounded
 from search.rank.conclusion import conclude, provisional

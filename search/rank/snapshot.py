@@ -14,10 +14,10 @@ from gradindex import memory
 from gradindex.errors import DamagedIndexError
 from gradindex.influence.exact import Exact, Rescorer, rescore
 from gradindex.influence.fitted_model import FittedModel
-from gradindex.influence.queries import Preconditioned
-from gradindex.model.source import ModelSource
-from gradindex.storage import code_file, layout, locks
-from gradindex.storage.code_file import CodeIndex
+from gradindex.influence.preconditioned import Preconditioned
+from gradindex.model.model_source import ModelSource
+from gradindex.storage import code_index, layout, locks
+from gradindex.storage.code_index import CodeIndex
 from gradindex.storage.contents import Contents
 from gradindex.storage.manifest import Manifest, digest_of, problems
 from gradindex.storage.manifest import load as load_manifest
@@ -111,7 +111,7 @@ class OpenIndex(FittedModel):
     def code_scores(self, vectors: np.ndarray) -> np.ndarray:
         """The code score of every place for query vectors [q, K]: float32 [q, N]."""
         scores = finite(
-            code_file.scan(self.segments(), vectors, max(1, torch.get_num_threads())), self.path)
+            code_index.scan(self.segments(), vectors, max(1, torch.get_num_threads())), self.path)
         rows = self.contents.places
         # rows are places where nothing is deleted, and then nothing is copied
         return scores if len(rows) == scores.shape[1] else scores[:, rows]

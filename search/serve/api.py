@@ -15,9 +15,9 @@ from starlette.routing import Route
 from gradindex.errors import InputError
 from gradindex.model import tokenise
 from search.serve.jobs import SearchJob
+from search.serve.openapi import openapi
 from search.serve.reception import Reception, changes_of, retry_after
 from search.serve.request import SearchRequest, whole_number
-from search.serve.schema import openapi
 
 HEARTBEAT = 10.0  # seconds between signs of life to who follows a search
 

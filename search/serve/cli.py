@@ -34,7 +34,7 @@ def view(
     # read when the threads of NumPy and PyTorch begin: idle ones leave pages their turn
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from search.serve import listening
-    from search.serve.guard import token_for
+    from search.serve.guard import bracketed, host_names, token_for
 
     # not of the index but of each search
     train_sequences = flags.pop("train_sequences")
@@ -43,7 +43,7 @@ def view(
     searcher, progress = open_searcher(index, flags)
     socket = listening.listen(host, port)
     port = socket.getsockname()[1]
-    address = f"http://{listening.bracketed(host)}:{port}/"
+    address = f"http://{bracketed(host)}:{port}/"
     if token is not None:
         if "GRADINDEX_TOKEN" not in os.environ:
             progress.say(f"token, the password of any user: {token}")
@@ -52,6 +52,6 @@ def view(
     progress.say(f"the page: {address} (Ctrl-C ends it)")
     if not no_open:
         click.launch(address)
-    hosts = listening.host_names(host, port, names)
+    hosts = host_names(host, port, names)
     listening.make_server(searcher, hosts, token, train_sequences).run(sockets=[socket])
     return 0

@@ -12,7 +12,8 @@ import asyncio
 import base64
 import json
 import secrets
-from collections.abc import Awaitable, Callable, MutableMapping
+import socket
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -49,6 +50,22 @@ def token_for(host: str, token: str | None) -> str | None:
             f"expected at least {SHORTEST_TOKEN} random ones, such as `openssl rand -base64 24` "
             "gives.")
     return token if token is not None or host in LOOPBACK else secrets.token_urlsafe(24)
+
+
+def host_names(host: str, port: int, extra: Iterable[str] = ()) -> set[str]:
+    """The values of Host by which a server on that address is asked for; `extra` are further names.
+    """
+    names = {"127.0.0.1", "localhost", "[::1]"} if host in LOOPBACK else \
+        {"127.0.0.1", "localhost", bracketed(host), socket.gethostname(), socket.getfqdn()}
+    with_port = {f"{name}:{port}" for name in names}
+    if port in (80, 443):  # which browsers leave out
+        with_port |= names
+    return with_port | set(extra) | {f"{name}:{port}" for name in extra if ":" not in name}
+
+
+def bracketed(host: str) -> str:
+    """An address as URLs have it."""
+    return f"[{host}]" if ":" in host else host
 
 
 class Guard:

@@ -1,31 +1,18 @@
-"""Where the page is served: address and names."""
+"""Where the page is served: a socket, and the server on it."""
 
 import socket
 import sys
-from collections.abc import Iterable
 
 import uvicorn
 
 from gradindex.errors import InputError
 from search.engine import Searcher
 from search.serve.connections import configuration
-from search.serve.guard import LOOPBACK
 from search.serve.jobs import Jobs
 from search.serve.server import application
 
 PORTS = range(8765, 8785)  # tried in order where none was asked for
 TURN = 0.0005  # seconds that a thread keeps the interpreter while others wait for it
-
-
-def host_names(host: str, port: int, extra: Iterable[str] = ()) -> set[str]:
-    """The values of Host by which a server on that address is asked for; `extra` are further names.
-    """
-    names = {"127.0.0.1", "localhost", "[::1]"} if host in LOOPBACK else \
-        {"127.0.0.1", "localhost", bracketed(host), socket.gethostname(), socket.getfqdn()}
-    with_port = {f"{name}:{port}" for name in names}
-    if port in (80, 443):  # which browsers leave out
-        with_port |= names
-    return with_port | set(extra) | {f"{name}:{port}" for name in extra if ":" not in name}
 
 
 def listen(host: str, port: int | None) -> socket.socket:
@@ -55,8 +42,3 @@ def make_server(
     site = application(searcher, jobs, hosts, token)
     jobs.start()
     return uvicorn.Server(configuration(site))
-
-
-def bracketed(host: str) -> str:
-    """An address as URLs have it."""
-    return f"[{host}]" if ":" in host else host

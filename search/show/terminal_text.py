@@ -79,8 +79,7 @@ def _hit_lines(rank: int, hit: Hit, result: Result, width: int, color: bool) -> 
     notes = [wording.percentile(hit, result), wording.rank_before(hit)]
     if hit.tfidf_rank is not None:
         notes.append(f"TF-IDF rank {hit.tfidf_rank}")
-    if hit.lexical is not None:
-        notes.append(f"lexical overlap {hit.lexical:.2f}")
+    notes.append(wording.overlap(hit))
     noticed = "".join(f"  [{mark.text}]" for mark in wording.marks(hit))
     lines = [*_wrap(head + visible(f"{label}  sequence {hit.id}{noticed}"), width)]
     lines += ["     " + line for line in _wrap(", ".join(filter(None, notes)), width - 5)]

@@ -91,6 +91,11 @@ def rank_before(hit: Hit) -> str:
     return f"rank {hit.code_rank:,} by code" if hit.code_rank > 0 else ""
 
 
+def overlap(hit: Hit) -> str:
+    """The share of the query's tokens that a hit holds too; empty where it wasn't counted."""
+    return "" if hit.lexical is None else f"lexical overlap {hit.lexical:.2f}"
+
+
 def marks(hit: Hit) -> list[Mark]:
     """What to notice of a hit."""
     noticed = []

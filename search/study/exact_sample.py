@@ -12,7 +12,7 @@ from gradindex import draws
 from gradindex.draws import Stream
 from gradindex.errors import InputError
 from gradindex.influence.exact import Rescorer, rescore
-from gradindex.influence.queries import Preconditioned
+from gradindex.influence.preconditioned import Preconditioned
 from gradindex.modules import Module
 from gradindex.progress import Progress
 from gradindex.results import UNSCORED, Query

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gradindex.influence.exact import Rescorer, rescore
-from gradindex.influence.queries import Preconditioned
+from gradindex.influence.preconditioned import Preconditioned
 from gradindex.storage.background_file import ONE_IN
 from search.rank.generic_rate import all_rates
 from search.rank.ranking import best

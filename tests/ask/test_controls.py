@@ -10,7 +10,7 @@ import pytest
 
 import gradindex
 from gradindex.errors import InputError
-from gradindex.influence.queries import query_coordinates
+from gradindex.influence.preconditioned import query_coordinates
 from gradindex.modules import numbers_in
 from gradindex.objective import Text
 from search.ask.controls import Controls

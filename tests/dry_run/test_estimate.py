@@ -15,10 +15,10 @@ import gradindex
 from gradindex import cli
 from gradindex.errors import DamagedIndexError, IndexMismatchError, InputError, ResourceError
 from gradindex.influence import curvature
+from gradindex.model.model_source import ModelSource
 from gradindex.model.network import LanguageModel
-from gradindex.model.source import ModelSource
 from gradindex.modules import Module
-from gradindex.storage import code_file, layout, records, token_file
+from gradindex.storage import code_index, layout, records, token_file
 from gradindex.storage.records import Part, Record
 from indexer import build as build_module
 from indexer.dry_run import estimate as estimate_module
@@ -247,9 +247,9 @@ def test_the_work_of_batches():
 
 
 def test_sizes_of_files(tmp_path):
-    index = code_file.CodeIndex(512)
+    index = code_index.CodeIndex(512)
     index.add(np.zeros((7, layout.code_bytes(512)), np.uint8))
-    assert code_file.file_bytes(512, 7) == index.write(tmp_path / "vectors.faiss").size
+    assert code_index.file_bytes(512, 7) == index.write(tmp_path / "vectors.faiss").size
     sequences = [np.arange(n % 9 + 1) for n in range(30)]
     written = token_file.write(tmp_path / "t.npz", sequences, 50)
     assert len(token_file.pack(sequences, 50)) == written.size

@@ -22,11 +22,11 @@ import scipy.sparse
 
 import gradindex
 from gradindex.errors import GradindexError
+from gradindex.model.model_source import ModelSource
 from gradindex.model.network import LanguageModel
-from gradindex.model.source import ModelSource
 from gradindex.storage import (
     background_file,
-    code_file,
+    code_index,
     layout,
     manifest,
     records,
@@ -213,7 +213,7 @@ def fuzz_tokens(content: bytes, folder: Path, dice: random.Random) -> None:
 
 
 def fuzz_vectors(content: bytes, folder: Path, dice: random.Random) -> None:
-    codes = code_file.CodeIndex.parse(content, 512, 18, Path("vectors.faiss"))
+    codes = code_index.CodeIndex.parse(content, 512, 18, Path("vectors.faiss"))
     codes.scores(np.ones(512, np.float32))
 
 
@@ -224,7 +224,7 @@ def fuzz_background(content: bytes, folder: Path, dice: random.Random) -> None:
         with contextlib.suppress(Exception):  # past its own digest, where it is a file of tensors
             write_tensors(path, safetensors.torch.load_file(path))
     queries = background_file.load(path, 52, 512)
-    codes = code_file.CodeIndex(512)
+    codes = code_index.CodeIndex(512)
     codes.add(codes.encode(np.ones((3, 512), np.float32)))
     queries.rates(codes, np.zeros((3, 2), np.uint64))
 

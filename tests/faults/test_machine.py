@@ -19,8 +19,8 @@ from hypothesis.stateful import (
 
 import gradindex
 from gradindex.errors import InputError
+from gradindex.model.model_source import ModelSource
 from gradindex.model.network import LanguageModel
-from gradindex.model.source import ModelSource
 from support.documents import FRUIT, PLACES
 from support.kills import KilledError
 

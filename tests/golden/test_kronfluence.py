@@ -15,9 +15,9 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import gradindex
-from gradindex.influence.queries import Preconditioned, precondition, query_coordinates
+from gradindex.influence.preconditioned import Preconditioned, precondition, query_coordinates
+from gradindex.model.model_source import ModelSource
 from gradindex.model.network import LanguageModel
-from gradindex.model.source import ModelSource
 from gradindex.model.tracked import tracked_modules
 from gradindex.objective import Text
 from gradindex.progress import Progress

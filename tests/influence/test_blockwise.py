@@ -24,7 +24,7 @@ from gradindex.influence.codes import Codes, CodeSettings
 from gradindex.influence.curvature import Curvature
 from gradindex.influence.exact import exact_scores
 from gradindex.influence.gradients import backward
-from gradindex.influence.queries import Preconditioned, precondition, query_coordinates
+from gradindex.influence.preconditioned import Preconditioned, precondition, query_coordinates
 from gradindex.model.tracked import tracked_modules
 from gradindex.modules import Module
 from gradindex.progress import Progress

@@ -19,7 +19,7 @@ from gradindex.influence.curvature import Curvature
 from gradindex.influence.gradients import backward, gradient
 from gradindex.model.tracked import tracked_modules
 from gradindex.modules import Module
-from gradindex.storage.code_file import CodeIndex, scan
+from gradindex.storage.code_index import CodeIndex, scan
 from gradindex.storage.files import facts_of
 from gradindex.storage.integrity import CheckedFiles
 from gradindex.storage.layout import code_bytes
@@ -177,7 +177,7 @@ def test_codes_survive_the_disk_and_joining(tmp_path):
 
 def test_a_scan_shares_out_rows_and_changes_nothing(tmp_path, monkeypatch):
     """Segments of any size, one query or many, read or mapped: the scores of each code alone."""
-    monkeypatch.setattr("gradindex.storage.code_file.SCANNED_ROWS", 5)
+    monkeypatch.setattr("gradindex.storage.code_index.SCANNED_ROWS", 5)
     random = np.random.default_rng(2)
     segments, alone = [], []
     queries = random.standard_normal((3, 256)).astype(np.float32)

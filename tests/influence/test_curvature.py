@@ -14,7 +14,7 @@ from gradindex.influence import curvature
 from gradindex.influence.curvature import Curvature, FiledEkfac
 from gradindex.influence.exact import GradientSizes, collect, exact_scores
 from gradindex.influence.gradients import backward
-from gradindex.influence.queries import (
+from gradindex.influence.preconditioned import (
     Preconditioned,
     _product_is_cheaper,
     precondition,
@@ -159,7 +159,8 @@ def test_exact_influence_and_its_terms(family, make_model, sequences, tmp_path, 
     many = exact_scores(model, modules, twice, records_of(sequences), 24)
     np.testing.assert_allclose(many[0], torch.stack(totals).numpy(), rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(many[0], many[1])
-    monkeypatch.setattr("gradindex.influence.queries.LARGEST_BLOCK", 1)  # a gradient at a time
+    # a gradient at a time
+    monkeypatch.setattr("gradindex.influence.preconditioned.LARGEST_BLOCK", 1)
     np.testing.assert_allclose(exact_scores(model, modules, twice, records_of(sequences), 24), many,
                                rtol=1e-9, atol=1e-9)
     assert (log_p[0, :5] == 0).all() and (log_p[0, 5:-1] < 0).all()
@@ -168,7 +169,7 @@ def test_exact_influence_and_its_terms(family, make_model, sequences, tmp_path, 
 @pytest.mark.parametrize("block", [1, 1 << 26])
 def test_sizes_and_query_norms(family, make_model, sequences, tmp_path, block, monkeypatch):
     """‖(G+λ)^−½ ∇m‖², ‖(G+λ)⁻¹ ∇m‖² and ‖q̃‖ against dense algebra, summed over modules."""
-    monkeypatch.setattr("gradindex.influence.queries.LARGEST_BLOCK", block)
+    monkeypatch.setattr("gradindex.influence.preconditioned.LARGEST_BLOCK", block)
     model = make_model(family)
     modules = tracked_modules(model.network, "all")
     ekfac = fitted(model, modules, sequences, tmp_path)
@@ -224,8 +225,8 @@ def test_low_rank_gradients_are_the_truncated_svd():
 @pytest.mark.parametrize("joined", [0, 1 << 26])
 def test_scores_of_low_rank_are_those_of_the_product(bias, most, joined, monkeypatch):
     """By the factors or by L R, whatever is taken at once."""
-    monkeypatch.setattr("gradindex.influence.queries.LARGEST_BLOCK", most)
-    monkeypatch.setattr("gradindex.influence.queries.LARGEST_PRODUCT", joined)
+    monkeypatch.setattr("gradindex.influence.preconditioned.LARGEST_BLOCK", most)
+    monkeypatch.setattr("gradindex.influence.preconditioned.LARGEST_PRODUCT", joined)
     torch.manual_seed(6)
     module = Module("m", 0, "mlp", 5, 7, bias)
     a, d = torch.randn(4, 6, 7, dtype=torch.float64), torch.randn(4, 6, 5, dtype=torch.float64)

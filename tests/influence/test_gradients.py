@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from gradindex.errors import InputError
-from gradindex.influence.batches import plan_batches
 from gradindex.influence.blockwise import rotated
 from gradindex.influence.gradients import apply_inputs, backward, gradient
+from gradindex.influence.split_batches import plan_batches
 from gradindex.model.tracked import tracked_modules
 from gradindex.modules import Module
 from gradindex.objective import Text, log_probability, sample_labels

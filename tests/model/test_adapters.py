@@ -15,8 +15,8 @@ import gradindex
 from gradindex.errors import IndexMismatchError, InputError
 from gradindex.influence.gradients import backward, gradient
 from gradindex.model.identity import files_digest, tensors_digest
+from gradindex.model.model_source import ModelSource
 from gradindex.model.network import LanguageModel
-from gradindex.model.source import ModelSource
 from gradindex.model.tracked import parameter_share, tracked_modules
 from support.indexes import SMALL
 from support.models import VOCABULARY, labels_of, random_network

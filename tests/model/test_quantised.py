@@ -11,8 +11,8 @@ import gradindex
 from demo.prepare import train_tokenizer
 from gradindex.errors import InputError
 from gradindex.model.identity import tensors_digest
+from gradindex.model.model_source import ModelSource
 from gradindex.model.network import LanguageModel
-from gradindex.model.source import ModelSource
 from gradindex.model.tracked import parameter_share, tracked_modules
 from support.documents import small_documents
 from support.gradients import captured

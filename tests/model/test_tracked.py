@@ -9,9 +9,9 @@ import gradindex
 from demo.prepare import train_tokenizer
 from gradindex.errors import InputError
 from gradindex.influence.exact import Influences, Terms, collect
-from gradindex.influence.queries import Preconditioned
+from gradindex.influence.preconditioned import Preconditioned
+from gradindex.model.model_source import ModelSource
 from gradindex.model.network import LanguageModel
-from gradindex.model.source import ModelSource
 from gradindex.model.tracked import parameter_share, tracked_modules, untracked
 from gradindex.modules import Module
 from gradindex.progress import shares, stderr_progress

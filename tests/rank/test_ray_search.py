@@ -13,7 +13,7 @@ import pytest
 
 import gradindex
 from gradindex.errors import DamagedIndexError, GradindexError, InputError
-from gradindex.model.source import ModelSource
+from gradindex.model.model_source import ModelSource
 from gradindex.progress import duration
 from search.ask.controls import Controls
 from search.ask.settings import settle

@@ -1,6 +1,7 @@
 """What every request has to pass: host, origin, token, method, body and its size."""
 
 import json
+import socket
 import time
 from base64 import b64encode
 from collections.abc import Callable
@@ -9,7 +10,7 @@ import pytest
 
 from gradindex.errors import InputError
 from search.serve import guard
-from search.serve.guard import token_for
+from search.serve.guard import host_names, token_for
 from support.server import JSON, OWN, PAGE, QUERY, ROUTES, TOKEN, Running
 from support.waiting import HANG
 
@@ -27,6 +28,16 @@ def test_tokens_that_can_be_guessed_are_refused() -> None:
     assert len(made) == 50
     for one in made:  # one of ours may be given as well
         assert one is not None and token_for("::", one) == one
+
+
+def test_names_of_the_server() -> None:
+    assert host_names("::1", 8765) == {"127.0.0.1:8765", "localhost:8765", "[::1]:8765"}
+    # browsers leave the usual port out
+    assert host_names("127.0.0.1", 80) >= {"localhost", "localhost:80"}
+    assert host_names("10.0.0.7", 9000, ["lab.example", "a.example:1"]) == {
+        "10.0.0.7:9000", "127.0.0.1:9000", "localhost:9000", f"{socket.gethostname()}:9000",
+        f"{socket.getfqdn()}:9000",
+        "lab.example", "lab.example:9000", "a.example:1"}
 
 
 def test_host_must_be_a_name_of_this_server_on_every_route(running: Running) -> None:

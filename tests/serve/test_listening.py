@@ -1,27 +1,14 @@
-"""Where the server listens, its names; and the command that starts it."""
+"""Where the server listens, and the command that starts it."""
 
 import http.client
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
-from search.serve import listening
 from support.waiting import HANG, heed_interrupts
-
-
-def test_names_of_the_server() -> None:
-    assert listening.host_names("::1", 8765) == {"127.0.0.1:8765", "localhost:8765", "[::1]:8765"}
-    # browsers leave the usual port out
-    assert listening.host_names("127.0.0.1", 80) >= {"localhost", "localhost:80"}
-    assert listening.host_names("10.0.0.7", 9000, ["lab.example", "a.example:1"]) == {
-        "10.0.0.7:9000", "127.0.0.1:9000", "localhost:9000", f"{socket.gethostname()}:9000",
-        f"{socket.getfqdn()}:9000",
-        "lab.example", "lab.example:9000", "a.example:1"}
-
 
 # ---- the command
 

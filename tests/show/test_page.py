@@ -10,6 +10,7 @@ import pytest
 import gradindex
 from gradindex.results import Result
 from search.serve import listening
+from search.serve.guard import host_names
 from search.show import html, wording
 from support.documents import small_documents
 from support.indexes import SMALL
@@ -45,7 +46,7 @@ def address(model_folder, tmp_path_factory):
     searcher = gradindex.open(folder / "an.index")
     listener = listening.listen("127.0.0.1", None)
     port = listener.getsockname()[1]
-    running = listening.make_server(searcher, listening.host_names("127.0.0.1", port), None)
+    running = listening.make_server(searcher, host_names("127.0.0.1", port), None)
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     yield f"http://127.0.0.1:{port}"

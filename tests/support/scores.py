@@ -3,7 +3,7 @@
 import numpy as np
 
 from gradindex.influence.exact import Terms, collect, exact_scores
-from gradindex.influence.queries import Preconditioned, precondition, query_coordinates
+from gradindex.influence.preconditioned import Preconditioned, precondition, query_coordinates
 from gradindex.objective import Text
 from search.ask.controls import Controls
 from search.ask.settings import settle

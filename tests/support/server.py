@@ -25,6 +25,7 @@ from gradindex.results import Result
 from search.engine import Searcher
 from search.serve import guard, jobs, listening, server
 from search.serve.connections import Connection, configuration
+from search.serve.guard import host_names
 from support.waiting import HANG, until
 
 JSON = {"Content-Type": "application/json"}
@@ -74,7 +75,7 @@ class Running:
         listener = listening.listen("127.0.0.1", 0)
         self.port = listener.getsockname()[1]
         self.jobs = jobs.Jobs(searcher, **settings)
-        hosts = listening.host_names("127.0.0.1", self.port)
+        hosts = host_names("127.0.0.1", self.port)
         site = server.application(searcher, self.jobs, hosts, token, slowest_body)
         self.server = uvicorn.Server(configuration(site, connection))
         self.thread = threading.Thread(target=self.server.run, args=([listener],))

@@ -8,7 +8,7 @@ TOGETHER = {  # what each worker would make again
     "tests/show/test_page.py": "a browser, and what it looks at",
     "tests/test_docs.py": "a shell, and the folder that the documents work in",
     "tests/test_examples.py": "what a demo leaves",
-    "tests/test_ray_build.py": "a cluster",
+    "tests/parallel/test_ray_build.py": "a cluster",
 }
 
 

@@ -28,7 +28,7 @@ def more(tmp_path):
 @pytest.fixture(scope="module")
 def place(model_folder):
     """The model of index_folder, loaded once, as arguments."""
-    from gradindex.model.source import ModelSource
+    from gradindex.model.model_source import ModelSource
 
     source = ModelSource(str(model_folder), device="cpu")
     return {"model": LanguageModel.load(source).network, "tokenizer": source.load_tokenizer()}

@@ -17,7 +17,7 @@ import gradindex
 from gradindex.cli import main_group
 from gradindex.errors import DamagedIndexError, GradindexError, IndexMismatchError, InputError
 from gradindex.storage import layout, manifest, records, row_file, segments, token_file
-from gradindex.storage.code_file import CodeIndex
+from gradindex.storage.code_index import CodeIndex
 from gradindex.storage.contents import Contents
 from gradindex.storage.files import facts_of
 from gradindex.storage.integrity import SMALL

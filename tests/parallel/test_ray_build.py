@@ -18,17 +18,17 @@ from safetensors.torch import load_file, save_file
 import gradindex
 import gradindex.model.network
 from gradindex.errors import GradindexError, InputError
+from gradindex.model.model_source import ModelSource
 from gradindex.model.network import LanguageModel
-from gradindex.model.source import ModelSource
 from gradindex.progress import Progress
 from gradindex.storage.locks import one_of_writers
-from indexer import ray_build
 from indexer.build_request import make_request
 from indexer.fit.folder import FitFolder
 from indexer.fit.schedule import Fit
 from indexer.fit.units import FitUnits
+from indexer.parallel import ray_build
+from indexer.parallel.ray_build import BuildWorkers, Receipt, WorkerJob, _Worker
 from indexer.prepare import prepare_build
-from indexer.ray_build import BuildWorkers, Receipt, WorkerJob, _Worker
 from indexer.shards import OVER_RAY, BuildStage, Shard
 from indexer.state import BuildState
 from support.clusters import two_nodes

@@ -9,12 +9,12 @@ from demo.prepare import train_tokenizer
 from gradindex.influence.blockwise import covariance_shapes
 from gradindex.influence.exact import Influences, Terms, collect
 from gradindex.influence.gradients import backward
-from gradindex.influence.queries import Preconditioned
-from gradindex.model import experts
+from gradindex.influence.preconditioned import Preconditioned
+from gradindex.model import fused_experts
+from gradindex.model.model_source import ModelSource
 from gradindex.model.network import LanguageModel
-from gradindex.model.source import ModelSource
 from gradindex.model.tracked import parameter_share, tracked_modules, untracked
-from indexer.fit.steps import add_covariances
+from indexer.fit.batch_sums import add_covariances
 from support.gradients import captured
 from support.indexes import SMALL
 from support.models import SIZES, labels_of, random_network
@@ -64,7 +64,7 @@ def test_experts_have_exact_gradients(mixture, sequences):
     with torch.no_grad():
         assert torch.equal(model.network(ids, use_cache=False).logits, eager)
     modules = tracked_modules(mixture)
-    assert all(isinstance(mixture.get_submodule(m.name), experts.ExpertMap) for m in modules)
+    assert all(isinstance(mixture.get_submodule(m.name), fused_experts.ExpertMap) for m in modules)
     found, _ = captured(model, modules, model.batch(sequences))
     mixture.config._experts_implementation = "eager"
     assert found.keys() == {module.name for module in modules}
@@ -106,7 +106,7 @@ def test_packing_keeps_every_token_at_its_place():
     torch.manual_seed(0)
     places = torch.tensor([7, 0, 2, 11, 3, 9])  # of a batch of 3 × 4
     x = torch.randn(6, 5)
-    packed, positions = experts.pack(x, places, (3, 4))
+    packed, positions = fused_experts.pack(x, places, (3, 4))
     assert positions.tolist() == [[0, 2, -1], [3, 3, -1], [3, 1, -1]] or \
         positions.tolist() == [[0, 2, 3], [3, -1, -1], [3, 1, -1]]
     for row in range(3):
@@ -116,7 +116,7 @@ def test_packing_keeps_every_token_at_its_place():
             else:
                 [index] = (places == 4 * row + position).nonzero()[0].tolist()
                 assert torch.equal(packed[row, slot], x[index])
-    empty, none = experts.pack(x[:0], places[:0], (3, 4))
+    empty, none = fused_experts.pack(x[:0], places[:0], (3, 4))
     assert empty.shape == (3, 0, 5) and none.shape == (3, 0)
 
 
@@ -160,7 +160,7 @@ def test_a_mixture_is_built_and_searched(tmp_path, monkeypatch):
     *((family, False) for family in MIXTURES), ("gpt_oss", True)], indirect=["mixture"])
 def test_experts_of_two_blocks_that_share_their_tensors(mixture, sequences, biases):
     """One map each, the sum of both blocks' runs; a bias only where that is shared as well."""
-    first, second = (one for one in mixture.modules() if experts.is_fused(one))
+    first, second = (one for one in mixture.modules() if fused_experts.is_fused(one))
     names = ["gate_up_proj", "down_proj"]
     for name in names + [f"{name}_bias" for name in names if first.has_bias and biases]:
         setattr(second, name, getattr(first, name))

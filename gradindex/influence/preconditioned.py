@@ -43,7 +43,7 @@ def query_coordinates(
     def each(module: Module, a: Tensor, d: Tensor) -> None:
         c = ekfac[module.name]
         g = rotated(module, a, d, c.eigenvectors_a, c.eigenvectors_s)
-        coordinates[module.name] = g / c.damped(damping)
+        coordinates[module.name] = c.divided(g, damping)
 
     log_p = backward(model, modules, batch, each)
     # Modules arrived from the last to the first; all later sums go in the order of the model.

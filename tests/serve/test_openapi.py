@@ -9,7 +9,7 @@ import schemathesis
 from schemathesis.specs.openapi import checks
 
 from search.serve import guard
-from search.serve.schema import openapi
+from search.serve.openapi import openapi
 from support.server import QUERY, Running
 from support.waiting import HANG
 

@@ -18,7 +18,7 @@ from typing import Any
 from gradindex import errors
 from gradindex.errors import GradindexError, InputError
 from gradindex.influence.codes import Codes
-from gradindex.model.source import ModelSource
+from gradindex.model.model_source import ModelSource
 from gradindex.progress import Progress
 from gradindex.ray_cluster import absolute, connect, load_ray
 from gradindex.storage import layout

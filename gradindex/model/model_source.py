@@ -15,13 +15,8 @@ import transformers
 from gradindex.errors import InputError
 from gradindex.model.adapters import Adapter, read_adapter
 from gradindex.model.config import is_quantised
-from gradindex.model.loading import (
-    DTYPES,
-    device_called,
-    dtype_called,
-    dtype_of,
-    readable_errors,
-)
+from gradindex.model.devices import DTYPES, device_called, dtype_called, dtype_of
+from gradindex.model.load_errors import readable_errors
 from gradindex.model.quantised import quantised_dtype
 
 

@@ -1,4 +1,4 @@
-"""FAISS, through its only door: one-bit codes on disk, and the code score of every row.
+"""One-bit codes on disk, and the scan that scores every row: FAISS, through its only door.
 
 `IndexRaBitQ` with inner product keeps the sign of each of the K coordinates and one scale: K/8 + 8
 bytes. It is trained on zeros, so that its centre is 0 in every segment: a learned centre differs

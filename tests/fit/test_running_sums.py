@@ -2,7 +2,7 @@
 
 import torch
 
-from indexer.fit.sums import Block, BlockNotes, Sums
+from indexer.fit.running_sums import Block, BlockNotes, Sums
 
 
 def test_sums_are_added_in_order_whoever_took_them(tmp_path):

@@ -11,7 +11,7 @@ from torch import Tensor
 from gradindex.draws import Stream, uniforms
 from gradindex.influence.blockwise import add_outer, rotator
 from gradindex.influence.gradients import backward
-from gradindex.influence.queries import slices
+from gradindex.influence.preconditioned import slices
 from gradindex.model.network import LanguageModel
 from gradindex.modules import Module
 from gradindex.objective import Batch

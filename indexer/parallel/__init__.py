@@ -1,0 +1,1 @@
+"""A build by many processes: over Ray, and the merge of what shards did."""
