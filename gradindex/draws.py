@@ -1,9 +1,10 @@
 """Every random stream by name: nothing else in gradindex draws a random number.
 
-For one seed no two streams have the same key, so no two of them give the same bits. Whatever
-decides the bytes of an index, or a score, is raw Philox bits keyed by (seed, stream): they are the
-same on every machine and with every version of NumPy. Where a draw belongs to a sequence, the
-sequence's id is part of the key, so nothing depends on batching.
+For one seed no two streams give the same bits. Whatever decides the bytes of an index, or a score,
+is raw Philox bits keyed by (seed, stream): they are the same on every machine and with every
+version of NumPy. Where a draw belongs to a sequence, the sequence's id is part of the key, so
+nothing depends on batching. (The group coordinates, keyed by K, have the bits of the code offsets
+of an index whose seed happens to be K; the two never meet in one number.)
 """
 
 import contextlib
@@ -37,9 +38,11 @@ class Stream(Enum):
     EIGENVALUE_LABELS = 0, 3
     BACKGROUND_SAMPLE = 0, 4
     DRIFT_LABELS = 0, 5
-    EVAL_SAMPLE = 0, 6, "PCG64"  # these two by NumPy's default generator, which goes by the seed
-    REPORT_QUERIES = 0, 8, "PCG64"  # alone: a change would draw others for indexes that exist
+    # the only one of NumPy's default generator, which goes by the seed alone: another would draw
+    # other sequences for indexes that were evaluated already
+    EVAL_SAMPLE = 0, 6, "PCG64"
     EVAL_INTERVALS = 0, 7
+    REPORT_QUERIES = 0, 8
     REPORT_SAMPLE = 0, 9
     TAIL_SAMPLES = 0, 10  # of the fitted power law
     HALF_INTERVALS = 0, 11

@@ -8,12 +8,16 @@ from typing import Any
 
 import click
 
-MODEL = [
-    click.option("--model", metavar="PATH", help="Where the model is now, if it was moved."),
-    click.option("--tokenizer", metavar="PATH", help="Folder or hub id [the model's]."),
-    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
+TOKENIZER = click.option("--tokenizer", metavar="PATH", help="Folder or hub id [the model's].")
+DEVICE = click.option("--device", default="auto", show_default=True,
+                      help="auto, cpu, cuda or cuda:N.")
+TRUST = [
     click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model."),
     click.option("--allow-pickle", is_flag=True, help="Load weights that aren't safetensors."),
+]
+MODEL = [
+    click.option("--model", metavar="PATH", help="Where the model is now, if it was moved."),
+    TOKENIZER, DEVICE, *TRUST,
 ]
 MAX_MEMORY = click.option(
     "--max-memory", metavar="SIZE",

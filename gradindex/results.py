@@ -65,7 +65,10 @@ class Query:
 
     @property
     def scored_tokens(self) -> list[int]:
-        """The scored token ids of all texts: what the TF-IDF filter looks for."""
+        """The token ids with a label in all texts: what the TF-IDF filter looks for.
+
+        A first token may be among them, though nothing predicts it.
+        """
         return [token for text in self.texts
                 for token, label in zip(text.tokens, text.labels, strict=True) if label != UNSCORED]
 

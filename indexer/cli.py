@@ -8,7 +8,16 @@ from typing import Any
 import click
 
 from gradindex.errors import DamagedIndexError, ResourceError
-from gradindex.flags import MAX_MEMORY, MODEL, options, read_ids, read_lines
+from gradindex.flags import (
+    DEVICE,
+    MAX_MEMORY,
+    MODEL,
+    TOKENIZER,
+    TRUST,
+    options,
+    read_ids,
+    read_lines,
+)
 from gradindex.terminal import json_text, visible_lines
 from indexer import defaults
 
@@ -49,8 +58,7 @@ _MAX_BAD = click.option(
 @click.option("--bits", type=int, help="Bits a code, K [256 a token, at least 16384].")
 @click.option("--dtype", default=defaults.AUTO, show_default=True,
               help="auto (float32 on a CPU, the checkpoint's own on a GPU), float32, bfloat16, …")
-@click.option("--device", default=defaults.AUTO, show_default=True,
-              help="auto, cpu, cuda or cuda:N.")
+@DEVICE
 @click.option("--batch-tokens", type=int, default=defaults.BATCH_TOKENS, show_default=True,
               help="Padded tokens a batch.")
 @MAX_MEMORY
@@ -60,9 +68,8 @@ _MAX_BAD = click.option(
               help="Sequences the model was trained on, N_train [the number indexed].")
 @_MAX_BAD
 @click.option("--seed", type=int, default=defaults.SEED, show_default=True)
-@click.option("--tokenizer", metavar="PATH", help="Folder or hub id [the model's].")
-@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
-@click.option("--allow-pickle", is_flag=True, help="Load weights that aren't safetensors.")
+@TOKENIZER
+@options(TRUST)
 @click.option("--shard", metavar="I/N",
               help="Do share I (from 0) of N, beside others that run the same command with their "
                    "own I on the same folder; then: gradindex merge. auto: as torchrun or SLURM "

@@ -11,8 +11,11 @@ from gradindex.draws import Stream
 def test_no_two_streams_share_bits():
     assert len(Stream) == len(Stream.__members__)  # a repeated value would be an alias
     by_seed = [stream for stream in Stream if stream is not Stream.GROUP_COORDINATES]
-    first = {tuple(draws.uniforms(stream, 7, 0, 4)) for stream in by_seed}
-    assert len(first) == len(by_seed) == len(Stream) - 1
+    for seed in (0, 7):
+        first = {tuple(draws.generator(stream, seed).random(4)) for stream in by_seed}
+        assert len(first) == len(by_seed) == len(Stream) - 1
+    assert not np.array_equal(draws.order(Stream.GROUP_COORDINATES, 4096, 9),
+                              draws.order(Stream.CODE_OFFSETS, 0, 9))
 
 
 @pytest.mark.parametrize("stream, expected", [
