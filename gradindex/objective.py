@@ -3,7 +3,9 @@
 An objective is what a kind of model is trained for. Gradients, curvature, codes, storage and search
 know of it only what stands here: how sequences become a batch, how a batch becomes outputs, how
 outputs become log p and its gradient, which labels the curvature draws, and what part of a sequence
-is asked about where it serves as a query. Another kind of model is another class like `NextToken`.
+is asked about where it serves as a query. Another kind of model is another class like `NextToken`;
+which one it is, is said where data are read (`corpus.py`), where a model is loaded (`network.py`)
+and where an index is opened without its model (`fitted_model.py`).
 """
 
 from collections.abc import Callable, Sequence
