@@ -29,7 +29,7 @@ from gradindex.influence.preconditioned import Preconditioned, precondition
 from gradindex.progress import Progress, duration, stderr_progress
 from gradindex.results import GENERIC
 from gradindex.storage.background_file import BackgroundQueries, thresholds
-from indexer.background_queries import make_background
+from indexer.background_queries import make_background_queries
 from indexer.read.ingest import Run
 from search.engine import Searcher
 from search.rank.generic_rate import all_rates
@@ -98,7 +98,7 @@ def build(work: Workload) -> tuple[Searcher, float, float]:
     run = Run(out, 0, 0, len(index), facts.plan.segment_size)
     _ = index.codes, index.tables.background_queries
     begun = time.monotonic()
-    again, _ = make_background(
+    again, _ = make_background_queries(
         index.model, index.codes, index.ekfac, run.records,
         lambda ids: run.coded(ids, facts.code["length"]), list(range(len(index))), Progress())
     own = time.monotonic() - begun

@@ -14,7 +14,7 @@ Second table: ways to use what was rescored.
     codes        Σ of code scores, nothing else
     exact in     the exact score of what was rescored put in for its code's
     let in       `Shortlist.estimates`, as `gradindex search --group-by` does
-    background   Σ of code scores plus the mean of (exact − code) of the group's background sample
+    background   Σ of code scores plus the mean of (exact − code) of the group's random sample
     1/π          Σ of I/π over the shortlist (Horvitz & Thompson 1952)
 
 Last: the same for groups looked at because they came out on top, and for groups of the truly best;
@@ -308,7 +308,7 @@ def main(cache: Path) -> None:
     found = make_pass(index, queries, records, cache / "groups.npz", progress)
     c, length = index.manifest.calibration["c"], index.manifest.code["length"]
     draws = draws_of(found, c)
-    sample = index.index.background()
+    sample = index.index.random_sample()
     groupings = {(name, seed): grouping_of(labels, code_index(found, seed), length)
                  for name, labels in labels_of(records).items() for seed in SEEDS}
     print(f"{len(index):,} sequences, K = {length:,}, c = {c}, {len(queries)} queries, "

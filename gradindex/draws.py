@@ -23,7 +23,7 @@ class Stream(Enum):
     """What is drawn, and its key: what is added to the seed, and the stream's number.
 
     Once an index has been built with a key, it stays: another one would give other codes, other
-    curvature or another background sample. New streams take numbers that are free.
+    curvature or another random sample. New streams take numbers that are free.
     """
 
     CODE_OFFSETS = 0, 0  # the order in which modules go round a code's buckets
@@ -36,7 +36,7 @@ class Stream(Enum):
     BACKGROUND_QUERY_SCORES = 7, 1  # whose scores make the thresholds
     COVARIANCE_LABELS = 0, 2
     EIGENVALUE_LABELS = 0, 3
-    BACKGROUND_SAMPLE = 0, 4
+    RANDOM_SAMPLE = 0, 4
     DRIFT_LABELS = 0, 5
     # the only one of NumPy's default generator, which goes by the seed alone: another would draw
     # other sequences for indexes that were evaluated already
@@ -86,7 +86,7 @@ def order(stream: Stream, seed: int, count: int) -> np.ndarray:
 def distinct(stream: Stream, seed: int, below: int, size: int) -> list[int]:
     """At most `size` different numbers below `below`, ascending.
 
-    >>> distinct(Stream.BACKGROUND_SAMPLE, 0, below=1000, size=3)
+    >>> distinct(Stream.RANDOM_SAMPLE, 0, below=1000, size=3)
     [208, 218, 388]
     """
     # By remainders and not by a shuffle: it costs nothing however large the index is. Some numbers

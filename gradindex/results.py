@@ -161,7 +161,7 @@ class Recall:
     `estimate` is None where completeness is unknown (approximate scores, TF-IDF candidates alone).
     `cutoff` is the highest code score left out of the shortlist, as a statistic of the ranking, or
     None where nothing was left out. `c` is the index's calibration of the error of code scores,
-    `c_here` the same as measured on this query's background sample. `asked` is the recall that the
+    `c_here` the same as measured on this query's random sample. `asked` is the recall that the
     search was asked for, if any. `shortlist_for_95` is the length of a shortlist at which the
     estimate would reach .95, where it doesn't.
 

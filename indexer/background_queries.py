@@ -19,7 +19,7 @@ BACKGROUND_QUERIES = 64
 LARGEST_SAMPLE = 1 << 20  # sequences whose scores are held at once: 256 MiB
 
 
-def make_background(
+def make_background_queries(
     model: LanguageModel, codes: Codes, ekfac: Ekfac, read: Read,
     stored: Callable[[list[int]], Iterator[tuple[np.ndarray, np.ndarray]]], ids: list[int],
     progress: Progress,

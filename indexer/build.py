@@ -50,7 +50,7 @@ from gradindex.storage.manifest import exists as index_exists
 from gradindex.storage.manifest import load as load_manifest
 from gradindex.storage.upgrades import FORMAT
 from gradindex.version import VERSION
-from indexer.background_queries import make_background
+from indexer.background_queries import make_background_queries
 from indexer.build_request import BuildRequest, anywhere
 from indexer.calibrate import calibrate
 from indexer.encode import encode_run, quarantined_of
@@ -226,7 +226,7 @@ def measure_codes(
         model, codes, ekfac, run.records, lambda ids: run.codes(ids, length), coded,
         plan.batch_tokens, progress, prepared.allowance,
     )
-    queries, sample = make_background(
+    queries, sample = make_background_queries(
         model, codes, ekfac, run.records, lambda ids: run.coded(ids, length), coded, progress)
     background_file.save(index / layout.BACKGROUND, queries)
     return MeasuredBuild(codes, calibration,

@@ -235,7 +235,7 @@ class Searcher:
                         yield SearchStage("exact", len(session.common.exact), session.planned,
                                     track.query, influence=influence)
                     if not track.timed_out:
-                        session.score_background()
+                        session.score_random_sample()
                 except KeyboardInterrupt:
                     # a file of queries is gone on with by the next run; here there is none
                     if not conclude_early:

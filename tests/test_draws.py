@@ -26,9 +26,9 @@ def test_what_decides_the_bytes_of_an_index_never_changes(stream, expected):
 
 
 def test_a_sample_of_distinct_numbers_is_ascending_and_below_the_bound():
-    drawn = draws.distinct(Stream.BACKGROUND_SAMPLE, 3, 50, 20)
+    drawn = draws.distinct(Stream.RANDOM_SAMPLE, 3, 50, 20)
     assert drawn == sorted(set(drawn)) and len(drawn) == 20 and max(drawn) < 50
-    assert draws.distinct(Stream.BACKGROUND_SAMPLE, 3, 2, 20) == [0, 1]
+    assert draws.distinct(Stream.RANDOM_SAMPLE, 3, 2, 20) == [0, 1]
 
 
 def test_an_order_holds_every_number_once():

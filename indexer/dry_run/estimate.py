@@ -358,7 +358,8 @@ def _stages(
                         + writing("curvature", 4), len(fit_ids)),
         "encode": (drawing + encode * encoding + sealing + writing("codes", 2), count),
         "calibrate": (queries * prepare + stacks * (exact * pairs), 0),
-        "background": (background * prepare + count * bench.background(background, plan.bits)
+        "background": (background * prepare
+                       + count * bench.background_queries(background, plan.bits)
                        + writing("background", 2), 0),
     }
 

@@ -253,7 +253,7 @@ class Bench:
         self._note("calibrate", [(0, self._held() + stack + max(batch, *tables))])
         return speed, seconds
 
-    def background(self, queries: int, length: int) -> float:
+    def background_queries(self, queries: int, length: int) -> float:
         """Seconds a row of scoring codes of K = `length` for so many queries together."""
         code_index = CodeIndex(length)
         code_index.add(np.zeros((UNPACKED_ROWS, code_bytes(length)), dtype=np.uint8))

@@ -74,10 +74,10 @@ def _check_files(index: Path, manifest: Manifest, damage: Damage, progress: Prog
                                manifest.plan.covariance_blocks)[module.name]
     if manifest.background is not None and layout.BACKGROUND not in damage.reasons:
         with damage.noting(layout.BACKGROUND):
-            read_background(index / layout.BACKGROUND, manifest)
+            read_background_queries(index / layout.BACKGROUND, manifest)
 
 
-def read_background(path: Path, manifest: Manifest) -> BackgroundQueries:
+def read_background_queries(path: Path, manifest: Manifest) -> BackgroundQueries:
     """The background queries of an index that has some. Raises DamagedIndexError."""
     assert manifest.background is not None
     return background_file.load(path, manifest.background["queries"], manifest.code["length"])

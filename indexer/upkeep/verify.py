@@ -26,7 +26,7 @@ from gradindex.storage.records import Record
 from indexer.background_queries import unit_vector
 from indexer.calibrate import exact_influence, prepare_query
 from indexer.encode import encode_batches
-from indexer.upkeep.damage import find_damage, read_background, sound_records
+from indexer.upkeep.damage import find_damage, read_background_queries, sound_records
 from indexer.upkeep.rebuild import rebuild as rebuild_segments
 
 VERIFIED_SAMPLE = 64  # sequences encoded again
@@ -186,7 +186,7 @@ def _check_model(
     if members:
         _compare_codes(contents, rows, members, again, verified)
     _compare_anchors(contents, fitted, verified, progress)
-    _compare_background(contents, fitted, verified)
+    _compare_background_queries(contents, fitted, verified)
 
 
 def _compare_codes(
@@ -249,12 +249,14 @@ def _compare_anchors(
             "The model or the curvature is another than the build's: build again."))
 
 
-def _compare_background(contents: Contents, fitted: FittedModel, verified: Verified) -> None:
+def _compare_background_queries(
+    contents: Contents, fitted: FittedModel, verified: Verified
+) -> None:
     """Make some background queries again whose sequences are still there."""
     manifest = contents.manifest
     if manifest.background is None:
         return
-    queries = read_background(contents.files.path(layout.BACKGROUND), manifest)
+    queries = read_background_queries(contents.files.path(layout.BACKGROUND), manifest)
     # a query outlives its sequence: what was deleted and compacted away can't be asked again
     numbers = np.flatnonzero(np.isin(queries.ids, contents.rows["id"]))[:AGAIN]
     rows = np.searchsorted(contents.rows["id"], queries.ids[numbers])

@@ -13,8 +13,8 @@ from search.rank.likeness import fold_near
 from search.rank.query_gradient import rescore_in_full
 from search.rank.query_track import Track
 
-SMALLEST_SAMPLE = 32  # of the background, before anything is said of the error on a query
-ODD_CALIBRATION = 1.5  # c on this query's background, as a factor of the index's: warn beyond it
+SMALLEST_SAMPLE = 32  # of the random sample, before anything is said of the error on a query
+ODD_CALIBRATION = 1.5  # c on this query's random sample, as a factor of the index's: warn beyond it
 HOPELESS = 0.5  # a statement below this comes with what would help
 GOOD = 0.95  # what a longer shortlist is suggested for
 
@@ -62,7 +62,7 @@ def conclude(track: Track, interrupted: bool) -> Result:
     # one of each: a law fitted to the tail would take copies for as many draws
     result.exact_influence = sorted(track.influence(group[0] for group in groups),
                                     reverse=settings.sign > 0)
-    result.sample_influence = track.influence(track.common.background)
+    result.sample_influence = track.influence(track.common.random_sample)
     return result
 
 
@@ -113,7 +113,7 @@ def _exact_hits(track: Track, groups: list[list[int]]) -> list[Hit]:
     same = {int(index.contents.first_equal[group[0]]): group[0] for group in chosen}
     sample = np.array([
         track.value(same.get(int(index.contents.first_equal[place]), place))
-        for place in common.background])
+        for place in common.random_sample])
     ranked = []
     code_ranks = track.shortlist.ranks(places)
     code_scores = track.ranking.scores_at(places).tolist()
@@ -149,8 +149,8 @@ def _hit(
 
 
 def _error_here(track: Track) -> float | None:
-    """c measured on the query's background sample, or None where that says too little."""
-    common, sample = track.common, track.common.background
+    """c measured on the query's random sample, or None where that says too little."""
+    common, sample = track.common, track.common.random_sample
     error = track.noise * common.index.norms[sample]
     # a gradient of zero has a code without error, of which nothing can be learned
     real = error > 0
@@ -248,7 +248,7 @@ def _groups(track: Track, hits: list[Hit]) -> tuple[list[Group], Group | None, i
     if settings.group_by is None:
         return [], None, 0
     # the sample counts with its exact scores whether or not its codes let it in
-    counted, sample = track.advance(), common.background
+    counted, sample = track.advance(), common.random_sample
     estimate, variance = track.shortlist.estimates(
         settings.sign * track.ranking.scores(), counted, track.signed(counted), sample,
         track.signed(sample))

@@ -3,9 +3,9 @@
 A total is Σ_m share_m · Î_m over every live sequence, share_m being the share of the sequence's
 tokens that belongs to the group (1 unless documents are packed). Î_m is the code's score, which has
 no bias, but for the rescored: what is known of them replaces it without making the total biased.
-A sequence that was to be rescored whatever its code (the background, a TF-IDF list) counts with its
-exact influence I. One that its code let into the shortlist counts with I + E[error | it was let
-in]: putting in I alone would take off the codes that erred upwards and leave those that erred
+A sequence that was to be rescored whatever its code (the random sample, a TF-IDF list) counts with
+its exact influence I. One that its code let into the shortlist counts with I + E[error | it was
+let in]: putting in I alone would take off the codes that erred upwards and leave those that erred
 downwards. That is the conditional expectation of the code's score (Rao & Blackwell), so the total
 stays unbiased and its variance can only fall.
 

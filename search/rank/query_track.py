@@ -22,8 +22,8 @@ from search.rank.snapshot import OpenIndex
 class Common:
     """What the queries of a session share; only the session changes it.
 
-    `exact` are the scores so far, by place. `background` are the places of the random sample, once
-    all of it is exact.
+    `exact` are the scores so far, by place. `random_sample` are the index's places of that name,
+    once all of them are exact.
     """
 
     index: OpenIndex
@@ -31,7 +31,7 @@ class Common:
     by: Rescorer
     preconditioned: Preconditioned
     exact: dict[int, Exact] = field(default_factory=dict)
-    background: list[int] = field(default_factory=list)
+    random_sample: list[int] = field(default_factory=list)
 
 
 class Track:

@@ -85,7 +85,7 @@ class Session:
         common.index, common.settings = index, settings
         common.exact = {moved[place]: exact for place, exact in common.exact.items()
                         if place in moved}
-        common.background = [moved[place] for place in common.background if place in moved]
+        common.random_sample = [moved[place] for place in common.random_sample if place in moved]
         for track, shortlist in zip(self.tracks, shortlists, strict=True):
             track.shortlist, track.length = shortlist, min(track.length, len(remaining))
         self._plan()
@@ -118,17 +118,17 @@ class Session:
                 track.timed_out = True
                 return
 
-    def score_background(self) -> None:
+    def score_random_sample(self) -> None:
         """A fixed random sample, for percentiles and for the code's error on each query; once."""
         common = self.common
-        if not common.background:
+        if not common.random_sample:
             # a loss on the way draws another sample, of what is left
-            while missing := [place for place in common.index.background()
+            while missing := [place for place in common.index.random_sample()
                               if place not in common.exact]:
                 for _ in self._score(missing):
                     pass
-            common.background = common.index.background()
-            self._planned.update(common.background)
+            common.random_sample = common.index.random_sample()
+            self._planned.update(common.random_sample)
 
     def _score(self, places: list[int]) -> Iterator[list[int]]:
         """Score places; what is lost on the way is left out in the end, which moves the others."""

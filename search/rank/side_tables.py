@@ -58,5 +58,5 @@ class SideTables:
 def random_sample(contents: Contents, total: int) -> list[int]:
     """Some of the `total` places, drawn at random once for all, ascending."""
     # by the index's own seed: whoever asks finds the same sample, and percentiles compare
-    return draws.distinct(Stream.BACKGROUND_SAMPLE, contents.manifest.code["seed"], total,
+    return draws.distinct(Stream.RANDOM_SAMPLE, contents.manifest.code["seed"], total,
                           RANDOM_SAMPLE)

@@ -157,7 +157,7 @@ class OpenIndex(FittedModel):
         equal = self.contents.equal_to(place)
         return [int(self.contents.ids[other]) for other in equal if other != place]
 
-    def background(self) -> list[int]:
+    def random_sample(self) -> list[int]:
         """Places of a fixed random sample of the index."""
         return random_sample(self.contents, len(self))
 

@@ -70,7 +70,7 @@ class Pages:
         if index.tokenizer is None:
             return []
         examples = []
-        for record in index.records(index.background()[:12]):
+        for record in index.records(index.random_sample()[:12]):
             pieces = tokenise.pieces(index.tokenizer, record.tokens.tolist())
             middle = len(pieces) // 2
             prompt = "".join(pieces[max(0, middle - 16) : middle])

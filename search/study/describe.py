@@ -115,7 +115,7 @@ def summary(about: dict[str, Any]) -> str:
         ("codes", f"{code['length']:,} bits, {code['bytes']:,} bytes a sequence, "
                   f"error constant c = {about['calibration']['c']}, "
                   f"slope {about['calibration']['slope']}"),
-        ("generic", _background(about["background"], sizes["background"])),
+        ("generic", _background_queries(about["background"], sizes["background"])),
         ("size", f"{size(sizes['codes'])} of codes, {size(sizes['curvature'])} of curvature, "
                  f"{size(sizes['words'])} of TF-IDF, {size(sizes['text'])} of training text (the "
                  "index holds the text itself)"),
@@ -131,7 +131,7 @@ def _few(quarantined: dict[int, str]) -> str:
         "; ".join(f"{id_} ({why})" for id_, why in few) + f"; and {more} more" * (more > 0)
 
 
-def _background(background: dict[str, int] | None, size_in_bytes: int) -> str:
+def _background_queries(background: dict[str, int] | None, size_in_bytes: int) -> str:
     """What the index's background queries are, and what they are for."""
     if background is None:
         return "background queries: none (built by an earlier version)"

@@ -20,20 +20,20 @@ FENCE = 3.0  # interquartile ranges above the upper quartile (Tukey's outer fenc
 class SizeSurvey:
     """Self-influence ‖m̃‖²: the code's estimate ‖v‖² of all [N], and exact of some places.
 
-    `exact` [background] belongs to `background` (places). `fence` is the estimate beyond which a
+    `exact` [places] belongs to `random_sample` (places). `fence` is the estimate beyond which a
     sequence is an outlier; `largest` are shown with (estimate, exact).
     """
 
     estimates: np.ndarray
-    background: list[int]
+    random_sample: list[int]
     exact: np.ndarray
     fence: float
     largest: list[tuple[ShownSequence, float, float]]
 
     @property
     def ratios(self) -> np.ndarray:
-        """Estimate / exact of the background sequences that have a gradient."""
-        estimates = self.estimates[self.background]
+        """Estimate / exact of those of the random sample that have a gradient."""
+        estimates = self.estimates[self.random_sample]
         return np.asarray(estimates[self.exact > 0] / self.exact[self.exact > 0])
 
     @property
@@ -43,18 +43,18 @@ class SizeSurvey:
 
 
 def measure_sizes(index: OpenIndex, by: Rescorer, preconditioned: Preconditioned) -> SizeSurvey:
-    """Self-influence as the codes know it, exact for the background and the largest."""
-    estimates, background = index.norms**2, index.background()
+    """Self-influence as the codes know it, exact for the random sample and the largest."""
+    estimates, sample = index.norms**2, index.random_sample()
     first = index.contents.first_equal == np.arange(len(index))  # equal ones are shown once
     largest = best(np.where(first, estimates, -1.0), min(MOST_SHOWN, int(first.sum()))).tolist()
-    records = index.records([*background, *largest])
+    records = index.records([*sample, *largest])
     exact = np.zeros(len(records))
     for batch in rescore(by, preconditioned, records, sizes=True):
         for number, score in batch:
             assert score.self_influence is not None
             exact[number] = score.self_influence
-    of_largest = exact[len(background) :].tolist()
-    return SizeSurvey(estimates, background, exact[: len(background)], outer_fence(estimates), [
+    of_largest = exact[len(sample) :].tolist()
+    return SizeSurvey(estimates, sample, exact[: len(sample)], outer_fence(estimates), [
         (shown, float(estimates[place]), size) for shown, place, size in
         zip(shown_sequences(index, largest), largest, of_largest, strict=True)])
 

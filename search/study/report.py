@@ -95,7 +95,7 @@ def _gradients(survey: Survey) -> dict[str, object]:
         content["sizes"] = np.quantile(sizes.estimates, [0.05, 0.5, 0.95]).tolist()
     if exact.any():
         low, middle, high = np.quantile(sizes.ratios, [0.05, 0.5, 0.95]).tolist()
-        estimates = sizes.estimates[sizes.background][exact]
+        estimates = sizes.estimates[sizes.random_sample][exact]
         content["ratio"] = {"median": middle, "low": low, "high": high, "count": int(exact.sum())}
         content["ratio_plot"] = _as_markup(plots.scatter(
             # a code may say 0 of a small gradient, which a logarithmic axis has no place for

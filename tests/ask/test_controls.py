@@ -88,7 +88,7 @@ def test_normalised_rankings(index, normalize, opponents):
     c, _ = query_coordinates(index.model, index.manifest.modules, index.index.ekfac, batch, 0.1)
     squared = sum(float((part.square() * index.index.ekfac[name].damped(0.1)).sum())
                   for name, part in c.items())
-    sample = index.index.background()
+    sample = index.index.random_sample()
     shares = []
     for hit in result:
         assert hit.cosine == pytest.approx(

@@ -32,7 +32,7 @@ SHORT = {"k": 5, "shortlist": 15}
 
 @pytest.fixture(scope="module")
 def many(model_folder, data_file, tmp_path_factory):
-    """The same documents in shorter sequences: more of them than are in the background."""
+    """The same documents in shorter sequences: more of them than are in the random sample."""
     return gradindex.build(str(model_folder), data_file, tmp_path_factory.mktemp("many") / "index",
                            **{**SMALL, "seq_len": 8})
 
@@ -101,7 +101,7 @@ def estimates(index, truth, codes, noise, length):
     """What is known of every sequence after a search, and its variance, one after the other."""
     order = np.argsort(-codes, kind="stable")
     cutoff = codes[order[length]]
-    sample = index.index.background()
+    sample = index.index.random_sample()
     known = []
     for place, (influence, code, sigma) in enumerate(zip(truth, codes, noise, strict=True)):
         if place in sample:

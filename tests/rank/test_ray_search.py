@@ -288,7 +288,7 @@ def test_a_worker_killed_before_the_hits_are_shown(shared, index_folder, workers
     killed = False
     for stage in stages_of(shared, [QUESTION], **MANY):
         if stage.name == "exact" and stage.done == stage.total and not killed:
-            kill(workers[1])  # all is exact, but for the background and the terms of hits
+            kill(workers[1])  # all is exact, but for the random sample and the terms of hits
             killed = True
     partial(stage.result, shared, 1)
     stage.result.coverage = 1.0

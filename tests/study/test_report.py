@@ -116,10 +116,10 @@ def test_too_many_values_are_not_told_apart(index, monkeypatch):
 
 def test_sizes_are_exact_where_they_say_so(index, found, truth):
     exact = {hit.id: hit.self_influence for hit in truth[0]}
-    ids = index.index.contents.ids
-    assert found.sizes.background == index.index.background()
-    np.testing.assert_allclose(found.sizes.exact,
-                               [exact[ids[place]] for place in found.sizes.background], rtol=1e-5)
+    ids, sample = index.index.contents.ids, index.index.random_sample()
+    assert found.sizes.random_sample == sample
+    np.testing.assert_allclose(found.sizes.exact, [exact[ids[place]] for place in sample],
+                               rtol=1e-5)
     assert len(found.sizes.largest) == 10
     for one, estimate, size in found.sizes.largest:
         assert size == pytest.approx(exact[one.id], rel=1e-5)
@@ -127,8 +127,7 @@ def test_sizes_are_exact_where_they_say_so(index, found, truth):
     listed = [estimate for _, estimate, _ in found.sizes.largest]
     first = index.index.contents.first_equal == np.arange(len(index))
     assert listed == sorted((index.index.norms[first] ** 2).tolist(), reverse=True)[:10]
-    expected = [index.index.norms[place] ** 2 / exact[ids[place]]
-                for place in found.sizes.background]
+    expected = [index.index.norms[place] ** 2 / exact[ids[place]] for place in sample]
     np.testing.assert_allclose(found.sizes.ratios, expected, rtol=1e-5)
     assert 0.8 < np.median(found.sizes.ratios) < 1.25
 

@@ -24,7 +24,7 @@ from support.reference import plain_score
 
 
 def test_deleted_sequences_are_in_no_answer_at_once(index, place):
-    """Not in a search, a rescoring, a count of words, a background sample or an evaluation."""
+    """Not in a search, a rescoring, a count of words, a random sample or an evaluation."""
     searcher = gradindex.open(index, **place)
     first = searcher.search(**QUESTION, k=3)
     gone = sorted(hit.id for hit in first)
@@ -49,7 +49,7 @@ def test_deleted_sequences_are_in_no_answer_at_once(index, place):
     np.testing.assert_allclose(
         searcher.index.tables.tokens.scores(tokens),
         [plain_score(tokens, held, place) for place in range(len(held))], rtol=1e-12)
-    drawn = searcher.index.contents.ids[searcher.index.background()]
+    drawn = searcher.index.contents.ids[searcher.index.random_sample()]
     assert set(drawn.tolist()) <= set(expected)
     made = [searcher.make_query(**QUESTION)]
     evaluated = evaluate(searcher, made, settle(Controls(), searcher.manifest), None,
