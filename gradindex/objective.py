@@ -237,7 +237,7 @@ def sample_labels(p: Tensor, uniforms: Tensor) -> Tensor:
     threshold -= (ends - sums).gather(-1, run)
     members = run * RUN + torch.arange(RUN, device=p.device)
     inside = p.gather(-1, members.clamp(max=v - 1)).masked_fill_(members >= v, 0).cumsum(-1)
-    place = torch.searchsorted(inside, threshold, right=True)
+    label = torch.searchsorted(inside, threshold, right=True)
     # Rounding can put the threshold at the end of its run: the run's last possible label is meant.
     last = torch.searchsorted(inside, inside[:, -1:].contiguous())
-    return (run * RUN + torch.minimum(place, last)).squeeze(-1).clamp_(max=v - 1)  # NaN: beyond
+    return (run * RUN + torch.minimum(label, last)).squeeze(-1).clamp_(max=v - 1)  # NaN: beyond

@@ -104,17 +104,17 @@ def runs(hit: Hit, scale: float, first: int = 0, last: int | None = None) -> Ite
         tuple[str, str, str]]:
     """Text of tokens first to last − 1 as (text, class, influence); untinted neighbours joined."""
     values = hit.token_influence or [0.0] * len(hit.tokens)
-    places = range(first, len(hit.tokens) if last is None else last)
+    positions = range(first, len(hit.tokens) if last is None else last)
     # where another document begins a run ends, for a border is drawn there
     starts = {part.get("token", 0) for part in hit.parts} - {0}
 
-    def key(place: int) -> tuple[int, int]:
-        tint = wording.shade(values[place], scale)
-        return tint, place if tint or place in starts else -1
+    def key(position: int) -> tuple[int, int]:
+        tint = wording.shade(values[position], scale)
+        return tint, position if tint or position in starts else -1
 
-    for (tint, _), members in groupby(places, key):
+    for (tint, _), members in groupby(positions, key):
         run = list(members)
-        text = "".join(hit.tokens[place] for place in run)
+        text = "".join(hit.tokens[position] for position in run)
         border = " border" if run[0] in starts else ""
         yield text, _tint(tint) + border, wording.number(values[run[0]]) if tint else ""
 
@@ -124,12 +124,12 @@ def _tint(shade: int) -> str:
 
 
 def query(text: Query) -> Iterator[tuple[str, bool, int]]:
-    """A query's text as (piece, scored, place of the piece among the completion's tokens)."""
-    place = -1
-    for at, piece in enumerate(text.token_texts):
-        scored = text.is_scored(at)
-        place += scored
-        yield piece, scored, place
+    """A query's text as (piece, scored, number of the piece among the completion's tokens)."""
+    number = -1
+    for position, piece in enumerate(text.token_texts):
+        scored = text.is_scored(position)
+        number += scored
+        yield piece, scored, number
 
 
 def layer_bars(hit: Hit, layers: list[int]) -> Markup:
@@ -137,12 +137,12 @@ def layer_bars(hit: Hit, layers: list[int]) -> Markup:
     top = max(map(abs, hit.layer_influence), default=0.0) or 1.0
     wide, high = max(4, min(12, 120 // max(1, len(layers)))), 12
     bars, labels = [], []
-    for place, (layer, value) in enumerate(zip(layers, hit.layer_influence, strict=True)):
+    for column, (layer, value) in enumerate(zip(layers, hit.layer_influence, strict=True)):
         # at least a hair: no bar would look like no layer
         size = max(0.6, abs(value) / top * high)
         kind, y = ("p", high - size) if value >= 0 else ("n", high)
         labels.append(f"{layer}: {wording.number(value)}")
-        bars.append(f'<rect class="{kind}" x="{place * wide}" y="{y:.1f}" width="{wide - 1}" '
+        bars.append(f'<rect class="{kind}" x="{column * wide}" y="{y:.1f}" width="{wide - 1}" '
                     f'height="{size:.1f}"><title>layer {labels[-1]}</title></rect>')
     width = max(1, len(layers) * wide)
     return Markup(
@@ -156,13 +156,13 @@ def columns(hit: Hit, layers: list[int]) -> Iterator[tuple[str, Markup, str]]:
     top = max((abs(value) for row in hit.token_layer_influence for value in row),
               default=0.0) or 1.0
     high = 5
-    for token, row in zip(hit.tokens, hit.token_layer_influence, strict=True):
+    for token, values in zip(hit.tokens, hit.token_layer_influence, strict=True):
         cells = "".join(
-            f'<rect class="{_tint(shade)}" y="{place * high}" width="100%" height="{high}"/>'
-            for place, value in enumerate(row) if (shade := wording.shade(value, top)))
-        label = f"{wording.number(sum(row))}"
+            f'<rect class="{_tint(shade)}" y="{row * high}" width="100%" height="{high}"/>'
+            for row, value in enumerate(values) if (shade := wording.shade(value, top)))
+        label = f"{wording.number(sum(values))}"
         if cells:
             label += "; " + ", ".join(
                 f"layer {layer}: {wording.number(value)}"
-                for layer, value in zip(layers, row, strict=True) if wording.shade(value, top))
-        yield token, Markup(f'<svg height="{high * len(row)}">{cells}</svg>'), label
+                for layer, value in zip(layers, values, strict=True) if wording.shade(value, top))
+        yield token, Markup(f'<svg height="{high * len(values)}">{cells}</svg>'), label

@@ -68,8 +68,8 @@ def bars(
     scale = (last - first) / ((high - low) or 1.0)
     zero = first - low * scale  # values below zero go to the left of it
     parts = []
-    for place, (name, value) in enumerate(rows):
-        y, end = place * ROW, zero + value * scale
+    for number, (name, value) in enumerate(rows):
+        y, end = number * ROW, zero + value * scale
         at, anchor = (end + 5, "start") if value >= 0 else (end - 5, "end")
         parts.append(_g(f"{name}: {form(value)}", "".join((
             _rect("plot-track", 0, y, WIDTH, ROW),
@@ -173,8 +173,8 @@ def strip(
     for number, (name, row) in enumerate(zip(rows, values, strict=True)):
         parts.append(_text("plot-name", 10, top + 14, "start", name))
         base = top + 36 + high / span * tall
-        for place, (column, value) in enumerate(zip(columns, row, strict=True)):
-            x, size = 10 + place * step, abs(value) / span * tall
+        for position, (column, value) in enumerate(zip(columns, row, strict=True)):
+            x, size = 10 + position * step, abs(value) / span * tall
             y = base - size if value >= 0 else base
             bar = _rect(f"plot-{'abcd'[number % 4]}", x + step * 0.1, y, step * 0.8, size)
             if fits:
@@ -184,8 +184,8 @@ def strip(
         parts.append(_line("plot-zero", 10, base, 10 + step * len(columns), base))
         top += 48 + tall
     every = max(1, math.ceil(26 / step))  # or numbers of many layers would lie over each other
-    parts += [_text("plot-tick", 10 + (place + 0.5) * step, top + 4, "middle", str(column))
-              for place, column in enumerate(columns) if place % every == 0]
+    parts += [_text("plot-tick", 10 + (position + 0.5) * step, top + 4, "middle", str(column))
+              for position, column in enumerate(columns) if position % every == 0]
     parts.append(_text("plot-label", 10 + step * len(columns) / 2, top + 22, "middle", what))
     values_shown = [(f"{what} {column}, {name}", form(value))
                     for name, row in zip(rows, values, strict=True)
@@ -237,7 +237,7 @@ class Axis:
         room = 0.0 if whole else 0.04 * (high - low)
         return cls(low - room if low != 0 else 0.0, high + room)
 
-    def place(self, value: float) -> float:
+    def position(self, value: float) -> float:
         """Where a value lies on it: 0 at the lower end, 1 at the upper."""
         if self.log:
             return math.log(value / self.low) / math.log(self.high / self.low)
@@ -292,11 +292,11 @@ def _tick_names(ticks: list[float]) -> list[str]:
 
 
 def _x(axis: Axis, value: float) -> float:
-    return LEFT + axis.place(value) * (WIDTH - LEFT - RIGHT)
+    return LEFT + axis.position(value) * (WIDTH - LEFT - RIGHT)
 
 
 def _y(axis: Axis, value: float) -> float:
-    return HEIGHT - BOTTOM - axis.place(value) * (HEIGHT - TOP - BOTTOM)
+    return HEIGHT - BOTTOM - axis.position(value) * (HEIGHT - TOP - BOTTOM)
 
 
 def _axes(x: Axis, y: Axis, x_label: str, y_label: str) -> list[str]:

@@ -56,8 +56,8 @@ def _heading(result: Result, width: int) -> list[str]:
 def _query_lines(query: Query, label: str, width: int) -> list[str]:
     """The text with what is scored in ⟦brackets⟧."""
     shown, inside = "", False
-    for place, piece in enumerate(query.token_texts):
-        scored = query.is_scored(place)
+    for position, piece in enumerate(query.token_texts):
+        scored = query.is_scored(position)
         shown += ("⟦" if scored else "⟧") * (scored != inside) + visible(piece)
         inside = scored
     own = " (the model's own continuation)" if query.generated else ""
@@ -108,9 +108,9 @@ def _window(hit: Hit, color: bool) -> str:
     strongest = wording.strongest([hit])
     first, last = wording.window(hit)
     shown = []
-    for place in range(first, last):
-        piece = visible(hit.tokens[place])
-        value = hit.token_influence[place] if hit.token_influence else 0.0
+    for position in range(first, last):
+        piece = visible(hit.tokens[position])
+        value = hit.token_influence[position] if hit.token_influence else 0.0
         if abs(value) >= MARKED * strongest:
             piece = _mark(piece, value > 0, color)
         shown.append(piece)

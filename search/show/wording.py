@@ -58,11 +58,11 @@ def kind_shares(hit: Hit) -> dict[str, float]:
 
 
 def moved(result: Result) -> dict[int, int]:
-    """How many places each hit rose (above 0) or fell among these hits by rescoring, by id."""
+    """How many ranks each hit rose (above 0) or fell among these hits by rescoring, by id."""
     # among these hits alone: whom rescoring let in from far down would dwarf all else
     before = sorted(result.hits, key=lambda hit: hit.code_rank)
-    places = {hit.id: place for place, hit in enumerate(before)}
-    return {hit.id: places[hit.id] - place for place, hit in enumerate(result.hits)}
+    by_code = {hit.id: rank for rank, hit in enumerate(before)}
+    return {hit.id: by_code[hit.id] - rank for rank, hit in enumerate(result.hits)}
 
 
 def folded(result: Result) -> list[tuple[int, Hit]]:

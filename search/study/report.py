@@ -176,8 +176,8 @@ def _dimensions(survey: Survey) -> Markup:
                                       for module in modules], title))
     sums = np.zeros(len(survey.groups))
     for module in modules:
-        place = survey.groups.index((module.layer, module.kind))
-        sums[place] += dimension.get(module.name, 0.0)
+        group = survey.groups.index((module.layer, module.kind))
+        sums[group] += dimension.get(module.name, 0.0)
     return _as_markup(_strip(survey, sums, title, plots.short))
 
 

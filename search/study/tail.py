@@ -181,10 +181,10 @@ def _half(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     # a fraction of the sequence at which half is reached counts, then all is rounded up
     carried = np.cumsum(weights * values, axis=1)
     goal = carried[:, -1:] / 2
-    place = np.minimum((carried < goal).sum(axis=1), len(values) - 1)
+    last = np.minimum((carried < goal).sum(axis=1), len(values) - 1)
     rows = np.arange(len(weights))
-    before = carried[rows, place] - weights[rows, place] * values[place]
-    missing = np.divide(goal[:, 0] - before, values[place], out=np.zeros(len(rows)),
-                        where=values[place] > 0)
-    count = np.cumsum(weights, axis=1)[rows, place] - weights[rows, place] + missing
+    before = carried[rows, last] - weights[rows, last] * values[last]
+    missing = np.divide(goal[:, 0] - before, values[last], out=np.zeros(len(rows)),
+                        where=values[last] > 0)
+    count = np.cumsum(weights, axis=1)[rows, last] - weights[rows, last] + missing
     return np.where(goal[:, 0] > 0, np.ceil(count - 1e-9), 0)
