@@ -56,8 +56,8 @@ def score_all(searcher) -> ExactSample:
     index.load()
     queries, own = own_queries(index, OWN_QUERIES)
     targets, preconditioned = form_gradients(index, queries, settings, searcher.batch_tokens)
-    codes = index.code_scores(np.stack([target.vector for target in targets]))
-    scores = ExactSample(index, list(own), codes, None)
+    code_scores = index.code_scores(np.stack([target.vector for target in targets]))
+    scores = ExactSample(index, list(own), code_scores, None)
     scores.fill(Rescorer(index.model, settings.modules, index.ekfac, settings.damping,
                          searcher.batch_tokens), preconditioned, stderr_progress())
     return scores

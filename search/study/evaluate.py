@@ -137,27 +137,27 @@ class QueryMeasures:
 class Shortlists:
     """One query: exact influence [n] of the sequences at `places` [n], and what is known of all N.
 
-    `codes` and `tfidf` [N] are the scores of every place, `noise` the sd of a code's error for
-    ‖v_m‖ = 1. A `share` of the index was scored; of equal sequences only the first is here.
+    `code_scores` and `tfidf` [N] are the scores of every place, `noise` the sd of a code's error
+    for ‖v_m‖ = 1. A `share` of the index was scored; of equal sequences only the first is here.
 
     Four sequences with codes that err by 1: the best two by code hold one of the true top two. What
     a search would claim of itself is right on average only:
 
-    >>> truth, codes = np.array([4.0, 3.0, 1.0, 0.0]), np.array([5.0, 1.5, 2.0, 0.0])
-    >>> lists = Shortlists(np.arange(4), truth, codes, np.ones(4), 1.0, np.zeros(4), 1.0)
+    >>> truth, scores = np.array([4.0, 3.0, 1.0, 0.0]), np.array([5.0, 1.5, 2.0, 0.0])
+    >>> lists = Shortlists(np.arange(4), truth, scores, np.ones(4), 1.0, np.zeros(4), 1.0)
     >>> actual, claimed = lists.measure("code", 2, 2)
     >>> actual, round(claimed, 2)
     (0.5, 0.65)
     """
 
     def __init__(
-        self, places: np.ndarray, truth: np.ndarray, codes: np.ndarray, norms: np.ndarray,
-        noise: float, tfidf: np.ndarray, share: float,
+        self, places: np.ndarray, truth: np.ndarray, code_scores: np.ndarray,
+        norms: np.ndarray, noise: float, tfidf: np.ndarray, share: float,
     ):
-        self.places, self.truth, self.tfidf, self.total = places, truth, tfidf, len(codes)
-        self.share = share
-        self.codes, self.noise = codes, noise
-        self.ranking = CodeRanking(codes, norms)
+        self.places, self.truth, self.tfidf = places, truth, tfidf
+        self.total, self.share = len(code_scores), share
+        self.code_scores, self.noise = code_scores, noise
+        self.ranking = CodeRanking(code_scores, norms)
         self.order = best(truth, len(truth))
 
     def compare(self) -> QueryMeasures:
@@ -167,7 +167,7 @@ class Shortlists:
         cases = [(method, top, length) for method in METHODS for top in TOPS for length in lengths
                  if top <= length and tops[top] >= min(FEWEST_OF_TOP, top)]
         ndcg = {name: self.ndcg(scores[self.places])
-                for name, scores in (("code", self.codes), ("tfidf", self.tfidf))}
+                for name, scores in (("code", self.code_scores), ("tfidf", self.tfidf))}
         pairs = {(method, top, length): self.measure(method, tops[top], length)
                  for method, top, length in cases}
         return QueryMeasures(pairs, tops, ndcg)

@@ -80,14 +80,15 @@ def own_queries(index: OpenIndex, count: int) -> tuple[list[Query], list[int]]:
 class ExactSample:
     """Exact influence [q, places] of a random `sample` and of each query's top by code.
 
-    `origins` are the places that queries were made of, None where it was none; `codes` [q, N] are
-    the code scores. `size` sequences are drawn, or all.
+    `origins` are the places that queries were made of, None where it was none; `code_scores`
+    [q, N] are those of all. `size` sequences are drawn, or all.
     """
 
     def __init__(
-        self, index: OpenIndex, origins: list[int | None], codes: np.ndarray, size: int | None
+        self, index: OpenIndex, origins: list[int | None], code_scores: np.ndarray,
+        size: int | None,
     ):
-        self.index, self.origins, self.codes = index, origins, codes
+        self.index, self.origins, self.code_scores = index, origins, code_scores
         total, queries = len(index), len(origins)
         size = total if size is None else min(size, total)
         random = draws.generator(Stream.REPORT_SAMPLE, index.manifest.code["seed"])
@@ -110,7 +111,8 @@ class ExactSample:
     def _best(self, number: int, count: int) -> np.ndarray:
         """A query's best places by code, its own left out."""
         places = np.flatnonzero(self.allowed[number])
-        chosen: np.ndarray = places[best(self.codes[number, places], min(count, len(places)))]
+        scores = self.code_scores[number, places]
+        chosen: np.ndarray = places[best(scores, min(count, len(places)))]
         return chosen
 
     def fill(self, by: Rescorer, preconditioned: Preconditioned, progress: Progress) -> None:

@@ -87,7 +87,7 @@ def survey(
         queries, places = own_queries(index, min(OWN_QUERIES, most))
         origins = [*places]
     gradients, preconditioned = form_gradients(index, queries, settings, searcher.batch_tokens)
-    codes = index.code_scores(np.stack([gradient.vector for gradient in gradients]))
+    code_scores = index.code_scores(np.stack([gradient.vector for gradient in gradients]))
     by = Rescorer(index.model, settings.modules, index.ekfac, settings.damping,
                   searcher.batch_tokens)
 
@@ -95,7 +95,7 @@ def survey(
     sizes = measure_sizes(index, by, preconditioned)
 
     # 4) exact influence of a random sample, and of the top by code
-    scores = ExactSample(index, origins, codes, sample)
+    scores = ExactSample(index, origins, code_scores, sample)
     scores.fill(by, preconditioned, progress)
 
     # 5) what follows of each query
