@@ -1,4 +1,4 @@
-"""What a search may be told besides its question: one table, read by Python, flags, form and JSON.
+"""What a search may be told besides its question: one table for Python, flags, form and JSON.
 
 Nothing heavy is imported here, so that the command line can show its flags at once. What controls
 mean for an index, and whether they can be had, is told by `settings.py`.
@@ -142,7 +142,10 @@ class Controls:
 
 
 class ControlArguments(TypedDict, total=False):
-    """The fields of `Controls` as keywords of a function; editors read them here."""
+    """The fields of `Controls` as keywords of a function; editors read them here.
+
+    Names and types are said twice; `test_the_keywords_are_the_fields` holds them equal.
+    """
 
     k: int | None
     shortlist: int | str | None
@@ -159,7 +162,7 @@ class ControlArguments(TypedDict, total=False):
     group_by: str | None
 
 
-# read from the class above, so that nothing of it has to be said twice
+# read from `Controls`, so that no flag, form or JSON has to say it again
 TYPES: Mapping[str, Any] = get_type_hints(Controls)
 DEFAULTS = Controls()
 CONTROLS: Mapping[str, Control] = {one.name: one.metadata["control"] for one in fields(Controls)}

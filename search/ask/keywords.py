@@ -1,8 +1,10 @@
-"""The keywords of a search: what is asked and how, spelled once and shown by every function.
+"""The keywords of a search: what is asked and how, shown by every function that takes them.
 
 `Question` and `Controls` hold names, types and defaults. A function that takes them all says
 `**arguments: Unpack[SearchArguments]`, by which type checkers and editors know its keywords;
 `with_keywords` tells the same to whoever looks at the function itself (`help`, notebooks).
+`Unpack` takes no dataclass, so `QuestionOptions` and `ControlArguments` say names and types twice;
+`test_the_keywords_are_the_fields` holds them equal.
 """
 
 import inspect

@@ -1,4 +1,4 @@
-"""Question and Controls are spelled once: Python, flags, form and JSON say the same of them."""
+"""Python, flags, form and JSON say the same of Question and Controls."""
 
 import inspect
 from dataclasses import fields
