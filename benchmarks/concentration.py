@@ -21,7 +21,7 @@ from search.ask.controls import Controls
 from search.ask.settings import settle
 from search.rank.query_gradient import form_gradients
 from search.study.exact_sample import TOP_BY_CODE, ExactSample, own_queries
-from search.study.survey import OWN_QUERIES
+from search.study.report_defaults import OWN_QUERIES
 from search.study.tail import fit_tail, half, half_interval
 
 SAMPLES, DRAWS = (256, 512, 1024, 2048), 10

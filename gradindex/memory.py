@@ -12,6 +12,8 @@ from pathlib import Path
 from gradindex.errors import InputError, ResourceError
 from gradindex.progress import size
 
+LOW_RANK = 32  # of queries whose gradients don't fit in full (Grosse et al. 2023, §3.2.2)
+
 
 def resident() -> int:
     """Bytes of this process in memory now; where there is no /proc, the most there ever were.

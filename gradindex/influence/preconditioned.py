@@ -24,7 +24,6 @@ from gradindex.objective import Batch
 Gradients = dict[str, Tensor]  # [q, o, i] by module name, a row a query
 Arrays = dict[str, np.ndarray | tuple[np.ndarray, np.ndarray]]  # whole, or L and R, by module name
 
-LOW_RANK = 32  # of queries whose gradients don't fit in full (Grosse et al. 2023, §3.2.2)
 OVERSAMPLING = 8  # directions beyond the rank, so that the best come out right (Halko et al. 2011)
 LARGEST_BLOCK = 1 << 22  # numbers of a temporary tensor: 16 MB in float32
 LARGEST_PRODUCT = 1 << 23  # entries of L R: 32 MB in float32

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from gradindex.influence.blockwise import block_rows, square_entries
 from gradindex.influence.curvature import file_entries
-from gradindex.influence.preconditioned import LOW_RANK
+from gradindex.memory import LOW_RANK
 from gradindex.modules import Module
 
 SOLVER = 34  # bytes of an eigendecomposition's work for each entry of its matrix, as measured

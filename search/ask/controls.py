@@ -11,8 +11,16 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from typing_extensions import TypedDict
 
+from gradindex.memory import LOW_RANK
+
 Normalization = Literal["none", "cosine", "relatif"]
 Candidates = Literal["code", "tfidf", "both"]
+# what a search does where it is told nothing else
+DEFAULT_HITS = 20
+DEFAULT_SHORTLIST = 1000
+SHORTLIST_FOR_HIT = 10  # and at least so many for each hit
+GROWTH = 10  # with `recall`, the shortlist may grow to this many times its default
+LARGEST_IN_FULL = 1 << 31  # bytes of preconditioned gradients kept in full
 # what each page's hits, and each search's time, cost a server that strangers may ask
 MOST_HITS = 200  # that the page is asked for at once
 MOST_RESCORED = 100_000
@@ -101,14 +109,15 @@ class Controls:
 
     # None is what the index decides: `settings.settle` puts it in
     k: int | None = field(default=None, metadata=about(
-        "Hits [20].", "-k", page=Bounds(least=1, most=MOST_HITS)))
+        f"Hits [{DEFAULT_HITS}].", "-k", page=Bounds(least=1, most=MOST_HITS)))
     shortlist: int | str | None = field(default=None, metadata=about(
         # a text, too: the command line has numbers and "all" as one
-        "Sequences to rescore exactly [1000, or 10 k if more].", unit="N|all",
+        f"Sequences to rescore exactly [{DEFAULT_SHORTLIST}, or {SHORTLIST_FOR_HIT} k if more].",
+        unit="N|all",
         page=Bounds(least=1, most=MOST_RESCORED)))
     recall: float | None = field(default=None, metadata=about(
-        "Rescore until the estimated recall is R, at most --shortlist [10000].", unit="R",
-        bounds=SHARE))
+        "Rescore until the estimated recall is R, at most --shortlist "
+        f"[{GROWTH * DEFAULT_SHORTLIST}].", unit="R", bounds=SHARE))
     opponents: bool = field(default=False, metadata=about(
         "The most negative influence instead."))
     damping: float | None = field(default=None, metadata=about(
@@ -131,7 +140,8 @@ class Controls:
     time_limit: float | None = field(default=None, metadata=about(
         "Stop rescoring a query after this long.", unit="SECONDS", bounds=ABOVE_ZERO))
     rank: int | None = field(default=None, metadata=about(
-        "With --queries: rank of the preconditioned gradients [all if 2 GiB, else 32].",
+        "With --queries: rank of the preconditioned gradients "
+        f"[all if {LARGEST_IN_FULL >> 30} GiB, else {LOW_RANK}].",
         bounds=ABOVE_ZERO))
     train_sequences: int | None = field(default=None, metadata=about(
         "N_train [the build's, or all ever indexed].", bounds=ABOVE_ZERO))

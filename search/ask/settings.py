@@ -7,12 +7,18 @@ from typing import Any
 from gradindex.errors import InputError
 from gradindex.modules import Module, choose_modules
 from gradindex.storage.manifest import Manifest
-from search.ask.controls import CONTROLS, TYPES, UNBOUNDED, Controls
+from search.ask.controls import (
+    CONTROLS,
+    DEFAULT_HITS,
+    DEFAULT_SHORTLIST,
+    GROWTH,
+    SHORTLIST_FOR_HIT,
+    TYPES,
+    UNBOUNDED,
+    Controls,
+)
 
-DEFAULT_HITS = 20
-DEFAULT_SHORTLIST = 1000
 SMALLEST_SHORTLIST = 100  # where `recall` begins
-GROWTH = 10  # with `recall`, the shortlist may grow to this many times its default
 GROUPINGS = ("document", "source")  # besides the fields that were kept
 
 
@@ -108,7 +114,7 @@ def _sizes(controls: Controls, total: int) -> tuple[int, int, int]:
     if k is not None and not 1 <= k <= total:
         raise InputError(f"-k {k}: expected 1 to {total}, the sequences in the index.")
     k = min(DEFAULT_HITS, total) if k is None else k
-    length = max(DEFAULT_SHORTLIST, 10 * k)
+    length = max(DEFAULT_SHORTLIST, SHORTLIST_FOR_HIT * k)
     if shortlist == "all":
         length = total
     elif shortlist is not None:

@@ -10,7 +10,6 @@ from torch import Tensor
 from gradindex.errors import InputError
 from gradindex.influence.exact import Exact, Rescorer, joined
 from gradindex.influence.preconditioned import (
-    LOW_RANK,
     Gradients,
     Preconditioned,
     precondition,
@@ -18,13 +17,14 @@ from gradindex.influence.preconditioned import (
     query_coordinates,
 )
 from gradindex.influence.split_batches import Splits, in_batches
+from gradindex.memory import LOW_RANK
 from gradindex.modules import Module
 from gradindex.objective import Text
 from gradindex.results import UNSCORED, Query
+from search.ask.controls import LARGEST_IN_FULL
 from search.ask.settings import Settings
 from search.rank.snapshot import OpenIndex
 
-LARGEST_IN_FULL = 1 << 31  # bytes of preconditioned gradients kept in full
 AT_ONCE = 1 << 27  # entries of gradients formed together
 
 

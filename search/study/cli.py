@@ -18,6 +18,7 @@ from search.query_flags import (
     take_controls,
     write_output,
 )
+from search.study.report_defaults import OWN_QUERIES, SCORED_SEQUENCES
 
 
 @click.command("eval")
@@ -80,8 +81,10 @@ def evaluate(
 @click.command()
 @options(INDEX_FLAGS)
 @click.option("--queries", metavar="FILE", type=OUTPUT_FILE,
-              help="JSON lines with prompt and completion [16 of the index's own sequences].")
-@click.option("--sample", metavar="N|all", help="Score so many random sequences exactly [4096].")
+              help="JSON lines with prompt and completion "
+                   f"[{OWN_QUERIES} of the index's own sequences].")
+@click.option("--sample", metavar="N|all",
+              help=f"Score so many random sequences exactly [{SCORED_SEQUENCES}].")
 @click.option("-o", "--output", type=OUTPUT_FILE,
               default=Path("report.html"), show_default=True, help="The page to write.")
 def report(
@@ -103,7 +106,7 @@ def report(
     from search.study.report import render_report
 
     check_outputs({"-o": output}, [queries])
-    count = survey.SCORED_SEQUENCES if sample is None else sample_size(sample)
+    count = SCORED_SEQUENCES if sample is None else sample_size(sample)
     query_file = None if queries is None else query_files.read_queries(queries)
     controls = take_controls(flags)
     searcher, progress = open_searcher(index, flags)

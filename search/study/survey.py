@@ -19,10 +19,8 @@ from search.rank.coverage import Coverage
 from search.rank.query_gradient import form_gradients
 from search.study.exact_sample import ExactSample, QuerySurvey, own_queries
 from search.study.gradient_sizes import SizeSurvey, measure_sizes, most_generic
+from search.study.report_defaults import OWN_QUERIES
 from search.study.texts import ShownSequence, TextSurvey, read_texts
-
-OWN_QUERIES = 16  # of the index's own sequences
-SCORED_SEQUENCES = 4096  # exactly, where the index has more
 
 
 @dataclass
