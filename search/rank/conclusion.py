@@ -134,13 +134,9 @@ def _exact_hits(track: Track, groups: list[list[int]]) -> list[Hit]:
 def _hit(
     track: Track, place: int, record: Record, exact: Exact | None, rank: int, score: float
 ) -> Hit:
-    """A hit of the query, with what its wording and its copies say of it."""
-    index, settings = track.common.index, track.common.settings
-    hit = make_hit(index.tokenizer, record, exact, score, rank, settings.train_sequences,
-                   settings.modules, track.gradient.norm)
-    hit.duplicates = index.copies(place)
-    tokens = [token for text in track.query.texts for token in text.tokens]
-    hit.lexical = index.tables.wording.overlap(tokens, hit.token_ids)
+    """A hit of the query, with its rank in a TF-IDF list."""
+    hit = make_hit(track.common.index, track.common.settings, track.gradient, place, record, exact,
+                   score, rank)
     hit.tfidf_rank = track.shortlist.rank_in_list(place)
     return hit
 

@@ -1,7 +1,6 @@
 """Scored sequences → hits: their text, terms by token and layer."""
 
 from dataclasses import asdict, replace
-from typing import Any
 
 import numpy as np
 
@@ -10,37 +9,44 @@ from gradindex.model import tokenise
 from gradindex.modules import Module
 from gradindex.results import Hit
 from gradindex.storage.records import Record
+from search.ask.settings import Settings
+from search.rank.query_gradient import QueryGradient
+from search.rank.snapshot import OpenIndex
 
 
 def make_hit(
-    tokenizer: Any | None, record: Record, exact: Exact | None, code_score: float, code_rank: int,
-    train_sequences: int, modules: list[Module], query_norm: float,
+    index: OpenIndex, settings: Settings, gradient: QueryGradient, place: int, record: Record,
+    exact: Exact | None, code_score: float, code_rank: int,
 ) -> Hit:
-    """A hit of one query; approximate where `exact` is None. Influence above 0 is a proponent's.
+    """A hit of one query, with what its wording and its copies say of it.
 
-    `code_rank` is −1 where it was named; `query_norm` is ‖q̃‖, `modules` those that count.
+    It is the sequence at `place`, whose `record` it is; approximate where `exact` is None.
+    Influence above 0 is a proponent's. `code_rank` is −1 where it was named.
     """
     # a packed sequence says where it begins; `parts` have all of its documents
     first = record.parts[0]
-    tokens = tokenise.pieces(tokenizer, record.tokens.tolist())
+    token_ids = record.tokens.tolist()
+    tokens = tokenise.pieces(index.tokenizer, token_ids)
+    asked = [token for text in gradient.query.texts for token in text.tokens]
     influence = code_score if exact is None else float(exact.influence[0])
     hit = Hit(
-        id=record.id, influence=influence, nats=influence / train_sequences,
+        id=record.id, influence=influence, nats=influence / settings.train_sequences,
         exact=exact is not None, code_score=code_score, code_rank=code_rank, text="".join(tokens),
         source=first.source, row=first.row, document=first.document, start=first.start,
         end=first.end, user_id=first.user_id, fields=first.fields,
         parts=[asdict(part) for part in record.parts], tokens=tokens,
-        token_ids=record.tokens.tolist(),
+        token_ids=token_ids, duplicates=index.copies(place),
+        lexical=index.tables.wording.overlap(asked, token_ids),
     )
     if exact is None:
         return hit
     if exact.self_influence is not None:  # sizes of gradients are formed only where asked for
         hit = replace(
             hit, self_influence=exact.self_influence,
-            cosine=normalized(influence, exact, "cosine") / query_norm if query_norm else 0.0,
+            cosine=normalized(influence, exact, "cosine") / gradient.norm if gradient.norm else 0.0,
             relatif=normalized(influence, exact, "relatif"),
         )
-    return hit if exact.terms is None else _with_terms(hit, exact.terms, modules)
+    return hit if exact.terms is None else _with_terms(hit, exact.terms, settings.modules)
 
 
 def _with_terms(hit: Hit, terms: np.ndarray, modules: list[Module]) -> Hit:

@@ -41,7 +41,6 @@ def rescore_named(
     settings = replace(settings, rank=None)  # a single query's gradient is kept in full
     [gradient], preconditioned = form_gradients(index, [query], settings, batch_tokens)
     by = Rescorer(index.model, settings.modules, index.ekfac, settings.damping, batch_tokens)
-    tokens = [token for text in query.texts for token in text.tokens]
     # a chunk at a time, so that a long list of ids is shown as it comes
     for first in range(0, len(places), LARGEST_CHUNK):
         chunk = places[first : first + LARGEST_CHUNK]
@@ -50,13 +49,9 @@ def rescore_named(
         for batch in index.rescore(by, preconditioned, chunk, terms=True,
                                    sizes=settings.normalize != "none"):
             scores.update(batch)
-        hits = []
-        for place, record, code_score in zip(chunk, index.records(chunk), code_scores, strict=True):
-            # no rank: nobody looked at the order of the others
-            hit = make_hit(index.tokenizer, record, scores[place], code_score, -1,
-                           settings.train_sequences, settings.modules, gradient.norm)
-            hit.duplicates = index.copies(place)
-            hit.lexical = index.tables.wording.overlap(tokens, hit.token_ids)
-            hits.append(hit)
+        # no rank: nobody looked at the order of the others
+        hits = [make_hit(index, settings, gradient, place, record, scores[place], code_score, -1)
+                for place, record, code_score in zip(
+                    chunk, index.records(chunk), code_scores, strict=True)]
         add_rates(index, hits)
         yield hits
