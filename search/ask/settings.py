@@ -16,6 +16,7 @@ from search.ask.controls import (
     TYPES,
     UNBOUNDED,
     Controls,
+    flag_of,
 )
 
 SMALLEST_SHORTLIST = 100  # where `recall` begins
@@ -134,7 +135,7 @@ def _sizes(controls: Controls, total: int) -> tuple[int, int, int]:
 def _check_each(controls: Controls) -> None:
     """Raise InputError for the first control that has a value it can't have."""
     for name, control in CONTROLS.items():
-        value, flag = getattr(controls, name), f"--{name.replace('_', '-')}"
+        value, flag = getattr(controls, name), flag_of(name)
         if control.choices and value not in control.choices:
             *others, last = control.choices
             raise InputError(f"{flag} {value}: expected {', '.join(others)} or {last}.")

@@ -99,7 +99,7 @@ def test_a_request_has_the_defaults_and_bounds_of_the_table():
 
 
 @pytest.mark.parametrize("name, wrong, expected", [
-    ("k", True, "--k True: expected a whole number"),
+    ("k", True, "-k True: expected a whole number"),
     ("rank", 2.0, "--rank 2.0: expected a whole number"),
     ("train_sequences", -3, "--train-sequences -3: expected a number above 0"),
     ("damping", float("inf"), "--damping inf: expected a number above 0"),
