@@ -49,8 +49,7 @@ def aggregate(queries: list[Query]) -> Query:
 def _kept_labels(query: Query, score_on: str) -> list[int]:
     """The labels with only the chosen of the scored tokens left."""
     # a first token is never predicted, so it has no number
-    scored = [position for position, label in enumerate(query.labels)
-              if position and label != UNSCORED]
+    scored = list(filter(query.is_scored, range(len(query.labels))))
     wanted = numbers_in(score_on) or set()
     if max(wanted) >= len(scored):
         tokens = " ".join(f"{number}:{query.token_texts[position]!r}"
