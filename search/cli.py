@@ -121,17 +121,19 @@ def _search_many(
     searcher, progress = open_searcher(index, flags)
     settings = settle(controls, searcher.manifest)
     if aggregated:
-        queries = query_files.make_queries(searcher, query_file, set())
+        queries = query_files.make_queries(searcher.index, query_file, set())
         complain(query_file, progress)
         stages = searcher.stages([aggregate(queries)], settings, conclude_early=True)
         return _finish(drain(stages, _Follower(progress).follow), form, output) or \
             2 * bool(query_file.problems)
     results = None
     if output is not None:
-        results = query_files.ResultsFile(output, searcher, settings, query_file.questions)
+        results = query_files.ResultsFile(output, searcher.index.digest, settings,
+                                          query_file.questions)
         if results.done:
             progress.say(f"{len(results.done)} queries are answered in {output} already")
-    queries = query_files.make_queries(searcher, query_file, results.done if results else set())
+    queries = query_files.make_queries(searcher.index, query_file,
+                                       results.done if results else set())
     complain(query_file, progress)
     follower = _Follower(progress, len(queries))
     # a result is shown, or on disk, before the next query's begins: a kill loses one at most

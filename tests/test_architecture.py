@@ -86,7 +86,7 @@ WINGS |= {
     "indexer.dry_run": CORE | {"indexer", "indexer.fit", "indexer.read"},
     "indexer.parallel": CORE | {"indexer", "indexer.fit", "indexer.read"},
     "indexer.upkeep": CORE | {"indexer", "indexer.fit", "indexer.read"},
-    "search.ask": CORE | {"search"},  # files of queries are answered by the engine
+    "search.ask": CORE,
     "search.rank": CORE | {"search.ask"},
     "search.show": CORE,
     "search.study": CORE | {"search", "search.ask", "search.rank", "search.show"},

@@ -221,10 +221,9 @@ def test_what_a_search_prints_and_writes(result, form, capsys, tmp_path):
 def test_a_file_of_results(result, tmp_path):
     """Its lines are inert, begin as they should, and are gone on with."""
     settings = SimpleNamespace(facts=lambda: result.controls)
-    searcher = SimpleNamespace(index=SimpleNamespace(digest="0123"))
     path = tmp_path / "results.jsonl"
     questions = {ALL: Question(ALL), "more": Question("x")}
-    file = query_files.ResultsFile(path, searcher, settings, questions)
+    file = query_files.ResultsFile(path, "0123", settings, questions)
     file.write(result)
     file.close()
     content = path.read_bytes()
@@ -233,7 +232,7 @@ def test_a_file_of_results(result, tmp_path):
     written = json.loads(content)
     written.pop("asked")
     assert written == result.to_dict()
-    again = query_files.ResultsFile(path, searcher, settings, questions)
+    again = query_files.ResultsFile(path, "0123", settings, questions)
     again.close()
     assert again.done == {ALL} and path.read_bytes() == content
 

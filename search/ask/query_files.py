@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from gradindex.errors import InputError
+from gradindex.influence.fitted_model import FittedModel
 from gradindex.results import Query, Result
 from gradindex.terminal import json_text
 from search.ask.make_query import make_query
 from search.ask.question import Question
 from search.ask.settings import Settings
-from search.engine import Searcher
 
 FIELDS: dict[str, type] = {
     "prompt": str, "completion": str, "messages": list, "token_ids": list, "labels": list,
@@ -96,7 +96,7 @@ def _check_id(value: Any) -> None:
     str(value).encode()  # a lone surrogate can't be written: a UnicodeEncodeError, a ValueError too
 
 
-def make_queries(searcher: Searcher, query_file: QueryFile, done: set[Any]) -> list[Query]:
+def make_queries(index: FittedModel, query_file: QueryFile, done: set[Any]) -> list[Query]:
     """The queries not yet `done`, tokenised; one that can't be scored becomes a problem.
 
     Raises InputError or IndexMismatchError where the model or its tokenizer can't be had.
@@ -104,14 +104,14 @@ def make_queries(searcher: Searcher, query_file: QueryFile, done: set[Any]) -> l
     unanswered = [question for question in query_file.questions.values()
                   if question.id not in done]
     if unanswered:
-        _ = searcher.index.tokenizer  # what is wrong with it is no query's fault
+        _ = index.tokenizer  # what is wrong with it is no query's fault
     if any(question.prompt is not None and question.completion is None
            for question in unanswered):
-        _ = searcher.model  # which continues a prompt
+        _ = index.model  # which continues a prompt
     queries = []
     for question in unanswered:
         try:
-            queries.append(make_query(searcher.index, question))
+            queries.append(make_query(index, question))
         except InputError as error:
             query_file.problems.append(f"query {question.id!r}: {error}")
     return queries
@@ -121,17 +121,18 @@ class ResultsFile:
     """A results file being written, or gone on with.
 
     Each line is a result, with the digest of the query's line in front. `done` are the ids it
-    answers already. Raises InputError, and changes nothing, where it holds something else, or
-    results of other controls, another index or other queries.
+    answers already. `index_digest` is that of the snapshot that is searched. Raises InputError, and
+    changes nothing, where it holds something else, or results of other controls, another index or
+    other queries.
     """
 
     def __init__(
-        self, path: Path, searcher: Searcher, settings: Settings, questions: dict[Any, Question]
+        self, path: Path, index_digest: str, settings: Settings, questions: dict[Any, Question]
     ):
         self.path = path
         self.done: set[Any] = set()
         self._digests = {name: _digest(question) for name, question in questions.items()}
-        expected = {"index": searcher.index.digest, **settings.facts()}
+        expected = {"index": index_digest, **settings.facts()}
         # a device or a pipe can be written to, but has no lines to go on from
         self._regular = path.is_file() or not path.exists()
         lines = path.read_bytes().split(b"\n") if path.is_file() else [b""]

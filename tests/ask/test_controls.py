@@ -372,7 +372,7 @@ def test_a_file_of_queries_is_read_line_by_line(index, tmp_path):
     ]).encode() + b"\n\xff\n")
     read = read_queries(path)
     assert list(read.questions) == ["a", 7, 11, 9, 13]
-    made = make_queries(index, read, {"a"})
+    made = make_queries(index.index, read, {"a"})
     assert [query.id for query in made] == [7, 9]
     for number, message in [(4, "not JSON"), (5, "unknown field 'promt'"), (6, "an object"),
                             (7, "the id 'a' was there before"), (8, "'prompt' is not text"),
@@ -386,23 +386,24 @@ def test_a_file_of_queries_is_read_line_by_line(index, tmp_path):
     assert "query 13: token_ids must be a list of whole numbers" in read.problems[-1]
     absent = gradindex.open(index.index.path, model="/nowhere")
     with pytest.raises(InputError, match="the model /nowhere can't be loaded"):
-        make_queries(absent, read, set())
+        make_queries(absent.index, read, set())
     with pytest.raises(InputError, match="No such file"):
         read_queries(tmp_path / "none.jsonl")
 
 
 def test_results_on_disk_are_gone_on_with(index, tmp_path):
     path, settings = tmp_path / "results.jsonl", settle(Controls(k=2, shortlist=9), index.manifest)
+    digest = index.index.digest
     asked = {one["id"]: Question(**one) for one in QUERIES[:3]}
     results = list(index.search_many(QUERIES[:3], k=2, shortlist=9))
-    first = ResultsFile(path, index, settings, asked)
+    first = ResultsFile(path, digest, settings, asked)
     assert first.done == set()
     first.write(results[0])
     first.write(results[1])
     first.close()
     whole = path.read_bytes()
     path.write_bytes(whole + whole[:100])  # killed while it wrote
-    second = ResultsFile(path, index, settings, asked)
+    second = ResultsFile(path, digest, settings, asked)
     assert second.done == {"a", 7}
     second.write(results[2])
     second.close()
@@ -410,18 +411,18 @@ def test_results_on_disk_are_gone_on_with(index, tmp_path):
     assert [line["query"]["id"] for line in lines] == ["a", 7, "c"]
     assert lines[0]["hits"][0]["influence"] == results[0][0].influence
     with pytest.raises(InputError, match=r"another search \(k: 2 there, 3 now\)"):
-        ResultsFile(path, index, settle(Controls(k=3, shortlist=9), index.manifest), asked)
+        ResultsFile(path, digest, settle(Controls(k=3, shortlist=9), index.manifest), asked)
     for change in ({**asked, "a": Question(**OTHER)},
                    {**asked, "a": replace(asked["a"], versus=" x")},
                    {one: asked[one] for one in (7, "c")}):
         with pytest.raises(InputError, match=r"a query 'a' that is not, or no longer the same"):
-            ResultsFile(path, index, settings, change)
+            ResultsFile(path, digest, settings, change)
     for foreign in ("something else\n", "no end of line", "a\rb", '{"asked": 1}\n'):
         path.write_text(foreign, newline="")
         with pytest.raises(InputError, match="holds something else than results"):
-            ResultsFile(path, index, settings, asked)
+            ResultsFile(path, digest, settings, asked)
         assert path.read_bytes() == foreign.encode()
-    nowhere = ResultsFile(Path("/dev/null"), index, settings, asked)
+    nowhere = ResultsFile(Path("/dev/null"), digest, settings, asked)
     nowhere.write(results[0])
     nowhere.close()
 
