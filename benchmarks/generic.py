@@ -33,7 +33,7 @@ from indexer.background_queries import make_background_queries
 from indexer.read.ingest import Run
 from search.engine import Searcher
 from search.rank.generic_rate import all_rates
-from search.rank.snapshot import OpenIndex
+from search.rank.snapshot import Snapshot
 
 TOP = 10  # hits of a held-out query
 ODD = 16  # odd sequences of each kind
@@ -108,7 +108,7 @@ def build(work: Workload) -> tuple[Searcher, float, float]:
 
 
 def planted(
-    work: Workload, index: OpenIndex, queries: Preconditioned, exact: np.ndarray
+    work: Workload, index: Snapshot, queries: Preconditioned, exact: np.ndarray
 ) -> None:
     """The rates of odd sequences, appended to a copy of the index: by code, and exactly."""
     background, folder = index.tables.background_queries, work.folder / "planted.index"

@@ -1,9 +1,9 @@
 """The stages of a search: gradient → approximate hits → exact, n of m → result.
 
-`Searcher` is an open index. `Searcher.stages` yields each stage as it ends, so that a bar or a
-page can show it; `Searcher.search` drains them. Several queries share a session: one pass of
-gradients and one scan of the codes; then they are rescored and answered one after the other, each
-sequence's gradient formed once for all of them.
+`Searcher` searches a snapshot of an index. `Searcher.stages` yields each stage as it ends, so that
+a bar or a page can show it; `Searcher.search` drains them. Several queries share a session: one
+pass of gradients and one scan of the codes; then they are rescored and answered one after the
+other, each sequence's gradient formed once for all of them.
 """
 
 import time
@@ -25,7 +25,7 @@ from search.ask.settings import Settings, settle
 from search.rank.named import place_of, rescore_named
 from search.rank.query_gradient import form_gradients
 from search.rank.session import Session
-from search.rank.snapshot import OpenIndex
+from search.rank.snapshot import Snapshot
 
 LARGEST_GROUP = 64  # queries of one session
 LARGEST_SCORES = 1 << 27  # code scores held at once, of all queries of a session
@@ -50,9 +50,9 @@ class SearchStage:
 
 
 class Searcher:
-    """An open index. Made by `gradindex.open` and `gradindex.build`."""
+    """What searches a snapshot of an index. Made by `gradindex.open` and `gradindex.build`."""
 
-    def __init__(self, index: OpenIndex, batch_tokens: int):
+    def __init__(self, index: Snapshot, batch_tokens: int):
         self.index = index
         self.batch_tokens = batch_tokens
 

@@ -9,7 +9,7 @@ from gradindex.model.model_source import ModelSource
 from gradindex.ray_cluster import LOCAL, connect
 from search.engine import Searcher
 from search.rank.ray_search import SharedIndex
-from search.rank.snapshot import OpenIndex
+from search.rank.snapshot import Snapshot
 
 
 def open(
@@ -49,5 +49,5 @@ def open_index(
 ) -> Searcher:
     """An index in this process alone, see `open`."""
     # the build's batches are known to fit this machine, or one like it
-    snapshot = OpenIndex(path, source, allow_damaged)
+    snapshot = Snapshot(path, source, allow_damaged)
     return Searcher(snapshot, batch_tokens or snapshot.manifest.batch_tokens)

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from gradindex.results import Hit
-from search.rank.snapshot import OpenIndex
+from search.rank.snapshot import Snapshot
 
 
-def add_rates(index: OpenIndex, hits: Sequence[Hit]) -> None:
+def add_rates(index: Snapshot, hits: Sequence[Hit]) -> None:
     """Fill in `generic_rate` of hits, at the side that their influence has.
 
     Raises DamagedIndexError where the file of background queries is not what it was when the index
@@ -26,7 +26,7 @@ def add_rates(index: OpenIndex, hits: Sequence[Hit]) -> None:
         hit.generic_rate = None if np.isnan(rate) else rate
 
 
-def all_rates(index: OpenIndex) -> np.ndarray | None:
+def all_rates(index: Snapshot) -> np.ndarray | None:
     """The generic rates of every place, as proponents and as opponents: float64 [2, N].
 
     NaN where no background query counts; None where the index keeps none. Segments are scanned one

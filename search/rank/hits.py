@@ -11,11 +11,11 @@ from gradindex.results import Hit
 from gradindex.storage.records import Record
 from search.ask.settings import Settings
 from search.rank.query_gradient import QueryGradient
-from search.rank.snapshot import OpenIndex
+from search.rank.snapshot import Snapshot
 
 
 def make_hit(
-    index: OpenIndex, settings: Settings, gradient: QueryGradient, place: int, record: Record,
+    index: Snapshot, settings: Settings, gradient: QueryGradient, place: int, record: Record,
     exact: Exact | None, code_score: float, code_rank: int,
 ) -> Hit:
     """A hit of one query, with what its wording and its copies say of it.

@@ -12,10 +12,10 @@ from search.ask.settings import Settings
 from search.rank.generic_rate import add_rates
 from search.rank.hits import make_hit
 from search.rank.query_gradient import form_gradients
-from search.rank.snapshot import OpenIndex, finite
+from search.rank.snapshot import Snapshot, finite
 
 
-def place_of(index: OpenIndex, named: object) -> int:
+def place_of(index: Snapshot, named: object) -> int:
     """The place of a sequence's id. Raises InputError where it is none, or nobody has it."""
     try:
         # True would be sequence 1; whatever else counts as an integer may come, NumPy's too
@@ -32,7 +32,7 @@ def place_of(index: OpenIndex, named: object) -> int:
 
 
 def rescore_named(
-    index: OpenIndex, query: Query, places: list[int], settings: Settings, batch_tokens: int
+    index: Snapshot, query: Query, places: list[int], settings: Settings, batch_tokens: int
 ) -> Iterator[list[Hit]]:
     """Hits with the exact influence of the sequences at some places, a chunk at a time, in order.
 

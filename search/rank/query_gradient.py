@@ -23,7 +23,7 @@ from gradindex.objective import Text
 from gradindex.results import UNSCORED, Query
 from search.ask.controls import LARGEST_IN_FULL
 from search.ask.settings import Settings
-from search.rank.snapshot import OpenIndex
+from search.rank.snapshot import Snapshot
 
 AT_ONCE = 1 << 27  # entries of gradients formed together
 
@@ -37,7 +37,7 @@ class QueryGradient:
     norm: float
 
 
-def fits_in_full(index: OpenIndex, settings: Settings) -> int:
+def fits_in_full(index: Snapshot, settings: Settings) -> int:
     """How many queries' preconditioned gradients are kept in full: one at least, unless memory is
     bounded."""
     room = index.allowance.part(1 / 4, LARGEST_IN_FULL)
@@ -47,7 +47,7 @@ def fits_in_full(index: OpenIndex, settings: Settings) -> int:
 
 
 def form_gradients(
-    index: OpenIndex, queries: list[Query], settings: Settings, batch_tokens: int
+    index: Snapshot, queries: list[Query], settings: Settings, batch_tokens: int
 ) -> tuple[list[QueryGradient], Preconditioned]:
     """Every query's gradient as a vector, and all of them preconditioned, of low rank where needed.
 
@@ -75,7 +75,7 @@ def form_gradients(
 
 
 def rescore_in_full(
-    index: OpenIndex, by: Rescorer, query: Query, places: list[int]
+    index: Snapshot, by: Rescorer, query: Query, places: list[int]
 ) -> dict[int, Exact]:
     """Scores of some places on one query at full rank, by place, with terms and sizes.
 
@@ -94,14 +94,14 @@ def rescore_in_full(
     return {place: joined(parts) for place, parts in scores.items()}
 
 
-def rank_for(index: OpenIndex, count: int, settings: Settings) -> int | None:
+def rank_for(index: Snapshot, count: int, settings: Settings) -> int | None:
     """The rank that was asked for; without one, None (full) where the gradients fit, else 32."""
     if settings.rank is not None:
         return settings.rank
     return None if count <= fits_in_full(index, settings) else LOW_RANK
 
 
-def together(index: OpenIndex, modules: list[Module]) -> Iterator[list[Module]]:
+def together(index: Snapshot, modules: list[Module]) -> Iterator[list[Module]]:
     """Runs of modules; the gradients of one query for a run fit in memory together."""
     held: list[Module] = []
     room, used = _room(index), 0
@@ -117,7 +117,7 @@ def together(index: OpenIndex, modules: list[Module]) -> Iterator[list[Module]]:
 
 
 def coordinates_of(
-    index: OpenIndex, queries: list[Query], modules: list[Module], damping: float,
+    index: Snapshot, queries: list[Query], modules: list[Module], damping: float,
     batch_tokens: int,
 ) -> Gradients:
     """C_u [q, o, i] of each query, the weighted sum over its texts; sets their token_log_p."""
@@ -150,7 +150,7 @@ def coordinates_of(
 
 
 def _groups(
-    index: OpenIndex, queries: list[Query], modules: list[Module]
+    index: Snapshot, queries: list[Query], modules: list[Module]
 ) -> Iterator[list[Query]]:
     """The queries, so many at a time as have their gradients formed together."""
     size = _at_once(index, modules)
@@ -158,11 +158,11 @@ def _groups(
         yield queries[first : first + size]
 
 
-def _at_once(index: OpenIndex, modules: list[Module]) -> int:
+def _at_once(index: Snapshot, modules: list[Module]) -> int:
     return max(1, _room(index) // _entries(modules))
 
 
-def _room(index: OpenIndex) -> int:
+def _room(index: Snapshot) -> int:
     """Entries of gradients held together while they are formed; without a bound, one query's."""
     width = index.model.accumulate.itemsize
     # without a bound no pass is made twice: a whole gradient is held, however large

@@ -15,7 +15,7 @@ from search.rank.query_gradient import QueryGradient
 from search.rank.ranking import Ranking, best
 from search.rank.recall import estimated_recall
 from search.rank.shortlist import Shortlist, longer
-from search.rank.snapshot import OpenIndex
+from search.rank.snapshot import Snapshot
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Common:
     once all of them are exact.
     """
 
-    index: OpenIndex
+    index: Snapshot
     settings: Settings
     by: Rescorer
     preconditioned: Preconditioned
@@ -123,14 +123,14 @@ class Track:
         return normalized(influence, exact, settings.normalize)
 
 
-def code_noise(index: OpenIndex, gradient: QueryGradient) -> float:
+def code_noise(index: Snapshot, gradient: QueryGradient) -> float:
     """The sd of the error of a query's code scores, for ‖v_m‖ = 1."""
     c, vector = index.manifest.calibration["c"], gradient.vector
     return float(score_error(c, float(np.linalg.norm(vector)), np.ones(1), len(vector))[0])
 
 
 def make_shortlist(
-    index: OpenIndex, settings: Settings, gradient: QueryGradient, ranking: Ranking
+    index: Snapshot, settings: Settings, gradient: QueryGradient, ranking: Ranking
 ) -> Shortlist:
     """Who is rescored for a query, with a TF-IDF list where one is asked for."""
     # it doesn't grow with the shortlist: who is on it must have been certain from the start

@@ -26,7 +26,7 @@ from search.rank.coverage import LostError
 from search.rank.ranking import Ranking, statistic
 from search.rank.ray_pool import WorkerHandle, WorkerPool
 from search.rank.ray_worker import Ordering, Rescoring, Whereabouts
-from search.rank.snapshot import OpenIndex
+from search.rank.snapshot import Snapshot
 
 
 class SharedRanking:
@@ -75,13 +75,13 @@ class SharedRanking:
             lambda worker, number: worker.ask.remote(*self._of, "scores")))
 
 
-class SharedIndex(OpenIndex):
+class SharedIndex(Snapshot):
     """An index whose segments are shared out to workers of `ray`, so many.
 
     Without a number there is a worker for each GPU of the cluster, or for each machine if it has
-    none. They are started when something is to be scored. Only what `OpenIndex` does with all codes
+    none. They are started when something is to be scored. Only what `Snapshot` does with all codes
     is done here, from the same folder: groups, and the surveys of a report.
-    Raises like `OpenIndex`, InputError for a model object and for more workers than can be placed,
+    Raises like `Snapshot`, InputError for a model object and for more workers than can be placed,
     GradindexError for workers that don't start, LostError from what needs a worker that is lost.
     """
 
@@ -154,7 +154,7 @@ class SharedIndex(OpenIndex):
     # ---- what is asked of them
 
     def rankings(self, vectors: np.ndarray, sign: float, by_norm: bool) -> Sequence[Ranking]:
-        """As of `OpenIndex`. Each worker scores its codes when they are first asked about."""
+        """As of `Snapshot`. Each worker scores its codes when they are first asked about."""
         if not self.pool.workers:
             self.load()
         away = self.pool.away()
@@ -167,7 +167,7 @@ class SharedIndex(OpenIndex):
         return [SharedRanking(self, how, sent, number) for number in range(len(vectors))]
 
     def code_scores(self, vectors: np.ndarray) -> np.ndarray:
-        """As of `OpenIndex`: 4 bytes a sequence and query cross the network."""
+        """As of `Snapshot`: 4 bytes a sequence and query cross the network."""
         return np.stack([ranking.scores() for ranking in self.rankings(vectors, 1.0, False)])
 
     def stored_codes(self, places: Sequence[int]) -> np.ndarray:
@@ -179,7 +179,7 @@ class SharedIndex(OpenIndex):
         self, by: Rescorer, preconditioned: Preconditioned, places: Sequence[int],
         sizes: bool = False, terms: bool = False,
     ) -> Iterator[list[tuple[int, Exact]]]:
-        """As of `OpenIndex`: each worker goes through its own places in order, all at once.
+        """As of `Snapshot`: each worker goes through its own places in order, all at once.
 
         LostError comes last, when the others are through with theirs. Who stops asking stops the
         workers at the end of their batch.

@@ -22,7 +22,7 @@ from gradindex.model.model_source import ModelSource
 from gradindex.modules import Module
 from gradindex.version import VERSION
 from search.rank.ranking import Ranking
-from search.rank.snapshot import OpenIndex, SegmentSubset
+from search.rank.snapshot import SegmentSubset, Snapshot
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Worker:
         self._rankings: Sequence[Ranking] = []
 
     @cached_property
-    def index(self) -> OpenIndex:
+    def index(self) -> Snapshot:
         """The segments, opened. Raises what a user has to mend: GradindexError, InputError."""
         # what is sent to and fro could mean something else to another version, and not fail
         where = self._where
@@ -79,7 +79,7 @@ class Worker:
                              "where every machine sees it by the same path.")
         torch.set_num_threads(self._threads)  # Ray would leave one, whatever the machine has
         quiet_transformers()
-        return OpenIndex(where.path, where.source, subset=self._subset)
+        return Snapshot(where.path, where.source, subset=self._subset)
 
     def load(self) -> None:
         """Read the model, the curvature and the codes now."""
@@ -101,13 +101,13 @@ class Worker:
         return getattr(self._rankings[number], what)(*given)
 
     def stored_codes(self, places: np.ndarray) -> np.ndarray:
-        """As `OpenIndex.stored_codes`."""
+        """As `Snapshot.stored_codes`."""
         return self.index.stored_codes(places.tolist())
 
     def rescore(
         self, how: Rescoring, arrays: Arrays, places: np.ndarray
     ) -> Iterator[tuple[list[tuple[int, Exact]], int]]:
-        """As `OpenIndex.rescore`, with how many batches were halved since the one before."""
+        """As `Snapshot.rescore`, with how many batches were halved since the one before."""
         index = self.index
         # sent once for a query, they come with every call; the name tells whether they are new
         if self._gradients != how.gradients:

@@ -17,7 +17,7 @@ from search.rank.coverage import LostError
 from search.rank.query_gradient import QueryGradient
 from search.rank.query_track import Common, Track, make_shortlist
 from search.rank.shortlist import Shortlist
-from search.rank.snapshot import OpenIndex
+from search.rank.snapshot import Snapshot
 
 
 class Session:
@@ -28,7 +28,7 @@ class Session:
     """
 
     def __init__(
-        self, index: OpenIndex, settings: Settings, gradients: list[QueryGradient],
+        self, index: Snapshot, settings: Settings, gradients: list[QueryGradient],
         preconditioned: Preconditioned, batch_tokens: int,
     ):
         self._gradients, self._settings = gradients, settings
@@ -42,7 +42,7 @@ class Session:
             for number, (gradient, shortlist) in enumerate(zip(gradients, shortlists, strict=True))]
         self._plan()
 
-    def _scan(self, index: OpenIndex) -> tuple[OpenIndex, Settings, list[Shortlist]]:
+    def _scan(self, index: Snapshot) -> tuple[Snapshot, Settings, list[Shortlist]]:
         """Every query's shortlist, of as much of an index as can be reached.
 
         Raises LostError where nothing is left.

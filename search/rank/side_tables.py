@@ -14,7 +14,7 @@ RANDOM_SAMPLE = 64  # sequences rescored with every query
 class SideTables:
     """Tables of the sequences of an index, each read at first use.
 
-    They know the contents and nothing else, least of all the open index: a circle would keep it,
+    They know the contents and nothing else, least of all the snapshot: a circle would keep it,
     and its lock, until Python happens to look for circles. Reading raises DamagedIndexError.
     """
 

@@ -36,8 +36,8 @@ class SegmentSubset:
     segments: tuple[str, ...]
 
 
-class OpenIndex(FittedModel):
-    """An index folder, what it holds, and the model it belongs to.
+class Snapshot(FittedModel):
+    """What a search reads of an index folder: what it holds, and the model it belongs to.
 
     It keeps seeing what was there when it was opened: appending, deleting and compacting leave the
     files it reads. Small files are digested at once, each other one when it is first used;

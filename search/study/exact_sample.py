@@ -20,7 +20,7 @@ from search.ask.make_query import make_query
 from search.ask.question import Question
 from search.rank.query_gradient import QueryGradient
 from search.rank.ranking import best
-from search.rank.snapshot import OpenIndex
+from search.rank.snapshot import Snapshot
 from search.study.tail import Tail, fit_tail, half, half_interval
 from search.study.texts import RECORDS_HELD
 
@@ -49,7 +49,7 @@ class QuerySurvey:
     proponents: np.ndarray
 
 
-def own_queries(index: OpenIndex, count: int) -> tuple[list[Query], list[int]]:
+def own_queries(index: Snapshot, count: int) -> tuple[list[Query], list[int]]:
     """Some of the index's different sequences as queries, and their places; the same every time.
 
     Raises InputError where no sequence has a second half to ask about.
@@ -85,8 +85,7 @@ class ExactSample:
     """
 
     def __init__(
-        self, index: OpenIndex, origins: list[int | None], code_scores: np.ndarray,
-        size: int | None,
+        self, index: Snapshot, origins: list[int | None], code_scores: np.ndarray, size: int | None
     ):
         self.index, self.origins, self.code_scores = index, origins, code_scores
         total, queries = len(index), len(origins)

@@ -9,7 +9,7 @@ from gradindex.influence.preconditioned import Preconditioned
 from gradindex.storage.background_file import ONE_IN
 from search.rank.generic_rate import all_rates
 from search.rank.ranking import best
-from search.rank.snapshot import OpenIndex
+from search.rank.snapshot import Snapshot
 from search.study.texts import ShownSequence, shown_sequences
 
 MOST_SHOWN = 10  # sequences of a kind
@@ -42,7 +42,7 @@ class SizeSurvey:
         return int((self.estimates > self.fence).sum())
 
 
-def measure_sizes(index: OpenIndex, by: Rescorer, preconditioned: Preconditioned) -> SizeSurvey:
+def measure_sizes(index: Snapshot, by: Rescorer, preconditioned: Preconditioned) -> SizeSurvey:
     """Self-influence as the codes know it, exact for the random sample and the largest."""
     estimates, sample = index.norms**2, index.random_sample()
     first = index.contents.first_equal == np.arange(len(index))  # equal ones are shown once
@@ -74,7 +74,7 @@ def outer_fence(estimates: np.ndarray) -> float:
     return float(np.exp(high + FENCE * (high - low)))
 
 
-def most_generic(index: OpenIndex) -> list[tuple[ShownSequence, float]] | None:
+def most_generic(index: Snapshot) -> list[tuple[ShownSequence, float]] | None:
     """The sequences with the highest generic rate as proponents, and that rate, above chance.
 
     Equal ones are one. None where the index keeps no background queries.

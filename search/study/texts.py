@@ -12,7 +12,7 @@ from gradindex.model import tokenise
 from gradindex.progress import Progress
 from gradindex.storage.records import Record
 from gradindex.terminal import json_text
-from search.rank.snapshot import OpenIndex
+from search.rank.snapshot import Snapshot
 
 RECORDS_HELD = 4096  # in memory at once
 MOST_VALUES = 1000  # of a kept field, beyond which they aren't told apart
@@ -88,7 +88,7 @@ class _Tally:
                       key=lambda amount: (-amount.sequences, amount.name))
 
 
-def read_texts(index: OpenIndex, progress: Progress) -> TextSurvey:
+def read_texts(index: Snapshot, progress: Progress) -> TextSurvey:
     """Read every live record."""
     sources, fields = _Tally(), dict[str, _Tally | None]()
     lengths, scored = np.zeros(len(index), dtype=np.int32), 0
@@ -118,7 +118,7 @@ def read_texts(index: OpenIndex, progress: Progress) -> TextSurvey:
                             for name, tally in sorted(fields.items())], lengths, scored)
 
 
-def _records(index: OpenIndex, places: Sequence[int]) -> Iterator[Record]:
+def _records(index: Snapshot, places: Sequence[int]) -> Iterator[Record]:
     """The records of places, RECORDS_HELD of them in memory at once."""
     for first in range(0, len(places), RECORDS_HELD):
         yield from index.records(places[first : first + RECORDS_HELD])
@@ -128,7 +128,7 @@ def _as_text(value: object) -> str:
     return value if isinstance(value, str) else json_text(value)
 
 
-def shown_sequences(index: OpenIndex, places: list[int]) -> list[ShownSequence]:
+def shown_sequences(index: Snapshot, places: list[int]) -> list[ShownSequence]:
     """The sequences at some places as they are shown, in that order."""
     shown = []
     for place, record in zip(places, index.records(places), strict=True):

@@ -23,7 +23,7 @@ from search.rank.query_gradient import form_gradients
 from search.rank.ray_pool import deal
 from search.rank.ray_search import SharedRanking
 from search.rank.session import Session
-from search.rank.snapshot import OpenIndex, SegmentSubset
+from search.rank.snapshot import SegmentSubset, Snapshot
 from support.clusters import two_nodes
 from support.indexes import QUESTION
 from support.needed import library
@@ -83,7 +83,7 @@ def rest_of(index_folder, searcher, number):
     """A local searcher of what worker `number` has, as if the index held no more."""
     subset = SegmentSubset(searcher.index.contents.manifest,
                            searcher.index.pool.workers[number].segments)
-    index = OpenIndex(index_folder, ModelSource(), subset=subset)
+    index = Snapshot(index_folder, ModelSource(), subset=subset)
     return Searcher(index, searcher.batch_tokens)
 
 

@@ -154,9 +154,9 @@ SHAPES: dict[str, dict[str, Any]] = {
          "return": ("N", "N")},
     "search.rank.shortlist.Shortlist.length_for": {"places": "n", "influence": "n"},
     "search.rank.snapshot.finite": {"scores": "... n", "return": "... n"},
-    "search.rank.snapshot.OpenIndex.code_scores": {"vectors": "q K", "return": "q N"},
-    "search.rank.snapshot.OpenIndex.rankings": {"vectors": "q K", "return": "q"},
-    "search.rank.snapshot.OpenIndex.stored_codes": {"places": "n", "return": "n c"},
+    "search.rank.snapshot.Snapshot.code_scores": {"vectors": "q K", "return": "q N"},
+    "search.rank.snapshot.Snapshot.rankings": {"vectors": "q K", "return": "q"},
+    "search.rank.snapshot.Snapshot.stored_codes": {"places": "n", "return": "n c"},
 }
 LEFT_OUT = {  # of the modules below, and why
     "gradindex.influence.preconditioned.Preconditioned.arrays": "each module has one of two forms",
