@@ -219,7 +219,7 @@ class Searcher:
         session = Session(self.index, settings, gradients, preconditioned, self.batch_tokens)
         clock.lap("scan")
         yield SearchStage("approximate", 0, session.planned, queries[0],
-                    session.provisional(session.tracks[0]) if len(queries) == 1 else None)
+                          session.provisional(session.tracks[0]) if len(queries) == 1 else None)
 
         for track in session.tracks:
             # whoever reads the stages may have taken long over them
@@ -233,7 +233,7 @@ class Searcher:
                         ids = session.common.index.contents.ids[places].tolist()
                         influence = dict(zip(ids, track.influence(places), strict=True))
                         yield SearchStage("exact", len(session.common.exact), session.planned,
-                                    track.query, influence=influence)
+                                          track.query, influence=influence)
                     if not track.timed_out:
                         session.score_random_sample()
                 except KeyboardInterrupt:
@@ -248,7 +248,7 @@ class Searcher:
             clock.lap("conclude")
             result.seconds = clock.take("rescore", "conclude")
             yield SearchStage("result", len(session.common.exact), session.planned, track.query,
-                        result=result)
+                              result=result)
 
 
 def drain(

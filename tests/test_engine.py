@@ -384,7 +384,7 @@ def test_hostile_text_is_shown_not_run(index):
 def test_wrapping_never_cuts_a_colour():
     colored = "aaa \x1b[44;97;1mbbb ccc\x1b[0m ddd"
     assert _wrap(colored, 8) == ["aaa \x1b[44;97;1mbbb\x1b[0m",
-                                        "\x1b[44;97;1mccc\x1b[0m ddd"]
+                                 "\x1b[44;97;1mccc\x1b[0m ddd"]
     assert _wrap("a" * 12, 5) == ["aaaaa", "aaaaa", "aa"]
 
 

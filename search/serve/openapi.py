@@ -18,7 +18,7 @@ def openapi() -> dict[str, Any]:
     schemas = _schemas()
     job = {"$ref": "#/components/schemas/Job"}
     result_schema = {"oneOf": [{"$ref": "#/components/schemas/Result"},
-                       {"$ref": "#/components/schemas/Comparison"}]}
+                               {"$ref": "#/components/schemas/Comparison"}]}
     texts = {"type": "object", "additionalProperties": False, "properties": {
         name: {"type": "string", "maxLength": LONGEST_TEXT} for name in ("prompt", "completion")}}
     problem = {"400": "not JSON", "401": "the token is missing or wrong",

@@ -17,7 +17,6 @@ PLUS, MINUS = "1;94", "1;33"  # ANSI: bold, bright blue or yellow
 BARS = "▁▂▃▄▅▆▇█"
 
 
-
 def render_terminal(
     result: Result, width: int | None = None, color: bool = False
 ) -> str:

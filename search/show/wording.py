@@ -101,17 +101,17 @@ def marks(hit: Hit) -> list[Mark]:
     noticed = []
     if hit.duplicates:
         noticed.append(Mark("equal", f"×{len(hit.duplicates) + 1} equal",
-                          "so many sequences of the index have these very tokens"))
+                            "so many sequences of the index have these very tokens"))
     if hit.near_duplicates:
         noticed.append(Mark("near", f"+{len(hit.near_duplicates)} alike",
-                          "so many hits below share most of its wording and are folded into it"))
+                            "so many hits below share most of its wording and are folded into it"))
     if hit.generic and hit.generic_rate is not None:
         noticed.append(Mark("generic", "generic",
-                          f"among the {'lowest' if hit.influence < 0 else 'highest'} 1% for "
-                          f"{hit.generic_rate:.0%} of the index's background queries"))
+                            f"among the {'lowest' if hit.influence < 0 else 'highest'} 1% for "
+                            f"{hit.generic_rate:.0%} of the index's background queries"))
     if hit.lexical is not None and hit.lexical < LITTLE_OVERLAP and hit.exact:
         noticed.append(Mark("unlike", "other words",
-                          "it shares hardly any of the query's rarer tokens"))
+                            "it shares hardly any of the query's rarer tokens"))
     return noticed
 
 

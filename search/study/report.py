@@ -84,7 +84,7 @@ def _gradients(survey: Survey) -> dict[str, object]:
     sizes, lengths = survey.sizes, survey.texts.lengths
     positive, exact = sizes.estimates > 0, sizes.exact > 0
     content: dict[str, object] = {"dimension_plot": _dimensions(survey), "ratio": None,
-                               "size_plot": None, "length_size_plot": None, "ratio_plot": None}
+                                  "size_plot": None, "length_size_plot": None, "ratio_plot": None}
     if positive.any():
         content["size_plot"] = _as_markup(plots.histogram(
             *plots.bins(sizes.estimates[positive], HISTOGRAM_BINS, log=True), "Self-influence",

@@ -55,7 +55,7 @@ def test_an_evaluation_is_the_plain_counts(index, tmp_path, monkeypatch):
 
 def test_ndcg_by_hand(index):
     comparison = evaluate.Shortlists(np.arange(3), np.array([3.0, -1.0, 2.0]), np.zeros(3),
-                                      np.ones(3), 1.0, np.zeros(3), 1.0)
+                                     np.ones(3), 1.0, np.zeros(3), 1.0)
     found = comparison.ndcg(np.array([1.0, 2.0, 3.0]))  # order: 2, 1, 0
     gains = (2 + 0 + 3 / np.log2(4)) / (3 + 2 / np.log2(3))
     assert found == pytest.approx(gains)
