@@ -110,8 +110,7 @@ def _chat_query(index: FittedModel, messages: list[dict[str, Any]]) -> Query:
 
 
 def _scored_query(tokenised: tokenise.Tokenised, prompt: str | None, completion: str) -> Query:
-    """The query of a text of which a part is scored, with a note if a token lies over the border.
-    """
+    """The query of a text of which a part is scored; it notes a token that lies over the border."""
     labels = np.where(tokenised.scored, tokenised.tokens, UNSCORED)
     query = Query(tokenised.tokens.tolist(), labels.tolist(), prompt, completion)
     # a token over the border can't be scored by halves, and which half is the user's to know

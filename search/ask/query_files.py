@@ -183,6 +183,7 @@ class ResultsFile:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
+        """Close the file; nothing can be written any more."""
         self._file.close()
 
 

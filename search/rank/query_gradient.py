@@ -38,8 +38,10 @@ class QueryGradient:
 
 
 def fits_in_full(index: Snapshot, settings: Settings) -> int:
-    """How many queries' preconditioned gradients are kept in full: one at least, unless memory is
-    bounded."""
+    """How many queries' preconditioned gradients are kept in full.
+
+    One at least, unless memory is bounded.
+    """
     room = index.allowance.part(1 / 4, LARGEST_IN_FULL)
     count = room // (_entries(settings.modules) * index.model.accumulate.itemsize)
     # without a bound a single query is kept whole whatever it takes: that is what was asked for

@@ -49,6 +49,7 @@ class Track:
 
     @property
     def query(self) -> Query:
+        """What is asked."""
         return self.gradient.query
 
     @property

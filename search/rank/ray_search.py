@@ -105,6 +105,7 @@ class SharedIndex(Snapshot):
         self._vectors: tuple[np.ndarray, Any] | None = None  # the same after a loss: scored already
 
     def without(self, lost: LostError) -> Self:
+        """As of `Snapshot`, with the workers that are left."""
         rest = super().without(lost)
         rest.pool = self.pool.without(lost)
         return rest
@@ -171,6 +172,7 @@ class SharedIndex(Snapshot):
         return np.stack([ranking.scores() for ranking in self.rankings(vectors, 1.0, False)])
 
     def stored_codes(self, places: Sequence[int]) -> np.ndarray:
+        """As of `Snapshot`: each worker sends those of its own places."""
         width = layout.code_bytes(self.manifest.code["length"])
         empty = np.zeros((len(places), width), np.uint8)
         return self.fill(empty, places, lambda worker, inside: worker.stored_codes.remote(inside))

@@ -29,6 +29,7 @@ class Api:
         self.reception = reception
 
     def routes(self) -> list[Route]:
+        """The paths that programs ask, with what answers them."""
         return [
             Route("/healthz", self.health), Route("/api/schema", self.schema),
             Route("/api/search", self.search, methods=["POST"]),

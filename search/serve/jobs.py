@@ -80,6 +80,7 @@ class SearchJob:
 
     @property
     def ended(self) -> bool:
+        """Whether nothing more comes of it."""
         return self.state in ("done", "failed")
 
     @property
@@ -113,10 +114,12 @@ class Jobs:
         self._worker = threading.Thread(target=self._work, name="search", daemon=True)
 
     def start(self) -> None:
+        """Start the worker, which loads the model and then answers one job after the other."""
         self._worker.start()
 
     @property
     def queued(self) -> int:
+        """How many searches wait."""
         return self._waiting.qsize()
 
     def submit(self, request: SearchRequest, settings: Settings) -> SearchJob:
@@ -141,6 +144,7 @@ class Jobs:
             return job
 
     def get(self, name: str) -> SearchJob | None:
+        """The job of an id, which is now the last to be forgotten; None where none is kept."""
         with self._guard:
             job = self._jobs.get(name)
             if job is not None:

@@ -58,6 +58,7 @@ class Pages:
             "style.css": html.style().encode()}
 
     def routes(self) -> list[Route]:
+        """The paths of the pages and their files, with what answers them."""
         return [
             Route("/", self.page), Route("/search", self.page),
             Route("/map/{job}/{hit}", self.map),

@@ -341,8 +341,7 @@ def _safe(text: str) -> str:
 
 
 def _clipped(text: str, letters: int) -> str:
-    """At most so many letters of a name: its beginning and, as names often differ there, more of
-    its end."""
+    """At most so many letters of a name: its beginning and more of its end, where names differ."""
     text = visible(text)
     if len(text) <= letters:
         return text
