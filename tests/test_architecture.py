@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tokenize
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -197,6 +198,26 @@ def test_no_class_and_no_file_stands_twice():
     assert [name for name, count in classes.items() if count > 1] == []
     files = Counter(path.name for path in sources())
     assert {name for name, count in files.items() if count > 1} <= {"cli.py", "__init__.py"}
+
+
+def prose(path: Path) -> Iterator[str]:
+    """The docstrings and comments of a file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield ast.get_docstring(node) or ""
+    with tokenize.open(path) as file:
+        for token in tokenize.generate_tokens(file.readline):
+            if token.type == tokenize.COMMENT:
+                yield token.string
+
+
+def test_files_that_are_named_exist():
+    files = [path.as_posix() for room in (*PACKAGES, "tests", "benchmarks")
+             for path in (ROOT / room).rglob("*.py")]
+    strange = [f"{path.relative_to(ROOT)}: {name}" for path in sources() for text in prose(path)
+               for name in re.findall(r"`([\w/]+\.py)`", text)
+               if not any(file.endswith(f"/{name}") for file in files)]
+    assert strange == []
 
 
 # ---- what stands in one place only

@@ -1,7 +1,7 @@
 """The folder of a fit under way: what is there already, and where each part of it lies.
 
     fit.json                            what was done otherwise than planned (`notes.py`)
-    covariance-0-7.safetensors, …       sums (`sums.py`)
+    covariance-0-7.safetensors, …       sums (`running_sums.py`)
     NAME.eigenvectors.safetensors       Q_A and Q_S of a module, float64
     NAME.safetensors                    its curvature, in place of all these
 """

@@ -5,11 +5,11 @@ Three steps over the same sequences (Grosse et al. 2023, §2.3 and App. A):
 2. Q_A and Q_S: their eigenvectors, in float64.
 3. Λ: the average over sequences of (Q_Sᵀ G Q_A)², G the sum over the sequence's tokens.
 
-Sums are taken within blocks of sequences and added up in order (`sums.py`), so a kill costs one
-block and the resumed fit ends with the same bytes. Where not all modules' matrices fit in memory,
-partitions of the modules are fitted one after the other, each in passes of its own. Several
-processes can share the blocks and the eigenvectors (`shards.py`). What had to be done otherwise
-on the way (a batch halved because memory ran out, a sequence or a module left out) is noted in
+Sums are taken within blocks of sequences and added up in order (`running_sums.py`), so a kill costs
+one block and the resumed fit ends with the same bytes. Where not all modules' matrices fit in
+memory, partitions of the modules are fitted one after the other, each in passes of its own. Several
+processes can share the blocks and the eigenvectors (`shards.py`). What had to be done otherwise on
+the way (a batch halved because memory ran out, a sequence or a module left out) is noted in
 fit.json, before it is tried.
 """
 
