@@ -33,11 +33,11 @@ def make_background_queries(
     """
     seed, length = codes.settings.seed, codes.settings.length
     # a stream of its own: the same sequences shouldn't serve for calibration and here
-    members = read([ids[number] for number in choose(
+    records = read([ids[number] for number in choose(
         Stream.BACKGROUND_QUERIES, seed, len(ids), BACKGROUND_QUERIES)])
-    progress.start("background", len(members), "queries")
-    vectors = np.zeros((len(members), length), dtype=np.float16)
-    for number, record in enumerate(members):
+    progress.start("background", len(records), "queries")
+    vectors = np.zeros((len(records), length), dtype=np.float16)
+    for number, record in enumerate(records):
         vectors[number] = unit_vector(prepare_query(model, codes, ekfac, record)[0])
         progress.update(1)
     progress.finish()
@@ -45,16 +45,16 @@ def make_background_queries(
         Stream.BACKGROUND_QUERY_SCORES, seed, len(ids), LARGEST_SAMPLE)]
     # scored with what is stored: a search holds the same float16 against the thresholds
     scores, digests = _scores(vectors.astype(np.float32), sample, stored)
-    query_digests = np.array([digest_of(record) for record in members])
+    query_digests = np.array([digest_of(record) for record in records])
     usable = np.count_nonzero(vectors, axis=1) > 0
-    upper, lower = np.zeros((2, len(members)), dtype=np.float32)
+    upper, lower = np.zeros((2, len(records)), dtype=np.float32)
     for number in np.flatnonzero(usable).tolist():
         # a sequence is like itself whatever it says: its copies would raise the threshold
         others = (digests != query_digests[number]).any(1)
         usable[number] = others.any()
         if usable[number]:
             upper[number], lower[number] = thresholds(scores[number, others])
-    query_ids = np.array([record.id for record in members], dtype=np.int64)
+    query_ids = np.array([record.id for record in records], dtype=np.int64)
     return BackgroundQueries(vectors[usable], upper[usable], lower[usable], query_ids[usable],
                              query_digests[usable]), len(sample)
 

@@ -53,9 +53,9 @@ def calibrate(
     progress.start("calibrate", len(queries), "queries")
     errors, weights = [], []
     anchors: list[tuple[int, int, float]] = []
-    for vectors, exact, members in exact_influence(
+    for vectors, exact, records in exact_influence(
             model, codes, ekfac, queries, sample, batch_tokens, allowance):
-        for vector, truth, query in zip(vectors, exact, members, strict=True):
+        for vector, truth, query in zip(vectors, exact, records, strict=True):
             # everything in units of the error that is expected at c = 1
             scale = score_error(1.0, float(np.linalg.norm(vector)), norms, len(vector))
             real = scale > 0  # a gradient that rounds to zero has a code without error
@@ -99,12 +99,12 @@ def exact_influence(
     """
     stack = stacked_queries(codes.modules, allowance)
     for first in range(0, len(queries), stack):
-        members = queries[first : first + stack]
+        records = queries[first : first + stack]
         vectors, preconditioned = zip(
-            *(prepare_query(model, codes, ekfac, record) for record in members), strict=True)
+            *(prepare_query(model, codes, ekfac, record) for record in records), strict=True)
         joined = Preconditioned.join(list(preconditioned))
         exact = exact_scores(model, codes.modules, joined, sample, batch_tokens)
-        yield np.stack(vectors), exact, members
+        yield np.stack(vectors), exact, records
 
 
 def stacked_queries(modules: list[Module], allowance: Allowance) -> int:

@@ -61,8 +61,8 @@ def encode_one(
     progress: Progress,
 ) -> SegmentFacts:
     """Encode and seal a segment. Raises ResourceError."""
-    members = run.reader(segment).records(range(segment.rows))
-    return encode_segment(model, codes, members, run.folder(segment), batch_tokens, progress)
+    records = run.reader(segment).records(range(segment.rows))
+    return encode_segment(model, codes, records, run.folder(segment), batch_tokens, progress)
 
 
 def quarantined_of(run: Run, bad: float, progress: Progress) -> dict[int, str]:
@@ -71,10 +71,10 @@ def quarantined_of(run: Run, bad: float, progress: Progress) -> dict[int, str]:
     Raises GradindexError where they are more than the share `bad`.
     """
     encoded = [segments.read_facts(run.folder(segment)) for segment in run.segments]
-    reasons = {member: why for facts in encoded for member, why in facts.quarantined.items()}
+    reasons = {sequence: why for facts in encoded for sequence, why in facts.quarantined.items()}
     check_quarantine(reasons, run.count, bad, "to be indexed")
-    for member, reason in list(reasons.items())[:MOST_NAMED]:  # segment.json has the others
-        progress.say(f"sequence {member} is quarantined: {reason}")
+    for sequence, reason in list(reasons.items())[:MOST_NAMED]:  # segment.json has the others
+        progress.say(f"sequence {sequence} is quarantined: {reason}")
     if reasons:
         progress.say(f"{len(reasons)} sequences are quarantined; they are in no answer (`gradindex "
                      "info` lists them)")

@@ -253,12 +253,12 @@ def joined(parts: Sequence[Exact]) -> Exact:
 
 
 def _score_batch(
-    by: Rescorer, preconditioned: Preconditioned, members: list[Record], sizes: bool, terms: bool,
+    by: Rescorer, preconditioned: Preconditioned, records: list[Record], sizes: bool, terms: bool,
     by_module: bool,
 ) -> list[Exact]:
     """The scores of one batch of sequences, in their order; see `rescore`."""
-    batch = by.model.batch(members)
-    gradient_sizes = GradientSizes(by.ekfac, by.damping, len(members))
+    batch = by.model.batch(records)
+    gradient_sizes = GradientSizes(by.ekfac, by.damping, len(records))
     extra = [gradient_sizes] if sizes else []
     if terms:
         parts = Terms(preconditioned, batch)
@@ -267,12 +267,12 @@ def _score_batch(
         # The score is the sum of the very terms that are shown, so that they add up to it. Padding
         # has none, and each is copied, or one hit would keep the whole batch's terms in memory.
         scores = [
-            Exact(by_token[: len(m.tokens)].sum(keepdims=True, dtype=np.float64)[0],
-                  terms=by_token[: len(m.tokens)].copy())
-            for m, by_token in zip(members, stacked, strict=True)
+            Exact(by_token[: len(record.tokens)].sum(keepdims=True, dtype=np.float64)[0],
+                  terms=by_token[: len(record.tokens)].copy())
+            for record, by_token in zip(records, stacked, strict=True)
         ]
     else:
-        influences = Influences(preconditioned, len(members))
+        influences = Influences(preconditioned, len(records))
         collect(by.model, by.modules, batch, influences, *extra)
         scores = [Exact(column) for column in influences.total.numpy().T]
         if by_module:

@@ -94,14 +94,14 @@ def add_squares(
 
 
 def fit_batch(
-    model: LanguageModel, members: list[Record], labels: str, seed: int, stream: Stream
+    model: LanguageModel, records: list[Record], labels: str, seed: int, stream: Stream
 ) -> tuple[Batch, Tensor | None]:
     """The batch of some sequences, and the numbers that draw their labels, from a stream.
 
     None for `labels` other than "model": the data's own are taken.
     """
-    batch = model.batch(members)  # whose targets are the data's own labels
+    batch = model.batch(records)  # whose targets are the data's own labels
     if labels != "model":
         return batch, None
     return batch, model.objective.label_numbers(
-        batch, members, lambda row, count: uniforms(stream, seed, members[row].id, count))
+        batch, records, lambda row, count: uniforms(stream, seed, records[row].id, count))

@@ -57,7 +57,8 @@ class FitNotes:
         # JSON's keys are texts; in order of the numbers, the file is the same whoever wrote it
         content = {
             **asdict(self), "splits": dict(sorted(self.splits.items())),
-            "quarantined": {str(one): why for one, why in sorted(self.quarantined.items())},
+            "quarantined": {str(sequence): why for sequence, why in
+                            sorted(self.quarantined.items())},
         }
         return atomic_write(folder / FIT_NOTES, sealed_json.sign(content))
 
@@ -80,8 +81,8 @@ def report_fit(notes: FitNotes, progress: Progress) -> None:
     """Say what was left out of a fit, and whether memory ran out."""
     for name, reason in notes.left_out.items():
         progress.say(f"module {name} is left out: {reason}")
-    for one, reason in notes.quarantined.items():
-        progress.say(f"sequence {one} is left out of the fit: {reason}")
+    for sequence, reason in notes.quarantined.items():
+        progress.say(f"sequence {sequence} is left out of the fit: {reason}")
     if halved := sum(map(len, notes.splits.values())):
         progress.say(f"memory ran out on {halved} batches of the fit, which were halved; smaller "
                      "--batch-tokens avoid that")

@@ -132,6 +132,6 @@ class Sums:
         """A block that waits. Raises DamagedIndexError."""
         sums, about = read_tensors(self._waiting(number))
         notes = BlockNotes([(first, rows) for first, rows in json.loads(about["splits"])],
-                           {int(one): why for one, why in
+                           {int(sequence): why for sequence, why in
                             json.loads(about["quarantined"]).items()})
         return Block(sums, int(about["positions"]), notes)

@@ -112,7 +112,8 @@ class FitUnits:
         notes = BlockNotes(self.folder.notes.splits.get(f"{stage} {number}", []))
         while True:
             left_out = {*self.folder.notes.quarantined, *notes.quarantined}
-            records = self.read([one for one in self.folder.blocks[number] if one not in left_out])
+            records = self.read([sequence for sequence in self.folder.blocks[number]
+                                 if sequence not in left_out])
             tensors = self._try_block(stage, number, records, sums, add, notes)
             if tensors is not None:
                 return Block(tensors, sum(len(record.tokens) for record in records), notes)
@@ -160,9 +161,9 @@ class FitUnits:
         self.progress.update(-done)
         return None
 
-    def _batch(self, members: list[Record], stream: Stream) -> tuple[Batch, Tensor | None]:
+    def _batch(self, records: list[Record], stream: Stream) -> tuple[Batch, Tensor | None]:
         settings = self.folder.settings
-        return fit_batch(self.model, members, settings.labels, settings.seed, stream)
+        return fit_batch(self.model, records, settings.labels, settings.seed, stream)
 
     def _why_not_finite(self, records: list[Record], stream: Stream, what: str) -> dict[int, str]:
         """The sequences that make a sum not finite, and why. Raises GradindexError for none."""

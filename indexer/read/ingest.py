@@ -49,11 +49,11 @@ class Run:
 
     def records(self, ids: list[int]) -> list[Record]:
         """The records of ids of this run, in that order."""
-        members: dict[int, Record] = {}
+        by_id: dict[int, Record] = {}
         for segment, within in self._by_segment(ids):
             stored = self.reader(segment).records(self._rows_of(within))
-            members.update(zip(within, stored, strict=True))
-        return [members[one] for one in ids]
+            by_id.update(zip(within, stored, strict=True))
+        return [by_id[sequence] for sequence in ids]
 
     def codes(self, ids: list[int], length: int) -> tuple[code_index.CodeIndex, np.ndarray]:
         """The codes [ids, K] of sealed segments and their ‖v‖ [ids]; ids ascending."""
@@ -85,14 +85,14 @@ class Run:
     def _by_segment(self, ids: list[int]) -> list[tuple[Segment, list[int]]]:
         """The segments that have some of the ids, in order, each with its own of them."""
         by_number: dict[int, list[int]] = {}
-        for one in ids:
-            by_number.setdefault((one - self.first) // self.size, []).append(one)
+        for sequence in ids:
+            by_number.setdefault((sequence - self.first) // self.size, []).append(sequence)
         every = self.segments
         return [(every[number], within) for number, within in sorted(by_number.items())]
 
     def _rows_of(self, ids: list[int]) -> list[int]:
         """The rows that ids of one segment have in it."""
-        return [(one - self.first) % self.size for one in ids]
+        return [(sequence - self.first) % self.size for sequence in ids]
 
 
 def write_records(corpus: Corpus, run: Run, progress: Progress) -> CorpusFacts:
@@ -102,28 +102,28 @@ def write_records(corpus: Corpus, run: Run, progress: Progress) -> CorpusFacts:
     ResourceError.
     """
     remove_unsealed(run.index, run.number)  # perhaps of other data, or cut otherwise
-    number, members = run.number, list[Record]()
+    number, waiting = run.number, list[Record]()
     progress.start("read", 0, "sequences")
     for record in corpus.sequences():
         record.id += run.first
-        members.append(record)
+        waiting.append(record)
         progress.update(1)
-        if len(members) == run.size:
-            write_partial(run.index, layout.segment_name(number), members)
-            number, members = number + 1, []
-    if members:
-        write_partial(run.index, layout.segment_name(number), members)
+        if len(waiting) == run.size:
+            write_partial(run.index, layout.segment_name(number), waiting)
+            number, waiting = number + 1, []
+    if waiting:
+        write_partial(run.index, layout.segment_name(number), waiting)
     progress.finish()
     check_read(corpus)
     return corpus.facts
 
 
-def write_partial(index: Path, segment: str, members: list[Record]) -> Path:
+def write_partial(index: Path, segment: str, sequences: list[Record]) -> Path:
     """Begin a segment: its folder, with the records alone. Raises ResourceError."""
     folder, name = layout.partial_folder(index, segment), layout.RECORDS.name
     make_folder(folder)
     segments.write_facts(folder, SegmentFacts(
-        len(members), files={name: records.write(folder / name, members)}))
+        len(sequences), files={name: records.write(folder / name, sequences)}))
     return folder
 
 

@@ -120,8 +120,8 @@ def _append(
     quarantined = quarantined_of(run, max_bad, progress)
 
     # 4) how far the curvature is from that of the new data; nothing else depends on it
-    ids = [member for member in range(run.first, run.first + run.count)
-           if member not in quarantined]
+    ids = [sequence for sequence in range(run.first, run.first + run.count)
+           if sequence not in quarantined]
     seed = manifest.code["seed"]
     drift = measure_drift(fitted, contents.records(_sample(contents.places, seed)),
                           run.records(_sample(np.array(ids), seed)))
@@ -206,14 +206,14 @@ def drift_of(old: np.ndarray, new: np.ndarray) -> Drift:
     return Drift(ratio, ratio * variance**0.5, min(len(old), len(new)))
 
 
-def _token_sizes(fitted: FittedModel, members: list[Record]) -> np.ndarray:
+def _token_sizes(fitted: FittedModel, records: list[Record]) -> np.ndarray:
     """s of each sequence, see Drift: float64 [n]."""
     manifest, model = fitted.manifest, fitted.model
     by = Rescorer(model, manifest.modules, fitted.ekfac, manifest.damping, manifest.batch_tokens)
-    sizes = self_influence(by, members, lambda records: fit_batch(
-        model, records, "model", manifest.code["seed"], Stream.DRIFT_LABELS))
+    sizes = self_influence(by, records, lambda batch: fit_batch(
+        model, batch, "model", manifest.code["seed"], Stream.DRIFT_LABELS))
     # per token, or longer documents would look like other ones
-    counted = [model.objective.counted(record.scored).sum() for record in members]
+    counted = [model.objective.counted(record.scored).sum() for record in records]
     return sizes / np.maximum(1, counted)
 
 

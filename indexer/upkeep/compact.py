@@ -105,8 +105,8 @@ def _rewrite(
     first, end = contents.starts[home], contents.starts[home + len(group)]
     rows_left = np.flatnonzero(~np.isin(contents.rows["id"][first:end], contents.deleted)) + first
     vocabulary = contents.manifest.vocabulary
-    reasons = {member: why for segment in group
-               for member, why in contents.reader(segment).facts().quarantined.items()}
+    reasons = {sequence: why for segment in group
+               for sequence, why in contents.reader(segment).facts().quarantined.items()}
     written: list[Segment] = []
     files: dict[str, FileFacts] = {}
     for start in range(0, len(rows_left), full):
@@ -114,14 +114,14 @@ def _rewrite(
         segment = Segment(layout.segment_name(number + len(written)), len(rows))
         folder = layout.partial_folder(contents.root, segment.name)
         make_folder(folder)
-        members = contents.records(rows)
+        kept = contents.records(rows)
         # a quarantined sequence is a row without a code, and its reason goes with it
         facts = SegmentFacts(len(rows), quarantined={
-            record.id: reasons[record.id] for record in members if record.id in reasons})
-        facts.files[layout.RECORDS.name] = records.write(folder / layout.RECORDS.name, members)
+            record.id: reasons[record.id] for record in kept if record.id in reasons})
+        facts.files[layout.RECORDS.name] = records.write(folder / layout.RECORDS.name, kept)
         codes = CodeIndex(contents.manifest.code["length"])
         codes.add(contents.codes_of(rows))
-        seal(folder, facts, codes, contents.rows[rows], [record.tokens for record in members],
+        seal(folder, facts, codes, contents.rows[rows], [record.tokens for record in kept],
              vocabulary)
         files |= sealed_files(contents.root, segment, facts)
         written.append(segment)

@@ -115,7 +115,7 @@ def _check_segment(contents: Contents, segment: Segment, last: int) -> int:
     if rows["id"][0] <= last:
         raise wrong(layout.ROWS, "has ids that don't follow those of the segment before")
     # files that a stranger signed have the right digests; only together they show a lie
-    members = contents.records(range(segment.rows))  # checks each checksum, id and digest
+    stored = contents.records(range(segment.rows))  # checks each checksum, id and digest
     broken = set(rows["id"][np.isnan(rows["norm"])].tolist())
     if facts.rows != segment.rows or set(facts.quarantined) != broken:
         raise wrong(layout.NOTES, "doesn't say why each row without a code has none")
@@ -123,7 +123,7 @@ def _check_segment(contents: Contents, segment: Segment, last: int) -> int:
     if not np.isfinite(codes.scales()).all():
         raise wrong(layout.CODES, "has a scale that is not finite")
     matrix = reader.tokens(contents.manifest.sequence_length, contents.manifest.vocabulary)
-    for row, record in enumerate(members):
+    for row, record in enumerate(stored):
         tokens = matrix.indices[matrix.indptr[row] : matrix.indptr[row + 1]]
         if not np.array_equal(np.sort(tokens), np.unique(record.tokens)):
             raise wrong(layout.TOKENS, f"has other tokens than record {row}")

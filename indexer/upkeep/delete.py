@@ -53,7 +53,8 @@ def delete(
     with writing(Path(index), "gradindex delete", progress) as contents:
         manifest, rows = contents.manifest, contents.rows
         requested = {*map(int, ids), *_of_users(contents, set(map(str, user_ids)), progress)}
-        if unknown := sorted(one for one in requested if not 0 <= one < manifest.next_id):
+        if unknown := sorted(sequence for sequence in requested
+                             if not 0 <= sequence < manifest.next_id):
             raise InputError(f"no sequence has the id {unknown[0]}; expected 0 to "
                              f"{manifest.next_id - 1}. Nothing was deleted.")
         # ids without a row were deleted and compacted away: like those listed, out already
@@ -95,7 +96,7 @@ def _equal_left(rows: np.ndarray, new: set[int], gone: set[int]) -> list[int]:
     out = np.isin(rows["id"], list(new | gone))
     first = first_equal(rows["digest"])
     equal = np.isin(first, first[np.isin(rows["id"], list(new))])
-    return [int(one) for one in rows["id"][equal & ~out]]
+    return [int(sequence) for sequence in rows["id"][equal & ~out]]
 
 
 def give_up(index: str | Path, names: Collection[str], progress: Progress | None = None) -> int:

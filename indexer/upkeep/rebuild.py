@@ -79,7 +79,7 @@ def _encode_again(
     contents: Contents, fitted: FittedModel, segment: Segment, new: Segment, progress: Progress
 ) -> SegmentFacts:
     """Write and seal a new segment from an old one's records."""
-    members = sound_records(contents, segment.name)
-    folder = write_partial(contents.root, new.name, members)
-    return encode_segment(fitted.model, fitted.codes, members, folder,
+    records = sound_records(contents, segment.name)
+    folder = write_partial(contents.root, new.name, records)
+    return encode_segment(fitted.model, fitted.codes, records, folder,
                           fitted.manifest.batch_tokens, progress)

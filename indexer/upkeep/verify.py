@@ -174,23 +174,23 @@ def _check_model(
         return
     rows = contents.places[choose(
         Stream.VERIFIED_SEQUENCES, manifest.code["seed"], len(contents.places), VERIFIED_SAMPLE)]
-    members = contents.records(rows)
-    progress.start("encode", len(members), "sequences")
-    again = np.zeros((len(members), manifest.code["length"]), dtype=np.float32)
-    for batch, vectors in encode_batches(fitted.model, fitted.codes, members,
+    records = contents.records(rows)
+    progress.start("encode", len(records), "sequences")
+    again = np.zeros((len(records), manifest.code["length"]), dtype=np.float32)
+    for batch, vectors in encode_batches(fitted.model, fitted.codes, records,
                                          manifest.batch_tokens, Splits()):
         again[batch] = vectors
         progress.update(len(batch))
     progress.finish()
-    verified.encoded = len(members)
-    if members:
-        _compare_codes(contents, rows, members, again, verified)
+    verified.encoded = len(records)
+    if records:
+        _compare_codes(contents, rows, records, again, verified)
     _compare_anchors(contents, fitted, verified, progress)
     _compare_background_queries(contents, fitted, verified)
 
 
 def _compare_codes(
-    contents: Contents, rows: np.ndarray, members: list[Record], again: np.ndarray,
+    contents: Contents, rows: np.ndarray, records: list[Record], again: np.ndarray,
     verified: Verified,
 ) -> None:
     """Compare the codes and norms of some rows with vectors `again` [n, K] made anew."""
@@ -203,7 +203,7 @@ def _compare_codes(
     verified.same_bits = float(1 - differ.mean())
     norms = np.linalg.norm(again.astype(np.float64), axis=1)
     off = np.abs(norms - contents.rows["norm"][rows]) > 0.01 * norms + 1e-6
-    for row, record in enumerate(members):
+    for row, record in enumerate(records):
         if 1 - differ[row] < SAME_BITS or off[row]:
             verified.findings.append(Finding(
                 f"sequence {record.id}", f"its code has only {1 - differ[row]:.1%} of the bits "
@@ -218,34 +218,35 @@ def _compare_anchors(
 ) -> None:
     """Measure the anchors again whose sequences are still there."""
     manifest = contents.manifest
-    rows = {member: row for row, member in enumerate(contents.rows["id"].tolist())}
-    anchors = [(query, member, score) for query, member, score in manifest.calibration["anchors"]
-               if query in rows and member in rows]
+    rows = {sequence: row for row, sequence in enumerate(contents.rows["id"].tolist())}
+    anchors = [(query, sequence, score)
+               for query, sequence, score in manifest.calibration["anchors"]
+               if query in rows and sequence in rows]
     # each query and each sequence once, in order; measured is every pair of them
     queries = list(dict.fromkeys(query for query, _, _ in anchors))
-    sample = list(dict.fromkeys(member for _, member, _ in anchors))
+    sample = list(dict.fromkeys(sequence for _, sequence, _ in anchors))
     if not anchors:
         return
     measured: dict[tuple[int, int], float] = {}
     progress.start("score", len(anchors), "pairs")
-    for _, exact, members in exact_influence(
+    for _, exact, records in exact_influence(
             fitted.model, fitted.codes, fitted.ekfac,
             contents.records([rows[query] for query in queries]),
-            contents.records([rows[member] for member in sample]), manifest.batch_tokens,
+            contents.records([rows[sequence] for sequence in sample]), manifest.batch_tokens,
             fitted.allowance):
-        for record, scores in zip(members, exact, strict=True):
-            measured |= {(record.id, member): float(score)
-                         for member, score in zip(sample, scores, strict=True)}
+        for record, scores in zip(records, exact, strict=True):
+            measured |= {(record.id, sequence): float(score)
+                         for sequence, score in zip(sample, scores, strict=True)}
     progress.update(len(anchors))
     progress.finish()
     scale = max(abs(score) for _, _, score in anchors) or 1.0
-    errors = [abs(measured[query, member] - score) / scale for query, member, score in anchors]
+    errors = [abs(measured[query, sequence] - score) / scale for query, sequence, score in anchors]
     verified.scores, verified.score_error = len(anchors), float(max(errors))
     if not max(errors) <= SAME_SCORE[manifest.dtype]:  # so that NaN is found, too
-        query, member, score = anchors[int(np.argmax(errors))]
+        query, sequence, score = anchors[int(np.argmax(errors))]
         verified.findings.append(Finding(
-            f"sequence {member}", f"its influence on sequence {query} was {score:.6g} at the build "
-            f"and is {measured[query, member]:.6g} now",
+            f"sequence {sequence}", f"its influence on sequence {query} was {score:.6g} at the "
+            f"build and is {measured[query, sequence]:.6g} now",
             "The model or the curvature is another than the build's: build again."))
 
 
