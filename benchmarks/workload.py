@@ -70,7 +70,7 @@ class Workload:
 
     def summary(self) -> str:
         count = self.model.network.num_parameters() / 1e6
-        tracked = sum(m.shape[0] * m.shape[1] for m in self.modules) / 1e6
+        tracked = sum(m.size for m in self.modules) / 1e6
         effective = sum(c.effective_dimension(DAMPING) for c in self.ekfac.values())
         return (f"GPT-NeoX of {count:.1f} M parameters ({self.size.modules}: {tracked:.1f} M "
                 f"tracked, effective dimension {effective:,.0f}), {self.size.dtype}, {self.loss}; "

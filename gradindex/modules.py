@@ -30,6 +30,16 @@ class Module:
         """[o, i], the shape of its gradient. A bias is the last column and counts in i."""
         return self.d_out, self.d_in + self.bias
 
+    @property
+    def size(self) -> int:
+        """o · i, the number of entries of its gradient, those of a bias counted.
+
+        >>> Module("layers.0.mlp.up", layer=0, kind="mlp", d_out=8, d_in=2, bias=True).size
+        24
+        """
+        o, i = self.shape
+        return o * i
+
 
 KINDS = {"mlp": {"mlp"}, "attention": {"attention"}, "all": {"mlp", "attention"},
          "adapter": {"adapter"}}

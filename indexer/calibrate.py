@@ -114,7 +114,7 @@ def stacked_queries(modules: list[Module], allowance: Allowance) -> int:
     2
     """
     entries = allowance.part(1 / 16, 4 * STACKED_ENTRIES) // 4  # of 4 bytes each
-    return max(1, entries // sum(m.shape[0] * m.shape[1] for m in modules))
+    return max(1, entries // sum(module.size for module in modules))
 
 
 def prepare_query(

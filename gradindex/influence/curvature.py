@@ -83,8 +83,7 @@ def file_entries(module: Module, covariance_blocks: int) -> int:
     >>> file_entries(Module("m", 0, "mlp", d_out=2, d_in=3, bias=False), 1)  # 9 + 4 + 6
     19
     """
-    o, i = module.shape
-    return square_entries(module, covariance_blocks) + o * i
+    return square_entries(module, covariance_blocks) + module.size
 
 
 def file_bytes(module: Module, dtype: torch.dtype, covariance_blocks: int) -> int:

@@ -270,7 +270,7 @@ def slices(module: Module, rows: int) -> Iterator[slice]:
     >>> list(slices(Module("m", 0, "mlp", d_out=1024, d_in=1024, bias=False), rows=6))
     [slice(0, 3, None), slice(3, 6, None)]
     """
-    most = max(1, LARGEST_BLOCK // (module.shape[0] * module.shape[1]))
+    most = max(1, LARGEST_BLOCK // module.size)
     size = -(-rows // -(-rows // most)) if rows else 1  # 3 and 3, not 4 and 2
     for first in range(0, rows, size):
         yield slice(first, min(first + size, rows))

@@ -189,7 +189,7 @@ def _blocks(network: Any) -> tuple[str, nn.ModuleList]:
 
 def parameter_share(network: nn.Module, modules: list[Module]) -> float:
     """Tracked weights and biases as a share, 0 to 1, of all parameters of the model."""
-    tracked = sum(module.shape[0] * module.shape[1] for module in modules)
+    tracked = sum(module.size for module in modules)
     return tracked / sum(_parameter_counts(network).values())
 
 
@@ -205,7 +205,7 @@ def untracked(network: nn.Module, modules: list[Module]) -> dict[str, float]:
         holder = network.get_submodule(module.name)
         if isinstance(holder, fused_experts.ExpertMap):  # which has no weights itself
             holder = holder.experts
-        tracked[holder] = tracked.get(holder, 0) + module.shape[0] * module.shape[1]
+        tracked[holder] = tracked.get(holder, 0) + module.size
     total, rests = sum(counts.values()), dict[str, float]()
     prefix, _ = _blocks(network)
     maps = {network.get_submodule(module.name)

@@ -240,8 +240,7 @@ class Bench:
             seconds = _seconds(lambda: prepare_query(self.model, codes, ekfac, typical))
             queries = Preconditioned.join([prepare_query(self.model, codes, ekfac, typical)[1]
                                            for _ in range(self.together)])
-        tables = [self._width * self.together * module.shape[0] * module.shape[1]
-                  for module in self.modules]
+        tables = [self._width * self.together * module.size for module in self.modules]
         stack = sum(tables)
 
         def run(records: list[Record]) -> None:

@@ -51,7 +51,7 @@ class FitMoments:
         Moment(host=104, device=52)
         """
         squares = [square_entries(module, covariance_blocks) for module in modules]
-        tables = [module.shape[0] * module.shape[1] for module in modules]
+        tables = [module.size for module in modules]
         square, table = sum(squares), sum(tables)
         # matrices are decomposed one by one, so the largest block's work is all there is at once
         largest = max(block_rows(n, covariance_blocks) for module in modules
@@ -126,7 +126,7 @@ def disk_bytes(
     most = finished = 0
     for modules in groups:
         square = sum(square_entries(module, covariance_blocks) for module in modules)
-        table = sum(o * i for o, i in (module.shape for module in modules))
+        table = sum(module.size for module in modules)
         fitted = width * (square + table)  # what stays of the partition: its curvature
         ahead = waiting * width * max(square, table)
         # A, S beside Q_A, Q_S, 8 bytes a number each; then Λ twice, or once beside the curvature
@@ -178,7 +178,6 @@ def budget(
     partition of the fit may hold, `inner` the codes' k.
     """
     groups = partitions(modules, covariance_blocks, width, held)
-    shapes = [module.shape for module in modules]
     most = max((FitMoments.of(group, covariance_blocks, width).most for group in groups),
                key=lambda moment: moment.both)
     return Budget(
@@ -186,7 +185,8 @@ def budget(
         module=max(curvature_bytes([module], covariance_blocks, width) for module in modules),
         curvature=curvature_bytes(modules, covariance_blocks, width),
         projections=projection_bytes(modules, width, inner),
-        query=width * sum(o * i for o, i in shapes),
-        query_low_rank=width * sum(min(LOW_RANK * (o + i), o * i) for o, i in shapes),
+        query=width * sum(module.size for module in modules),
+        query_low_rank=width * sum(min(LOW_RANK * sum(module.shape), module.size)
+                                   for module in modules),
         fit_disk=disk_bytes(groups, covariance_blocks, width),
     )

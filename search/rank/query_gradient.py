@@ -174,4 +174,4 @@ def _room(index: Snapshot) -> int:
 
 
 def _entries(modules: list[Module]) -> int:
-    return sum(module.shape[0] * module.shape[1] for module in modules)
+    return sum(module.size for module in modules)

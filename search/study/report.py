@@ -51,7 +51,7 @@ def render_report(survey: Survey) -> str:
                 "generic": 1 / ONE_IN, "fewest": FEWEST_IN_TAIL, "rejected": REJECTED,
                 "draws": SYNTHETIC_SAMPLES, "fence": FENCE},
         documents=sum(source.documents for source in survey.texts.sources),
-        tracked=sum(o * i for o, i in (module.shape for module in survey.manifest.modules)),
+        tracked=sum(module.size for module in survey.manifest.modules),
         dimension=sum(survey.manifest.effective_dimension.values()),
         **_texts(survey), **_gradients(survey), **_influence(survey),
     )
@@ -139,8 +139,7 @@ def _kinds(survey: Survey, absolute: np.ndarray, proponents: np.ndarray) -> list
     rows = []
     for kind in dict.fromkeys(kind for _, kind in survey.groups):
         groups = [number for number, group in enumerate(survey.groups) if group[1] == kind]
-        parameters = sum(module.shape[0] * module.shape[1] for module in survey.manifest.modules
-                         if module.kind == kind)
+        parameters = sum(module.size for module in survey.manifest.modules if module.kind == kind)
         rows.append({"kind": kind, "parameters": parameters,
                      "absolute": float(absolute[groups].sum()),
                      "proponents": float(proponents[groups].sum())})
