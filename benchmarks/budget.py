@@ -25,7 +25,7 @@ from gradindex.model.network import LanguageModel
 from gradindex.model.tracked import tracked_modules
 from gradindex.modules import Module
 from gradindex.storage.records import Part, Record
-from indexer.dry_run.measure import batch_bytes
+from indexer.fit.batch_memory import batch_bytes
 from indexer.fit.budget import Budget, budget, held_bytes
 from indexer.fit.notes import FitSettings
 

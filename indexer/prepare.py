@@ -26,7 +26,7 @@ from gradindex.storage import layout
 from gradindex.storage.build_plan import Plan
 from gradindex.storage.files import bytes_in
 from gradindex.storage.records import Record
-from indexer.dry_run.measure import batch_bytes
+from indexer.fit.batch_memory import batch_bytes
 from indexer.fit.budget import disk_bytes, held_bytes, partitions
 from indexer.fit.notes import FitSettings
 from indexer.fit.schedule import AHEAD, BLOCK_SEQUENCES

@@ -12,7 +12,7 @@ from gradindex.errors import InputError, ResourceError
 from gradindex.memory import Allowance, parse_size
 from gradindex.model.tracked import tracked_modules
 from gradindex.storage.records import Part, Record
-from indexer.dry_run.measure import batch_bytes
+from indexer.fit.batch_memory import batch_bytes
 from indexer.fit.budget import held_bytes, partitions
 from indexer.fit.notes import FitSettings
 from search.ask.controls import Controls

@@ -36,7 +36,7 @@ from gradindex.influence.curvature import Curvature, Ekfac
 from gradindex.influence.exact import exact_scores
 from gradindex.influence.preconditioned import Preconditioned
 from gradindex.influence.split_batches import plan_batches
-from gradindex.memory import Allowance, forget_most, most, resident, return_freed
+from gradindex.memory import Allowance, resident
 from gradindex.model.config import vocabulary_size
 from gradindex.model.network import LanguageModel
 from gradindex.modules import Module
@@ -47,6 +47,7 @@ from gradindex.storage.layout import code_bytes
 from gradindex.storage.records import Record
 from indexer.calibrate import CALIBRATION_QUERIES, prepare_query, stacked_queries
 from indexer.encode import encode_batch
+from indexer.fit.batch_memory import forget_peak, peak, used
 from indexer.fit.batch_sums import add_covariances, add_eigenvalues, fit_batch
 from indexer.fit.budget import FitMoments, curvature_bytes, held_bytes, partitions, projection_bytes
 from indexer.fit.eigen import eigenvectors
@@ -100,34 +101,6 @@ class Memory:
     device: int = 0
 
 
-def batch_bytes(
-    model: LanguageModel, modules: list[Module], sample: list[Record], settings: FitSettings
-) -> int:
-    """The most that a batch of the fit's passes takes beyond what these hold, in bytes.
-
-    Measured on the batches of the longest and of the most sequences of a sample, with all modules
-    tracked; those of a shape share their sums. Raises ResourceError.
-    """
-    like = torch.zeros((), dtype=model.accumulate, device=model.device)
-    squares = covariance_shapes(modules, settings.covariance_blocks)
-    shapes = squares | {module.name: module.shape for module in modules}
-    shared = {shape: like.new_empty(shape).fill_(0)  # zeros() would take no memory yet
-              for shape in set(shapes.values())}
-    sums = {name: shared[shape] for name, shape in shapes.items()}
-    identities = {shape: identity(*shape, like) for shape in set(squares.values())}
-    vectors = {name: identities[shape] for name, shape in squares.items()}
-    plan = plan_batches([len(record.tokens) for record in sample], settings.batch_tokens)
-    _forget_peak(model.device)
-    base = _used(model.device)
-    with torch.no_grad():
-        for rows in (plan[0], max(plan, key=len)):
-            batch = partial(fit_batch, model, [sample[row] for row in rows], settings.labels,
-                            settings.seed)
-            add_covariances(model, modules, sums, *batch(Stream.COVARIANCE_LABELS))
-            add_eigenvalues(model, modules, vectors, sums, *batch(Stream.EIGENVALUE_LABELS))
-    return max(0, _peak(model.device) - base)
-
-
 class Bench:
     """Runs two batches of each stage, and keeps what they took.
 
@@ -150,7 +123,7 @@ class Bench:
             group, self._blocks, self._width))
         self._fit = FitMoments.of(self._largest, self._blocks, self._width)
         self._curvature_room = allowance.curvature
-        self._base = _used(model.device)
+        self._base = used(model.device)
         self._host = resident()
 
     # ---- the stages
@@ -285,7 +258,7 @@ class Bench:
         plan = plan_batches(lengths, self.settings.batch_tokens)
         padded = np.array([lengths[batch[0]] * len(batch) for batch in plan])
         middle = (np.cumsum(padded) - padded / 2) / padded.sum()
-        _forget_peak(self.model.device)
+        forget_peak(self.model.device)
         with torch.no_grad():
             for extreme in (plan[0], max(plan, key=len)):  # warm up; memory is largest at the ends
                 run([records[row] for row in extreme])
@@ -295,7 +268,7 @@ class Bench:
                 batch = [records[row] for row in plan[number]]
                 shapes.append((padded[number], len(batch)))
                 seconds.append(_seconds(partial(_run_to_its_end, run, batch, self.model.device)))
-        over = max(0, _peak(self.model.device) - self._base - held)
+        over = max(0, peak(self.model.device) - self._base - held)
         if self.model.device.type != "cuda":
             over += max(0, resident() - self._base - held)  # freed, and kept by the C library
         self.batch = max(self.batch, over)  # of any stage, for the table of memory
@@ -391,28 +364,8 @@ def hashing() -> float:
     return len(content) / _seconds(lambda: hashlib.sha256(content).digest())
 
 
-# ---- memory
-
-
 def gpu_available(device: torch.device) -> int:
     """Bytes of GPU memory that this process may have in all; 0 where the model is on the host."""
     if device.type != "cuda":
         return 0
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-
-
-def _used(device: torch.device) -> int:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else resident()
-
-
-def _forget_peak(device: torch.device) -> None:
-    """Measure the peak of memory anew from now on."""
-    return_freed()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        forget_most()
-
-
-def _peak(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else most()
