@@ -21,8 +21,8 @@ from gradindex.storage import sealed_json
 from gradindex.storage.build_plan import DataFacts, Plan
 from gradindex.storage.files import TEMPORARY, atomic_write
 from gradindex.storage.integrity import open_inside
-from gradindex.storage.layout import APPEND, BUILD, CURVATURE, CURVATURE_PARTIAL
-from gradindex.storage.locks import NOTE, is_lock
+from gradindex.storage.layout import APPEND, BUILD, CURVATURE, CURVATURE_PARTIAL, WRITER
+from gradindex.storage.locks import is_lock
 from gradindex.storage.manifest import exists as index_exists
 from gradindex.storage.manifest import load as load_manifest
 from indexer.read.corpus import CorpusFacts
@@ -130,7 +130,7 @@ class BuildState:
                          + "; ".join(changes))
         # what a killed process leaves before its first file is whole is no reason to refuse
         elif index.is_dir() and any(
-                entry.name not in (BUILD + TEMPORARY, NOTE) and not is_lock(entry)
+                entry.name not in (BUILD + TEMPORARY, WRITER) and not is_lock(entry)
                 for entry in index.iterdir()):
             raise InputError(
                 f"{index} is not empty and holds no index. Give a new folder with -o, or empty it."

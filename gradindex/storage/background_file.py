@@ -73,15 +73,6 @@ def thresholds(scores: np.ndarray) -> tuple[np.float32, np.float32]:
     return np.float32(upper / 2), np.float32(lower / 2)
 
 
-def file_bytes(count: int, length: int) -> int:
-    """Bytes of the file of `count` background queries of K = `length`, but for its header.
-
-    >>> file_bytes(64, 16384)
-    2099200
-    """
-    return count * (2 * length + 2 * 4 + 3 * 8)
-
-
 def save(path: Path, queries: BackgroundQueries) -> FileFacts:
     """Write background queries. Raises ResourceError."""
     arrays = {"vectors": queries.vectors, "upper": queries.upper, "lower": queries.lower,

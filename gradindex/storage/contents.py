@@ -149,7 +149,7 @@ class Contents:
 def _mismatch(record: Record, row: np.void, manifest: Manifest) -> str | None:
     """Why a record isn't that of a row, row_file.ROW, or no model can take it; None where it is."""
     if record.id != row["id"] or (digest_of(record) != row["digest"]).any():
-        return f"has another sequence {row['id']} than rows.npy"
+        return f"has another sequence {row['id']} than {layout.ROWS.name}"
     # On a GPU, a token beyond the table of embeddings leaves the process unable to go on.
     if len(record.tokens) > manifest.sequence_length or record.tokens.min() < 0 or \
             record.tokens.max() >= manifest.vocabulary:

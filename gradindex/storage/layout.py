@@ -6,8 +6,8 @@
     deleted/NNNNNN.npy            ids that are in a segment and in no answer
     segments/NNNNNN/              a run of sequences (`segments.py`), see SEGMENT_FILES
 
-While something is being made: build.json or append.json, curvature.partial/,
-segments/NNNNNN.partial/ and files that end in .tmp.
+While something is being made: build.json or append.json, writer.json, a lock shard.N of each shard,
+curvature.partial/, segments/NNNNNN.partial/ and files that end in .tmp.
 """
 
 from collections.abc import Callable
@@ -19,8 +19,11 @@ from gradindex.storage.row_file import ROW
 
 MANIFEST = "manifest.json"
 BUILD, APPEND = "build.json", "append.json"  # how far a build or an append has come
+WRITER = "writer.json"  # who is writing: read by others for their message, trusted by nobody
+SHARD = "shard."  # begins the name of a shard's lock
 BACKGROUND = "background.safetensors"
 CURVATURE, SEGMENTS, DELETED = "curvature", "segments", "deleted"  # folders
+DELETED_FORM = rf"^{DELETED}/\d{{6,12}}\.npy$"  # what names `deleted_file` gives
 FIT = f"{CURVATURE}/fit.json"
 PARTIAL = ".partial"  # ends the name of a folder that isn't whole yet
 CURVATURE_PARTIAL = f"{CURVATURE}{PARTIAL}"
@@ -47,7 +50,7 @@ CODES = SegmentFile("vectors.faiss", "codes",
                     lambda rows, length, tokens: rows * code_bytes(length) + 4 * length)
 ROWS = SegmentFile("rows.npy", "codes", lambda rows, length, tokens: ROW.itemsize * rows)
 TOKENS = SegmentFile("tokens.npz", "words",
-                     lambda rows, length, tokens: 16 * rows * (tokens + 1))
+                     lambda rows, length, tokens: token_bytes(rows, tokens))
 NOTES = SegmentFile("segment.json", "codes", lambda rows, length, tokens: 1024 * rows)
 SEGMENT_FILES = (RECORDS, CODES, ROWS, TOKENS, NOTES)
 PARTS = ("text", "codes", "words", "background", "curvature")  # of an index, as `info` counts them
@@ -60,6 +63,24 @@ def code_bytes(length: int) -> int:
     4104
     """
     return length // 8 + 8
+
+
+def background_bytes(count: int, length: int) -> int:
+    """Bytes of `count` background queries of K = `length`, but for the header of their file.
+
+    >>> background_bytes(64, 16384)
+    2099200
+    """
+    return count * (2 * length + 2 * 4 + 3 * 8)
+
+
+def token_bytes(rows: int, tokens: int) -> int:
+    """The most bytes of a segment's token matrix: an index and a value each, and row starts.
+
+    >>> token_bytes(rows=64, tokens=512)
+    525312
+    """
+    return 16 * rows * (tokens + 1)
 
 
 def module_file(module: Module) -> str:
@@ -161,7 +182,7 @@ def most_bytes(
     if deleted is not None:
         most[deleted[0]] = MARGIN + 8 * deleted[1]
     if background is not None:
-        most[BACKGROUND] = MARGIN + background * (2 * length + 32)
+        most[BACKGROUND] = MARGIN + background_bytes(background, length)
     for module in modules:
         o, i = module.shape
         # in float64, and with A and S whole: blocks only take less

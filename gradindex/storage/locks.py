@@ -19,13 +19,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gradindex.errors import GradindexError
-from gradindex.storage.layout import SEGMENTS
+from gradindex.storage.layout import SEGMENTS, SHARD, WRITER
 
 FOLDER = os.O_RDONLY | os.O_DIRECTORY
 # EBADF: NFS locks exclusively only what is open for writing, which a folder can't be
 UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF)
-_LOCK = "shard."
-NOTE = "writer.json"  # who is writing: read by others for their message, trusted by nobody
 
 
 @contextlib.contextmanager
@@ -41,7 +39,7 @@ def only_writer(index: Path, doing: str) -> Iterator[None]:
                 f"another process is writing to {index}: {_who(index)}. Wait for it, or stop it "
                 "first."
             )
-        note = index / NOTE
+        note = index / WRITER
         with contextlib.suppress(OSError):
             note.unlink(missing_ok=True)
             with note.open("x") as file:  # never through a link that lies there
@@ -63,7 +61,7 @@ def one_of_writers(index: Path, number: int, group: str) -> Iterator[None]:
     `group` says which these are, such as "one of 8 shards". Raises GradindexError where another
     process is that shard, belongs to another group, or is the only writer.
     """
-    lock = index / f"{_LOCK}{number}"
+    lock = index / f"{SHARD}{number}"
     with _locked(index, fcntl.LOCK_SH) as got:
         if got is False:
             raise GradindexError(
@@ -131,13 +129,13 @@ def _refuse_other_groups(index: Path, lock: Path, group: str) -> None:
 
 def is_lock(path: Path) -> bool:
     """Whether this is a shard's lock, which a killed one leaves."""
-    return path.name.startswith(_LOCK) and path.name.removeprefix(_LOCK).isdecimal()
+    return path.name.startswith(SHARD) and path.name.removeprefix(SHARD).isdecimal()
 
 
 def _who(index: Path) -> str:
     """Which process is writing to an index, in words, as it says itself."""
     try:
-        facts = json.loads((index / NOTE).read_text()[:1000])
+        facts = json.loads((index / WRITER).read_text()[:1000])
         return f"{facts['doing']} in process {int(facts['pid'])} on {facts['host']}, since " \
                f"{facts['since']}"
     except (OSError, ValueError, KeyError, TypeError):

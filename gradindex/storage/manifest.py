@@ -159,7 +159,7 @@ class Manifest:
     next_segment: Count
     segments: Annotated[list[Segment], pydantic.Field(max_length=1 << 20)]
     deleted: Count
-    deleted_file: Annotated[str, pydantic.Field(pattern=r"^deleted/\d{6,12}\.npy$")] | None
+    deleted_file: Annotated[str, pydantic.Field(pattern=layout.DELETED_FORM)] | None
     quarantined: Count
     files: dict[str, FileFacts]  # by relative name
 
@@ -231,8 +231,8 @@ def load(index: Path) -> Manifest:
                              "finish it (or gradindex merge, where shards built it).")
         if any((index / part).is_dir() for part in (layout.SEGMENTS, layout.CURVATURE)):
             raise _wrong(index, "is missing: the index was not copied whole, or lost it")
-        raise InputError(f"{index} is no index (there is no manifest.json in it); give the folder "
-                         "that `gradindex build -o` wrote.")
+        raise InputError(f"{index} is no index (there is no {layout.MANIFEST} in it); give the "
+                         "folder that `gradindex build -o` wrote.")
     content = _parse(index)
     if sealed_json.KEY not in content:
         raise IndexMismatchError(

@@ -20,6 +20,7 @@ import scipy.sparse
 
 from gradindex.errors import DamagedIndexError
 from gradindex.storage.files import FileFacts, atomic_write
+from gradindex.storage.layout import token_bytes
 
 Matrix: TypeAlias = scipy.sparse.csr_matrix  # of bool [sequences, vocabulary]
 
@@ -56,7 +57,7 @@ def parse(content: bytes, rows: int, length: int, vocabulary: int, where: Path) 
     `length` tokens.
     """
     # Before it is unpacked: a file of a few kilobytes can unpack to all of the memory.
-    most = 16 * rows * (length + 1) + (1 << 12)  # bytes: index, value and row start, and headers
+    most = token_bytes(rows, length) + (1 << 12)  # and headers
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             if sum(member.file_size for member in archive.infolist()) > most:

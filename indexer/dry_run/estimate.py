@@ -34,8 +34,8 @@ from gradindex.model.tracked import tracked_modules
 from gradindex.modules import Module
 from gradindex.progress import duration, size
 from gradindex.storage import (
-    background_file,
     code_index,
+    layout,
     records,
     row_file,
     sealed_json,
@@ -307,7 +307,7 @@ def _disk(
         "token matrices": round(sum(single + further * (len(sizes) - 1) for sizes in cut)),
         "curvature": sum(curvature.file_bytes(module, model.accumulate, plan.covariance_blocks)
                          for module in tracked),
-        "background": background_file.file_bytes(queries, plan.bits),
+        "background": layout.background_bytes(queries, plan.bits),
         # manifest.json, fit.json and segment.json: a few hundred bytes a file that they name
         "notes": 4000 + len(sealed_json.sign(plan.to_dict())) + 1400 * len(cut)
                  + 500 * len(tracked),

@@ -70,8 +70,8 @@ def _check_countable(contents: Contents, name: str) -> None:
     except DamagedIndexError as error:
         raise DamagedIndexError(
             f"{error.wrong}, and its records are lost too, so nothing can be rebuilt beside it. "
-            f"Take segments/{name} from a copy of the index, or give it up first: `gradindex "
-            f"delete {contents.root} --segment {name}`."
+            f"Take {layout.SEGMENTS}/{name} from a copy of the index, or give it up first: "
+            f"`gradindex delete {contents.root} --segment {name}`."
         ) from None
 
 

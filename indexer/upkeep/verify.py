@@ -152,8 +152,9 @@ def _finding(contents: Contents, name: str, reasons: list[str]) -> Finding:
     if sound_records(contents, name):
         do = f"Its records are sound: `gradindex verify {index} --rebuild` encodes it again."
     else:
-        do = (f"Its records are lost: take segments/{name} from a copy of the index, or give it up "
-              f"with `gradindex delete {index} --segment {name}` and append its documents again.")
+        do = (f"Its records are lost: take {layout.SEGMENTS}/{name} from a copy of the index, or "
+              f"give it up with `gradindex delete {index} --segment {name}` and append its "
+              "documents again.")
     return Finding(f"segment {name}", "; ".join(reasons), do)
 
 

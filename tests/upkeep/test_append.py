@@ -17,8 +17,7 @@ from gradindex.draws import Stream, uniforms
 from gradindex.errors import IndexMismatchError, InputError
 from gradindex.progress import Progress
 from gradindex.storage import layout, manifest
-from gradindex.storage.layout import APPEND
-from gradindex.storage.locks import NOTE
+from gradindex.storage.layout import APPEND, WRITER
 from indexer import build as build_module
 from indexer.read import ingest
 from indexer.upkeep import append as append_module
@@ -109,7 +108,7 @@ def test_an_append_killed_anywhere_ends_with_the_same_bytes(tiny, more, tmp_path
             lambda folder: add(folder, more)):
         states.add(manifest.load(folder).sequences)
         assert gradindex.verify(folder, no_model=True).sound
-        (folder / NOTE).write_text('{"pid": 1}')  # as a real kill leaves it
+        (folder / WRITER).write_text('{"pid": 1}')  # as a real kill leaves it
         add(folder, more)
         assert files_of(folder) == expected, f"killed at sync {which}"
     assert which > 25 and states == {before, before + 6}
