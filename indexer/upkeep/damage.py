@@ -114,7 +114,7 @@ def _check_segment(contents: Contents, segment: Segment, last: int) -> int:
     rows, facts = contents.rows, reader.facts()
     if rows["id"][0] <= last:
         raise wrong(layout.ROWS, "has ids that don't follow those of the segment before")
-    # files that a stranger signed have the right digests; only together they show a lie
+    # files that a stranger sealed have the right digests; only together they show a lie
     stored = contents.records(range(segment.rows))  # checks each checksum, id and digest
     broken = set(rows["id"][np.isnan(rows["norm"])].tolist())
     if facts.rows != segment.rows or set(facts.quarantined) != broken:

@@ -166,10 +166,10 @@ def mutated(content: bytes, dice: random.Random) -> bytes:
 
 
 def fuzz_manifest(content: bytes, folder: Path, dice: random.Random) -> None:
-    try:  # rightly signed, or every mutation would end at the digest
+    try:  # rightly sealed, or every mutation would end at the digest
         parsed = sealed_json.parse(content)
         parsed.pop(sealed_json.KEY, None)
-        content = sealed_json.sign(parsed)
+        content = sealed_json.seal(parsed)
     except ValueError:
         pass
     (folder / layout.MANIFEST).write_bytes(content)
@@ -196,7 +196,7 @@ def fuzz_segment(content: bytes, folder: Path, dice: random.Random) -> None:
     try:
         parsed = sealed_json.parse(content)
         parsed.pop(sealed_json.KEY, None)
-        content = sealed_json.sign(parsed)
+        content = sealed_json.seal(parsed)
     except ValueError:
         pass
     segments.parse_facts(content, Path("segment.json"))

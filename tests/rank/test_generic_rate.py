@@ -282,7 +282,7 @@ def test_a_file_of_something_else_is_refused(built, queries, network, tmp_path):
         background_file.save(index / layout.BACKGROUND, wrong)
         with pytest.raises(DamagedIndexError, match=r"expected finite .* Copy the index again"):
             background_file.load(index / layout.BACKGROUND, 64, 512)
-        resign(index)
+        reseal(index)
         found = gradindex.verify(index, model=network)
         assert [one.what for one in found.findings] == [layout.BACKGROUND]
         with pytest.raises(DamagedIndexError, match="expected finite"):
@@ -290,19 +290,19 @@ def test_a_file_of_something_else_is_refused(built, queries, network, tmp_path):
         shutil.rmtree(index)
 
 
-def resign(index, **changes):
-    """Sign the index as it is now, as a hostile or a wrong writer would."""
+def reseal(index, **changes):
+    """Seal the index as it is now, as a hostile or a wrong writer would."""
     facts = manifest.load(index)
     files = {name: facts_of(index / name) for name in facts.files}
     manifest.commit(index, replace(facts, files=files, **changes))
 
 
-def test_queries_of_something_else_are_found_though_signed(built, queries, network, tmp_path):
+def test_queries_of_something_else_are_found_though_sealed(built, queries, network, tmp_path):
     for wrong in (replace(queries, vectors=np.roll(queries.vectors, 1, axis=0)),
                   replace(queries, digests=np.roll(queries.digests, 1, axis=0))):
         index = shutil.copytree(built, tmp_path / "index")
         background_file.save(index / layout.BACKGROUND, wrong)
-        resign(index)
+        reseal(index)
         assert gradindex.verify(index, no_model=True).sound
         found = gradindex.verify(index, model=network)
         assert [one.what for one in found.findings] == [layout.BACKGROUND]
@@ -321,7 +321,7 @@ def test_a_manifest_that_says_otherwise_is_refused(built, tmp_path, change, says
     if change["background"] == {"queries": 3, "sample": 150}:  # beyond the margin
         with (index / layout.BACKGROUND).open("ab") as file:
             file.write(bytes(1 << 16))
-    resign(index, **change)
+    reseal(index, **change)
     with pytest.raises(DamagedIndexError, match=says):
         manifest.load(index)
 

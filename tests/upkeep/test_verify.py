@@ -88,8 +88,8 @@ DAMAGE = {flip: "was changed", cut: "bytes, expected", lose: "is missing",
           link: "without following links", folder: "is not a regular file"}
 
 
-def resign(index, **changes):
-    """Sign the index as it is now, as a hostile or a wrong writer would."""
+def reseal(index, **changes):
+    """Seal the index as it is now, as a hostile or a wrong writer would."""
     facts = manifest.load(index)
     files = {name: facts_of(index / name) for name in facts.files}
     manifest.commit(index, replace(facts, files=files, **changes))
@@ -240,20 +240,20 @@ def _contradiction(index, what):
     ("scale", "a scale that is not finite"), ("records", "another sequence 4 than rows.npy"),
     ("reasons", "why each row without a code"),
 ])
-def test_files_that_contradict_each_other_are_found_though_signed(index, what, said):
+def test_files_that_contradict_each_other_are_found_though_sealed(index, what, said):
     _contradiction(index, what)
-    resign(index)
+    reseal(index)
     found = gradindex.verify(index, no_model=True)
     assert [one.what for one in found.findings] == ["segment 000001"]
     assert said in found.findings[0].wrong
 
 
-def test_a_manifest_that_miscounts_is_found_though_signed(index):
+def test_a_manifest_that_miscounts_is_found_though_sealed(index):
     facts = manifest.load(index)
     manifest.commit(index, replace(facts, sequences=11, deleted=1))
     found = gradindex.verify(index, no_model=True)
     assert [one.what for one in found.findings] == [facts.deleted_file]
-    resign(index, sequences=facts.sequences, deleted=facts.deleted, next_id=11)
+    reseal(index, sequences=facts.sequences, deleted=facts.deleted, next_id=11)
     with pytest.raises(DamagedIndexError, match="counts"):
         gradindex.open(index)
 
@@ -501,13 +501,13 @@ def test_tensors_that_only_their_digest_tells_apart_are_found(index, monkeypatch
     assert found.findings[0].do == "Pass the right one with --model."
 
 
-def test_codes_of_other_sequences_are_found_though_signed(index):
+def test_codes_of_other_sequences_are_found_though_sealed(index):
     facts = manifest.load(index)
     codes = Contents(index, facts).reader(facts.segments[2]).codes(facts.code["length"])
     wrong = CodeIndex(512)
     wrong.add(np.roll(codes.codes([0, 1, 2, 3]), 1, axis=0))
     wrong.write(index / "segments" / "000002" / "vectors.faiss")
-    resign(index)
+    reseal(index)
     assert gradindex.verify(index, no_model=True).sound
     found = verify(index)
     assert [one.what for one in found.findings] == ["sequence 8"]
@@ -515,24 +515,24 @@ def test_codes_of_other_sequences_are_found_though_signed(index):
     assert found.same_bits < 0.9 and not found.sound
 
 
-def test_norms_of_other_sequences_are_found_though_signed(index):
+def test_norms_of_other_sequences_are_found_though_sealed(index):
     def halve(rows):
         rows["norm"] *= 0.5
 
     _rows(index, halve)
-    resign(index)
+    reseal(index)
     assert gradindex.verify(index, no_model=True).sound
     found = verify(index)
     assert [one.what for one in found.findings] == ["sequence 4"] and found.same_bits == 1.0
 
 
-def test_curvature_of_another_fit_is_found_though_signed(index):
+def test_curvature_of_another_fit_is_found_though_sealed(index):
     """Eigenvalues in another order: codes and scores both come out differently."""
     name = layout.curvature_file(manifest.load(index).modules[0])
     tensors = load_file(index / name)
     tensors["eigenvalues"] = tensors["eigenvalues"].flip(0).contiguous()
     write_tensors(index / name, tensors)
-    resign(index)
+    reseal(index)
     assert gradindex.verify(index, no_model=True).sound
     found = verify(index)
     kinds = [one.wrong for one in found.findings]
@@ -541,12 +541,12 @@ def test_curvature_of_another_fit_is_found_though_signed(index):
     assert found.score_error > 1e-3
 
 
-def test_scores_that_come_out_differently_are_found_though_signed(index):
+def test_scores_that_come_out_differently_are_found_though_sealed(index):
     facts = manifest.load(index)
     query, other, score = facts.calibration["anchors"][0]
     largest = max(abs(one[2]) for one in facts.calibration["anchors"])
     anchors = [(query, other, score + 0.01 * largest), *facts.calibration["anchors"][1:]]
-    resign(index, calibration={**facts.calibration, "anchors": anchors})
+    reseal(index, calibration={**facts.calibration, "anchors": anchors})
     found = verify(index)
     assert [one.what for one in found.findings] == [f"sequence {other}"]
     assert f"{score + 0.01 * largest:.6g} at the build and is" in found.findings[0].wrong
