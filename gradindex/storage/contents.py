@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from gradindex.storage import layout
+from gradindex.storage.code_index import CodeIndex
 from gradindex.storage.integrity import CheckedFiles
 from gradindex.storage.manifest import Manifest, Segment
 from gradindex.storage.records import Record
@@ -119,31 +120,48 @@ class Contents:
 
     # ---- files
 
-    def codes_of(self, rows: np.ndarray) -> np.ndarray:
-        """The codes of some rows, which ascend: uint8 [rows, bytes]."""
-        homes = np.searchsorted(self.starts, rows, side="right") - 1
-        codes = []
-        for home in np.unique(homes).tolist():
-            in_segment = (rows[homes == home] - self.starts[home]).tolist()
-            stored = self.reader(self.segments[home]).codes(self.manifest.code["length"])
-            codes.append(stored.codes(in_segment))
-        return np.concatenate(codes)
+    def codes_of(self, rows: np.ndarray, held: Sequence[CodeIndex] = ()) -> np.ndarray:
+        """The codes of some rows as they are kept, in that order: uint8 [rows, bytes].
+
+        `held` are those of all segments, where they were read already.
+        """
+        length = self.manifest.code["length"]
+        codes = np.zeros((len(rows), layout.code_bytes(length)), np.uint8)
+        numbers, inside = homes(self.starts, rows)
+        # segment by segment, each read or mapped once, and put where it was asked for
+        for number in np.unique(numbers).tolist():
+            stored = held[number] if held else self.reader(self.segments[number]).codes(length)
+            mine = numbers == number
+            codes[mine] = stored.codes(inside[mine].tolist())
+        return codes
 
     def records(self, rows: Sequence[int] | np.ndarray) -> list[Record]:
         """The records of some rows, in that order."""
-        homes = np.searchsorted(self.starts, np.asarray(rows), side="right") - 1
+        wanted = np.asarray(rows, dtype=np.int64)
+        numbers, inside = homes(self.starts, wanted)
         by_row: dict[int, Record] = {}
         # Segment by segment, whatever the order: opening its file of records is what costs.
-        for number in np.unique(homes).tolist():
-            segment, start = self.segments[number], int(self.starts[number])
-            wanted = [int(row) for row, home in zip(rows, homes, strict=True) if home == number]
-            records = self.reader(segment).records([row - start for row in wanted])
-            for row, record in zip(wanted, records, strict=True):
+        for number in np.unique(numbers).tolist():
+            segment, mine = self.segments[number], numbers == number
+            records = self.reader(segment).records(inside[mine].tolist())
+            for row, record in zip(wanted[mine].tolist(), records, strict=True):
                 if wrong := _mismatch(record, self.rows[row], self.manifest):
                     raise self.files.damaged(
                         layout.segment_file(segment.name, layout.RECORDS), wrong)
                 by_row[row] = record
-        return [by_row[int(row)] for row in rows]
+        return [by_row[row] for row in wanted.tolist()]
+
+
+def homes(starts: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which of several runs of rows each row is in, and where in it: int64 [rows] each.
+
+    `starts` [runs + 1] are the first row of each run, and the end of the last.
+
+    >>> homes(np.array([0, 3, 5]), np.array([4, 0, 3]))
+    (array([1, 0, 1]), array([1, 0, 0]))
+    """
+    numbers = np.searchsorted(starts, rows, side="right") - 1
+    return numbers, rows - starts[numbers]
 
 
 def _mismatch(record: Record, row: np.void, manifest: Manifest) -> str | None:

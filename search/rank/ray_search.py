@@ -21,6 +21,7 @@ from gradindex.influence.preconditioned import Preconditioned
 from gradindex.model.model_source import ModelSource
 from gradindex.ray_cluster import absolute
 from gradindex.storage import layout
+from gradindex.storage.contents import homes
 from gradindex.version import VERSION
 from search.rank.coverage import LostError
 from search.rank.ranking import Ranking, statistic
@@ -131,10 +132,9 @@ class SharedIndex(Snapshot):
     ) -> list[tuple[WorkerHandle, np.ndarray, np.ndarray]]:
         """Each worker that has some of the places: which of them, and where they are there."""
         starts, chosen = self.starts(), np.asarray(places, dtype=np.int64)
-        homes = np.searchsorted(starts, chosen, side="right") - 1
-        return [(worker, mine, chosen[mine] - starts[number])
-                for number, worker in enumerate(self.pool.workers)
-                if len(mine := np.flatnonzero(homes == number))]
+        numbers, inside = homes(starts, chosen)
+        return [(worker, mine, inside[mine]) for number, worker in enumerate(self.pool.workers)
+                if len(mine := np.flatnonzero(numbers == number))]
 
     def fill(
         self, empty: np.ndarray, places: Sequence[int], ask: Callable[[Any, np.ndarray], Any]

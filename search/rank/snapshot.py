@@ -133,13 +133,7 @@ class Snapshot(FittedModel):
     def stored_codes(self, places: Sequence[int]) -> np.ndarray:
         """The codes at these places as they are kept, in that order: uint8 [places, bytes]."""
         rows = self.contents.places[np.asarray(places, dtype=np.int64)]
-        homes = np.searchsorted(self.contents.starts, rows, side="right") - 1
-        # segment by segment, each read or mapped once, and put where it was asked for
-        codes = np.zeros((len(rows), layout.code_bytes(self.manifest.code["length"])), np.uint8)
-        for home in np.unique(homes).tolist():
-            inside = rows[homes == home] - self.contents.starts[home]
-            codes[homes == home] = self.segments()[home].codes(inside.tolist())
-        return codes
+        return self.contents.codes_of(rows, self.segments())
 
     @property
     def norms(self) -> np.ndarray:
