@@ -1,6 +1,6 @@
 """How far a code's score is from the exact influence, measured once per index.
 
-Some of the index's own sequences serve as queries (their second half given the first) against a
+Some of the index's own sequences serve as queries (their later half given the first) against a
 random sample of sequences. c is the root mean square of (code score − I) √K / (‖v_q‖ ‖v_m‖); the
 slope of code score on I shows that the estimate has no bias. A few of the exact scores are kept as
 anchors, to be computed again when the index is verified.
@@ -93,7 +93,7 @@ def exact_influence(
     model: LanguageModel, codes: Codes, ekfac: Ekfac, queries: list[Record],
     sample: list[Record], batch_tokens: int, allowance: Allowance,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, list[Record]]]:
-    """Exact influence of each sampled sequence on each query: a sequence's second half.
+    """Exact influence of each sampled sequence on each query: a sequence's later half.
 
     Yields, for some queries at a time, their vectors [q, K], the influence [q, sample] and them.
     """
@@ -120,8 +120,8 @@ def stacked_queries(modules: list[Module], allowance: Allowance) -> int:
 def prepare_query(
     model: LanguageModel, codes: Codes, ekfac: Ekfac, record: Record
 ) -> tuple[np.ndarray, Preconditioned]:
-    """The vector [K] of a record's second half as a query, and its preconditioned gradient."""
-    # asked of its second half given its first: what was said before is context, not target
+    """The vector [K] of a record's later half as a query, and its preconditioned gradient."""
+    # asked of its later half given the first: what was said before is context, not target
     batch = model.batch([replace(record, scored=model.objective.later_half(record.scored))])
     coordinates, _ = query_coordinates(
         model, codes.modules, ekfac, batch, codes.settings.damping)

@@ -51,23 +51,24 @@ class FittedModel:
     def model(self) -> LanguageModel:
         """The model, loaded and checked at first use. Raises IndexMismatchError for another."""
         if self._model is None:
-            facts = self.manifest
+            manifest = self.manifest
             source = replace(self._source, tokenizer=self.tokenizer)  # which isn't read twice
             with self._explained():
                 # A model object is never cast behind its owner's back: another dtype is refused.
-                model = LanguageModel.load(source, "auto" if source.is_object else facts.dtype)
+                model = LanguageModel.load(source, "auto" if source.is_object else manifest.dtype)
             dtype = str(model.dtype).removeprefix("torch.")
-            if dtype != facts.dtype:
+            if dtype != manifest.dtype:
                 raise IndexMismatchError(
-                    f"the model is loaded as {dtype}, the index was built with {facts.dtype}. "
-                    f"Load it with dtype={facts.dtype}, or build a new index with --dtype {dtype}."
+                    f"the model is loaded as {dtype}, the index was built with {manifest.dtype}. "
+                    f"Load it with dtype={manifest.dtype}, or build a new index with --dtype "
+                    f"{dtype}."
                 )
-            check_identity(model, dict(facts.model))
+            check_identity(model, dict(manifest.model))
             vocabulary = vocabulary_size(model.network.config)
-            if vocabulary != facts.vocabulary:
+            if vocabulary != manifest.vocabulary:
                 raise IndexMismatchError(
                     f"the model has {vocabulary} tokens, the index was built with "
-                    f"{facts.vocabulary}. Pass the right one with --model."
+                    f"{manifest.vocabulary}. Pass the right one with --model."
                 )
             self._model = model
         return self._model

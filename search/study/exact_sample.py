@@ -52,14 +52,14 @@ class QuerySurvey:
 def own_queries(index: Snapshot, count: int) -> tuple[list[Query], list[int]]:
     """Some of the index's different sequences as queries, and their places; the same every time.
 
-    Raises InputError where no sequence has a second half to ask about.
+    Raises InputError where no sequence has a later half to ask about.
     """
     places = np.unique(index.contents.first_equal)
     random = draws.generator(Stream.REPORT_QUERIES, index.manifest.code["seed"])
     places = random.permutation(places)
     queries: list[Query] = []
     chosen: list[int] = []
-    # some sequences have no second half: so many are looked at that there are enough queries
+    # some sequences have no later half: so many are looked at that there are enough queries
     for first in range(0, len(places), count):
         next_places = places[first : first + count].tolist()
         for place, record in zip(next_places, index.records(next_places), strict=True):

@@ -1,6 +1,6 @@
 """What is in an index, as numbers: its texts, the sizes of its gradients, influence over queries.
 
-Without queries of the user's, some of the index's own sequences are asked about (their second half
+Without queries of the user's, some of the index's own sequences are asked about (their later half
 given the first); such a sequence and its equals are left out of what is said of its query.
 """
 
