@@ -101,7 +101,7 @@ def build(request: BuildRequest) -> ModelSource | None:
             # 5) every sequence → a code
             if request.ray is None:
                 encode_run(prepared.model, _codes(fitted, state), prepared.run,
-                                  state.plan.batch_tokens, request.facts.max_bad, progress, share)
+                           state.plan.batch_tokens, request.facts.max_bad, progress, share)
             else:
                 share.complete(BuildStage("encode"), lambda: ingest.unsealed(prepared.run))
         return_freed()  # what batches took, before calibration needs it
@@ -230,7 +230,7 @@ def measure_codes(
         model, codes, ekfac, run.records, lambda ids: run.coded(ids, length), coded, progress)
     background_file.save(index / layout.BACKGROUND, queries)
     return MeasuredBuild(codes, calibration,
-                          BackgroundFacts(queries=len(queries), sample=sample), len(quarantined))
+                         BackgroundFacts(queries=len(queries), sample=sample), len(quarantined))
 
 
 def commit_index(

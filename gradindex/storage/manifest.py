@@ -299,8 +299,7 @@ def _check(index: Path, manifest: Manifest) -> None:
         raise _wrong(index, "lists a segment twice, or one that was never made")
     live = manifest.rows - manifest.deleted - manifest.quarantined
     if manifest.sequences != live or manifest.rows > manifest.next_id:
-        raise _wrong(index,
-                      f"counts {manifest.sequences:,} sequences, its segments {live:,}")
+        raise _wrong(index, f"counts {manifest.sequences:,} sequences, its segments {live:,}")
     expected = {layout.curvature_file(module) for module in manifest.modules} | {layout.FIT}
     expected |= {file for name in names for file in layout.segment_files(name)}
     expected |= {layout.BACKGROUND} if manifest.background is not None else set()
@@ -316,7 +315,7 @@ def _check(index: Path, manifest: Manifest) -> None:
     for name, most in bounds.items():
         if manifest.files[name].size > most:
             raise _wrong(index, f"gives {name} {manifest.files[name].size:,} bytes, more "
-                          f"than the {most:,} that it can have")
+                         f"than the {most:,} that it can have")
 
 
 @dataclass

@@ -71,8 +71,8 @@ class Estimate:
 
     `disk` says by part what the finished index holds, `disk_most` what the build holds at once.
     `memory` is the most on the host and on the GPU (0 without one), `memory_parts` what it goes to
-    at one time or another, `stages` has every stage's
-    seconds and its sequences (0 where that says nothing). `note` says what else is to be known.
+    at one time or another, `stages` has every stage's seconds and its sequences (0 where that says
+    nothing). `note` says what else is to be known.
     """
 
     model: str

@@ -143,7 +143,7 @@ class _Worker:
         elif unit in ingest.unsealed(prepared.run):
             segment = prepared.run.segments[unit]
             encode_one(prepared.model, self._drawn_codes(), prepared.run, segment,
-                              self._job.plan.batch_tokens, Progress())
+                       self._job.plan.batch_tokens, Progress())
 
     def _drawn_codes(self) -> Codes:
         """The codes, drawn when the first segment comes: the fit is over by then."""

@@ -232,5 +232,3 @@ def _report_drift(drift: Drift, progress: Progress) -> None:
         "are exact for this index's curvature, but that is less and less the model's own; a new "
         "build on all data fits it again."
     )
-
-

@@ -258,4 +258,3 @@ def test_sizes_of_files(tmp_path):
     made = curvature.Curvature(torch.eye(i), torch.eye(o), torch.ones(o, i))
     written = curvature.save(tmp_path, module, made).size
     assert curvature.file_bytes(module, torch.float32, 1) == pytest.approx(written, abs=32)
-

@@ -167,7 +167,7 @@ def test_invalid_utf8_in_a_text_file_and_a_table(tmp_path):
     assert decoded(made.sequences()) == ["hello world", "yes no"]
     assert made.facts.skipped == {"invalid UTF-8": 2}
     assert made.facts.examples == [f"{tmp_path / 'a.txt'}:1: invalid UTF-8 (byte 5)",
-                                     f"{tmp_path / 'b.parquet'}:2: invalid UTF-8 (byte 0)"]
+                                   f"{tmp_path / 'b.parquet'}:2: invalid UTF-8 (byte 0)"]
 
 
 def test_a_line_too_long_is_one_bad_row(monkeypatch, tmp_path):

@@ -62,7 +62,7 @@ def test_compacting_takes_the_deleted_text_from_the_disk(index, place, tmp_path)
         facts = manifest.load(index)
         paths = [index / "segments" / one.name / "tokens.npz" for one in facts.segments]
         return sum(int(token_file.parse(path.read_bytes(), one.rows, 24, facts.vocabulary,
-                                   path)[:, token].sum())
+                                        path)[:, token].sum())
                    for one, path in zip(facts.segments, paths, strict=True))
 
     assert found() == [True, True, True] and words() == 1
