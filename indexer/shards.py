@@ -80,6 +80,7 @@ class Shard:
         return self.number == 0
 
     def takes(self, unit: int) -> bool:
+        """Whether a unit is this shard's own."""
         return unit % self.of == self.number  # in turn, so that all end at about the same time
 
     def complete(self, stage: BuildStage, missing: Callable[[], list[int]]) -> None:

@@ -95,6 +95,7 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
+        """Seconds of all stages together."""
         return sum(seconds for seconds, _ in self.stages.values())
 
     @property

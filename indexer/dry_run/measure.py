@@ -205,8 +205,10 @@ class Bench:
         return speed, drawing, codes, ekfac
 
     def calibrate(self, codes: Codes, ekfac: Ekfac) -> tuple[Speed, float]:
-        """The speed of exact scores, of the queries that are scored together, and the seconds of
-        making one query ready."""
+        """The speed of exact scores, and the seconds of making one query ready.
+
+        The scores are of so many queries as are scored together.
+        """
         # a sequence of middle length: queries are drawn from all of them
         typical = sorted(self.sample, key=lambda record: len(record.tokens))[len(self.sample) // 2]
         with torch.no_grad():

@@ -22,8 +22,11 @@ from gradindex.storage.tensors import read_metadata, read_tensors, write_tensors
 
 @dataclass
 class BlockNotes:
-    """What happened in a block: batches that were halved, as (first row, rows), and the ids of
-    sequences that are left out, with the reason."""
+    """What happened in a block otherwise than planned.
+
+    `splits` are batches that were halved, as (first row, rows); `quarantined` says of the ids of
+    sequences that are left out why.
+    """
 
     splits: list[tuple[int, int]] = field(default_factory=list)
     quarantined: dict[int, str] = field(default_factory=dict)

@@ -54,6 +54,7 @@ class WorkerJob:
 
     @classmethod
     def of(cls, request: BuildRequest) -> "WorkerJob":
+        """The job of every worker of a build that was asked for here."""
         plan = request.plan
         # workers read no text, so they need no tokenizer; a folder's name must hold anywhere
         source = replace(request.source, model=str(absolute(request.source.model)), tokenizer=None,

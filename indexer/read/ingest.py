@@ -182,8 +182,10 @@ def by_reason(counts: dict[str, int]) -> str:
 
 
 def check_disk(run: Run, length: int, fit: int) -> None:
-    """Raise ResourceError where the codes that are yet to be made, and `fit` bytes of a fit, don't
-    fit on the disk."""
+    """Raise ResourceError where the disk hasn't room for the codes that are yet to be made.
+
+    Beside them it has to hold `fit` bytes of a fit. `length` is K.
+    """
     rows = sum(run.segments[number].rows for number in unsealed(run))  # records are there already
     codes = rows * (layout.code_bytes(length) + row_file.ROW.itemsize)
     free = shutil.disk_usage(run.index).free

@@ -189,6 +189,7 @@ def _parse_line(line: bytes) -> Row | None:
 
 
 def as_object(content: Any) -> Row:
+    """What a line holds as a row; a BadRowError where that is no JSON object."""
     if isinstance(content, dict):
         return content
     return BadRowError(f"not an object (a {type(content).__name__})")

@@ -1,5 +1,7 @@
-"""What is damaged in an index, found without its model: every file, record, row and code is looked
-at."""
+"""What is damaged in an index, found without its model.
+
+Every file, record, row and code is looked at.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,8 +24,10 @@ from gradindex.storage.records import Record
 
 @dataclass
 class Damage:
-    """What is wrong, by the name of a segment or of a file outside all segments; and how many
-    files, bytes and records were looked at."""
+    """What is wrong in an index, and how many files, bytes and records were looked at.
+
+    `reasons` goes by the name of a segment, or of a file outside all segments.
+    """
 
     reasons: dict[str, list[str]] = field(default_factory=dict)
     files: int = 0

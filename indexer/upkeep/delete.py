@@ -18,8 +18,11 @@ from indexer.upkeep.commit import commit_segments, writing
 
 @dataclass(frozen=True)
 class Deleted:
-    """What a delete did: how many ids it took out, how many were out already, and the ids of equal
-    sequences that are still in."""
+    """What a delete did.
+
+    `deleted` ids were taken out, and `already` of those asked for were out before; `equal_left` are
+    the ids of equal sequences that are still in.
+    """
 
     deleted: int
     already: int
