@@ -175,16 +175,16 @@ def chunk_ends(count: int) -> list[int]:
 
 def rescore(
     by: Rescorer, preconditioned: Preconditioned, sequences: Sequence[Record],
-    sizes: bool = False, terms: bool = False, by_module: bool = False, whole: bool = False,
+    sizes: bool = False, terms: bool = False, by_module: bool = False, one_chunk: bool = False,
 ) -> Iterator[list[tuple[int, Exact]]]:
     """Score sequences exactly, and yield each batch as pairs (position in `sequences`, scores).
 
     Within a chunk (`chunk_ends`) batches come in no order of the sequences; chunks come in order.
-    As a `whole`, all are one chunk. `sizes`, `terms` and `by_module` say which parts of `Exact` are
+    With `one_chunk` all are one. `sizes`, `terms` and `by_module` say which parts of `Exact` are
     wanted. Raises ResourceError where memory doesn't hold one sequence.
     """
     first = 0
-    for end in [len(sequences)] if whole else chunk_ends(len(sequences)):
+    for end in [len(sequences)] if one_chunk else chunk_ends(len(sequences)):
         chunk = sequences[first:end]
 
         def run(rows: list[int], chunk: Sequence[Record] = chunk) -> list[Exact]:
@@ -204,8 +204,9 @@ def exact_scores(
 ) -> np.ndarray:
     """Exact influence of every sequence on every query: float64 [q, sequences]."""
     scores = np.zeros((len(preconditioned), len(sequences)))
-    by = Rescorer(model, modules, {}, 0.0, batch_tokens)  # no sizes are asked for
-    for part in rescore(by, preconditioned, sequences, whole=True):
+    # no sizes are asked for, which alone need a curvature
+    by = Rescorer(model, modules, ekfac={}, damping=0.0, batch_tokens=batch_tokens)
+    for part in rescore(by, preconditioned, sequences, one_chunk=True):
         for position, exact in part:
             scores[:, position] = exact.influence
     return scores
