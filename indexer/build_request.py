@@ -17,6 +17,7 @@ from gradindex.influence.codes import default_length
 from gradindex.memory import parse_bound
 from gradindex.model.config import context_length, vocabulary_size
 from gradindex.model.identity import tokenizer_digest
+from gradindex.model.load_tokenizer import load_tokenizer
 from gradindex.model.model_source import ModelSource
 from gradindex.progress import Progress
 from gradindex.ray_cluster import check_address, load_ray
@@ -162,7 +163,7 @@ def open_corpus(
     data: Any, source: ModelSource, config: Any, settings: CorpusSettings, strict: bool = False
 ) -> Corpus:
     """The sequences of some data, cut as `settings` say. Raises InputError."""
-    tokenizer = source.load_tokenizer()
+    tokenizer = load_tokenizer(source)
     return Corpus(
         as_list(data), tokenizer, settings, vocabulary=vocabulary_size(config),
         end_token=getattr(tokenizer, "eos_token_id", None), strict=strict,

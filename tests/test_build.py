@@ -17,6 +17,7 @@ from demo.prepare import train_tokenizer
 from gradindex.cli import main_group
 from gradindex.errors import GradindexError, IndexMismatchError, InputError, ResourceError
 from gradindex.model.config import context_length
+from gradindex.model.load_tokenizer import load_tokenizer
 from gradindex.model.model_source import ModelSource
 from gradindex.model.network import LanguageModel
 from gradindex.objective import NextToken, Text
@@ -409,7 +410,7 @@ def test_a_given_model_is_cast_as_it_would_be_loaded(tmp_path, monkeypatch):
 
 
 def test_the_model_folder_needs_no_pad_token(model_folder):
-    tokenizer = ModelSource(str(model_folder)).load_tokenizer()
+    tokenizer = load_tokenizer(ModelSource(str(model_folder)))
     assert tokenizer.pad_token is None
     texts = [Text(np.array([3, 4]), np.ones(2, bool)), Text(np.array([5, 6, 7]), np.ones(3, bool))]
     batch = NextToken().batch(texts, torch.device("cpu"))

@@ -13,6 +13,7 @@ from gradindex.memory import Allowance
 from gradindex.model.config import vocabulary_size
 from gradindex.model.devices import DEVICE
 from gradindex.model.identity import check_identity, tokenizer_digest
+from gradindex.model.load_tokenizer import load_tokenizer
 from gradindex.model.model_source import ModelSource
 from gradindex.model.network import LanguageModel
 from gradindex.objective import NextToken
@@ -80,7 +81,7 @@ class FittedModel:
         if not self._tokenizer_read:
             with self._explained():
                 self._config = self._source.load_config()
-                tokenizer = self._source.load_tokenizer()
+                tokenizer = load_tokenizer(self._source)
             expected, digest = self.manifest.model["tokenizer"], tokenizer_digest(tokenizer)
             # An index of token files may have been built without one, and any may read it then.
             if tokenizer is not None and expected not in (None, digest):

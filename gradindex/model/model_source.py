@@ -108,34 +108,6 @@ class ModelSource:
         with readable_errors(self.name):
             return transformers.AutoConfig.from_pretrained(self.name, **self.arguments)
 
-    def load_tokenizer(self) -> Any | None:
-        """The tokenizer, or None where a model has none: token files need none.
-
-        Raises InputError for one that can't be loaded.
-        """
-        named = self.tokenizer
-        if named is None and self.is_object:
-            return None
-        if named is not None and not isinstance(named, (str, Path)):
-            return named
-        # The model's revision and permission to run code aren't those of another source.
-        arguments = self.arguments if named is None else {}
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(named or self.name, **arguments)
-        except (OSError, ValueError, KeyError) as error:
-            # A folder without a tokenizer is well; one with a damaged tokenizer.json is an error,
-            # which would otherwise show as text that can't be read.
-            broken = Path(self.name, "tokenizer.json").exists()
-            if named is None and not broken:
-                return self.base.load_tokenizer() if self.adapter else None
-            raise InputError(
-                f"no tokenizer could be loaded from {named or self.name} "
-                f"({' '.join(str(error).split())[:120]}). Give --tokenizer a folder or hub id that "
-                "has a sound tokenizer.json."
-            ) from None
-        # A model type whose default tokenizer class needs no file loads an empty one.
-        return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
-
     def resolve(self, dtype: str) -> tuple[torch.device, torch.dtype]:
         """The device and dtype to load the model with; `dtype` is a name of DTYPES, or "auto".
 

@@ -21,6 +21,7 @@ from gradindex.model.adapters import WEIGHTS, adapter_facts, unwrapped
 from gradindex.model.config import is_quantised
 from gradindex.model.devices import dtype_of
 from gradindex.model.load_errors import readable_errors
+from gradindex.model.load_tokenizer import load_tokenizer
 from gradindex.model.model_source import ModelSource
 from gradindex.model.quantised import as_dequantised
 from gradindex.model.tracked import identity_of, maps_by_weight
@@ -70,7 +71,7 @@ class LanguageModel:
             if adapter_facts(network) or dtype_of(network) != wanted:
                 _cast(network, wanted)
         network = network.eval().requires_grad_(False)
-        return cls(network, source.load_tokenizer(), source)
+        return cls(network, load_tokenizer(source), source)
 
     def sharing(self, name: str) -> list[nn.Module]:
         """The modules that share the weight of the one of this name, itself among them."""

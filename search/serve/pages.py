@@ -154,7 +154,7 @@ class Pages:
         if hit is None or not hit.token_layer_influence:
             raise HTTPException(404, "There is no such map. Search again, and open it from there.")
         return HTMLResponse(await self.reception.aside(
-            html.fill, "map.html", hit=hit, result=result, about=self.about,
+            html.fill, "sequence.html", hit=hit, result=result, about=self.about,
             back=job.request.url() + f"#hit={hit.id}"))
 
     async def asset(self, request: Request) -> Response:

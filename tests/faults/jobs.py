@@ -22,6 +22,7 @@ import scipy.sparse
 
 import gradindex
 from gradindex.errors import GradindexError
+from gradindex.model.load_tokenizer import load_tokenizer
 from gradindex.model.model_source import ModelSource
 from gradindex.model.network import LanguageModel
 from gradindex.storage import (
@@ -46,7 +47,7 @@ MODEL: dict[str, Any] = {}  # the loaded model of `load`, shared by forked child
 def load(model: str) -> dict[str, Any]:
     """Load the model once, before any child is forked, and use every part once."""
     source = ModelSource(model, device="cpu")
-    MODEL.update(model=LanguageModel.load(source).network, tokenizer=source.load_tokenizer())
+    MODEL.update(model=LanguageModel.load(source).network, tokenizer=load_tokenizer(source))
     return {}
 
 

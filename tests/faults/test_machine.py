@@ -19,6 +19,7 @@ from hypothesis.stateful import (
 
 import gradindex
 from gradindex.errors import InputError
+from gradindex.model.load_tokenizer import load_tokenizer
 from gradindex.model.model_source import ModelSource
 from gradindex.model.network import LanguageModel
 from support.documents import FRUIT, PLACES
@@ -62,7 +63,7 @@ def rows_of(texts):
 def oracle(model_folder, tmp_path_factory):
     """The model, and the exact influence of every text under the first texts' curvature."""
     source = ModelSource(str(model_folder), device="cpu")
-    model = {"model": LanguageModel.load(source).network, "tokenizer": source.load_tokenizer()}
+    model = {"model": LanguageModel.load(source).network, "tokenizer": load_tokenizer(source)}
     out = tmp_path_factory.mktemp("oracle") / "index"
     gradindex.build(model["model"], rows_of(FIRST), out, tokenizer=model["tokenizer"], **SETTINGS)
     index = gradindex.append(out, rows_of(POOL), **model)

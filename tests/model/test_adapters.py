@@ -15,6 +15,7 @@ import gradindex
 from gradindex.errors import IndexMismatchError, InputError
 from gradindex.influence.gradients import backward, gradient
 from gradindex.model.identity import files_digest, tensors_digest
+from gradindex.model.load_tokenizer import load_tokenizer
 from gradindex.model.model_source import ModelSource
 from gradindex.model.network import LanguageModel
 from gradindex.model.tracked import parameter_share, tracked_modules
@@ -215,10 +216,10 @@ def test_a_folder_loads_as_the_object_it_was(adapter_folder, model_folder):
 
 def test_the_adapters_own_tokenizer_goes_first(adapter_folder, model_folder, tmp_path):
     folder = shutil.copytree(adapter_folder, tmp_path / "adapter")
-    tokenizer = ModelSource(str(model_folder)).load_tokenizer()
+    tokenizer = load_tokenizer(ModelSource(str(model_folder)))
     tokenizer.chat_template = "{{ messages }}"
     tokenizer.save_pretrained(folder)
-    assert ModelSource(str(folder)).load_tokenizer().chat_template == "{{ messages }}"
+    assert load_tokenizer(ModelSource(str(folder))).chat_template == "{{ messages }}"
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import shutil
 import pytest
 
 import gradindex
+from gradindex.model.load_tokenizer import load_tokenizer
 from gradindex.model.network import LanguageModel
 from support.documents import save, tiny_tokens
 from support.indexes import TINY
@@ -31,7 +32,7 @@ def place(model_folder):
     from gradindex.model.model_source import ModelSource
 
     source = ModelSource(str(model_folder), device="cpu")
-    return {"model": LanguageModel.load(source).network, "tokenizer": source.load_tokenizer()}
+    return {"model": LanguageModel.load(source).network, "tokenizer": load_tokenizer(source)}
 
 
 @pytest.fixture
