@@ -52,7 +52,7 @@ def main() -> None:
 
 def score_all(searcher) -> ExactSample:
     """Every sequence on the report's own queries."""
-    index, settings = searcher.index, settle(Controls(), searcher.manifest)
+    index, settings = searcher.snapshot, settle(Controls(), searcher.manifest)
     index.load()
     queries, own = own_queries(index, OWN_QUERIES)
     targets, preconditioned = form_gradients(index, queries, settings, searcher.batch_tokens)

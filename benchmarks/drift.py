@@ -31,7 +31,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         index = Path(folder) / "index"
         built = gradindex.build(str(demo / "model"), base, index, fit_sequences=BASE)
-        tokenizer = built.index.tokenizer
+        tokenizer = built.snapshot.tokenizer
         print(f"{BASE:,} sequences fitted; of each kind {EACH} appended and {EACH} old compared")
         print(f"{'appended':<28}{'Λ new / old':>12}   warned")
         for name, some in kinds(rest, tokenizer):

@@ -50,7 +50,7 @@ def main(queries: int, cache: Path, **size: object) -> None:
     progress = stderr_progress()
     work = make_workload(cache, Size(**size), queries, progress)  # type: ignore[arg-type]
     searcher, seconds, own = build(work)
-    index = searcher.index
+    index = searcher.snapshot
     background = index.tables.background_queries
     assert background is not None
     print(f"{work.summary()}\nK = {searcher.manifest.code['length']:,}, {len(background)} "
@@ -94,7 +94,7 @@ def build(work: Workload) -> tuple[Searcher, float, float]:
     if not noted.is_file():
         noted.write_text(str(time.monotonic() - begun))
     seconds = float(noted.read_text())
-    index, facts = searcher.index, searcher.manifest
+    index, facts = searcher.snapshot, searcher.manifest
     run = Run(out, 0, 0, len(index), facts.plan.segment_size)
     _ = index.codes, index.tables.background_queries
     begun = time.monotonic()
@@ -127,13 +127,13 @@ def planted(
     np.save(data, np.concatenate(list(kinds.values())).astype(np.int32), allow_pickle=False)
     grown = gradindex.append(folder, data, model=str(work.folder / "model"))
     assert grown is not None
-    found, before = all_rates(grown.index), exact.shape[1]
+    found, before = all_rates(grown.snapshot), exact.shape[1]
     assert found is not None
-    odd = grown.index.records(range(before, len(grown)))
+    odd = grown.snapshot.records(range(before, len(grown)))
     scores = exact_scores(index.model, index.manifest.modules, queries, odd, 4096)
-    digests = grown.index.contents.rows["digest"]
+    digests = grown.snapshot.contents.rows["digest"]
     truth = exact_rates(background, np.concatenate([exact, scores[: len(exact)]], 1), digests)
-    norms = grown.index.norms / np.median(index.norms)
+    norms = grown.snapshot.norms / np.median(index.norms)
     for number, name in enumerate(kinds):
         here = slice(before + number * ODD, before + (number + 1) * ODD)
         shown = [f"{sides[side, here].mean():.2f} ({(sides[side, here] >= GENERIC).sum()} of {ODD})"

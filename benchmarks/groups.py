@@ -82,7 +82,7 @@ def make_queries(index: Searcher, cache: Path) -> list[Query]:
     texts = [one["text"] for one in standard_library_documents() if one["id"] not in trained]
     np.random.default_rng(0).shuffle(texts)
     for text in texts:
-        ids = index.index.tokenizer(text).input_ids
+        ids = index.snapshot.tokenizer(text).input_ids
         prompt, completion = (64, 32) if len(made) % 2 else (16, 8)
         if len(ids) >= prompt + completion and len(made) < COUNT:
             ids = ids[: prompt + completion]
@@ -105,12 +105,12 @@ def _pass(
     index: Searcher, queries: list[Query], records: list[Record], progress: Progress
 ) -> Pass:
     facts = index.manifest
-    made = {seed: Codes(facts.modules, index.index.ekfac, CodeSettings(
+    made = {seed: Codes(facts.modules, index.snapshot.ekfac, CodeSettings(
         facts.code["length"], facts.code["width"], seed, facts.code["damping"]))
         for seed in SEEDS}
-    coordinates = coordinates_of(index.index, queries, facts.modules, facts.damping,
+    coordinates = coordinates_of(index.snapshot, queries, facts.modules, facts.damping,
                                  BATCH_TOKENS)
-    p = Preconditioned(precondition(index.index.ekfac, coordinates))
+    p = Preconditioned(precondition(index.snapshot.ekfac, coordinates))
     found = {"truth": np.zeros((len(queries), len(records)))}
     for seed, codes in made.items():
         found[f"queries {seed}"] = codes.query_vectors(coordinates).float().numpy()
@@ -304,11 +304,11 @@ def main(cache: Path) -> None:
     progress = stderr_progress()
     index = make_index(cache, progress)
     queries = make_queries(index, cache)
-    records = index.index.records(range(len(index)))
+    records = index.snapshot.records(range(len(index)))
     found = make_pass(index, queries, records, cache / "groups.npz", progress)
     c, length = index.manifest.calibration["c"], index.manifest.code["length"]
     draws = draws_of(found, c)
-    sample = index.index.random_sample()
+    sample = index.snapshot.random_sample()
     groupings = {(name, seed): grouping_of(labels, code_index(found, seed), length)
                  for name, labels in labels_of(records).items() for seed in SEEDS}
     print(f"{len(index):,} sequences, K = {length:,}, c = {c}, {len(queries)} queries, "
@@ -327,7 +327,7 @@ def main(cache: Path) -> None:
     print()
     for by in ("module", "document"):
         begun = time.process_time()
-        read_grouping(index.index.contents, index.index.segments(), by)
+        read_grouping(index.snapshot.contents, index.snapshot.segments(), by)
         each = (time.process_time() - begun) / len(index)
         print(f"reading a grouping by {by}: {1e5 * each:.1f} CPU seconds per 100,000 sequences")
 

@@ -76,9 +76,9 @@ def seconds(function) -> float:
 def first_hits(searcher: Searcher) -> list[float]:
     """Seconds from a query's gradient to its hits by code, for queries of the index's own text."""
     times = []
-    searcher.index.load()
-    for record in searcher.index.records(range(0, len(searcher), len(searcher) // TIMES)):
-        pieces = tokenise.pieces(searcher.index.tokenizer, record.tokens.tolist())
+    searcher.snapshot.load()
+    for record in searcher.snapshot.records(range(0, len(searcher), len(searcher) // TIMES)):
+        pieces = tokenise.pieces(searcher.snapshot.tokenizer, record.tokens.tolist())
         middle = len(pieces) // 2
         query = searcher.make_query("".join(pieces[:middle]), "".join(pieces[middle:]) or " a")
         stages = searcher.stages([query], settle(Controls(), searcher.manifest))
@@ -94,12 +94,12 @@ def heavy(searcher: Searcher, asked: SearchRequest) -> Result:
     query = searcher.make_query(asked.prompt, asked.completion)
     query.token_log_p = [0.0] * len(query.tokens)
     ids = np.concatenate([record.tokens for record in
-                          searcher.index.records(range(min(len(searcher), 4096)))])
+                          searcher.snapshot.records(range(min(len(searcher), 4096)))])
     ids = np.resize(ids, (HITS, TOKENS))
     hits = []
     for rank, own in enumerate(ids.tolist(), 1):
         by_layer = random.standard_t(2, (TOKENS, 1)) * random.random((TOKENS, LAYERS)) * 100 / rank
-        pieces = tokenise.pieces(searcher.index.tokenizer, own)
+        pieces = tokenise.pieces(searcher.snapshot.tokenizer, own)
         hits.append(Hit(
             id=rank, influence=float(by_layer.sum()), nats=float(by_layer.sum()) / len(searcher),
             exact=True, code_score=0.0, code_rank=rank, text="".join(pieces), source="train.jsonl",

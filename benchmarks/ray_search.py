@@ -67,7 +67,7 @@ def compare(index: Path, alone: Searcher, workers: int) -> None:
              logging_level="error")
     begun = time.perf_counter()
     shared = gradindex.open(index, ray=True, ray_workers=workers)
-    shared.index.load()
+    shared.snapshot.load()
     print(f"\n{workers} worker{'s' * (workers > 1)}, there after {time.perf_counter() - begun:.1f}"
           f" s; load average {os.getloadavg()[0]:.1f}; milliseconds: one process / Ray")
     print("| search | " + " | ".join((*STEPS, "all", "ratio")) + " |")

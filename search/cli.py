@@ -78,7 +78,7 @@ def search(
     question = read_question(question_flags)
     searcher, progress = open_searcher(index, flags)
     settings = settle(controls, searcher.manifest)  # before the model is loaded
-    query = make_query(searcher.index, question)
+    query = make_query(searcher.snapshot, question)
     stages = searcher.stages([query], settings, conclude_early=True)
     return _finish(drain(stages, _Follower(progress).follow), form, output)
 
@@ -121,18 +121,18 @@ def _search_many(
     searcher, progress = open_searcher(index, flags)
     settings = settle(controls, searcher.manifest)
     if aggregated:
-        queries = query_files.make_queries(searcher.index, query_file, set())
+        queries = query_files.make_queries(searcher.snapshot, query_file, set())
         complain(query_file, progress)
         stages = searcher.stages([aggregate(queries)], settings, conclude_early=True)
         return _finish(drain(stages, _Follower(progress).follow), form, output) or \
             2 * bool(query_file.problems)
     results = None
     if output is not None:
-        results = query_files.ResultsFile(output, searcher.index.digest, settings,
+        results = query_files.ResultsFile(output, searcher.snapshot.digest, settings,
                                           query_file.questions)
         if results.done:
             progress.say(f"{len(results.done)} queries are answered in {output} already")
-    queries = query_files.make_queries(searcher.index, query_file,
+    queries = query_files.make_queries(searcher.snapshot, query_file,
                                        results.done if results else set())
     complain(query_file, progress)
     follower = _Follower(progress, len(queries))
@@ -215,7 +215,7 @@ def rescore(index: Path, id_source: str, **flags: Any) -> int:
     searcher, progress = open_searcher(index, flags)
     settings = settle(controls, searcher.manifest)
     places = searcher.known(read_ids(id_source))
-    query = make_query(searcher.index, question)
+    query = make_query(searcher.snapshot, question)
     progress.start("exact", len(places), "sequences")
     for hits in searcher.rescore_stream(query, places, settings):
         click.echo(json_lines(hits, UNITS.format(how="exact")), nl=False)

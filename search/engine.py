@@ -52,22 +52,22 @@ class SearchStage:
 class Searcher:
     """What searches a snapshot of an index. Made by `gradindex.open` and `gradindex.build`."""
 
-    def __init__(self, index: Snapshot, batch_tokens: int):
-        self.index = index
+    def __init__(self, snapshot: Snapshot, batch_tokens: int):
+        self.snapshot = snapshot
         self.batch_tokens = batch_tokens
 
     def __len__(self) -> int:
-        return len(self.index)
+        return len(self.snapshot)
 
     @property
     def manifest(self) -> Manifest:
         """What the index is."""
-        return self.index.manifest
+        return self.snapshot.manifest
 
     @property
     def model(self) -> LanguageModel:
         """The model, loaded and checked at first use. Raises IndexMismatchError for another."""
-        return self.index.model
+        return self.snapshot.model
 
     # ---- what is asked
 
@@ -86,7 +86,7 @@ class Searcher:
         """
         question, controls = split(prompt, completion, arguments)
         settings = settle(controls, self.manifest)
-        query = make_query(self.index, question)
+        query = make_query(self.snapshot, question)
         return drain(self.stages([query], settings, conclude_early=True))
 
     @with_keywords
@@ -101,7 +101,7 @@ class Searcher:
         """
         # not a generator itself, so that what is wrong is told by the call, not by the first result
         settings = settle(Controls(**arguments), self.manifest)
-        ready = [query if isinstance(query, Query) else make_query(self.index, Question(**query))
+        ready = [query if isinstance(query, Query) else make_query(self.snapshot, Question(**query))
                  for query in queries]
         stages = self.answer([aggregate(ready)] if aggregated else ready, settings)
         return (stage.result for stage in stages if stage.result is not None)
@@ -118,7 +118,7 @@ class Searcher:
         if len(completions) != 2:
             raise InputError(f"{len(completions)} completions: expected two to compare.")
         settings = settle(Controls(**arguments), self.manifest)
-        queries = [make_query(self.index, Question(prompt, completion, score_on=score_on))
+        queries = [make_query(self.snapshot, Question(prompt, completion, score_on=score_on))
                    for completion in completions]
         # both at once: one scan, and each sequence's gradient formed once for the two
         results = [stage.result for stage in self.stages(queries, settings)]
@@ -165,14 +165,14 @@ class Searcher:
         # ids that nobody has are told before the query is tokenised, and the model loaded
         places = self.known(ids)
         settings = settle(controls, self.manifest)
-        query = make_query(self.index, question)
+        query = make_query(self.snapshot, question)
         return [hit for hits in self.rescore_stream(query, places, settings) for hit in hits]
 
     def rescore_stream(
         self, query: Query, places: list[int], settings: Settings
     ) -> Iterator[list[Hit]]:
         """Like `rescore` for the places that `known` gives, a chunk at a time."""
-        return rescore_named(self.index, query, places, settings, self.batch_tokens)
+        return rescore_named(self.snapshot, query, places, settings, self.batch_tokens)
 
     def make_query(
         self, prompt: str | None = None, completion: str | None = None,
@@ -184,12 +184,12 @@ class Searcher:
 
         Raises InputError for a query that can't be scored.
         """
-        return make_query(self.index, Question(
+        return make_query(self.snapshot, Question(
             prompt, completion, token_ids, labels, messages, versus, score_on, id))
 
     def known(self, ids: Iterable[Any]) -> list[int]:
         """The places of sequences' ids. Raises InputError where there is no such sequence."""
-        return [place_of(self.index, named) for named in ids]
+        return [place_of(self.snapshot, named) for named in ids]
 
     # ---- the stages
 
@@ -205,18 +205,19 @@ class Searcher:
         clock = _Clock()
 
         # 0) what is read once, at the first search
-        self.index.load()
+        self.snapshot.load()
         if settings.group_by is not None:
-            self.index.grouping(settings.group_by)
+            self.snapshot.grouping(settings.group_by)
         clock.lap("load")
 
         # 1) each query's gradient, preconditioned, as a vector and in full
-        gradients, preconditioned = form_gradients(self.index, queries, settings, self.batch_tokens)
+        gradients, preconditioned = form_gradients(self.snapshot, queries, settings,
+                                                   self.batch_tokens)
         clock.lap("gradient")
         yield SearchStage("gradient", query=queries[0])
 
         # 2) every sequence's code score; the best make the shortlists
-        session = Session(self.index, settings, gradients, preconditioned, self.batch_tokens)
+        session = Session(self.snapshot, settings, gradients, preconditioned, self.batch_tokens)
         clock.lap("scan")
         yield SearchStage("approximate", 0, session.planned, queries[0],
                           session.provisional(session.tracks[0]) if len(queries) == 1 else None)
@@ -230,7 +231,7 @@ class Searcher:
                 try:
                     for places in session.rescore(track):
                         # told by id: places move when a part of the index is lost
-                        ids = session.common.index.contents.ids[places].tolist()
+                        ids = session.common.snapshot.contents.ids[places].tolist()
                         influence = dict(zip(ids, track.influence(places), strict=True))
                         yield SearchStage("exact", len(session.common.exact), session.planned,
                                           track.query, influence=influence)

@@ -153,8 +153,8 @@ def open_searcher(index: Path, flags: dict[str, Any]) -> tuple["Searcher", "Prog
     quiet_transformers()
     # whatever flags are left are those that say where things are: no others may be
     searcher, progress = open_index(index, **flags), stderr_progress()
-    if not searcher.index.coverage.whole:
-        progress.say(f"warning: {searcher.index.coverage}")
+    if not searcher.snapshot.coverage.whole:
+        progress.say(f"warning: {searcher.snapshot.coverage}")
     return searcher, progress
 
 

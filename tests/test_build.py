@@ -186,7 +186,7 @@ def test_a_sequence_without_a_gradient_leaves_the_calibration_finite(tmp_path):
     network.save_pretrained(tmp_path / "model")
     index = gradindex.build(str(tmp_path / "model"), tmp_path / "tokens.npy", tmp_path / "index",
                             bits=512)
-    assert index.index.norms[3] == 0 and (np.delete(index.index.norms, 3) > 0).all()
+    assert index.snapshot.norms[3] == 0 and (np.delete(index.snapshot.norms, 3) > 0).all()
     assert 0 < index.manifest.calibration["c"] < 10
     assert index.manifest.background == {"queries": 19, "sample": 20}
     result = index.search(token_ids=tokens[5], k=20)

@@ -38,7 +38,7 @@ def truth(index, index_folder):
     query = index.make_query(**QUESTION)
     scored = np.array(query.labels) != -100
     batch = index.model.batch([Text(np.array(query.tokens, np.int32), scored)])
-    ekfac = index.index.ekfac
+    ekfac = index.snapshot.ekfac
     c, _ = query_coordinates(index.model, index.manifest.modules, ekfac, batch, 0.1)
     p = Preconditioned(precondition(ekfac, c))
     stored = [r for s in index.manifest.segments for r in records.read(

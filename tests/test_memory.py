@@ -112,10 +112,10 @@ def test_a_search_in_little_memory_gives_the_same_answer(index_folder):
         m.shape[0] ** 2 + m.shape[1] ** 2 + m.shape[0] * m.shape[1] for m in free.manifest.modules)
     bound = gradindex.open(index_folder, max_memory=least)
     settings = settle(Controls(), bound.manifest)
-    assert len(list(query_gradient.together(bound.index, settings.modules))) > 1
-    assert list(query_gradient.together(free.index, settings.modules)) == [settings.modules]
-    assert query_gradient.rank_for(free.index, 1, settings) is None
-    assert query_gradient.rank_for(bound.index, 1, settings) == query_gradient.LOW_RANK
+    assert len(list(query_gradient.together(bound.snapshot, settings.modules))) > 1
+    assert list(query_gradient.together(free.snapshot, settings.modules)) == [settings.modules]
+    assert query_gradient.rank_for(free.snapshot, 1, settings) is None
+    assert query_gradient.rank_for(bound.snapshot, 1, settings) == query_gradient.LOW_RANK
     for controls in (dict(k=5, shortlist="all"), dict(k=3, shortlist="all", normalize="cosine"),
                      dict(k=3, shortlist="all", rank=2)):
         expected = free.search(**QUESTION, **controls)

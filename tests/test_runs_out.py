@@ -250,13 +250,13 @@ def test_a_full_disk_in_an_append_a_deletion_and_a_compaction(data, tmp_path, mo
                                  lambda out: gradindex.delete(out, [2, 5]), gradindex.compact)):
         whole = shutil.copytree(start, tmp_path / "whole")
         run(whole)
-        expected, before = files_of(whole), gradindex.open(start).index.digest
-        after = gradindex.open(whole).index.digest
+        expected, before = files_of(whole), gradindex.open(start).snapshot.digest
+        after = gradindex.open(whole).snapshot.digest
         for which, out in each_kill(monkeypatch,
                                     lambda n, place=place: shutil.copytree(
                                         start, tmp_path / f"full-{place}-{n}"),
                                     run, FULL):
-            assert gradindex.open(out).index.digest in (before, after)
+            assert gradindex.open(out).snapshot.digest in (before, after)
             run(out)
             gradindex.delete(out, [])
             shutil.rmtree(out / "deleted", ignore_errors=True)

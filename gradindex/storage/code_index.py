@@ -243,18 +243,18 @@ def _at_most(size: int) -> Iterator[None]:
             faiss.set_deserialization_loop_limit(usual[1])
 
 
-def _is_ours(index: Any, length: int, rows: int) -> bool:
+def _is_ours(read: Any, length: int, rows: int) -> bool:
     """Whether an index read by FAISS is one of `rows` codes of `length` bits around a centre of 0.
     """
     # Every size that a scan relies on: it reads beyond the codes of a file that lies about one.
     return bool(
-        index.d == index.rabitq.d == length and index.ntotal == rows
-        and index.metric_type == index.rabitq.metric_type == faiss.METRIC_INNER_PRODUCT
-        and index.code_size == index.rabitq.code_size == code_bytes(length)
-        and index.codes.size() == rows * code_bytes(length)
-        and index.rabitq.nb_bits == 1 and index.is_trained
-        and index.center.size() == length
-        and not faiss.vector_to_array(index.center).any()
+        read.d == read.rabitq.d == length and read.ntotal == rows
+        and read.metric_type == read.rabitq.metric_type == faiss.METRIC_INNER_PRODUCT
+        and read.code_size == read.rabitq.code_size == code_bytes(length)
+        and read.codes.size() == rows * code_bytes(length)
+        and read.rabitq.nb_bits == 1 and read.is_trained
+        and read.center.size() == length
+        and not faiss.vector_to_array(read.center).any()
     )
 
 

@@ -18,20 +18,20 @@ from search.ask.question import Question, as_versus
 CONTINUATION = 32  # tokens at most, where no completion is given
 
 
-def make_query(index: FittedModel, question: Question) -> Query:
+def make_query(fitted: FittedModel, question: Question) -> Query:
     """The query, tokenised. Without a completion, the model's own greedy continuation.
 
     Raises InputError where it can't be scored: nothing predicted, too long (it is never cut),
     token ids outside the vocabulary.
     """
     question.check()
-    query = _one_text(index, question)
+    query = _one_text(fitted, question)
     query.id = question.id
     if question.score_on is not None:
         query.labels = _kept_labels(query, question.score_on)
     if question.versus is not None:
         with as_versus():
-            query.others = [replace(_one_text(index, question.other), weight=-1.0)]
+            query.others = [replace(_one_text(fitted, question.other), weight=-1.0)]
         if question.score_on is not None:
             query.others[0].labels = _kept_labels(query.others[0], question.score_on)
     return query
@@ -60,27 +60,27 @@ def _kept_labels(query: Query, score_on: str) -> list[int]:
     return [label if position in kept else UNSCORED for position, label in enumerate(query.labels)]
 
 
-def _one_text(index: FittedModel, question: Question) -> Query:
+def _one_text(fitted: FittedModel, question: Question) -> Query:
     """A question's own text, without what it is compared with. Raises InputError."""
     if question.token_ids is not None:
         labels = question.token_ids if question.labels is None else question.labels
         query = Query(_whole_numbers("token_ids", question.token_ids),
                       _whole_numbers("labels", labels))
-    elif index.tokenizer is None:
+    elif fitted.tokenizer is None:
         raise InputError(
             "the model has no tokenizer; give --tokenizer, or the query as token_ids and labels."
         )
     elif question.messages is not None:
-        query = _chat_query(index, question.messages)
+        query = _chat_query(fitted, question.messages)
     elif question.completion is not None:
-        pair = tokenise.encode_pair(index.tokenizer, question.prompt or "", question.completion)
+        pair = tokenise.encode_pair(fitted.tokenizer, question.prompt or "", question.completion)
         query = _scored_query(pair, question.prompt, question.completion)
     else:
-        prompt = tokenise.encode_pair(index.tokenizer, question.prompt or "", "").tokens.tolist()
-        query = _continued_query(index, prompt, question.prompt)
+        prompt = tokenise.encode_pair(fitted.tokenizer, question.prompt or "", "").tokens.tolist()
+        query = _continued_query(fitted, prompt, question.prompt)
     # after a continuation, which the model may have made longer than it can read again
-    _check(query, index.config)
-    query.token_texts = tokenise.pieces(index.tokenizer, query.tokens)
+    _check(query, fitted.config)
+    query.token_texts = tokenise.pieces(fitted.tokenizer, query.tokens)
     return query
 
 
@@ -93,20 +93,20 @@ def _whole_numbers(name: str, values: Sequence[int]) -> list[int]:
         raise InputError(f"{name} must be a list of whole numbers; found {values!r:.80}.") from None
 
 
-def _chat_query(index: FittedModel, messages: list[dict[str, Any]]) -> Query:
+def _chat_query(fitted: FittedModel, messages: list[dict[str, Any]]) -> Query:
     """The query of a chat, of which the last answer is scored: given, or the model's own."""
-    tokenise.check_chat_template(index.tokenizer, "messages")
+    tokenise.check_chat_template(fitted.tokenizer, "messages")
     if not isinstance(messages, list) or not messages or not all(
         isinstance(message, dict) and {"role", "content"} <= set(message) for message in messages
     ):
         raise InputError("messages must be a list of objects with a role and a content.")
     # who spoke last is explained: the assistant by what it said, the user by what the model says
     if messages[-1]["role"] == "assistant":
-        tokenised = tokenise.encode_messages(index.tokenizer, messages, last=True)
+        tokenised = tokenise.encode_messages(fitted.tokenizer, messages, last=True)
         return _scored_query(tokenised, None, str(messages[-1]["content"]))
-    prompt = tokenise.render_messages(index.tokenizer, messages, answer=True)
-    tokens = tokenise.encode_rendered(index.tokenizer, prompt)
-    return _continued_query(index, tokens, prompt)
+    prompt = tokenise.render_messages(fitted.tokenizer, messages, answer=True)
+    tokens = tokenise.encode_rendered(fitted.tokenizer, prompt)
+    return _continued_query(fitted, tokens, prompt)
 
 
 def _scored_query(tokenised: tokenise.Tokenised, prompt: str | None, completion: str) -> Query:
@@ -126,21 +126,21 @@ def _scored_query(tokenised: tokenise.Tokenised, prompt: str | None, completion:
     return query
 
 
-def _continued_query(index: FittedModel, tokens: list[int], prompt: str | None) -> Query:
+def _continued_query(fitted: FittedModel, tokens: list[int], prompt: str | None) -> Query:
     """A prompt's tokens with what the model itself says after them."""
     if not tokens:
         raise InputError("the prompt is empty and there is no completion: nothing to explain.")
     # a model that names no context length gets room for the continuation
-    longest = context_length(index.config) or len(tokens) + CONTINUATION
+    longest = context_length(fitted.config) or len(tokens) + CONTINUATION
     if len(tokens) >= longest:
         raise InputError(
             f"the prompt has {len(tokens)} tokens and the model's context is {longest}, so there "
             "is no room for a continuation. Shorten the prompt; it is never cut silently."
         )
-    answer = index.model.continuation(tokens, min(CONTINUATION, longest - len(tokens)))
+    answer = fitted.model.continuation(tokens, min(CONTINUATION, longest - len(tokens)))
     if not answer:
         raise InputError("the model ends right after the prompt; give a completion with -c.")
-    completion = "".join(tokenise.pieces(index.tokenizer, answer))
+    completion = "".join(tokenise.pieces(fitted.tokenizer, answer))
     return Query(tokens + answer, [UNSCORED] * len(tokens) + answer, prompt, completion,
                  generated=True)
 

@@ -96,7 +96,7 @@ def _check_id(value: Any) -> None:
     str(value).encode()  # a lone surrogate can't be written: a UnicodeEncodeError, a ValueError too
 
 
-def make_queries(index: FittedModel, query_file: QueryFile, done: set[Any]) -> list[Query]:
+def make_queries(fitted: FittedModel, query_file: QueryFile, done: set[Any]) -> list[Query]:
     """The queries not yet `done`, tokenised; one that can't be scored becomes a problem.
 
     Raises InputError or IndexMismatchError where the model or its tokenizer can't be had.
@@ -104,14 +104,14 @@ def make_queries(index: FittedModel, query_file: QueryFile, done: set[Any]) -> l
     unanswered = [question for question in query_file.questions.values()
                   if question.id not in done]
     if unanswered:
-        _ = index.tokenizer  # what is wrong with it is no query's fault
+        _ = fitted.tokenizer  # what is wrong with it is no query's fault
     if any(question.prompt is not None and question.completion is None
            for question in unanswered):
-        _ = index.model  # which continues a prompt
+        _ = fitted.model  # which continues a prompt
     queries = []
     for question in unanswered:
         try:
-            queries.append(make_query(index, question))
+            queries.append(make_query(fitted, question))
         except InputError as error:
             query_file.problems.append(f"query {question.id!r}: {error}")
     return queries

@@ -21,7 +21,7 @@ GOOD = 0.95  # what a longer shortlist is suggested for
 
 def provisional(track: Track) -> Result:
     """The best k by code alone, of which nothing is known yet. Raises LostError."""
-    settings, c = track.common.settings, track.common.index.manifest.calibration["c"]
+    settings, c = track.common.settings, track.common.snapshot.manifest.calibration["c"]
     unknown = Recall(settings.k, None, None, c)
     result = _result(track, _approximate_hits(track), unknown, 0, _about(track))
     result.controls["rescore"] = False
@@ -33,7 +33,7 @@ def conclude(track: Track, interrupted: bool) -> Result:
 
     An unfinished shortlist, `interrupted` or out of time, is as long as it got.
     """
-    settings, index = track.common.settings, track.common.index
+    settings, snapshot = track.common.settings, track.common.snapshot
     if not settings.rescore:
         return provisional(track)
     unfinished = interrupted or track.timed_out
@@ -41,13 +41,13 @@ def conclude(track: Track, interrupted: bool) -> Result:
     # equal sequences count together in the statement, as they stand together in the answer
     groups, estimate = track.statement()
     counted = sum(map(len, groups))
-    complete = counted == len(index)
+    complete = counted == len(snapshot)
     # of a TF-IDF list alone nothing can be said: who isn't on it had no known chance
     unknown = settings.candidates == "tfidf" and not complete
     recall = Recall(
         settings.k, None if unknown else estimate,
         None if unknown or complete else track.shortlist.cutoff,
-        index.manifest.calibration["c"], _error_here(track), settings.recall,
+        snapshot.manifest.calibration["c"], _error_here(track), settings.recall,
     )
     if recall.estimate is not None and recall.estimate < GOOD and groups:
         recall.shortlist_for_95 = track.length_for(GOOD, groups)
@@ -68,7 +68,7 @@ def conclude(track: Track, interrupted: bool) -> Result:
 
 def _about(track: Track) -> list[str]:
     """What to know before any score: what is not searched, how the query was read."""
-    coverage = track.common.index.coverage
+    coverage = track.common.snapshot.coverage
     return ([] if coverage.whole else [str(coverage)]) + \
         [note for text in track.query.texts for note in text.notes]
 
@@ -78,8 +78,8 @@ def _about(track: Track) -> list[str]:
 
 def _approximate_hits(track: Track) -> list[Hit]:
     """The best k by code alone."""
-    index, k = track.common.index, track.common.settings.k
-    first, count = index.contents.first_equal, k
+    snapshot, k = track.common.snapshot, track.common.settings.k
+    first, count = snapshot.contents.first_equal, k
     # some of the best may equal each other: so many are fetched that k different ones remain
     while True:
         places, _ = track.ranking.best(count)
@@ -91,33 +91,33 @@ def _approximate_hits(track: Track) -> list[Hit]:
     scores = track.ranking.scores_at(places).tolist()
     hits = [_hit(track, place, record, None, rank, score)
             for rank, (place, record, score) in enumerate(
-                zip(places, index.records(places), scores, strict=True), 1)]
-    add_rates(index, hits)
+                zip(places, snapshot.records(places), scores, strict=True), 1)]
+    add_rates(snapshot, hits)
     return fold_near(hits)
 
 
 def _exact_hits(track: Track, groups: list[list[int]]) -> list[Hit]:
     """The best k groups, scored again by token and module; at full rank, if that wasn't so."""
-    common, settings, index = track.common, track.common.settings, track.common.index
+    common, settings, snapshot = track.common, track.common.settings, track.common.snapshot
     low = common.preconditioned.rank is not None
     # at low rank the order is rough: more are scored again, and the best of them are shown
     chosen = groups[: 2 * settings.k if low else settings.k]
     places = [group[0] for group in chosen]
     if low:
-        scores = rescore_in_full(index, common.by, track.query, places)
+        scores = rescore_in_full(snapshot, common.by, track.query, places)
     else:
-        scores = {place: exact for part in index.rescore(
+        scores = {place: exact for part in snapshot.rescore(
             common.by, common.preconditioned.one(track.number), places, sizes=True, terms=True)
             for place, exact in part}
     # equal sequences differ by rounding, which must not rank a copy above its original
-    same = {int(index.contents.first_equal[group[0]]): group[0] for group in chosen}
+    same = {int(snapshot.contents.first_equal[group[0]]): group[0] for group in chosen}
     sample = np.array([
-        track.value(same.get(int(index.contents.first_equal[place]), place))
+        track.value(same.get(int(snapshot.contents.first_equal[place]), place))
         for place in common.random_sample])
     ranked = []
     code_ranks = track.shortlist.ranks(places)
     code_scores = track.ranking.scores_at(places).tolist()
-    for place, record, rank, score in zip(places, index.records(places), code_ranks, code_scores,
+    for place, record, rank, score in zip(places, snapshot.records(places), code_ranks, code_scores,
                                           strict=True):
         exact = scores[place]
         value = settings.sign * normalized(
@@ -127,7 +127,7 @@ def _exact_hits(track: Track, groups: list[list[int]]) -> list[Hit]:
             hit.percentile = float(np.mean(sample <= track.value(place)) * 100)
         ranked.append((-value, record.id, hit))
     hits = [hit for _, _, hit in sorted(ranked, key=lambda entry: entry[:2])[: settings.k]]
-    add_rates(index, hits)
+    add_rates(snapshot, hits)
     return fold_near(hits)
 
 
@@ -135,8 +135,9 @@ def _hit(
     track: Track, place: int, record: Record, exact: Exact | None, rank: int, score: float
 ) -> Hit:
     """A hit of the query, with its rank in a TF-IDF list."""
-    hit = make_hit(track.common.index, track.common.settings, track.gradient, place, record, exact,
-                   score, rank)
+    common = track.common
+    hit = make_hit(common.snapshot, common.settings, track.gradient, place, record, exact, score,
+                   rank)
     hit.tfidf_rank = track.shortlist.rank_in_list(place)
     return hit
 
@@ -147,14 +148,14 @@ def _hit(
 def _error_here(track: Track) -> float | None:
     """c measured on the query's random sample, or None where that says too little."""
     common, sample = track.common, track.common.random_sample
-    error = track.noise * common.index.norms[sample]
+    error = track.noise * common.snapshot.norms[sample]
     # a gradient of zero has a code without error, of which nothing can be learned
     real = error > 0
     if real.sum() < SMALLEST_SAMPLE:
         return None
     truth = np.array(track.influence(sample))
     z = (track.ranking.scores_at(sample) - truth)[real] / error[real]
-    return common.index.manifest.calibration["c"] * float(np.sqrt(np.mean(z**2)))
+    return common.snapshot.manifest.calibration["c"] * float(np.sqrt(np.mean(z**2)))
 
 
 def _warnings(track: Track, hits: list[Hit], recall: Recall, unfinished: bool) -> list[str]:
@@ -196,10 +197,10 @@ def _warnings(track: Track, hits: list[Hit], recall: Recall, unfinished: bool) -
 
 def _what_would_help(track: Track, last: Hit, length: int | None) -> str:
     """The warning for an answer that drowns in the code's noise: which flags would help."""
-    index = track.common.index
-    total, place = len(index), index.contents.place_of(last.id)
+    snapshot = track.common.snapshot
+    total, place = len(snapshot), snapshot.contents.place_of(last.id)
     assert place is not None
-    error = track.noise * index.norms[place]
+    error = track.noise * snapshot.norms[place]
     means = ["only --shortlist all would hold 95% of it" if not length or length >= total else
              f"--shortlist {_round_up(length, total)} would hold about 95% of it",
              "or an index with more --bits"]
@@ -223,17 +224,17 @@ def _result(
     track: Track, hits: list[Hit], recall: Recall, rescored: int, warnings: list[str]
 ) -> Result:
     """The result, but for what only an exact search knows."""
-    index, settings = track.common.index, track.common.settings
+    snapshot, settings = track.common.snapshot, track.common.settings
     groups, total, count = _groups(track, hits)
     return Result(
         query=track.query, hits=hits, recall=recall,
-        sequences=index.manifest.sequences, shortlist=track.length, rescored=rescored,
+        sequences=snapshot.manifest.sequences, shortlist=track.length, rescored=rescored,
         train_sequences=settings.train_sequences,
         train_sequences_given=settings.train_sequences_given,
-        coverage=index.coverage.share, damaged=list(index.coverage.damaged),
+        coverage=snapshot.coverage.share, damaged=list(snapshot.coverage.damaged),
         layers=sorted({module.layer for module in settings.modules}),
         controls=settings.facts(), seconds={}, warnings=warnings,
-        model=model_name(index.manifest), index=index.digest, groups=groups,
+        model=model_name(snapshot.manifest), index=snapshot.digest, groups=groups,
         group_count=count, total=total,
     )
 
@@ -248,9 +249,9 @@ def _groups(track: Track, hits: list[Hit]) -> tuple[list[Group], Group | None, i
     estimate, variance = track.shortlist.estimates(
         settings.sign * track.ranking.scores(), counted, track.signed(counted), sample,
         track.signed(sample))
-    grouping = common.index.grouping(settings.group_by)
+    grouping = common.snapshot.grouping(settings.group_by)
     ids = [hit.id for hit in hits]
-    places = np.searchsorted(common.index.contents.ids, ids).tolist()
+    places = np.searchsorted(common.snapshot.contents.ids, ids).tolist()
     groups, total = total_groups(
         grouping, estimate, variance, settings.sign, dict(zip(ids, places, strict=True)),
         settings.train_sequences)

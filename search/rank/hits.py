@@ -15,7 +15,7 @@ from search.rank.snapshot import Snapshot
 
 
 def make_hit(
-    index: Snapshot, settings: Settings, gradient: QueryGradient, place: int, record: Record,
+    snapshot: Snapshot, settings: Settings, gradient: QueryGradient, place: int, record: Record,
     exact: Exact | None, code_score: float, code_rank: int,
 ) -> Hit:
     """A hit of one query, with what its wording and its copies say of it.
@@ -26,7 +26,7 @@ def make_hit(
     # a packed sequence says where it begins; `parts` have all of its documents
     first = record.parts[0]
     token_ids = record.tokens.tolist()
-    tokens = tokenise.pieces(index.tokenizer, token_ids)
+    tokens = tokenise.pieces(snapshot.tokenizer, token_ids)
     asked = [token for text in gradient.query.texts for token in text.tokens]
     influence = code_score if exact is None else float(exact.influence[0])
     hit = Hit(
@@ -35,8 +35,8 @@ def make_hit(
         source=first.source, row=first.row, document=first.document, start=first.start,
         end=first.end, user_id=first.user_id, fields=first.fields,
         parts=[asdict(part) for part in record.parts], tokens=tokens,
-        token_ids=token_ids, duplicates=index.copies(place),
-        lexical=index.tables.wording.overlap(asked, token_ids),
+        token_ids=token_ids, duplicates=snapshot.copies(place),
+        lexical=snapshot.tables.wording.overlap(asked, token_ids),
     )
     if exact is None:
         return hit

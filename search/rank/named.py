@@ -15,16 +15,16 @@ from search.rank.query_gradient import form_gradients
 from search.rank.snapshot import Snapshot, finite
 
 
-def place_of(index: Snapshot, named: object) -> int:
+def place_of(snapshot: Snapshot, named: object) -> int:
     """The place of a sequence's id. Raises InputError where it is none, or nobody has it."""
     try:
         # True would be sequence 1; whatever else counts as an integer may come, NumPy's too
         number = -1 if isinstance(named, bool) else operator.index(cast(SupportsIndex, named))
     except TypeError:
         number = -1
-    place = index.contents.place_of(number)
+    place = snapshot.contents.place_of(number)
     if place is None:
-        last = index.manifest.next_id - 1
+        last = snapshot.manifest.next_id - 1
         gone = " (it was deleted, or is in no segment that is searched)" \
             if 0 <= number <= last else ""
         raise InputError(f"no sequence has the id {named!r}{gone}; expected 0 to {last}.")
@@ -32,26 +32,27 @@ def place_of(index: Snapshot, named: object) -> int:
 
 
 def rescore_named(
-    index: Snapshot, query: Query, places: list[int], settings: Settings, batch_tokens: int
+    snapshot: Snapshot, query: Query, places: list[int], settings: Settings, batch_tokens: int
 ) -> Iterator[list[Hit]]:
     """Hits with the exact influence of the sequences at some places, a chunk at a time, in order.
 
     A place may come twice. Raises InputError, LostError.
     """
     settings = replace(settings, rank=None)  # a single query's gradient is kept in full
-    [gradient], preconditioned = form_gradients(index, [query], settings, batch_tokens)
-    by = Rescorer(index.model, settings.modules, index.ekfac, settings.damping, batch_tokens)
+    [gradient], preconditioned = form_gradients(snapshot, [query], settings, batch_tokens)
+    by = Rescorer(snapshot.model, settings.modules, snapshot.ekfac, settings.damping, batch_tokens)
     # a chunk at a time, so that a long list of ids is shown as it comes
     for first in range(0, len(places), LARGEST_CHUNK):
         chunk = places[first : first + LARGEST_CHUNK]
-        code_scores = finite(index.codes_at(chunk).scores(gradient.vector), index.path).tolist()
+        code_scores = finite(
+            snapshot.codes_at(chunk).scores(gradient.vector), snapshot.path).tolist()
         scores: dict[int, Exact] = {}
-        for batch in index.rescore(by, preconditioned, chunk, terms=True,
-                                   sizes=settings.normalize != "none"):
+        for batch in snapshot.rescore(by, preconditioned, chunk, terms=True,
+                                      sizes=settings.normalize != "none"):
             scores.update(batch)
         # no rank: nobody looked at the order of the others
-        hits = [make_hit(index, settings, gradient, place, record, scores[place], code_score, -1)
+        hits = [make_hit(snapshot, settings, gradient, place, record, scores[place], code_score, -1)
                 for place, record, code_score in zip(
-                    chunk, index.records(chunk), code_scores, strict=True)]
-        add_rates(index, hits)
+                    chunk, snapshot.records(chunk), code_scores, strict=True)]
+        add_rates(snapshot, hits)
         yield hits

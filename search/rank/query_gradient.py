@@ -37,33 +37,33 @@ class QueryGradient:
     norm: float
 
 
-def fits_in_full(index: Snapshot, settings: Settings) -> int:
+def fits_in_full(snapshot: Snapshot, settings: Settings) -> int:
     """How many queries' preconditioned gradients are kept in full.
 
     One at least, unless memory is bounded.
     """
-    room = index.allowance.part(1 / 4, LARGEST_IN_FULL)
-    count = room // (_entries(settings.modules) * index.model.accumulate.itemsize)
+    room = snapshot.allowance.part(1 / 4, LARGEST_IN_FULL)
+    count = room // (_entries(settings.modules) * snapshot.model.accumulate.itemsize)
     # without a bound a single query is kept whole whatever it takes: that is what was asked for
-    return count if index.allowance.bytes is not None else max(1, count)
+    return count if snapshot.allowance.bytes is not None else max(1, count)
 
 
 def form_gradients(
-    index: Snapshot, queries: list[Query], settings: Settings, batch_tokens: int
+    snapshot: Snapshot, queries: list[Query], settings: Settings, batch_tokens: int
 ) -> tuple[list[QueryGradient], Preconditioned]:
     """Every query's gradient as a vector, and all of them preconditioned, of low rank where needed.
 
     Raises InputError for a gradient that isn't finite.
     """
     gradients, parts = [], []
-    rank = rank_for(index, len(queries), settings)
-    for group in _groups(index, queries, settings.modules):
-        vectors, squares = index.codes.empty(len(group)), index.codes.empty(len(group))[:, 0]
+    rank = rank_for(snapshot, len(queries), settings)
+    for group in _groups(snapshot, queries, settings.modules):
+        vectors, squares = snapshot.codes.empty(len(group)), snapshot.codes.empty(len(group))[:, 0]
         preconditioned = Preconditioned({}, rank)
         # a pass for each part of the modules, where memory doesn't hold a whole gradient
-        for modules in together(index, settings.modules):
-            coordinates = coordinates_of(index, group, modules, settings.damping, batch_tokens)
-            prepare(index.codes, index.ekfac, coordinates, settings.damping, vectors, squares,
+        for modules in together(snapshot, settings.modules):
+            coordinates = coordinates_of(snapshot, group, modules, settings.damping, batch_tokens)
+            prepare(snapshot.codes, snapshot.ekfac, coordinates, settings.damping, vectors, squares,
                     preconditioned)
         for query, vector, norm in zip(group, vectors.float().cpu().numpy(),
                                        squares.sqrt().tolist(), strict=True):
@@ -77,36 +77,36 @@ def form_gradients(
 
 
 def rescore_in_full(
-    index: Snapshot, by: Rescorer, query: Query, places: list[int]
+    snapshot: Snapshot, by: Rescorer, query: Query, places: list[int]
 ) -> dict[int, Exact]:
     """Scores of some places on one query at full rank, by place, with terms and sizes.
 
     Where memory doesn't hold the query's gradient, in one pass for each part of the modules.
     """
     scores: dict[int, list[Exact]] = {place: [] for place in places}
-    for modules in together(index, by.modules):
+    for modules in together(snapshot, by.modules):
         # the gradient again: what was kept of it for the search was of low rank
-        coordinates = coordinates_of(index, [query], modules, by.damping, by.batch_tokens)
-        whole = Preconditioned(precondition(index.ekfac, coordinates))
+        coordinates = coordinates_of(snapshot, [query], modules, by.damping, by.batch_tokens)
+        whole = Preconditioned(precondition(snapshot.ekfac, coordinates))
         partial = replace(by, modules=modules, halved=0)
-        for batch in index.rescore(partial, whole, places, sizes=True, terms=True):
+        for batch in snapshot.rescore(partial, whole, places, sizes=True, terms=True):
             for place, exact in batch:
                 scores[place].append(exact)
         by.halved += partial.halved
     return {place: joined(parts) for place, parts in scores.items()}
 
 
-def rank_for(index: Snapshot, count: int, settings: Settings) -> int | None:
+def rank_for(snapshot: Snapshot, count: int, settings: Settings) -> int | None:
     """The rank that was asked for; without one, None (full) where the gradients fit, else 32."""
     if settings.rank is not None:
         return settings.rank
-    return None if count <= fits_in_full(index, settings) else LOW_RANK
+    return None if count <= fits_in_full(snapshot, settings) else LOW_RANK
 
 
-def together(index: Snapshot, modules: list[Module]) -> Iterator[list[Module]]:
+def together(snapshot: Snapshot, modules: list[Module]) -> Iterator[list[Module]]:
     """Runs of modules; the gradients of one query for a run fit in memory together."""
     held: list[Module] = []
-    room, used = _room(index), 0
+    room, used = _room(snapshot), 0
     for module in modules:
         entries = _entries([module])
         # one at least: a module that is too large by itself is for memory to refuse
@@ -119,31 +119,31 @@ def together(index: Snapshot, modules: list[Module]) -> Iterator[list[Module]]:
 
 
 def coordinates_of(
-    index: Snapshot, queries: list[Query], modules: list[Module], damping: float,
+    snapshot: Snapshot, queries: list[Query], modules: list[Module], damping: float,
     batch_tokens: int,
 ) -> Gradients:
     """C_u [q, o, i] of each query, the weighted sum over its texts; sets their token_log_p."""
     texts = [(number, text) for number, query in enumerate(queries) for text in query.texts]
     total: Gradients = {
-        module.name: torch.zeros(len(queries), *module.shape, dtype=index.model.accumulate,
-                                 device=index.model.device)
+        module.name: torch.zeros(len(queries), *module.shape, dtype=snapshot.model.accumulate,
+                                 device=snapshot.model.device)
         for module in modules
     }
 
     def run(rows: list[int]) -> tuple[Gradients, Tensor]:
-        batch = index.model.batch([
+        batch = snapshot.model.batch([
             Text(np.array(text.tokens, np.int32), np.array(text.labels) != UNSCORED)
             for _, text in (texts[row] for row in rows)])
         with torch.no_grad():
             return query_coordinates(
-                index.model, modules, index.ekfac, batch, damping)
+                snapshot.model, modules, snapshot.ekfac, batch, damping)
 
-    lengths, most = [len(text.tokens) for _, text in texts], _at_once(index, modules)
+    lengths, most = [len(text.tokens) for _, text in texts], _at_once(snapshot, modules)
     for rows, (coordinates, log_p) in in_batches(lengths, batch_tokens, Splits(), run, most):
         members = [texts[row] for row in rows]
         for (_, text), terms in zip(members, log_p.tolist(), strict=True):
-            text.token_log_p = index.objective.by_token(terms, len(text.tokens))
-        numbers = torch.tensor([number for number, _ in members], device=index.model.device)
+            text.token_log_p = snapshot.objective.by_token(terms, len(text.tokens))
+        numbers = torch.tensor([number for number, _ in members], device=snapshot.model.device)
         # a query's texts may be in several batches: each adds its part, −1 times that of a versus
         for name, c in coordinates.items():
             weights = c.new_tensor([text.weight for _, text in members])
@@ -152,25 +152,25 @@ def coordinates_of(
 
 
 def _groups(
-    index: Snapshot, queries: list[Query], modules: list[Module]
+    snapshot: Snapshot, queries: list[Query], modules: list[Module]
 ) -> Iterator[list[Query]]:
     """The queries, so many at a time as have their gradients formed together."""
-    size = _at_once(index, modules)
+    size = _at_once(snapshot, modules)
     for first in range(0, len(queries), size):
         yield queries[first : first + size]
 
 
-def _at_once(index: Snapshot, modules: list[Module]) -> int:
-    return max(1, _room(index) // _entries(modules))
+def _at_once(snapshot: Snapshot, modules: list[Module]) -> int:
+    return max(1, _room(snapshot) // _entries(modules))
 
 
-def _room(index: Snapshot) -> int:
+def _room(snapshot: Snapshot) -> int:
     """Entries of gradients held together while they are formed; without a bound, one query's."""
-    width = index.model.accumulate.itemsize
+    width = snapshot.model.accumulate.itemsize
     # without a bound no pass is made twice: a whole gradient is held, however large
-    if index.allowance.bytes is None:
-        return max(AT_ONCE, _entries(index.manifest.modules))
-    return index.allowance.part(1 / 8, AT_ONCE * width) // width
+    if snapshot.allowance.bytes is None:
+        return max(AT_ONCE, _entries(snapshot.manifest.modules))
+    return snapshot.allowance.part(1 / 8, AT_ONCE * width) // width
 
 
 def _entries(modules: list[Module]) -> int:

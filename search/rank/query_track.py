@@ -26,7 +26,7 @@ class Common:
     once all of them are exact.
     """
 
-    index: Snapshot
+    snapshot: Snapshot
     settings: Settings
     by: Rescorer
     preconditioned: Preconditioned
@@ -60,7 +60,7 @@ class Track:
     @property
     def noise(self) -> float:
         """The sd of the error of the query's code scores, for ‖v_m‖ = 1."""
-        return code_noise(self.common.index, self.gradient)
+        return code_noise(self.common.snapshot, self.gradient)
 
     # ---- how far it is
 
@@ -83,16 +83,16 @@ class Track:
 
         The shortlist is advanced to what is exact by now.
         """
-        index, settings = self.common.index, self.common.settings
+        snapshot, settings = self.common.snapshot, self.common.settings
         counted = self.advance()
         ranked = sorted(counted, key=lambda place: (-self.value(place), place))
         alike: dict[int, list[int]] = {}
         for place in ranked:
-            alike.setdefault(int(index.contents.first_equal[place]), []).append(place)
+            alike.setdefault(int(snapshot.contents.first_equal[place]), []).append(place)
         # equal sequences differ by rounding only: the first in the index stands for them
         groups = [sorted(group) for group in alike.values()]
         # of all that there is nothing can be missing, whatever the codes say
-        if len(counted) == len(index):
+        if len(counted) == len(snapshot):
             return groups, 1.0
         first = [group[0] for group in groups]
         pi = self.shortlist.probability(first, self.signed(first), self.shortlist.cutoff)
@@ -124,19 +124,20 @@ class Track:
         return normalized(influence, exact, settings.normalize)
 
 
-def code_noise(index: Snapshot, gradient: QueryGradient) -> float:
+def code_noise(snapshot: Snapshot, gradient: QueryGradient) -> float:
     """The sd of the error of a query's code scores, for ‖v_m‖ = 1."""
-    c, vector = index.manifest.calibration["c"], gradient.vector
+    c, vector = snapshot.manifest.calibration["c"], gradient.vector
     return float(score_error(c, float(np.linalg.norm(vector)), np.ones(1), len(vector))[0])
 
 
 def make_shortlist(
-    index: Snapshot, settings: Settings, gradient: QueryGradient, ranking: Ranking
+    snapshot: Snapshot, settings: Settings, gradient: QueryGradient, ranking: Ranking
 ) -> Shortlist:
     """Who is rescored for a query, with a TF-IDF list where one is asked for."""
     # it doesn't grow with the shortlist: who is on it must have been certain from the start
     tfidf_list = None
     if settings.candidates != "code":
-        tfidf_list = best(index.tables.tokens.scores(gradient.query.scored_tokens), settings.first)
-    return Shortlist(ranking, code_noise(index, gradient), settings.most, tfidf_list,
+        scores = snapshot.tables.tokens.scores(gradient.query.scored_tokens)
+        tfidf_list = best(scores, settings.first)
+    return Shortlist(ranking, code_noise(snapshot, gradient), settings.most, tfidf_list,
                      by_list=settings.candidates == "tfidf")

@@ -36,9 +36,9 @@ class SharedRanking:
     What crosses the network is each worker's best and a few numbers, but for `scores`.
     """
 
-    def __init__(self, index: "SharedIndex", how: Ordering, sent: Any, number: int):
-        self.norms, self.by_norm = index.norms, how.by_norm
-        self._index, self._how, self._of = index, how, (how, sent, number)
+    def __init__(self, snapshot: "SharedIndex", how: Ordering, sent: Any, number: int):
+        self.norms, self.by_norm = snapshot.norms, how.by_norm
+        self._index, self._how, self._of = snapshot, how, (how, sent, number)
 
     def best(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         bests = self._index.ask_all(

@@ -67,7 +67,7 @@ class Worker:
         self._rankings: Sequence[Ranking] = []
 
     @cached_property
-    def index(self) -> Snapshot:
+    def snapshot(self) -> Snapshot:
         """The segments, opened. Raises what a user has to mend: GradindexError, InputError."""
         # what is sent to and fro could mean something else to another version, and not fail
         where = self._where
@@ -83,7 +83,7 @@ class Worker:
 
     def load(self) -> None:
         """Read the model, the curvature and the codes now."""
-        self.index.load()
+        self.snapshot.load()
         gc.collect()
         gc.freeze()  # what stays for good would stop a query for 0.2 s now and then
 
@@ -96,25 +96,27 @@ class Worker:
         """
         if self._ranked != how:
             self._ranked, self._rankings = Ordering("", 1.0, False), []  # free before the next
-            self._rankings = self.index.rankings(vectors, how.sign, how.by_norm)
+            self._rankings = self.snapshot.rankings(vectors, how.sign, how.by_norm)
             self._ranked = how
         return getattr(self._rankings[number], what)(*given)
 
     def stored_codes(self, places: np.ndarray) -> np.ndarray:
         """As `Snapshot.stored_codes`."""
-        return self.index.stored_codes(places.tolist())
+        return self.snapshot.stored_codes(places.tolist())
 
     def rescore(
         self, how: Rescoring, arrays: Arrays, places: np.ndarray
     ) -> Iterator[tuple[list[tuple[int, Exact]], int]]:
         """As `Snapshot.rescore`, with how many batches were halved since the one before."""
-        index = self.index
+        snapshot = self.snapshot
         # sent once for a query, they come with every call; the name tells whether they are new
         if self._gradients != how.gradients:
-            self._preconditioned = Preconditioned.from_arrays(arrays, how.rank, index.model.device)
+            self._preconditioned = Preconditioned.from_arrays(
+                arrays, how.rank, snapshot.model.device)
             self._gradients = how.gradients
-        by = Rescorer(index.model, how.modules, index.ekfac, how.damping, how.batch_tokens)
+        by = Rescorer(snapshot.model, how.modules, snapshot.ekfac, how.damping, how.batch_tokens)
         before = 0
-        for batch in index.rescore(by, self._preconditioned, places.tolist(), how.sizes, how.terms):
+        for batch in snapshot.rescore(
+                by, self._preconditioned, places.tolist(), how.sizes, how.terms):
             yield batch, by.halved - before
             before = by.halved

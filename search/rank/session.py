@@ -28,36 +28,37 @@ class Session:
     """
 
     def __init__(
-        self, index: Snapshot, settings: Settings, gradients: list[QueryGradient],
+        self, snapshot: Snapshot, settings: Settings, gradients: list[QueryGradient],
         preconditioned: Preconditioned, batch_tokens: int,
     ):
         self._gradients, self._settings = gradients, settings
         # always this very array: a cluster knows by it that the codes are scored already
         self._vectors = np.stack([gradient.vector for gradient in gradients])
-        by = Rescorer(index.model, settings.modules, index.ekfac, settings.damping, batch_tokens)
-        index, settings, shortlists = self._scan(index)
-        self.common = Common(index, settings, by, preconditioned)
+        by = Rescorer(snapshot.model, settings.modules, snapshot.ekfac, settings.damping,
+                      batch_tokens)
+        snapshot, settings, shortlists = self._scan(snapshot)
+        self.common = Common(snapshot, settings, by, preconditioned)
         self.tracks = [
             Track(self.common, number, gradient, shortlist)
             for number, (gradient, shortlist) in enumerate(zip(gradients, shortlists, strict=True))]
         self._plan()
 
-    def _scan(self, index: Snapshot) -> tuple[Snapshot, Settings, list[Shortlist]]:
+    def _scan(self, snapshot: Snapshot) -> tuple[Snapshot, Settings, list[Shortlist]]:
         """Every query's shortlist, of as much of an index as can be reached.
 
         Raises LostError where nothing is left.
         """
         while True:
-            settings = bounded(self._settings, len(index))
+            settings = bounded(self._settings, len(snapshot))
             # a loss may strike while codes are scored, or while the best of them are fetched
             try:
-                rankings = index.rankings(self._vectors, settings.sign,
-                                          settings.normalize != "none")
-                return index, settings, [
-                    make_shortlist(index, settings, gradient, ranking)
+                rankings = snapshot.rankings(self._vectors, settings.sign,
+                                             settings.normalize != "none")
+                return snapshot, settings, [
+                    make_shortlist(snapshot, settings, gradient, ranking)
                     for gradient, ranking in zip(self._gradients, rankings, strict=True)]
             except LostError as lost:
-                index = index.without(lost)
+                snapshot = snapshot.without(lost)
 
     def _plan(self) -> None:
         """Note which sequences are to be exact."""
@@ -76,13 +77,13 @@ class Session:
 
         What is exact of those stays. Raises LostError where nothing is left.
         """
-        common, before = self.common, self.common.index.contents.ids
+        common, before = self.common, self.common.snapshot.contents.ids
         # Nothing changes until all is known of the rest: that may take a while and be interrupted,
         # and then the query concludes from what it was.
-        index, settings, shortlists = self._scan(common.index.without(lost))
+        index, settings, shortlists = self._scan(common.snapshot.without(lost))
         remaining = np.flatnonzero(np.isin(before, index.contents.ids))
         moved = dict(zip(remaining.tolist(), range(len(remaining)), strict=True))  # place → place
-        common.index, common.settings = index, settings
+        common.snapshot, common.settings = index, settings
         common.exact = {moved[place]: exact for place, exact in common.exact.items()
                         if place in moved}
         common.random_sample = [moved[place] for place in common.random_sample if place in moved]
@@ -123,11 +124,11 @@ class Session:
         common = self.common
         if not common.random_sample:
             # a loss on the way draws another sample, of what is left
-            while missing := [place for place in common.index.random_sample()
+            while missing := [place for place in common.snapshot.random_sample()
                               if place not in common.exact]:
                 for _ in self._score(missing):
                     pass
-            common.random_sample = common.index.random_sample()
+            common.random_sample = common.snapshot.random_sample()
             self._planned.update(common.random_sample)
 
     def _score(self, places: list[int]) -> Iterator[list[int]]:
@@ -135,8 +136,8 @@ class Session:
         common = self.common
         sizes = common.settings.normalize != "none"
         try:
-            for scores in common.index.rescore(common.by, common.preconditioned, places,
-                                               sizes=sizes):
+            for scores in common.snapshot.rescore(common.by, common.preconditioned, places,
+                                                  sizes=sizes):
                 common.exact.update(scores)
                 yield [place for place, _ in scores]
         except LostError as lost:

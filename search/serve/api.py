@@ -104,14 +104,14 @@ class Api:
         return JSONResponse(await self.reception.aside(self._sequence, place))
 
     def _sequence(self, place: int) -> dict[str, Any]:
-        index = self.reception.searcher.index
-        record, = index.records([place])
-        pieces = tokenise.pieces(index.tokenizer, record.tokens.tolist())
+        snapshot = self.reception.searcher.snapshot
+        record, = snapshot.records([place])
+        pieces = tokenise.pieces(snapshot.tokenizer, record.tokens.tolist())
         return {
             "id": record.id, "text": "".join(pieces), "tokens": pieces,
             "token_ids": record.tokens.tolist(), "scored": record.scored.tolist(),
             "parts": [asdict(part) for part in record.parts],
-            "duplicates": index.copies(place),
+            "duplicates": snapshot.copies(place),
         }
 
     def _job(self, request: Request) -> SearchJob:

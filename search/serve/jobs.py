@@ -124,7 +124,7 @@ class Jobs:
 
     def submit(self, request: SearchRequest, settings: Settings) -> SearchJob:
         """The job of a search, new or not. Raises BusyError where none can be taken on."""
-        name = request.id(self.searcher.index.digest)
+        name = request.id(self.searcher.snapshot.digest)
         with self._guard:
             job = self._jobs.get(name)
             if job is not None and job.whole:
@@ -171,7 +171,7 @@ class Jobs:
         """Load the model and the codes, trying again and again; meanwhile searches fail."""
         while True:
             try:
-                self.searcher.index.load()
+                self.searcher.snapshot.load()
                 gc.collect()
                 gc.freeze()  # what stays for good would stop every thread for 0.3 s now and then
                 self.problem = ""
@@ -193,7 +193,7 @@ class Jobs:
     def _without_folders(self, message: str) -> str:
         """An error without where on this machine its files are."""
         # what lies in the index is named from the index on, anything else by its file name alone
-        message = message.replace(f"{self.searcher.index.path.absolute().parent}/", "")
+        message = message.replace(f"{self.searcher.snapshot.path.absolute().parent}/", "")
         return re.sub(r"(?<![\w.:/])/(?:[^/\s'\"]+/)+", "", message)
 
     def _answer(self, job: SearchJob) -> None:
@@ -217,7 +217,7 @@ class Jobs:
                             f"{number}.", 500)
 
     def _run(self, job: SearchJob) -> None:
-        queries = [make_query(self.searcher.index, question)
+        queries = [make_query(self.searcher.snapshot, question)
                    for question in job.request.questions()]
         stages = self.searcher.stages(queries, job.settings, conclude_early=True)
         results: list[Result] = []

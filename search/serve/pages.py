@@ -43,15 +43,16 @@ class Pages:
     def __init__(self, reception: Reception, shared: bool):
         self.reception = reception
         searcher = reception.searcher
-        index, manifest = searcher.index, searcher.manifest
+        snapshot, manifest = searcher.snapshot, searcher.manifest
         # two parts tell indexes apart without telling where they lie
-        name = "/".join(index.path.resolve().parts[-2:])
+        name = "/".join(snapshot.path.resolve().parts[-2:])
         self.about = {
-            "name": name, "path": name if shared else str(index.path), "sequences": len(searcher),
+            "name": name, "path": name if shared else str(snapshot.path),
+            "sequences": len(searcher),
             "model": model_name(manifest), "train_sequences": reception.jobs.train_sequences,
             "damping": f"{manifest.damping:g}",
             "fields": ["document", "source", *manifest.plan.keep_fields],
-            "warning": "" if index.coverage.whole else str(index.coverage),
+            "warning": "" if snapshot.coverage.whole else str(snapshot.coverage),
         }
         self.examples = self._examples()
         self.static = {name: html.asset(name).encode() for name in STATIC} | {
@@ -67,12 +68,12 @@ class Pages:
 
     def _examples(self) -> list[SearchRequest]:
         """A few queries from the training text: the first half of a sequence and what follows."""
-        index = self.reception.searcher.index
-        if index.tokenizer is None:
+        snapshot = self.reception.searcher.snapshot
+        if snapshot.tokenizer is None:
             return []
         examples = []
-        for record in index.records(index.random_sample()[:12]):
-            pieces = tokenise.pieces(index.tokenizer, record.tokens.tolist())
+        for record in snapshot.records(snapshot.random_sample()[:12]):
+            pieces = tokenise.pieces(snapshot.tokenizer, record.tokens.tolist())
             middle = len(pieces) // 2
             prompt = "".join(pieces[max(0, middle - 16) : middle])
             completion = "".join(pieces[middle : middle + 6])

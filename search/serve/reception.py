@@ -56,7 +56,7 @@ class Reception:
         settings = settle(controls, self.searcher.manifest)
         for question in request.questions():
             if question.completion is not None:  # a continuation needs the model: later
-                make_query(self.searcher.index, question)
+                make_query(self.searcher.snapshot, question)
         return settings
 
     def tokens_of(self, request: SearchRequest) -> list[tuple[str, bool]]:
@@ -66,8 +66,8 @@ class Reception:
         # twice: what is scored of the whole completion, and which of that the user chose
         question = Question(request.prompt, request.completion)
         try:
-            whole = make_query(self.searcher.index, question)
-            chosen = make_query(self.searcher.index,
+            whole = make_query(self.searcher.snapshot, question)
+            chosen = make_query(self.searcher.snapshot,
                                 replace(question, score_on=request.score_on or None))
         except InputError:
             return []

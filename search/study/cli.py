@@ -56,7 +56,7 @@ def evaluate(
     # everything that can be wrong is told before the model is loaded
     settings = settle(controls, searcher.manifest)
     evaluation.check_sample(count, searcher.manifest)
-    ready = query_files.make_queries(searcher.index, query_file, set())
+    ready = query_files.make_queries(searcher.snapshot, query_file, set())
     complain(query_file, progress)
     progress.start("exact", len(ready) * len(searcher), "scores")
     before = 0
@@ -113,7 +113,7 @@ def report(
     settings = settle(controls, searcher.manifest)
     ready = None
     if query_file is not None:
-        ready = query_files.make_queries(searcher.index, query_file, set())
+        ready = query_files.make_queries(searcher.snapshot, query_file, set())
         complain(query_file, progress)
     surveyed = survey.survey(searcher, ready, count, settings, progress)
     write_output(output, render_report(surveyed))

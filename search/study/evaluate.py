@@ -89,7 +89,7 @@ def evaluate(
 
     Raises InputError for no query, or a part too small to say anything.
     """
-    index, total = searcher.index, len(searcher)
+    snapshot, total = searcher.snapshot, len(searcher)
     if not queries:
         raise InputError("--queries: no query can be scored; nothing to evaluate.")
     check_sample(sample, searcher.manifest)
@@ -98,29 +98,29 @@ def evaluate(
         places = np.sort(generator(Stream.EVAL_SAMPLE).choice(total, sample, replace=False))
     # equal sequences count once, as in a search
     different = np.zeros(len(places), dtype=bool)
-    different[np.unique(index.contents.first_equal[places], return_index=True)[1]] = True
+    different[np.unique(snapshot.contents.first_equal[places], return_index=True)[1]] = True
 
     comparisons = []
     # so many together as keep their gradients in full: low rank would be the truth's error too
-    together = min(searcher.group_size, max(1, fits_in_full(index, settings)))
+    together = min(searcher.group_size, max(1, fits_in_full(snapshot, settings)))
     for first in range(0, len(queries), together):
         group = queries[first : first + together]
-        gradients, preconditioned = form_gradients(index, group, settings, searcher.batch_tokens)
-        session = Session(index, settings, gradients, preconditioned, searcher.batch_tokens)
+        gradients, preconditioned = form_gradients(snapshot, group, settings, searcher.batch_tokens)
+        session = Session(snapshot, settings, gradients, preconditioned, searcher.batch_tokens)
         truth = np.zeros((len(group), len(places)))
         done = first * len(places)
         for start in range(0, len(places), RECORDS_HELD):
-            records = index.records(places[start : start + RECORDS_HELD].tolist())
+            records = snapshot.records(places[start : start + RECORDS_HELD].tolist())
             for batch in rescore(session.common.by, preconditioned, records):
                 for number, exact in batch:
                     truth[:, start + number] = exact.influence
                 done += len(batch) * len(group)
                 follow(done, len(queries) * len(places))
         for track in session.tracks:
-            tfidf = index.tables.tokens.scores(track.query.scored_tokens)
+            tfidf = snapshot.tables.tokens.scores(track.query.scored_tokens)
             comparisons.append(Shortlists(
                 places[different], truth[track.number, different], track.ranking.scores(),
-                index.norms, track.noise, tfidf, len(places) / total).compare())
+                snapshot.norms, track.noise, tfidf, len(places) / total).compare())
     return _summary(Evaluation(len(queries), total, len(places), settings.damping,
                                len(settings.modules)), comparisons)
 

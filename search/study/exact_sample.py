@@ -49,24 +49,24 @@ class QuerySurvey:
     proponents: np.ndarray
 
 
-def own_queries(index: Snapshot, count: int) -> tuple[list[Query], list[int]]:
+def own_queries(snapshot: Snapshot, count: int) -> tuple[list[Query], list[int]]:
     """Some of the index's different sequences as queries, and their places; the same every time.
 
     Raises InputError where no sequence has a later half to ask about.
     """
-    places = np.unique(index.contents.first_equal)
-    random = draws.generator(Stream.REPORT_QUERIES, index.manifest.code["seed"])
+    places = np.unique(snapshot.contents.first_equal)
+    random = draws.generator(Stream.REPORT_QUERIES, snapshot.manifest.code["seed"])
     places = random.permutation(places)
     queries: list[Query] = []
     chosen: list[int] = []
     # some sequences have no later half: so many are looked at that there are enough queries
     for first in range(0, len(places), count):
         next_places = places[first : first + count].tolist()
-        for place, record in zip(next_places, index.records(next_places), strict=True):
-            scored = index.objective.later_half(record.scored)
+        for place, record in zip(next_places, snapshot.records(next_places), strict=True):
+            scored = snapshot.objective.later_half(record.scored)
             if scored.any() and len(queries) < count:
                 labels = np.where(scored, record.tokens, UNSCORED).tolist()
-                queries.append(make_query(index, Question(
+                queries.append(make_query(snapshot, Question(
                     token_ids=record.tokens.tolist(), labels=labels, id=record.id)))
                 chosen.append(place)
         if len(queries) == count:
@@ -85,23 +85,24 @@ class ExactSample:
     """
 
     def __init__(
-        self, index: Snapshot, origins: list[int | None], code_scores: np.ndarray, size: int | None
+        self, snapshot: Snapshot, origins: list[int | None], code_scores: np.ndarray,
+        size: int | None,
     ):
-        self.index, self.origins, self.code_scores = index, origins, code_scores
-        total, queries = len(index), len(origins)
+        self.snapshot, self.origins, self.code_scores = snapshot, origins, code_scores
+        total, queries = len(snapshot), len(origins)
         size = total if size is None else min(size, total)
-        random = draws.generator(Stream.REPORT_SAMPLE, index.manifest.code["seed"])
+        random = draws.generator(Stream.REPORT_SAMPLE, snapshot.manifest.code["seed"])
         self.sample = np.arange(total) if size == total else \
             np.sort(random.choice(total, size, replace=False))
         self.allowed = np.ones((queries, total), dtype=bool)  # all but a query's own sequences
         for number, place in enumerate(origins):
             if place is not None:
-                self.allowed[number, index.contents.equal_to(place)] = False
+                self.allowed[number, snapshot.contents.equal_to(place)] = False
         # scored besides the sample, for the few that carry half of the influence are among them
         self.top = [self._best(number, TOP_BY_CODE) for number in range(queries)]
         self.places = np.unique(np.concatenate([self.sample, *self.top]))
         self.influence = np.zeros((queries, len(self.places)))
-        modules = index.manifest.modules
+        modules = snapshot.manifest.modules
         self.groups = list(dict.fromkeys((module.layer, module.kind) for module in modules))
         self._group = _indicator(modules, self.groups)
         self._absolute = np.zeros((queries, len(self.groups)))
@@ -122,7 +123,7 @@ class ExactSample:
         progress.start("exact", len(self.places), "sequences")
         done = 0
         for first in range(0, len(self.places), RECORDS_HELD):
-            records = self.index.records(self.places[first : first + RECORDS_HELD].tolist())
+            records = self.snapshot.records(self.places[first : first + RECORDS_HELD].tolist())
             for batch in rescore(by, preconditioned, records, by_module=True):
                 columns = [first + number for number, _ in batch]
                 by_module = [score.by_module for _, score in batch if score.by_module is not None]
@@ -147,11 +148,11 @@ class ExactSample:
         values = self.influence[number]
         # equal sequences count once where a continuous law is fitted
         chosen = np.flatnonzero(drawn)
-        first = self.index.contents.first_equal[self.places[chosen]]
+        first = self.snapshot.contents.first_equal[self.places[chosen]]
         different = values[chosen[np.unique(first, return_index=True)[1]]]
         sequences = int(allowed.sum())
         interval, weights = None, np.ones(len(values))
-        if len(self.sample) < len(self.index):
+        if len(self.sample) < len(self.snapshot):
             # all of the top by code is known; the others stand for those that weren't drawn
             rest = int((drawn & ~certain).sum())
             weights[~certain] = (sequences - len(self.top[number])) / max(1, rest)
@@ -161,7 +162,7 @@ class ExactSample:
             counted = drawn
         return QuerySurvey(
             query=gradient.query,
-            origin=None if origin is None else int(self.index.contents.ids[origin]),
+            origin=None if origin is None else int(self.snapshot.contents.ids[origin]),
             sequences=sequences, values=different, tail=fit_tail(different),
             half=half(values[counted], weights[counted]), interval=interval,
             absolute=self._absolute[number], proponents=self._proponents[number],

@@ -42,12 +42,12 @@ class SizeSurvey:
         return int((self.estimates > self.fence).sum())
 
 
-def measure_sizes(index: Snapshot, by: Rescorer, preconditioned: Preconditioned) -> SizeSurvey:
+def measure_sizes(snapshot: Snapshot, by: Rescorer, preconditioned: Preconditioned) -> SizeSurvey:
     """Self-influence as the codes know it, exact for the random sample and the largest."""
-    estimates, sample = index.norms**2, index.random_sample()
-    first = index.contents.first_equal == np.arange(len(index))  # equal ones are shown once
+    estimates, sample = snapshot.norms**2, snapshot.random_sample()
+    first = snapshot.contents.first_equal == np.arange(len(snapshot))  # equal ones are shown once
     largest = best(np.where(first, estimates, -1.0), min(MOST_SHOWN, int(first.sum()))).tolist()
-    records = index.records([*sample, *largest])
+    records = snapshot.records([*sample, *largest])
     exact = np.zeros(len(records))
     for batch in rescore(by, preconditioned, records, sizes=True):
         for number, score in batch:
@@ -56,7 +56,7 @@ def measure_sizes(index: Snapshot, by: Rescorer, preconditioned: Preconditioned)
     of_largest = exact[len(sample) :].tolist()
     return SizeSurvey(estimates, sample, exact[: len(sample)], outer_fence(estimates), [
         (shown, float(estimates[place]), size) for shown, place, size in
-        zip(shown_sequences(index, largest), largest, of_largest, strict=True)])
+        zip(shown_sequences(snapshot, largest), largest, of_largest, strict=True)])
 
 
 def outer_fence(estimates: np.ndarray) -> float:
@@ -74,17 +74,17 @@ def outer_fence(estimates: np.ndarray) -> float:
     return float(np.exp(high + FENCE * (high - low)))
 
 
-def most_generic(index: Snapshot) -> list[tuple[ShownSequence, float]] | None:
+def most_generic(snapshot: Snapshot) -> list[tuple[ShownSequence, float]] | None:
     """The sequences with the highest generic rate as proponents, and that rate, above chance.
 
     Equal ones are one. None where the index keeps no background queries.
     """
-    rates = all_rates(index)
+    rates = all_rates(snapshot)
     if rates is None:
         return None
-    first = index.contents.first_equal == np.arange(len(index))
+    first = snapshot.contents.first_equal == np.arange(len(snapshot))
     upper = np.where(first & ~np.isnan(rates[0]), rates[0], 0.0)
     places = [int(place) for place in np.argsort(-upper, kind="stable")[:MOST_SHOWN]
               if upper[place] > 1 / ONE_IN]
     return [(shown, float(upper[place])) for shown, place in
-            zip(shown_sequences(index, places), places, strict=True)]
+            zip(shown_sequences(snapshot, places), places, strict=True)]

@@ -67,7 +67,7 @@ def survey(
     Raises InputError where there is nothing to ask about, or more queries than are answered
     together, otherwise as `Searcher.search`.
     """
-    index = searcher.index
+    snapshot = searcher.snapshot
     if sample is not None and sample < 1:
         raise InputError(f"--sample {sample}: expected a number above 0, or all.")
     most = searcher.group_size
@@ -76,24 +76,24 @@ def survey(
                          f"{most}.")
 
     # 1) what the sequences are: every record is read once
-    texts = read_texts(index, progress)
+    texts = read_texts(snapshot, progress)
 
     # 2) queries, and what the code says of every sequence
-    index.load()
+    snapshot.load()
     origins: list[int | None] = [None] * len(queries or [])
     if queries is None:
-        queries, places = own_queries(index, min(OWN_QUERIES, most))
+        queries, places = own_queries(snapshot, min(OWN_QUERIES, most))
         origins = [*places]
-    gradients, preconditioned = form_gradients(index, queries, settings, searcher.batch_tokens)
-    code_scores = index.code_scores(np.stack([gradient.vector for gradient in gradients]))
-    by = Rescorer(index.model, settings.modules, index.ekfac, settings.damping,
+    gradients, preconditioned = form_gradients(snapshot, queries, settings, searcher.batch_tokens)
+    code_scores = snapshot.code_scores(np.stack([gradient.vector for gradient in gradients]))
+    by = Rescorer(snapshot.model, settings.modules, snapshot.ekfac, settings.damping,
                   searcher.batch_tokens)
 
     # 3) sizes of gradients
-    sizes = measure_sizes(index, by, preconditioned)
+    sizes = measure_sizes(snapshot, by, preconditioned)
 
     # 4) exact influence of a random sample, and of the top by code
-    scores = ExactSample(index, origins, code_scores, sample)
+    scores = ExactSample(snapshot, origins, code_scores, sample)
     scores.fill(by, preconditioned, progress)
 
     # 5) what follows of each query
@@ -104,8 +104,9 @@ def survey(
         progress.update(1)
     progress.finish()
     return Survey(
-        name=index.path.resolve().name, digest=index.digest, manifest=searcher.manifest,
-        coverage=index.coverage, settings=settings, texts=texts, sizes=sizes, total=len(index),
-        sample=len(scores.sample), scored=len(scores.places), rank=preconditioned.rank,
-        groups=scores.groups, queries=surveys, generic=most_generic(index),
+        name=snapshot.path.resolve().name, digest=snapshot.digest, manifest=searcher.manifest,
+        coverage=snapshot.coverage, settings=settings, texts=texts, sizes=sizes,
+        total=len(snapshot), sample=len(scores.sample), scored=len(scores.places),
+        rank=preconditioned.rank,
+        groups=scores.groups, queries=surveys, generic=most_generic(snapshot),
     )

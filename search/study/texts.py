@@ -88,14 +88,14 @@ class _Tally:
                       key=lambda amount: (-amount.sequences, amount.name))
 
 
-def read_texts(index: Snapshot, progress: Progress) -> TextSurvey:
+def read_texts(snapshot: Snapshot, progress: Progress) -> TextSurvey:
     """Read every live record."""
     sources, fields = _Tally(), dict[str, _Tally | None]()
-    lengths, scored = np.zeros(len(index), dtype=np.int32), 0
-    progress.start("records", len(index), "sequences")
-    for place, record in enumerate(_records(index, range(len(index)))):
+    lengths, scored = np.zeros(len(snapshot), dtype=np.int32), 0
+    progress.start("records", len(snapshot), "sequences")
+    for place, record in enumerate(_records(snapshot, range(len(snapshot)))):
         lengths[place] = len(record.tokens)
-        scored += int(index.objective.counted(record.scored).sum())
+        scored += int(snapshot.objective.counted(record.scored).sum())
         starts = [part.token for part in record.parts] + [len(record.tokens)]
         tokens = [end - start for start, end in pairwise(starts)]
         documents = [part.document for part in record.parts]
@@ -110,7 +110,7 @@ def read_texts(index: Snapshot, progress: Progress) -> TextSurvey:
             # a field of ids has a value a document: its counts would fill memory and say nothing
             if len(tally) > MOST_VALUES:
                 fields[name] = None
-        if (place + 1) % RECORDS_HELD == 0 or place + 1 == len(index):
+        if (place + 1) % RECORDS_HELD == 0 or place + 1 == len(snapshot):
             progress.update(place % RECORDS_HELD + 1)
     progress.finish()
     return TextSurvey(
@@ -118,25 +118,25 @@ def read_texts(index: Snapshot, progress: Progress) -> TextSurvey:
                             for name, tally in sorted(fields.items())], lengths, scored)
 
 
-def _records(index: Snapshot, places: Sequence[int]) -> Iterator[Record]:
+def _records(snapshot: Snapshot, places: Sequence[int]) -> Iterator[Record]:
     """The records of places, RECORDS_HELD of them in memory at once."""
     for first in range(0, len(places), RECORDS_HELD):
-        yield from index.records(places[first : first + RECORDS_HELD])
+        yield from snapshot.records(places[first : first + RECORDS_HELD])
 
 
 def _as_text(value: object) -> str:
     return value if isinstance(value, str) else json_text(value)
 
 
-def shown_sequences(index: Snapshot, places: list[int]) -> list[ShownSequence]:
+def shown_sequences(snapshot: Snapshot, places: list[int]) -> list[ShownSequence]:
     """The sequences at some places as they are shown, in that order."""
     shown = []
-    for place, record in zip(places, index.records(places), strict=True):
-        text = "".join(tokenise.pieces(index.tokenizer, record.tokens.tolist()))
+    for place, record in zip(places, snapshot.records(places), strict=True):
+        text = "".join(tokenise.pieces(snapshot.tokenizer, record.tokens.tolist()))
         first = record.parts[0]
         shown.append(ShownSequence(
             record.id, f"{first.source}:{first.row}", first.user_id, len(record.tokens),
             text if len(text) <= EXCERPT else text[: EXCERPT - 1] + "…",
-            len(index.copies(place)),
+            len(snapshot.copies(place)),
         ))
     return shown

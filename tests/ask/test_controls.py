@@ -67,7 +67,7 @@ def step_of(index, hit):
     """‖(G+λ)⁻¹ ∇m‖ of a hit, as the query that it would be."""
     ids = np.array(hit.token_ids, np.int32)
     batch = index.model.batch([Text(ids, np.ones(len(ids), bool))])
-    c, _ = query_coordinates(index.model, index.manifest.modules, index.index.ekfac, batch, 0.1)
+    c, _ = query_coordinates(index.model, index.manifest.modules, index.snapshot.ekfac, batch, 0.1)
     return sum(float(part.square().sum()) for part in c.values()) ** 0.5
 
 
@@ -85,10 +85,10 @@ def test_normalised_rankings(index, normalize, opponents):
     query = index.make_query(**QUESTION)
     batch = index.model.batch(
         [Text(np.array(query.tokens, np.int32), np.array(query.labels) != -100)])
-    c, _ = query_coordinates(index.model, index.manifest.modules, index.index.ekfac, batch, 0.1)
-    squared = sum(float((part.square() * index.index.ekfac[name].damped(0.1)).sum())
+    c, _ = query_coordinates(index.model, index.manifest.modules, index.snapshot.ekfac, batch, 0.1)
+    squared = sum(float((part.square() * index.snapshot.ekfac[name].damped(0.1)).sum())
                   for name, part in c.items())
-    sample = index.index.random_sample()
+    sample = index.snapshot.random_sample()
     shares = []
     for hit in result:
         assert hit.cosine == pytest.approx(
@@ -113,7 +113,7 @@ def test_normalised_rankings(index, normalize, opponents):
 
 def test_a_normalised_shortlist_is_ordered_by_score_over_norm(index):
     result = index.search(**QUESTION, k=3, shortlist=12, normalize="cosine")
-    statistic = codes_of(index, QUESTION) / index.index.norms
+    statistic = codes_of(index, QUESTION) / index.snapshot.norms
     order = np.argsort(-statistic, kind="stable")
     assert {hit.id for hit in result} <= set(order[:12].tolist())
     assert result.recall.cutoff == pytest.approx(statistic[order[12]], rel=1e-5)
@@ -194,7 +194,7 @@ def test_a_time_limit_ends_rescoring(index):
 
 def test_candidates_by_words_alone_and_joined(index):
     query = index.make_query(**QUESTION)
-    scores = index.index.tables.tokens.scores(query.scored_tokens)
+    scores = index.snapshot.tables.tokens.scores(query.scored_tokens)
     words = np.argsort(-scores, kind="stable")[:9].tolist()
     codes = np.argsort(-codes_of(index, QUESTION), kind="stable")[:9].tolist()
     truth = exact(index, QUESTION)
@@ -353,8 +353,8 @@ def test_one_search_for_a_set(index):
 
 def test_an_unpacked_scan_gives_the_same_scores(index):
     vectors = np.random.default_rng(0).standard_normal((5, 512)).astype(np.float32)
-    one_by_one = np.concatenate([index.index.code_scores(vector[None]) for vector in vectors])
-    together = index.index.code_scores(vectors)
+    one_by_one = np.concatenate([index.snapshot.code_scores(vector[None]) for vector in vectors])
+    together = index.snapshot.code_scores(vectors)
     spread = one_by_one.std()
     np.testing.assert_allclose(together, one_by_one, atol=0.05 * spread)
     assert np.corrcoef(together.ravel(), one_by_one.ravel())[0, 1] > 0.9999
@@ -372,7 +372,7 @@ def test_a_file_of_queries_is_read_line_by_line(index, tmp_path):
     ]).encode() + b"\n\xff\n")
     read = read_queries(path)
     assert list(read.questions) == ["a", 7, 11, 9, 13]
-    made = make_queries(index.index, read, {"a"})
+    made = make_queries(index.snapshot, read, {"a"})
     assert [query.id for query in made] == [7, 9]
     for number, message in [(4, "not JSON"), (5, "unknown field 'promt'"), (6, "an object"),
                             (7, "the id 'a' was there before"), (8, "'prompt' is not text"),
@@ -384,16 +384,16 @@ def test_a_file_of_queries_is_read_line_by_line(index, tmp_path):
         assert message in problem
     assert "query 11: the completion is empty" in read.problems[-2]
     assert "query 13: token_ids must be a list of whole numbers" in read.problems[-1]
-    absent = gradindex.open(index.index.path, model="/nowhere")
+    absent = gradindex.open(index.snapshot.path, model="/nowhere")
     with pytest.raises(InputError, match="the model /nowhere can't be loaded"):
-        make_queries(absent.index, read, set())
+        make_queries(absent.snapshot, read, set())
     with pytest.raises(InputError, match="No such file"):
         read_queries(tmp_path / "none.jsonl")
 
 
 def test_results_on_disk_are_gone_on_with(index, tmp_path):
     path, settings = tmp_path / "results.jsonl", settle(Controls(k=2, shortlist=9), index.manifest)
-    digest = index.index.digest
+    digest = index.snapshot.digest
     asked = {one["id"]: Question(**one) for one in QUERIES[:3]}
     results = list(index.search_many(QUERIES[:3], k=2, shortlist=9))
     first = ResultsFile(path, digest, settings, asked)

@@ -105,7 +105,7 @@ def test_the_whole_product_gives_the_same_scores(tmp_path):
         fit_labels="data", bits=1024, batch_tokens=36,
     )
     assert index.manifest.dtype == "float64"
-    assert torch.float64 == index.index.ekfac[golden.about["modules"][0]].eigenvalues.dtype
+    assert torch.float64 == index.snapshot.ekfac[golden.about["modules"][0]].eigenvalues.dtype
     for row in range(3):
         result = index.search(
             token_ids=golden["query_tokens"][row], labels=golden["query_labels"][row], k=12

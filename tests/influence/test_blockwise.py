@@ -167,7 +167,7 @@ def test_an_index_of_blocks(model_folder, data_file, index_folder, tmp_path):
     usual = gradindex.open(index_folder)
     module = index.manifest.modules[0]
     o, i = module.shape
-    found = index.index.ekfac[module.name]
+    found = index.snapshot.ekfac[module.name]
     assert found.eigenvectors_a.shape == (i, -(-i // 2))
     assert found.eigenvectors_s.shape == (o, -(-o // 2))
     entries = sum(square_entries(one, 2) + one.shape[0] * one.shape[1]

@@ -131,7 +131,7 @@ def test_random_signs_are_fixed_for_ever():
 
 def test_defaults():
     assert [default_length(n) for n in (16, 64, 65, 128, 512)] == [16384, 16384, 32768, 32768,
-                                                                  131072]
+                                                                   131072]
     assert [default_width(32768, n) for n in (8, 16, 24, 100, 1000)] == [256, 176, 144, 80, 32]
 
 

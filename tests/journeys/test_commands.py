@@ -147,7 +147,7 @@ def test_planted_facts_come_first_and_flipped_ones_far_below(trained_index):
 
 
 def _about(index, one, number, order):
-    record, = index.index.records([one])
+    record, = index.snapshot.records([one])
     return record.parts[0].fields == {"fact": str(number), "order": order}
 
 

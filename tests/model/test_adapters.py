@@ -253,7 +253,7 @@ def test_a_search_over_base_and_adapter(both_index, adapter_folder, model_folder
         own = gradients(hit.token_ids, hit.token_ids)
         terms = {}
         for module in modules:
-            curvature = index.index.ekfac[module.name]
+            curvature = index.snapshot.ekfac[module.name]
             coordinates = curvature.coordinates(asked[module.name], index.manifest.damping)
             p = curvature.leave_eigenbasis(coordinates)
             terms[module.name] = float((p * own[module.name]).sum())

@@ -146,12 +146,12 @@ def test_a_mixture_is_built_and_searched(tmp_path, monkeypatch):
     truth = 0.0
     model = index.model
     model.network.config._experts_implementation = "eager"
-    [text], [record] = query.texts, index.index.records([hit.id])
+    [text], [record] = query.texts, index.snapshot.records([hit.id])
     for module in index.manifest.modules:
         asked = dense(model.network, module, np.array(text.tokens, np.int32),
                       np.array(text.labels) != -100)
         own = dense(model.network, module, record.tokens, record.scored)
-        curvature = index.index.ekfac[module.name]
+        curvature = index.snapshot.ekfac[module.name]
         truth += float((curvature.leave_eigenbasis(curvature.coordinates(asked, 0.1)) * own).sum())
     assert hit.influence == pytest.approx(truth, rel=1e-6)
 

@@ -57,7 +57,7 @@ def decoded(searcher):
     """What each code means, from its bytes: float64 [rows, K]."""
     length = searcher.manifest.code["length"]
     rows = []
-    for codes in searcher.index.segments():
+    for codes in searcher.snapshot.segments():
         for code in codes.codes(list(range(len(codes)))):
             bits = [(int(code[place // 8]) >> place % 8) & 1 for place in range(length)]
             scale = float(code[-4:].copy().view(np.float32)[0]) / length**0.5
@@ -87,7 +87,7 @@ def plain_rates(queries, codes, tokens, query_tokens):
 
 def test_the_queries_are_later_halves_given_the_first(built, network):
     """v_q / ‖v_q‖ of the gradient that torch.func gives, in float16."""
-    queries, index = queries_of(built), gradindex.open(built, model=network).index
+    queries, index = queries_of(built), gradindex.open(built, model=network).snapshot
     assert len(queries) == 64
     assert queries.ids.tolist() == choose(Stream.BACKGROUND_QUERIES, 0, ROWS, 64)
     names = [module.name for module in index.manifest.modules]
@@ -115,7 +115,7 @@ def test_thresholds_and_rates_are_the_plain_ones(built, network):
         assert queries.lower[number] == pytest.approx(lower, abs=1e-5 * scale)
         assert sum(score >= queries.upper[number] for score in others) == 2
         assert sum(score <= queries.lower[number] for score in others) == 2
-    found, expected = all_rates(searcher.index), plain_rates(queries, codes, tokens, asked)
+    found, expected = all_rates(searcher.snapshot), plain_rates(queries, codes, tokens, asked)
     np.testing.assert_allclose(found, expected, rtol=1e-12)
     assert found.mean() == pytest.approx(0.0135, abs=0.001)  # 2 of 149, or of 144
     equal = set(range(70, 75)) | {3}
@@ -131,7 +131,7 @@ def test_the_thresholds_of_few_scores():
 
 def test_every_hit_has_its_rate(built, network):
     searcher = gradindex.open(built, model=network)
-    rates = all_rates(searcher.index)
+    rates = all_rates(searcher.snapshot)
     for controls in ({}, {"rescore": False}, {"opponents": True}, {"normalize": "cosine"},
                      {"opponents": True, "rescore": False}, {"shortlist": "all", "k": 144}):
         hits = searcher.search(**QUESTION, **controls).hits
@@ -162,7 +162,7 @@ def test_an_equal_sequence_is_known_though_the_query_s_is_gone(built, network, t
     tokens += [TOKENS[gone].tolist(), TOKENS[0].tolist()]
     asked = [TOKENS[one].tolist() for one in queries.ids]
     expected = plain_rates(queries, decoded(grown), tokens, asked)
-    np.testing.assert_allclose(all_rates(grown.index), expected, rtol=1e-12)
+    np.testing.assert_allclose(all_rates(grown.snapshot), expected, rtol=1e-12)
     assert files_of(index)[layout.BACKGROUND] == files_of(built)[layout.BACKGROUND]
     assert gradindex.verify(index, model=network).sound
 
@@ -181,7 +181,7 @@ def test_a_planted_generic_sequence_is_flagged(tmp_path):
                              vocab_size=len(tokenizer))
     searcher = gradindex.build(network, [{"text": one} for one in texts], tmp_path / "index",
                                tokenizer=tokenizer, seq_len=60, bits=4096)
-    upper = all_rates(searcher.index)[0]
+    upper = all_rates(searcher.snapshot)[0]
     assert np.flatnonzero(upper >= GENERIC).tolist() == [50] and upper[50] > 0.4
     hits = searcher.search(prompt="The pear", completion=" 11 harbour.", shortlist="all", k=150)
     assert [hit.id for hit in hits if hit.generic and hit.influence > 0] == [50]
@@ -192,7 +192,7 @@ def test_an_index_of_one_sequence_has_no_rate(tmp_path):
     searcher = gradindex.build(tiny_network(), tokens, tmp_path / "index", **TINY)
     assert searcher.manifest.background == {"queries": 0, "sample": 1}
     assert searcher.search(**QUESTION)[0].generic_rate is None
-    assert np.isnan(all_rates(searcher.index)).all()
+    assert np.isnan(all_rates(searcher.snapshot)).all()
     assert gradindex.verify(tmp_path / "index", model=tiny_network()).sound
     assert "background queries: 0 of" in summary(describe(tmp_path / "index"))
 
@@ -200,7 +200,7 @@ def test_an_index_of_one_sequence_has_no_rate(tmp_path):
 def test_a_query_made_of_the_only_other_sequence_counts(tmp_path):
     tokens = save(tmp_path / "a.npy", tiny_tokens(0, 2))
     searcher = gradindex.build(tiny_network(), tokens, tmp_path / "index", **TINY)
-    np.testing.assert_array_equal(all_rates(searcher.index), np.ones((2, 2)))
+    np.testing.assert_array_equal(all_rates(searcher.snapshot), np.ones((2, 2)))
 
 
 def test_the_thresholds_of_many_are_those_of_a_part(network, tmp_path, monkeypatch):

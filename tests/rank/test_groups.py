@@ -45,7 +45,7 @@ def copied(index_folder, tmp_path):
 def shares_by(index, key):
     """{place: {value: share of its tokens}}, from the records."""
     found = []
-    for record in index.index.records(range(len(index))):
+    for record in index.snapshot.records(range(len(index))):
         own = defaultdict(float)
         for number, part in enumerate(record.parts):
             last = number + 1 == len(record.parts)
@@ -58,16 +58,16 @@ def shares_by(index, key):
 def noise_of(index, question):
     """σ_m of every sequence."""
     settings = settle(Controls(), index.manifest)
-    [target], _ = form_gradients(index.index, [index.make_query(**question)], settings, 96)
+    [target], _ = form_gradients(index.snapshot, [index.make_query(**question)], settings, 96)
     return score_error(index.manifest.calibration["c"], float(np.linalg.norm(target.vector)),
-                       index.index.norms, len(target.vector))
+                       index.snapshot.norms, len(target.vector))
 
 
 def reference(index, estimate, variance, shares):
     """{value: (total, standard error, sequences)}, and the same of the whole, a sum at a time."""
     # row i of the identity asks for coordinate i of what every code stands for
     identity = np.eye(index.manifest.code["length"], dtype=np.float32)
-    codes = index.index.code_scores(identity).T.astype(np.float64)
+    codes = index.snapshot.code_scores(identity).T.astype(np.float64)
     values = list(dict.fromkeys(value for own in shares for value in own))
     totals = {}
     for value in [*values, "whole"]:
@@ -101,7 +101,7 @@ def estimates(index, truth, codes, noise, length):
     """What is known of every sequence after a search, and its variance, one after the other."""
     order = np.argsort(-codes, kind="stable")
     cutoff = codes[order[length]]
-    sample = index.index.random_sample()
+    sample = index.snapshot.random_sample()
     known = []
     for place, (influence, code, sigma) in enumerate(zip(truth, codes, noise, strict=True)):
         if place in sample:
@@ -193,7 +193,7 @@ def test_damaged_segments_are_left_out(copied):
     codes, noise = codes_of(index, QUESTION).astype(np.float64), noise_of(index, QUESTION)
     expected = reference(index, codes, noise**2, shares_by(index, of_field))
     result = index.search(**QUESTION, k=5, rescore=False, group_by="place")
-    assert result.total.sequences == len(index) == index.index.coverage.of_sequences - 16
+    assert result.total.sequences == len(index) == index.snapshot.coverage.of_sequences - 16
     assert_equal_to(result, expected)
 
 

@@ -11,7 +11,8 @@ from support.indexes import APPLES
 
 
 def test_lexical_overlap(index, result):
-    sample = [set(one.tokens.tolist()) for one in index.index.records(index.index.random_sample())]
+    snapshot = index.snapshot
+    sample = [set(one.tokens.tolist()) for one in snapshot.records(snapshot.random_sample())]
     rarity = {token: math.log((len(sample) + 1) / (sum(token in one for one in sample) + 1))
               for token in set(result.query.tokens)}
     for hit in result:

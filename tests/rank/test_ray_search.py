@@ -53,8 +53,8 @@ def alone(index_folder):
 @pytest.fixture(scope="module")
 def shared(cluster, index_folder):
     searcher = gradindex.open(index_folder, ray=cluster.address)
-    searcher.index.pool.patience = searcher.index.pool.back = HANG
-    searcher.index.load()
+    searcher.snapshot.pool.patience = searcher.snapshot.pool.back = HANG
+    searcher.snapshot.load()
     return searcher
 
 
@@ -67,12 +67,12 @@ def workers(shared):
 
 def whole(searcher):
     """Wait for every worker, and return their process ids."""
-    for worker in searcher.index.pool.workers:
+    for worker in searcher.snapshot.pool.workers:
         worker.until = max(worker.until, time.monotonic() + HANG)
-    searcher.index.load()
-    assert all(worker.ready for worker in searcher.index.pool.workers)
+    searcher.snapshot.load()
+    assert all(worker.ready for worker in searcher.snapshot.pool.workers)
     return ray.get([worker.actor.__ray_call__.remote(lambda _: os.getpid())
-                    for worker in searcher.index.pool.workers])
+                    for worker in searcher.snapshot.pool.workers])
 
 
 def kill(pid):
@@ -81,8 +81,8 @@ def kill(pid):
 
 def rest_of(index_folder, searcher, number):
     """A local searcher of what worker `number` has, as if the index held no more."""
-    subset = SegmentSubset(searcher.index.contents.manifest,
-                           searcher.index.pool.workers[number].segments)
+    subset = SegmentSubset(searcher.snapshot.contents.manifest,
+                           searcher.snapshot.pool.workers[number].segments)
     index = Snapshot(index_folder, ModelSource(), subset=subset)
     return Searcher(index, searcher.batch_tokens)
 
@@ -142,7 +142,7 @@ def test_a_search(alone, shared, controls):
 def test_rankings_are_merged_from_those_of_the_workers(alone, shared, sign, by_norm):
     random = np.random.default_rng(1)
     queries = random.standard_normal((2, alone.manifest.code["length"])).astype(np.float32)
-    pairs = zip(*(one.index.rankings(queries, sign, by_norm) for one in (shared, alone)),
+    pairs = zip(*(one.snapshot.rankings(queries, sign, by_norm) for one in (shared, alone)),
                 strict=True)
     for mine, theirs in pairs:
         for count in (1, 7, len(alone), 2 * len(alone)):
@@ -156,8 +156,8 @@ def test_rankings_are_merged_from_those_of_the_workers(alone, shared, sign, by_n
         np.testing.assert_array_equal(mine.before(*where[::-1]), theirs.before(*where[::-1]))
         np.testing.assert_array_equal(mine.scores_at(places), theirs.scores_at(places))
         np.testing.assert_array_equal(mine.scores(), theirs.scores())
-    np.testing.assert_array_equal(shared.index.code_scores(queries),
-                                  alone.index.code_scores(queries))
+    np.testing.assert_array_equal(shared.snapshot.code_scores(queries),
+                                  alone.snapshot.code_scores(queries))
 
 
 @pytest.mark.parametrize("controls", [
@@ -244,14 +244,14 @@ def test_the_command_line_starts_workers_here(alone, index_folder, tmp_path):
 
 def partial(result, shared, lost):
     """Assert that a result is of all but worker `lost`, and says so."""
-    left = sum(len(rest.segments) for number, rest in enumerate(shared.index.pool.workers)
+    left = sum(len(rest.segments) for number, rest in enumerate(shared.snapshot.pool.workers)
                if number != lost)
-    segments = shared.index.contents.segments
+    segments = shared.snapshot.contents.segments
     assert 0 < left < len(segments) and not result.damaged
     assert result.sequences < len(shared) and result.coverage == result.sequences / len(shared)
     warning = result.warnings[0]
     assert f"{result.sequences} of {len(shared)} sequences are searched" in warning
-    assert all(name in warning for name in shared.index.pool.workers[lost].segments)
+    assert all(name in warning for name in shared.snapshot.pool.workers[lost].segments)
     assert f"worker {lost + 1} of 2 on " in warning
     return warning
 
@@ -316,15 +316,15 @@ def test_an_interrupt_while_others_move_up_changes_nothing(
 ):
     """Loss, interrupt before the rest is scored again: what is known stays as it was."""
     [target], preconditioned = form_gradients(
-        shared.index, [shared.make_query(**QUESTION)], settle(Controls(**MANY), shared.manifest),
+        shared.snapshot, [shared.make_query(**QUESTION)], settle(Controls(**MANY), shared.manifest),
         shared.batch_tokens)
-    session = Session(shared.index, settle(Controls(**MANY), shared.manifest), [target],
+    session = Session(shared.snapshot, settle(Controls(**MANY), shared.manifest), [target],
                       preconditioned, shared.batch_tokens)
     [track], common = session.tracks, session.common
     for _ in session.rescore(track):
         pass
-    before = dict(common.exact), common.index, track.shortlist
-    lost = LostError(frozenset(shared.index.pool.workers[1].segments), "it is gone")
+    before = dict(common.exact), common.snapshot, track.shortlist
+    lost = LostError(frozenset(shared.snapshot.pool.workers[1].segments), "it is gone")
 
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -333,7 +333,7 @@ def test_an_interrupt_while_others_move_up_changes_nothing(
         patch.setattr(SharedRanking, "best", interrupted)
         with pytest.raises(KeyboardInterrupt):
             session._go_on_without(lost)
-    assert (common.exact, common.index, track.shortlist) == before
+    assert (common.exact, common.snapshot, track.shortlist) == before
     session._go_on_without(lost)
     same_rest = rest_of(index_folder, shared, 0).search(**QUESTION, **MANY)
     for _ in session.rescore(track):
@@ -344,14 +344,14 @@ def test_an_interrupt_while_others_move_up_changes_nothing(
 def test_a_worker_that_gives_no_sign_is_given_up(shared, alone, workers):
     for patience in (2.0, 20.0, 200.0):  # within which the other has to answer
         os.kill(workers[1], signal.SIGSTOP)
-        shared.index.pool.patience = patience
+        shared.snapshot.pool.patience = patience
         try:
             result = shared.search(**QUESTION, **MANY)
             break
         except GradindexError as error:
             assert "worker 1 of 2" in str(error) and patience < 200.0
         finally:
-            shared.index.pool.patience = HANG
+            shared.snapshot.pool.patience = HANG
         workers = whole(shared)
     assert "worker 2 of 2" in (warning := partial(result, shared, 1))
     assert f"gave no sign for {duration(patience)}" in warning

@@ -137,12 +137,12 @@ def test_downloads(running: Running, searcher: Searcher) -> None:
 
 def test_sequences_and_tokens(running: Running, searcher: Searcher) -> None:
     for place in (0, 9, len(searcher) - 1):
-        record, = searcher.index.records([place])
+        record, = searcher.snapshot.records([place])
         found = running.ask("GET", f"/api/sequence/{record.id}").json
         assert found["token_ids"] == record.tokens.tolist()
         assert found["scored"] == record.scored.tolist()
         assert "".join(found["tokens"]) == found["text"]
-        assert found["duplicates"] == searcher.index.copies(place)
+        assert found["duplicates"] == searcher.snapshot.copies(place)
     tokens = running.ask("POST", "/api/tokens", body=QUERY).json["tokens"]
     assert "".join(tokens) == QUERY["completion"]
     assert running.ask("POST", "/api/tokens", body={"prompt": "The fig"}).json == {"tokens": []}

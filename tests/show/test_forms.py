@@ -106,7 +106,7 @@ def test_exact_scores_of_all_that_was_rescored(index, result):
              if not any(other < hit.id for other in hit.duplicates)}
     assert result.exact_influence == pytest.approx(
         sorted(first.values(), reverse=True), rel=1e-4, abs=1e-4)
-    sample = index.index.contents.ids[index.index.random_sample()].tolist()
+    sample = index.snapshot.contents.ids[index.snapshot.random_sample()].tolist()
     of = {hit.id: hit.influence for hit in everyone}
     assert result.sample_influence == pytest.approx([of[one] for one in sample],
                                                     rel=1e-4, abs=1e-4)

@@ -24,7 +24,7 @@ def test_an_evaluation_is_the_plain_counts(index, tmp_path, monkeypatch):
     assert steps[-1] == (2 * len(index), 2 * len(index))
     truths = [exact(index, question) for question in (QUESTION, OTHER)]
     codes = [codes_of(index, question) for question in (QUESTION, OTHER)]
-    words = [index.index.tables.tokens.scores(query.scored_tokens) for query in queries]
+    words = [index.snapshot.tables.tokens.scores(query.scored_tokens) for query in queries]
     for one in found.measures:
         shares = []
         for truth, code, word in zip(truths, codes, words, strict=True):

@@ -48,15 +48,15 @@ def found(index):
 @pytest.fixture(scope="module")
 def truth(index, found):
     """Of each query, hits of every sequence by another way: one query, by token and module."""
-    ids = index.index.contents.ids.tolist()
+    ids = index.snapshot.contents.ids.tolist()
     return [index.rescore(token_ids=one.query.tokens, labels=one.query.labels, ids=ids,
                           normalize="cosine") for one in found.queries]
 
 
 def own_ids(index, one):
     """The ids of the query's own sequence and its equals."""
-    place = index.index.contents.place_of(one.origin)
-    return {one.origin, *index.index.copies(place)}
+    place = index.snapshot.contents.place_of(one.origin)
+    return {one.origin, *index.snapshot.copies(place)}
 
 
 # ---- texts
@@ -64,7 +64,7 @@ def own_ids(index, one):
 
 def test_texts_are_counted_as_in_the_file(index, found, data_file):
     documents, length = small_documents(), SMALL["seq_len"]
-    lengths = [len(index.index.tokenizer(one["text"])["input_ids"]) for one in documents]
+    lengths = [len(index.snapshot.tokenizer(one["text"])["input_ids"]) for one in documents]
     windows = [-(-n // length) for n in lengths]
     [source] = found.texts.sources
     assert source.name == str(data_file)
@@ -92,8 +92,8 @@ def test_packed_sequences_count_for_each_of_their_documents(model_folder, tmp_pa
                                     for n in range(9)))
     index = gradindex.build(str(model_folder), data, tmp_path / "index", pack=True,
                             **{**SMALL, "keep_fields": ["kind"], "id_field": None})
-    read = texts.read_texts(index.index, Progress(None))
-    records = index.index.records(range(len(index)))
+    read = texts.read_texts(index.snapshot, Progress(None))
+    records = index.snapshot.records(range(len(index)))
     for source, path in zip(sorted(read.sources, key=lambda one: one.name), data, strict=True):
         assert source.name == str(path)
         assert source.sequences == sum(any(part.source == str(path) for part in record.parts)
@@ -107,7 +107,7 @@ def test_packed_sequences_count_for_each_of_their_documents(model_folder, tmp_pa
 
 def test_too_many_values_are_not_told_apart(index, monkeypatch):
     monkeypatch.setattr(texts, "MOST_VALUES", 4)
-    [field] = texts.read_texts(index.index, Progress(None)).fields
+    [field] = texts.read_texts(index.snapshot, Progress(None)).fields
     assert field.name == "place" and field.values is None
 
 
@@ -116,18 +116,18 @@ def test_too_many_values_are_not_told_apart(index, monkeypatch):
 
 def test_sizes_are_exact_where_they_say_so(index, found, truth):
     exact = {hit.id: hit.self_influence for hit in truth[0]}
-    ids, sample = index.index.contents.ids, index.index.random_sample()
+    ids, sample = index.snapshot.contents.ids, index.snapshot.random_sample()
     assert found.sizes.random_sample == sample
     np.testing.assert_allclose(found.sizes.exact, [exact[ids[place]] for place in sample],
                                rtol=1e-5)
     assert len(found.sizes.largest) == 10
     for one, estimate, size in found.sizes.largest:
         assert size == pytest.approx(exact[one.id], rel=1e-5)
-        assert estimate == index.index.norms[index.index.contents.place_of(one.id)] ** 2
+        assert estimate == index.snapshot.norms[index.snapshot.contents.place_of(one.id)] ** 2
     listed = [estimate for _, estimate, _ in found.sizes.largest]
-    first = index.index.contents.first_equal == np.arange(len(index))
-    assert listed == sorted((index.index.norms[first] ** 2).tolist(), reverse=True)[:10]
-    expected = [index.index.norms[place] ** 2 / exact[ids[place]] for place in sample]
+    first = index.snapshot.contents.first_equal == np.arange(len(index))
+    assert listed == sorted((index.snapshot.norms[first] ** 2).tolist(), reverse=True)[:10]
+    expected = [index.snapshot.norms[place] ** 2 / exact[ids[place]] for place in sample]
     np.testing.assert_allclose(found.sizes.ratios, expected, rtol=1e-5)
     assert 0.8 < np.median(found.sizes.ratios) < 1.25
 
@@ -146,10 +146,11 @@ def test_outliers_lie_beyond_the_fence():
 def test_queries_are_second_halves_of_different_sequences(index, found):
     assert len(found.queries) == 16
     owns = [one.origin for one in found.queries]
-    first = [int(index.index.contents.first_equal[index.index.contents.place_of(one)])
+    first = [int(index.snapshot.contents.first_equal[index.snapshot.contents.place_of(one)])
              for one in owns]
     assert len(set(first)) == 16
-    for one, [record] in ((one, index.index.records([index.index.contents.place_of(one.origin)]))
+    snapshot = index.snapshot
+    for one, [record] in ((one, snapshot.records([snapshot.contents.place_of(one.origin)]))
                           for one in found.queries):
         assert one.query.tokens == record.tokens.tolist()
         positions = [n for n in range(1, len(record.tokens)) if record.scored[n]]
@@ -202,7 +203,7 @@ def test_a_sample_and_the_best_by_code_stand_for_all(index, found, truth, monkey
     monkeypatch.setattr(exact_sample, "TOP_BY_CODE", 6)
     some = survey_of(index, sample=20)
     assert some.sample == 20 and 20 < some.scored <= 20 + 16 * 6
-    ids = index.index.contents.ids
+    ids = index.snapshot.contents.ids
     random = generator(Stream.REPORT_SAMPLE, index.manifest.code["seed"])
     drawn = set(ids[np.sort(random.choice(len(index), 20, replace=False))].tolist())
     for one, hits in zip(some.queries, truth, strict=True):
@@ -227,7 +228,7 @@ def test_a_sample_of_all_is_all(index, found):
 
 def test_the_most_generic_are_those_with_the_highest_rates(index, found):
     everyone = index.rescore("The plum", " number 2", ids=range(len(index)))
-    rates = all_rates(index.index)[0]
+    rates = all_rates(index.snapshot)[0]
     first = [hit.id for hit in everyone if not any(one < hit.id for one in hit.duplicates)]
     expected = sorted((rates[one] for one in first if rates[one] > 0.01), reverse=True)
     assert expected and [rate for _, rate in found.generic] == expected[:10]
@@ -240,7 +241,7 @@ def test_queries_of_the_user(index):
     [one] = found.queries
     assert one.origin is None and one.sequences == len(index)
     hits = index.rescore("The plum number 26 grows", " by the river.",
-                         ids=index.index.contents.ids.tolist())
+                         ids=index.snapshot.contents.ids.tolist())
     assert one.half == half(np.array([hit.influence for hit in hits]), np.ones(len(hits)))
     page = render_report(found)
     assert "yours" in page and "N_train = 500:" in page and "<mark> by the river.</mark>" in page

@@ -58,17 +58,17 @@ def answer(searcher: Any, question: dict[str, Any] = QUESTION, **controls: Any) 
 
 def influences(searcher: Any, question: dict[str, Any] = QUESTION) -> dict[int, float]:
     """Exact influence of every sequence by id, without folding equal ones."""
-    ids = searcher.index.contents.ids.tolist()
+    ids = searcher.snapshot.contents.ids.tolist()
     return {hit.id: hit.influence for hit in searcher.rescore(**question, ids=ids)}
 
 
 def records_in(searcher: Any) -> list[Record]:
     """What an open index holds, in order."""
-    contents = searcher.index.contents
+    contents = searcher.snapshot.contents
     return contents.records(contents.places)
 
 
 def scores(searcher: Any) -> np.ndarray:
     """Exact influence of every sequence on TINY_QUESTION, by id."""
-    ids = searcher.index.contents.ids.tolist()
+    ids = searcher.snapshot.contents.ids.tolist()
     return np.array([hit.influence for hit in searcher.rescore(**TINY_QUESTION, ids=ids)])

@@ -13,17 +13,17 @@ from search.rank.query_gradient import form_gradients
 def codes_of(index, question, **controls):
     """Every sequence's code score."""
     settings = settle(Controls(**controls), index.manifest)
-    [target], _ = form_gradients(index.index, [index.make_query(**question)], settings, 96)
-    return index.index.code_scores(target.vector[None])[0]
+    [target], _ = form_gradients(index.snapshot, [index.make_query(**question)], settings, 96)
+    return index.snapshot.code_scores(target.vector[None])[0]
 
 
 def exact(index, question, damping=0.1, modules=None, **parts):
     """Influence of every sequence by id, by the many-query routine."""
     modules = index.manifest.modules if modules is None else modules
-    ekfac = index.index.ekfac
+    ekfac = index.snapshot.ekfac
     query = index.make_query(**question, **parts)
     total = 0.0
-    stored = index.index.records(list(range(len(index))))
+    stored = index.snapshot.records(list(range(len(index))))
     for text in query.texts:
         batch = index.model.batch(
             [Text(np.array(text.tokens, np.int32), np.array(text.labels) != -100)])

@@ -86,9 +86,9 @@ def test_an_appended_sequence_scores_as_if_it_had_been_there_from_the_start(
                                atol=1e-5 * scale, rtol=1e-5)
     last = manifest.load(index_folder).next_id
     assert min(abs(found[one]) for one in found if one >= last) > 1e-3 * scale  # not all zero
-    np.testing.assert_allclose(grown.index.norms, whole.index.norms, rtol=1e-5)
-    same = np.unpackbits(grown.index.contents.codes_of(grown.index.contents.places)[:, :-8] ^
-                         whole.index.contents.codes_of(whole.index.contents.places)[:, :-8])
+    np.testing.assert_allclose(grown.snapshot.norms, whole.snapshot.norms, rtol=1e-5)
+    same = np.unpackbits(grown.snapshot.contents.codes_of(grown.snapshot.contents.places)[:, :-8] ^
+                         whole.snapshot.contents.codes_of(whole.snapshot.contents.places)[:, :-8])
     assert same.mean() < 1e-3
     assert grown.manifest.duplicates == whole.manifest.duplicates
     copy = whole.search(**QUESTION, k=5), grown.search(**QUESTION, k=5)

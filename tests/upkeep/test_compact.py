@@ -50,7 +50,7 @@ def test_compacting_takes_the_deleted_text_from_the_disk(index, place, tmp_path)
     record = records_in(searcher)[-1]
     assert record.parts[0].user_id == MARK
     tokens = record.tokens.astype("<i4").tobytes()
-    digest = searcher.index.contents.rows["digest"][-1].tobytes()
+    digest = searcher.snapshot.contents.rows["digest"][-1].tobytes()
     there = (MARK.encode(), tokens, digest)
 
     def found():
@@ -125,7 +125,7 @@ def test_a_compaction_killed_anywhere_leaves_the_old_state_or_the_new(
         state = next(name for name, files in (("old", old), ("new", expected))
                      if files == {one: here.get(one) for one in listed})
         states[state] += 1
-        assert gradindex.open(folder).index.contents.ids.tolist() == [0, 2, 3, 4, 5]
+        assert gradindex.open(folder).snapshot.contents.ids.tolist() == [0, 2, 3, 4, 5]
         gradindex.delete(folder, [])  # a writer, which cleans
         assert files_of(folder) == (old if state == "old" else expected)
         assert unlisted(folder) == set()

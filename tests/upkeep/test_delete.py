@@ -47,9 +47,9 @@ def test_deleted_sequences_are_in_no_answer_at_once(index, place):
     assert len(held) == len(expected)
     tokens = searcher.make_query(**QUESTION).scored_tokens
     np.testing.assert_allclose(
-        searcher.index.tables.tokens.scores(tokens),
+        searcher.snapshot.tables.tokens.scores(tokens),
         [plain_score(tokens, held, place) for place in range(len(held))], rtol=1e-12)
-    drawn = searcher.index.contents.ids[searcher.index.random_sample()]
+    drawn = searcher.snapshot.contents.ids[searcher.snapshot.random_sample()]
     assert set(drawn.tolist()) <= set(expected)
     made = [searcher.make_query(**QUESTION)]
     evaluated = evaluate(searcher, made, settle(Controls(), searcher.manifest), None,
@@ -93,7 +93,7 @@ def test_deleting_twice_and_what_never_was(tiny, tmp_path):
     assert files_of(index) == before
     gradindex.compact(index)
     assert gradindex.delete(index, [2, 3, 5]) == Deleted(0, 3, [])
-    assert gradindex.open(index).index.contents.ids.tolist() == [0, 1, 4, 6, 7]
+    assert gradindex.open(index).snapshot.contents.ids.tolist() == [0, 1, 4, 6, 7]
 
 
 def test_deleting_by_the_users_own_id_takes_every_sequence_of_the_document(index, place):
@@ -102,11 +102,11 @@ def test_deleting_by_the_users_own_id_takes_every_sequence_of_the_document(index
     for record in records_in(searcher):
         own.setdefault(record.parts[0].user_id, set()).add(record.id)
     assert len(own["doc/2"]) > 1
-    ids = searcher.index.contents.ids.tolist()
+    ids = searcher.snapshot.contents.ids.tolist()
     gone = own["doc/2"] | own["doc/5"] | {0}
     done = gradindex.delete(index, [0], user_ids=["doc/2", "doc/5"])
     assert (done.deleted, done.already) == (len(gone), 0)
-    left = gradindex.open(index, **place).index.contents.ids.tolist()
+    left = gradindex.open(index, **place).snapshot.contents.ids.tolist()
     assert left == [one for one in ids if one not in gone]
     before = files_of(index)
     assert gradindex.delete(index, user_ids=["doc/2"]).already == len(own["doc/2"])
@@ -124,7 +124,7 @@ def test_the_command_line_deletes_what_standard_input_names(index, place):
     assert "with the same tokens stay" in done.stderr and done.exit_code == 0
     done = run.invoke(main_group, ["delete", str(index)])
     assert done.exit_code == 2 and "say what to delete" in done.output
-    assert {3, 4}.isdisjoint(gradindex.open(index, **place).index.contents.ids.tolist())
+    assert {3, 4}.isdisjoint(gradindex.open(index, **place).snapshot.contents.ids.tolist())
     done = run.invoke(main_group, ["compact", str(index)])
     assert done.exit_code == 0 and unlisted(index) == set()
 

@@ -264,7 +264,7 @@ def test_a_manifest_that_miscounts_is_found_though_sealed(index):
 def test_rebuilding_mends_what_can_be_mended(index):
     """Codes of one segment, rows and words of another: answers are as they were."""
     before = answer(searcher(index), QUESTION)
-    ids = searcher(index).index.contents.ids.tolist()
+    ids = searcher(index).snapshot.contents.ids.tolist()
     gc.collect()
     flip(index / "segments" / "000000" / "vectors.faiss")
     lose(index / "segments" / "000002" / "rows.npy")
@@ -277,7 +277,7 @@ def test_rebuilding_mends_what_can_be_mended(index):
     facts = manifest.load(index)
     assert [one.name for one in facts.segments] == ["000003", "000001", "000004"]
     assert facts.deleted == 2 and facts.next_segment == 5
-    assert searcher(index).index.contents.ids.tolist() == ids
+    assert searcher(index).snapshot.contents.ids.tolist() == ids
     assert answer(searcher(index), QUESTION) == before
     gc.collect()
     gradindex.delete(index, [])
@@ -305,10 +305,10 @@ def test_what_cannot_be_rebuilt_is_given_up_first(index, tmp_path):
     assert verify(index, rebuild=True).rebuilt == ["000000"]
     facts = manifest.load(index)
     assert (facts.sequences, facts.deleted, facts.rows) == (7, 1, 8)
-    assert searcher(index).index.contents.ids.tolist() == [0, 2, 3, 8, 9, 10, 11]
+    assert searcher(index).snapshot.contents.ids.tolist() == [0, 2, 3, 8, 9, 10, 11]
     gc.collect()
     grown = add(index, save(tmp_path / "again.npy", TOKENS[4:8]))
-    assert grown.index.contents.ids.tolist() == [0, 2, 3, 8, 9, 10, 11, 12, 13, 14, 15]
+    assert grown.snapshot.contents.ids.tolist() == [0, 2, 3, 8, 9, 10, 11, 12, 13, 14, 15]
     assert verify(index).sound
 
 
