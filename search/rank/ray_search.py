@@ -38,12 +38,12 @@ class SharedRanking:
 
     def __init__(self, snapshot: "SharedIndex", how: Ordering, sent: Any, number: int):
         self.norms, self.by_norm = snapshot.norms, how.by_norm
-        self._index, self._how, self._of = snapshot, how, (how, sent, number)
+        self._snapshot, self._how, self._of = snapshot, how, (how, sent, number)
 
     def best(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        bests = self._index.ask_all(
+        bests = self._snapshot.ask_all(
             lambda worker, number: worker.ask.remote(*self._of, "best", count))
-        starts = self._index.starts()
+        starts = self._snapshot.starts()
         places = np.concatenate([start + inside for start, (inside, _) in
                                  zip(starts[:-1], bests, strict=True)])
         values = np.concatenate([values for _, values in bests])
@@ -52,9 +52,9 @@ class SharedRanking:
         return places[order], values[order]
 
     def before(self, statistic: np.ndarray, places: np.ndarray) -> np.ndarray:
-        starts = self._index.starts()
+        starts = self._snapshot.starts()
         # to a worker a place of another's is before all of its own, or after them
-        counts = self._index.ask_all(lambda worker, number: worker.ask.remote(
+        counts = self._snapshot.ask_all(lambda worker, number: worker.ask.remote(
             *self._of, "before", statistic,
             np.clip(places - starts[number], 0, starts[number + 1] - starts[number])))
         return np.asarray(np.sum(counts, axis=0))
@@ -67,12 +67,12 @@ class SharedRanking:
         return ranks
 
     def scores_at(self, places: Sequence[int]) -> np.ndarray:
-        return self._index.fill(
+        return self._snapshot.fill(
             np.zeros(len(places), dtype=np.float32), places,
             lambda worker, inside: worker.ask.remote(*self._of, "scores_at", inside))
 
     def scores(self) -> np.ndarray:
-        return np.concatenate(self._index.ask_all(
+        return np.concatenate(self._snapshot.ask_all(
             lambda worker, number: worker.ask.remote(*self._of, "scores")))
 
 

@@ -80,10 +80,10 @@ class Session:
         common, before = self.common, self.common.snapshot.contents.ids
         # Nothing changes until all is known of the rest: that may take a while and be interrupted,
         # and then the query concludes from what it was.
-        index, settings, shortlists = self._scan(common.snapshot.without(lost))
-        remaining = np.flatnonzero(np.isin(before, index.contents.ids))
+        snapshot, settings, shortlists = self._scan(common.snapshot.without(lost))
+        remaining = np.flatnonzero(np.isin(before, snapshot.contents.ids))
         moved = dict(zip(remaining.tolist(), range(len(remaining)), strict=True))  # place → place
-        common.snapshot, common.settings = index, settings
+        common.snapshot, common.settings = snapshot, settings
         common.exact = {moved[place]: exact for place, exact in common.exact.items()
                         if place in moved}
         common.random_sample = [moved[place] for place in common.random_sample if place in moved]
