@@ -1,7 +1,7 @@
 # make demo   train a small model, index its training text, ask it three questions
 # make test   lint, types, tests, some faults
 # make slow   tests that take long: more moments to be killed at, more of Ray
-# make faults every fault: kills, full disks, damage (under an hour); its table is benchmarks/results/faults.md
+# make faults every fault: kills, full disks, damage (about an hour); its table is benchmarks/results/faults.md
 # make screenshots  the documents' pictures, from the demo's index (needs Chromium)
 # make transcript   the README's transcript, from the demo's index
 # All make .venv themselves. PYTHON, VENV, EXTRA (cpu or gpu) and pip's own variables are honoured.

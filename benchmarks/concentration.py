@@ -52,13 +52,13 @@ def main() -> None:
 
 def score_all(searcher) -> ExactSample:
     """Every sequence on the report's own queries."""
-    index, settings = searcher.snapshot, settle(Controls(), searcher.manifest)
-    index.load()
-    queries, own = own_queries(index, OWN_QUERIES)
-    targets, preconditioned = form_gradients(index, queries, settings, searcher.batch_tokens)
-    code_scores = index.code_scores(np.stack([target.vector for target in targets]))
-    scores = ExactSample(index, list(own), code_scores, None)
-    scores.fill(Rescorer(index.model, settings.modules, index.ekfac, settings.damping,
+    snapshot, settings = searcher.snapshot, settle(Controls(), searcher.manifest)
+    snapshot.load()
+    queries, own = own_queries(snapshot, OWN_QUERIES)
+    targets, preconditioned = form_gradients(snapshot, queries, settings, searcher.batch_tokens)
+    code_scores = snapshot.code_scores(np.stack([target.vector for target in targets]))
+    scores = ExactSample(snapshot, list(own), code_scores, None)
+    scores.fill(Rescorer(snapshot.model, settings.modules, snapshot.ekfac, settings.damping,
                          searcher.batch_tokens), preconditioned, stderr_progress())
     return scores
 

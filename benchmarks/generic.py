@@ -50,30 +50,31 @@ def main(queries: int, cache: Path, **size: object) -> None:
     progress = stderr_progress()
     work = make_workload(cache, Size(**size), queries, progress)  # type: ignore[arg-type]
     searcher, seconds, own = build(work)
-    index = searcher.snapshot
-    background = index.tables.background_queries
+    snapshot = searcher.snapshot
+    background = snapshot.tables.background_queries
     assert background is not None
     print(f"{work.summary()}\nK = {searcher.manifest.code['length']:,}, {len(background)} "
           f"background queries\n")
 
-    records = index.records(range(len(index)))
-    here = replace(work, model=index.model, ekfac=index.ekfac)
-    later_half = index.model.objective.later_half
+    records = snapshot.records(range(len(snapshot)))
+    here = replace(work, model=snapshot.model, ekfac=snapshot.ekfac)
+    later_half = snapshot.model.objective.later_half
     halves = [replace(record, scored=later_half(record.scored))
-              for record in index.contents.records(background.ids)]
-    asked = [coordinates_of(here, some, index.manifest.damping) for some in (halves, work.queries)]
-    together = Preconditioned.join([Preconditioned(precondition(index.ekfac, one))
+              for record in snapshot.contents.records(background.ids)]
+    damping = snapshot.manifest.damping
+    asked = [coordinates_of(here, some, damping) for some in (halves, work.queries)]
+    together = Preconditioned.join([Preconditioned(precondition(snapshot.ekfac, one))
                                     for one in asked])
-    exact = exact_scores(index.model, searcher.manifest.modules, together, records,
+    exact = exact_scores(snapshot.model, searcher.manifest.modules, together, records,
                          searcher.manifest.batch_tokens)
-    truth = exact_rates(background, exact[: len(background)], index.contents.rows["digest"])
-    found = all_rates(index)
+    truth = exact_rates(background, exact[: len(background)], snapshot.contents.rows["digest"])
+    found = all_rates(snapshot)
     assert found is not None
     for side, name in enumerate(("proponents", "opponents")):
         compare(name, found[side], truth[side])
     answers(exact[len(background):], found, truth)
-    planted(work, index, together, exact[: len(background)])
-    size_of = (index.path / "background.safetensors").stat().st_size
+    planted(work, snapshot, together, exact[: len(background)])
+    size_of = (snapshot.path / "background.safetensors").stat().st_size
     total = sum(one.size for one in searcher.manifest.files.values())
     print(f"\nbuild {duration(seconds)} ({seconds:.1f} s), of which background queries {own:.1f} s "
           f"({own / seconds:.1%}); {size_of:,} of {total:,} bytes ({size_of / total:.1%})")
@@ -94,29 +95,29 @@ def build(work: Workload) -> tuple[Searcher, float, float]:
     if not noted.is_file():
         noted.write_text(str(time.monotonic() - begun))
     seconds = float(noted.read_text())
-    index, facts = searcher.snapshot, searcher.manifest
-    run = Run(out, 0, 0, len(index), facts.plan.segment_size)
-    _ = index.codes, index.tables.background_queries
+    snapshot, facts = searcher.snapshot, searcher.manifest
+    run = Run(out, 0, 0, len(snapshot), facts.plan.segment_size)
+    _ = snapshot.codes, snapshot.tables.background_queries
     begun = time.monotonic()
     again, _ = make_background_queries(
-        index.model, index.codes, index.ekfac, run.records,
-        lambda ids: run.coded(ids, facts.code["length"]), list(range(len(index))), Progress())
+        snapshot.model, snapshot.codes, snapshot.ekfac, run.records,
+        lambda ids: run.coded(ids, facts.code["length"]), list(range(len(snapshot))), Progress())
     own = time.monotonic() - begun
-    assert index.tables.background_queries is not None
-    assert np.array_equal(again.vectors, index.tables.background_queries.vectors)
+    assert snapshot.tables.background_queries is not None
+    assert np.array_equal(again.vectors, snapshot.tables.background_queries.vectors)
     return searcher, seconds, own
 
 
 def planted(
-    work: Workload, index: Snapshot, queries: Preconditioned, exact: np.ndarray
+    work: Workload, snapshot: Snapshot, queries: Preconditioned, exact: np.ndarray
 ) -> None:
     """The rates of odd sequences, appended to a copy of the index: by code, and exactly."""
-    background, folder = index.tables.background_queries, work.folder / "planted.index"
+    background, folder = snapshot.tables.background_queries, work.folder / "planted.index"
     assert background is not None
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(index.path, folder)
+    shutil.copytree(snapshot.path, folder)
     draw, length = np.random.default_rng(2), work.size.length
-    vocabulary = index.manifest.vocabulary
+    vocabulary = snapshot.manifest.vocabulary
     kinds = {
         "random tokens": draw.integers(0, vocabulary, (ODD, length)),
         "one token, again and again": np.repeat(draw.integers(0, vocabulary, (ODD, 1)), length, 1),
@@ -130,10 +131,10 @@ def planted(
     found, before = all_rates(grown.snapshot), exact.shape[1]
     assert found is not None
     odd = grown.snapshot.records(range(before, len(grown)))
-    scores = exact_scores(index.model, index.manifest.modules, queries, odd, 4096)
+    scores = exact_scores(snapshot.model, snapshot.manifest.modules, queries, odd, 4096)
     digests = grown.snapshot.contents.rows["digest"]
     truth = exact_rates(background, np.concatenate([exact, scores[: len(exact)]], 1), digests)
-    norms = grown.snapshot.norms / np.median(index.norms)
+    norms = grown.snapshot.norms / np.median(snapshot.norms)
     for number, name in enumerate(kinds):
         here = slice(before + number * ODD, before + (number + 1) * ODD)
         shown = [f"{sides[side, here].mean():.2f} ({(sides[side, here] >= GENERIC).sum()} of {ODD})"

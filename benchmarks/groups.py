@@ -14,7 +14,7 @@ Second table: ways to use what was rescored.
     codes        Σ of code scores, nothing else
     exact in     the exact score of what was rescored put in for its code's
     let in       `Shortlist.estimates`, as `gradindex search --group-by` does
-    background   Σ of code scores plus the mean of (exact − code) of the group's random sample
+    sample       Σ of code scores plus the mean of (exact − code) of the group's random sample
     1/π          Σ of I/π over the shortlist (Horvitz & Thompson 1952)
 
 Last: the same for groups looked at because they came out on top, and for groups of the truly best;
@@ -55,7 +55,7 @@ COUNT = 32  # queries
 BATCH_TOKENS = 2048
 SHORTLISTS = (200, 1000)
 RANDOM = (10, 100, 1000)  # sizes of random groups
-ESTIMATORS = ("codes", "exact in", "let in", "background", "1/π")
+ESTIMATORS = ("codes", "exact in", "let in", "sample", "1/π")
 TOP = 10
 
 Pass = dict[str, np.ndarray]
@@ -74,43 +74,43 @@ def make_index(cache: Path, progress: Progress) -> Searcher:
     return gradindex.open(cache / "index")
 
 
-def make_queries(index: Searcher, cache: Path) -> list[Query]:
+def make_queries(searcher: Searcher, cache: Path) -> list[Query]:
     """The demo's, and beginnings of documents that were not trained on, long and short in turn."""
-    made = [index.make_query(*query) for query in QUERIES]
+    made = [searcher.make_query(*query) for query in QUERIES]
     with (cache / "documents.jsonl").open() as lines:
         trained = {json.loads(line)["id"] for line in lines}
     texts = [one["text"] for one in standard_library_documents() if one["id"] not in trained]
     np.random.default_rng(0).shuffle(texts)
     for text in texts:
-        ids = index.snapshot.tokenizer(text).input_ids
+        ids = searcher.snapshot.tokenizer(text).input_ids
         prompt, completion = (64, 32) if len(made) % 2 else (16, 8)
         if len(ids) >= prompt + completion and len(made) < COUNT:
             ids = ids[: prompt + completion]
-            made.append(index.make_query(token_ids=ids, labels=[-100] * prompt + ids[prompt:]))
+            made.append(searcher.make_query(token_ids=ids, labels=[-100] * prompt + ids[prompt:]))
     return made
 
 
 def make_pass(
-    index: Searcher, queries: list[Query], records: list[Record], path: Path, progress: Progress
+    searcher: Searcher, queries: list[Query], records: list[Record], path: Path, progress: Progress
 ) -> Pass:
     """Exact scores [q, n], and of every seed the codes, norms and queries' vectors; kept."""
     if not path.exists():
-        np.savez(path.with_suffix(".tmp.npz"), **_pass(index, queries, records, progress))
+        np.savez(path.with_suffix(".tmp.npz"), **_pass(searcher, queries, records, progress))
         path.with_suffix(".tmp.npz").rename(path)
     with np.load(path, allow_pickle=False) as kept:
         return dict(kept)
 
 
 def _pass(
-    index: Searcher, queries: list[Query], records: list[Record], progress: Progress
+    searcher: Searcher, queries: list[Query], records: list[Record], progress: Progress
 ) -> Pass:
-    facts = index.manifest
-    made = {seed: Codes(facts.modules, index.snapshot.ekfac, CodeSettings(
+    facts = searcher.manifest
+    made = {seed: Codes(facts.modules, searcher.snapshot.ekfac, CodeSettings(
         facts.code["length"], facts.code["width"], seed, facts.code["damping"]))
         for seed in SEEDS}
-    coordinates = coordinates_of(index.snapshot, queries, facts.modules, facts.damping,
+    coordinates = coordinates_of(searcher.snapshot, queries, facts.modules, facts.damping,
                                  BATCH_TOKENS)
-    p = Preconditioned(precondition(index.snapshot.ekfac, coordinates))
+    p = Preconditioned(precondition(searcher.snapshot.ekfac, coordinates))
     found = {"truth": np.zeros((len(queries), len(records)))}
     for seed, codes in made.items():
         found[f"queries {seed}"] = codes.query_vectors(coordinates).float().numpy()
@@ -121,8 +121,8 @@ def _pass(
     for rows in plan_batches([len(record.tokens) for record in records], BATCH_TOKENS):
         vectors = {seed: codes.empty(len(rows)) for seed, codes in made.items()}
         influences = Influences(p, len(rows))
-        batch = index.model.batch([records[row] for row in rows])
-        collect(index.model, facts.modules, batch, influences,
+        batch = searcher.model.batch([records[row] for row in rows])
+        collect(searcher.model, facts.modules, batch, influences,
                 *(partial(codes.add, vectors[seed]) for seed, codes in made.items()))
         found["truth"][:, rows] = influences.total.numpy()
         for seed in SEEDS:
@@ -188,7 +188,7 @@ class Draw:
             pi = inclusion_probability(self.truth[counted], self.error[counted], shortlist.cutoff)
             estimate = np.zeros(len(self.scores))
             estimate[counted] = self.truth[counted] / pi
-        elif name == "background":
+        elif name == "sample":
             return self._corrected(grouping, sample)
         return (grouping.total(estimate),
                 np.sqrt(grouping.spread * grouping.total(variance, power=2)))
@@ -302,16 +302,16 @@ def main(cache: Path) -> None:
     """Train, index, score exactly, print tables."""
     quiet_transformers()
     progress = stderr_progress()
-    index = make_index(cache, progress)
-    queries = make_queries(index, cache)
-    records = index.snapshot.records(range(len(index)))
-    found = make_pass(index, queries, records, cache / "groups.npz", progress)
-    c, length = index.manifest.calibration["c"], index.manifest.code["length"]
+    searcher = make_index(cache, progress)
+    queries = make_queries(searcher, cache)
+    records = searcher.snapshot.records(range(len(searcher)))
+    found = make_pass(searcher, queries, records, cache / "groups.npz", progress)
+    c, length = searcher.manifest.calibration["c"], searcher.manifest.code["length"]
     draws = draws_of(found, c)
-    sample = index.snapshot.random_sample()
+    sample = searcher.snapshot.random_sample()
     groupings = {(name, seed): grouping_of(labels, code_index(found, seed), length)
                  for name, labels in labels_of(records).items() for seed in SEEDS}
-    print(f"{len(index):,} sequences, K = {length:,}, c = {c}, {len(queries)} queries, "
+    print(f"{len(searcher):,} sequences, K = {length:,}, c = {c}, {len(queries)} queries, "
           f"{len(SEEDS)} seeds")
     print_errors(groupings, draws)
     names = list(dict.fromkeys(name for name, _ in groupings))
@@ -327,8 +327,8 @@ def main(cache: Path) -> None:
     print()
     for by in ("module", "document"):
         begun = time.process_time()
-        read_grouping(index.snapshot.contents, index.snapshot.segments(), by)
-        each = (time.process_time() - begun) / len(index)
+        read_grouping(searcher.snapshot.contents, searcher.snapshot.segments(), by)
+        each = (time.process_time() - begun) / len(searcher)
         print(f"reading a grouping by {by}: {1e5 * each:.1f} CPU seconds per 100,000 sequences")
 
 

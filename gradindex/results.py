@@ -65,7 +65,7 @@ class Query:
 
     @property
     def scored_tokens(self) -> list[int]:
-        """The token ids with a label in all texts: what the TF-IDF filter looks for.
+        """The token ids that have a label, of all texts: what the TF-IDF filter looks for.
 
         A first token may be among them, though nothing predicts it.
         """

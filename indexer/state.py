@@ -279,7 +279,7 @@ def _write_state(
         "plan": plan, "threads": threads, "corpus": corpus and asdict(corpus),
         "model": model and asdict(model), "asked": request and asdict(request),
     }
-    atomic_write(path, sealed_json.seal(content))
+    atomic_write(path, sealed_json.with_digest(content))
 
 
 def _differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:

@@ -8,7 +8,7 @@ from gradindex.memory import parse_bound
 from gradindex.model.model_source import ModelSource
 from gradindex.ray_cluster import LOCAL, connect
 from search.engine import Searcher
-from search.rank.ray_search import SharedIndex
+from search.rank.ray_search import SharedSnapshot
 from search.rank.snapshot import Snapshot
 
 
@@ -40,7 +40,7 @@ def open(
         return open_index(Path(index), source, batch_tokens, allow_damaged)
     # the cluster first: where there is none, nothing of the index need be read
     cluster = connect(LOCAL if ray is True else str(ray))
-    shared = SharedIndex(cluster, ray_workers, Path(index), source, allow_damaged)
+    shared = SharedSnapshot(cluster, ray_workers, Path(index), source, allow_damaged)
     return Searcher(shared, batch_tokens or shared.manifest.batch_tokens)
 
 

@@ -165,7 +165,7 @@ MEANINGS = {  # a name: what its annotation may say, in signatures and classes o
     "pieces": ("list[str]", "Sequence[str]"),
     "manifest": ("Manifest",),
     "index": ("Path", "str | Path"),
-    "snapshot": ("Snapshot", "SharedIndex"),
+    "snapshot": ("Snapshot", "SharedSnapshot"),
 }
 KEPT = {  # names of the saved JSON of a result, and counts that are called after what they count
     ("gradindex/results.py", "tokens"), ("gradindex/results.py", "token_ids"),

@@ -214,7 +214,7 @@ def commit(index: Path, manifest: Manifest) -> None:
     Raises ResourceError.
     """
     newest = _content(replace(manifest, format=FORMAT))
-    atomic_write(index / layout.MANIFEST, sealed_json.seal(newest))
+    atomic_write(index / layout.MANIFEST, sealed_json.with_digest(newest))
 
 
 def load(index: Path) -> Manifest:

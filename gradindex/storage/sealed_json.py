@@ -3,7 +3,7 @@
 The digest is that of the content in canonical form: a file that is laid out otherwise and says the
 same is the same. It shows accidents, not intent: whoever changes a file can write its digest too.
 
->>> sealed = seal({"rows": 3})
+>>> sealed = with_digest({"rows": 3})
 >>> print(sealed.decode(), end="")
 {
  "rows": 3,
@@ -40,7 +40,7 @@ def digest_of(content: dict[str, Any]) -> str:
     return hashlib.sha256(canonical(content)).hexdigest()
 
 
-def seal(content: dict[str, Any]) -> bytes:
+def with_digest(content: dict[str, Any]) -> bytes:
     """The bytes of a file that holds `content` and its digest."""
     return canonical({**content, KEY: digest_of(content)}) + b"\n"
 

@@ -51,7 +51,7 @@ def write_facts(folder: Path, facts: SegmentFacts) -> FileFacts:
     # JSON's keys are strings, and would be sorted as such: 10 before 9.
     content = {**asdict(facts), "quarantined": {str(sequence): why for sequence, why in
                                                 sorted(facts.quarantined.items())}}
-    return atomic_write(folder / layout.NOTES.name, sealed_json.seal(content))
+    return atomic_write(folder / layout.NOTES.name, sealed_json.with_digest(content))
 
 
 def parse_facts(content: bytes, where: Path) -> SegmentFacts:

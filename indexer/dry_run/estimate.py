@@ -310,7 +310,7 @@ def _disk(
                          for module in tracked),
         "background": layout.background_bytes(queries, plan.bits),
         # manifest.json, fit.json and segment.json: a few hundred bytes a file that they name
-        "notes": 4000 + len(sealed_json.seal(plan.to_dict())) + 1400 * len(cut)
+        "notes": 4000 + len(sealed_json.with_digest(plan.to_dict())) + 1400 * len(cut)
                  + 500 * len(tracked),
     }
 

@@ -60,7 +60,7 @@ class FitNotes:
             "quarantined": {str(sequence): why for sequence, why in
                             sorted(self.quarantined.items())},
         }
-        return atomic_write(folder / FIT_NOTES, sealed_json.seal(content))
+        return atomic_write(folder / FIT_NOTES, sealed_json.with_digest(content))
 
     @classmethod
     def read(cls, folder: Path) -> "FitNotes":

@@ -22,8 +22,8 @@ from search.rank.snapshot import Snapshot
 class Common:
     """What the queries of a session share; only the session changes it.
 
-    `exact` are the scores so far, by place. `random_sample` are the index's places of that name,
-    once all of them are exact.
+    `exact` are the scores so far, by place. `random_sample` are the places of the snapshot's
+    random sample, empty until all of them are exact.
     """
 
     snapshot: Snapshot

@@ -36,7 +36,7 @@ class SharedRanking:
     What crosses the network is each worker's best and a few numbers, but for `scores`.
     """
 
-    def __init__(self, snapshot: "SharedIndex", how: Ordering, sent: Any, number: int):
+    def __init__(self, snapshot: "SharedSnapshot", how: Ordering, sent: Any, number: int):
         self.norms, self.by_norm = snapshot.norms, how.by_norm
         self._snapshot, self._how, self._of = snapshot, how, (how, sent, number)
 
@@ -76,8 +76,8 @@ class SharedRanking:
             lambda worker, number: worker.ask.remote(*self._of, "scores")))
 
 
-class SharedIndex(Snapshot):
-    """An index whose segments are shared out to workers of `ray`, so many.
+class SharedSnapshot(Snapshot):
+    """A snapshot whose segments are shared out to workers of `ray`, so many.
 
     Without a number there is a worker for each GPU of the cluster, or for each machine if it has
     none. They are started when something is to be scored. Only what `Snapshot` does with all codes

@@ -64,7 +64,7 @@ class Snapshot(FittedModel):
         self._groupings: dict[str, Grouping] = {}
 
     def without(self, lost: LostError) -> Self:
-        """This index but for the segments that were lost; it has the same model.
+        """This snapshot but for the segments that were lost; it has the same model.
 
         Raises LostError where no sequence is left.
         """

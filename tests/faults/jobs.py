@@ -167,10 +167,10 @@ def mutated(content: bytes, dice: random.Random) -> bytes:
 
 
 def fuzz_manifest(content: bytes, folder: Path, dice: random.Random) -> None:
-    try:  # rightly sealed, or every mutation would end at the digest
+    try:  # with the right digest, or every mutation would end at the digest
         parsed = sealed_json.parse(content)
         parsed.pop(sealed_json.KEY, None)
-        content = sealed_json.seal(parsed)
+        content = sealed_json.with_digest(parsed)
     except ValueError:
         pass
     (folder / layout.MANIFEST).write_bytes(content)
@@ -197,7 +197,7 @@ def fuzz_segment(content: bytes, folder: Path, dice: random.Random) -> None:
     try:
         parsed = sealed_json.parse(content)
         parsed.pop(sealed_json.KEY, None)
-        content = sealed_json.seal(parsed)
+        content = sealed_json.with_digest(parsed)
     except ValueError:
         pass
     segments.parse_facts(content, Path("segment.json"))

@@ -135,7 +135,7 @@ def test_files_that_are_no_files(faults, index_of_faults, tmp_path, what):
         assert judge(faults.zygote.run("probe", {"index": folder.parent}), "") == "detected"
 
 
-def seal(index: Path, name: str) -> None:
+def vouch(index: Path, name: str) -> None:
     """Make the manifest say that a file is as it should be: what a hostile stranger would do."""
     facts = manifest.load(index)
     manifest.commit(index, replace(facts, files={**facts.files, name: facts_of(index / name)}))
@@ -154,7 +154,7 @@ def test_hostile_files_under_a_manifest_that_vouches_for_them(faults, index_of_f
         for number in range(faults.size(1, 45)):
             kind = kinds[(number + names.index(name)) % len(kinds)]
             path.write_bytes(damage(kind, whole, other, dice))
-            seal(index, name)
+            vouch(index, name)
             ended = faults.zygote.run("probe", {"index": index}, memory=MEMORY, processor=30)
             outcome = judge(ended, "")
             assert outcome != "crashed", f"{kind} in {name}: {ended}"
@@ -183,7 +183,7 @@ def places_in(content, path=()):
 
 
 def test_hostile_manifests(faults, index_of_faults, tmp_path):
-    """Any value anywhere, rightly sealed: an error of ours, or a search like any other."""
+    """Any value anywhere, with the right digest: an error of ours, or a search like any other."""
     index = fresh(index_of_faults, tmp_path / "hostile")
     content = asdict(manifest.load(index))
     dice = random.Random(4)
@@ -195,7 +195,7 @@ def test_hostile_manifests(faults, index_of_faults, tmp_path):
         for step in path[:-1]:
             inner = inner[step]
         inner[path[-1]] = dice.choice(hostile_values(inner[path[-1]]))
-        (index / layout.MANIFEST).write_bytes(sealed_json.seal(spoiled))
+        (index / layout.MANIFEST).write_bytes(sealed_json.with_digest(spoiled))
         job = dice.choice(["probe", "probe", "info", "verify", "compact", "delete", "append"])
         arguments = {"append": {"data": faults.data, "model": faults.model}, "delete": {"ids": [3]},
                      "verify": {"rebuild": True}}.get(job, {})
@@ -204,7 +204,7 @@ def test_hostile_manifests(faults, index_of_faults, tmp_path):
             index = fresh(index_of_faults, tmp_path / "hostile")
         outcome = "answered" if ended.done else judge(ended, "")
         assert outcome != "crashed", f"{job}: {path}: {inner[path[-1]]!r}: {ended}"
-        faults.count("hostile values in a rightly sealed manifest", injected=1,
+        faults.count("hostile values in a manifest with the right digest", injected=1,
                      **{"refused" if outcome == "detected" else "answered from": 1})
     for raw in (b"", b"[]", b"{", b"[" * 100_000, b'{"a":' * 50_000, b"\xff\xfe", b'{"format": 1}',
                 b'{"format": NaN}', b'{"format": "1"}', b'{"format": 1e999}', b"null",
@@ -212,7 +212,7 @@ def test_hostile_manifests(faults, index_of_faults, tmp_path):
         (index / layout.MANIFEST).write_bytes(raw)
         ended = faults.zygote.run("probe", {"index": index}, memory=MEMORY, processor=30)
         assert judge(ended, "") == "detected", f"{raw[:40]!r}: {ended}"
-        faults.count("hostile values in a rightly sealed manifest", injected=1, refused=1)
+        faults.count("hostile values in a manifest with the right digest", injected=1, refused=1)
 
 
 def test_damage_is_left_out_on_demand(faults, index_of_faults, tmp_path):

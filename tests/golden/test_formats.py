@@ -92,10 +92,10 @@ def test_an_index_of_format_1_has_no_background_queries(tmp_path):
     copied = shutil.copytree(index, tmp_path / "index")
     content = json.loads((copied / layout.MANIFEST).read_text())
     del content[sealed_json.KEY]
-    (copied / layout.MANIFEST).write_bytes(sealed_json.seal({**content, "background": None}))
+    (copied / layout.MANIFEST).write_bytes(sealed_json.with_digest({**content, "background": None}))
     with pytest.raises(DamagedIndexError, match="format 1 has no background queries"):
         manifest.load(copied)
-    (copied / layout.MANIFEST).write_bytes(sealed_json.seal({**content, "format": 2}))
+    (copied / layout.MANIFEST).write_bytes(sealed_json.with_digest({**content, "format": 2}))
     with pytest.raises(DamagedIndexError, match="background: Field required"):
         manifest.load(copied)
 
@@ -107,7 +107,7 @@ def test_only_the_newest_format_has_split_covariances(tmp_path):
     content = json.loads((index / layout.MANIFEST).read_text())
     del content[sealed_json.KEY]
     content["plan"]["covariance_blocks"] = 2
-    (index / layout.MANIFEST).write_bytes(sealed_json.seal(content))
+    (index / layout.MANIFEST).write_bytes(sealed_json.with_digest(content))
     with pytest.raises(DamagedIndexError, match="formats 1 and 2 have no split covariances"):
         manifest.load(index)
 

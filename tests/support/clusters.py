@@ -18,7 +18,7 @@ os.environ.update({
     "RAY_worker_register_timeout_seconds": SECONDS,
     "RAY_agent_register_timeout_ms": MILLISECONDS,
     "RAY_health_check_timeout_ms": MILLISECONDS,
-    "RAY_worker_niceness": "0",  # not Ray's 15: beside busy processes that is a fiftieth of a core
+    "RAY_worker_niceness": "0",  # not Ray's 15: beside busy processes that is next to nothing
     "RAY_memory_monitor_refresh_ms": "0",  # what else fills the memory isn't the tests' doing
 })
 

@@ -63,7 +63,7 @@ def influences(searcher: Any, question: dict[str, Any] = QUESTION) -> dict[int, 
 
 
 def records_in(searcher: Any) -> list[Record]:
-    """What an open index holds, in order."""
+    """The records of a searcher's live sequences, in order."""
     contents = searcher.snapshot.contents
     return contents.records(contents.places)
 
