@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-SIZES = ((192, 4, 32), (512, 6, 8))  # hidden, layers, sequences of a batch; as in throughput
-LENGTH = 128
+from benchmarks.throughput import LENGTH, SIZES
+
 FUNCTIONS = {  # shown: what is called in the worker
     "training step (PyTorch's alone)": "bench.training_step()",
     "covariance (fit)": "bench.covariance()",

@@ -135,7 +135,7 @@ def principal_components(work: Workload, sample: list[Record]) -> Features:
     Directions are X ᵀU/σ from the sample's Gram matrix X Xᵀ = U σ² Uᵀ, uncentred because scores are
     inner products. Holds the sample in float16: 2 bytes · sample · tracked weights.
     """
-    gathered = {m.name: torch.zeros(len(sample), math.prod(m.shape), dtype=torch.float16)
+    gathered = {m.name: torch.zeros(len(sample), m.size, dtype=torch.float16)
                 for m in work.modules}
 
     def gather(rows: list[int], seen: Seen) -> None:
@@ -268,7 +268,7 @@ def collect(work: Workload, stores: dict[str, Features]) -> tuple[np.ndarray, li
     width = work.model.network.config.hidden_size
     query: dict[str, ByModule] = {store: {} for store in stores}
     kept: dict[str, ByModule] = {store: {} for store in stores}
-    rotated = {m.name: torch.zeros(len(work.queries), math.prod(m.shape)) for m in work.modules}
+    rotated = {m.name: torch.zeros(len(work.queries), m.size) for m in work.modules}
     hidden = torch.zeros(len(work.queries), width), torch.zeros(n, width)
 
     def put(place: dict[str, ByModule], count: int, rows: list[int], seen: Seen) -> None:

@@ -8,7 +8,6 @@ matrix of the tracked weights, across modules, neither Kronecker-factored nor di
 """
 
 import copy
-import math
 import sys
 import time
 from pathlib import Path
@@ -57,7 +56,7 @@ class GaussNewton:
             for m in work.modules for part in ("weight", "bias")
         }
         self.damping = torch.cat([
-            work.ekfac[m.name].eigenvalues.mean().repeat(math.prod(m.shape)) * DAMPING
+            work.ekfac[m.name].eigenvalues.mean().repeat(m.size) * DAMPING
             for m in work.modules
         ])
 
@@ -67,7 +66,7 @@ class GaussNewton:
 
     def split(self, x: Tensor) -> ByModule:
         """[q, o, i] by module from [q, P]."""
-        parts = x.split([math.prod(m.shape) for m in self.modules], dim=1)
+        parts = x.split([m.size for m in self.modules], dim=1)
         return {m.name: part.unflatten(1, m.shape)
                 for m, part in zip(self.modules, parts, strict=True)}
 
@@ -257,7 +256,7 @@ def main(queries: int, sample: int, scored: int, cg_steps: int, lissa_steps: int
     """Solve for a few queries, compare scores, print two tables."""
     begun = time.monotonic()
     work = make_workload(cache, Size(**size), queries, stderr_progress())  # type: ignore[arg-type]
-    rotated = {m.name: torch.zeros(queries, math.prod(m.shape)) for m in work.modules}
+    rotated = {m.name: torch.zeros(queries, m.size) for m in work.modules}
 
     def of_query(rows: list[int], seen: Seen) -> None:
         rotated[seen.module.name][rows] = seen.rotated

@@ -41,6 +41,8 @@ from indexer.fit.batch_sums import add_covariances, add_eigenvalues, fit_batch
 from indexer.fit.eigen import eigenvectors
 
 VOCABULARY = 4096
+LENGTH = 128  # tokens a sequence
+SIZES = ((192, 4, 32), (512, 6, 8))  # hidden, layers, sequences of a batch
 
 
 def alternate(repeats: int, *functions: Callable[[], object]) -> list[float]:
@@ -169,11 +171,11 @@ def main(threads: int, repeats: int, dtype: str, peer: bool) -> None:
     """Print a table for each of two sizes, and the fit beside kronfluence's."""
     torch.set_num_threads(threads)
     print(f"{threads} threads, {dtype}, median of {repeats}")
-    for hidden, layers, batch in ((192, 4, 32), (512, 6, 8)):
-        settings = Settings(length=128, layers=layers, hidden=hidden, vocabulary=VOCABULARY)
+    for hidden, layers, batch in SIZES:
+        settings = Settings(length=LENGTH, layers=layers, hidden=hidden, vocabulary=VOCABULARY)
         bench = Bench(settings, batch, dtype)
         print(f"\nGPT-NeoX of {bench.model.network.num_parameters() / 1e6:.1f} M parameters "
-              f"({hidden} wide, {layers} layers, MLPs tracked), {batch} × 128 tokens, K = "
+              f"({hidden} wide, {layers} layers, MLPs tracked), {batch} × {LENGTH} tokens, K = "
               f"{bench.codes.settings.length:,}, k = {bench.codes.settings.width}")
         table(bench, repeats, dtype)
     if peer:
