@@ -118,7 +118,8 @@ def make_request(
     # 4) the plan, with nothing left to be chosen; a resumed build compares it with the one it began
     chosen_device, chosen_dtype = source.resolve(dtype)
     plan = Plan(
-        **asdict(settings), model=source.name, revision=source.revision, data=corpus.data_facts(),
+        **asdict(settings), model=source.name, revision=source.revision, adapter=None,
+        data=corpus.data_facts(),
         modules=modules, fit_sequences=fit_sequences, fit_labels=fit_labels,
         covariance_blocks=covariance_blocks, damping=damping,
         bits=_code_length(bits, settings.sequence_length),

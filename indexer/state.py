@@ -25,6 +25,7 @@ from gradindex.storage.layout import APPEND, BUILD, CURVATURE, CURVATURE_PARTIAL
 from gradindex.storage.locks import is_lock
 from gradindex.storage.manifest import exists as index_exists
 from gradindex.storage.manifest import load as load_manifest
+from gradindex.storage.upgrades import newest_plan
 from indexer.read.corpus import CorpusFacts
 
 LARGEST_STATE = 1 << 26  # bytes of either file
@@ -58,7 +59,7 @@ class ModelIdentity:
 class BuildState:
     """`build.json`: `corpus`, `model` and `request` are None until they are known.
 
-    `saved_plan` is the plan as it lies there, perhaps of an earlier version: two are compared in
+    `saved_plan` is the plan as it lies there, with what later versions added: two are compared in
     this form.
     """
 
@@ -88,8 +89,8 @@ class BuildState:
         if not path.is_file():
             return None
         stored = _read_state(path, _BUILD)
-        return cls(path, stored["plan"], stored["threads"], stored["corpus"], stored["model"],
-                   stored.get("asked"))
+        return cls(path, newest_plan(stored["plan"]), stored["threads"], stored["corpus"],
+                   stored["model"], stored.get("asked"))
 
     @classmethod
     def joined(cls, index: Path, plan: Plan) -> "BuildState | None":

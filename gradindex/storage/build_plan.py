@@ -32,7 +32,12 @@ class DataFacts(TypedDict):
 
 @dataclass(frozen=True)
 class CorpusSettings:
-    """How documents are read and cut; lengths in tokens, `limit` in documents."""
+    """How documents are read and cut; lengths in tokens, `limit` in documents.
+
+    With `truncate` a document is cut at the sequence length, and what is behind is left out. `rows`
+    is the known form of records that was named, `columns` are the names of a table without a
+    header, `chat_template` the text of the template that takes the place of the tokenizer's own.
+    """
 
     # An append reads by the settings of the build. So whatever decides what a sequence is belongs
     # here, and not beside it: an append would cut its documents otherwise.
@@ -47,6 +52,10 @@ class CorpusSettings:
     id_field: str | None = None
     keep_fields: tuple[str, ...] = ()
     limit: Count | None = None
+    truncate: bool = False
+    rows: str | None = None
+    columns: tuple[str, ...] = ()
+    chat_template: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +64,7 @@ class Plan(CorpusSettings):
 
     model: str
     revision: str | None
+    adapter: str | None
     data: list[DataFacts]
     modules: str
     fit_sequences: Count
@@ -78,7 +88,8 @@ class Plan(CorpusSettings):
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain JSON types, in one flat object."""
-        return {**asdict(self), "keep_fields": list(self.keep_fields)}
+        return {**asdict(self), "keep_fields": list(self.keep_fields),
+                "columns": list(self.columns)}
 
     def out_of_bounds(self) -> str | None:
         """What of the plan no manifest may hold, or None."""

@@ -7,10 +7,14 @@ of its own format's content, so what newer formats added has to be taken out aga
 from collections.abc import Callable
 from typing import Any
 
-FORMAT = 3
+FORMAT = 4
 OLDEST = 1  # that is read
 
 Content = dict[str, Any]  # of a manifest's JSON
+
+# entries of a plan that format 4 added, as builds before it had them
+NEW_IN_4: Content = {"truncate": False, "rows": None, "columns": [], "chat_template": None,
+                     "adapter": None}
 
 
 def _to_2(content: Content) -> None:
@@ -30,6 +34,15 @@ def _to_3(content: Content) -> None:
         plan["covariance_blocks"] = 1
 
 
+def _to_4(content: Content) -> None:
+    """Formats 1 to 3 read records of their own form, in windows, by the tokenizer's template."""
+    plan = content.get("plan")
+    if isinstance(plan, dict):
+        if new := sorted(NEW_IN_4.keys() & plan.keys()):
+            raise ValueError(f"formats 1 to 3 have no {new[0]} in their plan")
+        plan.update(NEW_IN_4)
+
+
 def _from_2(content: Content) -> None:
     del content["background"]
 
@@ -38,8 +51,23 @@ def _from_3(content: Content) -> None:
     del content["plan"]["covariance_blocks"]
 
 
-_UP: dict[int, Callable[[Content], None]] = {1: _to_2, 2: _to_3}  # from this version
-_DOWN: dict[int, Callable[[Content], None]] = {3: _from_3, 2: _from_2}  # from this version
+def _from_4(content: Content) -> None:
+    for name in NEW_IN_4:
+        del content["plan"][name]
+
+
+# from this version
+_UP: dict[int, Callable[[Content], None]] = {1: _to_2, 2: _to_3, 3: _to_4}
+_DOWN: dict[int, Callable[[Content], None]] = {4: _from_4, 3: _from_3, 2: _from_2}
+
+
+def newest_plan(plan: Content) -> Content:
+    """The plan of an unfinished build, begun in any format, as the newest one would have it.
+
+    >>> newest_plan({"bits": 64})["truncate"]
+    False
+    """
+    return {"covariance_blocks": 1, **NEW_IN_4, **plan}
 
 
 def upgrade(content: Content) -> None:
@@ -49,8 +77,8 @@ def upgrade(content: Content) -> None:
 
     >>> content = {"format": 1, "plan": {}}
     >>> upgrade(content)
-    >>> content
-    {'format': 1, 'plan': {'covariance_blocks': 1}, 'background': None}
+    >>> content["background"], content["plan"]["covariance_blocks"], content["plan"]["truncate"]
+    (None, 1, False)
     """
     for version in range(content["format"], FORMAT):
         _UP[version](content)
@@ -59,7 +87,7 @@ def upgrade(content: Content) -> None:
 def downgrade(content: Content) -> None:
     """Take out of a manifest's content, in place, what its own `format` doesn't have.
 
-    >>> content = {"format": 2, "plan": {"covariance_blocks": 1}, "background": None}
+    >>> content = {"format": 2, "plan": {"covariance_blocks": 1, **NEW_IN_4}, "background": None}
     >>> downgrade(content)
     >>> content
     {'format': 2, 'plan': {}, 'background': None}
