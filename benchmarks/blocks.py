@@ -74,7 +74,7 @@ def main(queries: int, fit_sequences: int, cache: Path) -> None:
                                    256, 2048, 0, covariance_blocks=blocks)
             begun = time.perf_counter()
             ekfac, _ = fit(work.model, work.modules, lambda ids: [work.train[n] for n in ids],
-                           settings, Path(home), Progress(), 0)
+                           settings, Path(home), Progress())
             seconds = time.perf_counter() - begun
             size = sum(path.stat().st_size for path in Path(home).rglob("*.safetensors"))
             found = scores(work, ekfac)

@@ -44,12 +44,13 @@ from gradindex.influence.preconditioned import (
     query_coordinates,
 )
 from gradindex.influence.split_batches import plan_batches
+from gradindex.memory import Allowance
 from gradindex.modules import Module
 from gradindex.progress import Progress, duration, stderr_progress
 from gradindex.storage.code_index import CodeIndex
 from gradindex.storage.layout import code_bytes
 from gradindex.storage.records import Record
-from indexer.calibrate import calibrate
+from indexer.calibrate import calibrate, score_pairs
 from search.rank.ranking import CodeRanking
 from search.rank.recall import estimated_recall
 from search.rank.shortlist import Shortlist, longer
@@ -520,11 +521,14 @@ def main(queries: int, bits: tuple[int, ...], controls: bool, fits: tuple[int, .
         numbers[f"recall {k}"] = row(f"code, 1 bit, K = {k:,}", f"{code_bytes(k):,}", scores)
     print("\nRecall statement, claimed against actual (mean over queries; mean absolute per query)")
     calibrated = {}
+    pairs, _ = score_pairs(
+        work.model, work.modules, work.ekfac, lambda ids: [work.train[n] for n in ids],
+        len(work.train), 0, codes[bits[-1]].settings.damping, 2048, progress, Allowance())
     for k, one in codes.items():
         calibrated[k] = c = calibrate(
-            work.model, one, work.ekfac, lambda ids: [work.train[n] for n in ids],
+            work.model, one, work.ekfac, pairs,
             lambda ids, k=k: (_subset(found.indexes[k], k, ids), found.norms[k][ids]),  # type: ignore[misc]
-            len(work.train), 2048, progress,
+            set(range(len(work.train))), 2048, progress,
         )["c"]
         numbers[f"statement {k}"] = print_statement(work, plain, one, found, c)
     usual = default_length(work.size.length)

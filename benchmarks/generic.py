@@ -101,7 +101,8 @@ def build(work: Workload) -> tuple[Searcher, float, float]:
     begun = time.monotonic()
     again, _ = make_background_queries(
         snapshot.model, snapshot.codes, snapshot.ekfac, run.records,
-        lambda ids: run.coded(ids, facts.code["length"]), list(range(len(snapshot))), Progress())
+        lambda ids: run.coded(ids, facts.code["length"]), list(range(len(snapshot))),
+        facts.batch_tokens, Progress())
     own = time.monotonic() - begun
     assert snapshot.tables.background_queries is not None
     assert np.array_equal(again.vectors, snapshot.tables.background_queries.vectors)

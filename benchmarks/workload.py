@@ -116,7 +116,7 @@ def fit_on(
     chosen = choose(Stream.FIT_SEQUENCES, 0, len(training), count)
     settings = FitSettings(chosen, "model", 256, 2048, 0)
     return fit(model, modules, lambda wanted: [training[n] for n in wanted], settings, home,
-               progress, len(training))[0]
+               progress)[0]
 
 
 def query_gradients(work: Workload, queries: list[Record]) -> Gradients:

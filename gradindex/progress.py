@@ -33,6 +33,11 @@ class Progress:
         self._start_time = self._printed = 0.0
         self._first = (0.0, 0)
 
+    @property
+    def shown(self) -> bool:
+        """Whether anyone sees it: what is computed only to be said needn't be, else."""
+        return self._stream is not None
+
     def say(self, line: str) -> None:
         """Show one line."""
         if self._stream is None:

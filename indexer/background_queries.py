@@ -12,7 +12,7 @@ from gradindex.progress import Progress
 from gradindex.storage.background_file import BackgroundQueries, thresholds
 from gradindex.storage.code_index import CodeIndex
 from gradindex.storage.row_file import digest_of
-from indexer.calibrate import prepare_query
+from indexer.calibrate import later_half_vectors
 from indexer.fit.units import Read
 
 BACKGROUND_QUERIES = 64
@@ -22,7 +22,7 @@ LARGEST_SAMPLE = 1 << 20  # sequences whose scores are held at once: 256 MiB
 def make_background_queries(
     model: LanguageModel, codes: Codes, ekfac: Ekfac, read: Read,
     stored: Callable[[list[int]], Iterator[tuple[np.ndarray, np.ndarray]]], ids: list[int],
-    progress: Progress,
+    batch_tokens: int, progress: Progress,
 ) -> tuple[BackgroundQueries, int]:
     """Queries made of some of the sequences, with the thresholds of their code scores.
 
@@ -31,15 +31,13 @@ def make_background_queries(
     fixed random part of more than 2^20. A query without a gradient, or whose sequence equals all
     others, is left out.
     """
-    seed, length = codes.settings.seed, codes.settings.length
+    seed = codes.settings.seed
     # a stream of its own: the same sequences shouldn't serve for calibration and here
     records = read([ids[number] for number in choose(
         Stream.BACKGROUND_QUERIES, seed, len(ids), BACKGROUND_QUERIES)])
     progress.start("background", len(records), "queries")
-    vectors = np.zeros((len(records), length), dtype=np.float16)
-    for number, record in enumerate(records):
-        vectors[number] = unit_vector(prepare_query(model, codes, ekfac, record)[0])
-        progress.update(1)
+    vectors = np.stack([unit_vector(vector) for vector in later_half_vectors(
+        model, codes, ekfac, records, batch_tokens, progress.update)])
     progress.finish()
     sample = [ids[number] for number in choose(
         Stream.BACKGROUND_QUERY_SCORES, seed, len(ids), LARGEST_SAMPLE)]

@@ -52,10 +52,13 @@ from gradindex.storage.upgrades import FORMAT
 from gradindex.version import VERSION
 from indexer.background_queries import make_background_queries
 from indexer.build_request import BuildRequest, anywhere
-from indexer.calibrate import calibrate
+from indexer.calibrate import calibrate, exact_pairs, score_pairs
+from indexer.code_length import settle_bits
 from indexer.encode import encode_run, quarantined_of
+from indexer.fit.budget import curvature_bytes
 from indexer.fit.notes import FitNotes
 from indexer.fit.schedule import fit
+from indexer.pace.expected import say_expected
 from indexer.prepare import Prepared, make_codes, prepare_build
 from indexer.read import ingest
 from indexer.read.ingest import Run
@@ -94,14 +97,19 @@ def build(request: BuildRequest) -> ModelSource | None:
         # 3) the model and its tracked modules
         prepared = prepare_build(index, request.source, request.dtype, state, progress, shard.of)
         with _share_of(request) as share:
+            if progress.shown and request.ray is None:  # how many workers there will be isn't known
+                say_expected(prepared, state, share, progress)
 
             # 4) EK-FAC curvature
             fitted = fit_curvature(index, prepared, share, progress)
 
-            # 5) every sequence → a code
+            # 5) how many bits a code gets, by the exact scores of some sequences
+            settle_codes(index, fitted, state, share, progress)
+
+            # 6) every sequence → a code
             if request.ray is None:
                 encode_run(prepared.model, _codes(fitted, state), prepared.run,
-                           state.plan.batch_tokens, request.facts.max_bad, progress, share)
+                           state.batch_tokens, request.facts.max_bad, progress, share)
             else:
                 share.complete(BuildStage("encode"), lambda: ingest.unsealed(prepared.run))
         return_freed()  # what batches took, before calibration needs it
@@ -110,10 +118,10 @@ def build(request: BuildRequest) -> ModelSource | None:
                          f"{index}")
             return None
 
-        # 6) how far a code's score is from the exact one, and what comes up whatever is asked
+        # 7) how far a code's score is from the exact one, and what comes up whatever is asked
         measured = measure_codes(index, fitted, state, progress)
 
-        # 7) the commit
+        # 8) the commit
         commit_index(index, fitted, measured, state, progress)
     return _source_to_open(request)
 
@@ -192,13 +200,35 @@ class FittedBuild:
 def fit_curvature(index: Path, prepared: Prepared, share: Share, progress: Progress) -> FittedBuild:
     """Step 4: the curvature, fitted or read."""
     ekfac, notes = fit(prepared.model, prepared.tracked, prepared.run.records, prepared.settings,
-                       index, progress, prepared.run.count, share, prepared.allowance)
+                       index, progress, share, prepared.allowance)
     modules = [module for module in prepared.tracked if module.name in ekfac]
     return FittedBuild(prepared, modules, ekfac, notes)
 
 
+def settle_codes(
+    index: Path, fitted: FittedBuild, state: BuildState, share: Share, progress: Progress
+) -> None:
+    """Step 5: K, written down with the exact scores that tell it, by the first process alone."""
+    prepared, plan, settled = fitted.prepared, state.plan, state.settled
+    assert settled is not None
+    if share.first and settled.influence is None:
+        pairs, cosines = score_pairs(
+            prepared.model, fitted.modules, fitted.ekfac, prepared.run.records, prepared.run.count,
+            plan.seed, plan.damping, settled.batch_tokens, progress, prepared.allowance)
+        squares = curvature_bytes(fitted.modules, plan.covariance_blocks,
+                                  prepared.model.accumulate.itemsize)
+        settled.bits = settle_bits(
+            plan.bits, cosines, prepared.run.count, squares, progress.say)
+        ingest.check_disk(prepared.run, settled.bits, 0)
+        settled.influence = [[score if np.isfinite(score) else None for score in scores]
+                             for scores in pairs.influence.tolist()]
+        state.save()
+        return_freed()  # what batches took, before encoding needs it
+    share.complete(BuildStage("bits"), lambda: [] if state.reread_bits() else [0])
+
+
 def _codes(fitted: FittedBuild, state: BuildState) -> Codes:
-    return make_codes(fitted.modules, fitted.ekfac, state.plan)
+    return make_codes(fitted.modules, fitted.ekfac, state.plan, state.bits)
 
 
 @dataclass
@@ -214,20 +244,20 @@ class MeasuredBuild:
 def measure_codes(
     index: Path, fitted: FittedBuild, state: BuildState, progress: Progress
 ) -> MeasuredBuild:
-    """Step 6: calibrate the codes, and write the background queries."""
-    plan, prepared, ekfac = state.plan, fitted.prepared, fitted.ekfac
+    """Step 7: calibrate the codes, and write the background queries."""
+    prepared, ekfac = fitted.prepared, fitted.ekfac
     run, model = prepared.run, prepared.model
     assert state.request is not None
-    codes, length = _codes(fitted, state), plan.bits
+    codes, length = _codes(fitted, state), state.bits
     quarantined = quarantined_of(run, state.request.max_bad, progress)
     coded = [number for number in range(run.count) if number not in quarantined]
     # both read codes and norms from the disk: what is measured is what a search will see
     calibration = calibrate(
-        model, codes, ekfac, run.records, lambda ids: run.codes(ids, length), coded,
-        plan.batch_tokens, progress, prepared.allowance,
-    )
+        model, codes, ekfac, exact_pairs(run.records, run.count, state.plan.seed, state.influence),
+        lambda ids: run.codes(ids, length), set(coded), state.batch_tokens, progress)
     queries, sample = make_background_queries(
-        model, codes, ekfac, run.records, lambda ids: run.coded(ids, length), coded, progress)
+        model, codes, ekfac, run.records, lambda ids: run.coded(ids, length), coded,
+        state.batch_tokens, progress)
     background_file.save(index / layout.BACKGROUND, queries)
     return MeasuredBuild(codes, calibration,
                          BackgroundFacts(queries=len(queries), sample=sample), len(quarantined))
@@ -237,7 +267,7 @@ def commit_index(
     index: Path, fitted: FittedBuild, measured: MeasuredBuild, state: BuildState,
     progress: Progress,
 ) -> None:
-    """Step 7: the manifest. From then on there is an index, and the rest is tidying up."""
+    """Step 8: the manifest. From then on there is an index, and the rest is tidying up."""
     manifest = _manifest(fitted, measured, state)
     if manifest.duplicates:
         progress.say(f"duplicates: {manifest.duplicates:,} sequences equal an earlier one; they "
@@ -286,7 +316,7 @@ def _manifest(fitted: FittedBuild, measured: MeasuredBuild, state: BuildState) -
             damping=settings.damping, digest=measured.codes.digest,
         ),
         calibration=measured.calibration, background=measured.background,
-        batch_tokens=plan.batch_tokens, plan=plan,
+        batch_tokens=state.batch_tokens, plan=plan,
         appended=[],
         next_id=run.count, next_segment=len(run.segments), segments=run.segments,
         deleted=0, deleted_file=None, quarantined=measured.quarantined,

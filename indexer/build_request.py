@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from gradindex.errors import InputError
-from gradindex.influence.codes import default_length
 from gradindex.memory import parse_bound
 from gradindex.model.config import context_length, vocabulary_size
 from gradindex.model.identity import tokenizer_digest
@@ -72,7 +71,7 @@ def make_request(
     bits: int | None = None,
     dtype: str = defaults.AUTO,
     device: str = defaults.AUTO,
-    batch_tokens: int = defaults.BATCH_TOKENS,
+    batch_tokens: int | None = None,
     segment_size: int = defaults.SEGMENT_SIZE,
     train_sequences: int | None = None,
     max_bad: float = defaults.MAX_BAD,
@@ -122,7 +121,7 @@ def make_request(
         data=corpus.data_facts(),
         modules=modules, fit_sequences=fit_sequences, fit_labels=fit_labels,
         covariance_blocks=covariance_blocks, damping=damping,
-        bits=_code_length(bits, settings.sequence_length),
+        bits=_code_length(bits),
         dtype=str(chosen_dtype).removeprefix("torch."), device=chosen_device.type,
         batch_tokens=batch_tokens, segment_size=segment_size, seed=seed,
         tokenizer=tokenizer_digest(corpus.tokenizer),
@@ -203,11 +202,9 @@ def _sequence_length(seq_len: int | None, config: Any, data: list[Any]) -> int:
     return seq_len
 
 
-def _code_length(bits: int | None, sequence_length: int) -> int:
-    """K, as given or by the length of the sequences. Raises InputError."""
-    if bits is None:
-        return default_length(sequence_length)
-    if bits < 64 or bits % 64:
+def _code_length(bits: int | None) -> int | None:
+    """K as given, or None. Raises InputError."""
+    if bits is not None and (bits < 64 or bits % 64):
         raise InputError(f"--bits {bits}: expected a multiple of 64, such as 16384 or 32768.")
     return bits
 

@@ -1,22 +1,31 @@
 """How far a code's score is from the exact influence, measured once per index.
 
 Some of the index's own sequences serve as queries (their later half given the first) against a
-random sample of sequences. c is the root mean square of (code score − I) √K / (‖v_q‖ ‖v_m‖); the
-slope of code score on I shows that the estimate has no bias. A few of the exact scores are kept as
-anchors, to be computed again when the index is verified.
+random sample of sequences. Their exact influence needs no codes, so it is computed before these are
+made: it tells how many bits they need (`code_length.py`). With the codes on disk,
+c is the root mean square of (code score − I) √K / (‖v_q‖ ‖v_m‖); the slope of code score on I shows
+that the estimate has no bias. A few of the exact scores are kept as anchors, to be computed again
+when the index is verified.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
 from gradindex.draws import Stream, choose
 from gradindex.errors import GradindexError
-from gradindex.influence.codes import Codes, score_error
+from gradindex.influence.codes import Codes, CodeSettings, default_width, score_error
 from gradindex.influence.curvature import Ekfac
-from gradindex.influence.exact import exact_scores
-from gradindex.influence.preconditioned import Preconditioned, prepare, query_coordinates
+from gradindex.influence.exact import Influences, collect
+from gradindex.influence.preconditioned import (
+    Preconditioned,
+    prepare,
+    query_coordinates,
+    query_vectors,
+)
+from gradindex.influence.split_batches import Splits, in_batches
 from gradindex.memory import Allowance
 from gradindex.model.network import LanguageModel
 from gradindex.modules import Module
@@ -24,54 +33,123 @@ from gradindex.progress import Progress
 from gradindex.storage.code_index import CodeIndex
 from gradindex.storage.manifest import Calibration
 from gradindex.storage.records import Record
+from indexer.fit.batch_memory import available_on
 from indexer.fit.units import Read
 
 CALIBRATION_QUERIES = 16
-CALIBRATION_SAMPLE = 128
+# With so many pairs, whose errors are as good as independent, c is known to 1 / √(2 n) = 2 %.
+CALIBRATION_SAMPLE = 96
 ANCHORS, ANCHORS_EACH = 8, 2  # exact scores kept, and of one query
-STACKED_ENTRIES = 1 << 29  # entries of preconditioned query gradients held at once
+STACKED = 1 / 4  # of the memory to be had: for preconditioned query gradients held at once
+NORM_BITS = 16384  # K of the vectors whose norms tell the size of gradients: any K will do
 
 
-def calibrate(
-    model: LanguageModel, codes: Codes, ekfac: Ekfac, read: Read,
-    stored: Callable[[list[int]], tuple[CodeIndex, np.ndarray]], ids: list[int], batch_tokens: int,
-    progress: Progress, allowance: Allowance,
-) -> Calibration:
-    """c, the slope, the number of (query, sequence) pairs they were measured on, and anchors.
+@dataclass
+class PairScores:
+    """The exact influence [q, s] of a sample on some queries, and the vectors of both.
 
-    `ids` are those that have a code; `stored` gives some ids' codes on disk and their norms ‖v_m‖.
+    `query_vectors` [q, K] and `vectors` [s, K] are those of the codes that were given.
+    """
+
+    queries: list[Record]
+    query_vectors: np.ndarray
+    influence: np.ndarray
+    vectors: np.ndarray
+
+
+@dataclass
+class ExactPairs:
+    """The exact influence [q, s] of a sample of sequences on some queries, before there are codes.
+
+    NaN where a sequence's gradient is not finite.
+    """
+
+    queries: list[Record]
+    sample: list[Record]
+    influence: np.ndarray
+
+
+def draw_pairs(read: Read, count: int, seed: int) -> tuple[list[Record], list[Record]]:
+    """The sequences that serve as queries and those that are scored, of ids below `count`."""
+    # from streams of their own: a sequence may be in both, or in one
+    queries, sample = ([int(number) for number in choose(stream, seed, count, most)]
+                       for stream, most in ((Stream.CALIBRATION_QUERIES, CALIBRATION_QUERIES),
+                                            (Stream.CALIBRATION_SAMPLE, CALIBRATION_SAMPLE)))
+    return read(queries), read(sample)
+
+
+def exact_pairs(
+    read: Read, count: int, seed: int, influence: list[list[float | None]]
+) -> ExactPairs:
+    """The pairs whose scores were written down, None for NaN."""
+    return ExactPairs(*draw_pairs(read, count, seed), np.array(influence, dtype=np.float64))
+
+
+def score_pairs(
+    model: LanguageModel, modules: list[Module], ekfac: Ekfac, read: Read, count: int, seed: int,
+    damping: float, batch_tokens: int, progress: Progress, allowance: Allowance,
+) -> tuple[ExactPairs, np.ndarray]:
+    """Score a sample of sequences exactly against queries made of others, of ids below `count`.
+
+    With the pairs come their cosines [q, s], the influence in units of ‖v_q‖ ‖v_m‖: the error of a
+    code's score is c / √K in them. NaN where a gradient is not finite, 0 where it is zero.
     Raises GradindexError where no sampled sequence has a gradient.
     """
-    seed = codes.settings.seed
-    # queries and sample from streams of their own: a sequence may be in both, or in one
-    queries = read([ids[number] for number in choose(
-        Stream.CALIBRATION_QUERIES, seed, len(ids), CALIBRATION_QUERIES)])
-    sample_ids = [ids[number] for number in choose(
-        Stream.CALIBRATION_SAMPLE, seed, len(ids), CALIBRATION_SAMPLE)]
-    sample = read(sample_ids)
-    code_index, norms = stored(sample_ids)
-    progress.start("calibrate", len(queries), "queries")
-    errors, weights = [], []
-    anchors: list[tuple[int, int, float]] = []
-    for vectors, exact, records in exact_influence(
-            model, codes, ekfac, queries, sample, batch_tokens, allowance):
-        for vector, truth, query in zip(vectors, exact, records, strict=True):
-            # everything in units of the error that is expected at c = 1
-            scale = score_error(1.0, float(np.linalg.norm(vector)), norms, len(vector))
-            real = scale > 0  # a gradient that rounds to zero has a code without error
-            errors.append(((code_index.scores(vector) - truth) / np.where(real, scale, 1))[real])
-            weights.append((truth / np.where(real, scale, 1))[real])
-            if len(anchors) < ANCHORS:
-                anchors += [(query.id, other, float(score)) for other, score in
-                            list(zip(sample_ids, truth, strict=True))[:ANCHORS_EACH]]
-            progress.update(1)
+    queries, sample = draw_pairs(read, count, seed)
+    # these codes are for norms alone: K isn't chosen yet, and hardly matters to them
+    codes = Codes(modules, ekfac, CodeSettings(
+        NORM_BITS, default_width(NORM_BITS, len(modules)), seed, damping))
+    stacks = -(-len(queries) // stacked_queries(model, modules, allowance))
+    progress.start("pairs", len(queries) + stacks * len(sample), "passes")
+    influence, cosines = [], []
+    for scored in exact_influence(
+            model, codes, ekfac, queries, sample, batch_tokens, allowance, progress.update):
+        sizes = np.outer(*(np.linalg.norm(vectors.astype(np.float64), axis=1)
+                           for vectors in (scored.query_vectors, scored.vectors)))
+        influence.append(scored.influence)
+        cosines.append(np.divide(scored.influence, sizes, where=sizes > 0,
+                                 out=np.zeros_like(scored.influence)))
     progress.finish()
-    error, weight = np.concatenate(errors), np.concatenate(weights)
-    if not np.any(weight):
+    pairs = ExactPairs(queries, sample, np.concatenate(influence))
+    if not np.nan_to_num(pairs.influence).any():
         raise GradindexError(
             f"none of the {len(sample)} sampled sequences has a gradient, so influence is zero "
             "throughout. Is the model the one that was trained on this data?"
         )
+    return pairs, np.concatenate(cosines)
+
+
+def calibrate(
+    model: LanguageModel, codes: Codes, ekfac: Ekfac, pairs: ExactPairs,
+    stored: Callable[[list[int]], tuple[CodeIndex, np.ndarray]], coded: set[int],
+    batch_tokens: int, progress: Progress,
+) -> Calibration:
+    """c, the slope, the number of (query, sequence) pairs they were measured on, and anchors.
+
+    `coded` are the ids that have a code; `stored` gives some ids' codes on disk and their norms
+    ‖v_m‖.
+    """
+    queries = [number for number, query in enumerate(pairs.queries) if query.id in coded]
+    sample = [number for number, record in enumerate(pairs.sample) if record.id in coded]
+    influence = pairs.influence[np.ix_(queries, sample)]
+    query_ids = [pairs.queries[number].id for number in queries]
+    sample_ids = [pairs.sample[number].id for number in sample]
+    code_index, norms = stored(sample_ids)
+    progress.start("calibrate", len(queries), "queries")
+    errors, weights = [], []
+    for vector, truth in zip(later_half_vectors(
+            model, codes, ekfac, [pairs.queries[number] for number in queries], batch_tokens,
+            progress.update), influence, strict=True):
+        # everything in units of the error that is expected at c = 1
+        scale = score_error(1.0, float(np.linalg.norm(vector)), norms, len(vector))
+        real = scale > 0  # a gradient that rounds to zero has a code without error
+        errors.append(((code_index.scores(vector) - truth) / np.where(real, scale, 1))[real])
+        weights.append((truth / np.where(real, scale, 1))[real])
+    progress.finish()
+    error, weight = np.concatenate(errors), np.concatenate(weights)
+    anchors = [(query, other, float(score)) for query, scores in
+               zip(query_ids[: ANCHORS // ANCHORS_EACH], influence.tolist(), strict=False)
+               for other, score in zip(sample_ids[:ANCHORS_EACH], scores, strict=False)]
     return Calibration(
         c=round(float(np.sqrt(np.mean(error**2))), 4),
         slope=round(slope(error, weight), 4), pairs=len(error), anchors=anchors,
@@ -92,39 +170,78 @@ def slope(error: np.ndarray, truth: np.ndarray) -> float:
 def exact_influence(
     model: LanguageModel, codes: Codes, ekfac: Ekfac, queries: list[Record],
     sample: list[Record], batch_tokens: int, allowance: Allowance,
-) -> Iterator[tuple[np.ndarray, np.ndarray, list[Record]]]:
-    """Exact influence of each sampled sequence on each query: a sequence's later half.
+    done: Callable[[int], object] = lambda _: None,
+) -> Iterator[PairScores]:
+    """Exact influence of each sampled sequence on each query, a sequence's later half.
 
-    Yields, for some queries at a time, their vectors [q, K], the influence [q, sample] and them.
+    For as many queries at a time as memory holds; `done` is told of every pass of a sequence.
+    Raises ResourceError where memory doesn't hold one sequence.
     """
-    stack = stacked_queries(codes.modules, allowance)
+    stack = stacked_queries(model, codes.modules, allowance)
     for first in range(0, len(queries), stack):
-        records = queries[first : first + stack]
-        vectors, preconditioned = zip(
-            *(prepare_query(model, codes, ekfac, record) for record in records), strict=True)
+        records, prepared = queries[first : first + stack], []
+        for record in records:
+            prepared.append(prepare_query(model, codes, ekfac, record))
+            done(1)
+        query_vectors, preconditioned = zip(*prepared, strict=True)
+        # the sequences go through once for all queries at hand: their passes are most of the work
         joined = Preconditioned.join(list(preconditioned))
-        exact = exact_scores(model, codes.modules, joined, sample, batch_tokens)
-        yield np.stack(vectors), exact, records
+        influence = np.zeros((len(records), len(sample)))
+        vectors = np.zeros((len(sample), codes.settings.length), dtype=np.float32)
+
+        def run(
+            rows: list[int], joined: Preconditioned = joined
+        ) -> tuple[np.ndarray, np.ndarray]:
+            influences, part = Influences(joined, len(rows)), codes.empty(len(rows))
+            collect(model, codes.modules, model.batch([sample[row] for row in rows]),
+                    influences, partial(codes.add, part))
+            return influences.total.numpy(), part.float().cpu().numpy()
+
+        lengths = [len(record.tokens) for record in sample]
+        for rows, (scores, part) in in_batches(lengths, batch_tokens, Splits(), run):
+            influence[:, rows], vectors[rows] = scores, part
+            done(len(rows))
+        yield PairScores(records, np.stack(query_vectors), influence, vectors)
 
 
-def stacked_queries(modules: list[Module], allowance: Allowance) -> int:
-    """How many queries are scored together at most, for the memory of their gradients.
+def stacked_queries(model: LanguageModel, modules: list[Module], allowance: Allowance) -> int:
+    """How many queries are scored together, for the memory of their gradients: one at least."""
+    room = int(STACKED * available_on(model.device)) if allowance.bytes is None else \
+        int(STACKED * allowance.bytes)
+    each = model.accumulate.itemsize * sum(module.size for module in modules)
+    return min(CALIBRATION_QUERIES, max(1, room // each))
 
-    >>> stacked_queries([Module("m", 0, "mlp", 1 << 14, 1 << 14, False)], Allowance())
-    2
-    """
-    entries = allowance.part(1 / 16, 4 * STACKED_ENTRIES) // 4  # of 4 bytes each
-    return max(1, entries // sum(module.size for module in modules))
+
+def later_half(model: LanguageModel, record: Record) -> Record:
+    """A record as a query: of its later half given the first."""
+    # what was said before is context, not target
+    return replace(record, scored=model.objective.later_half(record.scored))
+
+
+def later_half_vectors(
+    model: LanguageModel, codes: Codes, ekfac: Ekfac, records: list[Record], batch_tokens: int,
+    done: Callable[[int], object] = lambda _: None,
+) -> np.ndarray:
+    """The vectors [q, K] of records' later halves as queries; `done` is told of every record."""
+    vectors = np.zeros((len(records), codes.settings.length), dtype=np.float32)
+
+    def run(rows: list[int]) -> np.ndarray:
+        batch = model.batch([later_half(model, records[row]) for row in rows])
+        return query_vectors(model, codes, ekfac, batch).float().cpu().numpy()
+
+    lengths = [len(record.tokens) for record in records]
+    for rows, part in in_batches(lengths, batch_tokens, Splits(), run):
+        vectors[rows] = part
+        done(len(rows))
+    return vectors
 
 
 def prepare_query(
     model: LanguageModel, codes: Codes, ekfac: Ekfac, record: Record
 ) -> tuple[np.ndarray, Preconditioned]:
     """The vector [K] of a record's later half as a query, and its preconditioned gradient."""
-    # asked of its later half given the first: what was said before is context, not target
-    batch = model.batch([replace(record, scored=model.objective.later_half(record.scored))])
-    coordinates, _ = query_coordinates(
-        model, codes.modules, ekfac, batch, codes.settings.damping)
+    coordinates, _ = query_coordinates(model, codes.modules, ekfac, model.batch(
+        [later_half(model, record)]), codes.settings.damping)
     vectors, squares, preconditioned = codes.empty(1), codes.empty(1)[:, 0], Preconditioned({})
     prepare(codes, ekfac, coordinates, codes.settings.damping, vectors, squares, preconditioned)
     return vectors[0].float().cpu().numpy(), preconditioned

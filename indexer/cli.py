@@ -55,12 +55,13 @@ _MAX_BAD = click.option(
                    "memory, less time for eigendecompositions; scores differ somewhat.")
 @click.option("--damping", type=float, default=defaults.DAMPING, show_default=True,
               help="λ as a factor of each module's mean eigenvalue.")
-@click.option("--bits", type=int, help="Bits a code, K [256 a token, at least 16384].")
+@click.option("--bits", type=int,
+              help="Bits a code, K [by the spread of exact scores, once the curvature is fitted].")
 @click.option("--dtype", default=defaults.AUTO, show_default=True,
               help="auto (float32 on a CPU, the checkpoint's own on a GPU), float32, bfloat16, …")
 @DEVICE
-@click.option("--batch-tokens", type=int, default=defaults.BATCH_TOKENS, show_default=True,
-              help="Padded tokens a batch.")
+@click.option("--batch-tokens", type=int,
+              help="Padded tokens a batch [4096, or fewer or more as measured on a larger model].")
 @MAX_MEMORY
 @click.option("--segment-size", type=int, default=defaults.SEGMENT_SIZE, show_default=True,
               help="Sequences a segment, the unit of work and of resuming.")

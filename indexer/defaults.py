@@ -9,7 +9,6 @@ LABELS = ("model", "data")  # whose labels the curvature is fitted on; the first
 COVARIANCE_BLOCKS = 1
 DAMPING = 0.1  # of mean(Λ), as in Grosse et al. 2023, §5
 AUTO = "auto"  # of dtype and device
-BATCH_TOKENS = 4096
 SEGMENT_SIZE = 4096
 MAX_BAD = 0.001
 SEED = 0

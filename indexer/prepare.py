@@ -26,13 +26,15 @@ from gradindex.storage import layout
 from gradindex.storage.build_plan import Plan
 from gradindex.storage.files import bytes_in
 from gradindex.storage.records import Record
+from indexer.code_length import FEWEST
 from indexer.fit.batch_memory import batch_bytes
 from indexer.fit.budget import disk_bytes, held_bytes, partitions
 from indexer.fit.notes import FitSettings
 from indexer.fit.schedule import AHEAD, BLOCK_SEQUENCES
+from indexer.pace.batch_size import choose_batch_tokens
 from indexer.read import ingest
 from indexer.read.ingest import Run
-from indexer.state import BuildState
+from indexer.state import BuildState, Settled
 
 NOTABLE = 0.05  # share of parameters that can't be tracked: said loudly from here on
 
@@ -73,16 +75,23 @@ def prepare_build(
     if (total := sum(lost.values())) > NOTABLE:
         progress.say(f"warning: {total:.0%} of the model's parameters can't be tracked, so their "
                      f"influence is in no score: {shares(lost)}")
-    settings = FitSettings(
-        choose(Stream.FIT_SEQUENCES, plan.seed, run.count, plan.fit_sequences),
-        plan.fit_labels, min(plan.segment_size, BLOCK_SEQUENCES), plan.batch_tokens,
-        plan.seed, request.max_bad, plan.covariance_blocks,
-    )
-    allowance = allow(model, tracked, settings, lambda: run.records(settings.ids[: settings.block]))
+    ids = choose(Stream.FIT_SEQUENCES, plan.seed, run.count, plan.fit_sequences)
+    block = min(plan.segment_size, BLOCK_SEQUENCES)
+
+    def sample() -> list[Record]:
+        return run.records(ids[:block])
+
+    if state.settled is None:  # the first process alone gets here: the others wait for it
+        state.settled = Settled(plan.batch_tokens or choose_batch_tokens(
+            model, tracked, sample(), source.max_memory, progress), plan.bits)
+        state.save()
+    settings = FitSettings(ids, plan.fit_labels, block, state.batch_tokens, plan.seed,
+                           request.max_bad, plan.covariance_blocks)
+    allowance = allow(model, tracked, settings, sample)
     blocks, width = settings.covariance_blocks, model.accumulate.itemsize
     groups = partitions(tracked, blocks, width, allowance.planned)
     # blocks that wait for the first shard lie on the disk too, some of each of the others
-    ingest.check_disk(run, plan.bits, _still_needed(index, disk_bytes(
+    ingest.check_disk(run, state.settled.bits or FEWEST, _still_needed(index, disk_bytes(
         groups, blocks, width, AHEAD * shards if shards > 1 else 0)))
     return Prepared(run, model, tracked, settings, allowance)
 
@@ -113,11 +122,11 @@ def allow(
         model.bytes, model.source.max_memory, held, f"fitting {largest}", batch)
 
 
-def make_codes(modules: list[Module], ekfac: Ekfac, plan: Plan) -> Codes:
-    """The codes that a plan asks for, of modules that have curvature."""
+def make_codes(modules: list[Module], ekfac: Ekfac, plan: Plan, bits: int) -> Codes:
+    """The codes of K = `bits` that a plan asks for, of modules that have curvature."""
     # k follows from how many modules share the K buckets, so it is chosen after the fit
     return Codes(modules, ekfac, CodeSettings(
-        plan.bits, default_width(plan.bits, len(modules)), plan.seed, plan.damping))
+        bits, default_width(bits, len(modules)), plan.seed, plan.damping))
 
 
 def describe_modules(model: LanguageModel, tracked: list[Module]) -> str:

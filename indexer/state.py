@@ -52,12 +52,26 @@ class ModelIdentity:
     config: dict[str, Any]
 
 
+@dataclass
+class Settled:
+    """What a build chose for good where its plan left it open, and measured on the way.
+
+    `batch_tokens` are the padded tokens of a batch. `bits` is K, None until it is known.
+    `influence` [q, s] are the exact scores that tell it (`calibrate.py`), None until they are
+    there; None among them for a gradient that isn't finite.
+    """
+
+    batch_tokens: int
+    bits: int | None
+    influence: list[list[float | None]] | None = None
+
+
 # ---- a build
 
 
 @dataclass
 class BuildState:
-    """`build.json`: `corpus`, `model` and `request` are None until they are known.
+    """`build.json`: `corpus`, `model`, `request` and `settled` are None until they are known.
 
     `saved_plan` is the plan as it lies there, with what later versions added: two are compared in
     this form.
@@ -69,6 +83,7 @@ class BuildState:
     corpus: CorpusFacts | None = None
     model: ModelIdentity | None = None
     request: RequestFacts | None = None
+    settled: Settled | None = None
 
     @classmethod
     def open(
@@ -89,8 +104,12 @@ class BuildState:
         if not path.is_file():
             return None
         stored = _read_state(path, _BUILD)
-        return cls(path, newest_plan(stored["plan"]), stored["threads"], stored["corpus"],
-                   stored["model"], stored.get("asked"))
+        state = cls(path, newest_plan(stored["plan"]), stored["threads"], stored["corpus"],
+                    stored["model"], stored.get("asked"), stored.get("settled"))
+        plan = state.saved_plan  # of a build begun before anything was left open
+        if state.settled is None and isinstance(plan.get("batch_tokens"), int):
+            state.settled = Settled(plan["batch_tokens"], plan.get("bits"))
+        return state
 
     @classmethod
     def joined(cls, index: Path, plan: Plan) -> "BuildState | None":
@@ -104,7 +123,7 @@ class BuildState:
         # before that the first shard may begin anew with this plan, so it is waited for
         if _is_fitted(index):
             _refuse_difference(index, state.saved_plan, plan.to_dict())
-        known = state.corpus is not None and state.model is not None
+        known = None not in (state.corpus, state.model, state.settled)
         return state if known and not _differences(state.saved_plan, plan.to_dict()) else None
 
     @classmethod
@@ -143,10 +162,35 @@ class BuildState:
         """The plan. Raises DamagedIndexError where it can't be read as one."""
         return Plan.from_dict(self.saved_plan)
 
+    @property
+    def batch_tokens(self) -> int:
+        """The padded tokens of a batch, once they are settled."""
+        assert self.settled is not None
+        return self.settled.batch_tokens
+
+    def reread_bits(self) -> int | None:
+        """K as the first process wrote it down, None as long as it didn't."""
+        assert self.settled is not None
+        if self.settled.bits is None and (now := BuildState.resumed(self.path.parent)) is not None:
+            self.settled = now.settled
+        return self.settled.bits if self.settled is not None else None
+
+    @property
+    def influence(self) -> list[list[float | None]]:
+        """The exact scores that calibrate the codes, once they are there."""
+        assert self.settled is not None and self.settled.influence is not None
+        return self.settled.influence
+
+    @property
+    def bits(self) -> int:
+        """K, once it is settled."""
+        assert self.settled is not None and self.settled.bits is not None
+        return self.settled.bits
+
     def save(self) -> None:
         """Write build.json. Raises ResourceError."""
-        _write_state(
-            self.path, self.saved_plan, self.threads, self.corpus, self.model, self.request)
+        _write_state(self.path, self.saved_plan, self.threads, self.corpus, self.model,
+                     self.request, self.settled)
 
     def check_model(self, model: LanguageModel) -> None:
         """Remember the weights' digest, or raise IndexMismatchError if they changed."""
@@ -242,6 +286,7 @@ class _StoredBuild(TypedDict):
     corpus: CorpusFacts | None
     model: ModelIdentity | None
     asked: NotRequired[RequestFacts | None]
+    settled: NotRequired[Settled | None]
 
 
 class _StoredAppend(TypedDict):
@@ -274,11 +319,13 @@ def _read_state(path: Path, adapter: pydantic.TypeAdapter[_Stored]) -> _Stored:
 def _write_state(
     path: Path, plan: dict[str, Any], threads: int, corpus: CorpusFacts | None,
     model: ModelIdentity | None = None, request: RequestFacts | None = None,
+    settled: Settled | None = None,
 ) -> None:
     # append.json has all fields too: earlier versions refuse one without
     content = {
         "plan": plan, "threads": threads, "corpus": corpus and asdict(corpus),
         "model": model and asdict(model), "asked": request and asdict(request),
+        "settled": settled and asdict(settled),
     }
     atomic_write(path, sealed_json.with_digest(content))
 

@@ -28,7 +28,7 @@ DOORS = {  # library: the files that it enters through
     "starlette": {f"search/serve/{name}.py" for name in
                   ("api", "guard", "pages", "reception", "server")},
     "uvicorn": {"search/serve/connections.py", "search/serve/listening.py"},
-    "scipy": {"gradindex/storage/token_file.py", "indexer/fit/eigen.py"},
+    "scipy": {"gradindex/storage/token_file.py", "indexer/code_length.py", "indexer/fit/eigen.py"},
     "sklearn": {"search/study/evaluate.py"},
     "matplotlib": {"search/study/evaluate.py"},
     "peft": set(),
@@ -85,7 +85,8 @@ WINGS = {  # a wing: those that it may import; all may import the rooms at gradi
 CORE = {"gradindex", *WINGS}
 WINGS |= {
     "indexer.read": CORE, "indexer.fit": CORE | {"indexer"},
-    "indexer.dry_run": CORE | {"indexer", "indexer.fit", "indexer.read"},
+    "indexer.pace": CORE | {"indexer", "indexer.fit", "indexer.read"},
+    "indexer.dry_run": CORE | {"indexer", "indexer.fit", "indexer.pace", "indexer.read"},
     "indexer.parallel": CORE | {"indexer", "indexer.fit", "indexer.read"},
     "indexer.upkeep": CORE | {"indexer", "indexer.fit", "indexer.read"},
     "search.ask": CORE,

@@ -339,7 +339,7 @@ def test_default_arguments():
         "seq_len": None, "pack": False, "modules": "mlp", "fit_sequences": 4096,
         "fit_labels": "model", "covariance_blocks": 1, "damping": 0.1, "bits": None,
         "dtype": "auto", "device": "auto",
-        "batch_tokens": 4096, "segment_size": 4096, "train_sequences": None, "strict": False,
+        "batch_tokens": None, "segment_size": 4096, "train_sequences": None, "strict": False,
         "limit": None, "trust_remote_code": False, "allow_pickle": False}
 
 
@@ -351,8 +351,6 @@ def test_default_plan(model_folder, data_file, index_folder):
         "device")} == {
         "pack": False, "modules": "mlp", "fit_sequences": 4096, "fit_labels": "model",
         "damping": 0.1, "seed": 0, "limit": None, "dtype": "float32", "device": "cpu"}
-    assert build_request._code_length(None, 512) == 131072
-    assert build_request._code_length(None, 16) == 16384
     assert index.manifest.fit["sequences"] == len(index)  # all, where there are fewer than 4,096
     assert index.manifest.train_sequences is None and index.manifest.task == "text"
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from gradindex import draws
-from gradindex.influence.blockwise import rotated
+from gradindex.influence.blockwise import rotated, rotator
 from gradindex.influence.codes import Codes
-from gradindex.influence.curvature import Ekfac
+from gradindex.influence.curvature import Curvature, Ekfac
 from gradindex.influence.gradients import apply_inputs, backward, gradient
 from gradindex.model.network import LanguageModel
 from gradindex.modules import Module
@@ -91,6 +91,33 @@ def prepare(
         codes.add_query(vectors, name, single[name])
         squares += query_norms(ekfac, single, damping).square()
         preconditioned.add(precondition(ekfac, single))
+
+
+def query_vectors(
+    model: LanguageModel, codes: Codes, ekfac: Ekfac, batch: Batch
+) -> Tensor:
+    """The vectors v_q [q, K] of a batch's queries, without their preconditioned gradients.
+
+    That is half of the work of `prepare`, and no gradient is held longer than its module's turn.
+    """
+    vectors = codes.empty(len(batch.tokens))
+
+    def each(module: Module, a: Tensor, d: Tensor) -> None:
+        add_query_vectors(codes, vectors, ekfac[module.name], module, a, d)
+
+    with torch.no_grad():
+        backward(model, codes.modules, batch, each)
+    return vectors
+
+
+def add_query_vectors(
+    codes: Codes, vectors: Tensor, curvature: Curvature, module: Module, a: Tensor, d: Tensor
+) -> None:
+    """Add one module's part to the vectors v_q [q, K] of a batch's queries, from a and d."""
+    rotate = rotator(module, a, d, curvature.eigenvectors_a, curvature.eigenvectors_s)
+    for rows in slices(module, len(a)):
+        codes.add_query(vectors[rows], module.name,
+                        curvature.divided(rotate(rows), codes.settings.damping))
 
 
 @dataclass(frozen=True)

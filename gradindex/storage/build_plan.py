@@ -60,7 +60,10 @@ class CorpusSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(CorpusSettings):
-    """The settings of the corpus, and everything else that was chosen for a build."""
+    """The settings of the corpus, and everything else that was chosen for a build.
+
+    `bits` and `batch_tokens` are None where the build is to choose them by what it measures.
+    """
 
     model: str
     revision: str | None
@@ -71,10 +74,10 @@ class Plan(CorpusSettings):
     fit_labels: str
     covariance_blocks: Annotated[int, pydantic.Field(gt=0, le=MOST_BLOCKS)]
     damping: Positive
-    bits: Count
+    bits: Count | None
     dtype: str
     device: str
-    batch_tokens: Count
+    batch_tokens: Count | None
     segment_size: Rows
     seed: Count
     tokenizer: str | None

@@ -1,13 +1,12 @@
 """What a build will take, before it is begun: `gradindex build --dry-run`.
 
-It checks what a build checks, reads the data, loads the model and runs two batches of each stage
-(`measure.py`). Nothing is written, and no folder made.
+It checks what a build checks, reads the data, loads the model, runs two batches and each stage's
+work on them. Nothing is written, and no folder made.
 
 Documents, sequences and tokens are exact where reading takes no more than 30 s; else that much is
-read, the rest is counted in rows, and everything is scaled. Every stage's batches follow from the
-lengths. Added to the stages: loading and digesting the model, reading and tokenising (as measured),
-writing records, digesting and writing every file (SHA-256 as measured; the disk is taken to write
-300 MB/s). Importing the libraries, a few seconds, is not counted.
+read, the rest is counted in rows, and everything is scaled. Every stage is reckoned as
+`indexer/pace` does it; added are loading and digesting the model, reading and tokenising (as
+measured) and writing records. Importing the libraries, a few seconds, is not counted.
 
 On the disk: records, codes and curvature to within a few bytes, the token matrices from a sample.
 While the build runs, the fit's float64 sums lie beside the records.
@@ -15,7 +14,6 @@ While the build runs, the fit's float64 sums lie beside the records.
 
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -23,10 +21,10 @@ import numpy as np
 import torch
 
 from gradindex import draws
-from gradindex.draws import Stream, choose
+from gradindex.draws import Stream
 from gradindex.influence import curvature
-from gradindex.influence.codes import CodeSettings, default_width
-from gradindex.memory import available
+from gradindex.influence.codes import CodeSettings, default_length, default_width
+from gradindex.memory import available, resident
 from gradindex.model.config import vocabulary_size
 from gradindex.model.identity import check_identity, identify
 from gradindex.model.network import LanguageModel
@@ -48,11 +46,16 @@ from gradindex.storage.manifest import exists as index_exists
 from gradindex.storage.records import Record
 from indexer.background_queries import BACKGROUND_QUERIES
 from indexer.build_request import BuildRequest, make_request, takes_arguments_of
-from indexer.calibrate import CALIBRATION_QUERIES, CALIBRATION_SAMPLE
-from indexer.dry_run.measure import WRITING, Bench, Memory, Work, gpu_available, hashing
-from indexer.fit.budget import budget
+from indexer.calibrate import stacked_queries
+from indexer.dry_run.most_memory import Held, Memory, most_memory
+from indexer.fit.batch_memory import available_on, used
+from indexer.fit.budget import FitBytes, budget, partitions
 from indexer.fit.notes import FitSettings
 from indexer.fit.schedule import BLOCK_SEQUENCES
+from indexer.pace.batch_size import choose_batch_tokens
+from indexer.pace.pace import measure_pace
+from indexer.pace.speed import in_groups
+from indexer.pace.stages import WRITING, Ahead, stage_seconds
 from indexer.prepare import allow, describe_modules
 from indexer.read import ingest
 from indexer.read.corpus import Corpus, CorpusFacts
@@ -61,7 +64,7 @@ from indexer.state import BuildState
 
 READING = 30.0  # seconds; data that take longer are read in part
 UNCERTAIN = 0.3
-WRITE_RECORD, READ_RECORD = 8e-5, 4e-5  # seconds, as LMDB took elsewhere: it needs a file
+WRITE_RECORD = 8e-5  # seconds, as LMDB took elsewhere: it needs a file
 TOKEN_SAMPLE = 512  # sequences whose token matrix is made, to measure its size
 
 
@@ -136,7 +139,7 @@ class Estimate:
                                 for name, count in self.memory_parts.items())),
             ("estimate", f"about {duration(self.seconds)} ± {UNCERTAIN:.0%} on this machine "
                          f"({self.device}, {self.threads} "
-                         f"thread{'s' * (self.threads > 1)}; two batches of each stage measured)"),
+                         f"thread{'s' * (self.threads > 1)}; two batches measured)"),
         ]
         note = [("note", self.note)] if self.note else []
         return [f"{name:<10}{text}" for name, text in table + note] + self.lacking
@@ -169,29 +172,45 @@ def estimate(request: BuildRequest) -> Estimate:
     identify(model)  # digests the weights, as a build does
     loading = time.perf_counter() - start
     tracked = tracked_modules(model.network, plan.modules)
-    inner, width = default_width(plan.bits, len(tracked)), model.accumulate.itemsize
-    settings = FitSettings([], plan.fit_labels, min(plan.segment_size, BLOCK_SEQUENCES),
-                           plan.batch_tokens, plan.seed,
-                           covariance_blocks=plan.covariance_blocks)
-    allowance = allow(model, tracked, settings, lambda: data.sample[: settings.block])
-    needs = budget(model.bytes, tracked, settings.covariance_blocks, width, allowance.planned,
-                   inner)
+    width = model.accumulate.itemsize
 
-    # 4) two batches of each stage
-    progress.say("measuring two batches of each stage")
-    bench = Bench(
-        model, tracked, data.sample, settings,
-        CodeSettings(plan.bits, inner, plan.seed, plan.damping),
-        min(plan.segment_size, len(data.lengths)), allowance,
-    )
-    disk = _disk(data, model, tracked, plan)
-    stages = {"start": (loading, 0), **_stages(bench, data, disk, plan)}
+    # 4) batches and the stages' work on them
+    batch_tokens = plan.batch_tokens or choose_batch_tokens(
+        model, tracked, data.sample, request.source.max_memory, progress)
+    settings = FitSettings([], plan.fit_labels, min(plan.segment_size, BLOCK_SEQUENCES),
+                           batch_tokens, plan.seed, covariance_blocks=plan.covariance_blocks)
+    allowance = allow(model, tracked, settings, lambda: data.sample[: settings.block])
+    bits = plan.bits or default_length(plan.sequence_length)
+    code = CodeSettings(bits, default_width(bits, len(tracked)), plan.seed, plan.damping)
+    groups = partitions(tracked, plan.covariance_blocks, width, allowance.planned)
+    needs = budget(model.bytes, groups, plan.covariance_blocks, width, code.width)
+    together = stacked_queries(model, tracked, allowance)
+    host = resident()
+    device = used(model.device) if model.device.type == "cuda" else None
+    pace = measure_pace(model, tracked, data.sample, batch_tokens, plan.covariance_blocks, code,
+                        together, progress)
+    disk = _disk(data, model, tracked, plan, bits)
+    ahead = Ahead(data.lengths, len(data.lengths), batch_tokens, bits, len(groups),
+                  FitBytes.of(tracked, plan.covariance_blocks, width), together)
+    fitted = min(plan.fit_sequences, ahead.count)
+    passed = {"covariance": fitted, "eigenvalues": fitted, "encode": ahead.count}
+    stages = {
+        "start": (loading, 0),
+        "read": (data.seconds + ahead.count * WRITE_RECORD
+                 + disk["records"] * (1 / WRITING + 2 / pace.hashing), 0),
+        **{name: (seconds, passed.get(name, 0))
+           for name, seconds in stage_seconds(pace, ahead, plan).items()},
+    }
+    memory = most_memory(Held(
+        groups, plan.covariance_blocks, width, allowance.curvature,
+        min(plan.segment_size, ahead.count), max(data.lengths), bits, code.width, together,
+        pace.batch + pace.kept), host, device)
 
     # 5) what there is of it; what an unfinished build has written is a part of what it needs
     existing = bytes_in(request.index)
     folder = next(path for path in (request.index, *request.index.absolute().parents)
                   if path.is_dir())
-    facts, moments = data.facts, bench.memory.values()
+    facts = data.facts
     return Estimate(
         model=f"{request.source.name}: {model.network.num_parameters() / 1e6:,.1f} M parameters in "
               f"{plan.dtype}; {describe_modules(model, tracked)}",
@@ -202,10 +221,9 @@ def estimate(request: BuildRequest) -> Estimate:
         # the fit's sums are gone before the first code is written
         disk_most=max(sum(disk.values()), disk["records"] + needs.fit_disk),
         disk_free=shutil.disk_usage(folder).free + existing, place=str(folder),
-        memory=Memory(max(moment.host for moment in moments),
-                      max(moment.device for moment in moments)),
-        memory_free=Memory(available(), gpu_available(model.device)),
-        memory_parts=needs.parts | {"a batch": bench.batch},
+        memory=memory,
+        memory_free=Memory(available(), 0 if device is None else available_on(model.device)),
+        memory_parts=needs.parts | {f"a batch of {batch_tokens:,} tokens": pace.batch},
         threads=torch.get_num_threads(), device=str(model.device), note=note,
     )
 
@@ -290,10 +308,10 @@ def _share_read(corpus: Corpus, last: Record) -> float:
 
 
 def _disk(
-    data: _ReadData, model: LanguageModel, tracked: list[Module], plan: Plan
+    data: _ReadData, model: LanguageModel, tracked: list[Module], plan: Plan, bits: int
 ) -> dict[str, int]:
     """Bytes of the finished index by part."""
-    cut = list(_in_groups(data.sizes, plan.segment_size))  # of each segment
+    cut = list(in_groups(data.sizes, plan.segment_size))  # of each segment
     vocabulary = vocabulary_size(model.network.config)
     sequences = [record.tokens for record in data.sample[:TOKEN_SAMPLE]]
     # what a matrix of one sequence takes, and each further one on top
@@ -302,69 +320,14 @@ def _disk(
     queries = min(BACKGROUND_QUERIES, len(data.sizes))
     return {
         "records": sum(records.file_bytes(sizes) for sizes in cut),
-        "codes": sum(code_index.file_bytes(plan.bits, len(sizes))
+        "codes": sum(code_index.file_bytes(bits, len(sizes))
                      + len(row_file.array_bytes(np.zeros(len(sizes), row_file.ROW)))
                      for sizes in cut),
         "token matrices": round(sum(single + further * (len(sizes) - 1) for sizes in cut)),
         "curvature": sum(curvature.file_bytes(module, model.accumulate, plan.covariance_blocks)
                          for module in tracked),
-        "background": layout.background_bytes(queries, plan.bits),
+        "background": layout.background_bytes(queries, bits),
         # manifest.json, fit.json and segment.json: a few hundred bytes a file that they name
         "notes": 4000 + len(sealed_json.with_digest(plan.to_dict())) + 1400 * len(cut)
                  + 500 * len(tracked),
     }
-
-
-# ---- time
-
-
-def _stages(
-    bench: Bench, data: _ReadData, disk: dict[str, int], plan: Plan
-) -> dict[str, tuple[float, int]]:
-    """Seconds and sequences of each stage after the model is loaded."""
-    count, batch_tokens = len(data.lengths), plan.batch_tokens
-    rate = hashing()
-
-    def writing(name: str, digests: int) -> float:
-        """Seconds of writing a part's files, and of digesting them so many times."""
-        return disk[name] * (1 / WRITING + digests / rate)
-
-    fit_ids = choose(Stream.FIT_SEQUENCES, plan.seed, count, plan.fit_sequences)
-    blocks = list(_in_groups([data.lengths[number] for number in fit_ids], bench.settings.block))
-    fitting, passes = Work.of(blocks, batch_tokens), len(bench.partitions)
-    # measured one after the other, and each let go, so that the next finds the memory free
-    covariance, sums = bench.covariance()
-    decompositions = bench.decompositions(sums)
-    del sums
-    eigenvalues = bench.eigenvalues()
-    encode, drawing, codes, ekfac = bench.encode()
-    exact, prepare = bench.calibrate(codes, ekfac)
-    del codes, ekfac
-    sum_squares, sum_tables = bench.commits()
-    matrices = bench.token_matrices()
-
-    reading = 2 * READ_RECORD * len(fit_ids)  # a block's records are read again to be counted
-    sealing = count * (READ_RECORD + matrices)
-    encoding = Work.of(list(_in_groups(data.lengths, plan.segment_size)), batch_tokens)
-    sample = choose(Stream.CALIBRATION_SAMPLE, plan.seed, count, CALIBRATION_SAMPLE)
-    pairs = Work.of([[data.lengths[number] for number in sample]], batch_tokens)
-    queries, background = min(CALIBRATION_QUERIES, count), min(BACKGROUND_QUERIES, count)
-    stacks = -(-queries // bench.together)
-    return {
-        "read": (data.seconds + count * WRITE_RECORD + writing("records", 2), 0),
-        "covariance": (passes * (covariance * fitting + len(blocks) * sum_squares + reading),
-                       len(fit_ids)),
-        "eigenvectors": (decompositions + 2 * passes * sum_squares, 0),
-        "eigenvalues": (passes * (eigenvalues * fitting + len(blocks) * sum_tables + reading)
-                        + writing("curvature", 4), len(fit_ids)),
-        "encode": (drawing + encode * encoding + sealing + writing("codes", 2), count),
-        "calibrate": (queries * prepare + stacks * (exact * pairs), 0),
-        "background": (background * prepare
-                       + count * bench.background_queries(background, plan.bits)
-                       + writing("background", 2), 0),
-    }
-
-
-def _in_groups(values: list[int], most: int) -> Iterator[list[int]]:
-    for first in range(0, len(values), most):
-        yield values[first : first + most]

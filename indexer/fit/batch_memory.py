@@ -10,7 +10,7 @@ import torch
 from gradindex.draws import Stream
 from gradindex.influence.blockwise import covariance_shapes, identity
 from gradindex.influence.split_batches import plan_batches
-from gradindex.memory import forget_most, most, resident, return_freed
+from gradindex.memory import available, forget_most, most, resident, return_freed
 from gradindex.model.network import LanguageModel
 from gradindex.modules import Module
 from gradindex.storage.records import Record
@@ -44,6 +44,13 @@ def batch_bytes(
             add_covariances(model, modules, sums, *batch(Stream.COVARIANCE_LABELS))
             add_eigenvalues(model, modules, vectors, sums, *batch(Stream.EIGENVALUE_LABELS))
     return max(0, peak(model.device) - base)
+
+
+def available_on(device: torch.device) -> int:
+    """Bytes of memory to be had where the model is, this process's own among them."""
+    if device.type != "cuda":
+        return available()
+    return int(torch.cuda.mem_get_info(device)[0]) + int(torch.cuda.memory_reserved(device))
 
 
 def used(device: torch.device) -> int:

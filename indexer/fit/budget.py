@@ -168,16 +168,35 @@ class Budget:
         }
 
 
-def budget(
-    model_bytes: int, modules: list[Module], covariance_blocks: int, width: int, held: int | None,
-    inner: int,
-) -> Budget:
-    """The budget of a model of `model_bytes` with these modules tracked.
+@dataclass(frozen=True)
+class FitBytes:
+    """Bytes of all A and S (`squares`) and of all Λ (`tables`) in float64, and of the curvature.
 
-    `width` is the bytes of a number of curvature (4, or 8 for a float64 model), `held` what a
-    partition of the fit may hold, `inner` the codes' k.
+    >>> FitBytes.of([Module("m", 0, "mlp", 2, 3, False)], 1, 4)  # 9 + 4 and 6 numbers
+    FitBytes(squares=104, tables=48, curvature=76)
     """
-    groups = partitions(modules, covariance_blocks, width, held)
+
+    squares: int
+    tables: int
+    curvature: int
+
+    @classmethod
+    def of(cls, modules: Sequence[Module], covariance_blocks: int, width: int) -> "FitBytes":
+        """`width` is the bytes of a number of curvature."""
+        return cls(8 * sum(square_entries(module, covariance_blocks) for module in modules),
+                   8 * sum(module.size for module in modules),
+                   curvature_bytes(modules, covariance_blocks, width))
+
+
+def budget(
+    model_bytes: int, groups: list[list[Module]], covariance_blocks: int, width: int, inner: int
+) -> Budget:
+    """The budget of a model of `model_bytes` whose modules are fitted in these partitions.
+
+    `width` is the bytes of a number of curvature (4, or 8 for a float64 model), `inner` the codes'
+    k.
+    """
+    modules = [module for group in groups for module in group]
     most = max((FitMoments.of(group, covariance_blocks, width).most for group in groups),
                key=lambda moment: moment.both)
     return Budget(

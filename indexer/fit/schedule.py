@@ -43,14 +43,12 @@ AHEAD = 4  # blocks that a shard sums up before the first one added those before
 
 def fit(
     model: LanguageModel, modules: list[Module], read: Read, settings: FitSettings, index: Path,
-    progress: Progress, to_encode: int, share: Share | None = None,
-    allowance: Allowance | None = None,
+    progress: Progress, share: Share | None = None, allowance: Allowance | None = None,
 ) -> tuple[Ekfac, FitNotes]:
     """Fit, or go on fitting, and write `index/curvature`; returns what is on disk there.
 
-    Modules without a gradient are left out of it, and noted. `to_encode` is the number of sequences
-    to be encoded afterwards, for the expected time. A process that has but a `share` of the units
-    waits for the others. `allowance` bounds the memory.
+    Modules without a gradient are left out of it, and noted. A process that has but a `share` of
+    the units waits for the others. `allowance` bounds the memory.
     Raises GradindexError where no module is left, too many sequences are not finite, eigenvectors
     can't be found, or other shards don't come; ResourceError.
     """
@@ -62,7 +60,7 @@ def fit(
             make_folder(unfinished)
         stage = BuildStage("fit")
         share.complete(stage, lambda: [] if unfinished.is_dir() or folder.is_dir() else [0])
-        Fit(model, modules, read, settings, unfinished, progress, to_encode, share).run(allowance)
+        Fit(model, modules, read, settings, unfinished, progress, share).run(allowance)
         if share.first:
             rename_folder(unfinished, folder)  # from now on the curvature is there, whole
         share.complete(stage, lambda: [] if folder.is_dir() else [0])
@@ -93,13 +91,11 @@ class Fit:
 
     def __init__(
         self, model: LanguageModel, modules: list[Module], read: Read, settings: FitSettings,
-        folder: Path, progress: Progress, to_encode: int, share: Share,
+        folder: Path, progress: Progress, share: Share,
     ):
         self.model, self.progress, self.share = model, progress, share
         self.folder = FitFolder(folder, modules, settings, share.first)
-        # both passes, and what comes after the fit
-        to_come = (2 * len(settings.ids) + to_encode) / share.of
-        self.units = FitUnits(model, read, self.folder, progress, to_come)
+        self.units = FitUnits(model, read, self.folder, progress)
 
     def run(self, allowance: Allowance) -> None:
         """Fit everything; the folder then holds curvature and notes alone."""

@@ -31,18 +31,13 @@ LABEL_STREAMS = {"covariance": Stream.COVARIANCE_LABELS, "eigenvalues": Stream.E
 
 
 class FitUnits:
-    """Does units of a fit in `folder`, one at a time.
-
-    `to_come` is how many sequences are to be passed through the model from the first batch on, for
-    the expected time.
-    """
+    """Does units of a fit in `folder`, one at a time."""
 
     def __init__(
-        self, model: LanguageModel, read: Read, folder: FitFolder, progress: Progress,
-        to_come: float = 0,
+        self, model: LanguageModel, read: Read, folder: FitFolder, progress: Progress
     ):
         self.model, self.read, self.folder = model, read, folder
-        self.progress, self.to_come = progress, to_come
+        self.progress = progress
         self._at_hand: tuple[BuildStage, Sums, Add] | None = None  # of `do`
 
     def do(self, stage: BuildStage, unit: int) -> None:
@@ -148,8 +143,6 @@ class FitUnits:
                 return None
             done += len(rows)
             self.progress.update(len(rows))
-            if self.progress.measured and stage.name == "covariance":
-                self.progress.say_expected(self.progress.seconds_each() * self.to_come)
         names = [name for name, part in tensors.items() if not torch.isfinite(part).all()]
         if not names:
             return tensors

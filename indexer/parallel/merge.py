@@ -13,7 +13,7 @@ from gradindex.storage.files import disk_errors
 from gradindex.storage.integrity import refuse_links
 from gradindex.storage.locks import only_writer
 from gradindex.storage.manifest import exists as index_exists
-from indexer.build import commit_index, fit_curvature, measure_codes
+from indexer.build import commit_index, fit_curvature, measure_codes, settle_codes
 from indexer.prepare import prepare_build
 from indexer.read import ingest
 from indexer.read.ingest import Run
@@ -50,8 +50,9 @@ def merge(
             plan = state.plan
             prepared = prepare_build(folder, source.at_build(plan.model, plan.revision, None),
                                      plan.dtype, state, progress)
-            # steps 4 and 5 are done, so the curvature is only read; 6 and 7 are what is left
+            # steps 4 to 6 are done, so the curvature is only read; 7 and 8 are what is left
             fitted = fit_curvature(folder, prepared, Shard(), progress)
+            settle_codes(folder, fitted, state, Shard(), progress)
             measured = measure_codes(folder, fitted, state, progress)
             commit_index(folder, fitted, measured, state, progress)
     return replace(source, max_memory=None)

@@ -144,7 +144,7 @@ class _Worker:
         elif unit in ingest.unsealed(prepared.run):
             segment = prepared.run.segments[unit]
             encode_one(prepared.model, self._drawn_codes(), prepared.run, segment,
-                       self._job.plan.batch_tokens, Progress())
+                       self._state().batch_tokens, Progress())
 
     def _drawn_codes(self) -> Codes:
         """The codes, drawn when the first segment comes: the fit is over by then."""
@@ -155,8 +155,14 @@ class _Worker:
             ekfac, _ = read_fitted(prepared.model, prepared.tracked, blocks, self._index,
                                    Progress(), prepared.allowance)
             fitted = [module for module in prepared.tracked if module.name in ekfac]
-            self._codes = make_codes(fitted, ekfac, self._job.plan)
+            self._codes = make_codes(fitted, ekfac, self._job.plan, self._state().bits)
         return self._codes
+
+    def _state(self) -> BuildState:
+        """What the driver wrote down by now."""
+        state = BuildState.joined(self._index, self._job.plan)
+        assert state is not None
+        return state
 
 
 @dataclass(eq=False)

@@ -24,7 +24,7 @@ from gradindex.storage.contents import Contents
 from gradindex.storage.manifest import load as load_manifest
 from gradindex.storage.records import Record
 from indexer.background_queries import unit_vector
-from indexer.calibrate import exact_influence, prepare_query
+from indexer.calibrate import exact_influence, later_half_vectors
 from indexer.encode import encode_batches
 from indexer.upkeep.damage import find_damage, read_background_queries, sound_records
 from indexer.upkeep.rebuild import rebuild as rebuild_segments
@@ -230,12 +230,12 @@ def _compare_anchors(
         return
     measured: dict[tuple[int, int], float] = {}
     progress.start("score", len(anchors), "pairs")
-    for _, exact, records in exact_influence(
+    for scored in exact_influence(
             fitted.model, fitted.codes, fitted.ekfac,
             contents.records([rows[query] for query in queries]),
             contents.records([rows[sequence] for sequence in sample]), manifest.batch_tokens,
             fitted.allowance):
-        for record, scores in zip(records, exact, strict=True):
+        for record, scores in zip(scored.queries, scored.influence, strict=True):
             measured |= {(record.id, sequence): float(score)
                          for sequence, score in zip(sample, scores, strict=True)}
     progress.update(len(anchors))
@@ -263,8 +263,10 @@ def _compare_background_queries(
     numbers = np.flatnonzero(np.isin(queries.ids, contents.rows["id"]))[:AGAIN]
     rows = np.searchsorted(contents.rows["id"], queries.ids[numbers])
     within = 10 * SAME_SCORE[manifest.dtype] + 1e-3  # stored in float16
-    for number, record in zip(numbers, contents.records(rows), strict=True):
-        vector = prepare_query(fitted.model, fitted.codes, fitted.ekfac, record)[0]
+    records = contents.records(rows)
+    vectors = later_half_vectors(
+        fitted.model, fitted.codes, fitted.ekfac, records, manifest.batch_tokens)
+    for number, record, vector in zip(numbers, records, vectors, strict=True):
         stored = queries.vectors[number].astype(np.float64)
         if (queries.digests[number] != row_file.digest_of(record)).any() or \
                 not np.linalg.norm(unit_vector(vector) - stored) <= within:

@@ -22,7 +22,6 @@ from gradindex.storage import code_index, layout, records, token_file
 from gradindex.storage.records import Part, Record
 from indexer import build as build_module
 from indexer.dry_run import estimate as estimate_module
-from indexer.dry_run.measure import Speed, Work, _fit_speed
 from indexer.fit.budget import disk_bytes
 from indexer.read.sources import DataSource, count_rows
 from support.documents import small_documents
@@ -65,7 +64,7 @@ def test_the_counts_are_the_builds(found, index_folder):
         built.documents, built.sequences, built.tokens, 1.0)
     assert {name: count for name, (_, count) in found.stages.items()} == {
         "start": 0, "read": 0, "covariance": built.sequences, "eigenvectors": 0,
-        "eigenvalues": built.sequences, "encode": built.sequences, "calibrate": 0,
+        "eigenvalues": built.sequences, "pairs": 0, "encode": built.sequences, "calibrate": 0,
         "background": 0}
     assert found.lacking == [] and found.seconds > 0 and found.memory.device == 0
 
@@ -228,22 +227,6 @@ def test_rows_are_counted_without_parsing(tmp_path):
         ("parquet", tmp_path / "c.parquet"), ("npy", tmp_path / "two.npy"),
         ("npy", tmp_path / "one.npy"), ("rows", [{}] * 3), ("text", tmp_path / "a.jsonl"))]
     assert counts == [7, 5, 9, 4, 3, 3, 1]
-
-
-def test_seconds_follow_from_two_batches():
-    """Two batches of known x and y give them back; a negative one is 0, the other fits alone."""
-    speed = _fit_speed([(4000, 10), (3900, 200)], [4000 * 2e-3 + 10 * 0.1, 3900 * 2e-3 + 200 * 0.1])
-    assert (speed.token, speed.sequence) == pytest.approx((2e-3, 0.1))
-    alone = _fit_speed([(4000, 10), (4000, 200)], [9.0, 7.0])
-    assert alone.sequence == 0 and 7.0 < alone.token * 4000 < 9.0
-    same = _fit_speed([(4000, 10), (4000, 10)], [3.0, 3.0])
-    assert same * Work(8000, 20) == pytest.approx(6.0)
-    assert Speed(2.0, 3.0) * Work(5, 7) == 31.0
-
-
-def test_the_work_of_batches():
-    """[5, 3, 3] in batches of 6 padded tokens: (5), (3, 3); [4] alone."""
-    assert Work.of([[3, 5, 3], [4]], 6) == Work(5 + 6 + 4, 4)
 
 
 def test_sizes_of_files(tmp_path):

@@ -74,7 +74,7 @@ def test_scores_equal_kronfluence(case, tmp_path):
     records = records_of(sequences)
     settings = FitSettings(list(range(12)), "data", 5, 36, 0)
     ekfac, _ = fit(model, modules, lambda ids: [records[n] for n in ids], settings, tmp_path,
-                   Progress(), 0)
+                   Progress())
     for module in modules:
         mean = golden[f"lambda_mean/{module.name}"]
         assert float(ekfac[module.name].eigenvalues.mean()) == pytest.approx(float(mean), rel=1e-6)

@@ -101,7 +101,7 @@ def test_fit_and_influence_are_those_of_covariances_without_what_is_between(
     records = records_of(sequences)
     settings = FitSettings(list(range(len(records))), "data", 2, 24, 5, covariance_blocks=blocks)
     ekfac, _ = fit(model, modules, lambda ids: [records[n] for n in ids], settings, tmp_path,
-                   Progress(), 0)
+                   Progress())
     inputs, outputs = ({module.name: [] for module in modules} for _ in "AS")
 
     def each(module, a, d):

@@ -259,7 +259,7 @@ def test_sampled_labels_depend_on_the_sequence_alone(make_model, sequences, tmp_
         records = records_of(sequences)
         settings = FitSettings(list(range(6)), "model", 4, batch_tokens, 5)
         ekfac = fit(model, modules, lambda ids: [records[n] for n in ids], settings,  # noqa: B023
-                    tmp_path / name, Progress(), 0)[0]
+                    tmp_path / name, Progress())[0]
         found.append(ekfac[modules[0].name])
     torch.testing.assert_close(found[0].eigenvalues, found[1].eigenvalues, rtol=1e-6, atol=1e-12)
 
@@ -300,7 +300,7 @@ def test_a_module_without_gradient_is_left_out_and_named(make_model, sequences, 
     settings = FitSettings(list(range(len(sequences))), "model", 4, 24, 5)
     records = records_of(sequences)
     ekfac, notes = fit(model, modules, lambda ids: [records[n] for n in ids], settings, tmp_path,
-                       stderr_progress(), 0)
+                       stderr_progress())
     name = "transformer.h.1.mlp.c_fc"
     assert list(notes.left_out) == [name]
     assert sorted(ekfac) == sorted(module.name for module in modules if module.name != name)

@@ -23,4 +23,4 @@ def fitted(model, modules, sequences, folder, labels="data", block=2, allowance=
         return [records[n] for n in ids]
 
     settings = FitSettings(list(range(len(records))), labels, block, 24, 5)
-    return fit(model, modules, read, settings, folder, Progress(), 0, allowance=allowance)[0]
+    return fit(model, modules, read, settings, folder, Progress(), allowance=allowance)[0]

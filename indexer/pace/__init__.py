@@ -1,0 +1,1 @@
+"""How fast this machine does the work of a build, measured on a few sequences."""

@@ -1,0 +1,81 @@
+"""How long each stage of a build will take, from a pace and the lengths of the sequences.
+
+Every stage's batches follow from the lengths. Added to the passes are reading records, adding up
+and writing the fit's sums, digesting and writing files (SHA-256 as measured; the disk is taken to
+write 300 MB/s).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gradindex.storage.build_plan import Plan
+from gradindex.storage.layout import background_bytes, code_bytes
+from indexer.background_queries import BACKGROUND_QUERIES
+from indexer.calibrate import CALIBRATION_QUERIES, CALIBRATION_SAMPLE
+from indexer.fit.budget import FitBytes
+from indexer.fit.schedule import BLOCK_SEQUENCES
+from indexer.pace.pace import Pace
+from indexer.pace.speed import Work, in_groups
+
+WRITING = 300e6  # bytes a second, assumed of the disk: to measure it, something would be written
+READ_RECORD = 4e-5  # seconds, as LMDB took elsewhere: it needs a file
+ADDING = 1e9  # bytes a second: a block's sums to the running ones, in float64
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """What a build has ahead of it: sequences and what its fit holds.
+
+    `lengths` are the tokens of all sequences or of a sample, `count` the number of all. `bits` is K
+    as it is or is thought to be. So many `partitions` of modules are fitted one after the other;
+    `together` queries are scored exactly in a pass.
+    """
+
+    lengths: Sequence[int]
+    count: int
+    batch_tokens: int
+    bits: int
+    partitions: int
+    fit: FitBytes
+    together: int
+
+    def work(self, sequences: int, group: int) -> Work:
+        """The work on so many of the sequences, batched within groups."""
+        whole = Work.of(list(in_groups(self.lengths, group)), self.batch_tokens)
+        return whole * (sequences / len(self.lengths))
+
+
+def stage_seconds(pace: Pace, ahead: Ahead, plan: Plan) -> dict[str, float]:
+    """Seconds of each stage after the data are read and the model is loaded, in order."""
+    fitted = min(plan.fit_sequences, ahead.count)
+    block = min(plan.segment_size, BLOCK_SEQUENCES)
+    fitting, blocks = ahead.work(fitted, block), -(-fitted // block)
+    queries, sample, background = (min(most, ahead.count) for most in (
+        CALIBRATION_QUERIES, CALIBRATION_SAMPLE, BACKGROUND_QUERIES))
+    one = ahead.work(1, len(ahead.lengths))
+    asking = (pace.one_pass + pace.queries) * one
+    passes = pace.one_pass * fitting * ahead.partitions + \
+        2 * READ_RECORD * fitted * ahead.partitions  # they are read again to be counted
+    scored = (pace.one_pass + pace.scores) * ahead.work(sample, len(ahead.lengths))
+
+    def files(size: float, digests: int) -> float:
+        return size * (1 / WRITING + digests / pace.hashing)
+
+    def sums(size: int) -> float:
+        return blocks * (files(size, 2) + size / ADDING)
+
+    return {
+        "covariance": passes + pace.covariance * fitting + sums(ahead.fit.squares),
+        "eigenvectors": pace.decompositions + files(ahead.fit.squares, 2),
+        "eigenvalues": passes + pace.eigenvalues * fitting + sums(ahead.fit.tables)
+                       + files(ahead.fit.curvature, 4),
+        "pairs": queries * (asking + pace.precondition)
+                 + -(-queries // ahead.together) * scored,
+        "encode": pace.drawing
+                  + (pace.one_pass + pace.codes) * ahead.work(ahead.count, plan.segment_size)
+                  + ahead.count * (READ_RECORD + pace.sealing)
+                  + files(ahead.count * code_bytes(ahead.bits), 2),
+        "calibrate": queries * asking,
+        "background": background * asking + ahead.count * pace.scan
+                      + files(background_bytes(background, ahead.bits), 2),
+    }

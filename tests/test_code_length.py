@@ -1,0 +1,72 @@
+"""How many bits a code gets: what is expected of them, and the choice."""
+
+import numpy as np
+import pytest
+
+from indexer import code_length
+from indexer.code_length import (
+    Spread,
+    choose_bits,
+    describe,
+    expected_share,
+    settle_bits,
+    spreads,
+)
+
+
+@pytest.mark.parametrize("scale, freedom, bits, count", [
+    (0.004, 5.0, 1 << 16, 5000), (0.002, 3.0, 1 << 16, 5000), (0.015, 4.0, 1 << 14, 2000),
+    (0.002, 50.0, 1 << 18, 1000), (0.001, 4.0, 1 << 14, 300)])
+def test_the_expected_share_is_what_a_simulation_finds(scale, freedom, bits, count):
+    random, shares = np.random.default_rng(1), []
+    for _ in range(300):
+        exact = 0.01 + scale * random.standard_t(freedom, count)
+        code = exact + code_length.TYPICAL_C / bits**0.5 * random.standard_normal(count)
+        first = np.argpartition(-code, 100)[:100]
+        shares.append(np.isin(np.argsort(-exact)[:10], first).mean())
+    found = expected_share(Spread(0.01, scale, freedom), count, bits)
+    assert found == pytest.approx(np.mean(shares), abs=0.03)
+
+
+def test_everything_is_found_where_everything_is_scored():
+    assert expected_share(Spread(0.0, 1e-9, 4.0), 100, 1 << 14) == 1.0
+
+
+def test_spreads_are_those_that_made_the_cosines():
+    random = np.random.default_rng(0)
+    scales = (0.02, 0.005, 0.01)
+    cosines = np.stack([scale * random.standard_t(4.0, 4000) - 0.001 for scale in scales])
+    cosines[1, :50] = np.nan  # gradients that aren't finite
+    found = spreads(cosines)
+    assert [one.freedom for one in found] == [4.0] * 3
+    assert [one.scale for one in found] == pytest.approx(scales, rel=0.1)
+    assert [one.center for one in found] == pytest.approx([-0.001] * 3, abs=1e-3)
+    assert spreads(np.zeros((2, 9))) == []
+
+
+def test_bits_are_chosen_by_what_they_find():
+    wide, narrow = Spread(0.0, 0.02, 5.0), Spread(0.0, 0.002, 5.0)
+    assert choose_bits([wide], 10_000, 0) == 1 << 14
+    weak = choose_bits([narrow], 10_000, 0)
+    assert 1 << 14 < weak <= 1 << 19
+    assert expected_share(narrow, 10_000, weak) >= code_length.WANTED > \
+        expected_share(narrow, 10_000, weak // 2)
+    # where nothing helps, none are spent; where curvature takes more anyway, they may be many
+    hopeless = Spread(0.0, 2e-5, 5.0)
+    assert choose_bits([hopeless], 10_000, 0) == 1 << 14
+    faint = Spread(0.0, 0.0008, 5.0)
+    assert choose_bits([faint], 1000, 0) == 1 << 19 < choose_bits([faint], 1000, 10**9)
+    assert choose_bits([], 1000, 0) == 1 << 14
+
+
+def test_what_is_chosen_is_said():
+    said = []
+    cosines = 2e-5 * np.random.default_rng(0).standard_t(5.0, (4, 96))
+    assert settle_bits(None, cosines, 10_000, 0, said.append) == 1 << 14
+    assert "10 scored" not in said[0] and said[0].startswith(
+        "codes: of the true top 10, expected among the 100 scored exactly first: "
+        "16,384 bits (20.6 MB) 1%, 32,768 bits (41 MB) 1%, 65,536 bits (82 MB) 1%")
+    assert "have little in common" in said[1]
+    said.clear()
+    assert settle_bits(512, cosines, 50, 0, said.append) == 512
+    assert said == [describe(spreads(cosines), 50, 512)] and "512 bits" in said[0]
