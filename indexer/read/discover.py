@@ -146,17 +146,24 @@ def _identity(folder: Path) -> tuple[int, int]:
 
 def _walk(
     folder: Path, found: Discovery, documents: list[tuple[DataSource, Content]],
-    seen: set[tuple[int, int]],
+    seen: set[tuple[int, int]], within: bool = False,
 ) -> None:
-    """Add what a folder holds. `seen` are the folders that were read: a link may lead back."""
-    if _datasets_folder(folder):
-        found.sources.append(DataSource("arrow", str(folder), folder))
-        return
+    """Add what a folder holds, perhaps `within` another that was given.
+
+    `seen` are the folders that were read: a link may lead back.
+    """
     try:
         entries = sorted(folder.iterdir())
     except OSError as error:
         raise InputError(f"{folder} can't be read: {error.strerror}. See that it may be read, or "
                          "give what is to be read of it.") from None
+    names = {path.name for path in entries}
+    if SEGMENTS in names and within:  # perhaps the index that is being built
+        found.leave_out("an index", folder)
+        return
+    if _datasets_folder(folder, names):
+        found.sources.append(DataSource("arrow", str(folder), folder))
+        return
     for path in entries:
         if path.name.startswith("."):
             found.leave_out("hidden", path)
@@ -165,11 +172,9 @@ def _walk(
         if stat.S_ISDIR(mode):
             if (identity := _identity(path)) in seen:
                 found.leave_out("link to a folder that is read already", path)
-            elif (path / SEGMENTS).is_dir():  # perhaps the one being built
-                found.leave_out("an index", path)
             else:
                 seen.add(identity)
-                _walk(path, found, documents, seen)
+                _walk(path, found, documents, seen, within=True)
         elif _is_about(path):
             found.leave_out("documentation", path)
         elif not stat.S_ISREG(mode):
@@ -203,17 +208,17 @@ def _is_about(path: Path) -> bool:
     return name in ABOUT or (plain and DOCUMENTATION.match(stem) is not None)
 
 
-def _datasets_folder(folder: Path) -> bool:
+def _datasets_folder(folder: Path, names: set[str]) -> bool:
     """Whether `datasets` saved one split there. Raises InputError for a folder of several."""
-    index = folder / "dataset_dict.json"
-    if index.is_file():
+    if "dataset_dict.json" in names:
+        listed = folder / "dataset_dict.json"
         try:
-            names = json.loads(index.read_text())["splits"]
-            splits = ", ".join(str(folder / name) for name in names)
+            found = json.loads(listed.read_text())["splits"]
+            splits = ", ".join(str(folder / name) for name in found)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{index} can't be read: {error}. Give one split's folder.") from None
+            raise InputError(f"{listed} can't be read: {error}. Give one split's folder.") from None
         raise InputError(f"{folder} holds several splits; give one of them: {splits}.")
-    return (folder / "state.json").is_file()
+    return "state.json" in names
 
 
 def _settle_documents(

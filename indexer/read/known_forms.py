@@ -16,6 +16,8 @@ from indexer.read.rows import BadRowError
 BESIDE_MESSAGES = ("tools", "chat_template_kwargs")
 _LOST = ("system", "system_prompt", "history", "context", "choices", "options", "input")
 
+LONGEST_NAME = 60  # characters of a field's name that is shown
+
 Content = dict[str, Any]
 
 
@@ -219,20 +221,23 @@ def lacking(name: str, form: Form, names: Iterable[Any]) -> InputError:
 
 def unknown_fields(name: str, content: Content, table: bool) -> InputError:
     """What to say of a record whose fields tell no form, with what may be meant."""
-    texts = [field for field, value in content.items() if isinstance(value, str)]
-    lists = [field for field, value in content.items() if isinstance(value, list) and value
+    # a table without a header has a row of text where names are expected
+    short = {field: value for field, value in content.items() if len(str(field)) <= LONGEST_NAME}
+    lists = [field for field, value in short.items() if isinstance(value, list) and value
              and all(isinstance(one, dict) for one in value)]
-    likely = [f"--messages-field {field}" for field in lists
-              if {"role", "from"} & set(content[field][0])]
-    likely += [f"--text-field {field}" for field in
-               sorted(texts, key=lambda field: -len(content[field]))[:2] if not likely]
-    inner = [field for field in lists if not {"role", "from"} & set(content[field][0])]
-    hints = [f"Perhaps {' or '.join(likely)}."] if likely else []
-    if inner:
-        hints.append(f"If the records are what {inner[0]!r} holds, write these out: jq -c "
-                     f"'.{inner[0]}[]' OLD.json > NEW.jsonl.")
+    chats = [field for field in lists if {"role", "from"} & set(short[field][0])]
+    texts = sorted((field for field, value in short.items() if isinstance(value, str)),
+                   key=lambda field: -len(short[field]))
+    likely = [f"--messages-field {field}" for field in chats] or \
+        [f"--text-field {field}" for field in texts[:2]]
+    hints = []
     if table:
         hints.append("If the table has no header, name its columns: --columns text,label.")
+    if likely:
+        hints.append(f"Perhaps {' or '.join(likely)}.")
+    if inner := [field for field in lists if field not in chats]:
+        hints.append(f"If the records are what {inner[0]!r} holds, write these out: jq -c "
+                     f"'.{inner[0]}[]' OLD.json > NEW.jsonl.")
     known = ", ".join(form.name for form in FORMS)
     return InputError(" ".join([
         f"the first record of {name} has the fields {_shown(content)}; expected text, prompt and "
@@ -242,4 +247,4 @@ def unknown_fields(name: str, content: Content, table: bool) -> InputError:
 
 
 def _shown(names: Iterable[Any]) -> str:
-    return ", ".join(str(name)[:60] for name in names) or "none"
+    return ", ".join(str(name)[:LONGEST_NAME] for name in names) or "none"

@@ -162,7 +162,8 @@ def _json(head: bytes, ending: str, whole: bool) -> Content | None:
     spans_lines = re.match(rb'\{\s*("([^"\\]|\\.)*"\s*:|\})', text) is not None
     if spans_lines and (ending not in LINES or lines[0].strip() == b"{"):
         return _document(text) if whole else Content("json")
-    if not records and lines[0].strip().endswith(b"}"):
+    # as Python and JavaScript show a record
+    if not records and re.match(rb"\{\s*(['\"]|\w+\s*:).*\}\s*$", lines[0]):
         return Content("refused", "lines in braces that are no JSON",
                        "Write a JSON object a line: names and texts in double quotes.")
     return Content("jsonl") if records else None
