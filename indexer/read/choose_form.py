@@ -6,7 +6,6 @@ from typing import Any
 
 from gradindex.errors import InputError
 from gradindex.storage.build_plan import CorpusSettings
-from indexer.read.discover import shown_files
 from indexer.read.known_forms import (
     BESIDE_MESSAGES,
     Form,
@@ -19,7 +18,7 @@ from indexer.read.known_forms import (
     unknown_fields,
 )
 from indexer.read.rows import BadRowError, Columns, Row
-from indexer.read.sources import DataSource, read_source
+from indexer.read.sources import DataSource, read_source, shown_files
 
 # task: the fields it needs, by their default names
 NEEDED_FIELDS = {
@@ -132,7 +131,7 @@ class ChosenForms:
                 said = f" ({', '.join(form.needs)}), {form.said}" if form.said else ""
                 beside = f"; not read: {shown_files(unread)}" if unread else ""
                 if self.others[name]:
-                    beside += f"; they could be read as {' or '.join(self.others[name])} (--rows)"
+                    beside += f"; they could be read as {self.others[name][0]} (--rows)"
                 line = f"rows: {form.name}{said}{beside}"
                 by_form.setdefault(line, []).append(name)
         # one form is the rule, and then there is no need to say whose it is

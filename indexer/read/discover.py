@@ -5,6 +5,7 @@ files. These are left out and counted. Nothing else is: a file that may hold rec
 read ends the build, and so do two splits, and records beside texts.
 """
 
+import errno
 import json
 import os
 import re
@@ -18,8 +19,8 @@ from gradindex.errors import InputError
 from gradindex.storage.layout import SEGMENTS
 from indexer.read.known_forms import form_of
 from indexer.read.recognise import Content, recognise
-from indexer.read.sources import DATA_FORMS, DataSource, given_rows
-from indexer.read.splits import refuse_splits
+from indexer.read.sources import DATA_FORMS, DataSource, given_rows, shown_files
+from indexer.read.splits import note_splits, refuse_splits
 
 DOCUMENTATION = re.compile(r"(readme|licen[cs]e|copying|notice|citation|authors|contributing|"
                            r"code_of_conduct|changelog|dataset_card|datasheet)(?![a-z])")
@@ -29,16 +30,18 @@ ABOUT = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.
 # beside records these are about them, or make them
 BESIDE = (".md", ".rst", ".py", ".sh", ".yaml", ".yml", ".toml", ".cfg", ".ini", ".cff", ".bib",
           ".html", ".css", ".js", ".ipynb", ".log", ".md5", ".sha256", ".crc", ".lock")
-SHOWN = 3  # files named of those of one kind
 
 
 @dataclass
 class Discovery:
     """The sources of what was given, in order; `left_out` has the files that are none, by reason.
+
+    `given` are the paths that were given.
     """
 
     sources: list[DataSource] = field(default_factory=list)
     left_out: dict[str, list[str]] = field(default_factory=dict)
+    given: list[str] = field(default_factory=list)
 
     def leave_out(self, reason: str, path: Path) -> None:
         """Note a file that isn't read."""
@@ -46,17 +49,10 @@ class Discovery:
 
     def notes(self) -> list[str]:
         """What is to be said of it, a line each."""
-        if not self.left_out:
-            return []
+        lines = note_splits(self.given)
         kinds = [f"{len(paths):,} × {reason} ({shown_files(paths)})"
                  for reason, paths in self.left_out.items()]
-        return [f"left out: {', '.join(kinds)}"]
-
-
-def shown_files(paths: list[str]) -> str:
-    """The first of some files, and how many more there are."""
-    more = f" and {len(paths) - SHOWN:,} more" if len(paths) > SHOWN else ""
-    return ", ".join(paths[:SHOWN]) + more
+        return [*lines, f"left out: {', '.join(kinds)}"] if kinds else lines
 
 
 def discover(items: Iterable[Any], named: Collection[str] = ()) -> Discovery:
@@ -68,6 +64,7 @@ def discover(items: Iterable[Any], named: Collection[str] = ()) -> Discovery:
     found = Discovery()
     for item in items:
         if isinstance(item, (str, Path)):
+            found.given.append(str(item))
             _add(Path(item), str(item), found, named)
         else:
             found.sources.append(given_rows(item))
@@ -119,7 +116,8 @@ def _mode(path: Path, given: str) -> int:
         return path.stat().st_mode
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = getattr(error, "strerror", None) or str(error)
-        if path.is_symlink():
+        if isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.ELOOP) \
+                and path.is_symlink():
             raise InputError(f"{path} is a link that leads nowhere ({path.readlink()}: {reason}). "
                              "Mend it, or give what it was to lead to.") from None
         if isinstance(error, FileNotFoundError):

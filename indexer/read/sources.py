@@ -28,6 +28,7 @@ DATA_FORMS = (
     "JSON lines, JSON, CSV, TSV, Parquet, Arrow or text (each also .gz, .zst, .bz2 or .xz where it "
     "is text), token files (.npy), folders of these, or a folder that datasets saved"
 )
+SHOWN = 3  # files named of those of one kind
 
 
 @dataclass
@@ -42,6 +43,12 @@ class DataSource:
     def holds_records(self) -> bool:
         """Whether its rows are records with fields, neither texts nor token ids."""
         return self.kind not in ("npy", "text")
+
+
+def shown_files(paths: list[str]) -> str:
+    """The first of some files, and how many more there are."""
+    more = f" and {len(paths) - SHOWN:,} more" if len(paths) > SHOWN else ""
+    return ", ".join(paths[:SHOWN]) + more
 
 
 class TableRows:

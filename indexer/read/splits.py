@@ -5,7 +5,7 @@ import re
 from pathlib import Path, PurePath
 
 from gradindex.errors import InputError
-from indexer.read.sources import DataSource
+from indexer.read.sources import DataSource, shown_files
 
 WORDS = {"train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test",
          "evaluation": "test", "validation": "validation", "valid": "validation",
@@ -39,6 +39,18 @@ def refuse_splits(folder: Path, sources: list[DataSource]) -> None:
         return
     shown = ", ".join(f"{_together(folder, files)} ({split})" for split, files in splits.items())
     raise InputError(f"{folder} holds several splits; give one of them: {shown}.")
+
+
+def note_splits(given: list[str]) -> list[str]:
+    """What to say where several splits were given by name, perhaps by a pattern of the shell."""
+    splits: dict[str, list[str]] = {}
+    for path in given:
+        if split := split_of(PurePath(PurePath(path).name)):
+            splits.setdefault(split, []).append(path)
+    if len(splits) < 2:
+        return []
+    shown = ", ".join(f"{split} ({shown_files(files)})" for split, files in splits.items())
+    return [f"splits: {shown}, taken as they were given; a model is mostly trained on one"]
 
 
 def _together(folder: Path, files: list[str]) -> str:

@@ -117,7 +117,7 @@ def _form(sample: str, tabs: bool) -> type[csv.Dialect]:
 
 def _separator(sample: str) -> str:
     """What separates the values of the first line, quotes left out of account."""
-    line = re.sub(r'"[^"]*"', "", sample).lstrip().partition("\n")[0]
+    line = re.sub(r'"[^"]*"', "", sample).lstrip("\r\n").partition("\n")[0]
     return max(SEPARATORS, key=line.count)  # the comma where there is none
 
 

@@ -81,7 +81,7 @@ def test_values_are_the_same_wherever_a_chunk_ends(tmp_path, monkeypatch):
 ])
 def test_json_that_is_none_ends_the_build(content, reason, tmp_path):
     (tmp_path / "a.json").write_bytes(content)
-    with pytest.raises(InputError, match=rf"a\.json is no JSON {reason}.* an object a line, or one"):
+    with pytest.raises(InputError, match=rf"a\.json is no JSON {reason}.* an object a line, "):
         read(tmp_path / "a.json")
 
 
@@ -242,7 +242,7 @@ def test_files_that_may_not_be_read():
         os.seteuid(65534)
         try:
             for path in (file, folder, folder / "a.jsonl"):
-                with pytest.raises(InputError, match=rf"{path} can't be read: Permission denied\. S"):
+                with pytest.raises(InputError, match=rf"{path} can't be read: Permission denied\."):
                     make_corpus(path)
         finally:
             os.seteuid(0)
