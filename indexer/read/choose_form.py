@@ -78,7 +78,10 @@ class ChosenForms:
             raise InputError(
                 f"the data holds records of several kinds: {kinds_found}; an index takes one. Give "
                 "one of them, or name a form (--rows) or fields that all have.")
-        chosen.task = next(iter(tasks), "text")
+        if settings.rows and "text" in tasks and not any(one.holds_records for one in sources):
+            raise InputError(f"--rows {settings.rows} is a form of records; the data holds texts "
+                             f"({tasks['text']}), each one document. Leave it out.")
+        chosen.task = next(iter(tasks), named_form(settings.rows).task if settings.rows else "text")
         return chosen
 
     def _choose(self, source: DataSource) -> Form | None:

@@ -28,20 +28,21 @@ ABOUT = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.
          "croissant.json", "_success", "_metadata", "_common_metadata", "sha256sums", "md5sums",
          "checksums.txt", "manifest.json", "thumbs.db", "desktop.ini")
 # beside records these are about them, or make them
-BESIDE = (".md", ".rst", ".py", ".sh", ".yaml", ".yml", ".toml", ".cfg", ".ini", ".cff", ".bib",
-          ".html", ".css", ".js", ".ipynb", ".log", ".md5", ".sha256", ".crc", ".lock")
+BESIDE = (".md", ".rst", ".py", ".sh", ".xml", ".yaml", ".yml", ".toml", ".cfg", ".ini", ".cff",
+          ".bib", ".html", ".css", ".js", ".ipynb", ".log", ".md5", ".sha256", ".crc", ".lock")
 
 
 @dataclass
 class Discovery:
     """The sources of what was given, in order; `left_out` has the files that are none, by reason.
 
-    `given` are the paths that were given.
+    `given` are the paths that were given, `walked` whether a folder was among them.
     """
 
     sources: list[DataSource] = field(default_factory=list)
     left_out: dict[str, list[str]] = field(default_factory=dict)
     given: list[str] = field(default_factory=list)
+    walked: bool = False
 
     def leave_out(self, reason: str, path: Path) -> None:
         """Note a file that isn't read."""
@@ -50,6 +51,9 @@ class Discovery:
     def notes(self) -> list[str]:
         """What is to be said of it, a line each."""
         lines = note_splits(self.given)
+        if self.walked:
+            names = [source.name for source in self.sources]
+            lines.append(f"files: {len(names):,} read ({shown_files(names)})")
         kinds = [f"{len(paths):,} × {reason} ({shown_files(paths)})"
                  for reason, paths in self.left_out.items()]
         return [*lines, f"left out: {', '.join(kinds)}"] if kinds else lines
@@ -89,13 +93,14 @@ def _add(path: Path, given: str, found: Discovery, named: Collection[str]) -> No
         _refuse_mixture(path, within)
         refuse_splits(path, within.sources)
         found.sources += within.sources
+        found.walked = True
         return
     if not stat.S_ISREG(mode):
         raise InputError(
             f"{path} is no file ({_kind_of(mode)}); data are read more than once, so a pipe won't "
             "do. Write it to a file, and give that.")
     content = recognise(path)
-    if content.kind in ("refused", "media", "binary"):
+    if content.kind in ("refused", "structured", "media", "binary"):
         raise _refused(path, content)
     kind = {"document": "json", "empty": "text"}.get(content.kind, content.kind)
     found.sources.append(DataSource(kind, str(path), path))
@@ -195,6 +200,9 @@ def _add_file(
     if content.kind == "document":
         source.kind = "json"
         documents.append((source, content))
+    elif content.kind == "structured":
+        source.kind = "text"
+        documents.append((source, content))
     found.sources.append(source)
 
 
@@ -224,12 +232,17 @@ def _settle_documents(
 ) -> None:
     """Files of one JSON object are records, if that is all there is, or by their fields.
 
-    Else they are settings and the like, and left out.
+    Else they are settings and the like, and left out. Where YAML and the like are all there is, it
+    may hold records. Raises InputError for these.
     """
     if len(documents) == len(found.sources):
+        for source, content in documents:
+            if content.kind == "structured":
+                raise _refused(source.content, content)
         return
     for source, content in documents:
-        if form_of(content.names) is None and not set(named) & set(content.names):
+        if content.kind == "document" and form_of(content.names) is None \
+                and not set(named) & set(content.names):
             found.sources.remove(source)
             found.leave_out("one JSON object, no record", source.content)
 

@@ -122,9 +122,12 @@ def _calls(value: Any) -> Content:
 def _chat(field: str) -> Callable[[Content], Content]:
     def standard(content: Content) -> Content:
         messages = standard_messages(content[field])
+        if not isinstance(messages, list):
+            raise BadRowError(f"field {field!r} is not a list of turns "
+                              f"(a {type(messages).__name__})")
         system = content.get("system")
         # a column of its own, where trainers put it before the first turn
-        if isinstance(system, str) and system and isinstance(messages, list) and not any(
+        if isinstance(system, str) and system and not any(
                 isinstance(one, dict) and one.get("role") == "system" for one in messages):
             messages = [{"role": "system", "content": system}, *messages]
         return {"messages": messages}
@@ -198,9 +201,9 @@ FORMS = (
 def refuse_preferences(name: str, content: Content) -> None:
     """Raise InputError for records of an answer that is better and one that is worse."""
     if {"chosen", "rejected"} <= set(content) and not {"text", "messages"} & set(content):
-        chat = not isinstance(content["chosen"], str) and "prompt" not in content
-        flags = "--messages-field chosen" if chat else \
-            "--prompt-field prompt --completion-field chosen"
+        alone = "--text-field" if isinstance(content["chosen"], str) else "--messages-field"
+        flags = "--prompt-field prompt --completion-field chosen" if "prompt" in content else \
+            f"{alone} chosen"
         raise InputError(
             f"{name} holds preferences (chosen, rejected): no document of a language model, which "
             "learned both answers in no plain way. To index the chosen ones as if it had been "
@@ -235,6 +238,9 @@ def unknown_fields(name: str, content: Content, table: bool) -> InputError:
         hints.append("If the table has no header, name its columns: --columns text,label.")
     if likely:
         hints.append(f"Perhaps {' or '.join(likely)}.")
+    if isinstance(content.get("input_ids"), list):
+        hints.append("Token ids are read from .npy files: save input_ids with numpy.save, one "
+                     "sequence a row.")
     if inner := [field for field in lists if field not in chats]:
         hints.append(f"If the records are what {inner[0]!r} holds, write these out: jq -c "
                      f"'.{inner[0]}[]' OLD.json > NEW.jsonl.")

@@ -1,5 +1,6 @@
 """What a file holds, told by its first bytes; its name decides only where these leave it open."""
 
+import codecs
 import json
 import re
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from indexer.read.compressed import bare_name, compression, opened
 PEEK, LONG_PEEK = 1 << 16, 1 << 20  # bytes looked at; the second where the first line is longer
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 LINES = (".jsonl", ".ndjson", ".jl", ".jsonlines", ".ldjson")
-TABLES = (".csv", ".tsv", ".tab")
+TABLES = (".csv", ".tsv", ".tab", ".psv")
 BY_NAME = {".parquet": "parquet", ".npy": "npy", ".arrow": "ipc", ".feather": "ipc", ".ipc": "ipc"}
 
 JSONL = "Write its records into a .jsonl file, a JSON object a line."
@@ -24,8 +25,8 @@ class Content:
     """What a file holds.
 
     `kind` is that of its DataSource, or else one of: "document" (one JSON object, with the fields
-    `names`), "empty", "media" and "binary" (nothing to read), "refused" (`what` it is, and the
-    `remedy`).
+    `names`), "structured" (a text that may hold records, as YAML may), "empty", "media" and
+    "binary" (nothing to read), "refused" (`what` it is, and the `remedy`).
     """
 
     kind: str
@@ -33,6 +34,9 @@ class Content:
     remedy: str = ""
     names: tuple[str, ...] = ()
 
+
+STRUCTURED = {".yaml": "YAML", ".yml": "YAML", ".xml": "XML", ".toml": "TOML", ".plist": "XML",
+              ".json5": "JSON5", ".jsonc": "JSON with comments"}
 
 # ending: what a file with it is, that holds records and can't be read
 _UNREAD: dict[str, tuple[str, str]] = {}
@@ -61,6 +65,11 @@ _MAGIC: tuple[tuple[bytes, str], ...] = (  # how a file begins: the ending of it
     (b"SQLite format 3\0", ".sqlite"), (b"\x89HDF", ".h5"), (b"Obj\x01", ".avro"),
     (b"ORC", ".orc"), (b"\x04\x22\x4d\x18", ".lz4"), (b"\x1f\x9d", ".z"),
     *((bytes([0x80, protocol]), ".pkl") for protocol in range(2, 6)),
+)
+_STANDS_FOR = (  # texts that hold no text to learn
+    (b"version https://git-lfs", "a pointer of Git LFS and not the file itself",
+     "Fetch it: git lfs pull."),
+    (b"WARC/", "a web archive", JSONL), (b"<mediawiki", "a dump of a wiki", JSONL),
 )
 _FORMS = ((b"PAR1", "parquet"), (b"ARROW1\0", "ipc"), (b"\xff\xff\xff\xff", "ipc"),
           (b"\x93NUMPY", "npy"))
@@ -103,7 +112,13 @@ def _unread(ending: str) -> Content:
 
 
 def _binary(head: bytes, ending: str) -> Content | None:
-    """What bytes that aren't text are; None for text."""
+    """What bytes that aren't text are, or stand for something else; None for text."""
+    for begin, what, remedy in _STANDS_FOR:
+        if head.startswith(begin):
+            return Content("refused", what, remedy)
+    if ending in (*LINES, *TABLES, *BY_NAME, ".json") and \
+            head.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html")):
+        return Content("refused", "a web page, perhaps an error's", "Download it again.")
     if kind := BY_NAME.get(ending):
         return Content(kind)
     zeros = b"\0" in head  # which no text has, so that one may begin with the same letters
@@ -123,9 +138,18 @@ def _binary(head: bytes, ending: str) -> Content | None:
     if wide := _wide_text(head):
         return Content("refused", f"{wide} text, not UTF-8",
                        f"Convert it: iconv -f {wide} -t UTF-8 OLD > NEW.")
-    if zeros:
+    if zeros and not _mostly_text(head):
         return _unread(ending) if ending in _UNREAD else Content("binary", "no text")
     return None
+
+
+def _mostly_text(head: bytes) -> bool:
+    """Whether bytes with some zeros are a text nevertheless, damaged or badly made."""
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)  # the last letter may be cut
+    except UnicodeDecodeError:
+        return False
+    return sum(letter < " " and letter not in "\t\n\r\f" for letter in text) < 0.02 * len(text)
 
 
 def _wide_text(head: bytes) -> str | None:
@@ -188,4 +212,7 @@ def _by_ending(head: bytes, ending: str) -> Content:
     """What a text is whose bytes don't tell."""
     if ending in TABLES:
         return Content("csv")
+    if ending in STRUCTURED:
+        return Content("structured", f"{STRUCTURED[ending]}, which isn't read as records",
+                       f"{JSONL} If it is one text to learn, call it .txt.")
     return _unread(ending) if ending in _UNREAD else Content("text")

@@ -19,6 +19,8 @@ from indexer.read.rows import BadRowError, Row
 SAMPLE = 1 << 18  # characters by which separator and quotes are told
 MOST_SWALLOWED = 20  # lines in one value, where a sample ends within quotes
 SEPARATORS = ",;\t|"
+# how Excel is told the separator, in a line before all others
+SAID = re.compile(r'"?sep=(.)"?\r?\n')
 
 
 def table_rows(path: Path, names: Sequence[str] = ()) -> Iterator[Row | None]:
@@ -32,6 +34,8 @@ def table_rows(path: Path, names: Sequence[str] = ()) -> Iterator[Row | None]:
     csv.field_size_limit(rows.LONGEST_LINE)  # of this process; the library's own is 128 KB
     header = list(names)
     with _text(path) as text:
+        if SAID.match(sample):
+            text.readline()
         reader = csv.reader(text, form)
         try:
             first = next((values for values in reader if values), None)
@@ -116,7 +120,9 @@ def _form(sample: str, tabs: bool) -> type[csv.Dialect]:
 
 
 def _separator(sample: str) -> str:
-    """What separates the values of the first line, quotes left out of account."""
+    """What separates the values: as is said, or by the first line without what is in quotes."""
+    if said := SAID.match(sample):
+        return said[1]
     line = re.sub(r'"[^"]*"', "", sample).lstrip("\r\n").partition("\n")[0]
     return max(SEPARATORS, key=line.count)  # the comma where there is none
 

@@ -57,7 +57,9 @@ def test_a_cloned_data_set(tmp_path):
     for _ in range(2):
         assert decoded(made.sequences()) == TEXTS * 2
         assert made.facts.skipped == {"file that holds no data": 13}
-    [note, rows] = made.notes
+    [files, note, rows] = made.notes
+    assert files == (f"files: 2 read ({tmp_path}/data/train-00000-of-00002.jsonl, "
+                     f"{tmp_path}/data/train-00001-of-00002.json)")
     assert note.startswith("left out: 2 × hidden (") and f"{tmp_path}/README.md and 2 more" in note
     assert rows == "rows: text; not read: url, year"
 

@@ -87,7 +87,8 @@ def test_turns_under_a_name_of_their_own():
 
 @pytest.mark.parametrize(("bad", "reason"), [
     ({"conversations": [{"from": "oracle", "value": "a"}]}, "a turn from nobody known"),
-    ({"conversations": "a"}, "field 'messages' is not a list of role and content"),
+    ({"conversations": "a"}, "field 'conversations' is not a list of turns"),
+    ({"conversations": None}, "field 'conversations' is not a list of turns"),
     ({"text": "a b"}, "missing field 'conversations'"),
 ])
 def test_rows_of_a_form_that_cant_be_used(bad, reason):
@@ -128,6 +129,7 @@ def test_files_of_several_forms(tmp_path):
     made = corpus(tmp_path)
     assert decoded(made.sequences()) == [CHAT_TEXT] * 2
     assert made.notes == [
+        f"files: 2 read ({chats}, {others})",
         f"rows: sharegpt (conversations), read as chat messages; in {chats}",
         f"rows: messages; in {others}"]
     write_lines(tmp_path, {"text": "hello"}, name="c.jsonl")
@@ -151,6 +153,7 @@ def test_what_else_records_could_be_is_said():
     ({"prompt": "a", "chosen": "b", "rejected": "c"},
      {"prompt_field": "prompt", "completion_field": "chosen"}),
     ({"chosen": CHAT, "rejected": CHAT}, {"messages_field": "chosen"}),
+    ({"chosen": "yes no", "rejected": "no"}, {"text_field": "chosen"}),
     ({"prompt": "a", "completion": "b", "label": False}, {"rows": "prompt-completion"}),
 ])
 def test_preferences_are_refused_by_name(row, flags, tmp_path):
@@ -166,6 +169,7 @@ def test_preferences_are_refused_by_name(row, flags, tmp_path):
     ({"title": "a", "body": "longer", "n": 1}, "Perhaps --text-field body or --text-field title"),
     ({"dialog": CHAT, "n": 1}, "Perhaps --messages-field dialog"),
     ({"dialog": TURNS}, "Perhaps --messages-field dialog"),
+    ({"input_ids": [1, 2], "labels": [1, 2]}, r"from \.npy files: save input_ids"),
     ({"version": 1, "data": [{"text": "a"}]}, r"what 'data' holds, .*: jq -c '\.data\[\]' OLD"),
 ])
 def test_unknown_fields_come_with_what_may_be_meant(row, hint, tmp_path):
@@ -183,6 +187,14 @@ def test_names_of_forms():
         corpus([{"text": "a"}], rows="alpaca", text_field="text")
     with pytest.raises(InputError, match=r"--rows alpaca needs the fields instruction and output"):
         corpus([{"text": "a"}], rows="alpaca")
+
+
+def test_texts_have_no_form(tmp_path):
+    (tmp_path / "a.txt").write_text("yes no")
+    with pytest.raises(InputError, match=r"--rows content is a form of records; .* holds texts"):
+        corpus(tmp_path / "a.txt", rows="content")
+    (tmp_path / "a.jsonl").touch()
+    assert corpus(tmp_path / "a.jsonl", rows="alpaca").task == "completion"
 
 
 # ---- truncated

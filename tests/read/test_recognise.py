@@ -186,6 +186,10 @@ UNREAD = [
         ("a.txt", "wide text".encode("utf-16"), "UTF-16 text", "iconv -f UTF-16 -t UTF-8"),
         ("a.jsonl", LINES.decode().encode("utf-16-le"), "UTF-16LE text", "iconv -f UTF-16LE"),
         ("a.csv", "text,n\r\na,1".encode("utf-16-be"), "UTF-16BE text", "iconv -f UTF-16BE"),
+        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+         "a pointer of Git LFS", "git lfs pull"),
+        ("CC-MAIN.warc", b"WARC/1.0\r\n", "a web archive", r"\.jsonl"),
+        ("a.jsonl", b"<!DOCTYPE html>\n<html>Sign in", "a web page", "Download it again"),
         ("a.txt", b"{'text': 'a'}\n{'text': 'b'}\n", "lines in braces that are no JSON", "quotes"),
     ]),
 ]
@@ -214,12 +218,30 @@ def test_what_cant_be_read_is_refused_by_name(name, write, what, remedy, tmp_pat
 @pytest.mark.parametrize("text", [
     "ORC ARMY\n", "RIFF raff", "GIF8 words", "BM is an abbreviation", "[1] A reference\n[2] More",
     "{% if x %}hello{% endif %}\nworld", "{ x | x > 0 }, a set", "\ufeffhello, world\n", "BZh",
-    "[link](a) and more", "a,b\n1,2\n",
+    "[link](a) and more", "a\0" + "text for all that, " * 9, "a,b\n1,2\n",
 ])
 def test_texts_that_begin_like_other_files_are_texts(text, tmp_path):
     (tmp_path / "a.txt").write_text(text)
-    [record] = read(tmp_path / "a.txt", sequence_length=99)
+    [record] = read(tmp_path / "a.txt", sequence_length=999)
     assert decoded([record]) == [text.removeprefix("\ufeff")]
+
+
+@pytest.mark.parametrize(("name", "what"), [
+    ("a.yaml", "YAML"), ("a.yml", "YAML"), ("a.XML", "XML"), ("a.json5", "JSON5"),
+])
+def test_what_may_hold_records_is_a_text_among_texts_alone(name, what, tmp_path):
+    (tmp_path / name).write_text("- text: hello")
+    for path in (tmp_path / name, tmp_path):
+        with pytest.raises(InputError, match=rf"is {what}, which isn't read as .* call it \.txt"):
+            make_corpus(path)
+    (tmp_path / "b.txt").write_text("yes no")
+    assert decoded(read(tmp_path)) == ["- text: hello", "yes no"]
+
+
+def test_a_damaged_line_among_lines(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(LINES * 40 + b'{"text": "a\0b"}\n' + LINES)
+    made = make_corpus(tmp_path / "a.jsonl")
+    assert len(list(made.sequences())) == 82 and made.facts.skipped == {"invalid JSON": 1}
 
 
 def test_the_reason_why_a_text_is_none(tmp_path):

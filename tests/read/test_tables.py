@@ -62,6 +62,11 @@ def test_spaces_before_quotes(tmp_path):
     assert rows_of(tmp_path / "a.csv") == [{"text": "a, b", "label": "1"}]
 
 
+def test_the_separator_that_excel_is_told(tmp_path):
+    (tmp_path / "a.csv").write_text("sep=|\r\ntext|n\r\na;b,c|1\r\n", newline="")
+    assert rows_of(tmp_path / "a.csv") == [{"text": "a;b,c", "n": "1"}]
+
+
 def test_the_first_row_or_names(tmp_path):
     path = tmp_path / "a.tsv"
     path.write_text("hello world\t1\n\nyes no\t0\n")
