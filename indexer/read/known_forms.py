@@ -205,14 +205,14 @@ def refuse_preferences(name: str, content: Content) -> None:
         flags = "--prompt-field prompt --completion-field chosen" if "prompt" in content else \
             f"{alone} chosen"
         raise InputError(
-            f"{name} holds preferences (chosen, rejected): no document of a language model, which "
-            "learned both answers in no plain way. To index the chosen ones as if it had been "
-            f"trained on them: {flags}.")
+            f"{name} holds preferences (chosen, rejected), which are learned as pairs; expected "
+            "texts whose every next token was learned. To index the chosen ones as if they had "
+            f"been: {flags}.")
     if {"prompt", "completion"} <= set(content) and isinstance(content.get("label"), bool):
         raise InputError(
             f"{name} holds preferences (prompt, completion, and true or false as label): what is "
-            "labelled false was no document to learn. Leave such rows out; to index all as they "
-            "are: --rows prompt-completion.")
+            "labelled false was not to be learned. Leave such rows out; to index all as they are: "
+            "--rows prompt-completion.")
 
 
 def lacking(name: str, form: Form, names: Iterable[Any]) -> InputError:

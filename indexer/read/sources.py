@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -130,7 +131,8 @@ def parquet_rows(path: Path, columns: Columns) -> Iterator[Row]:
 def ipc_rows(path: Path, columns: Columns) -> Iterator[Row]:
     """Rows of an Arrow file or stream (.arrow, .feather). Raises InputError."""
     try:
-        with pyarrow.memory_map(str(path)) as file:
+        # not mapped: a file that is shorter than it says would end the process
+        with pyarrow.OSFile(str(path)) as file:
             is_file = file.read(6) == b"ARROW1"
             file.seek(0)
             if is_file:
@@ -140,7 +142,7 @@ def ipc_rows(path: Path, columns: Columns) -> Iterator[Row]:
                 batches = reader = pyarrow.ipc.open_stream(file)
             names = columns(reader.schema.names)
             for batch in batches:
-                yield from _batch_rows(batch.select(names))
+                yield from _checked_rows(batch.select(names))
     except (OSError, pyarrow.ArrowException) as error:
         raise InputError(f"{path} can't be read as Arrow: {error}. Expected version 2 of Feather, "
                          "or an Arrow file or stream.") from None
@@ -151,11 +153,26 @@ def arrow_rows(folder: Path, columns: Columns) -> Iterator[Row]:
     try:
         state = json.loads((folder / "state.json").read_text())
         for entry in state["_data_files"]:
-            with pyarrow.memory_map(str(folder / entry["filename"])) as file:
+            with pyarrow.OSFile(str(folder / entry["filename"])) as file:
                 for batch in pyarrow.ipc.open_stream(file):
-                    yield from _batch_rows(batch.select(columns(batch.schema.names)))
+                    yield from _checked_rows(batch.select(columns(batch.schema.names)))
     except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
         raise InputError(f"{folder} can't be read as a datasets folder: {error}.") from None
+
+
+def _checked_rows(batch: pyarrow.RecordBatch) -> Iterator[Row]:
+    """Rows of a batch as it lay in a file, which Arrow believes unchecked."""
+    try:
+        batch.validate(full=True)
+    except pyarrow.ArrowInvalid:  # a text that is no UTF-8, or places outside of the file
+        for row in range(len(batch)):
+            try:
+                batch.slice(row, 1).validate(full=True)
+                yield from _batch_rows(batch.slice(row, 1))
+            except pyarrow.ArrowInvalid as error:
+                yield BadRowError(f"damaged ({error})")
+        return
+    yield from _batch_rows(batch)
 
 
 def _batch_rows(batch: pyarrow.RecordBatch) -> Iterator[Row]:
@@ -192,7 +209,7 @@ def load_tokens(path: Path) -> np.ndarray:
     """A file of token ids, mapped. Raises InputError."""
     try:
         array = np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SyntaxError, TokenError) as error:  # its header is read as Python
         raise InputError(f"{path} can't be read as a .npy file: {error}.") from None
     if not np.issubdtype(array.dtype, np.integer) or array.ndim not in (1, 2) or not array.size:
         raise InputError(

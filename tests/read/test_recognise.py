@@ -129,6 +129,13 @@ def test_tables_of_arrow_under_any_name(name, tmp_path):
     if name in ("train", "a.txt"):
         pyarrow.parquet.write_table(table, path)
         assert decoded(read(path)) == TEXTS
+    with pyarrow.ipc.new_stream(path, table.schema) as writer:
+        writer.write_table(table)
+    content = path.read_bytes()
+    place = content.rindex((11).to_bytes(4, "little"))  # where the second text begins
+    path.write_bytes(content[:place] + (1 << 30).to_bytes(4, "little") + content[place + 4:])
+    made = make_corpus(path)
+    assert list(made.sequences()) == [] and made.facts.skipped == {"damaged": 2}
     path.write_bytes(b"ARROW1\0\0no table")
     with pytest.raises(InputError, match=r"can't be read as Arrow: .* Expected version 2 of Fea"):
         read(path)
@@ -249,6 +256,55 @@ def test_the_reason_why_a_text_is_none(tmp_path):
     made = make_corpus(tmp_path / "a.txt")
     assert list(made.sequences()) == [] and made.facts.skipped == {"invalid UTF-8": 1}
     assert "iconv -f CP1252 -t UTF-8" in made.facts.examples[0]
+
+
+def seeds(folder):
+    """A small file of each form."""
+    rows = pyarrow.Table.from_pylist(ROWS)
+    pyarrow.parquet.write_table(rows, folder / "a")
+    pyarrow.feather.write_feather(rows, folder / "b", compression="uncompressed")
+    with pyarrow.ipc.new_stream(folder / "c", rows.schema) as writer:
+        writer.write_table(rows)
+    with (folder / "d").open("wb") as file:
+        np.save(file, np.arange(9))
+    yield from (path.read_bytes() for path in sorted(folder.iterdir()))
+    yield from (LINES, json.dumps(ROWS, indent=1).encode(), b'text;n\n"a ""b"";";1\nyes;2\n')
+    yield from (compress(LINES) for compress in COMPRESSIONS.values())
+
+
+def damaged(content, random):
+    """Bytes changed, cut off, put in, doubled or taken out."""
+    changed, place = bytearray(content), int(random.integers(len(content) + 1))
+    match int(random.integers(5)):
+        case 0:
+            changed[place : place + 1] = bytes([random.integers(256)])
+        case 1:
+            del changed[place:]
+        case 2:
+            changed[place:place] = [b'"', b"{", b"]", b"\0", b"\xff", b"\n"][random.integers(6)]
+        case 3:
+            changed += bytes(changed)
+        case 4:
+            del changed[place : place + 9]
+    return bytes(changed)
+
+
+def test_damaged_files_end_in_words(tmp_path):
+    random = np.random.default_rng(0)
+    (tmp_path / "seeds").mkdir()
+    read_whole = refused = 0
+    for content in seeds(tmp_path / "seeds"):
+        for name in ("a.jsonl", "a.json", "a.csv", "a", "a.parquet", "a.arrow", "a.npy", "a.gz"):
+            path = tmp_path / name
+            path.write_bytes(damaged(damaged(content, random), random))
+            try:
+                made = make_corpus(path)
+                for _ in made.sequences():
+                    pass
+                read_whole += 1
+            except InputError:
+                refused += 1
+    assert read_whole > 9 and refused > 9
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be someone else")

@@ -200,7 +200,10 @@ def test_token_files_of_another_kind_are_refused(array, found, tmp_path):
             reader(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"no array", b"\x93NUMPY\x01\x00"])
+@pytest.mark.parametrize("content", [
+    b"", b"no array", b"\x93NUMPY\x01\x00", b"\x93NUMPY\x01\x00\x04\x00{'a\n",
+    b"\x93NUMPY\x01\x00\x04\x00{(\0\n",
+])
 def test_token_files_that_are_none(content, tmp_path):
     (tmp_path / "tokens.npy").write_bytes(content)
     with pytest.raises(InputError, match=r"tokens.npy can't be read as a .npy file: "):
