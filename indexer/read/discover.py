@@ -126,8 +126,18 @@ def _mode(path: Path, given: str) -> int:
             raise InputError(f"{path} is a link that leads nowhere ({path.readlink()}: {reason}). "
                              "Mend it, or give what it was to lead to.") from None
         if isinstance(error, FileNotFoundError):
-            raise InputError(f"{path} does not exist; expected {DATA_FORMS}.") from None
+            raise InputError(f"{given} does not exist; expected {DATA_FORMS}."
+                             f"{_perhaps(given)}") from None
         raise InputError(f"{path} can't be read: {reason}. See that it may be read.") from None
+
+
+def _perhaps(given: str) -> str:
+    """What a path that isn't there may have been meant as, with the space before it."""
+    if "://" in given:
+        return " Data are read from this machine: download it first."
+    if set("*?[") & set(given):
+        return " A pattern is the shell's to expand: leave out the quotes."
+    return ""
 
 
 def _kind_of(mode: int) -> str:

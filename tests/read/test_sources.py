@@ -115,6 +115,10 @@ def test_objects_that_cant_be_read_twice_are_refused(data, kind):
 def test_a_missing_path_says_what_is_expected(tmp_path):
     with pytest.raises(InputError, match=r"none\.jsonl does not exist; expected JSON lines, "):
         make_corpus(tmp_path / "none.jsonl")
+    with pytest.raises(InputError, match=r"https://a\.org/b does not exist; .* download it first"):
+        make_corpus("https://a.org/b")
+    with pytest.raises(InputError, match=r"\*\.jsonl does not exist; .* leave out the quotes"):
+        make_corpus(f"{tmp_path}/*.jsonl")
     with pytest.raises(InputError, match=rf"no data files were found in {tmp_path}; expected J"):
         make_corpus(tmp_path)
 
