@@ -92,6 +92,8 @@ def recognise(path: Path) -> Content:
             head += file.read(LONG_PEEK)
         whole = not file.read(1)
     squeezed = compression(path)
+    if not head and ending in _UNREAD:
+        return _unread(ending)
     if not head:
         empty = "jsonl" if ending in (*LINES, ".json") else "csv" if ending in TABLES else "empty"
         return Content(BY_NAME.get(ending, empty))
