@@ -239,10 +239,10 @@ def test_refusals_come_before_anything_expensive(model_folder, data_file, tmp_pa
     monkeypatch.setattr(LanguageModel, "load", lambda *_: pytest.fail("the model was loaded"))
     model = str(model_folder)
     chat = tmp_path / "chat.jsonl"
-    chat.with_suffix(".json").write_text("[]")
+    chat.with_suffix(".xlsx").touch()
     chat.write_text(json.dumps({"messages": [{"role": "assistant", "content": "yes"}]}) + "\n")
     for arguments, message in [
-        (dict(model=model, data=tmp_path / "none.jsonl"), "does not exist; expected a .jsonl"),
+        (dict(model=model, data=tmp_path / "none.jsonl"), "does not exist; expected JSON lines"),
         (dict(model=model, data=chat), "--messages-field messages.*no chat template"),
         (dict(model=model, data=data_file, seq_len=65), "expected 2 to 64"),
         (dict(model=model, data=data_file, bits=100), "multiple of 64"),
@@ -257,7 +257,7 @@ def test_refusals_come_before_anything_expensive(model_folder, data_file, tmp_pa
         (dict(model=model, data=data_file, keep_fields="url"), "expected a list of field names"),
         (dict(model=model, data=data_file, keep_fields=["ulr"]), "no record has a field 'ulr'"),
         (dict(model=model, data=data_file, device="mps"), "--device mps: expected auto, cpu"),
-        (dict(model=model, data=chat.with_suffix(".json")), "isn't read as records"),
+        (dict(model=model, data=chat.with_suffix(".xlsx")), "is a spreadsheet; expected JSON li"),
         (dict(model=str(tmp_path), data=data_file), "folder with config.json and model.safeten"),
         (dict(model="nobody/nothing", data=data_file), "nobody/nothing can't be loaded"),
     ]:
