@@ -15,6 +15,7 @@ from typing import Any, ParamSpec, TypeVar
 from gradindex.errors import InputError
 from gradindex.influence.codes import default_length
 from gradindex.memory import parse_bound
+from gradindex.model.chat_template import read_chat_template
 from gradindex.model.config import context_length, vocabulary_size
 from gradindex.model.identity import tokenizer_digest
 from gradindex.model.load_tokenizer import load_tokenizer
@@ -54,6 +55,7 @@ def make_request(
     out: str | Path,
     *,
     tokenizer: Any = None,
+    chat_template: str | Path | None = None,
     text_field: str | None = None,
     prompt_field: str | None = None,
     completion_field: str | None = None,
@@ -100,7 +102,7 @@ def make_request(
         sequence_length=_sequence_length(seq_len, config, as_list(data)), pack=pack,
         text_field=text_field, prompt_field=prompt_field, completion_field=completion_field,
         messages_field=messages_field, id_field=id_field, keep_fields=tuple(keep_fields),
-        limit=limit,
+        limit=limit, chat_template=read_chat_template(chat_template),
     )
     check_numbers(fit_sequences=fit_sequences, covariance_blocks=covariance_blocks,
                   batch_tokens=batch_tokens, damping=damping, segment_size=segment_size,

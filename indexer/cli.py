@@ -35,6 +35,8 @@ _MAX_BAD = click.option(
 @click.option("--prompt-field", metavar="NAME", help="Field of the prompt [prompt].")
 @click.option("--completion-field", metavar="NAME", help="Field of the completion [completion].")
 @click.option("--messages-field", metavar="NAME", help="Field of chat messages [messages].")
+@click.option("--chat-template", type=click.Path(path_type=Path), metavar="FILE",
+              help="Jinja template that training rendered chats by [the tokenizer's own].")
 @click.option("--id-field", metavar="NAME", help="Field with your own id, shown in results.")
 @click.option("--keep-fields", metavar="A,B", help="Fields to carry into results.")
 @click.option("--seq-len", type=int,
