@@ -15,7 +15,7 @@ from typing import Any, ParamSpec, TypeVar
 from gradindex.errors import InputError
 from gradindex.influence.codes import default_length
 from gradindex.memory import parse_bound
-from gradindex.model.chat_template import read_chat_template
+from gradindex.model.chat_template import marks_answers, read_chat_template
 from gradindex.model.config import context_length, vocabulary_size
 from gradindex.model.identity import tokenizer_digest
 from gradindex.model.load_tokenizer import load_tokenizer
@@ -116,6 +116,10 @@ def make_request(
 
     # 3) the data: found, of one kind, and digested, so that other content is another plan
     corpus = open_corpus(data, source, config, settings, strict)
+    if corpus.task == "messages" and not marks_answers(corpus.tokenizer):
+        progress.say("chats: the chat template has no {% generation %} marks, so the assistant's "
+                     "words are found turn by turn; if training used another template, give it "
+                     "with --chat-template")
 
     # 4) the plan, with nothing left to be chosen; a resumed build compares it with the one it began
     chosen_device, chosen_dtype = source.resolve(dtype)

@@ -50,9 +50,14 @@ def with_chat_template(tokenizer: Any, template: str | None) -> Any:
     return tokenizer
 
 
+def has_chat_template(tokenizer: Any) -> bool:
+    """Whether a tokenizer can render a chat."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
 def check_chat_template(tokenizer: Any, field: str) -> None:
     """Raise InputError where chat records meet a tokenizer without a chat template."""
-    if not getattr(tokenizer, "chat_template", None):
+    if not has_chat_template(tokenizer):
         raise InputError(
             f"the records hold messages (field {field}) but the tokenizer has no chat template. "
             "Give the one that training used with --chat-template FILE, or the records as text "

@@ -159,5 +159,5 @@ def _once(tokens: np.ndarray, added: np.ndarray) -> tuple[int, int]:
     behind = len(tokens) - end
     own = tokens[start:end].tolist()
     begins = own[:start] == tokens[:start].tolist()
-    ends = len(own) > behind and own[len(own) - behind:] == tokens[end:].tolist()
+    ends = len(own) >= behind and own[len(own) - behind:] == tokens[end:].tolist()
     return start if begins else 0, end if ends else len(tokens)

@@ -10,7 +10,7 @@ from gradindex.errors import InputError
 from gradindex.influence.fitted_model import FittedModel
 from gradindex.model import tokenise
 from gradindex.model.chat import encode_chat, encode_question
-from gradindex.model.chat_template import check_chat_template
+from gradindex.model.chat_template import has_chat_template
 from gradindex.model.config import context_length, vocabulary_size
 from gradindex.model.messages import MessagesError, read_chat, shown_content
 from gradindex.modules import numbers_in
@@ -97,7 +97,11 @@ def _whole_numbers(name: str, values: Sequence[int]) -> list[int]:
 
 def _chat_query(fitted: FittedModel, question: Question) -> Query:
     """The query of a chat, of which the last answer is scored: given, or the model's own."""
-    check_chat_template(fitted.tokenizer, "messages")
+    if not has_chat_template(fitted.tokenizer):
+        raise InputError(
+            "the query holds messages, but the tokenizer has no chat template and the index was "
+            "built without one. Build it with --chat-template FILE, or ask with a prompt and a "
+            "completion in the form that training gave them.")
     try:
         chat = read_chat(question.messages, question.tools, question.chat_template_kwargs)
     except MessagesError as error:

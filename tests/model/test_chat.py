@@ -205,7 +205,7 @@ CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": 1, "b":
      [{"role": "user", "content": "a"}]),
     ([{"role": "user", "content": ["a", {"type": "input_text", "text": "b", "image_url": None}]}],
      [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]),
-    (np.array([{"role": "user", "content": "a"}], dtype=object), [{"role": "user", "content": "a"}]),
+    (np.array([{"role": "user", "content": "a"}], object), [{"role": "user", "content": "a"}]),
     (({"role": "user", "content": "a"},), [{"role": "user", "content": "a"}]),
     ({"role": "user", "content": "a"}, [{"role": "user", "content": "a"}]),
 ])
@@ -286,3 +286,13 @@ def test_what_is_no_template_is_refused(content, message, tmp_path):
 def test_a_template_with_a_mistake_is_refused():
     with pytest.raises(InputError, match=r"--chat-template is no valid Jinja: .*\(line 2\)"):
         with_chat_template(byte_tokenizer(), "{{ bos_token }}\n{% for %}")
+
+
+def test_a_tokenizer_may_have_several_templates_by_name():
+    tokenizer = with_chat_template(byte_tokenizer(template=None), {
+        "default": PLAIN_TEMPLATE, "tool_use": "[{{ tools[0].name }}]" + MARKED_TEMPLATE})
+    plain = encode_chat(tokenizer, Chat(CHAT[:2]))
+    assert scored_text(tokenizer, plain) == " yes <|end|>\n"
+    told = encode_chat(tokenizer, Chat(CHAT[:2], [{"name": "hello"}]))
+    assert tokenizer.decode(told.tokens.tolist()).startswith("[hello]<|user|>")
+    assert scored_text(tokenizer, told) == " yes <|end|>"

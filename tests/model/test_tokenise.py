@@ -66,6 +66,22 @@ def test_a_tokenizer_without_offsets_is_refused():
         tokenise.encode(object(), "hello")
 
 
+@pytest.mark.parametrize(("frame", "string", "ids"), [
+    ("<b> $A <e>", "<b>hello", "1 h 0"), ("<b> $A <e>", "hello<e>", "1 h 0"),
+    ("<b> $A <e>", "<b>hello<e>", "1 h 0"), ("<b> $A", "<b><b>hello", "1 1 h"),
+    ("<b> $A", " <b>hello", "1 s 1 h"), ("$A", "<b>hello", "1 h"), ("<b> $A", "<b>", "1"),
+    ("<b> <e> $A", "<b>hello", "1 0 1 h"), ("<b> <e> $A", "<b><e>hello", "1 0 h"),
+    ("$A <e>", "<e>", "0"), ("<b> $A <e>", "<b><e>", "1 0"),
+])
+def test_special_tokens_that_the_text_has_are_not_added_to_it(frame, string, ids):
+    tokenizer = byte_tokenizer(frame)
+    [hello], [space] = plain_ids(tokenizer, "hello"), plain_ids(tokenizer, " ")
+    expected = [{"h": hello, "s": space}.get(part) or int(part) for part in ids.split()]
+    tokenised = tokenise.encode(tokenizer, string)
+    assert tokenised.tokens.tolist() == expected
+    assert tokenised.spans.max() == len(string)
+
+
 # ---- prompt and completion
 
 
@@ -81,12 +97,13 @@ def test_a_tokenizer_without_offsets_is_refused():
     ("", "hello world", "hello world"),
     ("hello", " yes<e>", " yes<e>"),
     ("the naïve 😀", "中文", "中文"),
-    ("hello", "", ""),
+    ("hello", "", ""), ("<b>hello", " world", " world"), ("<b>", "hello", "hello"),
 ])
 def test_only_the_completions_tokens_are_scored(prompt, completion, scored, trim):
     tokenizer = byte_tokenizer("<b> $A <e>", trim)
     tokenised = tokenise.encode_pair(tokenizer, prompt, completion)
-    assert tokenised.tokens.tolist() == [1, *plain_ids(tokenizer, prompt + completion)]
+    text = (prompt + completion).removeprefix("<b>")  # which isn't there twice
+    assert tokenised.tokens.tolist() == [1, *plain_ids(tokenizer, text)]
     assert not tokenised.scored[0]
     assert scored_text(tokenizer, tokenised) == scored
     assert tokenised.spans[-1, 1] == len(prompt + completion)

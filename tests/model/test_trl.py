@@ -3,12 +3,17 @@
 import functools
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from gradindex.model.chat import encode_answer, encode_chat
 from gradindex.model.messages import read_chat
 from gradindex.model.rendering import ChatTemplateError
+from gradindex.storage.build_plan import CorpusSettings
+from indexer.read.corpus import Corpus
 from support.chats import CHATS, TEMPLATES
 from support.needed import library
 from support.tokenizers import chat_tokenizer
@@ -135,3 +140,61 @@ def test_without_marks_every_answer_is_scored(name):
             tokenizer, messages, tools, return_assistant_tokens_mask=True, chat_template=training)
         if expected and expected["input_ids"] == whole["input_ids"] and name not in OTHER_MARKS:
             assert tokenised.scored.astype(int).tolist() == expected["assistant_masks"]
+
+
+# ---- the trainer itself
+
+ROWS = [{"messages": messages, "tools": tools, "chat_template_kwargs": {"enable_thinking": False}}
+        for messages, tools in CHATS.values()]
+EXCHANGES = [{"prompt": row["messages"][:-1], "completion": row["messages"][-1:],
+              "tools": row["tools"], "chat_template_kwargs": {}} for row in ROWS
+             if row["messages"][-1]["role"] == "assistant"]
+SPOKEN = [{"prompt": f"{one['messages'][0]['content']} ", "completion": "the world<e>"}
+          for one in ROWS]
+FAMILIES = ["qwen3", "qwen3_5_think", "deepseek_r1_distill", "deepseekv3", "glm4moe", "gptoss",
+            "nemotron_3_nano", "llama3", "gemma3", "phi3_5", "cohere2", "smollm 3"]
+
+
+def trained_on(tokenizer, rows, folder, **settings):
+    """The token ids and labels that TRL's trainer makes of rows."""
+    network = GPT2LMHeadModel(GPT2Config(
+        vocab_size=len(tokenizer), n_embd=4, n_layer=1, n_head=1, n_positions=8, bos_token_id=0,
+        eos_token_id=0))
+    config = trl.SFTConfig(folder, max_length=None, use_cpu=True, bf16=False, report_to="none",
+                           gradient_checkpointing=False, shuffle_dataset=False, **settings)
+    trainer = trl.SFTTrainer(
+        network, config, processing_class=tokenizer,
+        train_dataset=datasets.Dataset.from_list(rows, on_mixed_types="use_json"))
+    return [(row["input_ids"], row["labels"]) for row in trainer.train_dataset]
+
+
+def indexed(tokenizer, rows, template=None):
+    """The token ids and labels that an index has of them."""
+    settings = CorpusSettings(4096, chat_template=template)
+    corpus = Corpus([rows], tokenizer, settings, len(tokenizer), 0)
+    found = [(one.tokens.tolist(), torch.where(
+        torch.from_numpy(one.scored), torch.from_numpy(one.tokens), -100).tolist())
+        for one in corpus.sequences()]
+    assert not corpus.facts.skipped
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_index_has_what_the_trainer_trains_on(name, tmp_path):
+    tokenizer = chat_tokenizer(ALL[name])
+    tokenizer.pad_token = tokenizer.eos_token
+    training = None if name in MARKED else SHIPPED[f"{name}_training"]
+    for rows, settings, template in [
+        (ROWS, {"assistant_only_loss": True}, training), (EXCHANGES, {}, None), (SPOKEN, {}, None),
+    ]:
+        readable = [row for row in rows if ("messages" not in row and isinstance(row["prompt"], str))
+                    or (rendered(tokenizer, row.get("messages") or row["prompt"] + row["completion"],
+                                row["tools"], **row["chat_template_kwargs"],
+                                chat_template=template)
+                    and rendered(tokenizer, row.get("messages") or row["prompt"], row["tools"],
+                                 chat_template=template))]
+        assert len(readable) >= 3
+        found = indexed(tokenizer, readable, template)
+        assert found == trained_on(tokenizer, readable, str(tmp_path), **settings)
