@@ -90,6 +90,7 @@ def build(request: BuildRequest) -> ModelSource | None:
             state.corpus = ingest.write_records(request.corpus, empty, progress)
             state.save()
         ingest.report_read(state.corpus, state.plan.sequence_length, progress)
+        ingest.warn_few(state.corpus.sequences, progress)
 
         # 3) the model and its tracked modules
         prepared = prepare_build(index, request.source, request.dtype, state, progress, shard.of)

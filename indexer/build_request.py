@@ -7,6 +7,7 @@ bytes of the index, and a resumed build compares it.
 import functools
 import inspect
 import math
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from gradindex.ray_cluster import check_address, load_ray
 from gradindex.storage.build_plan import MOST_BLOCKS, CorpusSettings, Plan
 from indexer import defaults
 from indexer.read.corpus import Corpus
+from indexer.read.discover import discover
 from indexer.read.sources import token_file_width
 from indexer.shards import Shard, parse_shard
 from indexer.state import RequestFacts
@@ -60,10 +62,13 @@ def make_request(
     prompt_field: str | None = None,
     completion_field: str | None = None,
     messages_field: str | None = None,
+    rows: str | None = None,
+    columns: Iterable[str] = (),
     id_field: str | None = None,
     keep_fields: Iterable[str] = (),
     seq_len: int | None = None,
     pack: bool = False,
+    truncate: bool = False,
     limit: int | None = None,
     strict: bool = False,
     modules: str = defaults.MODULES,
@@ -102,7 +107,8 @@ def make_request(
         sequence_length=_sequence_length(seq_len, config, as_list(data)), pack=pack,
         text_field=text_field, prompt_field=prompt_field, completion_field=completion_field,
         messages_field=messages_field, id_field=id_field, keep_fields=tuple(keep_fields),
-        limit=limit, chat_template=read_chat_template(chat_template),
+        limit=limit, truncate=truncate, rows=rows, columns=tuple(columns),
+        chat_template=read_chat_template(chat_template),
     )
     check_numbers(fit_sequences=fit_sequences, covariance_blocks=covariance_blocks,
                   batch_tokens=batch_tokens, damping=damping, segment_size=segment_size,
@@ -113,6 +119,7 @@ def make_request(
     progress, index = progress or Progress(), Path(out)
     share = Shard() if shard is None else parse_shard(shard, wait, progress)
     _check_choices(index, seed, covariance_blocks, keep_fields, fit_labels)
+    _check_columns(columns)
 
     # 3) the data: found, of one kind, and digested, so that other content is another plan
     corpus = open_corpus(data, source, config, settings, strict)
@@ -120,6 +127,11 @@ def make_request(
         progress.say("chats: the chat template has no {% generation %} marks, so the assistant's "
                      "words are found turn by turn; if training used another template, give it "
                      "with --chat-template")
+    if settings.columns and not any(one.kind == "csv" for one in corpus.sources):
+        raise InputError("--columns names the columns of a table without a header (.csv, .tsv); "
+                         "the data holds none. Leave it out.")
+    for note in corpus.notes:
+        progress.say(note)
 
     # 4) the plan, with nothing left to be chosen; a resumed build compares it with the one it began
     chosen_device, chosen_dtype = source.resolve(dtype)
@@ -196,7 +208,7 @@ def _sequence_length(seq_len: int | None, config: Any, data: list[Any]) -> int:
     context = context_length(config)
     if seq_len is None:
         # rows of a file were cut by who made it: a shorter length would cut them again
-        width = token_file_width(data)
+        width = token_file_width(discover(data).sources)
         if width is None:
             return min(context or defaults.LONGEST, defaults.LONGEST)
         seq_len = width
@@ -237,8 +249,21 @@ def _check_choices(
         raise InputError(f"keep_fields={keep_fields!r}: expected a list of field names.")
     if fit_labels not in defaults.LABELS:
         raise InputError(f"--fit-labels {fit_labels}: expected {' or '.join(defaults.LABELS)}.")
+    try:
+        str(index).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"-o {os.fsencode(index).decode(errors='backslashreplace')}: the name is "
+                         "not UTF-8, in which an index names its files. Give another.") from None
     if index.exists() and not index.is_dir():
         raise InputError(f"-o {index} is a file; expected a folder to make or to go on with.")
+
+
+def _check_columns(columns: Iterable[str]) -> None:
+    """Raise InputError for what are no names of columns."""
+    names = columns if isinstance(columns, (list, tuple)) else [columns]
+    if not all(isinstance(name, str) and name for name in names) or names is not columns \
+            or len(set(names)) < len(names):
+        raise InputError(f"columns={columns!r}: expected a list of names, one a column, each once.")
 
 
 def _check_ray(address: str, model: Any, shard: str | None) -> None:

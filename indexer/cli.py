@@ -37,11 +37,17 @@ _MAX_BAD = click.option(
 @click.option("--messages-field", metavar="NAME", help="Field of chat messages [messages].")
 @click.option("--chat-template", type=click.Path(path_type=Path), metavar="FILE",
               help="Jinja template that training rendered chats by [the tokenizer's own].")
+@click.option("--rows", metavar="FORM", help="Form of the records, where their fields don't tell: "
+              "sharegpt, alpaca, question-answer, … (a wrong one shows the list).")
+@click.option("--columns", metavar="A,B", help="Names of the columns of a CSV or TSV without a "
+              "header.")
 @click.option("--id-field", metavar="NAME", help="Field with your own id, shown in results.")
 @click.option("--keep-fields", metavar="A,B", help="Fields to carry into results.")
 @click.option("--seq-len", type=int,
               help=f"Tokens a sequence [the model's context, at most {defaults.LONGEST}].")
 @click.option("--pack/--no-pack", default=False, help="Join documents with the end token [no].")
+@click.option("--truncate", is_flag=True, help="Cut a document at the sequence length, as trainers "
+              "do [a longer one becomes several windows].")
 @click.option("--limit", type=int, help="Read only the first documents.")
 @click.option("--strict", is_flag=True, help="Stop at the first row that can't be used.")
 @click.option("--modules", default=defaults.MODULES, show_default=True, metavar="RANGE|KINDS|REGEX",
@@ -87,13 +93,15 @@ _MAX_BAD = click.option(
               help="Say what time, disk and memory the build will take, measured on two batches of "
                    "each stage; write nothing. Exit code 4 where disk or memory won't suffice.")
 def build(
-    model: str, data: tuple[str, ...], keep_fields: str | None, dry_run: bool, **others: Any
+    model: str, data: tuple[str, ...], keep_fields: str | None, columns: str | None,
+    dry_run: bool, **others: Any
 ) -> int:
     """Fit curvature and encode every training sequence.
 
-    MODEL is a hub id, id@revision or a folder. DATA are .jsonl (.gz, .zst), .parquet, .npy or text
-    files, folders of them, or folders written by datasets' save_to_disk. The same command run
-    again goes on where the last one stopped.
+    MODEL is a hub id, id@revision or a folder. DATA are files of records (JSON lines, JSON, CSV,
+    TSV, Parquet, Arrow; also .gz, .zst, .bz2, .xz), .npy or text files, folders of them, or folders
+    written by datasets' save_to_disk. The same command run again goes on where the last one
+    stopped.
 
     \b
     Example:
@@ -107,13 +115,14 @@ def build(
     from indexer.dry_run.estimate import estimate
 
     quiet_transformers()
-    names = tuple(name.strip() for name in (keep_fields or "").split(",") if name.strip())
+    others["keep_fields"] = tuple(name.strip() for name in (keep_fields or "").split(",")
+                                  if name.strip())
+    others["columns"] = tuple(name.strip() for name in columns.split(",")) if columns else ()
     if dry_run:
-        needs = estimate(model, list(data), progress=stderr_progress(), keep_fields=names, **others)
+        needs = estimate(model, list(data), progress=stderr_progress(), **others)
         click.echo(visible_lines("\n".join(needs.lines())))
         return ResourceError.exit_code if needs.lacking else 0
-    request = make_request(model, list(data), progress=stderr_progress(), keep_fields=names,
-                           **others)
+    request = make_request(model, list(data), progress=stderr_progress(), **others)
     if run(request) is None:  # a shard has no index to search yet
         return 0
     click.echo(visible_lines(f'next: gradindex search {others["out"]} -p "PROMPT" '

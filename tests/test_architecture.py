@@ -23,7 +23,8 @@ DOORS = {  # library: the files that it enters through
     "lmdb": {"gradindex/storage/records.py"},
     "faiss": {"gradindex/storage/code_index.py"},
     "safetensors": {"gradindex/storage/tensors.py"},
-    "pyarrow": {"indexer/read/sources.py", "search/show/data_files.py"},
+    "pyarrow": {"indexer/read/compressed.py", "indexer/read/sources.py",
+                "search/show/data_files.py"},
     "jinja2": {"search/show/html.py"},
     "starlette": {f"search/serve/{name}.py" for name in
                   ("api", "guard", "pages", "reception", "server")},

@@ -160,6 +160,7 @@ def estimate(request: BuildRequest) -> Estimate:
     # 2) text → lengths
     data = _read_data(request)
     ingest.report_read(data.facts, plan.sequence_length, progress)
+    ingest.warn_few(data.facts.sequences, progress)
 
     # 3) the model and its tracked modules
     start = time.perf_counter()
@@ -196,7 +197,8 @@ def estimate(request: BuildRequest) -> Estimate:
         model=f"{request.source.name}: {model.network.num_parameters() / 1e6:,.1f} M parameters in "
               f"{plan.dtype}; {describe_modules(model, tracked)}",
         data=f"{facts.documents:,} documents → {facts.sequences:,} sequences of at most "
-             f"{plan.sequence_length} tokens, {facts.tokens:,} tokens",
+             f"{plan.sequence_length} tokens, {facts.tokens:,} tokens"
+             + (f"; {cut}" if (cut := request.corpus.cut_documents()) else ""),
         documents=facts.documents, sequences=facts.sequences, tokens=facts.tokens,
         read=data.share, stages=stages, disk=disk,
         # the fit's sums are gone before the first code is written

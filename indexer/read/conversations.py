@@ -6,10 +6,7 @@ from gradindex.model.chat import encode_answer, encode_chat
 from gradindex.model.messages import Chat, MessagesError, is_learned, is_messages, read_chat
 from gradindex.model.rendering import ChatTemplateError
 from gradindex.model.tokenise import Tokenised
-from indexer.read.sources import BadRowError
-
-BESIDE = ("tools", "chat_template_kwargs")  # columns that a template reads beside the messages
-
+from indexer.read.rows import BadRowError
 
 def holds_messages(row: dict[str, Any], prompt: str, completion: str) -> bool:
     """Whether the prompt and the completion of a row are messages. Raises BadRowError."""

@@ -6,10 +6,8 @@ the settings alone.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,35 +18,20 @@ from gradindex.model.chat_template import check_chat_template, with_chat_templat
 from gradindex.objective import NextToken
 from gradindex.storage.build_plan import CorpusSettings, DataFacts
 from gradindex.storage.records import Part, Record
-from indexer.read.conversations import (
-    BESIDE,
-    encode_conversation,
-    encode_exchange,
-    holds_messages,
-)
+from indexer.read.choose_form import ChosenForms, field_names
+from indexer.read.conversations import encode_conversation, encode_exchange, holds_messages
+from indexer.read.discover import discover
+from indexer.read.rows import BadRowError, Row
 from indexer.read.sources import (
     DATA_FORMS,
-    BadRowError,
     DataSource,
-    Row,
-    arrow_rows,
-    as_object,
     content_digest,
     content_size,
-    discover,
-    jsonl_rows,
-    load_tokens,
-    parquet_rows,
-    text_rows,
+    read_source,
 )
-from indexer.read.windows import packed, windows
+from indexer.read.windows import packed, truncated, windows
 
 KEPT_EXAMPLES = 20  # bad rows remembered with file and line; all are counted
-
-# task: the fields it needs, by their default names
-NEEDED_FIELDS = {
-    "text": {"text"}, "completion": {"prompt", "completion"}, "messages": {"messages"},
-}
 
 
 @dataclass
@@ -88,15 +71,22 @@ class Corpus:
         self.tokenizer = with_chat_template(tokenizer, settings.chat_template)
         self.vocabulary = vocabulary
         self.end_token = end_token
+        if settings.pack and settings.truncate:
+            raise InputError("--pack joins documents and cuts nothing off, --truncate does; give "
+                             "one.")
         items = list(data)
-        self.sources = [source for item in items for source in discover(item)]
+        found = discover(items, field_names(settings, given=True).values())
+        self.sources, self._left_out = found.sources, found.left_out
         self.facts = CorpusFacts()
+        self.longer = 0  # documents beyond the sequence length
         self.documents_before = 0  # in the index already
         self.fields_seen: set[str] = set()
         if not self.sources:
             shown = ", ".join(str(item) for item in items) or "nothing"
             raise InputError(f"no data files were found in {shown}; expected {DATA_FORMS}.")
-        self.task = self._find_task()
+        self.forms = ChosenForms.of(self.sources, settings)
+        self.task = self.forms.task
+        self.notes = [*found.notes(), *self.forms.notes()]  # to be said before anything is read
         if self.task != "tokens" and tokenizer is None:
             raise InputError(
                 "the model has no tokenizer, so text can't be read. Give --tokenizer, or token "
@@ -110,6 +100,18 @@ class Corpus:
                 "--no-pack, or a tokenizer with an eos_token."
             )
 
+    def cut_documents(self) -> str | None:
+        """How many documents were longer than a sequence, and what became of them; None for none.
+        """
+        settings = self.settings
+        if not self.longer or settings.pack or self.task == "tokens":
+            return None
+        done = "cut there, what is behind is left out" if settings.truncate else (
+            "cut into windows; --truncate drops what is behind, as trainers do")
+        verb = "is" if self.longer == 1 else "are"
+        return (f"{self.longer:,} of {self.facts.documents:,} documents {verb} longer than "
+                f"{settings.sequence_length} tokens: {done}")
+
     def data_facts(self) -> list[DataFacts]:
         """Name, size (bytes, or rows) and digest of every source, to notice that it changed."""
         return [{"name": source.name, "size": content_size(source.content),
@@ -118,15 +120,22 @@ class Corpus:
     def sequences(self) -> Iterator[Record]:
         """Every sequence in order, with ids from 0; `facts` are of what was read so far."""
         facts = self.facts = CorpusFacts()  # another reading counts anew
+        if self._left_out:
+            facts.skipped["file that holds no data"] = sum(map(len, self._left_out.values()))
+        self.longer = 0
         length, documents = self.settings.sequence_length, self._documents()
         if self.settings.pack and self.task != "tokens":
             assert self.end_token is not None  # as checked at the start
             cut = packed(documents, length, self.end_token)
+        elif self.settings.truncate:
+            cut = truncated(documents, length)
         else:
             cut = windows(documents, length)
         for tokens, scored, parts in cut:
             if not (counted := int(self.objective.counted(scored).sum())):
-                facts.skip("sequence without a scored token")  # its gradient would be 0
+                # its gradient would be 0
+                facts.skip("no scored token before the cut" if self.settings.truncate else
+                           "sequence without a scored token")
                 continue
             yield Record(facts.sequences, tokens, scored, parts)
             facts.sequences += 1
@@ -141,7 +150,7 @@ class Corpus:
             try:
                 if isinstance(content, BadRowError):
                     raise content
-                tokenised = self._tokenised(content)
+                tokenised = self._tokenised(self.forms.standard(source, content))
                 _check_tokens(tokenised, self.vocabulary)
                 user_id, fields = self._metadata(content)
             except BadRowError as bad:
@@ -151,6 +160,7 @@ class Corpus:
                 raise InputError(f"{source.name}:{row}: {error}") from None
             number = self.documents_before + self.facts.documents
             self.facts.documents += 1
+            self.longer += len(tokenised.tokens) > self.settings.sequence_length
             yield Part(number, source.name, row, -1, -1, 0, user_id, fields), tokenised
             if self.facts.documents == self.settings.limit:
                 return
@@ -168,40 +178,7 @@ class Corpus:
 
     def _fields(self) -> dict[str, str]:
         """What the fields are called in the data, by their names here."""
-        return {name: getattr(self.settings, f"{name}_field") or name
-                for name in ("text", "prompt", "completion", "messages")}
-
-    def _find_task(self) -> str:
-        """What kind of data this is: by its files, the fields that are named, or its first row."""
-        kinds = {source.kind for source in self.sources}
-        if kinds == {"npy"}:
-            return "tokens"
-        if "npy" in kinds:
-            raise InputError(
-                "the data holds token files (.npy) and text; an index takes one kind. Give one."
-            )
-        tasks = [task for task, needed in NEEDED_FIELDS.items()
-                 if any(getattr(self.settings, f"{name}_field") for name in needed)]
-        if len(tasks) > 1:
-            raise InputError(
-                "--text-field, --prompt-field/--completion-field and --messages-field exclude each "
-                "other; give one kind."
-            )
-        if tasks:
-            return tasks[0]
-        for source, _, content in self._rows():
-            if isinstance(content, BadRowError):  # it is counted when the data are read
-                continue
-            for task, needed in NEEDED_FIELDS.items():
-                if needed <= set(content):
-                    return task
-            fields = ", ".join(str(name) for name in content) or "none"
-            raise InputError(
-                f"the first record of {source.name} has the fields {fields}; expected text, prompt "
-                "and completion, or messages. Name yours with --text-field, --prompt-field and "
-                "--completion-field, or --messages-field."
-            )
-        return "text"
+        return field_names(self.settings)
 
     def _tokenised(self, content: dict[str, Any]) -> tokenise.Tokenised:
         """A row's tokens, which of them are scored, and where each stands in its text.
@@ -242,39 +219,13 @@ class Corpus:
 
     def _rows(self) -> Iterator[tuple[DataSource, int, Row]]:
         """Every row of every source, with its number from 1."""
-        readers: dict[str, Callable[[Any], Iterable[Row | None]]] = {
-            "jsonl": jsonl_rows, "npy": self._token_rows, "rows": partial(map, as_object),
-            "parquet": partial(parquet_rows, columns=self._columns),
-            "arrow": partial(arrow_rows, columns=self._columns),
-            "text": partial(text_rows, name=self._fields()["text"]),
-        }
+        settings, text_field = self.settings, self._fields()["text"]
         for source in self.sources:
-            for number, content in enumerate(readers[source.kind](source.content), 1):
-                if content is not None:  # a blank line
-                    yield source, number, content
-
-    def _columns(self, names: list[str]) -> list[str]:
-        """The columns to read of a table: those that are used.
-
-        Where it has none of the fields that hold content, all are read, for the error to name.
-        """
-        content = set(self._fields().values())
-        used = {*content, *BESIDE, self.settings.id_field, *self.settings.keep_fields}
-        return [name for name in names if name in used] if content & set(names) else names
-
-    def _token_rows(self, path: Path) -> Iterator[dict[str, Any]]:
-        """The rows of a token file, or a stream of tokens cut into rows. Raises InputError."""
-        array = load_tokens(path)
-        length = self.settings.sequence_length
-        if array.ndim == 2 and array.shape[1] > length:
-            raise InputError(
-                f"{path} has rows of {array.shape[1]} tokens, more than the sequence length of "
-                f"{length}. Give --seq-len {array.shape[1]} if the model's context allows it, or "
-                "cut the rows."
-            )
-        rows = array if array.ndim == 2 else (
-            array[start : start + length] for start in range(0, len(array), length))
-        yield from ({"tokens": np.asarray(row)} for row in rows)
+            content = read_source(source, self.forms.columns(source), settings.columns, text_field,
+                                  settings.sequence_length)
+            for number, row in enumerate(content, 1):
+                if row is not None:  # a blank line
+                    yield source, number, row
 
 
 def _check_tokens(tokenised: tokenise.Tokenised, vocabulary: int) -> None:

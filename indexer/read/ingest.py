@@ -22,6 +22,8 @@ from gradindex.storage.records import Record
 from gradindex.storage.segments import SegmentFacts, SegmentReader
 from indexer.read.corpus import Corpus, CorpusFacts
 
+FEW = 100  # sequences
+
 
 @dataclass(frozen=True)
 class Run:
@@ -115,6 +117,8 @@ def write_records(corpus: Corpus, run: Run, progress: Progress) -> CorpusFacts:
         write_partial(run.index, layout.segment_name(number), waiting)
     progress.finish()
     check_read(corpus)
+    if cut := corpus.cut_documents():
+        progress.say(cut)
     return corpus.facts
 
 
@@ -170,6 +174,14 @@ def report_read(facts: CorpusFacts, length: int, progress: Progress) -> None:
         progress.say(f"skipped: {by_reason(facts.skipped)}")
         for example in facts.examples:
             progress.say(f"  {example}")
+
+
+def warn_few(sequences: int, progress: Progress) -> None:
+    """Say where an index has too few sequences for an order among them to mean anything."""
+    if sequences < FEW:
+        progress.say(f"warning: {sequences:,} sequences are few: ranks and percentiles among fewer "
+                     f"than {FEW} are mostly noise, and so is a curvature that was fitted on them. "
+                     "Give all that the model was trained on.")
 
 
 def by_reason(counts: dict[str, int]) -> str:

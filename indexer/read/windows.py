@@ -2,7 +2,8 @@
 
 Without packing, a document longer than the sequence length becomes consecutive windows, and a
 shorter one stays alone. With packing, documents are joined by the end token and cut into windows
-that are full. All are made of tokens, which of them are scored, and the parts of documents in them.
+that are full. Truncated, a document is what stands before the sequence length, as trainers cut it.
+All are made of tokens, which of them are scored, and the parts of documents in them.
 """
 
 from collections.abc import Iterable, Iterator
@@ -33,6 +34,14 @@ def windows(documents: Iterable[Document], length: int) -> Iterator[Window]:
             cut = slice(start, start + length)
             part = _stretch(document, tokenised.spans[cut], token=0)
             yield tokenised.tokens[cut], tokenised.scored[cut], [part]
+
+
+def truncated(documents: Iterable[Document], length: int) -> Iterator[Window]:
+    """A document at a time, its first `length` tokens."""
+    for document, tokenised in documents:
+        cut = slice(length)
+        part = _stretch(document, tokenised.spans[cut], token=0)
+        yield tokenised.tokens[cut], tokenised.scored[cut], [part]
 
 
 def packed(documents: Iterable[Document], length: int, end_token: int) -> Iterator[Window]:

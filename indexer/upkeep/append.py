@@ -90,6 +90,8 @@ def _append(
             f"the data holds {corpus.task}, the index was built on {manifest.task}; append the "
             "same kind, or build another index."
         )
+    for note in corpus.notes:
+        progress.say(note)
     append_plan = AppendPlan(corpus.data_facts(), limit, manifest.next_id)
     if finished_append(index, append_plan):
         (index / APPEND).unlink()

@@ -10,7 +10,7 @@ import pytest
 
 from gradindex.errors import InputError
 from gradindex.storage.build_plan import CorpusSettings
-from indexer.read import sources
+from indexer.read import rows
 from indexer.read.corpus import Corpus
 from support.corpora import (
     ROWS,
@@ -171,15 +171,16 @@ def test_invalid_utf8_in_a_text_file_and_a_table(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"hello\xff")
     strings = pyarrow.array([b"hello world", b"\xff", b"yes no"]).view(pyarrow.string())
     pyarrow.parquet.write_table(pyarrow.table({"text": strings}), tmp_path / "b.parquet")
-    made = make_corpus(tmp_path)
+    made = make_corpus(tmp_path / "a.txt", tmp_path / "b.parquet")
     assert decoded(made.sequences()) == ["hello world", "yes no"]
     assert made.facts.skipped == {"invalid UTF-8": 2}
-    assert made.facts.examples == [f"{tmp_path / 'a.txt'}:1: invalid UTF-8 (byte 5)",
+    assert made.facts.examples == [f"{tmp_path / 'a.txt'}:1: invalid UTF-8 (byte 5; if it is "
+                                   "CP1252 or Latin-1: iconv -f CP1252 -t UTF-8 OLD > NEW)",
                                    f"{tmp_path / 'b.parquet'}:2: invalid UTF-8 (byte 0)"]
 
 
 def test_a_line_too_long_is_one_bad_row(monkeypatch, tmp_path):
-    monkeypatch.setattr(sources, "LONGEST_LINE", 30)
+    monkeypatch.setattr(rows, "LONGEST_LINE", 30)
     path = write_lines(tmp_path, ROWS[0] | {"year": "x" * 100}, {"text": "hello world"})
     made = make_corpus(path)
     [record] = made.sequences()

@@ -10,6 +10,7 @@ import pytest
 from gradindex.errors import InputError
 from gradindex.storage.build_plan import CorpusSettings
 from indexer.read.corpus import Corpus
+from indexer.read.discover import discover
 from indexer.read.sources import token_file_width
 from support.corpora import (
     DATA_FORMS,
@@ -80,16 +81,18 @@ def test_a_text_file_is_one_document(tmp_path):
 
 
 def test_a_folder_is_read_in_sorted_order_without_hidden_files(tmp_path):
-    (tmp_path / "b").mkdir()
-    (tmp_path / ".git").mkdir()
+    texts, records = tmp_path / "texts", tmp_path / "records"
+    for folder in (texts / "b", texts / ".git", records / "b"):
+        folder.mkdir(parents=True)
     for name in ("b/2.txt", "a.txt", "c.txt", ".hidden.txt", ".git/config"):
-        (tmp_path / name).write_text(f"file {name}")
-    as_parquet(tmp_path)
-    as_saved_dataset(tmp_path / "b")
-    write_lines(tmp_path, {"text": "line"}, name="z.jsonl")
-    assert decoded(read(tmp_path, str(tmp_path / "a.txt"))) == [
-        "file a.txt", "file b/2.txt", "hello world", "naïve 😀", "file c.txt", "hello world",
-        "naïve 😀", "line", "file a.txt"]
+        (texts / name).write_text(f"file {name}")
+    as_parquet(records)
+    as_saved_dataset(records / "b")
+    write_lines(records, {"text": "line"}, name="z.jsonl")
+    assert decoded(read(texts, str(texts / "a.txt"))) == [
+        "file a.txt", "file b/2.txt", "file c.txt", "file a.txt"]
+    assert decoded(read(records)) == [
+        "hello world", "naïve 😀", "hello world", "naïve 😀", "line"]
 
 
 def test_a_folder_of_splits_names_them(tmp_path):
@@ -110,9 +113,9 @@ def test_objects_that_cant_be_read_twice_are_refused(data, kind):
 
 
 def test_a_missing_path_says_what_is_expected(tmp_path):
-    with pytest.raises(InputError, match=r"none\.jsonl does not exist; expected a .jsonl"):
+    with pytest.raises(InputError, match=r"none\.jsonl does not exist; expected JSON lines, "):
         make_corpus(tmp_path / "none.jsonl")
-    with pytest.raises(InputError, match=rf"no data files were found in {tmp_path}; expected a"):
+    with pytest.raises(InputError, match=rf"no data files were found in {tmp_path}; expected J"):
         make_corpus(tmp_path)
 
 
@@ -174,7 +177,7 @@ def test_token_rows_stay_in_order(dtype, tmp_path):
     assert [record.parts[0].row for record in records] == [1, 2, 3]
     assert {(part.start, part.end) for record in records for part in record.parts} == {(-1, -1)}
     assert all(record.scored.all() and record.tokens.dtype == np.int32 for record in records)
-    assert token_file_width([path]) == 3
+    assert token_file_width(discover([path]).sources) == 3
 
 
 def test_a_token_stream_is_cut_into_windows(tmp_path):
@@ -182,7 +185,7 @@ def test_a_token_stream_is_cut_into_windows(tmp_path):
     made = make_corpus(path, sequence_length=3)
     assert [record.tokens.tolist() for record in made.sequences()] == [[10, 11, 12], [13, 14, 15]]
     assert made.facts.skipped == {"sequence without a scored token": 1}
-    assert token_file_width([path, ROWS]) is None
+    assert token_file_width(discover([path, ROWS]).sources) is None
 
 
 @pytest.mark.parametrize(("array", "found"), [
@@ -192,12 +195,15 @@ def test_a_token_stream_is_cut_into_windows(tmp_path):
 ])
 def test_token_files_of_another_kind_are_refused(array, found, tmp_path):
     path = save(tmp_path / "tokens.npy", array)
-    for reader in (read, lambda path: token_file_width([path])):
+    for reader in (read, lambda path: token_file_width(discover([path]).sources)):
         with pytest.raises(InputError, match=rf"tokens\.npy holds .*{found}; expected int"):
             reader(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"no array", b"\x93NUMPY\x01\x00"])
+@pytest.mark.parametrize("content", [
+    b"", b"no array", b"\x93NUMPY\x01\x00", b"\x93NUMPY\x01\x00\x04\x00{'a\n",
+    b"\x93NUMPY\x01\x00\x04\x00{(\0\n",
+])
 def test_token_files_that_are_none(content, tmp_path):
     (tmp_path / "tokens.npy").write_bytes(content)
     with pytest.raises(InputError, match=r"tokens.npy can't be read as a .npy file: "):

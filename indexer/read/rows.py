@@ -1,0 +1,21 @@
+"""What a row is, and why one can't be used: the words that all readers of data share."""
+
+from collections.abc import Callable
+from typing import Any
+
+LONGEST_LINE = 64 << 20  # bytes; a longer record is taken for damage
+
+
+class BadRowError(Exception):
+    """A row that can't be used, with the reason."""
+
+
+Row = dict[str, Any] | BadRowError
+Columns = Callable[[list[str]], list[str]]  # which of a table's columns to read
+
+
+def as_object(content: Any) -> Row:
+    """What a line holds as a row; a BadRowError where that is no JSON object."""
+    if isinstance(content, dict):
+        return content
+    return BadRowError(f"not an object (a {type(content).__name__})")

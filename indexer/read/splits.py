@@ -1,0 +1,66 @@
+"""Splits of a data set, told by the names of folders and files, as `datasets` tells them."""
+
+import os
+import re
+from pathlib import Path, PurePath
+
+from gradindex.errors import InputError
+from indexer.read.sources import DataSource, shown_files
+
+WORDS = {"train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test",
+         "evaluation": "test", "validation": "validation", "valid": "validation",
+         "val": "validation", "dev": "validation"}
+_WORD = re.compile(rf"(?<![a-z0-9])({'|'.join(WORDS)})(?![a-z0-9])")
+
+
+def split_of(path: PurePath, folders_only: bool = False) -> str | None:
+    """train, test or validation, by the last name of a path that says so; None for none.
+
+    >>> split_of(PurePath("main/train-00000-of-00002.parquet")), split_of(PurePath("testing.csv"))
+    ('train', 'test')
+    """
+    names = path.parts[:-1] if folders_only else path.parts
+    for name in reversed(names):
+        if match := _WORD.search(name.lower()):
+            return WORDS[match[1]]
+    return None
+
+
+def refuse_splits(folder: Path, sources: list[DataSource]) -> None:
+    """Raise InputError where a folder holds several splits: a model is trained on one of them."""
+    splits: dict[str, list[str]] = {}
+    for source in sources:
+        # a program may well be called test.py, so the names of texts say nothing
+        split = split_of(Path(source.name).relative_to(folder), source.kind == "text")
+        if split:
+            splits.setdefault(split, []).append(source.name)
+    if len(splits) < 2 or ("train" not in splits and all(
+            source.kind == "text" for source in sources)):
+        return
+    shown = ", ".join(f"{_together(folder, files)} ({split})" for split, files in splits.items())
+    raise InputError(f"{folder} holds several splits; give one of them: {shown}.")
+
+
+def note_splits(given: list[str]) -> list[str]:
+    """What to say where several splits were given by name, perhaps by a pattern of the shell."""
+    splits: dict[str, list[str]] = {}
+    for path in given:
+        if split := split_of(PurePath(PurePath(path).name)):
+            splits.setdefault(split, []).append(path)
+    if len(splits) < 2:
+        return []
+    shown = ", ".join(f"{split} ({shown_files(files)})" for split, files in splits.items())
+    return [f"splits: {shown}, taken as they were given; a model is mostly trained on one"]
+
+
+def _together(folder: Path, files: list[str]) -> str:
+    """Some files of a folder in few words: their own folder, or a pattern for the shell."""
+    if len(files) == 1:
+        return files[0]
+    parent = Path(os.path.commonpath(files))
+    if parent != folder and split_of(parent.relative_to(folder)):
+        return str(parent)
+    first, last = min(files), max(files)
+    same = next((number for number, (one, other) in enumerate(zip(first, last, strict=False))
+                 if one != other), len(first))
+    return first[:same] + "*"
