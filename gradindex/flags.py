@@ -37,7 +37,8 @@ def options(flags: list[Callable[..., Any]]) -> Callable[..., Any]:
 def read_text(path: Path, argument: str) -> str:
     """A file's text; `argument` is the part of the command that names it. Raises UsageError."""
     try:
-        return path.read_text(encoding="utf-8")
+        # bytes: text would lose its \r, and a byte order mark is no part of it
+        return path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise click.UsageError(f"{argument}: {error.strerror}. A file is read there.") from None
     except UnicodeDecodeError as error:

@@ -15,6 +15,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from gradindex.errors import InputError
 from gradindex.memory import parse_bound
+from gradindex.model.chat_template import marks_answers, read_chat_template
 from gradindex.model.config import context_length, vocabulary_size
 from gradindex.model.identity import tokenizer_digest
 from gradindex.model.load_tokenizer import load_tokenizer
@@ -55,6 +56,7 @@ def make_request(
     out: str | Path,
     *,
     tokenizer: Any = None,
+    chat_template: str | Path | None = None,
     text_field: str | None = None,
     prompt_field: str | None = None,
     completion_field: str | None = None,
@@ -105,6 +107,7 @@ def make_request(
         text_field=text_field, prompt_field=prompt_field, completion_field=completion_field,
         messages_field=messages_field, id_field=id_field, keep_fields=tuple(keep_fields),
         limit=limit, truncate=truncate, rows=rows, columns=tuple(columns),
+        chat_template=read_chat_template(chat_template),
     )
     check_numbers(fit_sequences=fit_sequences, covariance_blocks=covariance_blocks,
                   batch_tokens=batch_tokens, damping=damping, segment_size=segment_size,
@@ -119,6 +122,10 @@ def make_request(
 
     # 3) the data: found, of one kind, and digested, so that other content is another plan
     corpus = open_corpus(data, source, config, settings, strict)
+    if corpus.task == "messages" and not marks_answers(corpus.tokenizer):
+        progress.say("chats: the chat template has no {% generation %} marks, so the assistant's "
+                     "words are found turn by turn; if training used another template, give it "
+                     "with --chat-template")
     if settings.columns and not any(one.kind == "csv" for one in corpus.sources):
         raise InputError("--columns names the columns of a table without a header (.csv, .tsv); "
                          "the data holds none. Leave it out.")

@@ -35,6 +35,8 @@ _MAX_BAD = click.option(
 @click.option("--prompt-field", metavar="NAME", help="Field of the prompt [prompt].")
 @click.option("--completion-field", metavar="NAME", help="Field of the completion [completion].")
 @click.option("--messages-field", metavar="NAME", help="Field of chat messages [messages].")
+@click.option("--chat-template", type=click.Path(path_type=Path), metavar="FILE",
+              help="Jinja template that training rendered chats by [the tokenizer's own].")
 @click.option("--rows", metavar="FORM", help="Form of the records, where their fields don't tell: "
               "sharegpt, alpaca, question-answer, … (a wrong one shows the list).")
 @click.option("--columns", metavar="A,B", help="Names of the columns of a CSV or TSV without a "

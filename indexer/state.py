@@ -29,6 +29,7 @@ from gradindex.storage.upgrades import newest_plan
 from indexer.read.corpus import CorpusFacts
 
 LARGEST_STATE = 1 << 26  # bytes of either file
+LONGEST_SHOWN = 200  # characters of a value, where two plans differ
 
 Threads = Annotated[int, pydantic.Field(gt=0, le=1 << 16)]
 
@@ -333,9 +334,16 @@ def _write_state(
 def _differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     """Where two plans differ, an entry each."""
     return [
-        f"{name}: {saved.get(name)!r} before, {current.get(name)!r} now"
+        f"{name}: {_shown(saved.get(name))} before, {_shown(current.get(name))} now"
         for name in sorted({*saved, *current}) if saved.get(name) != current.get(name)
     ]
+
+
+def _shown(value: Any) -> str:
+    """A value of a plan, for an error; of a chat template only what tells it."""
+    if isinstance(value, str) and len(value) > LONGEST_SHOWN:
+        return f"{value[:LONGEST_SHOWN // 2]!r}… ({len(value):,} characters)"
+    return repr(value)
 
 
 def _refuse_difference(index: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:

@@ -178,14 +178,16 @@ class Searcher:
         self, prompt: str | None = None, completion: str | None = None,
         token_ids: Sequence[int] | None = None, labels: Sequence[int] | None = None,
         messages: list[dict[str, Any]] | None = None, versus: str | None = None,
-        score_on: str | None = None, id: Any = None,
+        score_on: str | None = None, id: Any = None, tools: list[Any] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> Query:
         """Tokenise and check a query, without the model unless it is to continue the prompt.
 
         Raises InputError for a query that can't be scored.
         """
         return make_query(self.snapshot, Question(
-            prompt, completion, token_ids, labels, messages, versus, score_on, id))
+            prompt, completion, token_ids, labels, messages, tools, chat_template_kwargs, versus,
+            score_on, id))
 
     def known(self, ids: Iterable[Any]) -> list[int]:
         """The places of sequences' ids. Raises InputError where there is no such sequence."""

@@ -66,12 +66,13 @@ RAY_FLAGS = [
 ]
 QUESTION_FLAGS = [
     click.option("-p", "--prompt", metavar="TEXT",
-                 help="Prompt; @FILE and - read it, @@ stands for @."),
+                 help="Prompt; @FILE and - read it without its last newline, @@ stands for @."),
     click.option("-c", "--completion", metavar="TEXT",
-                 help="Completion to explain, with its leading space; @FILE reads it [the model's "
-                      "own continuation]."),
+                 help="Completion to explain, with its leading space; @FILE reads it, as for -p "
+                      "[the model's own continuation]."),
     click.option("--messages", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-                 help="JSON file of chat messages; the last one is explained."),
+                 help="JSON file of chat messages, or of an object with messages, tools and "
+                      "chat_template_kwargs; the last message is explained."),
     click.option("--versus", metavar="TEXT",
                  help="Another completion: explain log p of -c minus log p of this."),
     click.option("--score-on", metavar="RANGE",
@@ -116,7 +117,7 @@ def read_question(flags: dict[str, Any], id_source: str | None = None) -> Questi
             chat = json.loads(read_text(messages, f"--messages {messages}"))
         except ValueError as error:
             raise click.UsageError(f"--messages {messages} is not valid JSON: {error}.") from None
-        return Question(messages=chat, score_on=flags["score_on"])
+        return _chat_question(chat, messages, flags["score_on"])
     if flags["prompt"] is None and flags["completion"] is None:
         raise click.UsageError('give the query: -p "PROMPT" -c " COMPLETION", or --messages FILE, '
                                "or --queries FILE.")
@@ -126,15 +127,36 @@ def read_question(flags: dict[str, Any], id_source: str | None = None) -> Questi
                     versus=read_argument(flags["versus"]), score_on=flags["score_on"])
 
 
+def _chat_question(content: Any, path: Path, score_on: str | None) -> Question:
+    """What a file of messages asks. Raises UsageError for an object without messages."""
+    if not isinstance(content, dict):
+        return Question(messages=content, score_on=score_on)
+    if "messages" not in content:
+        raise click.UsageError(f"--messages {path} holds an object without messages; expected a "
+                               "list of messages, or an object with messages, tools and "
+                               "chat_template_kwargs.")
+    # what else a row of data has (an id, a label) is nothing that a template reads
+    return Question(messages=content["messages"], tools=content.get("tools"),
+                    chat_template_kwargs=content.get("chat_template_kwargs"), score_on=score_on)
+
+
 def read_argument(value: str | None) -> str | None:
-    """The text that an argument stands for: its own, a file's (@FILE) or standard input's (-)."""
+    """The text that an argument stands for: its own, a file's (@FILE) or standard input's (-).
+
+    Of the latter two the last newline is left out: editors and `echo` put one behind every text.
+    """
     if value == "-":
-        return sys.stdin.read()
+        return _without_newline(sys.stdin.read())
     if value is not None and value.startswith("@@"):
         return value[1:]
     if value is not None and value.startswith("@"):
-        return read_text(Path(value[1:]), value)
+        return _without_newline(read_text(Path(value[1:]), value))
     return value
+
+
+def _without_newline(text: str) -> str:
+    """A text without the newline at its end; of several, without the last."""
+    return text.removesuffix("\n").removesuffix("\r") if text.endswith("\n") else text
 
 
 def sample_size(text: str) -> int | None:

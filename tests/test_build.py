@@ -243,7 +243,7 @@ def test_refusals_come_before_anything_expensive(model_folder, data_file, tmp_pa
     chat.write_text(json.dumps({"messages": [{"role": "assistant", "content": "yes"}]}) + "\n")
     for arguments, message in [
         (dict(model=model, data=tmp_path / "none.jsonl"), "does not exist; expected JSON lines"),
-        (dict(model=model, data=chat), "--messages-field messages.*no chat template"),
+        (dict(model=model, data=chat), "field messages.*no chat template.*--chat-template"),
         (dict(model=model, data=data_file, seq_len=65), "expected 2 to 64"),
         (dict(model=model, data=data_file, bits=100), "multiple of 64"),
         (dict(model=model, data=data_file, damping=0), "--damping 0: expected a number above 0"),

@@ -10,6 +10,7 @@ from gradindex.influence import curvature as ekfac_files
 from gradindex.influence.codes import Codes, CodeSettings
 from gradindex.influence.curvature import Ekfac, FiledEkfac
 from gradindex.memory import Allowance
+from gradindex.model.chat_template import with_chat_template
 from gradindex.model.config import vocabulary_size
 from gradindex.model.devices import DEVICE
 from gradindex.model.identity import check_identity, tokenizer_digest
@@ -81,7 +82,8 @@ class FittedModel:
         if not self._tokenizer_read:
             with self._explained():
                 self._config = self._source.load_config()
-                tokenizer = load_tokenizer(self._source)
+                tokenizer = with_chat_template(
+                    load_tokenizer(self._source), self.manifest.plan.chat_template)
             expected, digest = self.manifest.model["tokenizer"], tokenizer_digest(tokenizer)
             # An index of token files may have been built without one, and any may read it then.
             if tokenizer is not None and expected not in (None, digest):

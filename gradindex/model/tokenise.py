@@ -4,7 +4,6 @@ Special tokens are those that the tokenizer adds by itself. Spans are offsets, i
 the document's text (for messages, into the rendered chat); a special token has an empty span.
 """
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +12,6 @@ import numpy as np
 from gradindex.errors import InputError
 
 UNDECODED = "\N{REPLACEMENT CHARACTER}"  # what tokenizers decode half a character to
-
-
-class ChatTemplateError(InputError):
-    """The chat template refuses the messages."""
 
 
 @dataclass
@@ -43,16 +38,16 @@ def encode(tokenizer: Any, text: str) -> Tokenised:
     >>> document.tokens.tolist(), document.spans.tolist()
     ([0, 1], [[0, 3], [3, 9]])
     """
-    tokens, spans, _ = _tokenize(tokenizer, text, special=True)
+    tokens, spans, _ = tokenize(tokenizer, text, special=True)
     return Tokenised(tokens, np.ones(len(tokens), dtype=bool), spans)
 
 
 def encode_pair(tokenizer: Any, prompt: str, completion: str) -> Tokenised:
     """Prompt and completion, tokenised as one text; the completion's tokens are scored.
 
-    A token that reaches over the border belongs to the completion. An end token that the tokenizer
-    adds behind the text isn't part of the completion and is left out. Raises InputError for a slow
-    tokenizer.
+    The completion begins at the first token that the prompt alone doesn't have, as in TRL: a token
+    that reaches over the border is the completion's. An end token that the tokenizer adds behind
+    the text isn't part of the completion and is left out. Raises InputError for a slow tokenizer.
 
     >>> from tokenizers import Tokenizer, models, pre_tokenizers
     >>> from transformers import PreTrainedTokenizerFast
@@ -64,122 +59,19 @@ def encode_pair(tokenizer: Any, prompt: str, completion: str) -> Tokenised:
     """
     text = prompt + completion
     # Only around some text can be told which special tokens stand before it and which behind.
-    tokens, spans, added = _tokenize(tokenizer, text or "a", special=True)
+    tokens, spans, added = tokenize(tokenizer, text or "a", special=True)
     ordinary = np.flatnonzero(~added)
     end = 0 if not len(ordinary) else ordinary[-1] + 1 if text else ordinary[0]
-    scored = ~added & (spans[:, 1] > len(prompt))
+    begun = common_tokens(tokenize(tokenizer, prompt, special=True)[0], tokens)
+    scored = ~added & (np.arange(len(tokens)) >= begun)
     return Tokenised(tokens[:end], scored[:end], spans[:end])
 
 
-def encode_messages(
-    tokenizer: Any, messages: list[dict[str, Any]], last: bool = False
-) -> Tokenised:
-    """A chat, rendered by the tokenizer's own template; the assistant's tokens are scored.
-
-    With `last`, only those of the last message are. Raises InputError where the template can't say
-    which tokens are the assistant's, ChatTemplateError where it refuses the messages.
-    """
-    text = render_messages(tokenizer, messages)
-    tokens, spans, _ = _tokenize(tokenizer, text, special=False)
-    scored = np.zeros(len(tokens), dtype=bool)
-    # A template that marks the assistant's words itself is believed: training that masks by
-    # transformers goes by its marks.
-    marked = _marked_stretches(tokenizer, messages, text)
-    if marked is not None:
-        before = messages[:-1] if last else []
-        earlier = _marked_stretches(tokenizer, before, render_messages(tokenizer, before))
-        for start, end in marked[len(earlier or []):]:
-            scored |= (spans[:, 1] > start) & (spans[:, 0] < end)
-        return Tokenised(tokens, scored, spans)
-    for number, message in enumerate(messages):
-        if message.get("role") != "assistant" or (last and number < len(messages) - 1):
-            continue
-        opened = render_messages(tokenizer, messages[:number], answer=True) if number else _before(
-            tokenizer, messages[:1], text)
-        closed = render_messages(tokenizer, messages[: number + 1])
-        # What a turn adds to the chat before it is the assistant's, unless the template takes
-        # earlier words back (some drop the reasoning of all turns but the last).
-        if not (closed.startswith(opened) and text.startswith(closed)):
-            raise InputError(
-                "the chat template rewrites earlier messages, so the assistant's tokens can't be "
-                "told apart. Mark them in the template with {% generation %}, or give the records "
-                "as prompt and completion (--prompt-field, --completion-field)."
-            )
-        scored |= (spans[:, 1] > len(opened)) & (spans[:, 1] <= len(closed))
-    return Tokenised(tokens, scored, spans)
-
-
-def render_messages(tokenizer: Any, messages: list[dict[str, Any]], answer: bool = False) -> str:
-    """The chat as text. With `answer`, the words that open an assistant's turn follow it.
-
-    Raises ChatTemplateError where the template refuses the messages.
-    """
-    return _render(tokenizer, messages, add_generation_prompt=answer)
-
-
-def _render(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> str:
-    if not messages:
-        return ""
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
-    except Exception as error:  # a template can fail in any way, `raise_exception` being the usual
-        raise ChatTemplateError(
-            f"the chat template refuses the messages ({error}). Give roles in the order that the "
-            "template expects."
-        ) from error
-
-
-def _before(tokenizer: Any, first: list[dict[str, Any]], text: str) -> str:
-    """The part of `text` before the content of its `first` message, which is the assistant's."""
-    # A generation prompt can't be asked for with no message before it, so it is taken from behind.
-    alone = render_messages(tokenizer, first)
-    opening = render_messages(tokenizer, first, answer=True).removeprefix(alone)
-    return text[: text.find(opening) + len(opening)] if opening in text else ""
-
-
-def _marked_stretches(
-    tokenizer: Any, messages: list[dict[str, Any]], text: str
-) -> list[tuple[int, int]] | None:
-    """The stretches of `text` inside {% generation %}, as (first character, the one behind).
-
-    None where the template marks none.
-    """
-    template = tokenizer.get_chat_template()
-    # The mask that transformers offers goes wrong where a mark falls on a space that the tokenizer
-    # leaves out of its offsets. So the blocks are rendered as filters that put a sign before and
-    # behind them: two code points that Unicode never assigns, and that the text doesn't hold.
-    noncharacters = map(chr, range(0xFDD0, 0xFDF0))
-    opening, closing = [sign for sign in noncharacters if sign not in text][:2]
-    signs = f'filter replace("","{opening}",1)|reverse|replace("","{closing}",1)|reverse'
-    signed, count = re.subn(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", rf"\1{signs}\2", template)
-    signed = re.sub(r"(\{%[-+]?\s*)endgeneration\b", r"\1endfilter", signed)
-    rendered = _render(tokenizer, messages, chat_template=signed) if count else ""
-    # A template that renders something else with the signs in it can't be marked in this way.
-    if not count or rendered.replace(opening, "").replace(closing, "") != text:
-        return None
-    outside, *rest = rendered.split(opening)
-    start, stretches = len(outside), []
-    for part in rest:
-        inside, outside = part.split(closing)
-        stretches.append((start, start + len(inside)))
-        start += len(inside) + len(outside)
-    return stretches
-
-
-def encode_rendered(tokenizer: Any, rendered: str) -> list[int]:
-    """The token ids of a rendered chat."""
-    # without special tokens of the tokenizer's: a chat template brings them itself
-    return [int(token) for token in _tokenize(tokenizer, rendered, special=False)[0]]
-
-
-def check_chat_template(tokenizer: Any, field: str) -> None:
-    """Raise InputError where chat records meet a tokenizer without a chat template."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise InputError(
-            f"the records hold messages (--messages-field {field}) but the tokenizer has no chat "
-            "template. Use a tokenizer that has one, or give the records as text (--text-field) or "
-            "as prompt and completion (--prompt-field, --completion-field)."
-        )
+def common_tokens(tokens: np.ndarray, others: np.ndarray) -> int:
+    """How many token ids two texts begin with in common."""
+    length = min(len(tokens), len(others))
+    differing = np.flatnonzero(tokens[:length] != others[:length])
+    return int(differing[0]) if len(differing) else length
 
 
 def pieces(tokenizer: Any | None, tokens: list[int]) -> list[str]:
@@ -227,12 +119,14 @@ def _decode(tokenizer: Any, tokens: list[int]) -> str:
         tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def _tokenize(
+def tokenize(
     tokenizer: Any, text: str, special: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Token ids int32 [n], their spans int64 [n, 2], and which of them are special, bool [n].
 
-    Raises InputError for a tokenizer that can't say where in a text its tokens stand.
+    With `special` the tokenizer adds its own special tokens, except those that the text begins or
+    ends with already: it was written with them then, and training never saw them twice. Raises
+    InputError for a tokenizer that can't say where in a text its tokens stand.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(
@@ -252,4 +146,18 @@ def _tokenize(
     spans[:, 1] = np.maximum.accumulate(spans[:, 1])
     reached = np.concatenate([[0], spans[:-1, 1]])
     spans[:, 0] = np.where(added, spans[:, 1], np.minimum(spans[:, 0], reached))
-    return tokens, spans, added
+    kept = slice(*_once(tokens, added))
+    return tokens[kept], spans[kept], added[kept]
+
+
+def _once(tokens: np.ndarray, added: np.ndarray) -> tuple[int, int]:
+    """Where tokens begin and end without the added ones that stand in the text as well."""
+    ordinary = np.flatnonzero(~added)
+    if not len(ordinary):
+        return 0, len(tokens)
+    start, end = int(ordinary[0]), int(ordinary[-1]) + 1
+    behind = len(tokens) - end
+    own = tokens[start:end].tolist()
+    begins = own[:start] == tokens[:start].tolist()
+    ends = len(own) >= behind and own[len(own) - behind:] == tokens[end:].tolist()
+    return start if begins else 0, end if ends else len(tokens)

@@ -5,7 +5,6 @@ a window of one or of several (`windows.py`). The order of sequences is a functi
 the settings alone.
 """
 
-import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -15,10 +14,12 @@ import numpy as np
 
 from gradindex.errors import InputError
 from gradindex.model import tokenise
+from gradindex.model.chat_template import check_chat_template, with_chat_template
 from gradindex.objective import NextToken
 from gradindex.storage.build_plan import CorpusSettings, DataFacts
 from gradindex.storage.records import Part, Record
 from indexer.read.choose_form import ChosenForms, field_names
+from indexer.read.conversations import encode_conversation, encode_exchange, holds_messages
 from indexer.read.discover import discover
 from indexer.read.rows import BadRowError, Row
 from indexer.read.sources import (
@@ -67,7 +68,7 @@ class Corpus:
     ):
         self.settings, self.strict = settings, strict
         self.objective = NextToken()
-        self.tokenizer = tokenizer
+        self.tokenizer = with_chat_template(tokenizer, settings.chat_template)
         self.vocabulary = vocabulary
         self.end_token = end_token
         if settings.pack and settings.truncate:
@@ -92,7 +93,7 @@ class Corpus:
                 "files (.npy)."
             )
         if self.task == "messages":
-            tokenise.check_chat_template(tokenizer, self._fields()["messages"])
+            check_chat_template(self.tokenizer, self._fields()["messages"])
         if settings.pack and self.task != "tokens" and end_token is None:
             raise InputError(
                 "--pack joins documents with the end token, but the tokenizer has none. Use "
@@ -194,18 +195,18 @@ class Corpus:
             if not document.strip():
                 raise BadRowError("empty text")
             return tokenise.encode(self.tokenizer, document)
-        if self.task == "completion":
-            completion = _string(content, fields["completion"])
-            if not completion.strip():
-                raise BadRowError("empty completion")
-            prompt = _string(content, fields["prompt"])
-            return tokenise.encode_pair(self.tokenizer, prompt, completion)
-        try:
-            return tokenise.encode_messages(
-                self.tokenizer, _conversation(content, fields["messages"]))
-        except tokenise.ChatTemplateError as error:
-            reason = f"the chat template refuses the messages ({error.__cause__})"
-            raise BadRowError(reason) from None
+        if self.task == "messages":
+            return encode_conversation(self.tokenizer, content, fields["messages"])
+        # a prompt and a completion
+        if holds_messages(content, fields["prompt"], fields["completion"]):
+            check_chat_template(self.tokenizer, fields["prompt"])
+            return encode_exchange(
+                self.tokenizer, content, fields["prompt"], fields["completion"])
+        completion = _string(content, fields["completion"])
+        if not completion.strip():
+            raise BadRowError("empty completion")
+        prompt = _string(content, fields["prompt"])
+        return tokenise.encode_pair(self.tokenizer, prompt, completion)
 
     def _metadata(self, content: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The user's own id of a document, and the fields to keep. Raises BadRowError."""
@@ -238,21 +239,6 @@ def _check_tokens(tokenised: tokenise.Tokenised, vocabulary: int) -> None:
             f"{vocabulary - 1})"
         )
     tokenised.tokens = tokenised.tokens.astype(np.int32)
-
-
-def _conversation(content: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    """The messages of a row. Raises BadRowError for what isn't a conversation to learn from."""
-    messages = _field(content, name)
-    if not isinstance(messages, list) or not all(
-        isinstance(message, dict) and isinstance(message.get("content"), str)
-        and isinstance(message.get("role"), str) for message in messages
-    ):
-        raise BadRowError(f"field {name!r} is not a list of role and content")
-    if not any(message["role"] == "assistant" for message in messages):
-        raise BadRowError("no assistant message")
-    # templates may show any field of a message, so all of it is looked at
-    _check_characters(name, json.dumps(messages, ensure_ascii=False, default=str))
-    return messages
 
 
 def _field(content: dict[str, Any], name: str) -> Any:

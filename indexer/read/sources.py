@@ -180,9 +180,26 @@ def _batch_rows(batch: pyarrow.RecordBatch) -> Iterator[Row]:
     for row in range(len(batch)):
         try:
             content = batch.slice(row, 1).to_pylist()[0]
+            for field in batch.schema:
+                content[field.name] = _decoded(content[field.name], field.type)
         except UnicodeDecodeError as error:
             content = BadRowError(f"invalid UTF-8 (byte {error.start})")
+        except ValueError as error:
+            content = BadRowError(f"invalid JSON ({error})")
         yield content
+
+
+def _decoded(value: Any, kind: pyarrow.DataType) -> Any:
+    """A value with what stands in it as JSON text, as `datasets` stores objects of any fields."""
+    if value is None:
+        return None
+    if isinstance(kind, pyarrow.JsonType):
+        return json.loads(value)
+    if pyarrow.types.is_struct(kind):
+        return {field.name: _decoded(value[field.name], field.type) for field in kind}
+    if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
+        return [_decoded(one, kind.value_type) for one in value]
+    return value
 
 
 def text_rows(path: Path, name: str) -> Iterator[Row]:

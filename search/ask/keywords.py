@@ -26,6 +26,8 @@ class QuestionOptions(TypedDict, total=False):
     token_ids: Sequence[int] | None
     labels: Sequence[int] | None
     messages: list[dict[str, Any]] | None
+    tools: list[Any] | None
+    chat_template_kwargs: dict[str, Any] | None
     versus: str | None
     score_on: str | None
 

@@ -3,14 +3,16 @@
 import operator
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
 from gradindex.errors import InputError
 from gradindex.influence.fitted_model import FittedModel
 from gradindex.model import tokenise
+from gradindex.model.chat import encode_chat, encode_question
+from gradindex.model.chat_template import has_chat_template
 from gradindex.model.config import context_length, vocabulary_size
+from gradindex.model.messages import MessagesError, read_chat, shown_content
 from gradindex.modules import numbers_in
 from gradindex.results import UNSCORED, Query
 from search.ask.question import Question, as_versus
@@ -71,7 +73,7 @@ def _one_text(fitted: FittedModel, question: Question) -> Query:
             "the model has no tokenizer; give --tokenizer, or the query as token_ids and labels."
         )
     elif question.messages is not None:
-        query = _chat_query(fitted, question.messages)
+        query = _chat_query(fitted, question)
     elif question.completion is not None:
         pair = tokenise.encode_pair(fitted.tokenizer, question.prompt or "", question.completion)
         query = _scored_query(pair, question.prompt, question.completion)
@@ -93,19 +95,27 @@ def _whole_numbers(name: str, values: Sequence[int]) -> list[int]:
         raise InputError(f"{name} must be a list of whole numbers; found {values!r:.80}.") from None
 
 
-def _chat_query(fitted: FittedModel, messages: list[dict[str, Any]]) -> Query:
+def _chat_query(fitted: FittedModel, question: Question) -> Query:
     """The query of a chat, of which the last answer is scored: given, or the model's own."""
-    tokenise.check_chat_template(fitted.tokenizer, "messages")
-    if not isinstance(messages, list) or not messages or not all(
-        isinstance(message, dict) and {"role", "content"} <= set(message) for message in messages
-    ):
-        raise InputError("messages must be a list of objects with a role and a content.")
+    if not has_chat_template(fitted.tokenizer):
+        raise InputError(
+            "the query holds messages, but the tokenizer has no chat template and the index was "
+            "built without one. Build it with --chat-template FILE, or ask with a prompt and a "
+            "completion in the form that training gave them.")
+    try:
+        chat = read_chat(question.messages, question.tools, question.chat_template_kwargs)
+    except MessagesError as error:
+        raise InputError(f"{error}. Expected a list of messages, each with a role and a content, "
+                         "as in the training data.") from None
     # who spoke last is explained: the assistant by what it said, the user by what the model says
-    if messages[-1]["role"] == "assistant":
-        tokenised = tokenise.encode_messages(fitted.tokenizer, messages, last=True)
-        return _scored_query(tokenised, None, str(messages[-1]["content"]))
-    prompt = tokenise.render_messages(fitted.tokenizer, messages, answer=True)
-    tokens = tokenise.encode_rendered(fitted.tokenizer, prompt)
+    if chat.messages[-1]["role"] == "assistant":
+        tokenised = encode_chat(fitted.tokenizer, chat, last=True)
+        answer = shown_content(chat.messages[-1])
+        if not answer:  # calls of tools alone are shown as they were rendered
+            scored = tokenised.tokens[tokenised.scored].tolist()
+            answer = "".join(tokenise.pieces(fitted.tokenizer, scored))
+        return _scored_query(tokenised, None, answer)
+    prompt, tokens = encode_question(fitted.tokenizer, chat)
     return _continued_query(fitted, tokens, prompt)
 
 
@@ -117,7 +127,7 @@ def _scored_query(tokenised: tokenise.Tokenised, prompt: str | None, completion:
     border = len(prompt or "")
     across = np.flatnonzero(tokenised.scored & (tokenised.spans[:, 0] < border))
     if prompt is not None and len(across):
-        start, end = tokenised.spans[across[0]]
+        start, end = tokenised.spans[across[0], 0], tokenised.spans[across[-1], 1]
         both = (prompt + completion)[start:end]
         query.notes.append(
             f"the tokenizer joins the end of the prompt and the start of the completion in one "

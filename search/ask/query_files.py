@@ -20,9 +20,10 @@ from search.ask.question import Question
 from search.ask.settings import Settings
 
 FIELDS: dict[str, type] = {
-    "prompt": str, "completion": str, "messages": list, "token_ids": list, "labels": list,
-    "versus": str, "score_on": str,
+    "prompt": str, "completion": str, "messages": list, "tools": list,
+    "chat_template_kwargs": dict, "token_ids": list, "labels": list, "versus": str, "score_on": str,
 }
+KINDS = {"str": "text", "list": "a list", "dict": "an object"}  # as errors call them
 OPENING = b'{"asked": "'  # of every line of results
 
 
@@ -35,7 +36,7 @@ class QueryFile:
 
 
 def read_queries(path: Path) -> QueryFile:
-    """Read JSON lines: prompt and completion (or messages, …), versus, score_on, id.
+    """Read JSON lines: prompt and completion (or messages, tools, …), versus, score_on, id.
 
     A line that can't be used becomes a problem; the others are kept. Raises InputError where the
     file can't be read.
@@ -83,8 +84,7 @@ def _parse(line: bytes, number: int) -> Question:
         if name == "id":
             _check_id(value)
         elif not isinstance(value, FIELDS[name]):
-            kind = "text" if FIELDS[name] is str else "a list"
-            raise ValueError(f"field {name!r} is not {kind}")
+            raise ValueError(f"field {name!r} is not {KINDS[FIELDS[name].__name__]}")
     return Question(**{"id": number, **query})
 
 

@@ -1,4 +1,4 @@
-"""What a query asks: its seven arguments, carried whole from whoever asks to the tokenizer."""
+"""What a query asks: its nine arguments, carried whole from whoever asks to the tokenizer."""
 
 import contextlib
 import json
@@ -17,7 +17,8 @@ class Question:
     Texts: `prompt` and `completion` are strings; without a completion the model's own greedy
     continuation is explained. Tokens: `token_ids` with `labels` of the same length, −100 where
     nothing is scored [all are]. A chat: `messages`, each with a role and a content, of which the
-    last is explained. `versus` is another completion of the prompt, whose log p is taken off.
+    last is explained; `tools` and `chat_template_kwargs` are what the template was told beside
+    them in training. `versus` is another completion of the prompt, whose log p is taken off.
     `score_on` ("0-2", "5") names the tokens of the completion that are scored, from 0, both ends
     included [all]. `id` is what the user calls the question; it is handed back as `Query.id`.
     """
@@ -27,6 +28,8 @@ class Question:
     token_ids: Sequence[int] | None = None
     labels: Sequence[int] | None = None
     messages: list[dict[str, Any]] | None = None
+    tools: list[Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     versus: str | None = None
     score_on: str | None = None
     id: Any = None
@@ -54,6 +57,8 @@ class Question:
                              "number, such as 0-2 or 5.")
         if self.labels is not None and self.token_ids is None:
             raise InputError("labels go with token_ids; of a text, --score-on chooses tokens.")
+        if self.messages is None and (self.tools, self.chat_template_kwargs) != (None, None):
+            raise InputError("tools and chat_template_kwargs go with messages.")
         self._check_form()
         if self.versus is not None:
             with as_versus():
@@ -69,7 +74,8 @@ class Question:
             )
         # Lone surrogates come from a command line, or a file, that is not UTF-8. The tokenizer
         # would refuse them much later, and not say where they stand.
-        messages = json.dumps(self.messages, ensure_ascii=False, default=str)
+        messages = json.dumps([self.messages, self.tools, self.chat_template_kwargs],
+                              ensure_ascii=False, default=str)
         for text in (self.prompt, self.completion, messages):
             try:
                 (text or "").encode("utf-8")

@@ -17,7 +17,8 @@ from search.ask.settings import settle
 from search.engine import Searcher
 from search.serve.request import SearchRequest
 
-QUESTION = {"prompt", "completion", "token_ids", "labels", "messages", "versus", "score_on"}
+QUESTION = {"prompt", "completion", "token_ids", "labels", "messages", "tools",
+            "chat_template_kwargs", "versus", "score_on"}
 BY_NAME = {"prompt", "completion", "id"}  # not among the options
 
 

@@ -6,10 +6,6 @@ import pytest
 from gradindex.errors import InputError
 from gradindex.model import tokenise
 from support.tokenizers import (
-    CHAT,
-    MARKED_TEMPLATE,
-    PLAIN_TEMPLATE,
-    REWRITING,
     byte_tokenizer,
     fallback_tokenizer,
     plain_ids,
@@ -70,6 +66,22 @@ def test_a_tokenizer_without_offsets_is_refused():
         tokenise.encode(object(), "hello")
 
 
+@pytest.mark.parametrize(("frame", "string", "ids"), [
+    ("<b> $A <e>", "<b>hello", "1 h 0"), ("<b> $A <e>", "hello<e>", "1 h 0"),
+    ("<b> $A <e>", "<b>hello<e>", "1 h 0"), ("<b> $A", "<b><b>hello", "1 1 h"),
+    ("<b> $A", " <b>hello", "1 s 1 h"), ("$A", "<b>hello", "1 h"), ("<b> $A", "<b>", "1"),
+    ("<b> <e> $A", "<b>hello", "1 0 1 h"), ("<b> <e> $A", "<b><e>hello", "1 0 h"),
+    ("$A <e>", "<e>", "0"), ("<b> $A <e>", "<b><e>", "1 0"),
+])
+def test_special_tokens_that_the_text_has_are_not_added_to_it(frame, string, ids):
+    tokenizer = byte_tokenizer(frame)
+    [hello], [space] = plain_ids(tokenizer, "hello"), plain_ids(tokenizer, " ")
+    expected = [{"h": hello, "s": space}.get(part) or int(part) for part in ids.split()]
+    tokenised = tokenise.encode(tokenizer, string)
+    assert tokenised.tokens.tolist() == expected
+    assert tokenised.spans.max() == len(string)
+
+
 # ---- prompt and completion
 
 
@@ -85,12 +97,13 @@ def test_a_tokenizer_without_offsets_is_refused():
     ("", "hello world", "hello world"),
     ("hello", " yes<e>", " yes<e>"),
     ("the naïve 😀", "中文", "中文"),
-    ("hello", "", ""),
+    ("hello", "", ""), ("<b>hello", " world", " world"), ("<b>", "hello", "hello"),
 ])
 def test_only_the_completions_tokens_are_scored(prompt, completion, scored, trim):
     tokenizer = byte_tokenizer("<b> $A <e>", trim)
     tokenised = tokenise.encode_pair(tokenizer, prompt, completion)
-    assert tokenised.tokens.tolist() == [1, *plain_ids(tokenizer, prompt + completion)]
+    text = (prompt + completion).removeprefix("<b>")  # which isn't there twice
+    assert tokenised.tokens.tolist() == [1, *plain_ids(tokenizer, text)]
     assert not tokenised.scored[0]
     assert scored_text(tokenizer, tokenised) == scored
     assert tokenised.spans[-1, 1] == len(prompt + completion)
@@ -101,87 +114,6 @@ def test_an_empty_pair_is_what_stands_before_a_text(frame, ids):
     tokenised = tokenise.encode_pair(byte_tokenizer(frame), "", "")
     assert tokenised.tokens.tolist() == ids
     assert tokenised.scored.tolist() == [False] * len(ids)
-
-
-# ---- messages
-
-
-@pytest.mark.parametrize("trim", [False, True])
-@pytest.mark.parametrize(("template", "last", "scored"), [
-    (PLAIN_TEMPLATE, False, " yes <|end|>\nno<|end|>\n"),
-    (PLAIN_TEMPLATE, True, "no<|end|>\n"),
-    (MARKED_TEMPLATE, False, " yes <|end|>no<|end|>"),
-    (MARKED_TEMPLATE, True, "no<|end|>"),
-    (MARKED_TEMPLATE.replace("<|end|>{% endgen", "{% endgen"), False, " yes <|no"),  # token " <|"
-    (MARKED_TEMPLATE.replace("{% generation %}", "  {%- generation -%} \n").replace(
-        "{% endgeneration %}", " {%- endgeneration -%} "), False, " yes <|end|>no<|end|>"),
-])
-def test_only_the_assistants_tokens_are_scored(template, last, scored, trim):
-    tokenizer = byte_tokenizer("<b> $A <e>", trim, template)
-    rendered = tokenizer.apply_chat_template(CHAT, tokenize=False)
-    tokenised = tokenise.encode_messages(tokenizer, CHAT, last=last)
-    assert tokenised.tokens.tolist() == plain_ids(tokenizer, rendered)
-    assert scored_text(tokenizer, tokenised) == scored
-    pieces = [rendered[start:end] for start, end in tokenised.spans]
-    assert pieces == [tokenizer.decode([token]) for token in tokenised.tokens]
-
-
-@pytest.mark.parametrize("template", [
-    MARKED_TEMPLATE,
-    MARKED_TEMPLATE.replace("<|end|>{% endgen", "{% endgen"),
-    MARKED_TEMPLATE.replace("{% generation %}", "{%- generation -%}\n"),
-])
-def test_marks_mean_what_they_mean_to_transformers(template):
-    tokenizer = byte_tokenizer(template=template)
-    marked = tokenizer.apply_chat_template(
-        CHAT, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-    tokenised = tokenise.encode_messages(tokenizer, CHAT)
-    assert tokenised.scored.astype(int).tolist() == marked["assistant_masks"]
-    assert tokenised.tokens.tolist() == marked["input_ids"]
-
-
-@pytest.mark.parametrize("template", [PLAIN_TEMPLATE, "cold " + PLAIN_TEMPLATE])
-def test_an_assistant_that_speaks_first(template):
-    tokenizer = byte_tokenizer(template=template)
-    chat = [{"role": "assistant", "content": "yes"}, CHAT[0]]
-    tokenised = tokenise.encode_messages(tokenizer, chat)
-    assert scored_text(tokenizer, tokenised) == "yes<|end|>\n"
-
-
-def test_a_template_that_rewrites_earlier_messages_is_refused():
-    tokenizer = byte_tokenizer(template=REWRITING)
-    with pytest.raises(InputError, match=r"rewrites earlier messages.*generation.*--prompt-field"):
-        tokenise.encode_messages(tokenizer, CHAT)
-
-
-def test_marks_make_a_rewriting_template_usable():
-    marked = REWRITING.replace("{{ m.content", "{% generation %}{{ m.content").replace(
-        "'no' }}", "'no' }}{% endgeneration %}")
-    tokenizer = byte_tokenizer(template=marked)
-    chat = [CHAT[1], {"role": "assistant", "content": "cold"}]
-    assert scored_text(tokenizer, tokenise.encode_messages(tokenizer, chat)) == "nocold"
-    assert scored_text(tokenizer, tokenise.encode_messages(tokenizer, chat, last=True)) == "cold"
-
-
-def test_messages_that_the_template_refuses():
-    tokenizer = byte_tokenizer(template="{{ raise_exception('roles must alternate') }}")
-    refused = r"refuses the messages \(roles must alter"
-    with pytest.raises(tokenise.ChatTemplateError, match=refused):
-        tokenise.encode_messages(tokenizer, CHAT)
-
-
-def test_rendering():
-    tokenizer = byte_tokenizer("<b> $A <e>", template=PLAIN_TEMPLATE)
-    rendered = tokenise.render_messages(tokenizer, CHAT[:1], answer=True)
-    assert rendered == "<|user|>is water cold<|end|>\n<|assistant|>"
-    assert tokenise.encode_rendered(tokenizer, rendered) == plain_ids(tokenizer, rendered)
-    assert tokenise.render_messages(tokenizer, []) == ""
-
-
-def test_a_missing_chat_template_names_the_flags():
-    tokenise.check_chat_template(byte_tokenizer(template=PLAIN_TEMPLATE), "chat")
-    with pytest.raises(InputError, match=r"--messages-field chat.*no chat template.*--text-field"):
-        tokenise.check_chat_template(byte_tokenizer(), "chat")
 
 
 # ---- the text of tokens

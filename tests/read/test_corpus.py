@@ -127,15 +127,23 @@ LONE = "\ud83d"
     ({"prompt": "a"}, PAIR, "missing field 'completion'"),
     ({"completion": "a"}, PAIR, "missing field 'prompt'"),
     ({"prompt": "a", "completion": " "}, PAIR, "empty completion"),
-    ({"prompt": ["a"], "completion": "b"}, PAIR, "field 'prompt' is not text"),
+    ({"prompt": 5, "completion": "b"}, PAIR, "field 'prompt' is not text"),
+    ({"prompt": CHAT[:1], "completion": "b"}, PAIR,
+     "of 'prompt' and 'completion' one is text and one messages"),
+    ({"prompt": ["a"], "completion": ["b"]}, PAIR,
+     "field 'prompt' is not a list of messages with a role and a content"),
     ({"prompt": LONE, "completion": "b"}, PAIR, "invalid UTF-8"),
     ({"text": "a"}, {"messages": CHAT}, "missing field 'messages'"),
     *(({"messages": messages}, {"messages": CHAT}, reason) for messages, reason in [
-        ("a", "field 'messages' is not a list of role and content"),
-        ([{"role": "user"}], "field 'messages' is not a list of role and content"),
-        ([{"role": "assistant", "content": 5}],
-         "field 'messages' is not a list of role and content"),
-        (CHAT[:1], "no assistant message"), ([], "no assistant message"),
+        ("a", "field 'messages' is not a list of messages with a role and a content"),
+        ([], "field 'messages' is not a list of messages with a role and a content"),
+        ([{"role": "user"}], "a message without content or tool calls"),
+        ([{"role": "assistant", "content": 5}], "content is neither text nor parts"),
+        (CHAT[:1], "no assistant message"),
+        ([CHAT[0], {**CHAT[1], "weight": 0}], "every assistant message has weight 0"),
+        ([CHAT[0], {**CHAT[1], "weight": 0.5}], "weight is neither 0 nor 1"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, CHAT[1]],
+         "a part of the content is not text"),
         ([{"role": "assistant", "content": LONE}], "invalid UTF-8"),
         ([{"role": "oracle", "content": "a"}, CHAT[1]], "the chat template refuses the messages"),
     ]),
@@ -288,7 +296,7 @@ def test_documents_are_joined_by_the_end_token_and_cut_into_full_windows():
 def test_packing_adds_no_second_end_token():
     records = read([{"text": "yes"}, {"text": "no<e>"}], pack=True,
                    tokenizer=byte_tokenizer("<b> $A <e>"))
-    assert decoded(records) == ["<b>yes<e><b>no<e><e>"]
+    assert decoded(records) == ["<b>yes<e><b>no<e>"]
 
 
 def test_packed_pairs_score_completions_and_their_end():
@@ -321,13 +329,15 @@ def test_what_is_scored(row, settings, text, scored):
     assert scored_texts(records) == [scored]
 
 
-def test_a_template_that_rewrites_messages_names_the_record(tmp_path):
+def test_a_chat_that_the_template_hides_is_counted_and_the_others_are_read(tmp_path):
     path = write_lines(tmp_path, {"messages": CHAT[1:2]}, {"messages": CHAT})
-    made = make_corpus(path, tokenizer=byte_tokenizer(template=REWRITING))
-    with pytest.raises(InputError, match=r"data.jsonl:2: the chat template rewrites earlier mess"):
-        list(made.sequences())
+    made = make_corpus(path, tokenizer=byte_tokenizer(template=REWRITING), sequence_length=99)
+    assert scored_texts(made.sequences()) == [" yes \n"]
+    [(reason, count)] = made.facts.skipped.items()
+    assert "has no {% generation %} marks, hides which words are the assistant's" in reason
+    assert count == 1 and "data.jsonl:2: " in made.facts.examples[0]
 
 
 def test_a_missing_chat_template_is_an_error_before_anything_is_read():
-    with pytest.raises(InputError, match=r"--messages-field chat.* no chat template"):
+    with pytest.raises(InputError, match=r"field chat.* no chat template.*--chat-template"):
         make_corpus([{"chat": CHAT}], messages_field="chat")

@@ -1,6 +1,8 @@
 """Tokenizers of the usual kinds, and chat templates."""
 
+import copy
 import functools
+import re
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -64,3 +66,13 @@ def fallback_tokenizer():
 
 def plain_ids(tokenizer, string):
     return tokenizer(string, add_special_tokens=False)["input_ids"]
+
+
+def chat_tokenizer(template):
+    """A byte tokenizer in which the signs of a chat template are tokens, as in a model's own."""
+    signs = re.findall(r"<[|｜][^<>{}'\"\s]*>|</?(?:think|tool_call|s)>|<(?:start|end)_of_turn>|"
+                       r"\[/?INST\]|\[gMASK\]|<sop>", template)
+    tokenizer = copy.deepcopy(byte_tokenizer("<b> $A"))
+    tokenizer.add_special_tokens({"additional_special_tokens": sorted(set(signs))})
+    tokenizer.chat_template = template
+    return tokenizer

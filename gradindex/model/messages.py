@@ -1,0 +1,174 @@
+"""Chats as people keep them, brought to the one form that chat templates read.
+
+A message is a dictionary with a role and, mostly, a content. What loggers and tables add is taken
+off here: fields without a value, lists side by side instead of messages, content in parts.
+"""
+
+import json
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from gradindex.errors import InputError
+
+# the names under which APIs have a part that is text
+TEXT_PARTS = {"text", "input_text", "output_text"}
+# what may stand in an answer that has no content
+INSTEAD_OF_CONTENT = {"tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"}
+# arguments of `apply_chat_template` that are no template's: they would say what it gives back
+OURS = {"add_generation_prompt", "conversation", "continue_final_message", "max_length", "padding",
+        "return_assistant_tokens_mask", "return_dict", "return_tensors", "sanitize_control_tokens",
+        "tokenize", "tokenizer_kwargs", "truncation"}
+
+
+class MessagesError(InputError):
+    """Messages that are no chat, with the reason."""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Messages, and what else their template is told.
+
+    `tools` are JSON schemas of functions; `options` the template's own variables, by name.
+    """
+
+    messages: list[dict[str, Any]]
+    tools: list[Any] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def until(self, count: int) -> "Chat":
+        """The chat up to its first messages."""
+        return replace(self, messages=self.messages[:count])
+
+    def followed_by(self, messages: list[dict[str, Any]]) -> "Chat":
+        """The chat with more messages behind it."""
+        return replace(self, messages=[*self.messages, *messages])
+
+
+def read_chat(
+    messages: Any, tools: Any = None, options: Any = None, name: str = "messages"
+) -> Chat:
+    """A chat of what a row holds; tools and options may be JSON text. Raises MessagesError.
+
+    >>> read_chat({"role": ["user"], "content": ["hi"]}).messages
+    [{'role': 'user', 'content': 'hi'}]
+    """
+    return Chat(_messages(messages, name), _tools(tools), _options(options))
+
+
+def is_messages(value: Any) -> bool:
+    """Whether a field holds messages, not text."""
+    return isinstance(value, (list, tuple, np.ndarray)) or (
+        isinstance(value, dict) and "role" in value)
+
+
+def is_learned(message: dict[str, Any]) -> bool:
+    """Whether training scores a message: an assistant's, unless its `weight` is 0."""
+    return message["role"] == "assistant" and message.get("weight") != 0
+
+
+def shown_content(message: dict[str, Any]) -> str | None:
+    """The content of a message as one text, its parts joined; None where it has none."""
+    content = message.get("content")
+    if isinstance(content, list):
+        return "".join(part["text"] for part in content)
+    return content
+
+
+def joined_parts(chat: Chat) -> Chat:
+    """The chat with every content as one text."""
+    return replace(chat, messages=[
+        {**message, "content": shown_content(message)}
+        if isinstance(message.get("content"), list) else message for message in chat.messages])
+
+
+def _messages(value: Any, name: str) -> list[dict[str, Any]]:
+    """Messages in one form. Raises MessagesError."""
+    value = _listed(value)
+    if isinstance(value, dict) and isinstance(value.get("role"), str):
+        value = [value]
+    # datasets before 4 make one dictionary of lists out of Sequence({"role": …, "content": …})
+    if isinstance(value, dict) and value and all(isinstance(one, list) for one in value.values()):
+        if len({len(one) for one in value.values()}) > 1:
+            raise MessagesError(f"field {name!r} has lists of different lengths")
+        value = [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
+    if not isinstance(value, list) or not value or not all(
+            isinstance(message, dict) and isinstance(message.get("role"), str)
+            for message in value):
+        raise MessagesError(f"field {name!r} is not a list of messages with a role and a content")
+    messages = [_message(message) for message in value]
+    # templates may show any field of a message, so all of it is looked at
+    try:
+        json.dumps(messages, ensure_ascii=False, default=str).encode("utf-8")
+    except UnicodeEncodeError:
+        raise MessagesError(f"invalid UTF-8 (a lone surrogate in {name!r})") from None
+    return messages
+
+
+def _message(message: dict[str, Any]) -> dict[str, Any]:
+    """A message without the fields that have no value, its content a text or parts that are text.
+    """
+    # tables fill in the fields that only other messages have; trainers leave these out as well
+    message = {name: value for name, value in message.items() if value is not None}
+    content = _listed(message.get("content"))
+    if isinstance(content, list):
+        message["content"] = [_part(part) for part in content]
+    elif content is not None and not isinstance(content, str):
+        raise MessagesError(f"content is neither text nor parts (a {type(content).__name__})")
+    if content is None and not INSTEAD_OF_CONTENT & message.keys():
+        raise MessagesError("a message without content or tool calls")
+    weight = message.get("weight", 1)
+    if not isinstance(weight, (int, float)) or weight not in (0, 1):
+        raise MessagesError(f"weight is neither 0 nor 1 ({weight!r})")
+    return message
+
+
+def _part(part: Any) -> dict[str, Any]:
+    """A part of a content, which has to be text. Raises MessagesError."""
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
+    if kind not in TEXT_PARTS or not isinstance(part.get("text"), str):
+        raise MessagesError(f"a part of the content is not text ({kind})")
+    return {"type": "text", "text": part["text"]}
+
+
+def _tools(value: Any) -> list[Any] | None:
+    """The tools of a chat. Raises MessagesError."""
+    tools = _listed(_parsed(value, "tools"))
+    if tools is None:
+        return None
+    if not isinstance(tools, list):
+        raise MessagesError(f"tools are not a list (a {type(tools).__name__})")
+    tools = [_parsed(tool, "tools") for tool in tools]
+    if not all(isinstance(tool, dict) for tool in tools):
+        raise MessagesError("a tool is not a JSON schema")
+    return tools
+
+
+def _options(value: Any) -> dict[str, Any]:
+    """What a template is told by name. Raises MessagesError."""
+    options = _parsed(value, "chat_template_kwargs")
+    if options is None:
+        return {}
+    if not isinstance(options, dict):
+        raise MessagesError(f"chat_template_kwargs is not an object (a {type(options).__name__})")
+    if taken := sorted(OURS & options.keys()):
+        raise MessagesError(f"chat_template_kwargs holds what is no template's ({taken[0]})")
+    return options
+
+
+def _listed(value: Any) -> Any:
+    """A list of what pandas and others keep as an array."""
+    return list(value) if isinstance(value, (tuple, np.ndarray)) else value
+
+
+def _parsed(value: Any, name: str) -> Any:
+    """A value that may be kept as JSON text. Raises MessagesError."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.strip() else None
+    except (ValueError, RecursionError):
+        raise MessagesError(f"{name} is text that is no JSON") from None
