@@ -179,6 +179,16 @@ def indexed(tokenizer, rows, template=None):
     return found
 
 
+def takes(tokenizer, row, template):
+    """Whether the template takes a row, and its prompt alone."""
+    prompt, told = row.get("prompt"), {"chat_template": template}
+    if isinstance(prompt, str):
+        return True
+    whole = row["messages"] if prompt is None else prompt + row["completion"]
+    return all(rendered(tokenizer, messages, row["tools"], **told, **row["chat_template_kwargs"])
+               for messages in (whole, prompt or whole))
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", FAMILIES)
@@ -189,12 +199,7 @@ def test_an_index_has_what_the_trainer_trains_on(name, tmp_path):
     for rows, settings, template in [
         (ROWS, {"assistant_only_loss": True}, training), (EXCHANGES, {}, None), (SPOKEN, {}, None),
     ]:
-        readable = [row for row in rows if ("messages" not in row and isinstance(row["prompt"], str))
-                    or (rendered(tokenizer, row.get("messages") or row["prompt"] + row["completion"],
-                                row["tools"], **row["chat_template_kwargs"],
-                                chat_template=template)
-                    and rendered(tokenizer, row.get("messages") or row["prompt"], row["tools"],
-                                 chat_template=template))]
+        readable = [row for row in rows if takes(tokenizer, row, template)]
         assert len(readable) >= 3
         found = indexed(tokenizer, readable, template)
         assert found == trained_on(tokenizer, readable, str(tmp_path), **settings)
