@@ -53,10 +53,15 @@ def ends_of_words(
 ) -> Iterator[int]:
     """Where the last word of each part of a message ends: calls, content, reasoning."""
     sign, _ = signs_for(text)
+    found = False
     for changed in _with_sign(messages[number], sign):
+        # an empty content has no words, and is looked for only where nothing else is shown
+        if found and changed.get("content") == sign + str(messages[number].get("content")):
+            continue
         other = _rendered(
             renderer, [*messages[:number], changed, *messages[number + 1:]], answer)
         if other is not None and sign in other:
+            found = True
             yield _common(text, other)
 
 
@@ -73,7 +78,7 @@ def _with_sign(message: dict[str, Any], sign: str) -> Iterator[dict[str, Any]]:
     if isinstance(content, list) and content:
         *parts, last = content
         yield {**message, "content": [*parts, {**last, "text": _signed(last["text"], sign)}]}
-    elif isinstance(content, str) and (content.strip() or not calls):
+    elif isinstance(content, str):
         yield {**message, "content": _signed(content, sign)}
     for name in ("reasoning_content", "reasoning", "thinking"):
         if isinstance(message.get(name), str):
