@@ -8,6 +8,7 @@ from gradindex.model.rendering import ChatTemplateError
 from gradindex.model.tokenise import Tokenised
 from indexer.read.rows import BadRowError
 
+
 def holds_messages(row: dict[str, Any], prompt: str, completion: str) -> bool:
     """Whether the prompt and the completion of a row are messages. Raises BadRowError."""
     kinds = [is_messages(row.get(name)) for name in (prompt, completion)]
