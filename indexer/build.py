@@ -56,7 +56,7 @@ from indexer.calibrate import calibrate
 from indexer.encode import encode_run, quarantined_of
 from indexer.fit.notes import FitNotes
 from indexer.fit.schedule import fit
-from indexer.prepare import Prepared, make_codes, prepare_build
+from indexer.prepare import Prepared, load_model, make_codes, prepare_build
 from indexer.read import ingest
 from indexer.read.ingest import Run
 from indexer.shards import OVER_RAY, BuildStage, Share
@@ -81,7 +81,10 @@ def build(request: BuildRequest) -> ModelSource | None:
             state.request = request.facts  # may differ from run to run, unlike the plan
             state.save()
 
-        # 2) text → sequences, on disk as records; the other shards began when this was done
+        # 2) the model and its tracked modules: one that can't be used ends it before data are read
+        loaded = load_model(request.source, request.dtype, state, progress)
+
+        # 3) text → sequences, on disk as records; the other shards began when this was done
         if state.corpus is None:
             assert shard.first
             if not (index / layout.SEGMENTS).is_dir():
@@ -90,9 +93,7 @@ def build(request: BuildRequest) -> ModelSource | None:
             state.corpus = ingest.write_records(request.corpus, empty, progress)
             state.save()
         ingest.report_read(state.corpus, state.plan.sequence_length, progress)
-
-        # 3) the model and its tracked modules
-        prepared = prepare_build(index, request.source, request.dtype, state, progress, shard.of)
+        prepared = prepare_build(index, loaded, state, shard.of)
         with _share_of(request) as share:
 
             # 4) EK-FAC curvature

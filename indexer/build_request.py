@@ -15,6 +15,7 @@ from typing import Any, ParamSpec, TypeVar
 from gradindex.errors import InputError
 from gradindex.influence.codes import default_length
 from gradindex.memory import parse_bound
+from gradindex.model.checkpoint import check_checkpoint
 from gradindex.model.config import context_length, vocabulary_size
 from gradindex.model.identity import tokenizer_digest
 from gradindex.model.load_tokenizer import load_tokenizer
@@ -90,9 +91,12 @@ def make_request(
 
     Everything that can be refused is refused here, before anything expensive.
     """
-    # 1) where the model comes from; its configuration is read, no weights
+    # 1) where the model comes from; its configuration and its weights' names are read, no weights
+    progress = progress or Progress()
     source = ModelSource(model, tokenizer, device, trust_remote_code, allow_pickle,
                          parse_bound(max_memory))
+    for line in check_checkpoint(source):
+        progress.say(line)
     config = source.load_config()
 
     # 2) values that can't be, in the order in which they are cheap to see
@@ -108,7 +112,7 @@ def make_request(
                   ray_workers=ray_workers)
     if ray is not None:
         _check_ray(ray, model, shard)
-    progress, index = progress or Progress(), Path(out)
+    index = Path(out)
     share = Shard() if shard is None else parse_shard(shard, wait, progress)
     _check_choices(index, seed, covariance_blocks, keep_fields, fit_labels)
 

@@ -18,11 +18,11 @@ PACKAGES = ("gradindex", "indexer", "search")
 FRONT = {"gradindex", "gradindex.cli", "gradindex.facade"}  # where all packages meet
 DOORS = {  # library: the files that it enters through
     "transformers": {f"gradindex/model/{name}.py"
-                     for name in ("load_errors", "load_tokenizer", "model_source", "network",
-                                  "tracked")},
+                     for name in ("checkpoint", "load_errors", "load_tokenizer", "model_source",
+                                  "network", "tracked")},
     "lmdb": {"gradindex/storage/records.py"},
     "faiss": {"gradindex/storage/code_index.py"},
-    "safetensors": {"gradindex/storage/tensors.py"},
+    "safetensors": {"gradindex/storage/tensors.py", "gradindex/model/saved_files.py"},
     "pyarrow": {"indexer/read/sources.py", "search/show/data_files.py"},
     "jinja2": {"search/show/html.py"},
     "starlette": {f"search/serve/{name}.py" for name in

@@ -18,6 +18,7 @@ from gradindex.model.config import is_quantised
 from gradindex.model.devices import DTYPES, device_called, dtype_called, dtype_of
 from gradindex.model.load_errors import readable_errors
 from gradindex.model.quantised import quantised_dtype
+from gradindex.model.saved_files import WEIGHTS, check_folder, check_path, weight_files
 
 
 @dataclass
@@ -81,6 +82,8 @@ class ModelSource:
         """The saved adapter this names, or None. Raises InputError for an unusable one."""
         if self.is_object:
             return None
+        if self.revision is None:
+            check_path(Path(self.name))
         with readable_errors(self.name):
             file = transformers.utils.find_adapter_config_file(self.name, revision=self.revision)
         return read_adapter(Path(file)) if file else None
@@ -105,6 +108,7 @@ class ModelSource:
         if self.adapter is not None:
             with self.adapter.explain_base():
                 return self.base.load_config()
+        check_folder(Path(self.name))
         with readable_errors(self.name):
             return transformers.AutoConfig.from_pretrained(self.name, **self.arguments)
 
@@ -129,6 +133,15 @@ class ModelSource:
             return device, dtype_called(dtype)
         cast = device.type == "cpu" and not self.is_object
         return device, torch.float32 if cast else own
+
+    def weight_files(self) -> list[Path]:
+        """The files of a model's weights, there and whole; none of a hub id's still to be fetched.
+
+        Raises InputError with what is wrong with them.
+        """
+        if not Path(self.name).is_dir() and not (self.folder / WEIGHTS).exists():
+            return []  # transformers fetches what of it is missing
+        return weight_files(self.folder, self.allow_pickle)
 
     @property
     def folder(self) -> Path:

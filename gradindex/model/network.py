@@ -18,6 +18,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from gradindex.errors import InputError
 from gradindex.model import fused_experts
 from gradindex.model.adapters import WEIGHTS, adapter_facts, unwrapped
+from gradindex.model.checkpoint import check_class, check_loading
 from gradindex.model.config import is_quantised
 from gradindex.model.devices import dtype_of
 from gradindex.model.load_errors import readable_errors
@@ -143,23 +144,21 @@ def _read(source: ModelSource, device: torch.device, dtype: torch.dtype) -> Any:
             loading = network.load_adapter(
                 source.name, adapter_kwargs=revision, use_safetensors=weights is not None
             )
-        missing = loading.missing_keys
+        if loading.missing_keys:
+            raise InputError("TODO")
     else:
         # Quantised weights can't be moved later on, so they are loaded where they are to be.
-        options = {"device_map": {"": device}} if is_quantised(source.load_config()) else {}
+        config = source.load_config()
+        check_class(source, config)
+        options = {"device_map": {"": device}} if is_quantised(config) else {}
+        source.weight_files()  # for the reason where one is missing or damaged
         with readable_errors(source.name):
             network, loading = transformers.AutoModelForCausalLM.from_pretrained(
                 source.name, dtype=dtype, **options, **source.arguments, output_loading_info=True,
                 use_safetensors=None if source.allow_pickle else True,
+                ignore_mismatched_sizes=True,  # which `check_loading` refuses
             )
-        missing = loading["missing_keys"]
-    if missing:  # transformers would fill them with random numbers
-        raise InputError(
-            f"the weights of {source.name} lack {len(missing)} tensors: "
-            f"{', '.join(sorted(missing)[:5])}. Expected a complete "
-            f"{'adapter' if source.adapter else 'causal language model'}, as save_pretrained "
-            "writes it."
-        )
+        check_loading(source.name, network, loading)
     return network
 
 

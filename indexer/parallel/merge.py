@@ -14,7 +14,7 @@ from gradindex.storage.integrity import refuse_links
 from gradindex.storage.locks import only_writer
 from gradindex.storage.manifest import exists as index_exists
 from indexer.build import commit_index, fit_curvature, measure_codes
-from indexer.prepare import prepare_build
+from indexer.prepare import load_model, prepare_build
 from indexer.read import ingest
 from indexer.read.ingest import Run
 from indexer.shards import Shard
@@ -48,8 +48,9 @@ def merge(
         else:
             _refuse_unfinished(folder, state)
             plan = state.plan
-            prepared = prepare_build(folder, source.at_build(plan.model, plan.revision, None),
-                                     plan.dtype, state, progress)
+            loaded = load_model(source.at_build(plan.model, plan.revision, None), plan.dtype,
+                                state, progress)
+            prepared = prepare_build(folder, loaded, state)
             # steps 4 and 5 are done, so the curvature is only read; 6 and 7 are what is left
             fitted = fit_curvature(folder, prepared, Shard(), progress)
             measured = measure_codes(folder, fitted, state, progress)

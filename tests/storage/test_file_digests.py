@@ -68,10 +68,8 @@ def test_a_remembered_digest_is_believed(tmp_path, cache):
 
 
 def test_names_that_are_not_utf_8(tmp_path, cache):
-    folder = os.fsencode(tmp_path) + b"/caf\xe9"
-    os.mkdir(folder)
-    with open(folder + b"/m\xe9.safetensors", "wb") as file:
-        file.write(b"weights")
     path = tmp_path / os.fsdecode(b"caf\xe9") / os.fsdecode(b"m\xe9.safetensors")
+    path.parent.mkdir()
+    path.write_bytes(b"weights")
     assert digest_of_files([path]) == digest_of_files([path])
     assert len(json.loads(cache.read_text())) == 1
