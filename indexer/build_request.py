@@ -55,6 +55,7 @@ def make_request(
     out: str | Path,
     *,
     tokenizer: Any = None,
+    adapter: str | None = None,
     text_field: str | None = None,
     prompt_field: str | None = None,
     completion_field: str | None = None,
@@ -94,7 +95,7 @@ def make_request(
     # 1) where the model comes from; its configuration and its weights' names are read, no weights
     progress = progress or Progress()
     source = ModelSource(model, tokenizer, device, trust_remote_code, allow_pickle,
-                         parse_bound(max_memory))
+                         parse_bound(max_memory), adapter)
     for line in check_checkpoint(source):
         progress.say(line)
     config = source.load_config()
@@ -122,7 +123,7 @@ def make_request(
     # 4) the plan, with nothing left to be chosen; a resumed build compares it with the one it began
     chosen_device, chosen_dtype = source.resolve(dtype)
     plan = Plan(
-        **asdict(settings), model=source.name, revision=source.revision, adapter=None,
+        **asdict(settings), model=source.name, revision=source.revision, adapter=adapter,
         data=corpus.data_facts(),
         modules=modules, fit_sequences=fit_sequences, fit_labels=fit_labels,
         covariance_blocks=covariance_blocks, damping=damping,

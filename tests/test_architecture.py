@@ -18,8 +18,8 @@ PACKAGES = ("gradindex", "indexer", "search")
 FRONT = {"gradindex", "gradindex.cli", "gradindex.facade"}  # where all packages meet
 DOORS = {  # library: the files that it enters through
     "transformers": {f"gradindex/model/{name}.py"
-                     for name in ("checkpoint", "load_errors", "load_tokenizer", "model_source",
-                                  "network", "tracked")},
+                     for name in ("adapter_probe", "checkpoint", "load_adapter", "load_errors",
+                                  "load_tokenizer", "model_source", "network", "tracked")},
     "lmdb": {"gradindex/storage/records.py"},
     "faiss": {"gradindex/storage/code_index.py"},
     "safetensors": {"gradindex/storage/tensors.py", "gradindex/model/saved_files.py"},
@@ -31,7 +31,7 @@ DOORS = {  # library: the files that it enters through
     "scipy": {"gradindex/storage/token_file.py", "indexer/fit/eigen.py"},
     "sklearn": {"search/study/evaluate.py"},
     "matplotlib": {"search/study/evaluate.py"},
-    "peft": set(),
+    "peft": {"gradindex/model/load_adapter.py"},
     "tqdm": {"gradindex/progress.py"},
     "ray": {"gradindex/ray_cluster.py"},
 }

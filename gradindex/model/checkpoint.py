@@ -15,6 +15,7 @@ from transformers.models.auto import modeling_auto
 
 from gradindex.errors import InputError
 from gradindex.model.config import is_quantised
+from gradindex.model.load_adapter import check_adapter
 from gradindex.model.load_errors import readable_errors
 from gradindex.model.model_source import ModelSource
 from gradindex.model.saved_files import Shapes, tensor_shapes
@@ -35,6 +36,7 @@ def check_checkpoint(source: ModelSource) -> list[str]:
     are loaded; an object has its class alone.
     """
     if source.adapter is not None:
+        check_adapter(source)
         with source.adapter.explain_base():
             return check_checkpoint(source.base)
     config = source.load_config()
@@ -138,7 +140,9 @@ def _entries(shape: tuple[int, ...]) -> int:
 def check_class(source: ModelSource, config: Any) -> None:
     """Raise InputError for a model that isn't, or wasn't saved as, a causal language model."""
     # an object's own class, whatever it was loaded from
-    owners = [type(source.model).__name__] if source.is_object else \
+    model = getattr(source.model, "_orig_mod", source.model)
+    inside = model.get_base_model() if hasattr(model, "get_base_model") else model
+    owners = [type(inside).__name__] if source.is_object else \
         getattr(config, "architectures", None) or []
     where = "" if source.is_object else " (architectures in its config.json)"
     for found in owners:
