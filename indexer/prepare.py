@@ -11,6 +11,7 @@ from gradindex.draws import Stream, choose
 from gradindex.influence.codes import Codes, CodeSettings, default_width
 from gradindex.influence.curvature import Ekfac
 from gradindex.memory import Allowance
+from gradindex.model.adapters import IDLE, OWN
 from gradindex.model.model_source import ModelSource
 from gradindex.model.network import LanguageModel
 from gradindex.model.tracked import (
@@ -72,7 +73,14 @@ def load_model(
     progress.say(f"modules: {describe_modules(model, tracked)}")
     # what nobody chose to leave out, and is more than norms and the like
     lost = {what: share for what, share in untracked(model.network, tracked).items()
-            if what not in (*TRACKABLE, *SMALL_PARTS)}
+            if what not in (*TRACKABLE, *SMALL_PARTS, IDLE)}
+    own = {what: share for what, share in lost.items() if what.startswith(OWN)}
+    followed = parameter_share(
+        model.network, [module for module in tracked if module.kind == "adapter"])
+    if own and followed:  # little of the model, but what the user asked about
+        progress.say(f"warning: {sum(own.values()) / (sum(own.values()) + followed):.1%} of the "
+                     "adapter's parameters can't be tracked, so their influence is in no score: "
+                     f"{', '.join(what.removeprefix(OWN).strip() for what in own)}")
     if (total := sum(lost.values())) > NOTABLE:
         progress.say(f"warning: {total:.0%} of the model's parameters can't be tracked, so their "
                      f"influence is in no score: {shares(lost)}")

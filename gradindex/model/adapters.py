@@ -19,6 +19,8 @@ from gradindex.errors import InputError
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+OWN = "the adapter's"  # what its untracked parameters are called, with their kind behind
+IDLE = "adapters, and originals of trained copies, that don't run"
 DORA = "DoraLinearVariant"  # what peft calls DoRA of a linear map
 
 # What an adapter computes depends on its other settings, such as lora_alpha, but not on these.
@@ -128,7 +130,7 @@ def adapter_parts(network: nn.Module) -> Parts:
         if not running:
             parts.idle |= beside
             continue
-        word = f"the adapter's {kind_of(layer, running)}"
+        word = f"{OWN} {kind_of(layer, running)}"
         maps = {side[adapter] for side in _sides(layer) for adapter in running if adapter in side}
         parts.idle |= {map_ for side in _sides(layer) for map_ in side.values()} - maps
         variants = {type(variant).__name__ for adapter, variant

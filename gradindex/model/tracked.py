@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from gradindex.errors import InputError
 from gradindex.model import fused_experts
 from gradindex.model.adapter_probe import readable_parts
-from gradindex.model.adapters import Parts, no_adapter
+from gradindex.model.adapters import IDLE, Parts, no_adapter
 from gradindex.model.probe import called_in_a_pass
 from gradindex.model.quantised import is_bitsandbytes
 from gradindex.modules import Module, choose_modules
@@ -209,7 +209,7 @@ def untracked(network: nn.Module, modules: list[Module]) -> dict[str, float]:
             kind = _kind(holder, name.removeprefix(prefix), name.startswith(f"{prefix}."))
             kind = parts.own.get(holder, parts.unclear.get(holder, kind))
             if holder in parts.idle:
-                kind = "adapters, and originals of trained copies, that don't run"
+                kind = IDLE
             # "attention: 40%" reads as a choice that the user could make: here it is none.
             if kind in TRACKABLE and holder not in maps and not fused_experts.is_fused(holder):
                 kind = f"{kind} that aren't called, or share a weight with something else"
