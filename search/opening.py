@@ -23,12 +23,12 @@ def open(
     `model` (a folder, hub id or loaded model) is where the weights are now, if not where they were
     at the build; other weights are refused. `adapter` is which of several adapters is meant, and
     `batch_tokens` bounds the memory of a batch [both the build's], `max_memory` ("8GB") all of it,
-    of the GPU where the model is on one. With `allow_damaged` every file is digested first and segments with a damaged one are left out;
-    results say so (`Result.coverage`). With `ray`, workers of a Ray cluster score the sequences:
-    "auto" or host:port says where it is, True starts one here; `ray_workers` is how many [one for
-    each GPU of the cluster, or for each machine if it has none]. What is appended or deleted later
-    is seen by who opens later. Raises InputError where there is no index or no cluster,
-    DamagedIndexError for missing or changed files.
+    of the GPU where the model is on one. With `allow_damaged` every file is digested first and
+    segments with a damaged one are left out; results say so (`Result.coverage`). With `ray`,
+    workers of a Ray cluster score the sequences: "auto" or host:port says where it is, True starts
+    one here; `ray_workers` is how many [one for each GPU of the cluster, or for each machine if it
+    has none]. What is appended or deleted later is seen by who opens later. Raises InputError where
+    there is no index or no cluster, DamagedIndexError for missing or changed files.
     """
     if batch_tokens is not None and batch_tokens < 1:
         raise InputError(f"--batch-tokens {batch_tokens}: expected a number above 0.")
