@@ -51,6 +51,7 @@ def check_checkpoint(source: ModelSource) -> list[str]:
     if matched is None:
         return []
     network, loading = matched
+    # asked again when the weights are loaded: here it costs nothing, and comes before the data
     check_loading(source.name, network, loading)
     return _left_out(network, shapes)
 
@@ -126,8 +127,8 @@ def _left_out(network: Any, shapes: Shapes) -> list[str]:
     amount = shares({"": sum(_entries(shapes[name]) for name in names) / total}).strip()
     if not amount:
         return []
-    return [f"model: {_tensors(names)}, {amount} of what its files hold, have no part in "
-            f"{type(network).__name__} and are left out"]
+    return [f"model: left out, having no part in {type(network).__name__}: {_tensors(names)}, "
+            f"{amount} of what its files hold"]
 
 
 def _entries(shape: tuple[int, ...]) -> int:

@@ -1,5 +1,6 @@
 """A saved adapter put into its base, by peft, which enters here alone."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,8 @@ def load_adapter(network: Any, source: ModelSource) -> Any:
     adapter = source.adapter
     assert adapter is not None
     name, place = source.adapter_name or "default", _place(source, adapter)
-    with readable_errors(source.name, adapter):
+    with readable_errors(source.name, adapter), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about its own calls of transformers
         config = peft.PeftConfig.from_pretrained(**place)
         wrapped = peft.PeftModel(network, config, name, autocast_adapter_dtype=False)
         loaded = wrapped.load_adapter(
