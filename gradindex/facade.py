@@ -29,7 +29,7 @@ def build(request: BuildRequest) -> Searcher | None:
     code; the other arguments are the flags of `gradindex build`. `max_bad` is the share of
     sequences that may be quarantined because their gradient is not finite. `max_memory` ("8GB")
     bounds the memory beside the libraries', the GPU's where the model is on one; curvature and
-    codes come out the same.
+    codes come out the same. `adapter` is which adapter is meant, of several that the model has.
     With `shard` ("2/8") this process does one of several shares, waits at most `wait` seconds for
     the others and returns None; `merge` makes the index when all are done. With `ray` the units of
     work are handed out to a cluster ("auto", "host:port") or to workers on this machine ("local"),

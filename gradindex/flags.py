@@ -9,6 +9,8 @@ from typing import Any
 import click
 
 TOKENIZER = click.option("--tokenizer", metavar="PATH", help="Folder or hub id [the model's].")
+ADAPTER = click.option("--adapter", metavar="NAME",
+                       help="Which adapter, of several that the model's folder holds [its own].")
 DEVICE = click.option("--device", default="auto", show_default=True,
                       help="auto, cpu, cuda or cuda:N.")
 TRUST = [
@@ -17,7 +19,7 @@ TRUST = [
 ]
 MODEL = [
     click.option("--model", metavar="PATH", help="Where the model is now, if it was moved."),
-    TOKENIZER, DEVICE, *TRUST,
+    ADAPTER, TOKENIZER, DEVICE, *TRUST,
 ]
 MAX_MEMORY = click.option(
     "--max-memory", metavar="SIZE",

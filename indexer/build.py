@@ -59,7 +59,7 @@ from indexer.fit.budget import curvature_bytes
 from indexer.fit.notes import FitNotes
 from indexer.fit.schedule import fit
 from indexer.pace.expected import say_expected
-from indexer.prepare import Prepared, make_codes, prepare_build
+from indexer.prepare import Prepared, load_model, make_codes, prepare_build
 from indexer.read import ingest
 from indexer.read.ingest import Run
 from indexer.shards import OVER_RAY, BuildStage, Share
@@ -84,7 +84,10 @@ def build(request: BuildRequest) -> ModelSource | None:
             state.request = request.facts  # may differ from run to run, unlike the plan
             state.save()
 
-        # 2) text → sequences, on disk as records; the other shards began when this was done
+        # 2) the model and its tracked modules: one that can't be used ends it before data are read
+        loaded = load_model(request.source, request.dtype, state, progress)
+
+        # 3) text → sequences, on disk as records; the other shards began when this was done
         if state.corpus is None:
             assert shard.first
             if not (index / layout.SEGMENTS).is_dir():
@@ -94,9 +97,7 @@ def build(request: BuildRequest) -> ModelSource | None:
             state.save()
         ingest.report_read(state.corpus, state.plan.sequence_length, progress)
         ingest.warn_few(state.corpus.sequences, progress)
-
-        # 3) the model and its tracked modules
-        prepared = prepare_build(index, request.source, request.dtype, state, progress, shard.of)
+        prepared = prepare_build(index, loaded, state, progress, shard.of)
         with _share_of(request) as share:
             if progress.shown and request.ray is None:  # how many workers there will be isn't known
                 say_expected(prepared, state, share, progress)

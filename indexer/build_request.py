@@ -16,6 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 from gradindex.errors import InputError
 from gradindex.memory import parse_bound
 from gradindex.model.chat_template import marks_answers, read_chat_template
+from gradindex.model.checkpoint import check_checkpoint
 from gradindex.model.config import context_length, vocabulary_size
 from gradindex.model.identity import tokenizer_digest
 from gradindex.model.load_tokenizer import load_tokenizer
@@ -57,6 +58,7 @@ def make_request(
     *,
     tokenizer: Any = None,
     chat_template: str | Path | None = None,
+    adapter: str | None = None,
     text_field: str | None = None,
     prompt_field: str | None = None,
     completion_field: str | None = None,
@@ -96,9 +98,12 @@ def make_request(
 
     Everything that can be refused is refused here, before anything expensive.
     """
-    # 1) where the model comes from; its configuration is read, no weights
+    # 1) where the model comes from; its configuration and its weights' names are read, no weights
+    progress = progress or Progress()
     source = ModelSource(model, tokenizer, device, trust_remote_code, allow_pickle,
-                         parse_bound(max_memory))
+                         parse_bound(max_memory), adapter)
+    for line in check_checkpoint(source):
+        progress.say(line)
     config = source.load_config()
 
     # 2) values that can't be, in the order in which they are cheap to see
@@ -115,7 +120,7 @@ def make_request(
                   ray_workers=ray_workers)
     if ray is not None:
         _check_ray(ray, model, shard)
-    progress, index = progress or Progress(), Path(out)
+    index = Path(out)
     share = Shard() if shard is None else parse_shard(shard, wait, progress)
     _check_choices(index, seed, covariance_blocks, keep_fields, fit_labels)
     _check_columns(columns)
@@ -135,7 +140,7 @@ def make_request(
     # 4) the plan, with nothing left to be chosen; a resumed build compares it with the one it began
     chosen_device, chosen_dtype = source.resolve(dtype)
     plan = Plan(
-        **asdict(settings), model=source.name, revision=source.revision, adapter=None,
+        **asdict(settings), model=source.name, revision=source.revision, adapter=adapter,
         data=corpus.data_facts(),
         modules=modules, fit_sequences=fit_sequences, fit_labels=fit_labels,
         covariance_blocks=covariance_blocks, damping=damping,

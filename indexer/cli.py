@@ -9,6 +9,7 @@ import click
 
 from gradindex.errors import DamagedIndexError, ResourceError
 from gradindex.flags import (
+    ADAPTER,
     DEVICE,
     MAX_MEMORY,
     MODEL,
@@ -77,6 +78,7 @@ _MAX_BAD = click.option(
               help="Sequences the model was trained on, N_train [the number indexed].")
 @_MAX_BAD
 @click.option("--seed", type=int, default=defaults.SEED, show_default=True)
+@ADAPTER
 @TOKENIZER
 @options(TRUST)
 @click.option("--shard", metavar="I/N",

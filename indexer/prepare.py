@@ -11,6 +11,7 @@ from gradindex.draws import Stream, choose
 from gradindex.influence.codes import Codes, CodeSettings, default_width
 from gradindex.influence.curvature import Ekfac
 from gradindex.memory import Allowance
+from gradindex.model.adapters import IDLE, OWN
 from gradindex.model.model_source import ModelSource
 from gradindex.model.network import LanguageModel
 from gradindex.model.tracked import (
@@ -40,41 +41,65 @@ NOTABLE = 0.05  # share of parameters that can't be tracked: said loudly from he
 
 
 @dataclass
-class Prepared:
-    """What every process of a build has: the sequences, the model, how it is to be fitted."""
+class LoadedModel:
+    """The model that a build is of, and its tracked modules."""
 
-    run: Run
     model: LanguageModel
     tracked: list[Module]
+
+
+@dataclass
+class Prepared(LoadedModel):
+    """What every process of a build has: the model, the sequences, how it is to be fitted."""
+
+    run: Run
     settings: FitSettings
     allowance: Allowance
 
 
-def prepare_build(
-    index: Path, source: ModelSource, dtype: str, state: BuildState, progress: Progress,
-    shards: int = 1,
-) -> Prepared:
-    """Load and check the model, and settle how it is fitted, the same way in every process.
+def load_model(
+    source: ModelSource, dtype: str, state: BuildState, progress: Progress
+) -> LoadedModel:
+    """Load and check the model, and find what of it is tracked.
 
-    `shards` are how many processes share the fit. Raises IndexMismatchError for another model,
-    ResourceError where disk or memory don't suffice.
+    Raises InputError for one that can't be used, IndexMismatchError for another than the build
+    began with.
     """
-    plan, request = state.plan, state.request
-    assert state.corpus is not None and request is not None
+    plan = state.plan
     # those of the build's beginning, also where it goes on elsewhere: others sum in another order
     torch.set_num_threads(state.threads)
-    run = Run(index, 0, 0, state.corpus.sequences, plan.segment_size)
     progress.say(f"model: loading {source.name} as {plan.dtype} on {plan.device}")
     model = LanguageModel.load(source, dtype)
-    state.check_model(model)  # weights that changed since the build began end it here
     tracked = tracked_modules(model.network, plan.modules)
+    state.check_model(model)  # weights that changed since the data were read end it here
     progress.say(f"modules: {describe_modules(model, tracked)}")
     # what nobody chose to leave out, and is more than norms and the like
     lost = {what: share for what, share in untracked(model.network, tracked).items()
-            if what not in (*TRACKABLE, *SMALL_PARTS)}
+            if what not in (*TRACKABLE, *SMALL_PARTS, IDLE)}
+    own = {what: share for what, share in lost.items() if what.startswith(OWN)}
+    followed = parameter_share(
+        model.network, [module for module in tracked if module.kind == "adapter"])
+    if own and followed:  # little of the model, but what the user asked about
+        progress.say(f"warning: {sum(own.values()) / (sum(own.values()) + followed):.1%} of the "
+                     "adapter's parameters can't be tracked, so their influence is in no score: "
+                     f"{', '.join(what.removeprefix(OWN).strip() for what in own)}")
     if (total := sum(lost.values())) > NOTABLE:
         progress.say(f"warning: {total:.0%} of the model's parameters can't be tracked, so their "
                      f"influence is in no score: {shares(lost)}")
+    return LoadedModel(model, tracked)
+
+
+def prepare_build(
+    index: Path, loaded: LoadedModel, state: BuildState, progress: Progress, shards: int = 1
+) -> Prepared:
+    """Settle how the model is fitted, the same way in every process, now that the data are read.
+
+    `shards` are how many processes share the fit. Raises ResourceError where disk or memory don't
+    suffice.
+    """
+    plan, request, model, tracked = state.plan, state.request, loaded.model, loaded.tracked
+    assert state.corpus is not None and request is not None
+    run = Run(index, 0, 0, state.corpus.sequences, plan.segment_size)
     ids = choose(Stream.FIT_SEQUENCES, plan.seed, run.count, plan.fit_sequences)
     block = min(plan.segment_size, BLOCK_SEQUENCES)
 
@@ -83,7 +108,7 @@ def prepare_build(
 
     if state.settled is None:  # the first process alone gets here: the others wait for it
         state.settled = Settled(plan.batch_tokens or choose_batch_tokens(
-            model, tracked, sample(), source.max_memory, progress), plan.bits)
+            model, tracked, sample(), model.source.max_memory, progress), plan.bits)
         state.save()
     settings = FitSettings(ids, plan.fit_labels, block, state.batch_tokens, plan.seed,
                            request.max_bad, plan.covariance_blocks)
@@ -93,7 +118,7 @@ def prepare_build(
     # blocks that wait for the first shard lie on the disk too, some of each of the others
     ingest.check_disk(run, state.settled.bits or FEWEST, _still_needed(index, disk_bytes(
         groups, blocks, width, AHEAD * shards if shards > 1 else 0)))
-    return Prepared(run, model, tracked, settings, allowance)
+    return Prepared(model, tracked, run, settings, allowance)
 
 
 def _still_needed(index: Path, fit: int) -> int:

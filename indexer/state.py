@@ -195,7 +195,8 @@ class BuildState:
 
     def check_model(self, model: LanguageModel) -> None:
         """Remember the weights' digest, or raise IndexMismatchError if they changed."""
-        if self.model is None:  # the first process of the build to get here
+        # the first process to get here; before the data are read, the model may yet be another
+        if self.model is None or self.corpus is None:
             self.model = ModelIdentity(**identify(model))
             self.save()
         else:

@@ -18,11 +18,11 @@ PACKAGES = ("gradindex", "indexer", "search")
 FRONT = {"gradindex", "gradindex.cli", "gradindex.facade"}  # where all packages meet
 DOORS = {  # library: the files that it enters through
     "transformers": {f"gradindex/model/{name}.py"
-                     for name in ("load_errors", "load_tokenizer", "model_source", "network",
-                                  "tracked")},
+                     for name in ("adapter_probe", "checkpoint", "load_adapter", "load_errors",
+                                  "load_tokenizer", "model_source", "network", "tracked")},
     "lmdb": {"gradindex/storage/records.py"},
     "faiss": {"gradindex/storage/code_index.py"},
-    "safetensors": {"gradindex/storage/tensors.py"},
+    "safetensors": {"gradindex/storage/tensors.py", "gradindex/model/saved_files.py"},
     "pyarrow": {"indexer/read/compressed.py", "indexer/read/sources.py",
                 "search/show/data_files.py"},
     "jinja2": {"search/show/html.py"},
@@ -32,7 +32,7 @@ DOORS = {  # library: the files that it enters through
     "scipy": {"gradindex/storage/token_file.py", "indexer/code_length.py", "indexer/fit/eigen.py"},
     "sklearn": {"search/study/evaluate.py"},
     "matplotlib": {"search/study/evaluate.py"},
-    "peft": set(),
+    "peft": {"gradindex/model/load_adapter.py"},
     "tqdm": {"gradindex/progress.py"},
     "ray": {"gradindex/ray_cluster.py"},
 }

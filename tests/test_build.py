@@ -164,11 +164,11 @@ def test_the_index_returned_keeps_the_options(tmp_path):
 
 def test_weights_with_missing_tensors_are_refused(tmp_path):
     random_network("gpt_neox", torch.float32).gpt_neox.save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=r"lack 1 tensors: lm_head\.weight"):
+    with pytest.raises(InputError, match=r"lack 1 tensor \(lm_head\.weight\)"):
         LanguageModel.load(ModelSource(str(tmp_path), device="cpu"))
     damaged = (tmp_path / "model.safetensors").read_bytes()[:-100]
     (tmp_path / "model.safetensors").write_bytes(damaged)
-    with pytest.raises(InputError, match="can't be loaded"):
+    with pytest.raises(InputError, match="is damaged or cut short"):
         LanguageModel.load(ModelSource(str(tmp_path), device="cpu"))
 
 
@@ -248,14 +248,12 @@ def test_refusals_come_before_anything_expensive(model_folder, data_file, tmp_pa
         (dict(model=model, data=data_file, bits=100), "multiple of 64"),
         (dict(model=model, data=data_file, damping=0), "--damping 0: expected a number above 0"),
         (dict(model=model, data=data_file, fit_sequences=-3), "--fit-sequences -3"),
-        (dict(model=model, data=data_file, text_field="body"), "missing field 'body'"),
         (dict(model=model, data=data_file, device="gpu"), "--device gpu: expected auto, cpu"),
         (dict(model=model, data=data_file, dtype="float8"), "--dtype float8: expected auto or"),
         (dict(model=model, data=data_file, fit_labels="true"), "expected model or data"),
         (dict(model=model, data=data_file, damping=float("inf")), "--damping inf: expected a num"),
         (dict(model=model, data=data_file, seed=-1), "--seed -1: expected a number from 0"),
         (dict(model=model, data=data_file, keep_fields="url"), "expected a list of field names"),
-        (dict(model=model, data=data_file, keep_fields=["ulr"]), "no record has a field 'ulr'"),
         (dict(model=model, data=data_file, device="mps"), "--device mps: expected auto, cpu"),
         (dict(model=model, data=chat.with_suffix(".xlsx")), "is a spreadsheet; expected JSON li"),
         (dict(model=str(tmp_path), data=data_file), "folder with config.json and model.safeten"),
@@ -263,6 +261,12 @@ def test_refusals_come_before_anything_expensive(model_folder, data_file, tmp_pa
     ]:
         with pytest.raises(InputError, match=f"(?s){message}"):
             gradindex.build(**arguments, out=tmp_path / "index")
+    # what only the rows tell: the model has to be one that can be used before they are read
+    monkeypatch.undo()
+    for arguments, message in [(dict(text_field="body"), "missing field 'body'"),
+                               (dict(keep_fields=["ulr"]), "no record has a field 'ulr'")]:
+        with pytest.raises(InputError, match=message):
+            gradindex.build(model, data_file, **arguments, out=tmp_path / "index")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     with pytest.raises(InputError, match="not empty and holds no index"):

@@ -35,7 +35,8 @@ class FittedModel:
         self._files = files
         self._model_named = source.model is not None
         self._source = source.at_build(
-            manifest.model["name"], manifest.model["revision"], manifest.model["tokenizer_name"])
+            manifest.model["name"], manifest.model["revision"], manifest.model["tokenizer_name"],
+            manifest.plan.adapter)
         self._model: LanguageModel | None = None
         self._tokenizer: Any | None = None
         self._tokenizer_read = False

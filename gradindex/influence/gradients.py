@@ -66,8 +66,10 @@ def _backward(
     ran: set[str] = set()
     handles = []
 
-    def keep(module: Module) -> Callable[..., None]:
-        def hook(submodule: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def keep(module: Module) -> Callable[..., Tensor | None]:
+        def hook(
+            submodule: nn.Module, args: tuple[Tensor, ...], output: Tensor
+        ) -> Tensor | None:
             if not isinstance(output, Tensor):
                 raise InputError(
                     f"module {module.name} ({type(submodule).__name__}) gave a "
@@ -80,9 +82,12 @@ def _backward(
                 run = _Run(_by_sequence(module, args[0].detach(), batch), None)
             runs.setdefault(module.name, []).append(run)
             ran.add(module.name)
-            if not output.requires_grad:  # the first tracked module: the graph begins here
+            begins = not output.requires_grad  # the first tracked module: the graph begins here
+            if begins:
                 output.requires_grad_()
             output.register_hook(partial(receive, module, run))
+            # a leaf may not be changed in place, which some adapters do with what they are added to
+            return output.clone() if begins else None
         return hook
 
     def receive(module: Module, run: _Run, d: Tensor) -> None:

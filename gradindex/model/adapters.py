@@ -1,24 +1,27 @@
 """Adapters, as `peft` makes them: what a saved one says, and which maps of a network belong to it.
 
 An adapter's layer wraps a layer of the base model: LoRA keeps that as `base_layer` beside its two
-linear maps, `lora_A.<adapter>` and `lora_B.<adapter>`. peft is never imported here: transformers
-loads an adapter with it, and its layers are known by their attributes.
+linear maps, `lora_A.<adapter>` and `lora_B.<adapter>`. peft isn't imported here: its layers are
+known by their attributes.
 """
 
 import contextlib
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from gradindex.errors import InputError
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+OWN = "the adapter's"  # what its untracked parameters are called, with their kind behind
+IDLE = "adapters, and originals of trained copies, that don't run"
+DORA = "DoraLinearVariant"  # what peft calls DoRA of a linear map
 
 # What an adapter computes depends on its other settings, such as lora_alpha, but not on these.
 _INCIDENTAL = ("base_model_name_or_path", "revision", "inference_mode", "peft_version")
@@ -42,6 +45,29 @@ class Adapter:
                 f"{error} It is the base of the adapter in {self.folder}: put it there, or name "
                 f"the right one in {CONFIG} (base_model_name_or_path)."
             ) from None
+
+
+def adapter_file(folder: Path, name: str | None) -> Path | None:
+    """The adapter_config.json of a folder's adapter of this name [its own], None for no adapter.
+
+    peft saves the adapter "default" in the folder itself, others in folders of their names. Raises
+    InputError for a name that isn't there, and where one of several has to be named.
+    """
+    own, whole = folder / CONFIG, (folder / "config.json").exists()
+    inner = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
+    shown = f"{', '.join(inner[:5])}{', …' * (len(inner) > 5)}"
+    if name is None:
+        if not own.exists() and inner and not whole:
+            raise InputError(f"{folder} holds adapters in folders of its own: {shown}. Say which "
+                             "with --adapter NAME.")
+        return own if own.exists() else None
+    if name in inner:
+        return folder / name / CONFIG
+    if own.exists() and name in ("default", folder.resolve().name):
+        return own
+    there = ["default"] * own.exists() + ([shown] if inner else [])
+    raise InputError(f"--adapter {name}: {folder} has no adapter of this name. Expected one of: "
+                     f"{', '.join(there) or 'none, it holds no adapter'}.")
 
 
 def read_adapter(file: Path) -> Adapter:
@@ -76,59 +102,73 @@ def read_adapter(file: Path) -> Adapter:
     )
 
 
-def unwrapped(network: Any) -> Any:
-    """The transformers model inside a PeftModel, with its adapters in place; any other as it is.
-
-    Raises InputError for a prompt-learning adapter, which has no layers in the network.
-    """
-    # It is the network that loading the saved adapter gives, down to its modules' names: an index
-    # built from the object is read with the folder.
-    if not hasattr(network, "get_base_model"):
-        return network
-    if getattr(getattr(network, "active_peft_config", None), "is_prompt_learning", False):
-        raise InputError(
-            "the PeftModel's adapter is learned tokens (prompt learning), which the network inside "
-            "runs without. Expected an adapter of layers, such as LoRA."
-        )
-    return network.get_base_model()
-
-
 @dataclass
 class Parts:
     """What adapters make of a network's modules.
 
-    `lora` are LoRA's linear maps that run. `idle` modules don't run as things stand: those of
-    merged, disabled or inactive adapters, and replaced originals. `unusual` are the maps of and
-    under a running adapter that isn't plain LoRA, which may use their weights in other ways: their
-    gradient isn't Σ d aᵀ then.
+    `lora` are LoRA's linear maps that run, whose gradient is Σ d aᵀ. `idle` modules don't run as
+    things stand: those of merged, disabled or inactive adapters, and replaced originals. `own` are
+    all other modules of running adapters, with a word for what they are. `unclear` are the maps
+    under adapters that may use their weights in other ways, `no_bias` those whose bias they do.
     """
 
     lora: set[nn.Module] = field(default_factory=set)
     idle: set[nn.Module] = field(default_factory=set)
-    unusual: set[nn.Module] = field(default_factory=set)
+    own: dict[nn.Module, str] = field(default_factory=dict)
+    unclear: dict[nn.Module, str] = field(default_factory=dict)
+    no_bias: set[nn.Module] = field(default_factory=set)
 
 
 def adapter_parts(network: nn.Module) -> Parts:
-    """The parts of all adapters of a network; empty sets for a plain model."""
+    """The parts of all adapters of a network; empty ones for a plain model."""
     parts = Parts()
     for _, layer in _adapter_layers(network):
+        # one that runs elsewhere may have nothing in this layer
+        base, running = list(layer.base_layer.modules()), _running(layer) & _held(layer)
         # Everything in the layer but its base is idle until an adapter that runs claims it.
-        parts.idle.update(layer.modules())
-        parts.idle -= {layer, *layer.base_layer.modules()}
-        for adapter in _running(layer):
-            is_lora = isinstance(getattr(layer, "lora_A", None), nn.ModuleDict)
-            sides = (layer.lora_A, layer.lora_B) if is_lora else ()
-            maps = {side[adapter] for side in sides if adapter in side}
+        beside = {*layer.modules()} - {layer, *base}
+        if not running:
+            parts.idle |= beside
+            continue
+        word = f"{OWN} {kind_of(layer, running)}"
+        maps = {side[adapter] for side in _sides(layer) for adapter in running if adapter in side}
+        parts.idle |= {map_ for side in _sides(layer) for map_ in side.values()} - maps
+        variants = {type(variant).__name__ for adapter, variant
+                    in getattr(layer, "lora_variant", {}).items() if adapter in running}
+        parts.own |= {module: word for module in (layer, *beside)}
+        if hasattr(layer, "parameter_name"):  # of a bare parameter: its maps aren't run as such
+            continue
+        if _sides(layer) and variants <= {DORA}:
             parts.lora |= maps
-            if not is_lora or adapter in getattr(layer, "lora_variant", {}):  # DoRA and the like
-                parts.unusual |= {*layer.base_layer.modules(), *maps}
-            elif hasattr(layer, "parameter_name"):  # of a bare parameter, such as all experts' W
-                parts.unusual |= maps
-    parts.idle -= parts.lora
+            # DoRA subtracts the base's bias from its output again before it scales that
+            parts.no_bias |= set(base) if variants else set()
+        else:
+            parts.unclear |= dict.fromkeys((*base, *maps), f"linear maps under {word}")
+    parts.own = {module: word for module, word in parts.own.items() if module not in parts.lora}
     for copies in network.modules():  # `modules_to_save`: a copy takes the original's place
         if isinstance(getattr(copies, "modules_to_save", None), nn.ModuleDict):
             parts.idle |= _idle_copies(copies)
     return parts
+
+
+def _sides(layer: Any) -> tuple[nn.ModuleDict, ...]:
+    """LoRA's maps by adapter, lora_A and lora_B; none of another kind of adapter."""
+    sides = [side for name in ("lora_A", "lora_B")
+             if isinstance(side := getattr(layer, name, None), nn.ModuleDict) and len(side)]
+    return tuple(sides)
+
+
+def kind_of(layer: Any, running: Iterable[str]) -> str:
+    """What kind of adapter a layer belongs to, in words."""
+    if hasattr(layer, "parameter_name"):
+        return "LoRA on bare parameters (target_parameters)"
+    variants = {type(variant).__name__.removesuffix("LinearVariant") for adapter, variant
+                in getattr(layer, "lora_variant", {}).items() if adapter in running}
+    if variants:
+        return " and ".join(sorted(variants)).replace("Dora", "DoRA")
+    # peft keeps each kind in a package of its own
+    parts = type(layer).__module__.split(".")
+    return parts[2].upper() if parts[:2] == ["peft", "tuners"] else type(layer).__name__
 
 
 def _idle_copies(copies: Any) -> set[nn.Module]:
@@ -136,6 +176,40 @@ def _idle_copies(copies: Any) -> set[nn.Module]:
     active = [] if copies.disable_adapters else copies.active_adapters
     runs = copies.modules_to_save[active[0]] if active else copies.original_module
     return set(copies.modules()) - {copies, *runs.modules()}
+
+
+def run_alone(network: nn.Module, name: str) -> None:
+    """Let the adapter of this name run, and no other. Raises InputError where there is none."""
+    layers = [layer for _, layer in _adapter_layers(network)]
+    copies: list[Any] = [module for module in network.modules()
+                         if isinstance(getattr(module, "modules_to_save", None), nn.ModuleDict)]
+    names = set[str]().union(*(_held(layer) for layer in layers),
+                             *(copy.modules_to_save.keys() for copy in copies))
+    if name not in names:
+        raise InputError(f"--adapter {name}: the model has no adapter of this name. Expected one "
+                         f"of: {', '.join(sorted(names)) or 'none, it has no adapter'}.")
+    for layer in layers:
+        layer.set_adapter([name])
+    for copy in copies:
+        copy.enable_adapters(name in copy.modules_to_save)
+        if name in copy.modules_to_save:
+            copy.set_adapter(name)
+
+
+def quiet_dora(network: nn.Module) -> None:
+    """Let DoRA's layers form lora_B·lora_A from the weights, in every pass.
+
+    By themselves they run both maps on an identity matrix, which a hook would take for inputs.
+    """
+    for module in network.modules():
+        if hasattr(module, "get_lora_weight"):
+            module.get_lora_weight = _product  # type: ignore[assignment]
+
+
+def _product(*, lora_A: nn.Module, lora_B: nn.Module, **_: Any) -> Tensor:
+    """lora_B·lora_A [o, i] of linear maps."""
+    product: Tensor = lora_B.weight @ lora_A.weight  # type: ignore[operator]
+    return product
 
 
 def adapter_facts(network: nn.Module) -> list[str]:
@@ -146,15 +220,22 @@ def adapter_facts(network: nn.Module) -> list[str]:
     # Part of the model's identity: equal tensors with another lora_alpha are another model.
     return [
         f"{name} {adapter} {getattr(layer, 'scaling', {}).get(adapter)}"
-        for name, layer in _adapter_layers(network) for adapter in _running(layer)
+        for name, layer in _adapter_layers(network) for adapter in layer.active_adapters
+        if adapter in _running(layer)
     ]
 
 
 def no_adapter(network: nn.Module) -> str:
     """Why a network has no adapter's map to track, in words for a message."""
-    if not any(True for _ in _adapter_layers(network)):
+    layers = [layer for _, layer in _adapter_layers(network)]
+    if not layers:
         return "the model has no adapter in its blocks"
-    return "no LoRA map of the model's adapters runs (merged, disabled, inactive, or not LoRA)"
+    kinds = sorted({kind_of(layer, running) for layer in layers
+                    if (running := _running(layer) & _held(layer))})
+    if not kinds:
+        return "no LoRA map of the model's adapters runs (merged, disabled or inactive)"
+    return f"the model's adapter is {', '.join(kinds)}, which has no linear map of its own that " \
+           "a pass runs, so its gradient can't be read. Track the base alone, without adapter"
 
 
 def _adapter_layers(network: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -163,6 +244,13 @@ def _adapter_layers(network: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, layer
 
 
-def _running(layer: Any) -> list[str]:
+def _running(layer: Any) -> set[str]:
     """The names of the adapters of a layer that run."""
-    return [] if layer.merged or layer.disable_adapters else list(layer.active_adapters)
+    return set() if layer.merged or layer.disable_adapters else set(layer.active_adapters)
+
+
+def _held(layer: Any) -> set[str]:
+    """The names of the adapters that have something in a layer."""
+    parts = (getattr(layer, name, None) for name in getattr(layer, "adapter_layer_names", ()))
+    return {name for part in parts if part is not None and hasattr(part, "keys")
+            for name in part.keys()}  # noqa: SIM118, a ModuleDict

@@ -29,8 +29,7 @@ def readable_errors(name: str, adapter: Adapter | None = None) -> Iterator[None]
             fix = "It needs its own code: pass --trust-remote-code if you trust it."
         elif "gated" in text or "401" in text or "403" in text:
             fix = "It is gated or private: accept its licence and set HF_TOKEN."
-        elif "safetensors" in text and \
-                not Path(name, WEIGHTS if adapter else "model.safetensors").exists():
+        elif "safetensors" in text and not any(Path(name).glob("*.safetensors")):
             fix = "It has no safetensors weights: convert them, or pass --allow-pickle if you " \
                   "trust the file (unpickling can run code)."
         elif Path(name).is_dir():

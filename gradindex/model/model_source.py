@@ -13,11 +13,12 @@ import torch
 import transformers
 
 from gradindex.errors import InputError
-from gradindex.model.adapters import Adapter, read_adapter
+from gradindex.model.adapters import CONFIG, Adapter, adapter_file, read_adapter
 from gradindex.model.config import is_quantised
 from gradindex.model.devices import DTYPES, device_called, dtype_called, dtype_of
 from gradindex.model.load_errors import readable_errors
 from gradindex.model.quantised import quantised_dtype
+from gradindex.model.saved_files import WEIGHTS, check_folder, check_path, weight_files
 
 
 @dataclass
@@ -29,7 +30,8 @@ class ModelSource:
     transformers model or PeftModel object; None means where an index's model was at the build.
     `tokenizer` is an object, id or folder [the one beside the model, or beside an adapter's base].
     The model is to run on `device` ("auto", "cpu", "cuda", "cuda:N"), and `max_memory` bytes may be
-    used there at most [all there is].
+    used there at most [all there is]. `adapter_name` is which of several adapters is meant: of a
+    folder's or hub id's, or of a PeftModel's [the one in the folder itself, or those that run].
     """
 
     model: Any = None
@@ -38,14 +40,31 @@ class ModelSource:
     trust_remote_code: bool = False
     allow_pickle: bool = False
     max_memory: int | None = None
+    adapter_name: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raises InputError for an object that is no model of transformers or peft."""
+        model = getattr(self.model, "_orig_mod", self.model)  # of torch.compile
+        if self.is_object and not (isinstance(model, transformers.PreTrainedModel)
+                                   or hasattr(model, "get_base_model")):
+            raise InputError(
+                f"the model is a {type(self.model).__name__}; expected a folder, a hub id, or a "
+                "model object of transformers or peft. Of a wrapper around one (parallel, with a "
+                "value head), give the model inside."
+            )
 
     @property
     def is_object(self) -> bool:
         """Whether the model was given loaded: an index can't find it again by name."""
         return self.model is not None and not isinstance(self.model, (str, Path))
 
-    def at_build(self, name: str, revision: str | None, tokenizer: str | None) -> "ModelSource":
-        """This source, with the model that an index was built with where it names none."""
+    def at_build(
+        self, name: str, revision: str | None, tokenizer: str | None, adapter: str | None
+    ) -> "ModelSource":
+        """This source, with the model and adapter that an index was built with where it names none.
+        """
+        if adapter is not None and self.adapter_name is None:
+            return replace(self, adapter_name=adapter).at_build(name, revision, tokenizer, None)
         if self.model is not None:
             return self
         return replace(self, model=name if revision is None else f"{name}@{revision}",
@@ -81,15 +100,24 @@ class ModelSource:
         """The saved adapter this names, or None. Raises InputError for an unusable one."""
         if self.is_object:
             return None
+        if self.revision is None:
+            check_path(Path(self.name))
+            if Path(self.name).is_dir():
+                file = adapter_file(Path(self.name), self.adapter_name)
+                return read_adapter(file) if file else None
         with readable_errors(self.name):
-            file = transformers.utils.find_adapter_config_file(self.name, revision=self.revision)
-        return read_adapter(Path(file)) if file else None
+            found = transformers.utils.find_adapter_config_file(
+                self.name, revision=self.revision, subfolder=self.adapter_name or "")
+        if found is None and self.adapter_name is not None:
+            raise InputError(f"--adapter {self.adapter_name}: {self.name} has no such adapter "
+                             f"(a folder of this name with {CONFIG}).")
+        return read_adapter(Path(found)) if found else None
 
     @cached_property
     def base(self) -> "ModelSource":
         """The model under the adapter. Raises InputError where that is an adapter itself."""
         assert self.adapter is not None
-        base = replace(self, model=self.adapter.base, tokenizer=None)
+        base = replace(self, model=self.adapter.base, tokenizer=None, adapter_name=None)
         if base.adapter is not None:
             raise InputError(
                 f"the base of the adapter {self.name}, {base.name}, is itself an adapter; expected "
@@ -105,6 +133,7 @@ class ModelSource:
         if self.adapter is not None:
             with self.adapter.explain_base():
                 return self.base.load_config()
+        check_folder(Path(self.name))
         with readable_errors(self.name):
             return transformers.AutoConfig.from_pretrained(self.name, **self.arguments)
 
@@ -129,6 +158,15 @@ class ModelSource:
             return device, dtype_called(dtype)
         cast = device.type == "cpu" and not self.is_object
         return device, torch.float32 if cast else own
+
+    def weight_files(self) -> list[Path]:
+        """The files of a model's weights, there and whole; none of a hub id's still to be fetched.
+
+        Raises InputError with what is wrong with them.
+        """
+        if not Path(self.name).is_dir() and not (self.folder / WEIGHTS).exists():
+            return []  # transformers fetches what of it is missing
+        return weight_files(self.folder, self.allow_pickle)
 
     @property
     def folder(self) -> Path:

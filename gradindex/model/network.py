@@ -15,14 +15,16 @@ import transformers
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from gradindex.errors import InputError
 from gradindex.model import fused_experts
-from gradindex.model.adapters import WEIGHTS, adapter_facts, unwrapped
+from gradindex.model.adapters import adapter_facts, quiet_dora, run_alone
+from gradindex.model.checkpoint import check_class, check_loading
 from gradindex.model.config import is_quantised
 from gradindex.model.devices import dtype_of
+from gradindex.model.load_adapter import load_adapter, unwrapped
 from gradindex.model.load_errors import readable_errors
 from gradindex.model.load_tokenizer import load_tokenizer
 from gradindex.model.model_source import ModelSource
+from gradindex.model.own_copy import own_copy
 from gradindex.model.quantised import as_dequantised
 from gradindex.model.tracked import identity_of, maps_by_weight
 from gradindex.objective import Batch, NextToken, Scored
@@ -56,11 +58,18 @@ class LanguageModel:
     def load(cls, source: ModelSource, dtype: str = "auto") -> Self:
         """Load a model in evaluation mode, frozen, on its device and in a dtype [see `resolve`].
 
-        A model object isn't copied: it is put in that state itself, and moved or cast where device
-        or dtype say so. Raises InputError for a model, device or dtype that can't be had.
+        A model object stays as it is: what is loaded shares its weights, unless device or dtype
+        say otherwise (`own_copy`). Raises InputError for a model, device or dtype that can't be
+        had.
         """
         device, wanted = source.resolve(dtype)
-        network = unwrapped(source.model if source.is_object else _read(source, device, wanted))
+        if source.is_object:
+            check_class(source, source.load_config())
+            network = own_copy(unwrapped(source.model, source.adapter_name))
+            if source.adapter_name is not None:
+                run_alone(network, source.adapter_name)
+        else:
+            network = unwrapped(_read(source, device, wanted))
         if is_quantised(network.config):
             if network.device.type != device.type:
                 network = network.to(device)
@@ -70,6 +79,7 @@ class LanguageModel:
             # peft keeps the weights of adapters in float32 beside a base in bfloat16.
             if adapter_facts(network) or dtype_of(network) != wanted:
                 _cast(network, wanted)
+        quiet_dora(network)
         network = network.eval().requires_grad_(False)
         return cls(network, load_tokenizer(source), source)
 
@@ -133,33 +143,20 @@ def _read(source: ModelSource, device: torch.device, dtype: torch.dtype) -> Any:
     if source.adapter is not None:
         with source.adapter.explain_base():
             network = _read(source.base, device, dtype)
-        revision = {"revision": source.revision}
-        with readable_errors(source.name, source.adapter):
-            # by itself transformers may go on to a pickled file
-            weights = transformers.utils.cached_file(
-                source.name, WEIGHTS, **revision,
-                _raise_exceptions_for_missing_entries=not source.allow_pickle,
-            )
-            loading = network.load_adapter(
-                source.name, adapter_kwargs=revision, use_safetensors=weights is not None
-            )
-        missing = loading.missing_keys
+        network = load_adapter(network, source)
     else:
         # Quantised weights can't be moved later on, so they are loaded where they are to be.
-        options = {"device_map": {"": device}} if is_quantised(source.load_config()) else {}
+        config = source.load_config()
+        check_class(source, config)
+        options = {"device_map": {"": device}} if is_quantised(config) else {}
+        source.weight_files()  # for the reason where one is missing or damaged
         with readable_errors(source.name):
             network, loading = transformers.AutoModelForCausalLM.from_pretrained(
                 source.name, dtype=dtype, **options, **source.arguments, output_loading_info=True,
                 use_safetensors=None if source.allow_pickle else True,
+                ignore_mismatched_sizes=True,  # which `check_loading` refuses
             )
-        missing = loading["missing_keys"]
-    if missing:  # transformers would fill them with random numbers
-        raise InputError(
-            f"the weights of {source.name} lack {len(missing)} tensors: "
-            f"{', '.join(sorted(missing)[:5])}. Expected a complete "
-            f"{'adapter' if source.adapter else 'causal language model'}, as save_pretrained "
-            "writes it."
-        )
+        check_loading(source.name, network, loading)
     return network
 
 

@@ -42,7 +42,7 @@ def called_in_a_pass(network: Any, modules: Iterable[nn.Module]) -> set[nn.Modul
     handles = [module.register_forward_hook(call) for module in candidates]
     handles.append(network.get_input_embeddings().register_forward_hook(embed))
     try:
-        with _in_evaluation(network), torch.enable_grad():
+        with in_evaluation(network), torch.enable_grad():
             logits = network(input_ids=tokens[None], use_cache=False).logits[0, :-1]
             earlier = logits.float().log_softmax(-1).gather(-1, tokens[1:, None]).sum()
     finally:
@@ -61,7 +61,7 @@ def called_in_a_pass(network: Any, modules: Iterable[nn.Module]) -> set[nn.Modul
 
 
 @contextlib.contextmanager
-def _in_evaluation(network: nn.Module) -> Iterator[None]:
+def in_evaluation(network: nn.Module) -> Iterator[None]:
     """Put a network in evaluation mode for a while; each module's own mode comes back."""
     training = [module for module in network.modules() if module.training]
     try:

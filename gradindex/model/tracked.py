@@ -12,7 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from gradindex.errors import InputError
 from gradindex.model import fused_experts
-from gradindex.model.adapters import Parts, adapter_parts, no_adapter
+from gradindex.model.adapter_probe import readable_parts
+from gradindex.model.adapters import IDLE, Parts, no_adapter
 from gradindex.model.probe import called_in_a_pass
 from gradindex.model.quantised import is_bitsandbytes
 from gradindex.modules import Module, choose_modules
@@ -66,10 +67,10 @@ def tracked_modules(network: nn.Module, choice: str = "mlp") -> list[Module]:
     head lie outside the blocks and are never tracked. Every fused expert has a module for each of
     its maps, "….experts.down_proj_5". Maps that share a weight are one module, with a bias if they
     and no others share that too.
-    Raises InputError where nothing matches, where an adapter is chosen and none runs, where a map
-    of an adapter that isn't plain LoRA matches, and where the network isn't causal.
+    Raises InputError where nothing matches, where an adapter is chosen and none runs that has maps,
+    and where the network isn't causal.
     """
-    parts = adapter_parts(network)
+    parts = readable_parts(network)
     maps = _linear_maps(network, parts)
     if not maps:
         homes = ", ".join(list(untracked(network, []))[:5])
@@ -78,20 +79,11 @@ def tracked_modules(network: nn.Module, choice: str = "mlp") -> list[Module]:
             f"{homes}. Expected nn.Linear, Conv1D or transformers' fused experts in its blocks; "
             "give the model in its whole form (not quantised by GPTQ, AWQ and the like)."
         )
-    if "adapter" in map(str.strip, choice.split(",")) and not parts.lora:
+    if "adapter" in map(str.strip, choice.split(",")) and \
+            not any(module.kind == "adapter" for module in maps):
         raise InputError(f"--modules {choice}: {no_adapter(network)}.")
     _, blocks = _blocks(network)
-    chosen = choose_modules(maps, choice, f"the linear modules of the {len(blocks)} blocks")
-    # Refused and not left out: a map whose weight an adapter uses in another way would get a
-    # gradient that looks sound and is wrong, and leaving it out isn't what was asked for.
-    for module in chosen:
-        if network.get_submodule(module.name) in parts.unusual:
-            raise InputError(
-                f"--modules {choice!r}: {module.name} is part of an adapter that isn't plain LoRA "
-                "(DoRA, AdaLoRA, another kind, or LoRA on a bare parameter), so its gradient can't "
-                "be read from its inputs and outputs. Leave it out with --modules REGEX."
-            )
-    return chosen
+    return choose_modules(maps, choice, f"the linear modules of the {len(blocks)} blocks")
 
 
 def _linear_maps(network: nn.Module, parts: Parts) -> list[Module]:
@@ -104,6 +96,8 @@ def _linear_maps(network: nn.Module, parts: Parts) -> list[Module]:
     for layer, block in enumerate(blocks):
         for name, linear in block.named_modules():
             if not is_linear(linear) or linear in parts.idle or identity_of(linear) in seen:
+                continue
+            if linear in parts.unclear:  # a gradient that looks sound could be wrong
                 continue
             if not (linear in called or isinstance(linear, fused_experts.ExpertMap)):
                 continue  # if its weight is used, then not by running it
@@ -119,7 +113,7 @@ def _linear_maps(network: nn.Module, parts: Parts) -> list[Module]:
                 "attention" if _ATTENTION.search(name) else "mlp"
             d_out, d_in = _shape(linear)
             # A bias is W's last column only where the same maps, and no others, share it too.
-            bias = linear.bias is not None
+            bias = linear.bias is not None and linear not in parts.no_bias
             if bias and (stored := _stored(linear)[1]) is not None:
                 bias = users == set(owners[_address(stored)])
             # An expert's inputs are padded with zeros behind, where a bias's 1 must not be: it is
@@ -208,11 +202,14 @@ def untracked(network: nn.Module, modules: list[Module]) -> dict[str, float]:
         tracked[holder] = tracked.get(holder, 0) + module.size
     total, rests = sum(counts.values()), dict[str, float]()
     prefix, _ = _blocks(network)
-    maps = {network.get_submodule(module.name)
-            for module in _linear_maps(network, adapter_parts(network))}
+    parts = readable_parts(network)
+    maps = {network.get_submodule(module.name) for module in _linear_maps(network, parts)}
     for name, holder in network.named_modules():
         if rest := counts.get(holder, 0) - tracked.get(holder, 0):
             kind = _kind(holder, name.removeprefix(prefix), name.startswith(f"{prefix}."))
+            kind = parts.own.get(holder, parts.unclear.get(holder, kind))
+            if holder in parts.idle:
+                kind = IDLE
             # "attention: 40%" reads as a choice that the user could make: here it is none.
             if kind in TRACKABLE and holder not in maps and not fused_experts.is_fused(holder):
                 kind = f"{kind} that aren't called, or share a weight with something else"

@@ -11,7 +11,9 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ from gradindex.progress import size as readable
 TEMPORARY = ".tmp"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 BROKEN = (errno.EIO, errno.EROFS)
+SETTLED = 1_000_000_000  # ns since a file's last change: before, its digest isn't remembered
 
 
 @dataclass(frozen=True)
@@ -186,25 +189,43 @@ def digest_of_files(files: Iterable[Path], lines: Iterable[str] = ()) -> str:
     """SHA-256 in hex over the names and SHA-256s of some files, and over further `lines`."""
     digest = hashlib.sha256()
     for file in files:
-        digest.update(f"{file.name} {_cached_sha256(file)}\n".encode())
+        line = f"{file.name} {_cached_sha256(file)}\n"
+        digest.update(line.encode("utf-8", "surrogateescape"))  # a name may be any bytes
     for line in lines:
         digest.update(f"{line}\n".encode())
     return digest.hexdigest()
 
 
 def _cached_sha256(file: Path) -> str:
-    """A file's SHA-256, remembered by path, size, time and inode."""
+    """A file's SHA-256, remembered by its path and all that changes with its content."""
     # Every search digests the model's weights, and 14 GB of them take 10 s.
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     cache = home / "gradindex" / "digests.json"
-    facts = file.stat()
-    key = f"{file.resolve()} {facts.st_size} {facts.st_mtime_ns} {facts.st_ino}"
-    known: dict[str, str] = {}
-    with contextlib.suppress(OSError, ValueError):
-        known = json.loads(cache.read_text())
+    key, known = _state(file), _known_digests(cache)
     if key not in known:
         known[key] = sha256(file)
+        # a file that changes now could do so again within a tick of the disk's clock
+        settled = abs(time.time_ns() - file.stat().st_ctime_ns) > SETTLED and _state(file) == key
         with contextlib.suppress(OSError, ResourceError):  # a read-only home only costs time
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(cache, json.dumps(known, indent=0).encode())
+            if settled:
+                cache.parent.mkdir(parents=True, exist_ok=True)
+                atomic_write(cache, json.dumps(known, indent=0).encode())
     return known[key]
+
+
+def _state(file: Path) -> str:
+    """Where a file is, and all that changes with its content."""
+    facts = file.stat()
+    # size and mtime can be put back (`cp -p`, `touch -r`); ctime can't
+    return f"{file.resolve()} {facts.st_size} {facts.st_mtime_ns} {facts.st_ctime_ns} " \
+           f"{facts.st_dev} {facts.st_ino}"
+
+
+def _known_digests(cache: Path) -> dict[str, str]:
+    """What the cache of digests holds; nothing where it isn't such a file."""
+    try:
+        content = json.loads(cache.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return {key: digest for key, digest in content.items() if isinstance(digest, str)
+            and re.fullmatch("[0-9a-f]{64}", digest)} if isinstance(content, dict) else {}

@@ -160,19 +160,19 @@ def estimate(request: BuildRequest) -> Estimate:
     state = BuildState.find(request.index, plan, progress)
     note = _note_on(request.index, state)
 
-    # 2) text → lengths
-    data = _read_data(request)
-    ingest.report_read(data.facts, plan.sequence_length, progress)
-    ingest.warn_few(data.facts.sequences, progress)
-
-    # 3) the model and its tracked modules
+    # 2) the model and its tracked modules
     start = time.perf_counter()
     model = LanguageModel.load(request.source, request.dtype)
-    if state is not None and state.model is not None:
+    if state is not None and state.model is not None and state.corpus is not None:
         check_identity(model, asdict(state.model))
     identify(model)  # digests the weights, as a build does
     loading = time.perf_counter() - start
     tracked = tracked_modules(model.network, plan.modules)
+
+    # 3) text → lengths
+    data = _read_data(request)
+    ingest.report_read(data.facts, plan.sequence_length, progress)
+    ingest.warn_few(data.facts.sequences, progress)
     width = model.accumulate.itemsize
 
     # 4) batches and the stages' work on them

@@ -14,7 +14,7 @@ from gradindex.storage.integrity import refuse_links
 from gradindex.storage.locks import only_writer
 from gradindex.storage.manifest import exists as index_exists
 from indexer.build import commit_index, fit_curvature, measure_codes, settle_codes
-from indexer.prepare import prepare_build
+from indexer.prepare import load_model, prepare_build
 from indexer.read import ingest
 from indexer.read.ingest import Run
 from indexer.shards import Shard
@@ -24,7 +24,8 @@ from indexer.state import BuildState
 def merge(
     index: str | Path, model: Any = None, tokenizer: Any = None, device: str = "auto",
     trust_remote_code: bool = False, allow_pickle: bool = False,
-    max_memory: str | int | None = None, progress: Progress | None = None,
+    max_memory: str | int | None = None, adapter: str | None = None,
+    progress: Progress | None = None,
 ) -> ModelSource:
     """Make an index of what the shards of a build did, once all are done. Returns what opens it.
 
@@ -34,7 +35,7 @@ def merge(
     """
     folder, progress = Path(index), progress or Progress()
     source = ModelSource(model, tokenizer, device, trust_remote_code, allow_pickle,
-                         parse_bound(max_memory))
+                         parse_bound(max_memory), adapter)
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder; expected one that gradindex build --shard wrote.")
     with only_writer(folder, "gradindex merge"), disk_errors(folder):
@@ -48,8 +49,9 @@ def merge(
         else:
             _refuse_unfinished(folder, state)
             plan = state.plan
-            prepared = prepare_build(folder, source.at_build(plan.model, plan.revision, None),
-                                     plan.dtype, state, progress)
+            source_now = source.at_build(plan.model, plan.revision, None, plan.adapter)
+            loaded = load_model(source_now, plan.dtype, state, progress)
+            prepared = prepare_build(folder, loaded, state, progress)
             # steps 4 to 6 are done, so the curvature is only read; 7 and 8 are what is left
             fitted = fit_curvature(folder, prepared, Shard(), progress)
             settle_codes(folder, fitted, state, Shard(), progress)

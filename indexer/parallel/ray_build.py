@@ -30,7 +30,7 @@ from indexer.encode import encode_one
 from indexer.fit.folder import FitFolder
 from indexer.fit.schedule import read_fitted
 from indexer.fit.units import FitUnits
-from indexer.prepare import Prepared, make_codes, prepare_build
+from indexer.prepare import Prepared, load_model, make_codes, prepare_build
 from indexer.read import ingest
 from indexer.shards import OVER_RAY, BuildStage
 from indexer.state import BuildState
@@ -102,7 +102,8 @@ class _Worker:
                              "where every machine sees it by the same path.")
         self._join()
         device, dtype = job.plan.device, job.plan.dtype
-        prepared = prepare_build(self._index, job.source, dtype, state, Progress())
+        loaded = load_model(job.source, dtype, state, Progress())
+        prepared = prepare_build(self._index, loaded, state, Progress())
         model = prepared.model
         # another device or dtype would add other numbers to the sums, and nobody would notice
         if (model.device.type, str(model.dtype)) != (device, f"torch.{dtype}"):

@@ -51,6 +51,7 @@ def append(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     max_memory: str | int | None = None,
+    adapter: str | None = None,
     progress: Progress | None = None,
 ) -> ModelSource | None:
     """Encode new documents into the index; resumable. Returns what opens the index.
@@ -63,7 +64,7 @@ def append(
     progress, folder = progress or Progress(), Path(index)
     check_numbers(limit=limit, max_bad=max_bad)
     source = ModelSource(model, tokenizer, device, trust_remote_code, allow_pickle,
-                         parse_bound(max_memory))
+                         parse_bound(max_memory), adapter)
     only_discard = discard and data is None  # which a damaged index allows
     with writing(folder, "gradindex append", progress, only_discard, discard) as contents:
         if data is None and not discard:

@@ -91,7 +91,7 @@ class Verified:
 def verify(
     index: str | Path, model: Any = None, tokenizer: Any = None, *, device: str = "auto",
     no_model: bool = False, rebuild: bool = False, trust_remote_code: bool = False,
-    allow_pickle: bool = False, progress: Progress | None = None,
+    allow_pickle: bool = False, adapter: str | None = None, progress: Progress | None = None,
 ) -> Verified:
     """Check an index thoroughly.
 
@@ -99,7 +99,8 @@ def verify(
     records, where those are sound. Raises InputError where there is no index or no model,
     IndexMismatchError for another model. A damaged index is no error here but a finding.
     """
-    source = ModelSource(model, tokenizer, device, trust_remote_code, allow_pickle)
+    source = ModelSource(model, tokenizer, device, trust_remote_code, allow_pickle,
+                         adapter_name=adapter)
     progress, folder = progress or Progress(), Path(index)
     verified = _verified(folder, source, no_model, rebuild, progress)
     if not verified.rebuilt:

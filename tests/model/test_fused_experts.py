@@ -180,3 +180,42 @@ def test_experts_of_two_blocks_that_share_their_tensors(mixture, sequences, bias
     share = parameter_share(mixture, modules)
     assert share == sum(one.numel() for one in tracked) / every
     assert sum(untracked(mixture, modules).values()) + share == pytest.approx(1)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_lora_on_the_experts_parameters(monkeypatch, sequences):
+    """peft's target_parameters: the experts' own maps under it are right, and it is named."""
+    import peft
+
+    monkeypatch.setitem(SIZES, "mixtral", MIXTURES["mixtral"])
+    wrapped = peft.get_peft_model(random_network("mixtral"), peft.LoraConfig(
+        r=2, target_modules=["q_proj"], init_lora_weights=False,
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]))
+    inside = wrapped.double().eval().get_base_model()
+    inside.config._experts_implementation = "eager"
+    model = LanguageModel.load(ModelSource(wrapped))
+    modules = tracked_modules(model.network, "mlp,adapter")
+    assert sum(module.kind == "adapter" for module in modules) == 4  # q_proj's alone
+    assert len(modules) == 4 + 2 * 2 * 4
+    word = "the adapter's LoRA on bare parameters (target_parameters)"
+    rest = untracked(model.network, modules)
+    own = sum(parameter.numel() for name, parameter in inside.named_parameters()
+              if "lora_" in name and "q_proj" not in name)
+    total = sum(parameter.numel() for parameter in inside.parameters())
+    assert rest[word] == pytest.approx(own / total)
+    assert sum(rest.values()) + parameter_share(model.network, modules) == pytest.approx(1)
+
+    found, _ = captured(model, modules, model.batch(sequences[:2]))
+    for row, (ids, scored) in enumerate(sequences[:2]):
+        experts = {name: part for name, part in inside.named_parameters()
+                   if name.endswith(("gate_up_proj", "down_proj"))}
+        for part in experts.values():
+            part.requires_grad_(True)
+        loss = log_likelihood(inside, torch.from_numpy(ids).long(), labels_of(ids, scored))
+        truths = dict(zip(experts, torch.autograd.grad(loss, list(experts.values())), strict=True))
+        for module in modules:
+            if module.kind == "adapter":
+                continue
+            tensor, _, number = module.name.rpartition("_")
+            torch.testing.assert_close(found[module.name][row], truths[tensor][int(number)],
+                                       rtol=1e-9, atol=1e-10)

@@ -28,7 +28,7 @@ from indexer.fit.schedule import Fit
 from indexer.fit.units import FitUnits
 from indexer.parallel import ray_build
 from indexer.parallel.ray_build import BuildWorkers, Receipt, WorkerJob, _Worker
-from indexer.prepare import prepare_build
+from indexer.prepare import load_model, prepare_build
 from indexer.shards import OVER_RAY, BuildStage, Shard
 from indexer.state import BuildState
 from support.clusters import two_nodes
@@ -268,7 +268,9 @@ def test_a_worker_is_where_the_plan_says(model_folder, data_file, tmp_path, one_
 def test_a_worker_reads_once_what_units_of_a_stage_share(model_folder, data_file, begun):
     """The numbers of units done by a process each, though the files they share are gone."""
     asked = make_request(str(model_folder), data_file, begun, **SMALL)
-    about = prepare_build(begun, asked.source, "float32", BuildState.resumed(begun), Progress())
+    state = BuildState.resumed(begun)
+    about = prepare_build(
+        begun, load_model(asked.source, "float32", state, Progress()), state, Progress())
     folder = begun / "curvature.partial"
 
     def worker():

@@ -1,0 +1,205 @@
+"""A saved model's files, looked at before its weights are read: are all there, and all used?
+
+The names of tensors come from the heads of the safetensors files. transformers itself matches them
+with a model without weights (on the device "meta"), by the same rules as when it loads them.
+"""
+
+import copy
+import re
+from collections.abc import Collection
+from typing import Any
+
+import torch
+import transformers
+from transformers.models.auto import modeling_auto
+
+from gradindex.errors import InputError
+from gradindex.model.config import is_quantised
+from gradindex.model.load_adapter import check_adapter
+from gradindex.model.load_errors import readable_errors
+from gradindex.model.model_source import ModelSource
+from gradindex.model.saved_files import Shapes, tensor_shapes
+from gradindex.progress import shares
+
+# Tensors that older versions saved beside the weights: constants, which no score depends on.
+_CONSTANTS = re.compile(
+    r"(^|[._])(inv_freq|masked_bias|position_ids|(cos|sin)_cached|_extra_state|causal_mask)$"
+    r"|(^|\.)(attn|attention|self_attn|self_attention|crossattention)\.bias$")
+_NEXT_TOKENS = re.compile(r"(^|\.)mtp([._]|$)")  # layers that guess further tokens, for speed alone
+
+
+def check_checkpoint(source: ModelSource) -> list[str]:
+    """Check a saved model's class and files, and that it uses all of its weights; reads no weights.
+
+    Returns what is to be said of it, a line each. Raises InputError for what can't be used.
+    Quantised and pickled weights, and those of models with code of their own, are checked when they
+    are loaded; an object has its class alone.
+    """
+    if source.adapter is not None:
+        check_adapter(source)
+        with source.adapter.explain_base():
+            return check_checkpoint(source.base)
+    config = source.load_config()
+    check_class(source, config)
+    if source.is_object:
+        return []
+    files = source.weight_files()
+    if is_quantised(config) or _own_code(config) or not files or files[0].suffix != ".safetensors":
+        return []
+    shapes = tensor_shapes(files)
+    matched = _match(source, config, shapes)
+    if matched is None:
+        return []
+    network, loading = matched
+    # asked again when the weights are loaded: here it costs nothing, and comes before the data
+    check_loading(source.name, network, loading)
+    return _left_out(network, shapes)
+
+
+def check_loading(name: str, network: Any, loading: dict[str, Any]) -> None:
+    """Raise InputError unless the weights of model `name` and its network are one to one.
+
+    `loading` is what transformers says of loading them.
+    """
+    loaded, owners = type(network).__name__, getattr(network.config, "architectures", None) or []
+    if lacking := loading["missing_keys"]:  # transformers would fill them with random numbers
+        saved = f" They were saved by {', '.join(owners)}." if set(owners) - {loaded} else ""
+        raise InputError(
+            f"the weights of {name} lack {_tensors(lacking)}.{saved} Expected a complete causal "
+            f"language model ({loaded}), as save_pretrained writes it."
+        )
+    if loading.get("mismatched_keys"):
+        tensor, found, expected = sorted(loading["mismatched_keys"])[0]
+        raise InputError(
+            f"the weights of {name} don't fit its config.json: {tensor} is {list(found)}, expected "
+            f"{list(expected)}. Put the config.json there that was saved with these weights."
+        )
+    dropped = [key for key in loading["unexpected_keys"] if not _is_left_out(key, network.config)]
+    if not dropped:
+        return
+    if any("v_head" in key for key in dropped):
+        whose = "They are a value head's, as TRL's AutoModelForCausalLMWithValueHead saves it: " \
+                "save the model inside by itself (its pretrained_model.save_pretrained)."
+    elif set(owners) - {loaded}:
+        whose = f"They belong to {', '.join(owners)} (architectures in config.json). Give the " \
+                "language model alone, as save_pretrained writes it, if it was trained as one."
+    else:
+        whose = f"config.json names no other class (architectures: {', '.join(owners) or 'none'}" \
+                "), so they were saved along with it, or config.json was changed. Put the right " \
+                "config.json there, or save the model again without them."
+    raise InputError(f"the weights of {name} hold {_tensors(dropped)}. {loaded}, as which they "
+                     f"would be loaded, drops them. {whose}")
+
+
+def _tensors(names: Collection[str]) -> str:
+    """Some tensors' number and first names, as people say them.
+
+    >>> _tensors({"b", "a"}), _tensors(["c"])
+    ('2 tensors (a, b)', '1 tensor (c)')
+    """
+    shown = ", ".join(sorted(names)[:5]) + ", …" * (len(names) > 5)
+    return f"{len(names)} tensor{'s' * (len(names) > 1)} ({shown})"
+
+
+def _is_left_out(key: str, config: Any) -> bool:
+    """Whether a tensor may be left out: a constant, or of layers that guess further tokens."""
+    text = config.get_text_config()
+    first = getattr(text, "num_hidden_layers", 0) or 0
+    # DeepSeek's and GLM's lie behind the model's own layers, under the same name
+    further = range(first, first + (getattr(text, "num_nextn_predict_layers", 0) or 0))
+    layer = re.search(r"(^|\.)layers\.(\d+)\.", key)
+    return bool(_CONSTANTS.search(key) or _NEXT_TOKENS.search(key)
+                or (layer and int(layer[2]) in further))
+
+
+def _left_out(network: Any, shapes: Shapes) -> list[str]:
+    """What a class leaves out of its own checkpoints, in words, where it is worth a line."""
+    prefix, used = f"{network.base_model_prefix}.", set(network.state_dict())
+    listed = [re.compile(pattern)
+              for pattern in network._keys_to_ignore_on_load_unexpected or ()]
+    names = [name for name in shapes
+             if not {name, prefix + name, name.removeprefix(prefix)} & used
+             and not _CONSTANTS.search(name)
+             and (any(pattern.search(name) for pattern in listed)
+                  or _is_left_out(name, network.config))]
+    total = sum(map(_entries, shapes.values()))
+    # only what is worth a line; `shares` says nothing of less
+    amount = shares({"": sum(_entries(shapes[name]) for name in names) / total}).strip()
+    if not amount:
+        return []
+    return [f"model: left out, having no part in {type(network).__name__}: {_tensors(names)}, "
+            f"{amount} of what its files hold"]
+
+
+def _entries(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
+
+
+# ---- its class
+
+
+def check_class(source: ModelSource, config: Any) -> None:
+    """Raise InputError for a model that isn't, or wasn't saved as, a causal language model."""
+    # an object's own class, whatever it was loaded from
+    model = getattr(source.model, "_orig_mod", source.model)
+    inside = model.get_base_model() if hasattr(model, "get_base_model") else model
+    owners = [type(inside).__name__] if source.is_object else \
+        getattr(config, "architectures", None) or []
+    where = "" if source.is_object else " (architectures in its config.json)"
+    for found in owners:
+        if found in _OTHER_TASKS:
+            raise InputError(
+                f"the model {source.name} is a {found}{where}, which says something else of a text "
+                "than its next token: a class, a value or a place. Expected a causal language "
+                "model, such as the one that it was trained from."
+            )
+    if not source.is_object and not _own_code(config) and \
+            type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise InputError(
+            f"the model {source.name} is {' '.join(owners) or 'a model'} of type "
+            f"{config.model_type!r}, which transformers has no causal language model for "
+            "(AutoModelForCausalLM). Expected one that says a next token from those before it; an "
+            "encoder-decoder such as T5 is none."
+        )
+
+
+def _own_code(config: Any) -> bool:
+    """Whether a model's class isn't one of transformers', but comes with it."""
+    return "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+
+
+def _other_tasks() -> set[str]:
+    """The classes of transformers that give whole texts or their tokens a class or value."""
+    tasks = ("SEQUENCE_CLASSIFICATION", "TOKEN_CLASSIFICATION", "QUESTION_ANSWERING",
+             "MULTIPLE_CHOICE", "NEXT_SENTENCE_PREDICTION", "IMAGE_CLASSIFICATION",
+             "AUDIO_CLASSIFICATION")
+    tables = (getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES", {}) for task in tasks)
+    classes = {name for table in tables for names in table.values()
+               for name in ([names] if isinstance(names, str) else names)}
+    # some answer questions with a language model of their own
+    return classes - set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+
+
+_OTHER_TASKS = _other_tasks()
+
+# ---- its tensors
+
+
+def _match(
+    source: ModelSource, config: Any, shapes: Shapes
+) -> tuple[Any, dict[str, Any]] | None:
+    """The network without weights, and what transformers says of tensors of these shapes for it.
+
+    None where its class can't be made without weights.
+    """
+    empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    try:
+        with readable_errors(source.name), torch.device("meta"):
+            config = copy.deepcopy(config)  # in which a model notes what it chose
+            kind = type(transformers.AutoModelForCausalLM.from_config(config))
+            network, loading = kind.from_pretrained(
+                None, config=config, state_dict=empty, device_map={"": "meta"},
+                output_loading_info=True, ignore_mismatched_sizes=True)
+    except InputError:  # some classes read their own weights: loading them tells all the same
+        return None
+    return network, loading

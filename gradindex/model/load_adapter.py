@@ -1,0 +1,148 @@
+"""A saved adapter put into its base, by peft, which enters here alone."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from gradindex.errors import InputError
+from gradindex.model.adapters import WEIGHTS, Adapter
+from gradindex.model.config import vocabulary_size
+from gradindex.model.load_errors import readable_errors
+from gradindex.model.model_source import ModelSource
+from gradindex.model.probe import in_evaluation
+from gradindex.model.saved_files import check_weights
+
+# Tasks of adapters over a base with another head; the others leave the head of the base.
+_OTHER_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "SEQ_2_SEQ_LM")
+# What these do is done around the network for each text, by peft's wrapper, and not in its layers.
+_AROUND = {"XLORA": "X-LoRA mixes adapters anew for each text",
+           "POLY": "Poly mixes adapters by a task's number"}
+
+
+def check_adapter(source: ModelSource) -> None:
+    """Raise InputError for an adapter whose kind can't be used, or whose weights aren't there."""
+    adapter = source.adapter
+    assert adapter is not None
+    settings = adapter.settings
+    if (task := settings.get("task_type")) in _OTHER_TASKS:
+        raise InputError(
+            f"the adapter {adapter.folder} was trained for another task (task_type {task}) than "
+            "saying the next token. Expected one of a causal language model (CAUSAL_LM)."
+        )
+    kind = str(settings.get("peft_type"))
+    why = _AROUND.get(kind) or (settings.get("alora_invocation_tokens") and
+                                "aLoRA works from certain tokens of a text on") or \
+        (settings.get("arrow_config") and "Arrow chooses among adapters anew for each token")
+    if _learns_prompts(source, adapter):
+        why = f"{kind} is learned tokens (prompt learning), put before the text"
+    if why:
+        raise InputError(f"the adapter {adapter.folder} can't be used: {why}, which the network "
+                         "inside runs without. Expected an adapter of layers, such as LoRA.")
+    _weights(source, adapter)
+
+
+def load_adapter(network: Any, source: ModelSource) -> Any:
+    """A PeftModel of a network with the adapter that `source` names in its layers.
+
+    Raises InputError for one that can't be used, and where its weights and its settings differ.
+    """
+    import peft
+
+    check_adapter(source)
+    adapter = source.adapter
+    assert adapter is not None
+    name, place = source.adapter_name or "default", _place(source, adapter)
+    with readable_errors(source.name, adapter), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about its own calls of transformers
+        config = peft.PeftConfig.from_pretrained(**place)
+        wrapped = peft.PeftModel(network, config, name, autocast_adapter_dtype=False)
+        loaded = wrapped.load_adapter(
+            place.pop("pretrained_model_name_or_path"), name, **place,
+            torch_device=str(network.device), autocast_adapter_dtype=False)
+    for names, wrong in ((loaded.missing_keys, "lack"), (loaded.unexpected_keys, "also hold")):
+        if names:  # peft would leave random numbers there, or drop them
+            raise InputError(
+                f"the weights of the adapter {adapter.folder} {wrong} {len(names)} "
+                f"tensor{'s' * (len(names) > 1)}: {', '.join(sorted(names)[:5])}. Expected a "
+                "complete adapter, the one that its adapter_config.json describes."
+            )
+    return wrapped
+
+
+def _place(source: ModelSource, adapter: Adapter) -> dict[str, Any]:
+    """Where peft finds an adapter, as the arguments of its loaders."""
+    if Path(source.name).is_dir():
+        return {"pretrained_model_name_or_path": str(adapter.folder)}
+    return {"pretrained_model_name_or_path": source.name, "revision": source.revision,
+            "subfolder": source.adapter_name}
+
+
+def _weights(source: ModelSource, adapter: Adapter) -> None:
+    """Raise InputError unless an adapter's weights are there, whole and not pickled."""
+    place = _place(source, adapter)
+    place["path_or_repo_id"] = place.pop("pretrained_model_name_or_path")
+    if place.get("subfolder", "") is None:
+        del place["subfolder"]
+    with readable_errors(source.name, adapter):
+        # by itself peft may go on to a pickled file
+        weights = transformers.utils.cached_file(
+            filename=WEIGHTS, **place, _raise_exceptions_for_missing_entries=False)
+        if weights is None and not source.allow_pickle:
+            raise FileNotFoundError(f"there is no {WEIGHTS} as safetensors.")
+    if weights is not None:
+        check_weights(Path(weights))
+
+
+def _learns_prompts(source: ModelSource, adapter: Adapter) -> bool:
+    import peft
+
+    with readable_errors(source.name, adapter):
+        config = peft.PeftConfig.from_pretrained(**_place(source, adapter))
+    return bool(config.is_prompt_learning)
+
+
+def unwrapped(network: Any, name: str | None = None) -> Any:
+    """The transformers model inside a PeftModel, with its adapters in place; any other as it is.
+
+    `name` is the adapter that is meant [those that run]. Raises InputError for one that does
+    something around the network, not in its layers.
+    """
+    # It is the network that an index built from the object is read with, whatever holds it.
+    network = getattr(network, "_orig_mod", network)  # of torch.compile
+    if not hasattr(network, "get_base_model"):
+        return network
+    config = network.peft_config.get(name) if name else getattr(network, "active_peft_config", None)
+    kind = str(getattr(config, "peft_type", "")).rpartition(".")[2]
+    if getattr(config, "is_prompt_learning", False):
+        raise InputError(
+            f"the PeftModel's adapter ({kind}) is learned tokens (prompt learning), which the "
+            "network inside runs without. Expected an adapter of layers, such as LoRA."
+        )
+    if kind in _AROUND or getattr(config, "alora_invocation_tokens", None) or \
+            getattr(config, "arrow_config", None) or not _same_without(network):
+        raise InputError(
+            f"the PeftModel's adapter ({kind}) does something around the network, which the "
+            "network inside runs without. Expected an adapter of layers, such as LoRA."
+        )
+    return network.get_base_model()
+
+
+def _same_without(wrapped: Any) -> bool:
+    """Whether a PeftModel says what the network inside says, on a few tokens.
+
+    LoRA isn't asked: it is known to, and a pass changes some quantised layers.
+    """
+    inside = wrapped.get_base_model()
+    device = next(inside.parameters()).device
+    kinds = {str(config.peft_type).rpartition(".")[2] for config in wrapped.peft_config.values()}
+    if device.type == "meta" or kinds == {"LORA"}:
+        return True
+    vocabulary = vocabulary_size(inside.config)
+    tokens = (vocabulary // 2 + torch.arange(4, device=device)[None]) % vocabulary
+    with torch.no_grad(), in_evaluation(wrapped):
+        one, other = (network(input_ids=tokens, use_cache=False).logits
+                      for network in (wrapped, inside))
+    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-3, atol=1e-5)
