@@ -20,11 +20,11 @@ from gradindex.model import fused_experts
 from gradindex.model.adapters import WEIGHTS, adapter_facts, unwrapped
 from gradindex.model.config import is_quantised
 from gradindex.model.devices import dtype_of
+from gradindex.model.linear_maps import identity_of, maps_by_weight
 from gradindex.model.load_errors import readable_errors
 from gradindex.model.load_tokenizer import load_tokenizer
 from gradindex.model.model_source import ModelSource
 from gradindex.model.quantised import as_dequantised
-from gradindex.model.tracked import identity_of, maps_by_weight
 from gradindex.objective import Batch, NextToken, Scored
 
 EXPERTS = "gradindex"  # what our way of running fused experts is called in transformers
