@@ -71,7 +71,7 @@ def probe(network: Any, maps: Sequence[Sequence[nn.Module]]) -> Probe:
     if next(network.parameters()).device.type == "meta":
         return Probe(list(network.modules()))
     found = Probe([])
-    with _in_evaluation(network), _own_gradients(network, maps):
+    with in_evaluation(network), _own_gradients(network, maps):
         passes = [_Pass(network, maps, *size) for size in SHAPES]
         silent = set.intersection(*(one.silent for one in passes))
         if silent:  # of some parts the influence begins far behind, as of compressed context
@@ -282,7 +282,7 @@ def check_logits(network: Any) -> None:
             next(network.parameters()).device.type == "meta":
         return
     b, t = SHAPES[0]
-    with torch.no_grad(), _in_evaluation(network):
+    with torch.no_grad(), in_evaluation(network):
         # A rounding can turn what a router chooses, though not time and again.
         for first in (0, b * t, 2 * b * t):
             tokens = _tokens(network, b, t, first)
@@ -369,7 +369,7 @@ def _own_gradients(network: nn.Module, maps: Sequence[Sequence[nn.Module]]) -> I
 
 
 @contextlib.contextmanager
-def _in_evaluation(network: nn.Module) -> Iterator[None]:
+def in_evaluation(network: nn.Module) -> Iterator[None]:
     """Put a network in evaluation mode for a while; each module's own mode comes back."""
     training = [module for module in network.modules() if module.training]
     try:
