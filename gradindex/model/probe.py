@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from gradindex.errors import InputError
 from gradindex.model.config import context_length, vocabulary_size
+from gradindex.model.devices import dtype_of
 from gradindex.model.fused_experts import ExpertMap
 from gradindex.model.linear_maps import address, form, holder, stored
 
@@ -333,7 +334,7 @@ def _readable(network: Any, where: str, expected: str) -> Iterator[None]:
     except (InputError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a model's code may raise anything
-        dtype = str(next(network.parameters()).dtype).removeprefix("torch.")
+        dtype = str(dtype_of(network)).removeprefix("torch.")
         text = " ".join(str(error).split()).rstrip(".")
         others = " or ".join(sorted({"float32", "bfloat16"} - {dtype}))
         raise InputError(
