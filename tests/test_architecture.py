@@ -18,8 +18,8 @@ PACKAGES = ("gradindex", "indexer", "search")
 FRONT = {"gradindex", "gradindex.cli", "gradindex.facade"}  # where all packages meet
 DOORS = {  # library: the files that it enters through
     "transformers": {f"gradindex/model/{name}.py"
-                     for name in ("adapter_probe", "checkpoint", "load_adapter", "load_errors",
-                                  "load_tokenizer", "model_source", "network", "tracked")},
+                     for name in ("checkpoint", "linear_maps", "load_adapter", "load_errors",
+                                  "load_tokenizer", "model_source", "network")},
     "lmdb": {"gradindex/storage/records.py"},
     "faiss": {"gradindex/storage/code_index.py"},
     "safetensors": {"gradindex/storage/tensors.py", "gradindex/model/saved_files.py"},

@@ -19,6 +19,7 @@ from gradindex.errors import InputError
 from gradindex.influence.split_batches import out_of_memory
 from gradindex.model.fused_experts import ExpertMap, pack
 from gradindex.model.network import LanguageModel
+from gradindex.model.probe import is_in_order
 from gradindex.modules import Module
 from gradindex.objective import Batch
 
@@ -37,9 +38,10 @@ def backward(
     routed to it, padded with zeros: [b, m, i], see `Batch.positions`. With `numbers` [b, t] in
     [0, 1), labels drawn from the model take the places of the targets.
     Returns log p of each position's target, or label, in nats: [b, t].
+    Where its output has no part in the logits, d is zero; runs under `torch.no_grad` don't count.
     Raises BatchTooLargeError where memory runs out, and InputError for a module that runs on
-    anything but [b, t, i] or [b·t, i], that returns anything but a tensor, whose output has no part
-    in the logits, or that doesn't run at all and is no fused expert. Threads take turns.
+    anything but [b, t, i] or [b·t, i] (axes of size 1 beside), that returns anything but a tensor,
+    or that doesn't run at all and is no fused expert. Threads take turns.
     """
     with model.one_at_a_time, out_of_memory(*batch.tokens.shape):
         return _backward(model, modules, batch, each, numbers)
@@ -50,11 +52,12 @@ class _Run:
     """One run of a module, d being there once the backward pass has reached it.
 
     For an expert, a is [n, i], and `token_numbers` int64 [n] are those of its inputs among the
-    batch's b·t tokens.
+    batch's b·t tokens. `outputs` is the shape of what it gave.
     """
 
     a: Tensor
     token_numbers: Tensor | None
+    outputs: torch.Size
     d: Tensor | None = None
 
 
@@ -63,31 +66,31 @@ def _backward(
     numbers: Tensor | None,
 ) -> Tensor:
     runs: dict[str, list[_Run]] = {}
-    ran: set[str] = set()
+    ran, handed = set[str](), set[str]()
     handles = []
 
     def keep(module: Module) -> Callable[..., Tensor | None]:
-        def hook(
-            submodule: nn.Module, args: tuple[Tensor, ...], output: Tensor
-        ) -> Tensor | None:
+        def hook(submodule: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             if not isinstance(output, Tensor):
                 raise InputError(
                     f"module {module.name} ({type(submodule).__name__}) gave a "
                     f"{type(output).__name__}; expected a linear map, which gives a tensor. Leave "
                     "it out with --modules REGEX."
                 )
-            if isinstance(submodule, ExpertMap):
-                run = _Run(args[0].detach(), args[1])
-            else:
-                run = _Run(_by_sequence(module, args[0].detach(), batch), None)
-            runs.setdefault(module.name, []).append(run)
             ran.add(module.name)
-            begins = not output.requires_grad  # the first tracked module: the graph begins here
-            if begins:
+            if not torch.is_grad_enabled():  # the network wants this run to have no gradient
+                return None
+            a = args[0].detach()
+            if isinstance(submodule, ExpertMap):
+                run = _Run(a, args[1], output.shape)
+            else:
+                run = _Run(_by_sequence(module, a, batch), None, output.shape)
+            runs.setdefault(module.name, []).append(run)
+            first = not output.requires_grad  # of the tracked modules: the graph begins here
+            if first:
                 output.requires_grad_()
             output.register_hook(partial(receive, module, run))
-            # a leaf may not be changed in place, which some adapters do with what they are added to
-            return output.clone() if begins else None
+            return output.clone() if first else None  # which may be changed in place
         return hook
 
     def receive(module: Module, run: _Run, d: Tensor) -> None:
@@ -95,7 +98,11 @@ def _backward(
         # A shared map's gradient is the sum over its runs, and its square is not the sum of theirs:
         # it is handed over when all have arrived. Popped, so that memory holds few modules at once.
         if all(earlier.d is not None for earlier in runs[module.name]):
-            each(module, *_joined(module, runs.pop(module.name), batch))
+            hand_over(module)
+
+    def hand_over(module: Module) -> None:
+        handed.add(module.name)
+        each(module, *_joined(module, runs.pop(module.name), batch))
 
     try:
         for module in modules:
@@ -114,17 +121,23 @@ def _backward(
     needed = any(hasattr(base.grad_fn, name) for name in ("_saved_result", "saved_tensors"))
     logits = outputs.detach().clone() if needed else outputs
     log_p, gradient = model.objective.log_p(logits, batch, numbers)
-    outputs.backward(gradient)
-    if runs:
-        missing = ", ".join(sorted(runs)[:3])
-        raise InputError(
-            f"the output of {missing} doesn't influence the logits, so it has no gradient. Leave "
-            "it out with --modules REGEX."
-        )
-    # Experts to which nothing was routed are handed over all the same, with no inputs: what adds
-    # up modules would otherwise miss one, and a stack of them would have other sizes.
+    if outputs.requires_grad:  # or no module has a part in the logits of so short a batch
+        outputs.backward(gradient)
+    # What has no part in the logits has the gradient zero, as what compresses a context that is
+    # short: whether it has one in no text at all was tried when the modules were chosen.
+    for module in reversed(modules):
+        if module.name in runs:
+            for run in runs[module.name]:
+                if run.d is None:
+                    zeros = gradient.new_zeros(run.outputs)
+                    run.d = zeros if run.token_numbers is not None else \
+                        zeros.reshape(*batch.tokens.shape, -1)
+            hand_over(module)
+    # Experts to which nothing was routed, and maps that ran without a gradient alone, are handed
+    # over all the same, with no inputs: what adds up modules would otherwise miss one, and a stack
+    # of them would have other sizes.
     for module in modules:
-        if module.name not in ran:
+        if module.name not in handed:
             batch.positions[module.name] = batch.tokens[:, :0]
             each(module, gradient.new_zeros(len(batch.tokens), 0, module.d_in),
                  gradient.new_zeros(len(batch.tokens), 0, module.d_out))
@@ -147,15 +160,17 @@ def _by_sequence(module: Module, a: Tensor, batch: Batch) -> Tensor:
 
     Raises InputError for any other shape.
     """
-    # Blocks of a mixture of experts flatten the batch. Anything else mixes sequences or positions
-    # in an order that can't be known, and a wrong guess would give wrong scores without a word.
-    if a.shape[:-1] not in (batch.tokens.shape, (batch.tokens.numel(),)):
+    # Blocks of a mixture of experts flatten the batch, some attentions see an axis of one head.
+    # Anything else mixes sequences or positions in an order that can't be known, and a wrong guess
+    # would give wrong scores without a word.
+    shape = (batch.tokens.shape[0], batch.tokens.shape[1])
+    if a.shape[:-1].numel() != shape[0] * shape[1] or not is_in_order(a.shape[:-1], shape):
         raise InputError(
             f"module {module.name} ran on something else than [batch, token, feature] (its input: "
             f"{tuple(a.shape)}, the batch: {tuple(batch.tokens.shape)}); its per-sequence gradient "
             "is undefined. Leave it out with --modules REGEX."
         )
-    return a.reshape(*batch.tokens.shape, -1)
+    return a.reshape(*shape, -1)
 
 
 def _joined(module: Module, runs: list[_Run], batch: Batch) -> tuple[Tensor, Tensor]:

@@ -20,13 +20,13 @@ from gradindex.model.adapters import adapter_facts, quiet_dora, run_alone
 from gradindex.model.checkpoint import check_class, check_loading
 from gradindex.model.config import is_quantised
 from gradindex.model.devices import dtype_of
+from gradindex.model.linear_maps import identity_of, maps_by_weight
 from gradindex.model.load_adapter import load_adapter, unwrapped
 from gradindex.model.load_errors import readable_errors
 from gradindex.model.load_tokenizer import load_tokenizer
 from gradindex.model.model_source import ModelSource
 from gradindex.model.own_copy import own_copy
 from gradindex.model.quantised import as_dequantised
-from gradindex.model.tracked import identity_of, maps_by_weight
 from gradindex.objective import Batch, NextToken, Scored
 
 EXPERTS = "gradindex"  # what our way of running fused experts is called in transformers

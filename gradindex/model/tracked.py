@@ -5,59 +5,48 @@ nothing else, it is called in a pass, and its weight belongs to no other kind of
 """
 
 import re
+from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import nn
 
 from gradindex.errors import InputError
 from gradindex.model import fused_experts
-from gradindex.model.adapter_probe import readable_parts
-from gradindex.model.adapters import IDLE, Parts, no_adapter
-from gradindex.model.probe import called_in_a_pass
-from gradindex.model.quantised import is_bitsandbytes
+from gradindex.model.adapters import IDLE, Parts, adapter_parts, no_adapter
+from gradindex.model.blocks import TransformerBlock, find_blocks
+from gradindex.model.linear_maps import (
+    address,
+    form,
+    holder,
+    holders_of_parameters,
+    identity_of,
+    is_linear,
+    is_linear_class,
+    maps_by_weight,
+    shape,
+    stored,
+)
+from gradindex.model.probe import Probe, check_logits, probe
 from gradindex.modules import Module, choose_modules
 
 TRACKABLE = ("attention", "linear maps", "experts")  # what a choice of modules can add
 SMALL_PARTS = ("embeddings", "LM head", "norms")  # never tracked, as in Grosse et al. 2023
+NOT_RUN = "parts that a short text doesn't run"  # towers of vision and audio, further heads
 
-_ATTENTION = re.compile(r"(^|[._])(self_?)?att(ention|n)?([._]|$)", re.IGNORECASE)
-# These compute W a + b and nothing else, though in a `forward` of their own.
-_PLAIN_SUBCLASSES = ("transformers.models.falcon.modeling_falcon.FalconLinear",)
+_ATTENTION = re.compile(r"(^|[._])(self_?)?att(ention|n)?s?([._]|$)", re.IGNORECASE)
 
 
-def _stored(linear: nn.Module) -> tuple[Tensor | None, Tensor | None]:
-    """The parameters that hold a linear map's weight and bias.
+@dataclass
+class _Anatomy:
+    """What is known of a network before any choice.
 
-    An expert's hold those of all experts. None for one that is computed from other parameters.
+    That is what small passes tell, the parts of adapters, the blocks, the maps that can be tracked.
     """
-    if isinstance(linear, fused_experts.ExpertMap):
-        return linear.parameters_of_all
-    return linear._parameters.get("weight"), linear._parameters.get("bias")
 
-
-def identity_of(linear: nn.Module) -> tuple[int, int]:
-    """Which weight a linear map has: the address of its tensor, and an expert's number in it."""
-    weight, _ = _stored(linear)
-    address = id(linear) if weight is None else _address(weight)
-    return address, linear.number if isinstance(linear, fused_experts.ExpertMap) else 0
-
-
-def maps_by_weight(network: nn.Module) -> dict[tuple[int, int], list[nn.Module]]:
-    """A network's linear maps by the identity of their weight, those that share one in order."""
-    maps: dict[tuple[int, int], list[nn.Module]] = {}
-    for module in network.modules():
-        if is_linear(module):
-            maps.setdefault(identity_of(module), []).append(module)
-    return maps
-
-
-def _address(parameter: Tensor) -> int:
-    """Where a parameter lies in memory: equal for tied ones, be they one object or several."""
-    try:
-        return parameter.data_ptr() or id(parameter)  # 0: its content isn't loaded
-    except RuntimeError:  # a wrapper of other tensors
-        return id(parameter)
+    probe: Probe
+    parts: Parts
+    blocks: list[TransformerBlock]
+    maps: list[Module]
 
 
 def tracked_modules(network: nn.Module, choice: str = "mlp") -> list[Module]:
@@ -68,117 +57,114 @@ def tracked_modules(network: nn.Module, choice: str = "mlp") -> list[Module]:
     its maps, "….experts.down_proj_5". Maps that share a weight are one module, with a bias if they
     and no others share that too.
     Raises InputError where nothing matches, where an adapter is chosen and none runs that has maps,
-    and where the network isn't causal.
+    and where the network isn't causal, mixes the sequences of a batch, or fails in a small pass.
     """
-    parts = readable_parts(network)
-    maps = _linear_maps(network, parts)
-    if not maps:
-        homes = ", ".join(list(untracked(network, []))[:5])
+    anatomy = _anatomy(network)
+    check_logits(network)
+    if not anatomy.maps:
+        homes = ", ".join(list(_shares(network, [], anatomy))[:5])
         raise InputError(
             f"{type(network).__name__} has no linear map that can be tracked: its weights are in "
             f"{homes}. Expected nn.Linear, Conv1D or transformers' fused experts in its blocks; "
             "give the model in its whole form (not quantised by GPTQ, AWQ and the like)."
         )
     if "adapter" in map(str.strip, choice.split(",")) and \
-            not any(module.kind == "adapter" for module in maps):
+            not any(module.kind == "adapter" for module in anatomy.maps):
         raise InputError(f"--modules {choice}: {no_adapter(network)}.")
-    _, blocks = _blocks(network)
-    return choose_modules(maps, choice, f"the linear modules of the {len(blocks)} blocks")
+    try:
+        return choose_modules(
+            anatomy.maps, choice,
+            f"the linear modules of the {len(anatomy.blocks)} blocks that can be tracked")
+    except InputError as error:
+        raise InputError(f"{error}{_left_out(network, anatomy.probe)}") from None
 
 
-def _linear_maps(network: nn.Module, parts: Parts) -> list[Module]:
+def _left_out(network: nn.Module, found: Probe) -> str:
+    """Which maps run and can't be tracked, as a sentence to go on with; nothing where all can."""
+    names = [f"{name}, {found.left_out[module]}" for name, module in network.named_modules()
+             if module in found.left_out]
+    return f" {len(names)} maps can't be tracked, such as {names[0]}." if names else ""
+
+
+def _anatomy(network: nn.Module) -> _Anatomy:
+    sharing = maps_by_weight(network)
+    found = probe(network, list(sharing.values()))
+    parts, blocks = _readable_parts(network, found), find_blocks(network, found.called)
+    return _Anatomy(found, parts, blocks, _linear_maps(network, parts, found, blocks))
+
+
+def _readable_parts(network: nn.Module, found: Probe) -> Parts:
+    """The parts of a network's adapters, without the maps under them that hooks read rightly.
+
+    An adapter may scale what the map under it gives, or add to it, and the map's gradient is Σ d aᵀ
+    all the same; or use its weight in another way. Where a weight is quantised or not in memory, a
+    small pass can't tell, and the map stays unclear.
+    """
+    parts = adapter_parts(network)
+    parts.unclear = {module: word for module, word in parts.unclear.items()
+                     if is_linear_class(module)}
+    sound = {module for module in parts.unclear
+             if module in found.called and module not in found.left_out
+             and _has_its_own_gradient(module)}
+    # its bias may be used in another way than its weight; few models have one
+    parts.no_bias |= sound
+    parts.unclear = {module: word for module, word in parts.unclear.items() if module not in sound}
+    return parts
+
+
+def _has_its_own_gradient(linear: nn.Module) -> bool:
+    """Whether a small pass could compare a map's gradient with that of its weight by autograd."""
+    weight, _ = stored(linear)
+    return isinstance(weight, nn.Parameter) and weight.is_floating_point() and \
+        weight.device.type != "meta"
+
+
+def _linear_maps(
+    network: nn.Module, parts: Parts, found: Probe, blocks: list[TransformerBlock]
+) -> list[Module]:
     """All linear maps of the blocks that can be tracked, in model order."""
-    prefix, blocks = _blocks(network)
-    owners, maps, inside = _owners(network), maps_by_weight(network), set(blocks.modules())
-    called = called_in_a_pass(network, [linear for sharing in maps.values() for linear in sharing])
+    owners, maps, called = holders_of_parameters(network), maps_by_weight(network), {*found.called}
+    inside = {module for block in blocks for module in block.module.modules()}
     modules: list[Module] = []
     seen: set[tuple[int, int]] = set()
-    for layer, block in enumerate(blocks):
-        for name, linear in block.named_modules():
+    for block in blocks:
+        for name, linear in block.module.named_modules():
             if not is_linear(linear) or linear in parts.idle or identity_of(linear) in seen:
                 continue
             if linear in parts.unclear:  # a gradient that looks sound could be wrong
                 continue
-            if not (linear in called or isinstance(linear, fused_experts.ExpertMap)):
-                continue  # if its weight is used, then not by running it
+            # An expert runs where tokens are routed to it; any other map whose weight is used
+            # without running it has a gradient that no hook sees.
+            if holder(linear) not in called:
+                continue
             seen.add(identity_of(linear))
             sharing = maps[identity_of(linear)]
-            users = {_owner(other) for other in sharing}
+            users = {holder(other) for other in sharing}
             # A weight that an embedding has too, or a map outside the blocks, or the transpose of
             # another map: hooks on linear maps would miss a part of its gradient.
             if not users.issuperset(owners.get(identity_of(linear)[0], users)) or \
-                    any(other not in inside or _form(other) != _form(linear) for other in sharing):
+                    any(other not in inside or form(other) != form(linear) or
+                        other in found.left_out for other in sharing):
                 continue
-            kind = "adapter" if linear in parts.lora else \
-                "attention" if _ATTENTION.search(name) else "mlp"
-            d_out, d_in = _shape(linear)
+            d_out, d_in = shape(linear)
             # A bias is W's last column only where the same maps, and no others, share it too.
             bias = linear.bias is not None and linear not in parts.no_bias
-            if bias and (stored := _stored(linear)[1]) is not None:
-                bias = users == set(owners[_address(stored)])
+            if bias and (own := stored(linear)[1]) is not None:
+                bias = users == set(owners[address(own)])
             # An expert's inputs are padded with zeros behind, where a bias's 1 must not be: it is
             # put beside them before, and counts as one of them.
             if bias and isinstance(linear, fused_experts.ExpertMap):
                 d_in, bias = d_in + 1, False
-            modules.append(Module(f"{prefix}.{layer}.{name}", layer, kind, d_out, d_in, bias))
+            kind = "adapter" if linear in parts.lora else \
+                "attention" if _is_attention(f"{_from_list(block.name)}.{name}") else "mlp"
+            modules.append(
+                Module(f"{block.name}.{name}", block.layer, kind, d_out, d_in, bias))
     return modules
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module computes W a + b and nothing else, so that its gradient is Σ d aᵀ."""
-    if isinstance(module, fused_experts.ExpertMap):
-        return True
-    # By its `forward` and not by its class: a subclass may as well round, rescale or route.
-    return isinstance(module, (nn.Linear, Conv1D)) and (
-        type(module).forward in (nn.Linear.forward, Conv1D.forward)
-        or f"{type(module).__module__}.{type(module).__name__}" in _PLAIN_SUBCLASSES
-        or is_bitsandbytes(module))
-
-
-def _owners(network: nn.Module) -> dict[int, list[nn.Module]]:
-    """The modules that hold each parameter themselves, not in a child, by its address."""
-    owners: dict[int, list[nn.Module]] = {}
-    for module in network.modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(_address(parameter), []).append(module)
-    return owners
-
-
-def _owner(linear: nn.Module) -> nn.Module:
-    """The module that holds a linear map's weight: the map, or the block of an expert."""
-    return linear.experts if isinstance(linear, fused_experts.ExpertMap) else linear
-
-
-def _form(linear: Any) -> tuple[Any, ...]:
-    """What maps that share a weight must have in common to be one linear map (Conv1D is Wᵀ)."""
-    return type(linear), _shape(linear), getattr(_owner(linear), "is_transposed", None)
-
-
-def _shape(linear: Any) -> tuple[int, int]:
-    """[o, i] of a linear map, whatever form its weight is stored in."""
-    if isinstance(linear, nn.Linear):
-        # not of the weight, which 4-bit quantisation packs into one column
-        return int(linear.out_features), int(linear.in_features)
-    o, i = linear.weight.shape
-    return (int(i), int(o)) if isinstance(linear, Conv1D) else (int(o), int(i))
-
-
-def _blocks(network: Any) -> tuple[str, nn.ModuleList]:
-    """The name of the list of transformer blocks, and the list. Raises InputError without one."""
-    layers = getattr(network.config.get_text_config(), "num_hidden_layers", None)
-    lists = [(name, module) for name, module in network.named_modules()
-             if isinstance(module, nn.ModuleList) and len(module)]
-    for name, module in lists:
-        if len(module) == layers:
-            return name, module
-    # ALBERT runs each block several times, so its list is shorter than its layers.
-    shared = [(name, module) for name, module in lists if layers and layers % len(module) == 0]
-    if shared:  # the outermost of them comes first
-        return shared[0]
-    raise InputError(
-        f"{type(network).__name__}: found no list of {layers} transformer blocks "
-        "(config.num_hidden_layers); expected a causal language model made of blocks."
-    )
+def _is_attention(name: str) -> bool:
+    """Whether a map is an attention's, by its name from its list of blocks on."""
+    return _ATTENTION.search(name) is not None
 
 
 def parameter_share(network: nn.Module, modules: list[Module]) -> float:
@@ -191,46 +177,90 @@ def untracked(network: nn.Module, modules: list[Module]) -> dict[str, float]:
     """What isn't tracked: shares of all parameters, 0 to 1, largest first.
 
     They go by kind (attention, linear maps, experts, embeddings, LM head, norms); what can't be
-    tracked goes by the class of its module.
+    tracked says why, or goes by the class of its module.
     """
-    counts = _parameter_counts(network)
+    return _shares(network, modules, _anatomy(network))
+
+
+def _shares(network: Any, modules: list[Module], anatomy: _Anatomy) -> dict[str, float]:
+    counts, sharing = _parameter_counts(network), maps_by_weight(network)
     tracked: dict[nn.Module, int] = {}
     for module in modules:
-        holder = network.get_submodule(module.name)
-        if isinstance(holder, fused_experts.ExpertMap):  # which has no weights itself
-            holder = holder.experts
-        tracked[holder] = tracked.get(holder, 0) + module.size
-    total, rests = sum(counts.values()), dict[str, float]()
-    prefix, _ = _blocks(network)
-    parts = readable_parts(network)
-    maps = {network.get_submodule(module.name) for module in _linear_maps(network, parts)}
-    for name, holder in network.named_modules():
-        if rest := counts.get(holder, 0) - tracked.get(holder, 0):
-            kind = _kind(holder, name.removeprefix(prefix), name.startswith(f"{prefix}."))
-            kind = parts.own.get(holder, parts.unclear.get(holder, kind))
-            if holder in parts.idle:
-                kind = IDLE
-            # "attention: 40%" reads as a choice that the user could make: here it is none.
-            if kind in TRACKABLE and holder not in maps and not fused_experts.is_fused(holder):
-                kind = f"{kind} that aren't called, or share a weight with something else"
+        # a shared weight counts where it comes first, be it in another block
+        holders = [holder(one) for one in sharing[identity_of(network.get_submodule(module.name))]]
+        first = next((one for one in holders if one in counts), holders[0])
+        tracked[first] = tracked.get(first, 0) + module.size
+    total, rests, kind_of = sum(counts.values()), dict[str, float](), _Kinds(network, anatomy)
+    for one, count in counts.items():
+        if rest := count - tracked.get(one, 0):
+            kind = kind_of(one)
             rests[kind] = rests.get(kind, 0.0) + rest / total
     return dict(sorted(rests.items(), key=lambda share: (-share[1], share[0])))
 
 
-def _kind(module: nn.Module, name: str, in_block: bool) -> str:
-    """What a module is, as `untracked` calls it: one of TRACKABLE or SMALL_PARTS, or its class."""
-    class_name = type(module).__name__
-    if isinstance(module, nn.Embedding):
-        return "embeddings"
-    if "norm" in class_name.lower():
-        return "norms"
-    if fused_experts.is_fused(module):
-        return "experts"
-    if isinstance(module, (nn.Linear, Conv1D)) and not in_block:
-        return "LM head"
-    if is_linear(module):
-        return "attention" if _ATTENTION.search(name) else "linear maps"
-    return class_name
+class _Kinds:
+    """What a module that holds parameters is, as `untracked` calls it.
+
+    One of TRACKABLE or SMALL_PARTS, one of them with the reason why it can't be tracked, or the
+    name of its class.
+    """
+
+    def __init__(self, network: Any, anatomy: _Anatomy):
+        self._probe, self._parts = anatomy.probe, anatomy.parts
+        self._in_blocks = {
+            module: name for block in anatomy.blocks
+            for name, module in block.module.named_modules(prefix=_from_list(block.name))}
+        sharing = maps_by_weight(network)
+        self._trackable = {
+            holder(one) for module in anatomy.maps
+            for one in sharing[identity_of(network.get_submodule(module.name))]}
+        self._not_run = _not_run(network, {*anatomy.probe.called})
+        self._body = {*network.base_model.modules()} if network.base_model is not network else set()
+
+    def __call__(self, module: nn.Module) -> str:
+        class_name, parts = type(module).__name__, self._parts
+        if module in parts.idle:
+            return IDLE
+        if word := parts.own.get(module, parts.unclear.get(module)):
+            return word
+        if module in self._not_run:
+            return NOT_RUN
+        if isinstance(module, nn.Embedding):
+            return "embeddings"
+        if "norm" in class_name.lower():
+            return "norms"
+        fused = fused_experts.is_fused(module)
+        if is_linear_class(module) and module not in self._in_blocks:
+            return "linear maps outside the blocks" if module in self._body else "LM head"
+        if not fused and not is_linear(module):
+            return class_name
+        kind = "experts" if fused else \
+            "attention" if _is_attention(self._in_blocks.get(module, "")) else "linear maps"
+        # "attention: 40%" reads as a choice that the user could make: here it is none.
+        return kind if module in self._trackable else f"{kind} {self._why(module)}"
+
+    def _why(self, module: nn.Module) -> str:
+        """Why a map, or a block of experts, can't be tracked."""
+        for one in module.modules():
+            if one in self._probe.left_out:
+                return self._probe.left_out[one]
+        return "that aren't called, or share a weight with something else"
+
+
+def _from_list(name: str) -> str:
+    """The name of a block with its list's own name alone: "layers.3" of "model.layers.3"."""
+    return ".".join(name.split(".")[-2:])
+
+
+def _not_run(network: nn.Module, called: set[nn.Module]) -> set[nn.Module]:
+    """The modules in parts of which nothing runs; a map whose parent runs is in none."""
+    found: set[nn.Module] = set()
+    for module in network.modules():
+        inside = [*module.modules()]
+        if module not in found and len(inside) > 1 and called.isdisjoint(inside) and \
+                not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            found.update(inside)
+    return found
 
 
 def _parameter_counts(network: nn.Module) -> dict[nn.Module, int]:
@@ -242,8 +272,8 @@ def _parameter_counts(network: nn.Module) -> dict[nn.Module, int]:
         packed = _is_packed(module)
         count = module.in_features * module.out_features if packed else 0  # type: ignore[operator]
         for parameter in module.parameters(recurse=False):
-            known = _address(parameter) in seen
-            seen.add(_address(parameter))
+            known = address(parameter) in seen
+            seen.add(address(parameter))
             if packed and parameter.ndim > 1:
                 count = 0 if known else count
             elif not known:

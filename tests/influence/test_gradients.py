@@ -254,7 +254,10 @@ def test_a_module_that_runs_on_something_else_is_refused(make_model, sequences):
     model = make_model("gpt_neox")
     mlp = model.network.gpt_neox.layers[0].mlp
     real = mlp.forward
-    mlp.forward = lambda x: real(x.transpose(0, 1)).transpose(0, 1)
     modules = tracked_modules(model.network, r"layers\.0\.mlp")
+    mlp.forward = lambda x: real(x.transpose(0, 1)).transpose(0, 1)
+    with pytest.raises(InputError, match=r"matches none .* 2 maps can't be tracked, such as "
+                       r"gpt_neox\.layers\.0\.mlp\.\w+, that see something else than one input"):
+        tracked_modules(model.network, r"layers\.0\.mlp")
     with pytest.raises(InputError, match=r"layers\.0\.mlp.* ran on something else than"):
         by_hooks(model, modules, model.batch(sequences))
