@@ -1,7 +1,8 @@
 """The command line: a group whose commands are imported when they are used.
 
 The one place where errors become exit codes: 0 done, 1 failure, 2 usage or input, 3 index and
-model don't match or the index is damaged, 4 not enough memory or disk, 130 interrupted.
+model don't match or the index is damaged, 4 the machine refuses (memory, disk, a right, a limit),
+130 interrupted.
 """
 
 import importlib
@@ -10,12 +11,14 @@ import os
 import signal
 import sys
 import traceback
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import click
 
 from gradindex.errors import GradindexError
+from gradindex.storage.os_errors import is_known, memory_limit, refusal
 from gradindex.terminal import visible_lines
 
 COMMANDS = {
@@ -101,17 +104,23 @@ def _run() -> int:
             raise
         _say(error)
         return 1
-    except MemoryError:
-        click.echo("gradindex: out of memory. Use smaller --batch-tokens, fewer --modules, or a "
-                   "machine with more.", err=True)
+    except (MemoryError, RuntimeError) as error:
+        # PyTorch's allocator on a CPU has no class for this: only the words of its RuntimeError.
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+            raise
+        click.echo(f"gradindex: out of memory; {memory_limit()}. Allow more, or use smaller "
+                   "--batch-tokens, fewer --modules, or a machine with more.", err=True)
         return 4
     except BrokenPipeError:
         # The reader of a pipe (head, say) has left: nothing more to say, and no traceback at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        _say(error)
-        return 1
+        told = None
+        if error.filename is not None and is_known(error):
+            told = refusal(error, Path(os.fsdecode(error.filename)), "used")
+        _say(told or error)
+        return 1 if told is None else told.exit_code
 
 
 class _Message(io.StringIO):

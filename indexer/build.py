@@ -33,7 +33,7 @@ from gradindex.model.tracked import parameter_share
 from gradindex.modules import Module
 from gradindex.progress import Progress, size
 from gradindex.storage import background_file, code_index, layout, row_file
-from gradindex.storage.files import bytes_in, disk_errors, facts_of, make_folder, make_folders
+from gradindex.storage.files import bytes_in, facts_of, make_folder, make_folders
 from gradindex.storage.integrity import refuse_links
 from gradindex.storage.layout import BUILD
 from gradindex.storage.locks import is_lock, one_of_writers, only_writer
@@ -48,6 +48,7 @@ from gradindex.storage.manifest import (
 from gradindex.storage.manifest import commit as commit_manifest
 from gradindex.storage.manifest import exists as index_exists
 from gradindex.storage.manifest import load as load_manifest
+from gradindex.storage.os_errors import disk_errors
 from gradindex.storage.upgrades import FORMAT
 from gradindex.version import VERSION
 from indexer.background_queries import make_background_queries

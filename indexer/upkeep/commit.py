@@ -17,13 +17,14 @@ from gradindex.errors import DamagedIndexError, InputError
 from gradindex.progress import Progress
 from gradindex.storage import layout, row_file
 from gradindex.storage.contents import Contents
-from gradindex.storage.files import TEMPORARY, FileFacts, disk_errors, make_folder
+from gradindex.storage.files import TEMPORARY, FileFacts, make_folder
 from gradindex.storage.integrity import refuse_links
 from gradindex.storage.layout import APPEND, BUILD, PARTIAL
 from gradindex.storage.locks import free_of_readers, only_writer
 from gradindex.storage.manifest import Manifest, Segment, problems
 from gradindex.storage.manifest import commit as commit_manifest
 from gradindex.storage.manifest import load as load_manifest
+from gradindex.storage.os_errors import disk_errors
 from indexer.read.ingest import remove_any, remove_unsealed
 from indexer.state import unfinished_append
 

@@ -60,7 +60,8 @@ class Zygote:
 
     def _tell(self, job: str, arguments: dict[str, Any], **how: Any) -> dict[str, Any]:
         told = {"job": job, "arguments": arguments, "strace": None, "kill_after": None,
-                "memory": None, "file_size": None, "processor": None, "timeout": HANG, **how}
+                "memory": None, "file_size": None, "files": None, "user": None, "processor": None,
+                "timeout": HANG, **how}
         process = self._process
         assert process.stdin is not None and process.stdout is not None
         process.stdin.write(json.dumps(told) + "\n")
@@ -69,7 +70,8 @@ class Zygote:
         return answer
 
     def run(self, job: str, arguments: dict[str, Any], **how: Any) -> Ended:
-        """Run a job in a child; `how`: strace, kill_after, memory, file_size, processor, timeout.
+        """Run a job in a child; `how`: strace, kill_after, memory, file_size, files (how many may
+        be open), user (the number of another one), processor, timeout.
 
         `processor` bounds the seconds that the child itself works, so that a child that goes round
         in circles is found soon, and no other on a busy machine.

@@ -46,6 +46,7 @@ MODEL: dict[str, Any] = {}  # the loaded model of `load`, shared by forked child
 
 def load(model: str) -> dict[str, Any]:
     """Load the model once, before any child is forked, and use every part once."""
+    "".encode("cp437")  # of archives: another user may have no right to read Python's own files
     source = ModelSource(model, device="cpu")
     MODEL.update(model=LanguageModel.load(source).network, tokenizer=load_tokenizer(source))
     return {}
