@@ -106,6 +106,7 @@ class Snapshot(FittedModel):
                 self._segments = list(pool.map(
                     lambda segment: self.contents.reader(segment).codes(length, mapped),
                     self.contents.segments))
+        self.contents.files.check_mapped()
         return self._segments
 
     def code_scores(self, vectors: np.ndarray) -> np.ndarray:
