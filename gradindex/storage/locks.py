@@ -141,8 +141,7 @@ def _who(index: Path) -> str:
     # A killed writer's note stays. Where the kernel knows the holder, it isn't to be believed.
     try:
         facts = json.loads((index / WRITER).read_text()[:1000])
-        elsewhere = facts["host"] != socket.gethostname()
-        if not holders or elsewhere or int(facts["pid"]) in holders:
+        if not holders or int(facts["pid"]) in holders:
             return f"{facts['doing']} in process {int(facts['pid'])} on {facts['host']}, since " \
                    f"{facts['since']}"
     except (OSError, ValueError, KeyError, TypeError):

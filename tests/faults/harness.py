@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -79,6 +80,12 @@ class Zygote:
         answer = self._tell(job, {name: str(value) if isinstance(value, Path) else value
                                   for name, value in arguments.items()}, **how)
         return Ended(answer["report"], answer["signal"], answer["timed_out"], answer["seconds"])
+
+    @property
+    def address_space(self) -> int:
+        """Bytes of address space that each child begins with."""
+        pages = Path(f"/proc/{self._process.pid}/statm").read_text().split()[0]
+        return int(pages) * resource.getpagesize()
 
     def close(self) -> None:
         assert self._process.stdin is not None and self._process.stdout is not None

@@ -143,7 +143,8 @@ def test_an_index_on_a_read_only_mount(faults, index_of_faults, more_data, tmp_p
     """It is searched and verified; whoever would write to it is told why not."""
     place = tmp_path / "mounted"
     place.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(place)], capture_output=True).returncode:
+    tried = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(place)], capture_output=True)
+    if tried.returncode:
         skip_without_root("mount a file system")
     try:
         index = fresh(index_of_faults, place / "index")
@@ -183,3 +184,45 @@ def test_one_large_document_on_a_small_disk(faults, tmp_path):
                          r"[\d,]+ bytes \(.* free; No space left on device\)", message), message
     finally:
         subprocess.run(["umount", str(place)], check=True)
+
+
+def test_files_that_are_cut_while_an_index_is_open(faults, index_of_faults, tmp_path):
+    """What was read into memory goes on; what is mapped, or is read again, is told as damage."""
+    index = fresh(index_of_faults, tmp_path / "index")
+    curvature = [str(path.relative_to(index)) for path in index.glob("curvature/*.safetensors")]
+    ended = faults.zygote.run("cut", {"index": index,
+                                      "names": [*curvature, "background.safetensors"]})
+    assert ended.done and ended.report["before"] == ended.report["after"], str(ended)
+    for name, options in (("segments/000001/records.lmdb", {}),
+                          ("segments/000001/vectors.faiss", {"mapped": True})):
+        index = fresh(index_of_faults, tmp_path / "index")
+        ended = faults.zygote.run("cut", {"index": index, "names": [name], **options})
+        assert ended.signal is None and ended.error[:1] == ["DamagedIndexError"], f"{name}: {ended}"
+        assert f"{name} has 0 bytes, expected" in ended.report["message"]
+    faults.count("files cut while an index is open", answered=1, typed_error=2)
+
+
+def test_memory_is_taken_by_the_size_of_files(faults, index_of_faults, more_data, tmp_path):
+    """In the address space of 200 MB more (`ulimit -v`) everything ends as it should."""
+    faults.zygote.run("info", {"index": index_of_faults})  # whatever it needs is imported
+    for job, arguments in (
+            ("info", {"index": index_of_faults}), ("probe", {"index": index_of_faults}),
+            ("verify", {"index": index_of_faults}),
+            ("append", {"index": fresh(index_of_faults, tmp_path / "index"), "data": more_data,
+                        "model": faults.model}),
+            ("delete", {"index": tmp_path / "index", "ids": [3]}),
+            ("build", {"model": faults.model, "data": faults.data, "out": tmp_path / "new",
+                       "settings": faults.settings})):
+        ended = faults.zygote.run(job, arguments, memory=faults.zygote.address_space + 200 * 10**6)
+        assert ended.done, f"{job}: {ended}"
+    refused = 0
+    for extra in faults.some([0, 1 << 16, 1 << 18, 1 << 20, 1 << 21, 1 << 22], 6):
+        ended = faults.zygote.run("verify", {"index": index_of_faults, "no_model": True},
+                                  memory=faults.zygote.address_space + extra)
+        if not ended.done:
+            assert ended.signal is None and ended.error[0] in ("ResourceError", "MemoryError")
+            assert not DAMAGE.search(ended.report["message"]), str(ended)
+            refused += 1
+    assert refused
+    faults.count("jobs in 200 MB of address space, and in too little", answered=6,
+                 typed_error=refused)
