@@ -50,6 +50,7 @@ from gradindex.storage.manifest import exists as index_exists
 from gradindex.storage.manifest import load as load_manifest
 from gradindex.storage.os_errors import disk_errors
 from gradindex.storage.upgrades import FORMAT
+from gradindex.terminal import shell_word
 from gradindex.version import VERSION
 from indexer.background_queries import make_background_queries
 from indexer.build_request import BuildRequest, anywhere
@@ -116,7 +117,7 @@ def build(request: BuildRequest) -> ModelSource | None:
         return_freed()  # what batches took, before calibration needs it
         if shard.of > 1:
             progress.say(f"shard {shard.number}/{shard.of} is done; when all are: gradindex merge "
-                         f"{index}")
+                         f"{shell_word(index)}")
             return None
 
         # 7) how far a code's score is from the exact one, and what comes up whatever is asked

@@ -18,7 +18,7 @@ from gradindex.flags import (
     read_ids,
     read_lines,
 )
-from gradindex.terminal import json_text, visible_lines
+from gradindex.terminal import json_text, shell_word, visible_lines
 from indexer import defaults
 
 _MAX_BAD = click.option(
@@ -115,7 +115,7 @@ def build(
                            **others)
     if run(request) is None:  # a shard has no index to search yet
         return 0
-    click.echo(visible_lines(f'next: gradindex search {others["out"]} -p "PROMPT" '
+    click.echo(visible_lines(f'next: gradindex search {shell_word(others["out"])} -p "PROMPT" '
                              '-c " COMPLETION"'), err=True)
     return 0
 

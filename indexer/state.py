@@ -26,6 +26,7 @@ from gradindex.storage.locks import is_lock
 from gradindex.storage.manifest import exists as index_exists
 from gradindex.storage.manifest import load as load_manifest
 from gradindex.storage.upgrades import newest_plan
+from gradindex.terminal import shell_word
 from indexer.read.corpus import CorpusFacts
 
 LARGEST_STATE = 1 << 26  # bytes of either file
@@ -344,5 +345,5 @@ def _refuse_difference(index: Path, saved: dict[str, Any], current: dict[str, An
         raise InputError(
             f"{index} was begun with another command ({'; '.join(changes)}). Run the first command "
             "again to go on, or give another folder with -o. To add documents to a finished index: "
-            f"gradindex append {index} DATA."
+            f"gradindex append {shell_word(index)} DATA."
         )

@@ -18,6 +18,7 @@ from gradindex.errors import DamagedIndexError
 from gradindex.storage import layout
 from gradindex.storage.files import FileFacts
 from gradindex.storage.os_errors import OF_THE_PATH, refusals
+from gradindex.terminal import shell_word
 
 SMALL = 1 << 14  # bytes: files up to this size are digested on every opening
 # NONBLOCK: opening a pipe that lies where a file should would otherwise wait for ever.
@@ -137,8 +138,8 @@ def damaged(root: Path, name: str, what: str) -> DamagedIndexError:
     rest = ", or search the other segments with --allow-damaged" if inside else ""
     wrong = f"{root / name} {what}"
     return DamagedIndexError(
-        f"{wrong}. `gradindex verify {root}` says all that is damaged and what to do; copying the "
-        f"index again may mend it{rest}.", wrong,
+        f"{wrong}. `gradindex verify {shell_word(root)}` says all that is damaged and what to do; "
+        f"copying the index again may mend it{rest}.", wrong,
     )
 
 
