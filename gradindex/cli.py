@@ -17,8 +17,8 @@ from typing import Any
 
 import click
 
-from gradindex.errors import GradindexError
-from gradindex.storage.os_errors import is_known, memory_limit, refusal
+from gradindex.errors import GradindexError, ResourceError
+from gradindex.storage.os_errors import OF_DISKS, is_known, memory_limit, refusal
 from gradindex.terminal import visible_lines
 
 COMMANDS = {
@@ -75,6 +75,12 @@ def main() -> None:
     # A job scheduler ends a job by SIGTERM: like Ctrl-C, it leaves what was committed, and says so.
     signal.signal(signal.SIGTERM, _interrupt)
     sys.excepthook = _unexpected
+    try:
+        Path.cwd()
+    except FileNotFoundError:  # some library below would end the process over it
+        click.echo("gradindex: the folder that this command was started in was removed; change to "
+                   "another one (`cd`).", err=True)
+        sys.exit(2)
     sys.exit(_run())
 
 
@@ -116,11 +122,21 @@ def _run() -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
+        return _say_refused(error)
+
+
+def _say_refused(error: OSError) -> int:
+    """Say what the system refused, and return the exit code."""
+    if error.filename is not None and is_known(error):
+        told = refusal(error, Path(os.fsdecode(error.filename)), "used")
+    elif error.errno in OF_DISKS:  # all files of ours are named: what is left is what we print to
+        told = ResourceError(f"standard output could not be written ({error.strerror}). Free some "
+                             "space, or send it elsewhere, and run the same command again.")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries again
+    else:
         told = None
-        if error.filename is not None and is_known(error):
-            told = refusal(error, Path(os.fsdecode(error.filename)), "used")
-        _say(told or error)
-        return 1 if told is None else told.exit_code
+    _say(told or error)
+    return 1 if told is None else told.exit_code
 
 
 class _Message(io.StringIO):

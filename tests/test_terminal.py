@@ -155,10 +155,12 @@ def result():
 
 
 @pytest.mark.parametrize("color", [False, True])
-@pytest.mark.parametrize("width", [60, 100, 160])
+@pytest.mark.parametrize("width", [24, 40, 60, 100, 160])
 def test_the_terminal(result, color, width):
     shown = render_terminal(result, width=width, color=color)
     assert_inert(shown, color=color)
+    plain = OWN_COLORS.sub("", shown) if color else shown
+    assert width - 10 < max(map(len, plain.split("\n"))) <= width
     together = re.sub(r"\s", "", OWN_COLORS.sub("", shown) if color else shown)
     for _, one in HOSTILE.values():
         assert together.count(re.sub(r"\s", "", one)) > len(result), one

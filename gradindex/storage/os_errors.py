@@ -135,7 +135,7 @@ def refusals(path: Path, doing: str = "read") -> Iterator[None]:
 
 
 # of a disk that is written to: such errors need not name a file
-_OF_DISKS = (*FULL, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
+OF_DISKS = (*FULL, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
 
 
 @contextlib.contextmanager
@@ -148,7 +148,7 @@ def disk_errors(index: Path) -> Iterator[None]:
         yield
     except OSError as error:
         path = index if error.filename is None else Path(os.fsdecode(error.filename))
-        known = error.errno in _OF_DISKS if error.filename is None else is_known(error)
+        known = error.errno in OF_DISKS if error.filename is None else is_known(error)
         if known and (told := refusal(error, path, "used")) is not None:
             raise told from error
         raise
