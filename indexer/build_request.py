@@ -21,6 +21,7 @@ from gradindex.model.model_source import ModelSource
 from gradindex.progress import Progress
 from gradindex.ray_cluster import check_address, load_ray
 from gradindex.storage.build_plan import MOST_BLOCKS, CorpusSettings, Plan
+from gradindex.storage.os_errors import refusals
 from indexer import defaults
 from indexer.read.corpus import Corpus
 from indexer.read.sources import token_file_width
@@ -228,7 +229,9 @@ def _check_choices(
         raise InputError(f"keep_fields={keep_fields!r}: expected a list of field names.")
     if fit_labels not in defaults.LABELS:
         raise InputError(f"--fit-labels {fit_labels}: expected {' or '.join(defaults.LABELS)}.")
-    if index.exists() and not index.is_dir():
+    with refusals(index, "written"):
+        is_file = index.exists() and not index.is_dir()
+    if is_file:
         raise InputError(f"-o {index} is a file; expected a folder to make or to go on with.")
 
 

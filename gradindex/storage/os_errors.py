@@ -74,9 +74,10 @@ def refusal(
     could = f"{path} could not be {doing}"
     if code in FULL:
         needs = "" if needed is None else f", which needs {needed:,} bytes"
+        free = "" if path.is_char_device() else f"{free_on(path)} free; "
         full = "the disk is full" if code == errno.ENOSPC else "your quota of the disk is used up"
-        return ResourceError(f"{full}: {could}{needs} ({free_on(path)} free; {reason}). Free some "
-                             f"space, then {again}")
+        return ResourceError(f"{full}: {could}{needs} ({free}{reason}). Free some space, "
+                             f"then {again}")
     wrong, do = _MAPPED if doing == "mapped" and code in NO_MAPPING else \
         _limit(code, needed) or _WORDS.get(code) or ("the system refused it", "See to that, then "
                                                      "{again}")

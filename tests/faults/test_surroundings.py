@@ -6,6 +6,7 @@ Each fault is one that the kernel gives (limits, file systems), or that strace p
 import errno
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 from collections import Counter
@@ -226,3 +227,45 @@ def test_memory_is_taken_by_the_size_of_files(faults, index_of_faults, more_data
     assert refused
     faults.count("jobs in 200 MB of address space, and in too little", answered=6,
                  typed_error=refused)
+
+
+STRANGE = {
+    "a space and quotes": b"my \"index\" of 'yesterday'", "a newline": b"two\nlines",
+    "not UTF-8": b"ind\xe9x", "a leading dash": b"-o", "letters of the world": "索引 é".encode(),
+    "a dollar": b"$HOME `id` *", "as long as a name may be": b"x" * 255,
+}
+
+
+@pytest.mark.parametrize("called", STRANGE)
+def test_an_index_may_be_called_anything(faults, more_data, tmp_path, called):
+    """Built, searched, appended to, verified; and its commands can be copied to a shell."""
+    index = tmp_path / os.fsdecode(STRANGE[called])
+    data = faults.data
+    if called not in ("not UTF-8", "as long as a name may be"):
+        data = shutil.copy(faults.data, tmp_path / f"{os.fsdecode(STRANGE[called])}.jsonl")
+    built = faults.zygote.run("build", {"model": faults.model, "data": data, "out": index,
+                                        "settings": faults.settings})
+    assert built.done, str(built)
+    for job, arguments in (("probe", {}), ("append", {"data": more_data, "model": faults.model}),
+                           ("delete", {"ids": [1]}), ("compact", {}), ("info", {})):
+        ended = faults.zygote.run(job, {"index": index, **arguments})
+        assert ended.done, f"{job}: {ended}"
+    assert faults.zygote.run("verify", {"index": index}).report["sound"]
+    (index / "background.safetensors").unlink()
+    ended = faults.zygote.run("probe", {"index": index})
+    said = ended.report["message"]
+    command = re.search(r"`gradindex verify (.*)` says all", said, re.DOTALL)[1]
+    shown = subprocess.run(["bash", "-c", f"printf %s {command}"], capture_output=True, check=True)
+    assert shown.stdout == os.fsencode(index), said
+    assert command.isprintable()
+    faults.count("indexes with strange names", whole_lives=1)
+
+
+def test_a_path_that_is_too_long(faults, tmp_path):
+    for out in (tmp_path / ("x" * 256), tmp_path.joinpath(*["x" * 200] * 25)):
+        ended = faults.zygote.run("build", {"model": faults.model, "data": faults.data,
+                                            "out": out, "settings": faults.settings})
+        message = is_of_the_system(ended, str(out))
+        assert "its path is too long for the system (File name too long)" in message
+    ended = faults.zygote.run("probe", {"index": tmp_path / ("x" * 256)})
+    assert "its path is too long" in is_of_the_system(ended, "probe")
