@@ -22,7 +22,7 @@ DOORS = {  # library: the files that it enters through
                                   "tracked")},
     "lmdb": {"gradindex/storage/records.py"},
     "faiss": {"gradindex/storage/code_index.py"},
-    "safetensors": {"gradindex/storage/tensors.py"},
+    "safetensors": set(),
     "pyarrow": {"indexer/read/sources.py", "search/show/data_files.py"},
     "jinja2": {"search/show/html.py"},
     "starlette": {f"search/serve/{name}.py" for name in

@@ -142,6 +142,8 @@ def _parse_header(
 
 def _read_tensor(file: io.BufferedReader, dtype: torch.dtype, shape: list[int]) -> Tensor:
     """The next tensor of a file. Raises ValueError where the file ends before it."""
+    if 0 in shape:  # NumPy's has no strides that PyTorch takes
+        return torch.empty(shape, dtype=dtype)
     # NumPy's memory: where there is none left it says so by MemoryError, PyTorch in words alone
     octets = np.empty(dtype.itemsize * math.prod(shape), dtype=np.uint8)
     if file.readinto(octets.data) != len(octets):
