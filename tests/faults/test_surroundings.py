@@ -12,9 +12,11 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+import click
 import pytest
 
 from faults.harness import fresh, inject
+from search.query_flags import check_outputs
 from support.needed import needs_strace, skip_without_root
 
 # by what is refused: the words that tell it, and the errors of which a search meets them
@@ -154,6 +156,8 @@ def test_an_index_on_a_read_only_mount(faults, index_of_faults, more_data, tmp_p
         assert faults.zygote.run("probe", {"index": index}).report == before
         assert faults.zygote.run("verify", {"index": index}).report["sound"]
         assert faults.zygote.run("info", {"index": index}).done
+        with pytest.raises(click.UsageError, match=r"nothing can be written .* mounted read"):
+            check_outputs({"-o": place / "hits.json"}, [])
         for job, arguments in (
                 ("append", {"data": more_data, "model": faults.model}), ("delete", {"ids": [1]}),
                 ("build", {"model": faults.model, "data": faults.data, "out": place / "new",
