@@ -171,7 +171,7 @@ def digest_of_files(files: Iterable[Path], lines: Iterable[str] = ()) -> str:
 def _cached_sha256(file: Path) -> str:
     """A file's SHA-256, remembered by path, size, time and inode."""
     # Every search digests the model's weights, and 14 GB of them take 10 s.
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    home = Path(os.environ.get("XDG_CACHE_HOME") or _home() / ".cache")
     cache = home / "gradindex" / "digests.json"
     facts = file.stat()
     key = f"{file.resolve()} {facts.st_size} {facts.st_mtime_ns} {facts.st_ino}"
@@ -184,3 +184,11 @@ def _cached_sha256(file: Path) -> str:
             cache.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(cache, json.dumps(known, indent=0).encode())
     return known[key]
+
+
+def _home() -> Path:
+    """The user's own folder; for a user without one, a place where nothing can be."""
+    try:
+        return Path.home()
+    except RuntimeError:  # no HOME, and a number that belongs to no user, as in containers
+        return Path(os.devnull)
