@@ -68,6 +68,7 @@ def prepare_build(
     model = LanguageModel.load(source, dtype)
     state.check_model(model)  # weights that changed since the build began end it here
     tracked = tracked_modules(model.network, plan.modules)
+    layout.refuse_equal_files(index, tracked)
     progress.say(f"modules: {describe_modules(model, tracked)}")
     # what nobody chose to leave out, and is more than norms and the like
     lost = {what: share for what, share in untracked(model.network, tracked).items()
