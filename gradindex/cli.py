@@ -1,7 +1,8 @@
 """The command line: a group whose commands are imported when they are used.
 
 The one place where errors become exit codes: 0 done, 1 failure, 2 usage or input, 3 index and
-model don't match or the index is damaged, 4 not enough memory or disk, 130 interrupted.
+model don't match or the index is damaged, 4 the machine refuses (memory, disk, a right, a limit),
+130 interrupted.
 """
 
 import importlib
@@ -10,12 +11,14 @@ import os
 import signal
 import sys
 import traceback
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import click
 
-from gradindex.errors import GradindexError
+from gradindex.errors import GradindexError, ResourceError
+from gradindex.storage.os_errors import OF_DISKS, is_known, memory_limit, refusal
 from gradindex.terminal import visible_lines
 
 COMMANDS = {
@@ -72,6 +75,12 @@ def main() -> None:
     # A job scheduler ends a job by SIGTERM: like Ctrl-C, it leaves what was committed, and says so.
     signal.signal(signal.SIGTERM, _interrupt)
     sys.excepthook = _unexpected
+    try:
+        Path.cwd()
+    except FileNotFoundError:  # some library below would end the process over it
+        click.echo("gradindex: the folder that this command was started in was removed; change to "
+                   "another one (`cd`).", err=True)
+        sys.exit(2)
     sys.exit(_run())
 
 
@@ -101,17 +110,33 @@ def _run() -> int:
             raise
         _say(error)
         return 1
-    except MemoryError:
-        click.echo("gradindex: out of memory. Use smaller --batch-tokens, fewer --modules, or a "
-                   "machine with more.", err=True)
+    except (MemoryError, RuntimeError) as error:
+        # PyTorch's allocator on a CPU has no class for this: only the words of its RuntimeError.
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+            raise
+        click.echo(f"gradindex: out of memory; {memory_limit()}. Allow more, or use smaller "
+                   "--batch-tokens, fewer --modules, or a machine with more.", err=True)
         return 4
     except BrokenPipeError:
         # The reader of a pipe (head, say) has left: nothing more to say, and no traceback at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        _say(error)
-        return 1
+        return _say_refused(error)
+
+
+def _say_refused(error: OSError) -> int:
+    """Say what the system refused, and return the exit code."""
+    if error.filename is not None and is_known(error):
+        told = refusal(error, Path(os.fsdecode(error.filename)), "used")
+    elif error.errno in OF_DISKS:  # all files of ours are named: what is left is what we print to
+        told = ResourceError(f"standard output could not be written ({error.strerror}). Free some "
+                             "space, or send it elsewhere, and run the same command again.")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries again
+    else:
+        told = None
+    _say(told or error)
+    return 1 if told is None else told.exit_code
 
 
 class _Message(io.StringIO):

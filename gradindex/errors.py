@@ -4,7 +4,7 @@ GradindexError            1   anything below, and failures with no better place
 ├── InputError            2   a flag, a file, a record or a query that can't be used
 ├── IndexMismatchError    3   index and model (or tokenizer, or format) don't belong together
 ├── DamagedIndexError     3   a file of the index is missing or not what the manifest says
-└── ResourceError         4   not enough memory or disk; says what is needed
+└── ResourceError         4   the machine refuses: memory, disk, a right, a limit, a mount
 
 Every message says what was found, what was expected and what to do.
 """
@@ -49,6 +49,6 @@ class DamagedIndexError(GradindexError):
 
 
 class ResourceError(GradindexError):
-    """Memory or disk ran out; whatever was committed before is intact."""
+    """Memory or disk ran out, or the system refuses a file; what was committed before is intact."""
 
     exit_code = 4

@@ -6,8 +6,9 @@ import os
 import re
 import resource
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from gradindex.errors import InputError, ResourceError
 from gradindex.progress import size
@@ -27,19 +28,72 @@ def resident() -> int:
     return most()
 
 
-def available() -> int:
+def available(root: Path = Path("/")) -> int:
     """Bytes of memory that this process may have in all, what it has already among them.
 
-    On this machine, or in its container where that has less.
+    That is what is free on this machine, or less: in the control groups (v1 or v2) of its
+    containers, its job or its user, and under `ulimit -v` and `-d`. `root` is where the system's
+    own files lie.
     """
-    meminfo, limit = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
+    meminfo = root / "proc/meminfo"
     if not meminfo.exists():
         return os.sysconf("SC_PHYS_PAGES") * resource.getpagesize()
     facts = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
     # MemAvailable counts the page cache as free, rightly: a mapped index fills it on every search.
-    free = int(facts["MemAvailable"].split()[0]) * 1024 + resident()
-    text = limit.read_text().strip() if limit.exists() else "max"
-    return free if text == "max" else min(free, int(text))
+    rooms = [int(facts["MemAvailable"].split()[0]) * 1024]
+    rooms += [room for group in _groups(root) if (room := _room(group)) is not None]
+    pages = [int(number) for number in (root / "proc/self/statm").read_text().split()]
+    for limit, taken in ((resource.RLIMIT_AS, pages[0]), (resource.RLIMIT_DATA, pages[5])):
+        if (bound := resource.getrlimit(limit)[0]) != resource.RLIM_INFINITY:
+            rooms.append(bound - taken * resource.getpagesize())
+    return max(0, min(rooms)) + resident()
+
+
+def _groups(root: Path) -> Iterator[Path]:
+    """The control groups that bound this process's memory, from its own up to the outermost."""
+    # 31 23 0:28 /jobs /sys/fs/cgroup rw,relatime - cgroup2 cgroup rw
+    mounts = {}
+    for words in _lines(root / "proc/self/mountinfo"):
+        kind, options = words[words.index("-") + 1], words[-1].split(",")
+        if kind == "cgroup2" or (kind == "cgroup" and "memory" in options):
+            mounts[kind] = PurePosixPath(words[3]), PurePosixPath(words[4])
+    # 4:memory:/jobs/17 in v1, 0::/jobs/17 in v2; the path counts from the top, which a container
+    # may not see: then its mount begins further down
+    for line in (" ".join(words) for words in _lines(root / "proc/self/cgroup")):
+        number, names, path = line.split(":", 2)
+        kind = "cgroup2" if number == "0" else "cgroup" if "memory" in names.split(",") else ""
+        if kind not in mounts:
+            continue
+        top, place = mounts[kind]
+        inner = PurePosixPath(path)
+        below = inner.relative_to(top) if inner.is_relative_to(top) else PurePosixPath()
+        for part in (below, *below.parents):
+            yield root / place.relative_to("/") / part
+
+
+def _lines(path: Path) -> list[list[str]]:
+    """The lines of a file of the system's, in words; none where there is no such file."""
+    with contextlib.suppress(OSError):
+        return [line.split() for line in path.read_text(errors="replace").splitlines()]
+    return []
+
+
+def _room(group: Path) -> int | None:
+    """Bytes that a control group leaves, its page cache being free; None where it sets no bound."""
+    numbers: dict[str, int] = {}
+    for name in ("memory.max", "memory.high", "memory.current", "memory.limit_in_bytes",
+                 "memory.usage_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # "max" is no bound
+            numbers[name] = int((group / name).read_text())
+    limits = [numbers[name] for name in ("memory.max", "memory.high", "memory.limit_in_bytes")
+              if name in numbers]
+    if not limits:
+        return None
+    stat = {words[0]: int(words[1]) for words in _lines(group / "memory.stat") if len(words) == 2}
+    cached = sum(stat.get(f"total_{name}", stat.get(name, 0))  # total_: with groups inside, in v1
+                 for name in ("active_file", "inactive_file"))
+    used = numbers.get("memory.current", numbers.get("memory.usage_in_bytes", 0))
+    return min(limits) - max(0, used - cached)
 
 
 def most() -> int:

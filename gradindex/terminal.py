@@ -5,7 +5,9 @@ direction and zero-width marks, private use, lone surrogates, line and paragraph
 """
 
 import json
+import os
 import re
+import shlex
 from typing import Any
 
 # All of them but tab and newline. Written out, for asking unicodedata about every code point takes
@@ -41,6 +43,24 @@ def visible_lines(text: str) -> str:
     \u202eevil
     """
     return _IN_LINES.sub(_escape, text)
+
+
+def shell_word(path: str | os.PathLike[str]) -> str:
+    r"""A path as one word of a command for a shell, however it is called.
+
+    >>> print(shell_word("my index"), shell_word("-x"), shell_word("it's\n2"))
+    'my index' ./-x $'it\x27s\x0a2'
+    """
+    text = os.fspath(path)
+    if text.startswith("-"):
+        text = f"./{text}"  # or it would be read as a flag
+    if _IN_A_LINE.search(text) is None:
+        return shlex.quote(text)
+    return "$'" + re.sub(rf"['\\\t\n{_HIDDEN}]", _octets, text) + "'"
+
+
+def _octets(match: re.Match[str]) -> str:
+    return "".join(f"\\x{octet:02x}" for octet in os.fsencode(match[0]))
 
 
 def json_text(value: Any, **options: Any) -> str:

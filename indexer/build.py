@@ -33,7 +33,7 @@ from gradindex.model.tracked import parameter_share
 from gradindex.modules import Module
 from gradindex.progress import Progress, size
 from gradindex.storage import background_file, code_index, layout, row_file
-from gradindex.storage.files import bytes_in, disk_errors, facts_of, make_folder, make_folders
+from gradindex.storage.files import bytes_in, facts_of, make_folder, make_folders
 from gradindex.storage.integrity import refuse_links
 from gradindex.storage.layout import BUILD
 from gradindex.storage.locks import is_lock, one_of_writers, only_writer
@@ -48,7 +48,9 @@ from gradindex.storage.manifest import (
 from gradindex.storage.manifest import commit as commit_manifest
 from gradindex.storage.manifest import exists as index_exists
 from gradindex.storage.manifest import load as load_manifest
+from gradindex.storage.os_errors import disk_errors
 from gradindex.storage.upgrades import FORMAT
+from gradindex.terminal import shell_word
 from gradindex.version import VERSION
 from indexer.background_queries import make_background_queries
 from indexer.build_request import BuildRequest, anywhere
@@ -117,7 +119,7 @@ def build(request: BuildRequest) -> ModelSource | None:
         return_freed()  # what batches took, before calibration needs it
         if shard.of > 1:
             progress.say(f"shard {shard.number}/{shard.of} is done; when all are: gradindex merge "
-                         f"{index}")
+                         f"{shell_word(index)}")
             return None
 
         # 7) how far a code's score is from the exact one, and what comes up whatever is asked

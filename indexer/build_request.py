@@ -7,7 +7,6 @@ bytes of the index, and a resumed build compares it.
 import functools
 import inspect
 import math
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from gradindex.model.model_source import ModelSource
 from gradindex.progress import Progress
 from gradindex.ray_cluster import check_address, load_ray
 from gradindex.storage.build_plan import MOST_BLOCKS, CorpusSettings, Plan
+from gradindex.storage.os_errors import refusals
 from indexer import defaults
 from indexer.read.corpus import Corpus
 from indexer.read.discover import discover
@@ -251,12 +251,9 @@ def _check_choices(
         raise InputError(f"keep_fields={keep_fields!r}: expected a list of field names.")
     if fit_labels not in defaults.LABELS:
         raise InputError(f"--fit-labels {fit_labels}: expected {' or '.join(defaults.LABELS)}.")
-    try:
-        str(index).encode()
-    except UnicodeEncodeError:
-        raise InputError(f"-o {os.fsencode(index).decode(errors='backslashreplace')}: the name is "
-                         "not UTF-8, in which an index names its files. Give another.") from None
-    if index.exists() and not index.is_dir():
+    with refusals(index, "written"):
+        is_file = index.exists() and not index.is_dir()
+    if is_file:
         raise InputError(f"-o {index} is a file; expected a folder to make or to go on with.")
 
 

@@ -19,7 +19,7 @@ from gradindex.flags import (
     read_ids,
     read_lines,
 )
-from gradindex.terminal import json_text, visible_lines
+from gradindex.terminal import json_text, shell_word, visible_lines
 from indexer import defaults
 
 _MAX_BAD = click.option(
@@ -128,7 +128,7 @@ def build(
     request = make_request(model, list(data), progress=stderr_progress(), **others)
     if run(request) is None:  # a shard has no index to search yet
         return 0
-    click.echo(visible_lines(f'next: gradindex search {others["out"]} -p "PROMPT" '
+    click.echo(visible_lines(f'next: gradindex search {shell_word(others["out"])} -p "PROMPT" '
                              '-c " COMPLETION"'), err=True)
     return 0
 

@@ -72,6 +72,7 @@ def load_model(
     model = LanguageModel.load(source, dtype)
     tracked = tracked_modules(model.network, plan.modules)
     state.check_model(model)  # weights that changed since the data were read end it here
+    layout.refuse_equal_files(state.path.parent, tracked)
     progress.say(f"modules: {describe_modules(model, tracked)}")
     # what nobody chose to leave out, and is more than norms and the like
     lost = {what: share for what, share in untracked(model.network, tracked).items()

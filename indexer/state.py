@@ -20,12 +20,13 @@ from gradindex.progress import Progress
 from gradindex.storage import sealed_json
 from gradindex.storage.build_plan import DataFacts, Plan
 from gradindex.storage.files import TEMPORARY, atomic_write
-from gradindex.storage.integrity import open_inside
+from gradindex.storage.integrity import read_inside
 from gradindex.storage.layout import APPEND, BUILD, CURVATURE, CURVATURE_PARTIAL, WRITER
 from gradindex.storage.locks import is_lock
 from gradindex.storage.manifest import exists as index_exists
 from gradindex.storage.manifest import load as load_manifest
 from gradindex.storage.upgrades import newest_plan
+from gradindex.terminal import shell_word
 from indexer.read.corpus import CorpusFacts
 
 LARGEST_STATE = 1 << 26  # bytes of either file
@@ -307,9 +308,8 @@ def _read_state(path: Path, adapter: pydantic.TypeAdapter[_Stored]) -> _Stored:
     try:
         # the file may come from a stranger, with an index that was copied: no link, no size, and
         # nothing that isn't what we write
-        with os.fdopen(open_inside(path.parent, path.name), "rb") as file:
-            return adapter.validate_json(
-                sealed_json.check(sealed_json.parse(file.read(LARGEST_STATE))))
+        content = read_inside(path.parent, path.name, LARGEST_STATE)
+        return adapter.validate_json(sealed_json.check(sealed_json.parse(content)))
     except ValueError as error:
         raise DamagedIndexError(
             f"{path} can't be read ({str(error).splitlines()[0][:120]}). It says how far a command "
@@ -354,5 +354,5 @@ def _refuse_difference(index: Path, saved: dict[str, Any], current: dict[str, An
         raise InputError(
             f"{index} was begun with another command ({'; '.join(changes)}). Run the first command "
             "again to go on, or give another folder with -o. To add documents to a finished index: "
-            f"gradindex append {index} DATA."
+            f"gradindex append {shell_word(index)} DATA."
         )

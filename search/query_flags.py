@@ -194,6 +194,11 @@ def check_outputs(outputs: dict[str, Path | None], inputs: list[Path | None]) ->
     for flag, path in outputs.items():
         if path is not None and not path.parent.is_dir():
             raise click.UsageError(f"{flag} {path}: there is no folder {path.parent}.")
+        # now, and not when an answer waits to be written
+        if path is not None and not os.access(path.parent, os.W_OK) and not (
+                path.exists() and os.access(path, os.W_OK)):
+            raise click.UsageError(f"{flag} {path}: nothing can be written to {path.parent} (this "
+                                   "user has no right to, or it is mounted read-only).")
         # resolved: a link to an input would be replaced as well
         if path is not None and path.resolve() in [other.resolve() for other in inputs if other]:
             raise click.UsageError(f"{flag} {path}: that file is read here; give another.")
@@ -202,11 +207,13 @@ def check_outputs(outputs: dict[str, Path | None], inputs: list[Path | None]) ->
 def write_output(output: Path, content: str | bytes) -> None:
     """A file is replaced as a whole; anything else (a device, a pipe) is written to."""
     from gradindex.storage.files import atomic_write
+    from gradindex.storage.os_errors import refusals
 
     output = output.resolve()  # or a link would be replaced by a file
     raw = content.encode() if isinstance(content, str) else content
     if output.exists() and not output.is_file():
-        output.write_bytes(raw)
+        with refusals(output, "written"):
+            output.write_bytes(raw)
     else:
         atomic_write(output, raw)
 

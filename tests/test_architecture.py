@@ -22,7 +22,7 @@ DOORS = {  # library: the files that it enters through
                                   "load_tokenizer", "model_source", "network")},
     "lmdb": {"gradindex/storage/records.py"},
     "faiss": {"gradindex/storage/code_index.py"},
-    "safetensors": {"gradindex/storage/tensors.py", "gradindex/model/saved_files.py"},
+    "safetensors": {"gradindex/model/saved_files.py"},
     "pyarrow": {"indexer/read/compressed.py", "indexer/read/sources.py",
                 "search/show/data_files.py"},
     "jinja2": {"search/show/html.py"},

@@ -1,13 +1,18 @@
 """Bounded memory: what may be used for what, and that answers and bytes don't depend on it."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import gradindex
+from gradindex import memory
 from gradindex.errors import InputError, ResourceError
 from gradindex.memory import Allowance, parse_size
 from gradindex.model.tracked import tracked_modules
@@ -19,6 +24,7 @@ from search.ask.controls import Controls
 from search.ask.settings import settle
 from search.rank import query_gradient
 from support.indexes import QUESTION, SMALL, files_of
+from support.needed import skip_without_root
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -43,6 +49,103 @@ def test_an_allowance_is_what_the_model_leaves():
     with pytest.raises(ResourceError, match=r"the model takes 3 kB, fitting m 1.2 kB and a batch "
                                             r"800 bytes; expected 5 kB at least"):
         Allowance.beside(3000, 4999, 1200, "fitting m", 800)
+
+
+def machine(root, groups, cgroup, mountinfo, free=8_000_000):
+    """The files of a system with `free` kB free, its control groups' files by name."""
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/meminfo").write_text(f"MemTotal: 16000000 kB\nMemAvailable: {free} kB\n")
+    (root / "proc/self/statm").write_text("1000 500 100 1 0 800 0\n")
+    (root / "proc/self/cgroup").write_text(cgroup)
+    (root / "proc/self/mountinfo").write_text(mountinfo)
+    for name, text in groups.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+V1 = "35 31 0:32 {top} /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory\n"
+V2 = "41 31 0:38 {top} {place} rw,relatime shared:9 - cgroup2 cgroup2 rw,nsdelegate\n"
+CACHE = "anon 5\nactive_file 600000000\ninactive_file 400000000\n"
+SYSTEMS = {
+    "no group": ({}, "0::/\n", V2, 8_192_000_000),
+    "a container sees its own group as the top": (
+        {"sys/fs/cgroup/memory.max": "3000000000\n", "sys/fs/cgroup/memory.current": "500000000\n"},
+        "0::/\n", V2, 2_500_000_000),
+    "without a bound": (
+        {"sys/fs/cgroup/memory.max": "max\n", "sys/fs/cgroup/memory.current": "5\n"},
+        "0::/\n", V2, 8_192_000_000),
+    "a job inside a bounded slice, a soft bound, and cache, which is free": (
+        {"sys/fs/cgroup/user/memory.max": "4000000000\n",
+         "sys/fs/cgroup/user/memory.current": "3500000000\n",
+         "sys/fs/cgroup/user/memory.stat": CACHE,
+         "sys/fs/cgroup/user/job 7/memory.max": "max\n",
+         "sys/fs/cgroup/user/job 7/memory.high": "2000000000\n",
+         "sys/fs/cgroup/user/job 7/memory.current": "700000000\n"},
+        "0::/user/job 7\n", V2, 1_300_000_000),
+    "the slice is the narrower": (
+        {"sys/fs/cgroup/user/memory.max": "4000000000\n",
+         "sys/fs/cgroup/user/memory.current": "3900000000\n",
+         "sys/fs/cgroup/user/job/memory.max": "3000000000\n",
+         "sys/fs/cgroup/user/job/memory.current": "700000000\n"},
+        "0::/user/job\n", V2, 100_000_000),
+    "v1, where no bound is a large number": (
+        {"sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+         "sys/fs/cgroup/memory/memory.usage_in_bytes": "7000000000\n",
+         "sys/fs/cgroup/memory/slurm/memory.limit_in_bytes": "2000000000\n",
+         "sys/fs/cgroup/memory/slurm/memory.usage_in_bytes": "1900000000\n",
+         "sys/fs/cgroup/memory/slurm/memory.stat":
+             "active_file 1\ntotal_active_file 800000000\ntotal_inactive_file 0\n"},
+        "9:cpu:/\n4:memory:/slurm\n0::/\n", V1, 900_000_000),
+    "v1 in a container without a name space, mounted further down": (
+        {"sys/fs/cgroup/memory/memory.limit_in_bytes": "1500000000\n",
+         "sys/fs/cgroup/memory/memory.usage_in_bytes": "500000000\n"},
+        "4:cpu,memory:/docker/abc\n", V1.replace("{top}", "/docker/abc"), 1_000_000_000),
+    "v2 beside v1": (
+        {"sys/fs/cgroup/unified/memory.max": "1000000000\n",
+         "sys/fs/cgroup/unified/memory.current": "0\n"},
+        "0::/\n", V1 + V2.replace("{place}", "/sys/fs/cgroup/unified"), 1_000_000_000),
+    "no room at all": (
+        {"sys/fs/cgroup/memory.max": "1000\n", "sys/fs/cgroup/memory.current": "5000\n"},
+        "0::/\n", V2, 0),
+}
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_memory_to_be_had_is_that_of_the_narrowest_bound(system, tmp_path):
+    groups, cgroup, mountinfo, expected = SYSTEMS[system]
+    root = machine(tmp_path, groups, cgroup,
+                   mountinfo.replace("{top}", "/").replace("{place}", "/sys/fs/cgroup"))
+    found = memory.available(root) - memory.resident()
+    assert found == pytest.approx(expected, abs=2e6)  # what this process takes changes meanwhile
+
+
+def test_memory_to_be_had_under_a_limit_of_this_process():
+    """`ulimit -v` and `-d`, as the shell sets them."""
+    script = "from gradindex import memory; print(memory.available())"
+    for flag in "vd":
+        shown = subprocess.run(
+            ["bash", "-c", f'ulimit -{flag} 2000000; exec "$0" -c "$1"', sys.executable, script],
+            capture_output=True, text=True, check=True)
+        assert 1_000_000_000 < int(shown.stdout) < 2_100_000_000  # libraries count, unlimited
+
+
+def test_memory_to_be_had_in_a_real_control_group():
+    """One that is made here, with 1 GB."""
+    folder = Path(f"/sys/fs/cgroup/memory/gradindex-test-{os.getpid()}")
+    try:
+        folder.mkdir()
+    except OSError:
+        skip_without_root("make a control group of v1")
+    try:
+        (folder / "memory.limit_in_bytes").write_text(str(10**9))
+        script = "from gradindex import memory; print(memory.available())"
+        shown = subprocess.run(
+            ["bash", "-c", f'echo $$ > {folder}/cgroup.procs; exec "$0" -c "$1"', sys.executable,
+             script], capture_output=True, text=True, check=True)
+        assert 800_000_000 < int(shown.stdout) < 1_100_000_000
+    finally:
+        folder.rmdir()
 
 
 def test_a_build_in_little_memory_gives_the_same_bytes(

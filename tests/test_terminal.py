@@ -1,13 +1,16 @@
 """Text that a terminal would obey is shown in every output, and none of it is lost in JSON."""
 
 import csv
+import errno
 import html
 import io
 import json
+import os
 import re
 import subprocess
 import sys
 import unicodedata
+from pathlib import Path
 from types import SimpleNamespace
 
 import click
@@ -17,7 +20,7 @@ from gradindex import cli
 from gradindex.errors import GradindexError, InputError
 from gradindex.progress import Progress
 from gradindex.results import Hit, Query, Recall, Result
-from gradindex.terminal import json_text, visible, visible_lines
+from gradindex.terminal import json_text, shell_word, visible, visible_lines
 from search import cli as search_cli
 from search.ask import query_files
 from search.ask.question import Question
@@ -155,10 +158,12 @@ def result():
 
 
 @pytest.mark.parametrize("color", [False, True])
-@pytest.mark.parametrize("width", [60, 100, 160])
+@pytest.mark.parametrize("width", [24, 40, 60, 100, 160])
 def test_the_terminal(result, color, width):
     shown = render_terminal(result, width=width, color=color)
     assert_inert(shown, color=color)
+    plain = OWN_COLORS.sub("", shown) if color else shown
+    assert width - 10 < max(map(len, plain.split("\n"))) <= width
     together = re.sub(r"\s", "", OWN_COLORS.sub("", shown) if color else shown)
     for _, one in HOSTILE.values():
         assert together.count(re.sub(r"\s", "", one)) > len(result), one
@@ -338,3 +343,55 @@ def test_info(form, monkeypatch, capsys):
     assert_inert(printed)
     if form == "json":
         assert json.loads(printed) == hostile_facts()
+
+
+# ---- strange surroundings
+
+
+def test_standard_output_that_is_full():
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run([sys.executable, "-m", "gradindex", "--help"], stdout=full,
+                               stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 4
+    assert ended.stderr == (
+        "gradindex: standard output could not be written (No space left on device). Free some "
+        "space, or send it elsewhere, and run the same command again.\n")
+
+
+def test_a_folder_that_was_removed(tmp_path):
+    script = 'cd "$0" && rmdir "$0" && exec "$1" -m gradindex --help'
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    ended = subprocess.run(["bash", "-c", script, str(folder), sys.executable],
+                           capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == ("gradindex: the folder that this command was started in was removed; "
+                            "change to another one (`cd`).\n")
+
+
+@pytest.mark.parametrize("error, code, said", [
+    (OSError(errno.EMFILE, "Too many open files", "/x/y"), 4, "/x/y could not be used: this "
+     "process has as many files open as it may"),
+    (OSError(errno.EACCES, "Permission denied", "/x/y"), 4, "this user has no right to it"),
+    (OSError(errno.ENOENT, "No such file or directory", "/x/y"), 1, "No such file or directory"),
+    (OSError(errno.ECONNREFUSED, "Connection refused"), 1, "Connection refused"),
+    (MemoryError(), 4, "out of memory; the bound is "),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 4, "out of memory;"),
+])
+def test_what_the_system_refuses_has_an_exit_code(error, code, said, monkeypatch, capsys):
+    def fail(**_):
+        raise error
+
+    monkeypatch.setattr(cli, "main_group", fail)
+    found, printed, told = run(monkeypatch, capsys)
+    assert (found, printed) == (code, "")
+    assert told.startswith("gradindex: ") and said in told and told.count("\n") == 1
+
+
+def test_a_path_is_one_word_of_a_shell(tmp_path):
+    for name in (b"plain", b"a b", b"it's", b"\"$HOME\"", b"-x", b"a\nb\tc\\n", b"caf\xe9 'x'",
+                 "索引\u202e".encode(), b"\x1b[2J", b"*", b"~", b"#a"):
+        word = shell_word(os.fsdecode(name))
+        assert word.isprintable()
+        shown = subprocess.run(["bash", "-c", f"printf '%s' {word}"], capture_output=True)
+        assert shown.stdout.removeprefix(b"./") == name, word

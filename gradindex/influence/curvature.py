@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gradindex.errors import DamagedIndexError
 from gradindex.influence.blockwise import block_rows, enter, leave, square_entries
+from gradindex.memory import available
 from gradindex.modules import Module
 from gradindex.storage.files import FileFacts
 from gradindex.storage.layout import module_file
@@ -98,8 +99,8 @@ def file_bytes(module: Module, dtype: torch.dtype, covariance_blocks: int) -> in
 class FiledEkfac(Mapping[str, Curvature]):
     """The curvature of some modules by name, each read from its file when it is asked for.
 
-    `path` gives a module's file, which on a CPU is mapped and not copied. Modules are kept in
-    memory up to `bound` bytes in all [any number]; the others are read again each time. Raises
+    `path` gives a module's file. Modules are kept in memory up to `bound` bytes in all [on a CPU
+    half of what there is, elsewhere any number]; the others are read again each time. Raises
     DamagedIndexError, when a module is first read, for a file that is missing, unreadable or no
     curvature of A and S in so many blocks.
     """
@@ -111,6 +112,8 @@ class FiledEkfac(Mapping[str, Curvature]):
         self._path, self._device, self._dtype = path, device, dtype
         self._covariance_blocks = covariance_blocks
         self._modules = {module.name: module for module in modules}
+        if bound is None:
+            bound = available() // 2 if device.type == "cpu" else None
         self._room = math.inf if bound is None else bound
         self._cache: dict[str, Curvature] = {}
         self._checked: set[str] = set()

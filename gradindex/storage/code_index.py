@@ -29,6 +29,7 @@ except ImportError as error:
 from gradindex.errors import DamagedIndexError
 from gradindex.storage.files import FileFacts, Writer, atomic_write
 from gradindex.storage.layout import code_bytes
+from gradindex.storage.os_errors import memory_ran_out
 
 _ONE_AT_A_TIME = threading.Lock()  # FAISS's limits are the process's
 UNPACKED_ROWS = 256  # codes unpacked at once: 32 MB at 32,768 bits
@@ -174,7 +175,11 @@ class CodeIndex:
                 reader = faiss.ZeroCopyIOReader(  # type: ignore[attr-defined]
                     faiss.swig_ptr(octets), len(octets))
                 index = faiss.read_index(reader)
-            except (RuntimeError, MemoryError) as error:
+            except MemoryError as error:
+                raise memory_ran_out(where) from error
+            except RuntimeError as error:
+                if "bad_alloc" in str(error):  # C++'s word for it, in an error of FAISS's
+                    raise memory_ran_out(where) from error
                 reason = str(error).strip().rpartition("\n")[2][:120]
                 raise DamagedIndexError(
                     f"{where} can't be read: {reason}. Copy the index again."

@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -20,11 +19,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from gradindex.errors import ResourceError
-from gradindex.progress import size as readable
+from gradindex.storage.os_errors import refusal, refusals
 
 TEMPORARY = ".tmp"
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-BROKEN = (errno.EIO, errno.EROFS)
 SETTLED = 1_000_000_000  # ns since a file's last change: before, its digest isn't remembered
 
 
@@ -42,11 +39,11 @@ def atomic_write(
     """Write `content` as `path`, all of it or nothing.
 
     `content` is bytes, or a function that is called with a Writer; `needed` is then its size in
-    bytes, for the error's message. Raises ResourceError when the disk is full or fails.
+    bytes, for the error's message. Raises ResourceError where the system refuses it.
     """
     temporary = path.with_name(path.name + TEMPORARY)
     needed = len(content) if isinstance(content, bytes) else needed
-    with disk_errors(path, needed, temporary):
+    with written(path, needed, temporary):
         temporary.unlink(missing_ok=True)
         with temporary.open("xb") as file:  # never through a link that lies there
             writer = Writer(file)
@@ -100,7 +97,7 @@ def adopt(temporary: Path, path: Path, facts: FileFacts | None = None) -> FileFa
 
 def make_folder(folder: Path) -> None:
     """Make a folder and sync the one that holds it. Raises ResourceError."""
-    with disk_errors(folder):
+    with refusals(folder, "written"):
         folder.mkdir()
         sync_folder(folder.parent)
 
@@ -114,7 +111,7 @@ def make_folders(folder: Path) -> None:
 
 def rename_folder(partial: Path, final: Path) -> None:
     """Seal a folder: its entries are synced, then it gets its final name. Raises ResourceError."""
-    with disk_errors(final):
+    with refusals(final, "written"):
         sync_folder(partial)
         partial.rename(final)
         sync_folder(final.parent)
@@ -130,43 +127,22 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def disk_errors(
-    path: Path, needed: int | None = None, temporary: Path | None = None
-) -> Iterator[None]:
-    """Turn errors of a disk, while `path` is written, into one that says what to do.
+def written(path: Path, needed: int | None, temporary: Path) -> Iterator[None]:
+    """Turn what the system refuses, while `path` is written as `temporary`, into ResourceError.
 
-    `needed` bytes are named in it; the file `temporary` is removed. Raises ResourceError where the
-    disk is full or fails, other errors as they are.
+    `needed` bytes are named in it; the file `temporary` is removed.
     """
     try:
         yield
-    except OSError as error:
+    except (OSError, ResourceError) as error:
         # First of all, to give its space back: on a full disk it is what others now lack. That it
         # can't be removed must not hide why.
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-        if error.errno in FULL:
-            needs = "" if needed is None else f", which needs {needed:,} bytes"
-            raise ResourceError(
-                f"the disk is full: {path} could not be written{needs} ({_free(path)} free; "
-                f"{os.strerror(error.errno)}). Free some space and run the same command again; it "
-                "goes on from the last committed part."
-            ) from error
-        if error.errno in BROKEN:
-            raise ResourceError(
-                f"the disk failed: {path} could not be written ({error.strerror}). Nothing "
-                "committed before was touched. Check the disk, then run the same command again."
-            ) from error
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        told = refusal(error, path, "written", needed) if isinstance(error, OSError) else None
+        if told is not None:
+            raise told from error
         raise
-
-
-def _free(path: Path) -> str:
-    """How much space is left on the disk of `path`, in words."""
-    try:
-        return readable(shutil.disk_usage(path.parent).free)
-    except OSError:
-        return "unknown bytes"
 
 
 def sha256(path: Path) -> str:
@@ -189,8 +165,7 @@ def digest_of_files(files: Iterable[Path], lines: Iterable[str] = ()) -> str:
     """SHA-256 in hex over the names and SHA-256s of some files, and over further `lines`."""
     digest = hashlib.sha256()
     for file in files:
-        line = f"{file.name} {_cached_sha256(file)}\n"
-        digest.update(line.encode("utf-8", "surrogateescape"))  # a name may be any bytes
+        digest.update(os.fsencode(file.name) + f" {_cached_sha256(file)}\n".encode())
     for line in lines:
         digest.update(f"{line}\n".encode())
     return digest.hexdigest()
@@ -199,7 +174,7 @@ def digest_of_files(files: Iterable[Path], lines: Iterable[str] = ()) -> str:
 def _cached_sha256(file: Path) -> str:
     """A file's SHA-256, remembered by its path and all that changes with its content."""
     # Every search digests the model's weights, and 14 GB of them take 10 s.
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    home = Path(os.environ.get("XDG_CACHE_HOME") or _home() / ".cache")
     cache = home / "gradindex" / "digests.json"
     key, known = _state(file), _known_digests(cache)
     if key not in known:
@@ -229,3 +204,11 @@ def _known_digests(cache: Path) -> dict[str, str]:
         return {}
     return {key: digest for key, digest in content.items() if isinstance(digest, str)
             and re.fullmatch("[0-9a-f]{64}", digest)} if isinstance(content, dict) else {}
+
+
+def _home() -> Path:
+    """The user's own folder; for a user without one, a place where nothing can be."""
+    try:
+        return Path.home()
+    except RuntimeError:  # no HOME, and a number that belongs to no user, as in containers
+        return Path(os.devnull)

@@ -6,6 +6,7 @@ and is digested before any of them sees it: when it is first used, and again whe
 since.
 """
 
+import errno
 import hashlib
 import mmap
 import os
@@ -16,6 +17,8 @@ from pathlib import Path, PurePosixPath
 from gradindex.errors import DamagedIndexError
 from gradindex.storage import layout
 from gradindex.storage.files import FileFacts
+from gradindex.storage.os_errors import OF_THE_PATH, refusals
+from gradindex.terminal import shell_word
 
 SMALL = 1 << 14  # bytes: files up to this size are digested on every opening
 # NONBLOCK: opening a pipe that lies where a file should would otherwise wait for ever.
@@ -27,13 +30,16 @@ class CheckedFiles:
     """Reads the files of the index in folder `root`, by the relative names in `facts`.
 
     Every method raises DamagedIndexError for a file that is missing, a link, anything but a regular
-    file, of another size, or of another content than `facts` says.
+    file, of another size, or of another content than `facts` says; and ResourceError where the
+    system refuses to open or read it, which says nothing about the file.
     """
 
     def __init__(self, root: Path, facts: Mapping[str, FileFacts]):
         self.root = root
         self._facts = facts
-        self._known: dict[str, tuple[int, ...]] = {}  # name → what fstat said when last digested
+        # name → what fstat said when it was last digested, and when it was mapped
+        self._known: dict[str, tuple[int, ...]] = {}
+        self._mapped: dict[str, tuple[int, ...]] = {}
 
     def check(self, name: str, digest: bool = False) -> None:
         """Check that a file is there and its size, and its content if it is small or `digest`."""
@@ -48,9 +54,7 @@ class CheckedFiles:
         """A file's content, checked."""
         descriptor = self._open(name)
         try:
-            with os.fdopen(os.dup(descriptor), "rb") as file:
-                # one byte more, which tells of a file that has grown since its size was asked
-                content = file.read(self._facts[name].size + 1)
+            content = _read_all(descriptor, self.root / name, self._facts[name].size)
             self._compare(name, len(content), hashlib.sha256(content).hexdigest())
         finally:
             os.close(descriptor)
@@ -60,12 +64,28 @@ class CheckedFiles:
         """A file's content, checked and mapped: for files that memory doesn't hold."""
         descriptor = self._open(name)
         try:
+            identity = _identity(descriptor)
             self._digest(name, descriptor)
-            mapping = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+            with refusals(self.root / name, "mapped"):
+                mapping = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+            self._mapped[name] = identity
         finally:
             os.close(descriptor)
         mapping.madvise(mmap.MADV_SEQUENTIAL)  # scans read ahead
         return mapping
+
+    def check_mapped(self) -> None:
+        """Check that no mapped file was touched since: one that was cut ends who reads it."""
+        # A signal (SIGBUS) that no Python code can answer. A file that is cut within the scan that
+        # follows still brings it; nothing less than a copy in memory would help against that.
+        for name, identity in self._mapped.items():
+            descriptor = self._open(name)
+            try:
+                if _identity(descriptor) != identity:
+                    self._digest(name, descriptor)
+                    self._mapped[name] = identity
+            finally:
+                os.close(descriptor)
 
     def path(self, name: str, audit: Callable[[Path], None] | None = None) -> Path:
         """The path of a checked file, for libraries that open files themselves.
@@ -96,7 +116,7 @@ class CheckedFiles:
     def _digest(self, name: str, descriptor: int) -> None:
         """Check a file's content, some of it in memory at a time."""
         digest, size = hashlib.sha256(), 0
-        with os.fdopen(os.dup(descriptor), "rb", buffering=0) as file:
+        with refusals(self.root / name), os.fdopen(os.dup(descriptor), "rb", buffering=0) as file:
             while chunk := file.read(_CHUNK):
                 digest.update(chunk)
                 size += len(chunk)
@@ -118,8 +138,8 @@ def damaged(root: Path, name: str, what: str) -> DamagedIndexError:
     rest = ", or search the other segments with --allow-damaged" if inside else ""
     wrong = f"{root / name} {what}"
     return DamagedIndexError(
-        f"{wrong}. `gradindex verify {root}` says all that is damaged and what to do; copying the "
-        f"index again may mend it{rest}.", wrong,
+        f"{wrong}. `gradindex verify {shell_word(root)}` says all that is damaged and what to do; "
+        f"copying the index again may mend it{rest}.", wrong,
     )
 
 
@@ -140,16 +160,50 @@ def refuse_links(root: Path) -> None:
                                   "is a link; an index holds none")
 
 
+def read_inside(root: Path, name: str, most: int) -> bytes:
+    """The content of the regular file `name` below `root`, found without following a link.
+
+    Raises DamagedIndexError for a file that isn't there or has more than `most` bytes,
+    ResourceError where the system refuses to read it.
+    """
+    descriptor = open_inside(root, name)
+    try:
+        # by its size and never by the bound: memory is taken for as many bytes as are asked for
+        size = os.fstat(descriptor).st_size
+        content = _read_all(descriptor, root / name, min(size, most))
+    finally:
+        os.close(descriptor)
+    if len(content) > most:
+        raise damaged(root, name, f"is larger than {most:,} bytes")
+    return content
+
+
+def _read_all(descriptor: int, path: Path, size: int) -> bytes:
+    """The content of an open file of `size` bytes; a byte more of one that has grown since."""
+    with refusals(path), os.fdopen(os.dup(descriptor), "rb", buffering=0) as file:
+        pieces, left = [], size + 1
+        while left and (piece := file.read(left)):  # a call reads 2 GB at most
+            pieces.append(piece)
+            left -= len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+# a link, in the middle of a path or at its end; a pipe's or a socket's end; a name no file can have
+_OF_THE_NAME = (*OF_THE_PATH, errno.ENXIO, errno.ENAMETOOLONG)
+
+
 def open_inside(root: Path, name: str) -> int:
     """A descriptor of the regular file `name` below `root`; no link is followed on the way.
 
-    Raises DamagedIndexError where there is none, or something else.
+    Raises DamagedIndexError where there is none, or something else, ResourceError where the system
+    refuses to open it.
     """
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or ".." in parts or "\0" in name:
         raise damaged(root, layout.MANIFEST, f"names {name!r}, which lies outside the index")
     try:
-        folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        with refusals(root):
+            folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             # Folder by folder from descriptors: O_NOFOLLOW minds only the last part of a path.
             for part in parts[:-1]:
@@ -161,7 +215,10 @@ def open_inside(root: Path, name: str) -> int:
             os.close(folder)
     except FileNotFoundError:
         raise damaged(root, name, "is missing") from None
-    except OSError as error:  # a link gives ELOOP or ENOTDIR, according to its place
+    except OSError as error:
+        if error.errno not in _OF_THE_NAME:
+            with refusals(root / name):
+                raise
         raise damaged(root, name, f"can't be opened without following links ({error.strerror})"
                       ) from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):

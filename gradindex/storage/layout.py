@@ -10,10 +10,12 @@ While something is being made: build.json or append.json, writer.json, a lock sh
 curvature.partial/, segments/NNNNNN.partial/ and files that end in .tmp.
 """
 
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from gradindex.errors import InputError
 from gradindex.modules import Module
 from gradindex.storage.row_file import ROW
 
@@ -99,6 +101,23 @@ def curvature_file(module: Module) -> str:
     'curvature/layers.0.mlp.up.safetensors'
     """
     return f"{CURVATURE}/{module_file(module)}"
+
+
+def refuse_equal_files(index: Path, modules: list[Module]) -> None:
+    """Raise InputError where two modules' files would be one: names that differ by case alone.
+
+    `index` has its folder of segments already.
+    """
+    by_file: dict[str, str] = {}
+    for module in modules:
+        # as macOS and FAT see names; whether this disk does is asked where it matters alone
+        other = by_file.setdefault(unicodedata.normalize("NFC", module.name).casefold(),
+                                   module.name)
+        if other != module.name and (index / SEGMENTS.upper()).exists():
+            raise InputError(
+                f"the modules {other} and {module.name} differ by case alone, and the disk of "
+                f"{index} can't tell their files apart. Give a folder on another disk with -o, or "
+                "leave one out with --modules.")
 
 
 def deleted_file(generation: int) -> str:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from gradindex.errors import GradindexError
 from gradindex.storage.layout import SEGMENTS, SHARD, WRITER
+from gradindex.storage.os_errors import OF_THE_PATH, refusals
 
 FOLDER = os.O_RDONLY | os.O_DIRECTORY
 # EBADF: NFS locks exclusively only what is open for writing, which a folder can't be
@@ -68,12 +69,14 @@ def one_of_writers(index: Path, number: int, group: str) -> Iterator[None]:
                 f"another process is writing to {index}: {_who(index)}. Wait for it, or stop it "
                 "first."
             )
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        with refusals(lock, "written"):
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         with _held(descriptor, fcntl.LOCK_EX) as got:
             if got is False:
                 raise GradindexError(
                     f"another process is shard {number} of the build in {index}: "
-                    f"{_note_in(descriptor)}. Every shard runs once; stop one of the two."
+                    f"{_note_in(descriptor) or 'one that began just now'}. Every shard runs once; "
+                    "stop one of the two."
                 )
             # Its holder may have removed it between our opening and our lock: then we hold a lock
             # on a file that nobody else can find, and the next process would be this shard too.
@@ -133,13 +136,45 @@ def is_lock(path: Path) -> bool:
 
 
 def _who(index: Path) -> str:
-    """Which process is writing to an index, in words, as it says itself."""
+    """Which processes are writing to an index, in words: as they say themselves, or the kernel."""
+    holders = _holders(index)
+    # A killed writer's note stays. Where the kernel knows the holder, it isn't to be believed.
     try:
         facts = json.loads((index / WRITER).read_text()[:1000])
-        return f"{facts['doing']} in process {int(facts['pid'])} on {facts['host']}, since " \
-               f"{facts['since']}"
+        if not holders or int(facts["pid"]) in holders:
+            return f"{facts['doing']} in process {int(facts['pid'])} on {facts['host']}, since " \
+                   f"{facts['since']}"
     except (OSError, ValueError, KeyError, TypeError):
-        return "it has not said which"
+        pass
+    shards = {path: _shard_note(path) for path in sorted(filter(is_lock, index.iterdir()))}
+    if notes := [f"shard {path.name.removeprefix(SHARD)} of a build ({note})"
+                 for path, note in shards.items() if note]:
+        return "; ".join(notes)
+    if holders:
+        return "process " + " and ".join(map(str, sorted(holders))) + " of this machine"
+    return "one on another machine or in another container, or one that began or ended just now"
+
+
+def _shard_note(lock: Path) -> str:
+    """What the process that holds a shard's lock says of itself; "" where nobody holds it."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(lock, os.O_RDONLY | os.O_NOFOLLOW)
+        note = _note_in(descriptor)
+        with _held(descriptor, fcntl.LOCK_SH) as free:
+            return "" if free else note
+    return ""
+
+
+def _holders(folder: Path) -> set[int]:
+    """The processes of this machine that hold a lock on a folder, where the kernel tells."""
+    # 1: FLOCK  ADVISORY  WRITE 12345 fe:01:131077 0 EOF
+    try:
+        facts = folder.stat()
+        place = f"{os.major(facts.st_dev):02x}:{os.minor(facts.st_dev):02x}:{facts.st_ino}"
+        held = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+        return {int(words[4]) for words in held if words[1] == "FLOCK" and words[5] == place}
+    except (OSError, ValueError, IndexError):
+        return set()
 
 
 def hold_for_reading(index: Path, reader: object) -> None:
@@ -148,10 +183,14 @@ def hold_for_reading(index: Path, reader: object) -> None:
     To be called before the manifest is read: in between, files that it lists could go.
     """
     # Where the file system has no locks there is nothing to hold; a writer there removes nothing.
-    with contextlib.suppress(OSError):
-        descriptor = os.open(index / SEGMENTS, FOLDER | os.O_NOFOLLOW)
-        weakref.finalize(reader, os.close, descriptor)
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
+    with refusals(index / SEGMENTS):
+        try:
+            descriptor = os.open(index / SEGMENTS, FOLDER | os.O_NOFOLLOW)
+            weakref.finalize(reader, os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        except OSError as error:  # a folder that isn't there, or is a link, is told of later
+            if error.errno not in (*UNSUPPORTED, *OF_THE_PATH):
+                raise
 
 
 class Reader:
@@ -177,7 +216,9 @@ def free_of_readers(index: Path) -> Iterator[bool]:
 @contextlib.contextmanager
 def _locked(folder: Path, how: int) -> Iterator[bool | None]:
     """Hold a lock on a folder, without waiting for it. Yields what `_held` does."""
-    with _held(os.open(folder, FOLDER), how) as got:
+    with refusals(folder):
+        descriptor = os.open(folder, FOLDER)
+    with _held(descriptor, how) as got:
         yield got
 
 

@@ -10,8 +10,8 @@ A manifest may come from a stranger: nothing in it is believed before types, bou
 checked.
 """
 
-import os
 import re
+import stat
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePath
@@ -25,7 +25,8 @@ from gradindex.modules import Module
 from gradindex.storage import layout, sealed_json
 from gradindex.storage.build_plan import Count, DataFacts, Plan, Positive
 from gradindex.storage.files import FileFacts, atomic_write
-from gradindex.storage.integrity import CheckedFiles, damaged, open_inside
+from gradindex.storage.integrity import CheckedFiles, damaged, read_inside
+from gradindex.storage.os_errors import OF_THE_PATH, refusals
 from gradindex.storage.upgrades import FORMAT, OLDEST, downgrade, upgrade
 from gradindex.version import VERSION
 
@@ -191,8 +192,15 @@ def _wrong(index: Path, what: str) -> DamagedIndexError:
 
 
 def exists(index: Path) -> bool:
-    """Whether a folder holds an index that was committed."""
-    return (index / layout.MANIFEST).is_file()
+    """Whether a folder holds an index that was committed. Raises ResourceError."""
+    path = index / layout.MANIFEST
+    with refusals(path):  # pathlib would say of a folder that may not be entered: nothing there
+        try:
+            return stat.S_ISREG(path.stat().st_mode)
+        except OSError as error:
+            if error.errno in OF_THE_PATH:
+                return False
+            raise
 
 
 def digest_of(manifest: Manifest) -> str:
@@ -221,7 +229,8 @@ def load(index: Path) -> Manifest:
     """Read the manifest and check all that it says of itself. No other file is read.
 
     Raises InputError where there is no index, DamagedIndexError for a manifest that was changed or
-    contradicts itself, IndexMismatchError for a format that this version doesn't read.
+    contradicts itself, IndexMismatchError for a format that this version doesn't read,
+    ResourceError where the system refuses to read it.
     """
     # Absence first, as it is no damage: most likely the user named another folder, or a build that
     # was killed. A link is left to `_parse`, which refuses it.
@@ -265,11 +274,7 @@ def _checked(content: dict[str, Any]) -> bytes:
 
 def _parse(index: Path) -> dict[str, Any]:
     """What the manifest's file holds, of a format that can be read. Nothing else is checked."""
-    descriptor = open_inside(index, layout.MANIFEST)
-    with os.fdopen(descriptor, "rb") as file:
-        raw = file.read(LARGEST + 1)
-    if len(raw) > LARGEST:
-        raise _wrong(index, f"is larger than {LARGEST:,} bytes")
+    raw = read_inside(index, layout.MANIFEST, LARGEST)
     try:
         content = sealed_json.parse(raw)
         version = content["format"]

@@ -26,7 +26,8 @@ import lmdb.verify
 import numpy as np
 
 from gradindex.errors import DamagedIndexError
-from gradindex.storage.files import BROKEN, FULL, TEMPORARY, FileFacts, adopt, disk_errors
+from gradindex.storage.files import TEMPORARY, FileFacts, adopt, written
+from gradindex.storage.os_errors import NO_MAPPING, refusal, refusals
 
 _HEADER = struct.Struct("<III")
 _KEY = struct.Struct(">I")
@@ -69,26 +70,41 @@ class Record:
 def write(path: Path, records: Iterable[Record]) -> FileFacts:
     """Write a segment's records, row by row, as one file. The same records give the same bytes.
 
-    Raises ResourceError on a full or failing disk.
+    Raises ResourceError where the system refuses it.
     """
     temporary = path.with_name(path.name + TEMPORARY)
     temporary.unlink(missing_ok=True)  # what a killed process left would be written into
     values = [_pack(record) for record in records]
     # Each value takes whole pages above about 2 KB: twice the bytes and a margin always suffices.
     map_size = 2 * sum(len(value) + 4096 for value in values) + (1 << 20)
-    with disk_errors(path, map_size // 2, temporary):
-        with _lmdb_errors(), _open(temporary, map_size=map_size, lock=False) as environment:
-            # One transaction in the order of keys: LMDB's bytes depend on how they came about.
-            with environment.begin(write=True) as transaction:
-                for row, value in enumerate(values):
-                    # False, and no error, is how it drops a record that is out of order.
-                    if not transaction.put(_KEY.pack(row), value, append=True):
-                        raise AssertionError(f"LMDB refused row {row} out of order")
-            whole = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
-        # `adopt` reads the facts back from the file, so a short one would pass: pages are counted.
-        if (size := temporary.stat().st_size) != whole:
-            raise OSError(errno.EIO, f"{size} of {whole} bytes arrived")
+    needed = file_bytes(map(len, values))
+    with written(path, needed, temporary):
+        try:
+            with _lmdb_errors(path), \
+                    _open(temporary, map_size=map_size, lock=False) as environment:
+                # One transaction in the order of keys: LMDB's bytes depend on how they came about.
+                with environment.begin(write=True) as transaction:
+                    for row, value in enumerate(values):
+                        # False, and no error, is how it drops a record that is out of order.
+                        if not transaction.put(_KEY.pack(row), value, append=True):
+                            raise AssertionError(f"LMDB refused row {row} out of order")
+                whole = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+            # `adopt` reads the facts back from the file, so a short one would pass: pages are
+            # counted.
+            if (size := temporary.stat().st_size) != whole:
+                raise OSError(errno.EIO, f"{size} of {whole} bytes arrived")
+        except OSError as error:
+            if error.errno == errno.EIO:  # which LMDB says of a write that was cut, whatever for
+                _write_on(temporary, needed)
+            raise
         return adopt(temporary, path)
+
+
+def _write_on(path: Path, size: int) -> None:
+    """Write zeros to a file up to `size` bytes: on a full disk that says so. Raises OSError."""
+    with path.open("ab", buffering=0) as file:
+        while (left := size - file.tell()) > 0:
+            file.write(bytes(min(left, 1 << 20)))
 
 
 def file_bytes(sizes: Iterable[int]) -> int:
@@ -122,22 +138,30 @@ def value_bytes(record: Record) -> int:
 
 
 @contextlib.contextmanager
-def _lmdb_errors() -> Iterator[None]:
-    """Turn LMDB's errors about the disk into the OSErrors that they stand for."""
+def _lmdb_errors(path: Path) -> Iterator[None]:
+    """Turn what the system refuses LMDB into the OSErrors that they stand for.
+
+    Raises ResourceError where it refuses to map `path`.
+    """
     try:
         yield
     except lmdb.Error as error:
-        # Its classes don't tell a full disk from others; its message is that of the C library.
-        for code in (*FULL, *BROKEN, errno.EACCES):
-            if os.strerror(code) in str(error):
-                raise OSError(code, os.strerror(code)) from error
-        raise
+        if error.code <= 0:  # LMDB's own numbers; the system's are positive
+            raise
+        refused = OSError(error.code, os.strerror(error.code))
+        if error.code in NO_MAPPING and (told := refusal(refused, path, "mapped")) is not None:
+            raise told from error
+        raise refused from error
 
 
 def audit(path: Path) -> None:
-    """Check every page of a file of records, without liblmdb. Raises DamagedIndexError."""
+    """Check every page of a file of records, without liblmdb.
+
+    Raises DamagedIndexError, and ResourceError where the system refuses to read it.
+    """
     try:
-        faults = lmdb.verify.verify(str(path), subdir=False)
+        with refusals(path):
+            faults = lmdb.verify.verify(str(path), subdir=False)
     except lmdb.verify.VerifyError as error:
         faults = [str(error)]
     if faults:
@@ -150,18 +174,21 @@ def audit(path: Path) -> None:
 def read(path: Path, rows: Sequence[int]) -> list[Record]:
     """The records of some rows, in that order, of a file that was written here or audited.
 
-    Raises DamagedIndexError.
+    Raises DamagedIndexError, and ResourceError where the system refuses to read it.
     """
     try:
-        with _ONE_AT_A_TIME, _open(path, readonly=True, lock=False) as environment, \
-                environment.begin() as transaction:
+        # Mapped as far as the file goes: address space may be limited.
+        with _ONE_AT_A_TIME, refusals(path), _lmdb_errors(path), \
+                _open(path, map_size=path.stat().st_size, readonly=True, lock=False) as records, \
+                records.begin() as transaction:
             return [_unpack(transaction.get(_KEY.pack(row)), path, row) for row in rows]
-    except lmdb.Error as error:
+    except (lmdb.Error, OSError) as error:  # OSError: no such file, or a folder in its place
         raise DamagedIndexError(f"{path} can't be read: {error}. Copy the index again.") from error
 
 
 def _open(path: Path, **arguments: Any) -> lmdb.Environment:
-    return lmdb.open(str(path), subdir=False, **arguments)
+    # as bytes: LMDB takes no text for a name that isn't UTF-8
+    return lmdb.open(os.fsencode(path), subdir=False, **arguments)
 
 
 def _pack(record: Record) -> bytes:

@@ -9,6 +9,7 @@ import numpy as np
 
 from gradindex.errors import DamagedIndexError
 from gradindex.storage.files import FileFacts, atomic_write
+from gradindex.storage.os_errors import memory_ran_out
 from gradindex.storage.records import Record
 
 # A row: its id; ‖v‖, NaN where the sequence is quarantined; and the first 128 bits of the SHA-256
@@ -125,12 +126,20 @@ def parse_array(content: bytes, dtype: np.dtype, where: Path) -> np.ndarray:
     """
     buffer = io.BytesIO(content)
     try:
-        array = np.load(buffer, allow_pickle=False)
+        # The header alone: a hostile one could ask NumPy for all of the memory.
+        version = np.lib.format.read_magic(buffer)
+        if version != (1, 0):
+            raise ValueError(f"it has version {version} of the format")
+        shape, _, found = np.lib.format.read_array_header_1_0(buffer)
+        count = (len(content) - buffer.tell()) // dtype.itemsize
         # An equal array has equal bytes: with more behind it, another file would pass as this one.
-        if buffer.read(1):
-            raise ValueError("it goes on after the array")
+        if found == dtype and len(shape) == 1 and \
+                (shape[0], len(content)) != (count, buffer.tell() + count * dtype.itemsize):
+            raise ValueError(f"it has room for {count:,} entries, expected {shape[0]:,}")
+    except MemoryError:
+        raise memory_ran_out(where) from None
     except Exception as error:  # hostile bytes make NumPy's header parser raise anything
         raise DamagedIndexError(f"{where} can't be read: {error}. Copy the index again.") from None
-    if not isinstance(array, np.ndarray) or array.dtype != dtype or array.ndim != 1:
+    if found != dtype or len(shape) != 1:
         raise DamagedIndexError(f"{where} holds no list of {dtype}. Copy the index again.")
-    return array
+    return np.frombuffer(content, dtype, offset=buffer.tell()).copy()

@@ -21,6 +21,7 @@ import scipy.sparse
 from gradindex.errors import DamagedIndexError
 from gradindex.storage.files import FileFacts, atomic_write
 from gradindex.storage.layout import token_bytes
+from gradindex.storage.os_errors import memory_ran_out
 
 Matrix: TypeAlias = scipy.sparse.csr_matrix  # of bool [sequences, vocabulary]
 
@@ -66,6 +67,8 @@ def parse(content: bytes, rows: int, length: int, vocabulary: int, where: Path) 
         if not isinstance(matrix, scipy.sparse.csr_matrix) or matrix.dtype != bool:
             raise ValueError("it holds another kind of matrix")
         matrix.check_format(full_check=True)
+    except MemoryError as error:
+        raise memory_ran_out(where) from error
     except Exception as error:  # hostile bytes make zipfile, NumPy and SciPy raise anything
         raise DamagedIndexError(
             f"{where} can't be read: {str(error)[:120]}. Copy the index again."

@@ -9,10 +9,10 @@ from gradindex.memory import parse_bound
 from gradindex.model.model_source import ModelSource
 from gradindex.progress import Progress
 from gradindex.storage import layout
-from gradindex.storage.files import disk_errors
 from gradindex.storage.integrity import refuse_links
 from gradindex.storage.locks import only_writer
 from gradindex.storage.manifest import exists as index_exists
+from gradindex.storage.os_errors import disk_errors
 from indexer.build import commit_index, fit_curvature, measure_codes, settle_codes
 from indexer.prepare import load_model, prepare_build
 from indexer.read import ingest

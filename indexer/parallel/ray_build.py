@@ -23,8 +23,8 @@ from gradindex.progress import Progress
 from gradindex.ray_cluster import absolute, connect, load_ray
 from gradindex.storage import layout
 from gradindex.storage.build_plan import Plan
-from gradindex.storage.files import disk_errors
 from gradindex.storage.locks import one_of_writers
+from gradindex.storage.os_errors import disk_errors
 from indexer.build_request import BuildRequest
 from indexer.encode import encode_one
 from indexer.fit.folder import FitFolder

@@ -17,13 +17,15 @@ from gradindex.errors import DamagedIndexError, InputError
 from gradindex.progress import Progress
 from gradindex.storage import layout, row_file
 from gradindex.storage.contents import Contents
-from gradindex.storage.files import TEMPORARY, FileFacts, disk_errors, make_folder
+from gradindex.storage.files import TEMPORARY, FileFacts, make_folder
 from gradindex.storage.integrity import refuse_links
 from gradindex.storage.layout import APPEND, BUILD, PARTIAL
 from gradindex.storage.locks import free_of_readers, only_writer
 from gradindex.storage.manifest import Manifest, Segment, problems
 from gradindex.storage.manifest import commit as commit_manifest
 from gradindex.storage.manifest import load as load_manifest
+from gradindex.storage.os_errors import disk_errors
+from gradindex.terminal import shell_word
 from indexer.read.ingest import remove_any, remove_unsealed
 from indexer.state import unfinished_append
 
@@ -68,7 +70,7 @@ def refuse_unfinished(index: Path, manifest: Manifest) -> None:
     if unfinished_append(index, manifest.next_id):
         raise InputError(
             f"{index} has an unfinished append. Run its command again to finish it, or drop what "
-            f"it did: gradindex append {index} --discard."
+            f"it did: gradindex append {shell_word(index)} --discard."
         )
 
 

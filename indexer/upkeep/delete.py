@@ -13,6 +13,7 @@ from gradindex.errors import InputError
 from gradindex.progress import Progress
 from gradindex.storage.contents import Contents
 from gradindex.storage.row_file import first_equal
+from gradindex.terminal import shell_word
 from indexer.upkeep.commit import commit_segments, writing
 
 
@@ -38,7 +39,7 @@ class Deleted:
             lines.append(f"warning: {len(self.equal_left)} sequences with the same tokens stay: "
                          f"{shown}")
         if self.deleted:
-            lines.append(f"their text is on the disk until: gradindex compact {index}")
+            lines.append(f"their text is on the disk until: gradindex compact {shell_word(index)}")
         return lines
 
 

@@ -13,6 +13,7 @@ from gradindex.storage.contents import Contents
 from gradindex.storage.files import FileFacts
 from gradindex.storage.manifest import Segment
 from gradindex.storage.segments import SegmentFacts
+from gradindex.terminal import shell_word
 from indexer.encode import encode_segment
 from indexer.read.ingest import sealed_files, write_partial
 from indexer.upkeep.commit import commit_segments, refuse_unfinished, writing
@@ -71,7 +72,7 @@ def _check_countable(contents: Contents, name: str) -> None:
         raise DamagedIndexError(
             f"{error.wrong}, and its records are lost too, so nothing can be rebuilt beside it. "
             f"Take {layout.SEGMENTS}/{name} from a copy of the index, or give it up first: "
-            f"`gradindex delete {contents.root} --segment {name}`."
+            f"`gradindex delete {shell_word(contents.root)} --segment {name}`."
         ) from None
 
 

@@ -23,6 +23,7 @@ from gradindex.storage.code_index import CodeIndex
 from gradindex.storage.contents import Contents
 from gradindex.storage.manifest import load as load_manifest
 from gradindex.storage.records import Record
+from gradindex.terminal import shell_word
 from indexer.background_queries import unit_vector
 from indexer.calibrate import exact_influence, later_half_vectors
 from indexer.encode import encode_batches
@@ -147,7 +148,7 @@ def _verified(
 
 def _finding(contents: Contents, name: str, reasons: list[str]) -> Finding:
     """What is said of a damaged segment, or of a file outside all segments."""
-    index = contents.root
+    index = shell_word(contents.root)
     if not name.isdecimal():
         return Finding(name, "; ".join(reasons), _WHOLE)
     if sound_records(contents, name):

@@ -14,6 +14,7 @@ from typing import Any
 from gradindex.errors import InputError
 from gradindex.influence.fitted_model import FittedModel
 from gradindex.results import Query, Result
+from gradindex.storage.os_errors import refusals
 from gradindex.terminal import json_text
 from search.ask.make_query import make_query
 from search.ask.question import Question
@@ -142,7 +143,8 @@ class ResultsFile:
         if not (cut_off.startswith(OPENING) or OPENING.startswith(cut_off)):
             raise self._foreign()
         # only now is anything changed: a file that is not ours stays as it was
-        self._file = path.open("ab")
+        with refusals(path, "written"):
+            self._file = path.open("ab")
         if self._regular:
             self._file.truncate(sum(len(line) + 1 for line in lines[:-1]))
 
@@ -177,10 +179,11 @@ class ResultsFile:
         """Add a result; it is on disk when this returns."""
         # in front, so that a line that a kill cut short is known by its beginning
         content = {"asked": self._digests[result.query.id], **result.to_dict()}
-        self._file.write(json_text(content).encode() + b"\n")
-        self._file.flush()
-        if self._regular:
-            os.fsync(self._file.fileno())
+        with refusals(self.path, "written"):
+            self._file.write(json_text(content).encode() + b"\n")
+            self._file.flush()
+            if self._regular:
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file; nothing can be written any more."""

@@ -22,6 +22,7 @@ from gradindex.storage.contents import Contents
 from gradindex.storage.manifest import Manifest, digest_of, problems
 from gradindex.storage.manifest import load as load_manifest
 from gradindex.storage.records import Record
+from gradindex.terminal import shell_word
 from search.rank.coverage import Coverage, LostError
 from search.rank.group_totals import Grouping, read_grouping
 from search.rank.ranking import CodeRanking, Ranking
@@ -106,6 +107,7 @@ class Snapshot(FittedModel):
                 self._segments = list(pool.map(
                     lambda segment: self.contents.reader(segment).codes(length, mapped),
                     self.contents.segments))
+        self.contents.files.check_mapped()
         return self._segments
 
     def code_scores(self, vectors: np.ndarray) -> np.ndarray:
@@ -174,8 +176,8 @@ def finite(scores: np.ndarray, path: Path) -> np.ndarray:
     """These code scores. Raises DamagedIndexError for what no code encoded here gives."""
     if not np.isfinite(scores).all():  # in a file that is rightly digested
         raise DamagedIndexError(
-            f"the codes of {path} give scores that are not finite. `gradindex verify {path}` says "
-            "which segment; don't trust it if it comes from a stranger."
+            f"the codes of {path} give scores that are not finite. `gradindex verify "
+            f"{shell_word(path)}` says which segment; don't trust it if it comes from a stranger."
         )
     return scores
 
@@ -211,7 +213,8 @@ def _undamaged(path: Path, manifest: Manifest) -> tuple[Contents, Coverage]:
     sound = [segment for segment in manifest.segments if segment.name not in damaged]
     if not sound:
         raise DamagedIndexError(
-            f"every segment of {path} is damaged. `gradindex verify {path}` says what to do."
+            f"every segment of {path} is damaged. `gradindex verify {shell_word(path)}` says what "
+            "to do."
         )
     contents = Contents(path, manifest, sound)
     return contents, Coverage(len(contents), manifest.sequences, tuple(sorted(damaged)))

@@ -14,6 +14,7 @@ from search.show import wording
 MOST_TEXTS = 3  # of a query's further texts, shown
 MARKED = 0.25  # a token is marked from this share of the strongest token's influence on
 PLUS, MINUS = "1;94", "1;33"  # ANSI: bold, bright blue or yellow
+TABLE = 72  # columns that a table of groups needs, with something of their names
 BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -21,8 +22,8 @@ def render_terminal(
     result: Result, width: int | None = None, color: bool = False
 ) -> str:
     """The result for people: `color` uses ANSI, else strong tokens stand in [brackets]."""
-    # narrower, the facts of a hit don't fit; wider, lines are hard to follow
-    width = max(60, min(width or shutil.get_terminal_size((100, 24)).columns, 160))
+    # narrower, no line holds two words; wider, lines are hard to follow
+    width = max(24, min(width or shutil.get_terminal_size((100, 24)).columns, 160))
     lines = [*_heading(result, width), ""]
     for rank, hit in wording.folded(result):
         lines += [*_hit_lines(rank, hit, result, width, color), ""]
@@ -33,7 +34,7 @@ def render_terminal(
     lines += [line for warning in result.warnings
               for line in _wrap(f"warning: {visible(warning)}", width)]
     times = wording.times(result)
-    lines += [f"seconds: {times}"] if times else []
+    lines += _wrap(f"seconds: {times}", width) if times else []
     return "\n".join(lines)
 
 
@@ -47,9 +48,10 @@ def _heading(result: Result, width: int) -> list[str]:
         lines.append(f"       and {len(query.others) - MOST_TEXTS} more texts")
     scored = sum(text.scored for text in query.texts)
     tokens = "token" if scored == 1 else "tokens"
-    lines.append(f"       ⟦{scored} {tokens} scored⟧, {wording.logarithm(query)} = "
-                 f"{query.log_p:.2f} nats")
-    return [*lines, wording.counted(result), *_wrap(wording.how(result), width)]
+    lines += [f"       {line}" for line in _wrap(
+        f"⟦{scored} {tokens} scored⟧, {wording.logarithm(query)} = {query.log_p:.2f} nats",
+        width - 7)]
+    return [*lines, *_wrap(wording.counted(result), width), *_wrap(wording.how(result), width)]
 
 
 def _query_lines(query: Query, label: str, width: int) -> list[str]:
@@ -87,8 +89,9 @@ def _hit_lines(rank: int, hit: Hit, result: Result, width: int, color: bool) -> 
         kinds = wording.kind_shares(hit)
         shares = ", ".join(f"{kind} {share:+.0%}" for kind, share in kinds.items())
         first, last = result.layers[0], result.layers[-1]
-        lines.append(f"     layers {first}–{last} {layer_strip(hit.layer_influence)}"
-                     + f"  {shares}" * bool(shares))
+        lines += [f"     {line}" for line in _wrap(
+            f"layers {first}–{last} {layer_strip(hit.layer_influence)}" + f"  {shares}" * bool(
+                shares), width - 5)]
     lines += [f"     {line}" for line in _wrap(_window(hit, color), width - 5)]
     if hit.fields:
         fields = ", ".join(f"{name}={value}" for name, value in hit.fields.items())
@@ -141,10 +144,33 @@ def _sentence(result: Result, color: bool) -> str:
     return f"{sentence} In the text, {marks}; a token's share belongs to predicting what follows."
 
 
+def _narrow_group_lines(result: Result, width: int) -> list[str]:
+    """The best groups of a result, each under its name: for a terminal that holds no table."""
+    assert result.total is not None
+    by = visible(str(result.controls["group_by"]))
+    groups = result.groups[: wording.GROUPS_SHOWN]
+    shown = [(group, wording.group_name(group, by)) for group in groups]
+    more = result.group_count - len(groups)
+    lines = _wrap(f"total influence by {by}, ± its standard error:", width)
+    for group, name in [*shown, (result.total, f"all {result.group_count:,} together" + (
+            f", {more:,} more among them" if more else ""))]:
+        numbers = f"{wording.number(group.influence)} ± {wording.unsigned(group.standard_error)}"
+        lines.append(_clip(name, width))
+        lines += [f"  {line}" for line in _wrap(
+            f"{numbers}, {wording.number(group.nats)} nats, {group.sequences:,} sequences, "
+            f"{len(group.hits)} {'hit' if len(group.hits) == 1 else 'hits'}", width - 2)]
+    if unsure := wording.unsure(groups):
+        lines += _wrap(f"{unsure} of the {len(groups)} shown are within {wording.UNSURE} ± of "
+                       "zero: chance may have put them here", width)
+    return lines
+
+
 def group_lines(result: Result, width: int) -> list[str]:
     """The best groups of a result; none where it has no groups."""
     if result.total is None:
         return []
+    if width < TABLE:
+        return _narrow_group_lines(result, width)
     by = visible(str(result.controls["group_by"]))
     groups = result.groups[: wording.GROUPS_SHOWN]
     lines = [f"total influence by {by}, ± its standard error:",

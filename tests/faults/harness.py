@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -60,7 +61,8 @@ class Zygote:
 
     def _tell(self, job: str, arguments: dict[str, Any], **how: Any) -> dict[str, Any]:
         told = {"job": job, "arguments": arguments, "strace": None, "kill_after": None,
-                "memory": None, "file_size": None, "processor": None, "timeout": HANG, **how}
+                "memory": None, "file_size": None, "files": None, "user": None, "processor": None,
+                "timeout": HANG, **how}
         process = self._process
         assert process.stdin is not None and process.stdout is not None
         process.stdin.write(json.dumps(told) + "\n")
@@ -69,7 +71,8 @@ class Zygote:
         return answer
 
     def run(self, job: str, arguments: dict[str, Any], **how: Any) -> Ended:
-        """Run a job in a child; `how`: strace, kill_after, memory, file_size, processor, timeout.
+        """Run a job in a child; `how`: strace, kill_after, memory, file_size, files (how many may
+        be open), user (the number of another one), processor, timeout.
 
         `processor` bounds the seconds that the child itself works, so that a child that goes round
         in circles is found soon, and no other on a busy machine.
@@ -77,6 +80,12 @@ class Zygote:
         answer = self._tell(job, {name: str(value) if isinstance(value, Path) else value
                                   for name, value in arguments.items()}, **how)
         return Ended(answer["report"], answer["signal"], answer["timed_out"], answer["seconds"])
+
+    @property
+    def address_space(self) -> int:
+        """Bytes of address space that each child begins with."""
+        pages = Path(f"/proc/{self._process.pid}/statm").read_text().split()[0]
+        return int(pages) * resource.getpagesize()
 
     def close(self) -> None:
         assert self._process.stdin is not None and self._process.stdout is not None

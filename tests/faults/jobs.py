@@ -21,6 +21,7 @@ import safetensors.torch
 import scipy.sparse
 
 import gradindex
+from gradindex import memory
 from gradindex.errors import GradindexError
 from gradindex.model.load_tokenizer import load_tokenizer
 from gradindex.model.model_source import ModelSource
@@ -46,6 +47,7 @@ MODEL: dict[str, Any] = {}  # the loaded model of `load`, shared by forked child
 
 def load(model: str) -> dict[str, Any]:
     """Load the model once, before any child is forked, and use every part once."""
+    "".encode("cp437")  # of archives: another user may have no right to read Python's own files
     source = ModelSource(model, device="cpu")
     MODEL.update(model=LanguageModel.load(source).network, tokenizer=load_tokenizer(source))
     return {}
@@ -72,7 +74,8 @@ def compact(index: str) -> dict[str, Any]:
 
 
 def verify(index: str, **options: Any) -> dict[str, Any]:
-    return gradindex.verify(index, **MODEL, **options).to_dict()
+    return gradindex.verify(
+        index, **({} if options.get("no_model") else MODEL), **options).to_dict()
 
 
 def info(index: str) -> dict[str, Any]:
@@ -119,6 +122,18 @@ def read_until(index: str, begun: str, over: str) -> dict[str, Any]:
         held.add(plain_answer(first))
         queries += 2
     return {"seen": seen, "held": sorted(held), "queries": queries}
+
+
+def cut(index: str, names: list[str], mapped: bool = False, **options: Any) -> dict[str, Any]:
+    """Answers before and after some files of an open index are cut; `mapped`: its codes are."""
+    if mapped:
+        memory.available = lambda: 0
+    searcher = gradindex.open(index, **MODEL, **options)
+    before = plain_answer(searcher)
+    for name in names:
+        with (Path(index) / name).open("r+b") as file:
+            file.truncate(0)
+    return {"before": before, "after": plain_answer(searcher)}
 
 
 def committed(index: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ zygote runs no thread, or a child could be forked while one of them holds a lock
 (tqdm's monitor and Arrow's allocator start threads unless they are told not to). It reads a JSON
 line per job from standard input and answers with one: how the child ended, and what it reported. A
 child may be attached to strace before it begins, be killed after some time, or be limited in
-memory, in file size and in what it takes of the processor.
+memory, in file size, in open files and in what it takes of the processor, or be another user's.
 """
 
 import json
@@ -104,7 +104,13 @@ def _child(told: dict[str, Any], jobs: Any, writer: int) -> None:
     if told["file_size"]:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (told["file_size"], told["file_size"]))
+    if told["files"]:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (told["files"], told["files"]))
     try:
+        if told["user"]:
+            os.setgroups([])
+            os.setgid(told["user"])
+            os.setuid(told["user"])
         report = getattr(jobs, told["job"])(**told["arguments"])
     except BaseException as error:  # whatever it is, it is what the test looks at
         kinds = [kind.__name__ for kind in type(error).__mro__]

@@ -23,7 +23,7 @@ from search.rank.shortlist import Shortlist
 from search.show import wording
 from search.show.terminal_text import group_lines
 from support.documents import small_documents
-from support.indexes import QUESTION, SMALL
+from support.indexes import APPLES, QUESTION, SMALL
 from support.scores import codes_of, exact
 
 FRUIT = {"prompt": "The plum", "completion": " number 2"}  # fits in eight tokens
@@ -303,9 +303,9 @@ def test_group_lines(index):
     result.groups[1].value = None
     lines = group_lines(result, 100)
     assert lines[2].endswith(f"  {visible(hostile)}") and lines[3].endswith("  no document")
-    narrow = group_lines(result, 60)
+    narrow = group_lines(result, 75)
     assert [line.removesuffix("…") for line in narrow] == [
-        line[: 59 if len(line) > 60 else 60] for line in lines]
+        line[: 74 if len(line) > 75 else 75] for line in lines]
     assert all(character.isprintable() for line in lines for character in line)
     assert group_lines(index.search(**QUESTION, **SHORT), 100) == []
     result = index.search(**QUESTION, k=5, rescore=False, group_by="document")
@@ -322,3 +322,17 @@ def test_the_flag(index_folder):
     assert len(content["groups"]) == content["group_count"] == 5
     assert content["total"]["sequences"] == content["sequences"]
     assert content["controls"]["group_by"] == "place"
+
+
+def test_group_lines_on_a_narrow_terminal(index):
+    """No table: each group's numbers stand under its name, none of them cut off."""
+    result = index.search(**APPLES, k=12, group_by="place")
+    for width in (24, 40, 60):
+        lines = group_lines(result, width)
+        assert max(map(len, lines)) <= width
+        text = " ".join(" ".join(lines).split())
+        for group in result.groups:
+            hits = "1 hit" if len(group.hits) == 1 else f"{len(group.hits)} hits"
+            assert f"{group.value} {wording.number(group.influence)} ± " in text
+            assert f"{group.sequences:,} sequences, {hits}" in text
+        assert f"all {result.group_count} together" in text

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from gradindex.errors import DamagedIndexError
 from gradindex.storage.records import Part, Record
-from gradindex.storage.row_file import digest_of, first_equal
+from gradindex.storage.row_file import array_bytes, digest_of, first_equal, parse_array
 
 
 @pytest.mark.parametrize("bits", [1, 3, 60])
@@ -44,3 +45,21 @@ def test_sequences_of_equal_tokens_and_another_mask_are_not_equal():
     others = [record(ids, np.array([False, True, True])), record(ids[:2], mask[:2]),
               record(ids[::-1].copy(), mask)]
     assert all((digest_of(one) != digest_of(record(ids, mask))).any() for one in others)
+
+
+def test_a_list_is_read_by_its_size_and_not_by_what_it_says(tmp_path):
+    """A header that asks for all of the memory, one that goes on, and ones of something else."""
+    where = tmp_path / "rows.npy"
+    content = array_bytes(np.arange(3))
+    found = parse_array(content, np.dtype("<i8"), where)
+    assert found.tolist() == [0, 1, 2] and found.flags.writeable
+    assert parse_array(array_bytes(np.arange(0)), np.dtype("<i8"), where).tolist() == []
+    huge = content.replace(b"(3,), }          ", b"(9999999999999,)}", 1)
+    assert len(huge) == len(content) and huge != content
+    for other in (huge, content + b"x", content[:-1], content[:40], b"",
+                  content.replace(b"NUMPY\x01", b"NUMPY\x07"), content.replace(b"(3,)", b"(-3)")):
+        with pytest.raises(DamagedIndexError, match="can't be read"):
+            parse_array(other, np.dtype("<i8"), where)
+    for other in (np.zeros((3, 1), np.int64), np.zeros(3)):
+        with pytest.raises(DamagedIndexError, match="holds no list of int64"):
+            parse_array(array_bytes(other), np.dtype("<i8"), where)
