@@ -19,7 +19,8 @@ FRONT = {"gradindex", "gradindex.cli", "gradindex.facade"}  # where all packages
 DOORS = {  # library: the files that it enters through
     "transformers": {f"gradindex/model/{name}.py"
                      for name in ("load_errors", "load_tokenizer", "model_source", "network",
-                                  "tracked")},
+                                  "tracked")} | {"gradindex/demo/small_model.py",
+                                                 "gradindex/demo/make_demo.py"},
     "lmdb": {"gradindex/storage/records.py"},
     "faiss": {"gradindex/storage/code_index.py"},
     "safetensors": {"gradindex/storage/tensors.py"},
@@ -81,6 +82,7 @@ WINGS = {  # a wing: those that it may import; all may import the rooms at gradi
     "gradindex.storage": set(),
     "gradindex.model": {"gradindex.storage"},
     "gradindex.influence": {"gradindex.storage", "gradindex.model"},
+    "gradindex.demo": {"gradindex.storage", "gradindex.model"},
 }
 CORE = {"gradindex", *WINGS}
 WINGS |= {
