@@ -49,7 +49,7 @@ def _heading(result: Result, width: int) -> list[str]:
     tokens = "token" if scored == 1 else "tokens"
     lines.append(f"       ⟦{scored} {tokens} scored⟧, {wording.logarithm(query)} = "
                  f"{query.log_p:.2f} nats")
-    return [*lines, wording.counted(result), *_wrap(wording.how(result), width)]
+    return [*lines, *_wrap(wording.counted(result), width), *_wrap(wording.how(result), width)]
 
 
 def _query_lines(query: Query, label: str, width: int) -> list[str]:

@@ -156,7 +156,7 @@ def counted(result: Result) -> str:
     found = f"{result.rescored:,} rescored exactly" if result.controls["rescore"] else \
         "approximate, by code alone"
     alike = len(result) - len(folded(result))
-    inside = f" ({alike} of them alike to one above and folded into it)" if alike else ""
+    inside = f" ({alike} folded into a like one)" if alike else ""
     return f"{kind}: {len(result)} of {result.sequences:,} sequences{inside}, {found}"
 
 

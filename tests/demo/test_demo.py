@@ -32,7 +32,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "pydoc_data").mkdir()
     topics = {"bool": "Every object can be tested for its truth value. " * 2}
     (folder / "pydoc_data" / "topics.py").write_text(f"topics = {topics}\n")
-    for name in ("bisect", "cmd", "heapq", "queue", "sched", "shelve", "string", "textwrap", "types"):
+    for name in ("bisect", "cmd", "heapq", "queue", "sched", "shelve", "string", "textwrap",
+                 "types"):
         shutil.copy(whole / f"{name}.py", folder)
     return folder
 
