@@ -5,7 +5,7 @@ from typing import NamedTuple
 NEAR = 0.002  # of what a batch took: what is done so soon after it was done with it
 
 
-class Moment(NamedTuple):
+class Standing(NamedTuple):
     """So many units were done at a time, in seconds."""
 
     time: float
@@ -27,7 +27,7 @@ class Pace:
     """
 
     def __init__(self, now: float, done: int = 0):
-        self._began = self._before = self._first = self._last = Moment(now, done)
+        self._began = self._before = self._first = self._last = Standing(now, done)
         self._arrived = now  # when the last batch's first unit was noted
         self._in_bursts = False
         self.batches = 0
@@ -39,7 +39,7 @@ class Pace:
         else:
             self.batches += 1
             self._before, self._arrived = self._last, now
-        self._last = Moment(now, done)
+        self._last = Standing(now, done)
         if self.batches == 1:
             self._first = self._last
 
@@ -59,10 +59,10 @@ class Pace:
         usual = left * self.seconds_each() - (now - self._last.time)
         # where the batch in flight takes longer than those before it, the rest may as well
         start = self._first if self.batches > 1 else self._began
-        late = (left - in_flight) * _each(start, Moment(now, self._last.done + in_flight))
+        late = (left - in_flight) * _each(start, Standing(now, self._last.done + in_flight))
         return max(usual, late)
 
 
-def _each(since: Moment, until: Moment) -> float:
+def _each(since: Standing, until: Standing) -> float:
     """Seconds a unit between two marks."""
     return (until.time - since.time) / max(1, until.done - since.done)
