@@ -12,14 +12,14 @@ class Standing(NamedTuple):
     done: int
 
 
-class Pace:
+class StagePace:
     """The pace of a stage whose units are done one by one, in batches, or in bursts.
 
     A burst is several units that were worked on together and are noted one after the other. The
     first batch warms caches up, and may have loaded what the others find loaded, so it doesn't
     count once there are others.
 
-    >>> pace = Pace(0.0)
+    >>> pace = StagePace(0.0)
     >>> for time, done in ((60, 1), (60, 2), (60.1, 3), (100, 4), (100, 5), (100, 6)):
     ...     pace.note(time, done)
     >>> pace.batches, round(pace.seconds_left(105, left=3))

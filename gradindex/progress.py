@@ -11,7 +11,7 @@ import time
 import weakref
 from typing import Any, TextIO
 
-from gradindex.pace import Pace
+from gradindex.pace import StagePace
 from gradindex.terminal import visible_lines
 
 EVERY = 30.0  # seconds between lines where there is no terminal
@@ -37,7 +37,7 @@ class Progress:
         self._unit = ""
         self._total = self._done = 0
         self._start_time = 0.0
-        self._pace = Pace(0.0)
+        self._pace = StagePace(0.0)
         self._measured = False
         self._finished: threading.Event | None = None
 
@@ -61,7 +61,7 @@ class Progress:
         self._stop()
         self._stage, self._unit, self._total, self._done = stage, unit, total, done
         self._start_time = time.monotonic()
-        self._pace = Pace(self._start_time, done)
+        self._pace = StagePace(self._start_time, done)
         if self._terminal:
             from tqdm import tqdm  # late: most uses have no terminal
 
