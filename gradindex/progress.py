@@ -1,7 +1,7 @@
 """Progress on standard error: bars on a terminal, elsewhere one line every 30 seconds.
 
 A stage with a total says how long the rest of it will take, from what it has taken so far
-(`pace.py`); it is shown whether or not anything was done meanwhile. Durations are shown, never
+(`time_left.py`); it is shown whether or not anything was done meanwhile. Durations are shown, never
 stored.
 """
 
@@ -11,8 +11,8 @@ import time
 import weakref
 from typing import Any, TextIO
 
-from gradindex.pace import StagePace
 from gradindex.terminal import visible_lines
+from gradindex.time_left import StagePace
 
 EVERY = 30.0  # seconds between lines where there is no terminal
 REFRESHED = 1.0  # seconds between looks of a bar
