@@ -1,4 +1,5 @@
-# make demo   train a small model, index its training text, ask it three questions
+# make demo   `gradindex demo`: train a small model, index its training text, ask it three questions
+# make wheel  dist/*.whl, to install elsewhere
 # make test   lint, types, tests, some faults
 # make slow   tests that take long: more moments to be killed at, more of Ray
 # make faults every fault: kills, full disks, damage (about an hour); its table is benchmarks/results/faults.md
@@ -11,29 +12,34 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 EXTRA ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 DEMO := .demo
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 export OMP_WAIT_POLICY ?= passive
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test slow faults screenshots transcript lint clean
+.PHONY: demo wheel test slow faults screenshots transcript lint clean
 
-# torch first: a range would let pip choose a newer build with several GB of CUDA libraries.
-$(BIN)/.installed: pyproject.toml constraints.txt
+$(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "gradindex needs Python 3.11 or later; set PYTHON=/path/to/python3.11"; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+	@$(PYTHON) -m venv $(VENV) || \
 		{ echo "no venv module: on Debian, apt-get install python3-venv"; exit 1; }
+
+# torch first: a range would let pip choose a newer build with several GB of CUDA libraries.
+$(BIN)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing into $(VENV): torch, then the rest (faiss-$(EXTRA)); this takes some minutes"
-	$(PIP) torch
-	$(PIP) --editable '.[$(EXTRA),test]'
+	$(PIP) install --constraint constraints.txt torch
+	$(PIP) install --constraint constraints.txt --editable '.[$(EXTRA),test]'
 	@touch $@
 
 demo: $(BIN)/.installed
-	@$(BIN)/python demo/prepare.py $(DEMO)
-	@$(BIN)/gradindex build $(DEMO)/model $(DEMO)/documents.jsonl -o $(DEMO)/index \
-		--id-field id --keep-fields module,kind --fit-sequences 2048
-	@$(BIN)/python demo/ask.py $(DEMO)
+	@$(BIN)/gradindex demo -o $(DEMO)
+
+# pip builds it in an environment of its own, with the backend that pyproject.toml names
+wheel: $(BIN)/python
+	rm -rf dist
+	$(PIP) wheel . --no-deps --wheel-dir dist
+	@echo "in another environment, torch first: pip install '$$(echo dist/*.whl)[$(EXTRA)]'"
 
 test: $(BIN)/.installed lint
 	$(TESTS)
@@ -46,15 +52,15 @@ faults: $(BIN)/.installed
 
 screenshots: $(BIN)/.installed
 	@test -f $(DEMO)/index/manifest.json || $(MAKE) demo
-	$(BIN)/python demo/screenshots.py $(DEMO) docs
+	$(BIN)/python docs/make_screenshots.py $(DEMO) docs
 
 transcript: $(BIN)/.installed
 	@test -f $(DEMO)/index/manifest.json || $(MAKE) demo
-	$(BIN)/python demo/transcript.py $(DEMO)
+	$(BIN)/python docs/make_transcript.py $(DEMO)
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(DEMO)
+	rm -rf $(VENV) $(DEMO) dist

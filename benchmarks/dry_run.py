@@ -130,8 +130,8 @@ def bytes_in(folder: Path) -> int:
 def prepare(folder: str, name: str) -> None:
     """Write model/ and train.jsonl."""
     from benchmarks.workload import library
-    from demo.documents import standard_library_documents
-    from demo.prepare import Settings, new_model, train_tokenizer
+    from gradindex.demo.library_documents import standard_library_documents
+    from gradindex.demo.small_model import DemoSettings, new_model, train_tokenizer
 
     setting, out = SETTINGS[name], Path(folder)
     texts = list(library()) if setting.joined else [
@@ -139,7 +139,7 @@ def prepare(folder: str, name: str) -> None:
     chosen = texts[:: max(1, len(texts) // setting.documents)][: setting.documents]
     tokenizer = train_tokenizer(texts[::10], setting.vocabulary)
     tokenizer.save_pretrained(out / "model")
-    new_model(Settings(
+    new_model(DemoSettings(
         length=setting.length, vocabulary=setting.vocabulary, layers=setting.layers,
         hidden=setting.hidden)).save_pretrained(out / "model")
     (out / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in chosen))

@@ -31,8 +31,10 @@ import click
 import numpy as np
 
 import gradindex
-from demo.documents import standard_library_documents
-from demo.prepare import QUERIES, Settings, prepare
+from gradindex.demo.library_documents import standard_library_documents
+from gradindex.demo.make_demo import prepare
+from gradindex.demo.questions import QUERIES
+from gradindex.demo.small_model import DemoSettings
 from gradindex.influence.codes import Codes, CodeSettings, score_error
 from gradindex.influence.exact import Influences, collect
 from gradindex.influence.preconditioned import Preconditioned, precondition
@@ -66,7 +68,7 @@ Pass = dict[str, np.ndarray]
 
 def make_index(cache: Path, progress: Progress) -> Searcher:
     """The demo's model, trained on long documents too, and its index; reused if they are there."""
-    prepare(cache, Settings(longest=100_000), progress)
+    prepare(cache, DemoSettings(longest=100_000, steps=1000), progress)
     if not (cache / "index" / "manifest.json").exists():
         gradindex.build(str(cache / "model"), cache / "documents.jsonl", cache / "index",
                         id_field="id", keep_fields=["module", "kind"], fit_sequences=2048,

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.fidelity import tfidf_scores
 from benchmarks.workload import Size, Workload, fit_on, library, query_gradients, record
-from demo.prepare import Settings, new_model, train, train_tokenizer
+from gradindex.demo.small_model import DemoSettings, new_model, train, train_tokenizer
 from gradindex.influence.codes import Codes, CodeSettings, default_length, default_width
 from gradindex.influence.curvature import Ekfac
 from gradindex.influence.exact import exact_scores
@@ -61,15 +61,16 @@ EXACT, DOT, TFIDF, HIDDEN = ("EK-FAC, exact", "gradient dot product", "TF-IDF of
 class Study(Workload):
     """The scored model with its data; modules and curvature are of all kinds, attention too."""
 
-    settings: Settings
+    settings: DemoSettings
 
 
 def make_study(
     cache: Path, sequences: int, queries: int, passes: int, progress: Progress
 ) -> Study:
     """Cut the text, train on all of it and fit, or reuse what `cache` holds for the numbers."""
-    settings = Settings(sequences=sequences, length=LENGTH, vocabulary=2048, layers=2, hidden=128,
-                        batch=8)  # 16 costs as much a pass and ends .16 nats a token higher
+    # a batch of 16 costs as much a pass and ends .16 nats a token higher
+    settings = DemoSettings(sequences=sequences, length=LENGTH, vocabulary=2048, layers=2,
+                            hidden=128, batch=8)
     settings = replace(settings, steps=passes * sequences // settings.batch)
     folder = cache / f"lds-{sequences}-{queries}-{passes}"
     if not (folder / "model").is_dir():
@@ -108,7 +109,9 @@ def completion_log_p(model: LanguageModel, queries: list[Record]) -> np.ndarray:
     return log_p.double().sum(1).numpy()
 
 
-def retrain(path: Path, ids: list[list[int]], settings: Settings, queries: list[Record]) -> None:
+def retrain(
+    path: Path, ids: list[list[int]], settings: DemoSettings, queries: list[Record]
+) -> None:
     """Train on the sequences `ids` alone, in a process of its own, and write f [q]."""
     torch.set_num_threads(1)
     network = new_model(settings)

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from demo.prepare import train_tokenizer
+from gradindex.demo.small_model import train_tokenizer
 
 WORDS = ["apple", "pear", "plum", "fig", "lime", "cherry", "mango", "quince", "hill", "river",
          "market", "garden", "harbour"]

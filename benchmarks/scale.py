@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from benchmarks.throughput import VOCABULARY, Bench, alternate
-from demo.prepare import Settings
+from gradindex.demo.small_model import DemoSettings
 from gradindex.memory import forget_most, most, resident, return_freed
 from gradindex.storage.code_index import CodeIndex, scan
 from gradindex.storage.layout import code_bytes
@@ -36,7 +36,7 @@ def exponent(sizes: tuple[int, ...], values: list[float]) -> float:
 
 def of_model(hidden: int, length: int, repeats: int) -> dict[str, float]:
     """Milliseconds a sequence of each stage, and the MB that a batch takes."""
-    bench = Bench(Settings(length=length, layers=4, hidden=hidden, vocabulary=VOCABULARY),
+    bench = Bench(DemoSettings(length=length, layers=4, hidden=hidden, vocabulary=VOCABULARY),
                   TOKENS // length, "float32")
     functions: dict[str, Callable[[], object]] = {
         "training step": bench.training_step, "covariance": bench.covariance,

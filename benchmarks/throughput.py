@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from demo.prepare import Settings, new_model
+from gradindex.demo.small_model import DemoSettings, new_model
 from gradindex.draws import Stream
 from gradindex.influence.blockwise import covariance_shapes
 from gradindex.influence.codes import Codes, CodeSettings, default_length, default_width
@@ -68,7 +68,7 @@ def flops(function: Callable[[], object]) -> int:
 class Bench:
     """A random model, a batch of random sequences, random curvature, and what runs on them."""
 
-    def __init__(self, settings: Settings, batch: int, dtype: str):
+    def __init__(self, settings: DemoSettings, batch: int, dtype: str):
         self.trained = new_model(settings).train().to(getattr(torch, dtype))
         self.model: LanguageModel = LanguageModel.load(ModelSource(new_model(settings)), dtype)
         self.modules: list[Module] = tracked_modules(self.model.network)
@@ -172,7 +172,7 @@ def main(threads: int, repeats: int, dtype: str, peer: bool) -> None:
     torch.set_num_threads(threads)
     print(f"{threads} threads, {dtype}, median of {repeats}")
     for hidden, layers, batch in SIZES:
-        settings = Settings(length=LENGTH, layers=layers, hidden=hidden, vocabulary=VOCABULARY)
+        settings = DemoSettings(length=LENGTH, layers=layers, hidden=hidden, vocabulary=VOCABULARY)
         bench = Bench(settings, batch, dtype)
         print(f"\nGPT-NeoX of {bench.model.network.num_parameters() / 1e6:.1f} M parameters "
               f"({hidden} wide, {layers} layers, MLPs tracked), {batch} × {LENGTH} tokens, K = "
@@ -193,7 +193,7 @@ def against_kronfluence() -> None:
     """The same factors, of the same model and sequences, by both."""
     from benchmarks.peer import fit_by_kronfluence
 
-    settings = Settings(length=128, layers=4, hidden=192, vocabulary=VOCABULARY)
+    settings = DemoSettings(length=128, layers=4, hidden=192, vocabulary=VOCABULARY)
     bench = Bench(settings, 512, "float32")
     theirs = fit_by_kronfluence(new_model(settings), bench.modules, bench.data.tokens)
     sums = {name: torch.zeros(shape) for name, shape in covariance_shapes(bench.modules, 1).items()}

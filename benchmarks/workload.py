@@ -14,8 +14,8 @@ import torch
 from tokenizers import Tokenizer
 from transformers import GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from demo.documents import standard_library_documents
-from demo.prepare import Settings, new_model, train, train_tokenizer
+from gradindex.demo.library_documents import standard_library_documents
+from gradindex.demo.small_model import DemoSettings, new_model, train, train_tokenizer
 from gradindex.draws import Stream, choose
 from gradindex.influence.curvature import Ekfac
 from gradindex.influence.gradients import backward, gradient
@@ -85,7 +85,7 @@ def make_workload(cache: Path, size: Size, queries: int, progress: Progress) -> 
         size.sequences, size.length, size.layers, size.hidden, size.steps, size.text))
     folder.mkdir(parents=True, exist_ok=True)
     chosen = _windows(folder, size, queries)
-    settings = Settings(sequences=size.sequences, length=size.length, layers=size.layers,
+    settings = DemoSettings(sequences=size.sequences, length=size.length, layers=size.layers,
                         hidden=size.hidden, steps=size.steps, batch=size.batch,
                         learning_rate=size.learning_rate)
     if not (folder / "model").is_dir():

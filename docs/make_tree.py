@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "architecture.md"
 OPENING, CLOSING = "<!-- tree: written by docs/make_tree.py -->", "<!-- end of tree -->"
 PACKAGES = ("gradindex", "indexer", "search")
-WINGS = ("storage", "model", "influence", "read", "fit", "parallel", "upkeep", "dry_run", "ask",
-         "rank", "show", "serve", "study")
+WINGS = ("storage", "model", "influence", "demo", "read", "fit", "parallel", "upkeep", "dry_run",
+         "ask", "rank", "show", "serve", "study")
 LEFT_OUT = {"__init__.py", "py.typed"}  # a folder's own words, and a mark for type checkers
 FEWEST = 20  # letters that say enough
 WORDS = 30  # the column that the words begin in

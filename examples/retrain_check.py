@@ -12,16 +12,14 @@ each is an anecdote: benchmarks/lds.py makes a study of it, with its noise.
 import argparse
 import json
 import random
-import sys
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for the demo's training
 
 import transformers
 
 import gradindex
-from demo import prepare
+from gradindex.demo import small_model
+from gradindex.demo.questions import QUERIES
 from gradindex.progress import stderr_progress
 
 
@@ -30,12 +28,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Retrain without what a search found.")
     parser.add_argument("folder", nargs="?", type=Path, default=Path(".demo"))
     parser.add_argument("--remove", type=int, default=20)
-    parser.add_argument("--prompt", default=prepare.QUERIES[0][0])
-    parser.add_argument("--completion", default=prepare.QUERIES[0][1])
+    parser.add_argument("--prompt", default=QUERIES[0][0])
+    parser.add_argument("--completion", default=QUERIES[0][1])
     given = parser.parse_args()
 
     facts = json.loads((given.folder / "demo.json").read_text())
-    settings = prepare.Settings(**facts["settings"])
+    settings = small_model.DemoSettings(**facts["settings"])
     tokenizer = transformers.AutoTokenizer.from_pretrained(given.folder / "model")
     lines = (given.folder / "documents.jsonl").read_text(encoding="utf-8").splitlines()
     documents = [json.loads(line) for line in lines]
@@ -48,10 +46,10 @@ def main() -> None:
 
     def log_p_without(left_out: set[Any]) -> float:
         kept = [one for one in documents if one["id"] not in left_out]
-        model = prepare.new_model(settings)  # from the same start each time
-        prepare.train(model, prepare.windows(kept, tokenizer, settings.length), settings,
-                      stderr_progress())
-        each = prepare.log_probability(model, tokenizer, given.prompt, given.completion)
+        model = small_model.new_model(settings)  # from the same start each time
+        sequences = small_model.windows(kept, tokenizer, settings.length)
+        small_model.train(model, sequences, settings, stderr_progress())
+        each = small_model.log_probability(model, tokenizer, given.prompt, given.completion)
         return each * found.query.scored
 
     whole = log_p_without(set())

@@ -22,6 +22,7 @@ from gradindex.storage.os_errors import OF_DISKS, is_known, memory_limit, refusa
 from gradindex.terminal import visible_lines
 
 COMMANDS = {
+    "demo": "gradindex.demo.cli:demo",
     "build": "indexer.cli:build",
     "search": "search.cli:search",
     "rescore": "search.cli:rescore",
@@ -97,7 +98,7 @@ def _run() -> int:
         click.echo(visible_lines(message.getvalue()), nl=False, err=True)
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted; a build, an append, or a search with --queries -o, "
+        click.echo("interrupted; a build, an append, the demo, or a search with --queries -o, "
                    "goes on when the same command runs again.", err=True)
         return 130
     except GradindexError as error:

@@ -47,6 +47,7 @@ class Stream(Enum):
     TAIL_SAMPLES = 0, 10  # of the fitted power law
     HALF_INTERVALS = 0, 11
     DRY_RUN_SAMPLE = 0, 12
+    DEMO_BATCHES = 0, 13  # in which order the demo's model is trained
     GROUP_COORDINATES = 0, 0, "K"  # keyed by K in the place of the seed
 
 
@@ -120,15 +121,15 @@ def generator(stream: Stream, seed: int = 0) -> np.random.Generator:
 
 
 @contextlib.contextmanager
-def always_alike(device: "torch.device") -> Iterator[None]:
-    """Within this, PyTorch's global generators give the same numbers each time.
+def always_alike(device: "torch.device", seed: int = 0) -> Iterator[None]:
+    """Within this, PyTorch's global generators give the same numbers each time, by `seed`.
 
     Afterwards they are as they were before: the user's own numbers don't shift.
     """
     import torch  # late: most draws do without it
 
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         yield
 
 

@@ -13,6 +13,7 @@ from gradindex.terminal import json_text
 
 UNSCORED = -100  # the label of a token that isn't scored, as in transformers
 SCHEMA = 2  # of the JSON of a result
+UNSURE = 2  # standard errors from zero, within which a group's total may be nothing
 UNITS = (
     "Influence is I = ∇log p(completion | prompt)ᵀ (G+λI)⁻¹ ∇log p(sequence), {how} for this "
     "index's EK-FAC curvature: positive means that one more copy of the sequence would make the "

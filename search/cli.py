@@ -25,7 +25,7 @@ from search.query_flags import (
 
 if TYPE_CHECKING:
     from gradindex.progress import Progress
-    from gradindex.results import Result
+    from gradindex.results import Hit, Result
     from search.ask.controls import Controls
     from search.engine import SearchStage
 
@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 @click.option("--queries", type=OUTPUT_FILE, metavar="FILE",
               help="JSON lines with prompt, completion, id: search for all of them together.")
 @click.option("--aggregate", type=click.Choice(["sum"]),
-              help="With --queries: one search, for the sum of their log p.")
+              help="With --queries: one search, for the sum of their log p. It sums first: "
+                   "--normalize goes by the sum's own gradient.")
 @options(control_flags("rank"))
 @click.option("--format", "form", default="auto", show_default=True,
               type=click.Choice(["auto", "json", "jsonl", "csv", "parquet", "html"]),
@@ -195,8 +196,10 @@ class _Follower:
 @options(control_flags("normalize", "damping", "modules"))
 @click.option("--ids", "id_source", required=True, metavar="FILE|-",
               help="Ids to score: a line each, as a number or as JSON with an id.")
-def rescore(index: Path, id_source: str, **flags: Any) -> int:
-    """Exact influence of the sequences you name, as JSON lines in the same order.
+@click.option("--sort", "ranked", is_flag=True,
+              help="The highest first, by influence or as --normalize says, once all are scored.")
+def rescore(index: Path, id_source: str, ranked: bool, **flags: Any) -> int:
+    """Exact influence of the sequences you name, as JSON lines in the same order, or with --sort.
 
     The sizes of their gradients (cosine, relatif) come with a --normalize other than none.
 
@@ -209,6 +212,7 @@ def rescore(index: Path, id_source: str, **flags: Any) -> int:
     from search.ask.make_query import make_query
     from search.ask.settings import settle
     from search.show.data_files import json_lines
+    from search.show.wording import ranked_by
 
     controls = take_controls(flags)
     question = read_question(take_question(flags), id_source)
@@ -217,10 +221,17 @@ def rescore(index: Path, id_source: str, **flags: Any) -> int:
     places = searcher.known(read_ids(id_source))
     query = make_query(searcher.snapshot, question)
     progress.start("exact", len(places), "sequences")
+    scored: list[Hit] = []
     for hits in searcher.rescore_stream(query, places, settings):
-        click.echo(json_lines(hits, UNITS.format(how="exact")), nl=False)
+        if ranked:
+            scored += hits
+        else:
+            click.echo(json_lines(hits, UNITS.format(how="exact")), nl=False)
         progress.update(len(hits))
     progress.finish()
+    if ranked:
+        scored.sort(key=lambda hit: ranked_by(hit, settings.normalize), reverse=True)
+        click.echo(json_lines(scored, UNITS.format(how="exact")), nl=False)
     return 0
 
 

@@ -5,6 +5,7 @@ It is read whenever a command's help is, so nothing heavy is imported before it 
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +46,16 @@ def _type_of_flag(name: str) -> type | None:
     return None if str in kinds else next((kind for kind in kinds if kind in (int, float)), None)
 
 
+def _refuse_stray(_: click.Context, __: click.Parameter, words: tuple[str, ...]) -> None:
+    """Say what to type for a text that stands where none is expected: prompt and completion differ.
+    """
+    if words:
+        text = shlex.quote(" ".join(words))
+        raise click.UsageError(f"{text} stands after the index, and may be the prompt or the "
+                               f"completion: say -p {text} to ask why the model goes on as it "
+                               f"does, or -p PROMPT -c {text} to ask why it says this.")
+
+
 # ---- flags that several commands have, in the order in which their help shows them
 
 OUTPUT_FILE = click.Path(dir_okay=False, path_type=Path)
@@ -65,6 +76,8 @@ RAY_FLAGS = [
                  help="How many [one for each GPU of the cluster, else for each machine]."),
 ]
 QUESTION_FLAGS = [
+    # no part of the usage: it is there to be refused
+    click.argument("stray", nargs=-1, metavar="", expose_value=False, callback=_refuse_stray),
     click.option("-p", "--prompt", metavar="TEXT",
                  help="Prompt; @FILE and - read it without its last newline, @@ stands for @."),
     click.option("-c", "--completion", metavar="TEXT",

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import gradindex
-from demo.prepare import train_tokenizer
+from gradindex.demo.small_model import train_tokenizer
 from gradindex.model.model_source import ModelSource
 from gradindex.model.network import LanguageModel
 from gradindex.objective import Text

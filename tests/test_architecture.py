@@ -19,7 +19,8 @@ FRONT = {"gradindex", "gradindex.cli", "gradindex.facade"}  # where all packages
 DOORS = {  # library: the files that it enters through
     "transformers": {f"gradindex/model/{name}.py"
                      for name in ("checkpoint", "linear_maps", "load_adapter", "load_errors",
-                                  "load_tokenizer", "model_source", "network")},
+                                  "load_tokenizer", "model_source", "network")} |
+                    {"gradindex/demo/small_model.py", "gradindex/demo/make_demo.py"},
     "lmdb": {"gradindex/storage/records.py"},
     "faiss": {"gradindex/storage/code_index.py"},
     "safetensors": {"gradindex/model/saved_files.py"},
@@ -82,6 +83,7 @@ WINGS = {  # a wing: those that it may import; all may import the rooms at gradi
     "gradindex.storage": set(),
     "gradindex.model": {"gradindex.storage"},
     "gradindex.influence": {"gradindex.storage", "gradindex.model"},
+    "gradindex.demo": {"gradindex.storage", "gradindex.model"},
 }
 CORE = {"gradindex", *WINGS}
 WINGS |= {

@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import gradindex
-from demo.prepare import train_tokenizer
 from gradindex.cli import main_group
+from gradindex.demo.small_model import train_tokenizer
 from gradindex.errors import GradindexError, IndexMismatchError, InputError, ResourceError
 from gradindex.model.config import context_length
 from gradindex.model.load_tokenizer import load_tokenizer

@@ -14,8 +14,7 @@ import click
 import pytest
 
 import gradindex
-from demo import transcript
-from docs import make_tree
+from docs import make_transcript, make_tree
 from gradindex import results
 from gradindex.cli import COMMANDS, main_group
 from gradindex.storage import manifest
@@ -115,9 +114,9 @@ def test_every_block_runs_or_says_why_not(page, desk, shell, tmp_path, monkeypat
 
 
 def test_the_transcript_of_the_demo_is_what_a_search_prints():
-    saved = results.Result.from_json(transcript.SAVED.read_text(encoding="utf-8"))
-    page = transcript.README.read_text(encoding="utf-8")
-    assert make_tree.with_block(page, transcript.transcript(saved)) == page, \
+    saved = results.Result.from_json(make_transcript.SAVED.read_text(encoding="utf-8"))
+    page = make_transcript.README.read_text(encoding="utf-8")
+    assert make_tree.with_block(page, make_transcript.transcript(saved)) == page, \
         "run `make transcript`"
     assert saved.hits[0].exact and not saved.seconds
 
@@ -153,7 +152,7 @@ def _files_in(page: str) -> Iterator[str]:
 def test_files_that_are_named_exist():
     for page in MANUAL:
         for span in SPAN.findall(prose(page)):
-            if re.fullmatch(r"(?:gradindex|indexer|search|tests|benchmarks|demo)/[\w./-]+", span):
+            if re.fullmatch(r"(?:gradindex|indexer|search|tests|benchmarks|docs)/[\w./-]+", span):
                 assert (ROOT / span).exists(), f"{page.name}: {span}"
 
 

@@ -15,7 +15,7 @@ import pandas
 import pytest
 
 import gradindex
-from demo.prepare import Settings
+from gradindex.demo.small_model import DemoSettings
 from support.needed import library
 from support.waiting import HANG
 
@@ -35,7 +35,7 @@ def folder(
     documents = [{"id": row["url"], "text": row["text"], "module": row["place"], "kind": "text"}
                  for row in rows]
     (made / "documents.jsonl").write_text("".join(json.dumps(row) + "\n" for row in documents))
-    settings = Settings(sequences=40, length=24, vocabulary=400, layers=1, hidden=16, heads=2,
+    settings = DemoSettings(sequences=40, length=24, vocabulary=400, layers=1, hidden=16, heads=2,
                         steps=3, batch=8)
     (made / "demo.json").write_text(json.dumps({"settings": vars(settings)}))
     gradindex.build(str(made / "model"), made / "documents.jsonl", made / "index", seq_len=24,
@@ -77,7 +77,7 @@ def test_many_queries_become_one_table(example, folder, tmp_path):
 
 
 def test_the_questions_are_those_of_the_demo():
-    from demo.prepare import QUERIES
+    from gradindex.demo.questions import QUERIES
 
     lines = (EXAMPLES / "questions.jsonl").read_text().splitlines()
     assert [(row["prompt"], row["completion"]) for row in map(json.loads, lines)] == list(QUERIES)

@@ -1,11 +1,13 @@
 """What is said on standard error, with a clock of our own."""
 
 import io
+import threading
 
 import pytest
 
 from gradindex import progress
 from gradindex.progress import Progress, duration, size
+from support.waiting import HANG, until
 
 
 @pytest.fixture
@@ -19,9 +21,11 @@ def test_lines_every_thirty_seconds_where_there_is_no_terminal(clock):
     stream = io.StringIO()
     shown = Progress(stream)
     shown.start("encode", 1000, "sequences")
-    for _ in range(9):
+    for batch in range(1, 10):
         clock[0] += 10
         shown.update(100)
+        if batch % 3 == 0:
+            shown.show()
     assert stream.getvalue().splitlines() == [
         "  encode: 300/1,000 sequences, about 1 min 10 s left",
         "  encode: 600/1,000 sequences, about 40 s left",
@@ -50,6 +54,7 @@ def test_what_is_done_already_is_not_counted_as_speed(clock):
     for _ in range(4):
         clock[0] += 31
         shown.update(10)
+    shown.show()
     assert "940/1,000 sequences, about 3 min 06 s left" in stream.getvalue()
 
 
@@ -60,7 +65,95 @@ def test_an_unknown_total_is_not_shown(clock):
     for _ in range(3):
         clock[0] += 40
         shown.update(5)
-    assert stream.getvalue().splitlines() == ["  read: 10 sequences", "  read: 15 sequences"]
+        shown.show()
+    assert stream.getvalue().splitlines() == [
+        "  read: 5 sequences, 40 s so far", "  read: 10 sequences, 1 min 20 s so far",
+        "  read: 15 sequences, 2 min 00 s so far"]
+
+
+def test_units_that_are_done_together_are_not_counted_as_speed(clock):
+    """Six queries a chunk: ten minutes, then six notes at once. Never "0.0 s left"."""
+    stream = io.StringIO()
+    shown = Progress(stream)
+    shown.start("calibrate", 16, "queries")
+    clock[0] += 30
+    shown.show()
+    clock[0] += 570
+    for _ in range(2):
+        shown.update(1)
+        clock[0] += 0.01
+    shown.show()  # which can't know that four more were done with them
+    for _ in range(4):
+        shown.update(1)
+        clock[0] += 0.01
+    shown.show()
+    clock[0] += 300
+    shown.show()
+    clock[0] += 300
+    for _ in range(6):
+        shown.update(1)
+    shown.show()
+    clock[0] += 100
+    shown.show()
+    clock[0] += 500  # later than it should be: nothing is known, and nothing said
+    shown.show()
+    assert stream.getvalue().splitlines() == [
+        "  calibrate: 0/16 queries, 30 s so far",
+        "  calibrate: 2/16 queries, about 1 h 10 min left",
+        "  calibrate: 6/16 queries, about 16 min 40 s left",
+        "  calibrate: 6/16 queries, about 11 min 40 s left",
+        "  calibrate: 12/16 queries, about 6 min 40 s left",
+        "  calibrate: 12/16 queries, about 5 min 00 s left",
+        "  calibrate: 12/16 queries, 30 min 00 s so far",
+    ]
+    assert not shown.measured
+
+
+@pytest.mark.parametrize("seconds, left", [(0.0, "1.0 s"), (1e-6, "1.0 s"), (3.0, "3.0 s")])
+def test_something_is_left_while_anything_is(clock, seconds, left):
+    stream = io.StringIO()
+    shown = Progress(stream)
+    shown.start("encode", 4, "sequences")
+    for _ in range(3):
+        clock[0] += seconds
+        shown.update(1)
+    shown.show()
+    shown.say_expected(0.0)
+    said = f"about {left} left" if seconds else "0.0 s so far"
+    assert stream.getvalue().splitlines() == [
+        f"  encode: 3/4 sequences, {said}", "expected: about 1.0 s more (measured on two batches)"]
+
+
+def test_a_batch_that_takes_longer_than_those_before_is_counted(clock):
+    stream = io.StringIO()
+    shown = Progress(stream)
+    shown.start("encode", 100, "sequences")
+    for _ in range(3):
+        clock[0] += 10
+        shown.update(10)
+    clock[0] += 10
+    shown.show()
+    clock[0] += 90
+    shown.show()
+    assert stream.getvalue().splitlines() == [
+        "  encode: 30/100 sequences, about 1 min 00 s left",  # six batches of 10 s
+        "  encode: 30/100 sequences, about 4 min 00 s left",  # six as long as the four so far
+    ]
+
+
+def test_a_stage_is_shown_while_nothing_is_done(monkeypatch):
+    """A batch of many minutes: lines come by themselves, and end with the stage."""
+    monkeypatch.setattr(progress, "EVERY", 0.01)
+    stream = io.StringIO()
+    shown = Progress(stream)
+    before = threading.enumerate()
+    shown.start("calibrate", 16, "queries")
+    thread, = set(threading.enumerate()) - set(before)
+    until(lambda: stream.getvalue().count("calibrate: 0/16 queries") >= 2)
+    shown.finish("done")
+    thread.join(HANG)
+    assert not thread.is_alive()
+    assert "calibrate: done" in stream.getvalue()
 
 
 def test_a_terminal_gets_a_bar(monkeypatch):

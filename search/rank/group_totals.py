@@ -23,7 +23,7 @@ import numpy as np
 
 from gradindex import draws
 from gradindex.draws import Stream
-from gradindex.results import Group
+from gradindex.results import UNSURE, Group
 from gradindex.storage.code_index import CodeIndex
 from gradindex.storage.contents import Contents
 from gradindex.storage.records import Part, Record
@@ -180,7 +180,9 @@ def total_groups(
         for group in grouping.group[grouping.place == place].tolist():
             hits_of.setdefault(group, []).append(hit)
     # among proponents a group that takes away is worth seeing too, so by size; opponents by sign
-    order = best(-totals if sign < 0 else np.abs(totals), len(totals)).tolist()
+    sizes = -totals if sign < 0 else np.abs(totals)
+    # by what is certain of it: by size alone those with the largest errors would come first
+    order = best(sizes - UNSURE * errors, len(totals)).tolist()
     groups = [
         Group(grouping.values[number], int(sequences[number]), hits_of.get(number, []),
               float(totals[number]), float(errors[number]),

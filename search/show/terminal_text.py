@@ -7,7 +7,7 @@ visible. What is shown of a hit is in `wording.py`.
 import re
 import shutil
 
-from gradindex.results import Group, Hit, Query, Result
+from gradindex.results import UNSURE, Group, Hit, Query, Result
 from gradindex.terminal import visible
 from search.show import wording
 
@@ -160,7 +160,7 @@ def _narrow_group_lines(result: Result, width: int) -> list[str]:
             f"{numbers}, {wording.number(group.nats)} nats, {group.sequences:,} sequences, "
             f"{len(group.hits)} {'hit' if len(group.hits) == 1 else 'hits'}", width - 2)]
     if unsure := wording.unsure(groups):
-        lines += _wrap(f"{unsure} of the {len(groups)} shown are within {wording.UNSURE} ± of "
+        lines += _wrap(f"{unsure} of the {len(groups)} shown are within {UNSURE} ± of "
                        "zero: chance may have put them here", width)
     return lines
 
@@ -173,14 +173,14 @@ def group_lines(result: Result, width: int) -> list[str]:
         return _narrow_group_lines(result, width)
     by = visible(str(result.controls["group_by"]))
     groups = result.groups[: wording.GROUPS_SHOWN]
-    lines = [f"total influence by {by}, ± its standard error:",
+    lines = [f"total influence by {by}, ± its standard error, {wording.GROUP_ORDER}:",
              f"{'influence':>14} {'±':>9} {'nats':>11} {'sequences':>10} {'hits':>5}  {by}"]
     lines += [_group_line(group, visible(wording.group_name(group, by))) for group in groups]
     if result.group_count > len(groups):
         lines.append(f"{'':>53}  and {result.group_count - len(groups):,} more")
     lines.append(_group_line(result.total, f"all {result.group_count:,} together"))
     if unsure := wording.unsure(groups):
-        lines.append(f"{unsure} of the {len(groups)} shown are within {wording.UNSURE} ± of zero: "
+        lines.append(f"{unsure} of the {len(groups)} shown are within {UNSURE} ± of zero: "
                      "chance may have put them here")
     return [line if len(line) <= width else line[: width - 1] + "…" for line in lines]
 

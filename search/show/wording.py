@@ -1,16 +1,17 @@
 """What is shown of a hit, the same in every rendering: its window, tints, shares and marks."""
 
+import math
 from dataclasses import dataclass
 
 from gradindex.progress import duration
-from gradindex.results import Group, Hit, Query, Result
+from gradindex.results import UNSURE, Group, Hit, Query, Result
 from gradindex.terminal import json_text
 
 WINDOW = 48  # tokens of text shown around the strongest of them
 SHADES = 7  # shades of a sign
 LITTLE_OVERLAP = 0.1
 GROUPS_SHOWN = 20  # shown at once
-UNSURE = 2  # standard errors from zero, within which a total may be nothing
+GROUP_ORDER = f"the surest first (by size less {UNSURE} ±)"
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,12 @@ def moved(result: Result) -> dict[int, int]:
     before = sorted(result.hits, key=lambda hit: hit.code_rank)
     by_code = {hit.id: rank for rank, hit in enumerate(before)}
     return {hit.id: by_code[hit.id] - rank for rank, hit in enumerate(result.hits)}
+
+
+def ranked_by(hit: Hit, normalize: str) -> float:
+    """The value that a hit is ranked by; −∞ where it has none, since its gradient is zero."""
+    value = {"cosine": hit.cosine, "relatif": hit.relatif}.get(normalize, hit.influence)
+    return -math.inf if value is None else value
 
 
 def folded(result: Result) -> list[tuple[int, Hit]]:
@@ -148,7 +155,9 @@ def counted(result: Result) -> str:
     kind = "opponents (most negative influence)" if result.opponents else "proponents"
     found = f"{result.rescored:,} rescored exactly" if result.controls["rescore"] else \
         "approximate, by code alone"
-    return f"{kind}: {len(result)} of {result.sequences:,} sequences, {found}"
+    alike = len(result) - len(folded(result))
+    inside = f" ({alike} folded into a like one)" if alike else ""
+    return f"{kind}: {len(result)} of {result.sequences:,} sequences{inside}, {found}"
 
 
 def times(result: Result) -> str:

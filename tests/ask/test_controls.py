@@ -344,6 +344,18 @@ def test_one_search_for_a_set(index):
     [result] = index.search_many([QUESTION, OTHER], aggregated=True, k=len(index), shortlist="all")
     assert_equal_to(result, exact(index, QUESTION) + exact(index, OTHER))
     assert len(result.query.texts) == 2
+    by_cosine = dict(k=len(index), shortlist="all", normalize="cosine")
+    [summed] = index.search_many([QUESTION, OTHER], aggregated=True, **by_cosine)
+    alone = [{hit.id: hit.cosine for hit in one}
+             for one in index.search_many([QUESTION, OTHER], **by_cosine)]
+    first = next(iter(index.search_many([QUESTION], **by_cosine)))
+    # cosine = I / (‖q̃‖ ‖m̃‖) with the sum's own ‖q̃‖: beside one query's it is a constant
+    size = {hit.id: hit.influence / hit.cosine for hit in first}
+    both = [hit for hit in summed if hit.id in alone[0] and hit.id in alone[1]]
+    ratios = [hit.influence / hit.cosine / size[hit.id] for hit in both]
+    assert len(both) > 30 and ratios == pytest.approx([ratios[0]] * len(both), rel=1e-3)
+    added = [alone[0][hit.id] + alone[1][hit.id] for hit in both]
+    assert [hit.cosine for hit in both] != pytest.approx(added, rel=0.05)
     with pytest.raises(InputError, match="no query"):
         index.search_many([], aggregated=True)
     joined = [dict(prompt="The pl", completion="um number"), QUESTION]

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import gradindex
-from demo.prepare import train_tokenizer
+from gradindex.demo.small_model import train_tokenizer
 from gradindex.storage import manifest
 from support.documents import small_documents
 from support.indexes import SMALL

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import gradindex
-from demo.prepare import Settings, new_model, train, train_tokenizer, windows
+from gradindex.demo.small_model import DemoSettings, new_model, train, train_tokenizer, windows
 from gradindex.progress import Progress
 from support.waiting import HANG, LATE, heed_interrupts, struck
 
@@ -92,7 +92,7 @@ def trained(tmp_path_factory):
                             for n, document in enumerate(documents)))
     texts = [document["text"] for document in documents]
     tokenizer = train_tokenizer(texts, 700)
-    settings = Settings(length=48, vocabulary=len(tokenizer), layers=2, hidden=96, steps=900,
+    settings = DemoSettings(length=48, vocabulary=len(tokenizer), layers=2, hidden=96, steps=900,
                         batch=16, learning_rate=3e-3)
     network = new_model(settings)
     sequences = windows([{"text": text} for text in texts], tokenizer, 48)
@@ -252,6 +252,11 @@ def test_search_pipes_into_rescore(trained_index):
         assert one["id"] == other["id"]
         assert other["influence"] == pytest.approx(one["influence"], rel=1e-3)
         assert other["exact"] is True
+    turned = "\n".join(search.stdout.splitlines()[::-1])
+    for flags, value in (((), "influence"), (("--normalize", "cosine"), "cosine")):
+        ranked = run("rescore", index, *QUESTION, "--ids", "-", "--sort", *flags, input=turned)
+        values = [json.loads(line)[value] for line in ranked.stdout.splitlines()]
+        assert values == sorted(values, reverse=True) and len(values) == 4
 
 
 def test_query_from_files_and_standard_input(trained_index, tmp_path):
@@ -280,6 +285,8 @@ def test_info(trained_index):
 @pytest.mark.parametrize("arguments, code, message", [
     (("search", "nowhere", "-p", "a", "-c", "b"), 2, "nowhere is no index"),
     (("search", "{index}"), 2, "give the query"),
+    (("search", "{index}", "why", "-k", "3"), 2, "why stands after the index, and may be"),
+    (("rescore", "{index}", "it's", "--ids", "{far}"), 2, "say -p 'it'\"'\"'s' to ask"),
     (("search", "{index}", "-p", "a", "--messages", __file__), 2, "exclude each other"),
     (("search", "{index}", "-p", "@nofile", "-c", "b"), 2, "@nofile: No such file"),
     (("search", "{index}", "-p", "@{latin}", "-c", "b"), 2, "not UTF-8 (byte 3)"),

@@ -107,7 +107,7 @@ def test_flags_are_checked_before_the_model_is_loaded(model_folder, tmp_path):
         gradindex.build(model_folder, lines, tmp_path / "x", columns="text")
 
 
-def test_a_folder_to_write_to_has_a_name_in_utf8(model_folder, table, tmp_path):
-    for out in (os.fsdecode(b"ind\xe9x"), tmp_path / os.fsdecode(b"\xff/x")):
-        with pytest.raises(InputError, match=r"-o \S*\\x(e9|ff)\S*: the name is not UTF-8"):
-            gradindex.build(model_folder, table, out, columns=["n", "text"])
+def test_a_folder_to_write_to_may_have_any_name(model_folder, table, tmp_path):
+    out = tmp_path / os.fsdecode(b"ind\xe9x")
+    built = gradindex.build(model_folder, table, out, columns=["n", "text"], bits=512)
+    assert len(gradindex.open(out)) == len(built) > 0

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import gradindex
-from demo.prepare import train_tokenizer
+from gradindex.demo.small_model import train_tokenizer
 from gradindex.influence.blockwise import covariance_shapes
 from gradindex.influence.exact import Influences, Terms, collect
 from gradindex.influence.gradients import backward

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import gradindex
-from demo.prepare import train_tokenizer
+from gradindex.demo.small_model import train_tokenizer
 from gradindex.errors import InputError
 from gradindex.model.identity import tensors_digest
 from gradindex.model.model_source import ModelSource

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import gradindex
-from demo.prepare import train_tokenizer
+from gradindex.demo.small_model import train_tokenizer
 from gradindex.errors import InputError
 from gradindex.influence.exact import Influences, Terms, collect
 from gradindex.influence.preconditioned import Preconditioned

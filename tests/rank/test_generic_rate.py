@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import gradindex
-from demo.prepare import train_tokenizer
+from gradindex.demo.small_model import train_tokenizer
 from gradindex.draws import Stream, choose
 from gradindex.errors import DamagedIndexError
 from gradindex.results import GENERIC

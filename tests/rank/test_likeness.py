@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from search.rank.likeness import SHINGLE, Wording, fold_near
+from search.show import wording
 from support.indexes import APPLES
 
 
@@ -54,3 +55,6 @@ def test_near_duplicates(result):
             heads.append(n)
     assert near == [None, 10, None, None, None, 14, 10]
     assert [hit.near_duplicates for hit in hits] == [[11, 16], [], [], [], [15], [], []]
+    assert "7 of 60 sequences (3 folded into a like one)" in wording.counted(
+        replace(result, hits=hits, sequences=60))
+    assert "folded" not in wording.counted(replace(result, hits=hits[2:4]))

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import gradindex
-from demo.prepare import train_tokenizer
+from gradindex.demo.small_model import train_tokenizer
 from gradindex.draws import Stream, uniforms
 from gradindex.errors import IndexMismatchError, InputError
 from gradindex.progress import Progress

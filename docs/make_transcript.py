@@ -1,11 +1,11 @@
 """The transcript in the README: the demo's first question, and what `gradindex search` answers.
 
-    make transcript                            # writes it into README.md, and docs/transcript.json
-    python demo/transcript.py .demo --check    # exit code 1 where the demo answers something else
+    make transcript    # writes it into README.md, and docs/transcript.json
+    python docs/make_transcript.py .demo --check    # exit code 1 where the answer is another
 
 docs/transcript.json is the saved result. From it the transcript is rendered again wherever it is
-compared (`tests/test_docs.py`), without the four minutes of the demo; its seconds are taken out,
-which no other run has. Another version of Python has another standard library, so other answers.
+compared (`tests/test_docs.py`), without the minutes of the demo; its seconds are taken out, which
+no other run has. Another version of Python has another standard library, so other answers.
 """
 
 import subprocess
@@ -17,31 +17,30 @@ import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from anywhere
 
-from demo.ask import as_typed, search_arguments
-from demo.prepare import QUERIES
 from docs.make_tree import ROOT, with_block
+from gradindex.demo.questions import QUERIES, as_typed, search_arguments
 from gradindex.results import Result
 from search.show.output_forms import render_form
 from search.show.terminal_text import render_terminal
 
 README, SAVED = ROOT / "README.md", ROOT / "docs" / "transcript.json"
-OPENING = "<!-- transcript: written by demo/transcript.py -->"
+OPENING = "<!-- transcript: written by docs/make_transcript.py -->"
 CLOSING = "<!-- end of transcript -->"
-FOLDER = Path(".demo")  # of `make demo`
+INDEX = Path(".demo/index")  # of `gradindex demo`
 COLUMNS = 100  # of what is no terminal
 
 
 def answer(folder: Path) -> Result:
     """What the index in `folder` answers now, run as a user runs it."""
-    command = Path(sys.executable).with_name("gradindex")
-    arguments = [*search_arguments(folder, *QUERIES[0]), "--format", "json"]
-    shown = subprocess.run([str(command), *arguments], check=True, stdout=subprocess.PIPE)
+    arguments = [*search_arguments(folder / "index", *QUERIES[0]), "--format", "json"]
+    shown = subprocess.run([sys.executable, "-m", "gradindex", *arguments], check=True,
+                           stdout=subprocess.PIPE)
     return replace(Result.from_json(shown.stdout.decode()), seconds={})
 
 
 def transcript(result: Result) -> str:
     """The command and its answer, as the README shows them."""
-    typed = as_typed(search_arguments(FOLDER, *QUERIES[0]))
+    typed = as_typed(search_arguments(INDEX, *QUERIES[0]))
     shown = render_terminal(result, width=COLUMNS)
     return f"{OPENING}\n```text\n$ {typed}\n\n{shown}\n```\n{CLOSING}"
 

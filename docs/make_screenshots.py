@@ -1,4 +1,4 @@
-"""Pictures of the page and the terminal for the documents: `python demo/screenshots.py .demo docs`.
+"""Pictures for the documents: `python docs/make_screenshots.py .demo docs`.
 
 Asks the demo's index its first question, in Chromium (Debian's package) and in a terminal.
 """
@@ -18,7 +18,7 @@ import click
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from anywhere
 
 import gradindex
-from demo.prepare import QUERIES
+from gradindex.demo.questions import QUERIES
 from search.serve import listening
 from search.serve.guard import host_names
 
