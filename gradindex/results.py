@@ -161,9 +161,10 @@ class Recall:
     `estimate` is None where completeness is unknown (approximate scores, TF-IDF candidates alone).
     `cutoff` is the highest code score left out of the shortlist, as a statistic of the ranking, or
     None where nothing was left out. `c` is the index's calibration of the error of code scores,
-    `c_here` the same as measured on this query's random sample. `asked` is the recall that the
-    search was asked for, if any. `shortlist_for_95` is the length of a shortlist at which the
-    estimate would reach .95, where it doesn't.
+    `c_here` the same as measured on this query's random sample. `lower` is one standard error below
+    the estimate: a search goes on until that is `asked`, unless the length of its shortlist was
+    fixed (None). `shortlist_for_95` is the length of a shortlist at which the estimate would reach
+    .95, where it doesn't.
 
     >>> recall = Recall(k=10, estimate=0.87, cutoff=12.5, c=1.3, shortlist_for_95=400)
     >>> f"about {recall.estimate:.0%} of the true top {recall.k}"
@@ -177,6 +178,7 @@ class Recall:
     c_here: float | None = None
     asked: float | None = None
     shortlist_for_95: int | None = None
+    lower: float | None = None
 
 
 @dataclass

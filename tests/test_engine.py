@@ -76,7 +76,7 @@ def test_terms_sum_to_the_influence(index):
 
 
 def test_a_short_shortlist_says_what_it_holds(index, truth):
-    result = index.search(**QUESTION, k=5, shortlist=8)
+    result = index.search(**QUESTION, k=5, shortlist=8, candidates="code")
     codes = codes_of(index, QUESTION)
     order = np.argsort(-codes, kind="stable")
     assert {hit.id for hit in result} <= set(order[:8].tolist())
@@ -179,11 +179,16 @@ def test_chunks_grow():
 
 
 @pytest.mark.parametrize("asked, total, expected", [
-    ({}, 10**6, (20, 1000, 1000)), (dict(k=200), 10**6, (200, 2000, 2000)),
-    ({}, 7, (7, 7, 7)), (dict(k=5, shortlist="all"), 10**6, (5, 10**6, 10**6)),
-    (dict(recall=0.9), 10**6, (20, 100, 10_000)), (dict(recall=0.9, k=1000), 10**6,
-                                                   (1000, 2000, 100_000)),
-    (dict(recall=0.9, shortlist=500), 10**6, (20, 100, 500)), (dict(recall=0.9), 50, (20, 50, 50)),
+    ({}, 10**6, (20, 40, 1000, 0.99)), (dict(k=200), 10**6, (200, 400, 2000, 0.99)),
+    (dict(k=3), 10**6, (3, 16, 1000, 0.99)), ({}, 7, (7, 7, 7, 0.99)),
+    (dict(shortlist=500), 10**6, (20, 500, 500, None)), (dict(shortlist=500), 50, (20, 50, 50, None)),
+    (dict(k=5, shortlist="all"), 10**6, (5, 10**6, 10**6, None)),
+    (dict(recall=0.9), 10**6, (20, 40, 10_000, 0.9)),
+    (dict(recall=0.9, k=1000), 10**6, (1000, 2000, 100_000, 0.9)),
+    (dict(recall=0.9, shortlist=500), 10**6, (20, 40, 500, 0.9)),
+    (dict(recall=0.9), 30, (20, 30, 30, 0.9)),
+    (dict(candidates="tfidf"), 10**6, (20, 1000, 1000, None)),
+    (dict(rescore=False), 10**6, (20, 1000, 1000, None)),
 ])
 def test_default_sizes(asked, total, expected):
     assert _sizes(Controls(**asked), total) == expected

@@ -190,11 +190,12 @@ def recall_statement(result: Result) -> str:
         f"recall: an estimated {share(recall.estimate)} of the true top {recall.k} are in this "
         f"list ({result.rescored:,} of {result.sequences:,} rescored{_cutoff(result)})."
     )
-    if recall.asked is not None and recall.estimate < recall.asked:
+    lower = recall.estimate if recall.lower is None else recall.lower
+    if recall.asked is not None and lower < recall.asked:
         why = "was interrupted" if result.interrupted else \
             "ran out of --time-limit" if result.timed_out else \
             f"ended at its limit, --shortlist {controls['shortlist']}"
-        statement += f" {recall.asked:.1%} was asked for; rescoring {why}."
+        statement += f" That is short of being sure of {recall.asked:.1%}; rescoring {why}."
     if recall.shortlist_for_95 is not None and recall.estimate < 0.9:
         statement += f" For 95%, about {recall.shortlist_for_95:,} must be rescored."
     return statement
