@@ -16,8 +16,10 @@ SCHEMA = 2  # of the JSON of a result
 UNITS = (
     "Influence is I = ∇log p(completion | prompt)ᵀ (G+λI)⁻¹ ∇log p(sequence), {how} for this "
     "index's EK-FAC curvature: positive means that one more copy of the sequence would make the "
-    "completion more likely, by I / N_train nats."
+    "completion more likely, by I / N_train nats to first order."
 )
+LARGEST_LOSS = 12.0  # nats a scored token: chance among 160,000
+BEYOND, UNKNOWN = "beyond first order", "nats unknown"  # in the place of a number of nats
 
 
 GENERIC = 0.25  # of the background queries: a sequence that comes up for as many is generic
@@ -77,6 +79,48 @@ class Query:
         """Σ of log p(completion | prompt) in nats, each text times its weight."""
         return float(sum(text.weight * sum(text.token_log_p) for text in self.texts))
 
+    @property
+    def room(self) -> tuple[float, float]:
+        """How far log p can rise, and how far it can fall before it means nothing more, in nats.
+
+        A text gains at most its −log p. A loss has no such end; it is taken to be where every
+        scored token is at 12 nats, which is chance.
+
+        >>> query = Query([5, 6, 7], [UNSCORED, 6, 7], token_log_p=[0.0, -1.5, -2.5])
+        >>> query.room
+        (4.0, 20.0)
+        """
+        up = down = 0.0
+        for text in self.texts:
+            gain = -sum(text.token_log_p)
+            loss = max(0.0, LARGEST_LOSS * text.scored - gain)
+            if text.weight < 0:  # what this one loses is gained
+                gain, loss = loss, gain
+            up += abs(text.weight) * gain
+            down += abs(text.weight) * loss
+        return float(up), float(down)
+
+    def within(self, nats: float) -> bool:
+        """Whether log p can change by so much; a first-order value that says more says nothing."""
+        gain, loss = self.room
+        return -loss <= nats <= gain
+
+
+def first_order_nats(
+    influence: float, query: Query, train_sequences: int, known: bool
+) -> float | None:
+    """What one more copy adds to log p(completion | prompt) in nats to first order: I / N_train.
+
+    None where that is beyond first order, being more than log p has room for, and where it isn't
+    `known` that so many sequences trained the model.
+
+    >>> query = Query([5, 6], [UNSCORED, 6], token_log_p=[0.0, -3.0])
+    >>> [first_order_nats(influence, query, 100, True) for influence in (50.0, 301.0, -50.0, -1e4)]
+    [0.5, None, -0.5, None]
+    """
+    nats = influence / train_sequences
+    return nats if known and query.within(nats) else None
+
 
 @dataclass
 class Hit:
@@ -84,7 +128,8 @@ class Hit:
 
     Size: `influence` is exact where `exact` is true, else the code's estimate; positive: one more
     copy makes the completion more likely. `nats` is influence / N_train: what one more copy would
-    add to log p(completion | prompt), to first order. `self_influence` is ‖m̃‖², m̃ = (G+λ)^−½ ∇m;
+    add to log p(completion | prompt), to first order; None where that is more than log p has room
+    for, or N_train was not given. `self_influence` is ‖m̃‖², m̃ = (G+λ)^−½ ∇m;
     `cosine` is influence / (‖q̃‖ ‖m̃‖), the same for every scale of the sequence's gradient;
     `relatif` is influence / ‖(G+λ)⁻¹ ∇m‖ (θ-RelatIF, Barshan et al. 2020).
 
@@ -114,7 +159,7 @@ class Hit:
 
     id: int
     influence: float
-    nats: float
+    nats: float | None
     exact: bool
     code_score: float
     code_rank: int
@@ -188,10 +233,10 @@ class Group:
     `influence` is the total over all `sequences` of the group in the index. Where documents are
     packed, a sequence counts by the share of its tokens that belongs to the group. Positive: one
     more copy of each would make the completion more likely, by `nats` = influence / N_train to
-    first order. `standard_error` is the standard deviation of `influence` over draws of the code's
-    random projection; 0 where every sequence was rescored. It holds for a group that you had in
-    mind before: those at the top of a list are there for their size, and so for their error too (on
-    average about one standard error of it, see benchmarks/RESULTS.md).
+    first order (None as for a hit). `standard_error` is the standard deviation of `influence` over
+    draws of the code's random projection; 0 where every sequence was rescored. It holds for a group
+    that you had in mind before: those at the top of a list are there for their size, and so for
+    their error too (on average about one standard error of it, see benchmarks/RESULTS.md).
     `hits` are the ids of the result's hits in the group, in the result's order. The `value` None is
     that of documents without the field.
     """
@@ -201,7 +246,7 @@ class Group:
     hits: list[int]
     influence: float
     standard_error: float
-    nats: float
+    nats: float | None
 
 
 @dataclass

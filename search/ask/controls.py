@@ -105,7 +105,8 @@ class Controls:
     "both": a fifth of the shortlist by words, the rest by code. rescore: False ranks by code
     alone. time_limit: stop rescoring a query after so many seconds.
     rank: of the preconditioned gradients of many queries [exact while they fit in 2 GiB, else
-    32]. train_sequences: N_train, which only scales `nats`.
+    32]. train_sequences: N_train, which only scales `nats`; without it and
+    the build's there are none.
     group_by: also total influence by "document", "source", or a field that was kept at the build.
     """
 
@@ -147,7 +148,7 @@ class Controls:
         f"[all if {LARGEST_IN_FULL >> 30} GiB, else {LOW_RANK}].",
         bounds=ABOVE_ZERO))
     train_sequences: int | None = field(default=None, metadata=about(
-        "N_train [the build's, or all ever indexed].", bounds=ABOVE_ZERO))
+        "On how many the model was trained: then nats are told [the build's].", bounds=ABOVE_ZERO))
     group_by: str | None = field(default=None, metadata=about(
         "Also total the influence of all sequences by document, source or kept field.",
         unit="document|source|FIELD", page=Bounds(letters=256),

@@ -3,7 +3,7 @@
 import numpy as np
 
 from gradindex.influence.exact import Exact
-from gradindex.results import Group, Hit, Recall, Result
+from gradindex.results import Group, Hit, Recall, Result, first_order_nats
 from gradindex.storage.manifest import model_name
 from gradindex.storage.records import Record
 from search.rank.generic_rate import add_rates
@@ -255,5 +255,6 @@ def _groups(track: Track, hits: list[Hit]) -> tuple[list[Group], Group | None, i
     places = np.searchsorted(common.snapshot.contents.ids, ids).tolist()
     groups, total = total_groups(
         grouping, estimate, variance, settings.sign, dict(zip(ids, places, strict=True)),
-        settings.train_sequences)
+        lambda influence: first_order_nats(influence, track.query, settings.train_sequences,
+                                           settings.train_sequences_given))
     return groups, total, len(grouping.values)

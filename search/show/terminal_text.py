@@ -74,7 +74,7 @@ def _hit_lines(rank: int, hit: Hit, result: Result, width: int, color: bool) -> 
     if color:
         influence = f"\x1b[{PLUS if hit.influence >= 0 else MINUS}m{influence}\x1b[0m"
     # only our own letters may hold colour codes: what comes from data goes through `visible`
-    head = f"{rank:>3}  {by}{about}{influence}  {wording.number(hit.nats)} nats"
+    head = f"{rank:>3}  {by}{about}{influence}  {wording.nats(hit, result)}"
     notes = [wording.percentile(hit, result), wording.rank_before(hit)]
     if hit.tfidf_rank is not None:
         notes.append(f"TF-IDF rank {hit.tfidf_rank}")
@@ -148,20 +148,22 @@ def group_lines(result: Result, width: int) -> list[str]:
     by = visible(str(result.controls["group_by"]))
     groups = result.groups[: wording.GROUPS_SHOWN]
     lines = [f"total influence by {by}, ± its standard error:",
-             f"{'influence':>14} {'±':>9} {'nats':>11} {'sequences':>10} {'hits':>5}  {by}"]
-    lines += [_group_line(group, visible(wording.group_name(group, by))) for group in groups]
+             f"{'influence':>14} {'±':>9} {'nats':>18} {'sequences':>10} {'hits':>5}  {by}"]
+    lines += [_group_line(group, visible(wording.group_name(group, by)), result)
+              for group in groups]
     if result.group_count > len(groups):
-        lines.append(f"{'':>53}  and {result.group_count - len(groups):,} more")
-    lines.append(_group_line(result.total, f"all {result.group_count:,} together"))
+        lines.append(f"{'':>60}  and {result.group_count - len(groups):,} more")
+    lines.append(_group_line(result.total, f"all {result.group_count:,} together", result))
     if unsure := wording.unsure(groups):
         lines.append(f"{unsure} of the {len(groups)} shown are within {wording.UNSURE} ± of zero: "
                      "chance may have put them here")
     return [line if len(line) <= width else line[: width - 1] + "…" for line in lines]
 
 
-def _group_line(group: Group, name: str) -> str:
+def _group_line(group: Group, name: str, result: Result) -> str:
     return (f"{wording.number(group.influence):>14} {wording.unsigned(group.standard_error):>9} "
-            f"{wording.number(group.nats):>11} {group.sequences:>10,} {len(group.hits):>5}  {name}")
+            f"{wording.nats(group, result, ''):>18} {group.sequences:>10,} {len(group.hits):>5}  "
+            f"{name}")
 
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")

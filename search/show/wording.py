@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from gradindex.progress import duration
-from gradindex.results import Group, Hit, Query, Result
+from gradindex.results import BEYOND, UNKNOWN, Group, Hit, Query, Result
 from gradindex.terminal import json_text
 
 WINDOW = 48  # tokens of text shown around the strongest of them
@@ -158,11 +158,11 @@ def times(result: Result) -> str:
 
 
 def meaning(result: Result) -> str:
-    """Units and sign in a sentence, and what N_train was taken to be."""
-    # only where it is a guess: N_train scales every nat
-    given = "" if result.train_sequences_given else \
-        ", taken as the number indexed; set --train-sequences if it was trained on more"
-    return f"{result.units} N_train = {result.train_sequences:,}{given}."
+    """Units and sign in a sentence, and what N_train is."""
+    if result.train_sequences_given:
+        return f"{result.units} N_train = {result.train_sequences:,}."
+    return (f"{result.units} N_train is unknown, so nats are left out: give --train-sequences if "
+            "the model was trained on this data.")
 
 
 def number(value: float) -> str:
@@ -173,6 +173,14 @@ def number(value: float) -> str:
 def unsigned(value: float) -> str:
     """The same without a plus."""
     return f"{value:.3g}" if abs(value) < 999.5 else f"{value:,.0f}"
+
+
+def nats(of: Hit | Group, result: Result, unit: str = " nats") -> str:
+    """What one more copy would add in nats, or the words that stand for it."""
+    if of.nats is not None:
+        return f"{number(of.nats)}{unit}"
+    # whatever N_train is: so far beyond is no matter of a factor
+    return UNKNOWN if result.query.within(of.influence / result.train_sequences) else BEYOND
 
 
 def recall_statement(result: Result) -> str:
