@@ -32,7 +32,8 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 demo: $(BIN)/.installed
 	@$(BIN)/python demo/prepare.py $(DEMO)
 	@$(BIN)/gradindex build $(DEMO)/model $(DEMO)/documents.jsonl -o $(DEMO)/index \
-		--id-field id --keep-fields module,kind --fit-sequences 2048
+		--id-field id --keep-fields module,kind --fit-sequences 2048 \
+		--train-sequences 4096
 	@$(BIN)/python demo/ask.py $(DEMO)
 
 test: $(BIN)/.installed lint

@@ -230,11 +230,11 @@ class Searcher:
             interrupted = False
             if settings.rescore:
                 try:
-                    yield from self._rescored(session, track)
+                    yield from _rescored(session, track)
                     if not track.timed_out:
                         session.hear_random_sample(track)
                         # the sample tells more of the codes' error, by which it may be less sure
-                        yield from self._rescored(session, track)
+                        yield from _rescored(session, track)
                 except KeyboardInterrupt:
                     # a file of queries is gone on with by the next run; here there is none
                     if not conclude_early:
@@ -249,14 +249,15 @@ class Searcher:
             yield SearchStage("result", len(session.common.exact), session.planned, track.query,
                               result=result)
 
-    def _rescored(self, session: Session, track: Track) -> Iterator[SearchStage]:
-        """A stage for each batch that is rescored of a query."""
-        for places in session.rescore(track):
-            # told by id: places move when a part of the index is lost
-            ids = session.common.snapshot.contents.ids[places].tolist()
-            influence = dict(zip(ids, track.influence(places), strict=True))
-            yield SearchStage("exact", len(session.common.exact), session.planned, track.query,
-                              influence=influence)
+
+def _rescored(session: Session, track: Track) -> Iterator[SearchStage]:
+    """A stage for each batch that is rescored of a query."""
+    for places in session.rescore(track):
+        # told by id: places move when a part of the index is lost
+        ids = session.common.snapshot.contents.ids[places].tolist()
+        influence = dict(zip(ids, track.influence(places), strict=True))
+        yield SearchStage("exact", len(session.common.exact), session.planned, track.query,
+                          influence=influence)
 
 
 def drain(

@@ -146,6 +146,7 @@ def estimated_recall(
     represented = variance = 0.0
     for hits, probability in enumerate(probabilities):
         weight = 1 / probability
+        # of the last only as much counts as is missing to k
         part = min(1.0, (k - represented) / weight)
         variance += part * (1 - probability) * weight**2
         if part < 1:

@@ -22,9 +22,9 @@ from search.rank.recall import (
     margin,
 )
 
-# One in so many of a shortlist is there for its words. On the demo's index a fifth of 500 brought
-# .979 of the true top 10 of short completions where codes alone had .950, half of it .983; of 50
-# half cost .02. See benchmarks/results/stopping.md.
+# One in so many of a shortlist is there for its words. On the demo's index a quarter of 500 brought
+# .979 of the true top 10 of short completions where codes alone had .950; of 50, half cost .016. See
+# benchmarks/results/stopping.md.
 LIST_SHARE = 5
 CERTAIN = 40.0  # standard deviations of a code's error above a cut-off: π is 1
 SMALLEST_STEP = 16  # sequences that a shortlist grows by
@@ -160,13 +160,13 @@ class Shortlist:
         others = np.asarray(sample, dtype=np.int64)
         real = self.ranking.norms[others] * self._noise > 0
         others, exact_others = others[real], of_sample[real]
-        return fit_error(margin(values, error, cutoff), self._errors(chosen, exact),
-                         self._errors(others, exact_others))
 
-    def _errors(self, places: np.ndarray, influence: np.ndarray) -> np.ndarray:
-        """(code − exact)/σ_m of some places: float64 [n]."""
-        scores = self.ranking.sign * self.ranking.scores_at(places.tolist()).astype(np.float64)
-        return np.asarray((scores - influence) / (self._noise * self.ranking.norms[places]))
+        def errors(some: np.ndarray, truth: np.ndarray) -> np.ndarray:
+            scores = self.ranking.sign * self.ranking.scores_at(some.tolist()).astype(np.float64)
+            return np.asarray((scores - truth) / (self._noise * self.ranking.norms[some]))
+
+        return fit_error(margin(values, error, cutoff), errors(chosen, exact),
+                         errors(others, exact_others))
 
     def probability(
         self, places: list[int], influence: np.ndarray, cutoff: float | None,

@@ -252,7 +252,7 @@ def test_the_best_groups_are_kept_and_those_with_hits(opponents):
     order = np.argsort(influence if opponents else -np.abs(influence))
     last = int(order[-1])
     groups, total = total_groups(grouping, sign * influence, np.full(300, 0.25), sign,
-                                 {7: last, 8: int(order[3])}, 100)
+                                 {7: last, 8: int(order[3])}, lambda total: total / 100)
     assert [group.value for group in groups] == [*order[:GROUPS_KEPT], last]
     assert [group.hits for group in groups if group.hits] == [[8], [7]]
     assert groups[0].influence == influence[order[0]]
