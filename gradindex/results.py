@@ -18,8 +18,6 @@ UNITS = (
     "index's EK-FAC curvature: positive means that one more copy of the sequence would make the "
     "completion more likely, by I / N_train nats to first order."
 )
-LARGEST_LOSS = 12.0  # nats a scored token: chance among 160,000
-BEYOND, UNKNOWN = "beyond first order", "nats unknown"  # in the place of a number of nats
 
 
 GENERIC = 0.25  # of the background queries: a sequence that comes up for as many is generic
@@ -78,48 +76,6 @@ class Query:
     def log_p(self) -> float:
         """Σ of log p(completion | prompt) in nats, each text times its weight."""
         return float(sum(text.weight * sum(text.token_log_p) for text in self.texts))
-
-    @property
-    def room(self) -> tuple[float, float]:
-        """How far log p can rise, and how far it can fall before it means nothing more, in nats.
-
-        A text gains at most its −log p. A loss has no such end; it is taken to be where every
-        scored token is at 12 nats, which is chance.
-
-        >>> query = Query([5, 6, 7], [UNSCORED, 6, 7], token_log_p=[0.0, -1.5, -2.5])
-        >>> query.room
-        (4.0, 20.0)
-        """
-        up = down = 0.0
-        for text in self.texts:
-            gain = -sum(text.token_log_p)
-            loss = max(0.0, LARGEST_LOSS * text.scored - gain)
-            if text.weight < 0:  # what this one loses is gained
-                gain, loss = loss, gain
-            up += abs(text.weight) * gain
-            down += abs(text.weight) * loss
-        return float(up), float(down)
-
-    def within(self, nats: float) -> bool:
-        """Whether log p can change by so much; a first-order value that says more says nothing."""
-        gain, loss = self.room
-        return -loss <= nats <= gain
-
-
-def first_order_nats(
-    influence: float, query: Query, train_sequences: int, known: bool
-) -> float | None:
-    """What one more copy adds to log p(completion | prompt) in nats to first order: I / N_train.
-
-    None where that is beyond first order, being more than log p has room for, and where it isn't
-    `known` that so many sequences trained the model.
-
-    >>> query = Query([5, 6], [UNSCORED, 6], token_log_p=[0.0, -3.0])
-    >>> [first_order_nats(influence, query, 100, True) for influence in (50.0, 301.0, -50.0, -1e4)]
-    [0.5, None, -0.5, None]
-    """
-    nats = influence / train_sequences
-    return nats if known and query.within(nats) else None
 
 
 @dataclass

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 import gradindex
 from gradindex.cli import main_group
 from gradindex.errors import DamagedIndexError, IndexMismatchError, InputError
+from gradindex.first_order import room, within
 from gradindex.influence.exact import chunk_ends, exact_scores
 from gradindex.influence.preconditioned import Preconditioned, precondition, query_coordinates
 from gradindex.objective import Text
@@ -92,7 +93,7 @@ def test_nats_are_told_where_they_can_be(index):
     assert None in held and any(nats is not None for nats in held)
     for group in [*result.groups, result.total]:
         nats = group.influence / trained
-        assert group.nats == (pytest.approx(nats) if result.query.within(nats) else None)
+        assert group.nats == (pytest.approx(nats) if within(result.query, nats) else None)
     for shown in (render_terminal(result, 120), csv_table(result), html.render_html(result)):
         assert shown.count("beyond first order") >= 2 and "nats unknown" not in shown
         assert wording.number(influence[0] / trained) + " nats" not in shown
@@ -111,13 +112,13 @@ def test_opponents_lose_what_there_is_to_lose(index):
     result = index.search(**QUESTION, k=3, shortlist="all", opponents=True, train_sequences=1)
     assert result[0].influence < 0
     loss = 12 * result.query.scored + result.query.log_p
-    assert result.query.room == pytest.approx((-result.query.log_p, loss))
+    assert room(result.query) == pytest.approx((-result.query.log_p, loss))
     assert [hit.nats for hit in result] == [
         pytest.approx(hit.influence) if -hit.influence <= loss else None for hit in result]
     versus = index.search(**QUESTION, versus=" by the hill.", k=1, shortlist="all").query
     [other] = versus.others
     first, second = sum(versus.token_log_p), sum(other.token_log_p)
-    assert versus.room == pytest.approx((-first + 12 * other.scored + second,
+    assert room(versus) == pytest.approx((-first + 12 * other.scored + second,
                                          12 * versus.scored + first - second))
 
 

@@ -2,8 +2,9 @@
 
 import numpy as np
 
+from gradindex.first_order import first_order_nats
 from gradindex.influence.exact import Exact
-from gradindex.results import Group, Hit, Recall, Result, first_order_nats
+from gradindex.results import Group, Hit, Recall, Result
 from gradindex.storage.manifest import model_name
 from gradindex.storage.records import Record
 from search.rank.generic_rate import add_rates

@@ -4,10 +4,11 @@ from dataclasses import asdict, replace
 
 import numpy as np
 
+from gradindex.first_order import first_order_nats
 from gradindex.influence.exact import Exact
 from gradindex.model import tokenise
 from gradindex.modules import Module
-from gradindex.results import Hit, first_order_nats
+from gradindex.results import Hit
 from gradindex.storage.records import Record
 from search.ask.settings import Settings
 from search.rank.query_gradient import QueryGradient

@@ -23,8 +23,8 @@ from search.rank.recall import (
 )
 
 # One in so many of a shortlist is there for its words. On the demo's index a quarter of 500 brought
-# .979 of the true top 10 of short completions where codes alone had .950; of 50, half cost .016. See
-# benchmarks/results/stopping.md.
+# .979 of the true top 10 of short completions where codes alone had .950; of 50, half cost .016:
+# benchmarks/results/stopping.md
 LIST_SHARE = 5
 CERTAIN = 40.0  # standard deviations of a code's error above a cut-off: π is 1
 SMALLEST_STEP = 16  # sequences that a shortlist grows by

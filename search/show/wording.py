@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
+from gradindex.first_order import in_words, room
 from gradindex.progress import duration
-from gradindex.results import BEYOND, UNKNOWN, Group, Hit, Query, Result
+from gradindex.results import Group, Hit, Query, Result
 from gradindex.terminal import json_text
 
 WINDOW = 48  # tokens of text shown around the strongest of them
@@ -179,8 +180,13 @@ def nats(of: Hit | Group, result: Result, unit: str = " nats") -> str:
     """What one more copy would add in nats, or the words that stand for it."""
     if of.nats is not None:
         return f"{number(of.nats)}{unit}"
-    # whatever N_train is: so far beyond is no matter of a factor
-    return UNKNOWN if result.query.within(of.influence / result.train_sequences) else BEYOND
+    return in_words(of.influence, result.query, result.train_sequences)
+
+
+def nats_room(result: Result) -> str:
+    """The largest gain and loss of log p, for a page whose numbers become exact in place."""
+    gain, loss = room(result.query)
+    return f"{gain} {loss}"
 
 
 def recall_statement(result: Result) -> str:
