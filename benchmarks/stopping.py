@@ -105,8 +105,9 @@ def main(folder: Path, count: int, k: int, seed: int) -> None:
         sure = table[table[:, 4] == 1]
         seconds, rescored, actual, claimed = table[:, :4].mean(0)
         print(f"{name:<34}{seconds:>7.1f}  {rescored:>8.0f}  {actual:>6.3f}  {claimed:>7.3f}  "
-              f"{len(sure) / len(table):>18.2f}  {sure[:, 1].mean():>8.0f}  "
-              f"{sure[:, 2].mean():>6.3f}", flush=True)
+              f"{len(sure) / len(table):>18.2f}" + (
+                  f"  {sure[:, 1].mean():>8.0f}  {sure[:, 2].mean():>6.3f}" if len(sure) else ""),
+              flush=True)
     short = [query.scored <= SHORT for query in queries]
     for what, chosen in (("completions of 1 to 12 tokens", short),
                          ("longer ones", [not one for one in short])):
