@@ -51,9 +51,9 @@ from gradindex.storage.code_index import CodeIndex
 from gradindex.storage.layout import code_bytes
 from gradindex.storage.records import Record
 from indexer.calibrate import calibrate, score_pairs
+from search.ask.settings import SMALLEST_SHORTLIST
 from search.rank.ranking import CodeRanking
-from search.rank.recall import estimated_recall
-from search.rank.shortlist import Shortlist, longer
+from search.rank.shortlist import Shortlist, Statement, longer
 
 LENGTHS = (4096, 8192, 16384, 32768, 65536)
 COORDINATES = (4096, 16384, 65536)
@@ -335,23 +335,23 @@ class Asked:
     def actual(self, k: int, length: int) -> float:
         return float((self.code_place[self.order[:k]] < length).mean())
 
-    def claimed(self, k: int, length: int) -> tuple[float, list[int]]:
-        """The statement, and the rescored, best first."""
+    def claimed(self, k: int, length: int) -> tuple[float, list[int], Statement | None]:
+        """The statement, the rescored, best first, and all of the statement (None: complete)."""
         found = self.shortlist.advance(range(len(self.value)), min(length, len(self.value)))
         ranked = sorted(found, key=lambda one: (-self.value[one], one))
         if self.shortlist.cutoff is None:
-            return 1.0, ranked
-        pi = self.shortlist.probability(ranked, self.influence[ranked], self.shortlist.cutoff)
-        return estimated_recall(pi, k), ranked
+            return 1.0, ranked, None
+        made = self.shortlist.statement(ranked, self.influence[ranked], k, [], np.zeros(0))
+        return made.estimate, ranked, made
 
     def until(self, goal: float, k: int, most: int) -> tuple[float, float, int]:
         """`--recall goal`: claimed, actual and the length it ended with."""
-        length = min(most, max(100, 2 * k))
+        length = min(most, max(SMALLEST_SHORTLIST, 2 * k))
         while True:
-            claim, ranked = self.claimed(k, length)
-            if claim >= goal or length >= most:
+            claim, ranked, made = self.claimed(k, length)
+            if made is None or made.lower >= goal or length >= most:
                 return claim, self.actual(k, length), length
-            expected = self.shortlist.length_for(goal, ranked, self.influence[ranked], k)
+            expected = self.shortlist.length_for(goal, ranked, self.influence[ranked], k, made)
             length = min(most, longer(length, expected))
 
 

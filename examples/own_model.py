@@ -43,7 +43,7 @@ def main() -> None:
     # The most positive influence on log p(completion | prompt), scored exactly.
     result = index.search(prompt=given.prompt, completion=given.completion, k=min(5, len(index)))
     for rank, hit in enumerate(result, 1):
-        print(f"{rank}  {hit.influence:+12,.1f}  {hit.nats:+.3f} nats  {hit.user_id}  "
+        print(f"{rank}  {hit.influence:+12,.1f}  {hit.user_id}  "
               f"{hit.text[:60]!r}")
     print(f"of the true top {result.recall.k}, an estimated {result.recall.estimate:.1%} are here")
 

@@ -41,7 +41,7 @@ def main() -> None:
     index = gradindex.open(given.folder / "index")
     found = index.search(prompt=given.prompt, completion=given.completion, k=given.remove)
     top = {hit.user_id for hit in found}
-    predicted = sum(hit.nats for hit in found)
+    predicted = sum(hit.influence for hit in found) / len(documents)
     drawn = random.Random(0).sample([one["id"] for one in documents], given.remove)
 
     def log_p_without(left_out: set[Any]) -> float:

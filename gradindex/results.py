@@ -17,7 +17,7 @@ UNSURE = 2  # standard errors from zero, within which a group's total may be not
 UNITS = (
     "Influence is I = ∇log p(completion | prompt)ᵀ (G+λI)⁻¹ ∇log p(sequence), {how} for this "
     "index's EK-FAC curvature: positive means that one more copy of the sequence would make the "
-    "completion more likely, by I / N_train nats."
+    "completion more likely, by I / N_train nats to first order."
 )
 
 
@@ -85,7 +85,8 @@ class Hit:
 
     Size: `influence` is exact where `exact` is true, else the code's estimate; positive: one more
     copy makes the completion more likely. `nats` is influence / N_train: what one more copy would
-    add to log p(completion | prompt), to first order. `self_influence` is ‖m̃‖², m̃ = (G+λ)^−½ ∇m;
+    add to log p(completion | prompt), to first order; None where that is more than log p has room
+    for, or N_train was not given. `self_influence` is ‖m̃‖², m̃ = (G+λ)^−½ ∇m;
     `cosine` is influence / (‖q̃‖ ‖m̃‖), the same for every scale of the sequence's gradient;
     `relatif` is influence / ‖(G+λ)⁻¹ ∇m‖ (θ-RelatIF, Barshan et al. 2020).
 
@@ -115,7 +116,7 @@ class Hit:
 
     id: int
     influence: float
-    nats: float
+    nats: float | None
     exact: bool
     code_score: float
     code_rank: int
@@ -162,9 +163,10 @@ class Recall:
     `estimate` is None where completeness is unknown (approximate scores, TF-IDF candidates alone).
     `cutoff` is the highest code score left out of the shortlist, as a statistic of the ranking, or
     None where nothing was left out. `c` is the index's calibration of the error of code scores,
-    `c_here` the same as measured on this query's random sample. `asked` is the recall that the
-    search was asked for, if any. `shortlist_for_95` is the length of a shortlist at which the
-    estimate would reach .95, where it doesn't.
+    `c_here` the same as measured on this query's random sample. `lower` is one standard error below
+    the estimate: a search goes on until that is `asked`, unless the length of its shortlist was
+    fixed (None). `shortlist_for_95` is the length of a shortlist at which the estimate would reach
+    .95, where it doesn't.
 
     >>> recall = Recall(k=10, estimate=0.87, cutoff=12.5, c=1.3, shortlist_for_95=400)
     >>> f"about {recall.estimate:.0%} of the true top {recall.k}"
@@ -178,6 +180,7 @@ class Recall:
     c_here: float | None = None
     asked: float | None = None
     shortlist_for_95: int | None = None
+    lower: float | None = None
 
 
 @dataclass
@@ -187,10 +190,10 @@ class Group:
     `influence` is the total over all `sequences` of the group in the index. Where documents are
     packed, a sequence counts by the share of its tokens that belongs to the group. Positive: one
     more copy of each would make the completion more likely, by `nats` = influence / N_train to
-    first order. `standard_error` is the standard deviation of `influence` over draws of the code's
-    random projection; 0 where every sequence was rescored. It holds for a group that you had in
-    mind before: those at the top of a list are there for their size, and so for their error too (on
-    average about one standard error of it, see benchmarks/RESULTS.md).
+    first order (None as for a hit). `standard_error` is the standard deviation of `influence` over
+    draws of the code's random projection; 0 where every sequence was rescored. It holds for a group
+    that you had in mind before: those at the top of a list are there for their size, and so for
+    their error too (on average about one standard error of it, see benchmarks/RESULTS.md).
     `hits` are the ids of the result's hits in the group, in the result's order. The `value` None is
     that of documents without the field.
     """
@@ -200,7 +203,7 @@ class Group:
     hits: list[int]
     influence: float
     standard_error: float
-    nats: float
+    nats: float | None
 
 
 @dataclass

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from search.ask.controls import Controls
     from search.engine import SearchStage
 
+LOADING = "loading the model and the index, then the query's gradient"
+
 
 @click.command()
 @options(INDEX_FLAGS)
@@ -79,6 +81,7 @@ def search(
     question = read_question(question_flags)
     searcher, progress = open_searcher(index, flags)
     settings = settle(controls, searcher.manifest)  # before the model is loaded
+    progress.say(LOADING)  # which takes seconds, before anything is scored
     query = make_query(searcher.snapshot, question)
     stages = searcher.stages([query], settings, conclude_early=True)
     return _finish(drain(stages, _Follower(progress).follow), form, output)
@@ -121,6 +124,7 @@ def _search_many(
     query_file = query_files.read_queries(path)
     searcher, progress = open_searcher(index, flags)
     settings = settle(controls, searcher.manifest)
+    progress.say(LOADING)
     if aggregated:
         queries = query_files.make_queries(searcher.snapshot, query_file, set())
         complain(query_file, progress)
@@ -219,6 +223,7 @@ def rescore(index: Path, id_source: str, ranked: bool, **flags: Any) -> int:
     searcher, progress = open_searcher(index, flags)
     settings = settle(controls, searcher.manifest)
     places = searcher.known(read_ids(id_source))
+    progress.say(LOADING)
     query = make_query(searcher.snapshot, question)
     progress.start("exact", len(places), "sequences")
     scored: list[Hit] = []

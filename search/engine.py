@@ -24,6 +24,7 @@ from search.ask.question import Question
 from search.ask.settings import Settings, settle
 from search.rank.named import place_of, rescore_named
 from search.rank.query_gradient import form_gradients
+from search.rank.query_track import Track
 from search.rank.session import Session
 from search.rank.snapshot import Snapshot
 
@@ -231,14 +232,11 @@ class Searcher:
             interrupted = False
             if settings.rescore:
                 try:
-                    for places in session.rescore(track):
-                        # told by id: places move when a part of the index is lost
-                        ids = session.common.snapshot.contents.ids[places].tolist()
-                        influence = dict(zip(ids, track.influence(places), strict=True))
-                        yield SearchStage("exact", len(session.common.exact), session.planned,
-                                          track.query, influence=influence)
+                    yield from _rescored(session, track)
                     if not track.timed_out:
-                        session.score_random_sample()
+                        session.hear_random_sample(track)
+                        # the sample tells more of the codes' error, by which it may be less sure
+                        yield from _rescored(session, track)
                 except KeyboardInterrupt:
                     # a file of queries is gone on with by the next run; here there is none
                     if not conclude_early:
@@ -252,6 +250,16 @@ class Searcher:
             result.seconds = clock.take("rescore", "conclude")
             yield SearchStage("result", len(session.common.exact), session.planned, track.query,
                               result=result)
+
+
+def _rescored(session: Session, track: Track) -> Iterator[SearchStage]:
+    """A stage for each batch that is rescored of a query."""
+    for places in session.rescore(track):
+        # told by id: places move when a part of the index is lost
+        ids = session.common.snapshot.contents.ids[places].tolist()
+        influence = dict(zip(ids, track.influence(places), strict=True))
+        yield SearchStage("exact", len(session.common.exact), session.planned, track.query,
+                          influence=influence)
 
 
 def drain(

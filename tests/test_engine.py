@@ -15,14 +15,16 @@ from click.testing import CliRunner
 import gradindex
 from gradindex.cli import main_group
 from gradindex.errors import DamagedIndexError, IndexMismatchError, InputError
+from gradindex.first_order import room, within
 from gradindex.influence.exact import chunk_ends, exact_scores
 from gradindex.influence.preconditioned import Preconditioned, precondition, query_coordinates
 from gradindex.objective import Text
+from gradindex.results import Result
 from gradindex.storage import records
 from search.ask.controls import Controls
 from search.ask.settings import _sizes, settle
 from search.engine import drain
-from search.show import wording
+from search.show import html, wording
 from search.show.data_files import csv_table
 from search.show.terminal_text import _wrap, layer_strip, render_terminal
 from support.documents import save, small_documents, tiny_tokens
@@ -72,11 +74,56 @@ def test_terms_sum_to_the_influence(index):
         np.testing.assert_allclose(terms.sum(0), hit.layer_influence, rtol=1e-5)
         np.testing.assert_allclose(terms.sum(1), hit.token_influence, rtol=1e-5)
         assert "".join(hit.tokens) == hit.text and len(hit.tokens) == len(hit.token_ids)
-        assert hit.nats == pytest.approx(hit.influence / len(index))
+        assert hit.nats is None  # nobody said on how many sequences the model was trained
+
+
+def test_nats_are_told_where_they_can_be(index):
+    """I / N_train, unless that is more than log p has room for; whether in hits or in groups."""
+    asked = dict(**QUESTION, k=6, shortlist="all", group_by="document")
+    influence = [hit.influence for hit in index.search(**asked)]
+    gain = -index.search(**asked).query.log_p
+    # so that the first two gain more than there is, and the others less
+    trained = int((influence[1] + influence[2]) / 2 / gain)
+    assert gain > 0 and influence[1] > trained * gain > influence[2]
+    result = index.search(**asked, train_sequences=trained)
+    expected = [None if one > trained * gain else pytest.approx(one / trained) for one in influence]
+    assert [hit.influence for hit in result] == pytest.approx(influence)
+    assert [hit.nats for hit in result] == expected and expected.count(None) == 2
+    held = [group.nats for group in result.groups]
+    assert None in held and any(nats is not None for nats in held)
+    for group in [*result.groups, result.total]:
+        nats = group.influence / trained
+        assert group.nats == (pytest.approx(nats) if within(result.query, nats) else None)
+    for shown in (render_terminal(result, 120), csv_table(result), html.render_html(result)):
+        assert shown.count("beyond first order") >= 2 and "nats unknown" not in shown
+        assert wording.number(influence[0] / trained) + " nats" not in shown
+    assert json.loads(result.to_json())["hits"][0]["nats"] is None
+    again = Result.from_json(result.to_json())
+    assert [wording.nats(hit, again) for hit in again][:2] == ["beyond first order"] * 2
+    unknown = index.search(**asked)
+    assert {wording.nats(hit, unknown) for hit in unknown} <= {"nats unknown", "beyond first order"}
+    assert "N_train is unknown" in render_terminal(unknown)
+    [named] = index.rescore(**QUESTION, ids=[result[0].id], train_sequences=trained)
+    assert named.nats is None
+
+
+def test_opponents_lose_what_there_is_to_lose(index):
+    """Beyond chance a loss means nothing, either; a difference gains what the other one loses."""
+    result = index.search(**QUESTION, k=3, shortlist="all", opponents=True, train_sequences=1)
+    assert result[0].influence < 0
+    loss = 12 * result.query.scored + result.query.log_p
+    assert room(result.query) == pytest.approx((-result.query.log_p, loss))
+    assert [hit.nats for hit in result] == [
+        pytest.approx(hit.influence) if -hit.influence <= loss else None for hit in result]
+    versus = index.search(**QUESTION, versus=" by the hill.", k=1, shortlist="all").query
+    [other] = versus.others
+    first, second = sum(versus.token_log_p), sum(other.token_log_p)
+    assert room(versus) == pytest.approx((-first + 12 * other.scored + second,
+                                         12 * versus.scored + first - second))
 
 
 def test_a_short_shortlist_says_what_it_holds(index, truth):
-    result = index.search(**QUESTION, k=5, shortlist=8)
+    result = index.search(**QUESTION, k=5, shortlist=8, candidates="code")
     codes = codes_of(index, QUESTION)
     order = np.argsort(-codes, kind="stable")
     assert {hit.id for hit in result} <= set(order[:8].tolist())
@@ -126,7 +173,7 @@ def test_interrupted_it_returns_what_is_exact(index, truth):
         drain(index.stages([index.make_query(**QUESTION)], settings), follow)
     stages = index.stages([index.make_query(**QUESTION)], settings, conclude_early=True)
     result = drain(stages, follow)
-    assert result.interrupted and 16 <= result.rescored < len(index)
+    assert result.interrupted and 12 <= result.rescored < len(index)
     assert f"interrupted: {result.rescored} of" in result.warnings[-1]
     assert result.recall.cutoff is not None and result.recall.estimate < 1
     for hit in result:
@@ -174,16 +221,22 @@ def test_searches_in_threads_take_turns(index):
 
 
 def test_chunks_grow():
-    assert chunk_ends(0) == [] and chunk_ends(9) == [9]
-    assert chunk_ends(400) == [16, 48, 112, 240, 368, 400]
+    assert chunk_ends(0) == [] and chunk_ends(3) == [3] and chunk_ends(9) == [4, 9]
+    assert chunk_ends(400) == [4, 12, 28, 60, 124, 252, 380, 400]
 
 
 @pytest.mark.parametrize("asked, total, expected", [
-    ({}, 10**6, (20, 1000, 1000)), (dict(k=200), 10**6, (200, 2000, 2000)),
-    ({}, 7, (7, 7, 7)), (dict(k=5, shortlist="all"), 10**6, (5, 10**6, 10**6)),
-    (dict(recall=0.9), 10**6, (20, 100, 10_000)), (dict(recall=0.9, k=1000), 10**6,
-                                                   (1000, 2000, 100_000)),
-    (dict(recall=0.9, shortlist=500), 10**6, (20, 100, 500)), (dict(recall=0.9), 50, (20, 50, 50)),
+    ({}, 10**6, (20, 40, 1000, 0.99)), (dict(k=200), 10**6, (200, 400, 2000, 0.99)),
+    (dict(k=3), 10**6, (3, 16, 1000, 0.99)), ({}, 7, (7, 7, 7, 0.99)),
+    (dict(shortlist=500), 10**6, (20, 500, 500, None)),
+    (dict(shortlist=500), 50, (20, 50, 50, None)),
+    (dict(k=5, shortlist="all"), 10**6, (5, 10**6, 10**6, None)),
+    (dict(recall=0.9), 10**6, (20, 40, 10_000, 0.9)),
+    (dict(recall=0.9, k=1000), 10**6, (1000, 2000, 100_000, 0.9)),
+    (dict(recall=0.9, shortlist=500), 10**6, (20, 40, 500, 0.9)),
+    (dict(recall=0.9), 30, (20, 30, 30, 0.9)),
+    (dict(candidates="tfidf"), 10**6, (20, 1000, 1000, None)),
+    (dict(rescore=False), 10**6, (20, 1000, 1000, None)),
 ])
 def test_default_sizes(asked, total, expected):
     assert _sizes(Controls(**asked), total) == expected
@@ -359,7 +412,7 @@ def test_terminal_says_what_matters(index):
     assert "\x1b" not in shown
     for needed in ("⟦ by the river.⟧", "tokens scored", wording.share(result.recall.estimate),
                    "one more copy of the sequence would make the completion more likely",
-                   "N_train = ", "taken as the number indexed", result[0].user_id, "nats"):
+                   "N_train is unknown", result[0].user_id, "nats"):
         assert needed.replace(" ", "") in shown.replace("\n", "").replace(" ", ""), needed
     assert "[+" in shown
     assert "\x1b[44;97;1m" in render_terminal(result, width=90, color=True)

@@ -33,7 +33,8 @@ from gradindex.demo.small_model import (
 )
 from gradindex.errors import InputError
 from gradindex.progress import Progress
-from gradindex.storage.files import atomic_write, disk_errors, make_folders, rename_folder
+from gradindex.storage.files import atomic_write, make_folders, rename_folder
+from gradindex.storage.os_errors import disk_errors
 
 FACTS, MODEL, DOCUMENTS, INDEX = "demo.json", "model", "documents.jsonl", "index"
 

@@ -17,8 +17,9 @@ Normalization = Literal["none", "cosine", "relatif"]
 Candidates = Literal["code", "tfidf", "both"]
 # what a search does where it is told nothing else
 DEFAULT_HITS = 20
-DEFAULT_SHORTLIST = 1000
-SHORTLIST_FOR_HIT = 10  # and at least so many for each hit
+DEFAULT_SHORTLIST = 1000  # at most
+SHORTLIST_FOR_HIT = 10  # or so many for each hit
+DEFAULT_RECALL = 0.99  # what a search is to be sure of
 GROWTH = 10  # with `recall`, the shortlist may grow to this many times its default
 LARGEST_IN_FULL = 1 << 31  # bytes of preconditioned gradients kept in full
 # what each page's hits, and each search's time, cost a server that strangers may ask
@@ -93,17 +94,19 @@ def about(
 class Controls:
     """How to search. Everything here is chosen at query time; the index stays as it is.
 
-    k: hits [min(20, N)]. shortlist: sequences to rescore exactly, or "all" [min(N, max(1000,
-    10 k))]. recall: grow the shortlist from 100 until the statement says this much, at most to
-    `shortlist` [then ten times its default]. opponents: the most negative influence.
+    k: hits [min(20, N)]. shortlist: rescore so many sequences exactly, or "all" [best first, until
+    the recall statement is sure of .99 (one standard error below its estimate), at most
+    min(N, max(1000, 10 k))]. recall: be sure of this much instead; rescored are at most
+    `shortlist` [then ten times that]. opponents: the most negative influence.
     damping: λ as a factor of mean(Λ) [the build's]. modules: as for `choose_modules`, such as
     "8-15", "attention" or a regular expression [all that are indexed].
     normalize: rank by influence ("none"), by influence / (‖q̃‖ ‖m̃‖) ("cosine") or by θ-RelatIF
-    ("relatif"). candidates: who is rescored: the best by "code", by "tfidf", or "both" (a TF-IDF
-    list, as long as the shortlist by code begins, on top of it). rescore: False ranks by code
+    ("relatif"). candidates: who is rescored: the best by "code", by "tfidf" (shared rare words), or
+    "both": a fifth of the shortlist by words, the rest by code. rescore: False ranks by code
     alone. time_limit: stop rescoring a query after so many seconds.
     rank: of the preconditioned gradients of many queries [exact while they fit in 2 GiB, else
-    32]. train_sequences: N_train, which only scales `nats`.
+    32]. train_sequences: N_train, which only scales `nats`; without it and
+    the build's there are none.
     group_by: also total influence by "document", "source", or a field that was kept at the build.
     """
 
@@ -112,11 +115,12 @@ class Controls:
         f"Hits [{DEFAULT_HITS}].", "-k", page=Bounds(least=1, most=MOST_HITS)))
     shortlist: int | str | None = field(default=None, metadata=about(
         # a text, too: the command line has numbers and "all" as one
-        f"Sequences to rescore exactly [{DEFAULT_SHORTLIST}, or {SHORTLIST_FOR_HIT} k if more].",
+        f"Rescore so many exactly [as many as it takes to be sure of {DEFAULT_RECALL}, at most "
+        f"{DEFAULT_SHORTLIST} or {SHORTLIST_FOR_HIT} k].",
         unit="N|all",
         page=Bounds(least=1, most=MOST_RESCORED)))
     recall: float | None = field(default=None, metadata=about(
-        "Rescore until the estimated recall is R, at most --shortlist "
+        f"Rescore until it is sure of R of the true top k [{DEFAULT_RECALL}], at most --shortlist "
         f"[{GROWTH * DEFAULT_SHORTLIST}].", unit="R", bounds=SHARE))
     opponents: bool = field(default=False, metadata=about(
         "The most negative influence instead."))
@@ -132,8 +136,8 @@ class Controls:
     normalize: Normalization = field(default="none", metadata=about(
         "Rank by influence, by influence / (‖q̃‖ ‖m̃‖), or by θ-RelatIF.",
         choices=get_args(Normalization)))
-    candidates: Candidates = field(default="code", metadata=about(
-        "Who is rescored: the best by code, by shared rare words, or both lists.",
+    candidates: Candidates = field(default="both", metadata=about(
+        "Who is rescored: the best by code, by shared rare words, or of both.",
         choices=get_args(Candidates)))
     rescore: bool = field(default=True, metadata=about(
         "Rank by code alone: fast, approximate.", "--no-rescore"))
@@ -144,7 +148,7 @@ class Controls:
         f"[all if {LARGEST_IN_FULL >> 30} GiB, else {LOW_RANK}].",
         bounds=ABOVE_ZERO))
     train_sequences: int | None = field(default=None, metadata=about(
-        "N_train [the build's, or all ever indexed].", bounds=ABOVE_ZERO))
+        "On how many the model was trained: then nats are told [the build's].", bounds=ABOVE_ZERO))
     group_by: str | None = field(default=None, metadata=about(
         "Also total the influence of all sequences by document, source or kept field.",
         unit="document|source|FIELD", page=Bounds(letters=256),

@@ -10,6 +10,7 @@ from gradindex.storage.manifest import Manifest
 from search.ask.controls import (
     CONTROLS,
     DEFAULT_HITS,
+    DEFAULT_RECALL,
     DEFAULT_SHORTLIST,
     GROWTH,
     SHORTLIST_FOR_HIT,
@@ -19,7 +20,7 @@ from search.ask.controls import (
     flag_of,
 )
 
-SMALLEST_SHORTLIST = 100  # where `recall` begins
+SMALLEST_SHORTLIST = 16  # where one that grows begins, or with twice the hits
 GROUPINGS = ("document", "source")  # besides the fields that were kept
 
 
@@ -27,8 +28,9 @@ GROUPINGS = ("document", "source")  # besides the fields that were kept
 class Settings:
     """What controls mean for one index.
 
-    A shortlist begins with `first` sequences and grows to at most `most`. `sign` is −1 for
-    opponents, and `time_limit` infinite where there is none.
+    A shortlist begins with `first` sequences and grows to at most `most`, until the statement is
+    sure of `recall`; where that is None the two are the same. `sign` is −1 for opponents, and
+    `time_limit` infinite where there is none.
     """
 
     k: int
@@ -69,22 +71,22 @@ def settle(controls: Controls, manifest: Manifest) -> Settings:
     if controls.recall is not None and controls.candidates == "tfidf":
         raise InputError("--recall needs --candidates code or both: what a TF-IDF list misses is "
                          "unknown.")
-    if not controls.rescore and (controls.recall is not None or controls.candidates != "code"
+    if not controls.rescore and (controls.recall is not None or controls.candidates == "tfidf"
                                  or controls.normalize == "relatif"):
         raise InputError("--no-rescore ranks by code alone: it can't go with --recall, "
-                         "--candidates tfidf or both, or --normalize relatif.")
+                         "--candidates tfidf, or --normalize relatif.")
     if not manifest.sequences:
         raise InputError("the index holds no sequence any more: all were deleted. Append documents "
                          "with `gradindex append`.")
     # what was deleted may leave fewer than k, so the sizes are those of what is there now
-    k, first, most = _sizes(controls, manifest.sequences)
+    k, first, most, recall = _sizes(controls, manifest.sequences)
     return Settings(
-        k=k, first=first, most=most, recall=controls.recall,
+        k=k, first=first, most=most, recall=recall,
         sign=-1.0 if controls.opponents else 1.0, damping=controls.damping or manifest.damping,
         modules=manifest.modules if controls.modules is None else choose_modules(
             manifest.modules, controls.modules, "the indexed modules"),
         normalize=controls.normalize,
-        candidates=controls.candidates, rescore=controls.rescore,
+        candidates=controls.candidates if controls.rescore else "code", rescore=controls.rescore,
         time_limit=controls.time_limit or math.inf, rank=controls.rank,
         train_sequences=controls.train_sequences or manifest.train_sequences or manifest.next_id,
         train_sequences_given=bool(controls.train_sequences or manifest.train_sequences),
@@ -108,9 +110,9 @@ def _grouping(by: str | None, fields: tuple[str, ...]) -> str | None:
                      f"kept at the build ({available}).")
 
 
-def _sizes(controls: Controls, total: int) -> tuple[int, int, int]:
-    """k, and the lengths that a shortlist begins with and at most grows to."""
-    k, shortlist = controls.k, controls.shortlist
+def _sizes(controls: Controls, total: int) -> tuple[int, int, int, float | None]:
+    """k, the lengths that a shortlist begins with and at most grows to, and what ends it."""
+    k, shortlist, recall = controls.k, controls.shortlist, controls.recall
     # a k that was asked for is refused where it can't be; one that wasn't shrinks with the index
     if k is not None and not 1 <= k <= total:
         raise InputError(f"-k {k}: expected 1 to {total}, the sequences in the index.")
@@ -125,11 +127,13 @@ def _sizes(controls: Controls, total: int) -> tuple[int, int, int]:
             raise InputError(f"--shortlist {shortlist}: expected a number or all.") from None
         if length < k:
             raise InputError(f"--shortlist {length}: expected at least -k, {k}.")
-    if controls.recall is None:
-        return k, min(length, total), min(length, total)
-    # a shortlist that was asked for is the limit of how far it may grow
-    most = min(total, length if shortlist is not None else GROWTH * length)
-    return k, min(most, max(SMALLEST_SHORTLIST, 2 * k)), most
+    # a length that was asked for is fixed; and what a TF-IDF list misses is never known
+    if recall is None and (shortlist is not None or controls.candidates == "tfidf"
+                           or not controls.rescore):
+        return k, min(length, total), min(length, total), None
+    # together with `recall` it is the limit of how far the shortlist may grow
+    most = min(total, length if recall is None or shortlist is not None else GROWTH * length)
+    return k, min(most, max(SMALLEST_SHORTLIST, 2 * k)), most, recall or DEFAULT_RECALL
 
 
 def _check_each(controls: Controls) -> None:

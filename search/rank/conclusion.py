@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from gradindex.first_order import first_order_nats
 from gradindex.influence.exact import Exact
 from gradindex.results import Group, Hit, Recall, Result
 from gradindex.storage.manifest import model_name
@@ -39,18 +40,19 @@ def conclude(track: Track, interrupted: bool) -> Result:
     unfinished = interrupted or track.timed_out
     warnings = _about(track)
     # equal sequences count together in the statement, as they stand together in the answer
-    groups, estimate = track.statement()
+    groups, made = track.statement()
     counted = sum(map(len, groups))
     complete = counted == len(snapshot)
     # of a TF-IDF list alone nothing can be said: who isn't on it had no known chance
     unknown = settings.candidates == "tfidf" and not complete
     recall = Recall(
-        settings.k, None if unknown else estimate,
+        settings.k, None if unknown else made.estimate,
         None if unknown or complete else track.shortlist.cutoff,
         snapshot.manifest.calibration["c"], _error_here(track), settings.recall,
+        lower=None if unknown else made.lower,
     )
     if recall.estimate is not None and recall.estimate < GOOD and groups:
-        recall.shortlist_for_95 = track.length_for(GOOD, groups)
+        recall.shortlist_for_95 = track.length_for(GOOD, groups, made)
     hits = _exact_hits(track, groups)
     warnings += _warnings(track, hits, recall, unfinished)
     if unfinished:
@@ -254,5 +256,6 @@ def _groups(track: Track, hits: list[Hit]) -> tuple[list[Group], Group | None, i
     places = np.searchsorted(common.snapshot.contents.ids, ids).tolist()
     groups, total = total_groups(
         grouping, estimate, variance, settings.sign, dict(zip(ids, places, strict=True)),
-        settings.train_sequences)
+        lambda influence: first_order_nats(influence, track.query, settings.train_sequences,
+                                           settings.train_sequences_given))
     return groups, total, len(grouping.values)

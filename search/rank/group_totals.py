@@ -15,7 +15,7 @@ x̂_m being what the code stands for. The ratio of the two, a group's `spread`, 
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,12 +165,12 @@ def chosen_signs(codes: Sequence[CodeIndex], length: int) -> tuple[np.ndarray, n
 
 def total_groups(
     grouping: Grouping, estimate: np.ndarray, variance: np.ndarray, sign: float,
-    hits: dict[int, int], train_sequences: int,
+    hits: dict[int, int], nats: Callable[[float], float | None],
 ) -> tuple[list[Group], Group]:
     """The groups of a result, those with a hit and the GROUPS_KEPT best, and the whole index.
 
     `estimate` and `variance` [N] are those of `Shortlist.estimates`, times the sign; `hits` are the
-    places of the result's hits by id, in order.
+    places of the result's hits by id, in order; `nats` is what an influence is in nats.
     """
     totals = sign * grouping.total(estimate)
     errors = np.sqrt(grouping.spread * grouping.total(variance, power=2))
@@ -186,10 +186,10 @@ def total_groups(
     groups = [
         Group(grouping.values[number], int(sequences[number]), hits_of.get(number, []),
               float(totals[number]), float(errors[number]),
-              float(totals[number]) / train_sequences)
+              nats(float(totals[number])))
         for rank, number in enumerate(order) if rank < GROUPS_KEPT or number in hits_of
     ]
     whole = sign * float(estimate.sum())
     return groups, Group(None, len(estimate), list(hits), whole,
                          float(np.sqrt(grouping.whole_spread * variance.sum())),
-                         whole / train_sequences)
+                         nats(whole))

@@ -4,6 +4,7 @@ from dataclasses import asdict, replace
 
 import numpy as np
 
+from gradindex.first_order import first_order_nats
 from gradindex.influence.exact import Exact
 from gradindex.model import tokenise
 from gradindex.modules import Module
@@ -30,7 +31,8 @@ def make_hit(
     asked = [token for text in gradient.query.texts for token in text.tokens]
     influence = code_score if exact is None else float(exact.influence[0])
     hit = Hit(
-        id=record.id, influence=influence, nats=influence / settings.train_sequences,
+        id=record.id, influence=influence, nats=first_order_nats(
+            influence, gradient.query, settings.train_sequences, settings.train_sequences_given),
         exact=exact is not None, code_score=code_score, code_rank=code_rank, text="".join(tokens),
         source=first.source, row=first.row, document=first.document, start=first.start,
         end=first.end, user_id=first.user_id, fields=first.fields,

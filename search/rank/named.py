@@ -38,7 +38,9 @@ def rescore_named(
 
     A place may come twice. Raises InputError, LostError.
     """
-    settings = replace(settings, rank=None)  # a single query's gradient is kept in full
+    # a single query's gradient is kept in full, and exact is what is asked for, whatever a search
+    # would do
+    settings = replace(settings, rank=None, rescore=True)
     [gradient], preconditioned = form_gradients(snapshot, [query], settings, batch_tokens)
     by = Rescorer(snapshot.model, settings.modules, snapshot.ekfac, settings.damping, batch_tokens)
     # a chunk at a time, so that a long list of ids is shown as it comes

@@ -53,6 +53,7 @@ def form_gradients(
 ) -> tuple[list[QueryGradient], Preconditioned]:
     """Every query's gradient as a vector, and all of them preconditioned, of low rank where needed.
 
+    Where nothing is to be rescored none is preconditioned, which takes longer than the rest.
     Raises InputError for a gradient that isn't finite.
     """
     gradients, parts = [], []
@@ -64,7 +65,7 @@ def form_gradients(
         for modules in together(snapshot, settings.modules):
             coordinates = coordinates_of(snapshot, group, modules, settings.damping, batch_tokens)
             prepare(snapshot.codes, snapshot.ekfac, coordinates, settings.damping, vectors, squares,
-                    preconditioned)
+                    preconditioned if settings.rescore else None)
         for query, vector, norm in zip(group, vectors.float().cpu().numpy(),
                                        squares.sqrt().tolist(), strict=True):
             # told here, for every score would be NaN, and no comparison with it true
@@ -73,7 +74,8 @@ def form_gradients(
                                  "--dtype float32.")
             gradients.append(QueryGradient(query, vector, norm))
         parts.append(preconditioned)
-    return gradients, Preconditioned.join(parts) if len(parts) > 1 else parts[0]
+    several = settings.rescore and len(parts) > 1
+    return gradients, Preconditioned.join(parts) if several else parts[0]
 
 
 def rescore_in_full(

@@ -13,8 +13,8 @@ from search.ask.settings import Settings
 from search.rank.hits import normalized
 from search.rank.query_gradient import QueryGradient
 from search.rank.ranking import Ranking, best
-from search.rank.recall import estimated_recall
-from search.rank.shortlist import Shortlist, longer
+from search.rank.recall import AS_EXPECTED
+from search.rank.shortlist import LIST_SHARE, Shortlist, Statement, longer
 from search.rank.snapshot import Snapshot
 
 
@@ -37,15 +37,17 @@ class Common:
 class Track:
     """One query of a session, the `number`-th: who is rescored for it, and what that says.
 
-    `length` is how long its shortlist is to be by now. `timed_out` says that the time limit ended
-    it early.
+    `length` is how long its shortlist is to be by now, `deadline` when it is to end on the clock of
+    `time.monotonic`, None before it began. `timed_out` says that the time limit ended it early,
+    `heard` that the random sample counts in its statement.
     """
 
     def __init__(self, common: Common, number: int, gradient: QueryGradient, shortlist: Shortlist):
         self.common, self.number, self.gradient = common, number, gradient
         self.shortlist = shortlist
         self.length = common.settings.first
-        self.timed_out = False
+        self.deadline: float | None = None
+        self.timed_out = self.heard = False
 
     @property
     def query(self) -> Query:
@@ -70,42 +72,51 @@ class Track:
                 if place not in self.common.exact]
 
     def lengthen(self) -> None:
-        """Lengthen the shortlist if its statement is short of the goal and it may grow."""
+        """Lengthen the shortlist if its statement isn't sure of the goal and it may grow."""
         goal, most = self.common.settings.recall, self.common.settings.most
         if goal is None or self.length == most:
             return
-        groups, estimate = self.statement()
-        if estimate < goal:
-            self.length = min(most, longer(self.length, self.length_for(goal, groups)))
+        groups, made = self.statement()
+        # the lower bound, and not the estimate: the first that happens to be high enough is so by
+        # luck, too
+        if made.lower < goal:
+            expected = self.length_for(goal, groups, made)
+            self.length = min(most, longer(self.length, expected))
 
-    def statement(self) -> tuple[list[list[int]], float]:
+    def statement(self) -> tuple[list[list[int]], Statement]:
         """Places of the rescored that count, best first, equal ones together, and their recall.
 
         The shortlist is advanced to what is exact by now.
         """
-        snapshot, settings = self.common.snapshot, self.common.settings
+        common, settings = self.common, self.common.settings
         counted = self.advance()
         ranked = sorted(counted, key=lambda place: (-self.value(place), place))
         alike: dict[int, list[int]] = {}
         for place in ranked:
-            alike.setdefault(int(snapshot.contents.first_equal[place]), []).append(place)
+            alike.setdefault(int(common.snapshot.contents.first_equal[place]), []).append(place)
         # equal sequences differ by rounding only: the first in the index stands for them
         groups = [sorted(group) for group in alike.values()]
-        # of all that there is nothing can be missing, whatever the codes say
-        if len(counted) == len(snapshot):
-            return groups, 1.0
         first = [group[0] for group in groups]
-        pi = self.shortlist.probability(first, self.signed(first), self.shortlist.cutoff)
-        return groups, estimated_recall(pi, settings.k)
+        # of all that there is nothing can be missing, whatever the codes say
+        if len(counted) == len(common.snapshot):
+            return groups, Statement(1.0, 0.0, np.ones(len(first)), AS_EXPECTED)
+        # not whenever it is there: an answer must not depend on the queries before it
+        sample = common.random_sample if self.heard else []
+        return groups, self.shortlist.statement(
+            first, self.signed(first), settings.k, sample, self.signed(sample))
 
     def advance(self) -> list[int]:
         """Note how far the shortlist is exact by now, and return the places that count."""
         return self.shortlist.advance(self.common.exact, self.length)
 
-    def length_for(self, goal: float, groups: list[list[int]]) -> int:
-        """How long the shortlist would have to be for a statement of `goal`, as far as is known."""
+    def length_for(self, goal: float, groups: list[list[int]], made: Statement) -> int:
+        """How long the shortlist would have to be for a statement of `goal`, as far as is known.
+
+        `groups` and the statement `made` are those of now.
+        """
         first = [group[0] for group in groups]
-        return self.shortlist.length_for(goal, first, self.signed(first), self.common.settings.k)
+        return self.shortlist.length_for(goal, first, self.signed(first), self.common.settings.k,
+                                         made)
 
     # ---- what is known of a place
 
@@ -134,10 +145,10 @@ def make_shortlist(
     snapshot: Snapshot, settings: Settings, gradient: QueryGradient, ranking: Ranking
 ) -> Shortlist:
     """Who is rescored for a query, with a TF-IDF list where one is asked for."""
-    # it doesn't grow with the shortlist: who is on it must have been certain from the start
-    tfidf_list = None
+    # Of a shortlist of each length a part is by the list, whatever the codes say of it: who is on
+    # it is certain, however the shortlist came to its length.
+    listed, by_list = None, settings.candidates == "tfidf"
     if settings.candidates != "code":
         scores = snapshot.tables.tokens.scores(gradient.query.scored_tokens)
-        tfidf_list = best(scores, settings.first)
-    return Shortlist(ranking, code_noise(snapshot, gradient), settings.most, tfidf_list,
-                     by_list=settings.candidates == "tfidf")
+        listed = best(scores, settings.most if by_list else settings.most // LIST_SHARE)
+    return Shortlist(ranking, code_noise(snapshot, gradient), settings.most, listed, by_list)

@@ -13,10 +13,13 @@ import numpy as np
 class Ranking(Protocol):
     """One query's order of N places, equal ones by place; `norms` [N] are the ‖v_m‖.
 
+    `sign` is −1 for opponents; with `by_norm` the order is by score / ‖v_m‖.
+
     Whatever has all code scores here, or only some of them elsewhere, is asked through this.
     """
 
     norms: np.ndarray
+    sign: float
     by_norm: bool
 
     def best(self, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -58,7 +61,7 @@ class CodeRanking:
     def __init__(
         self, scores: np.ndarray, norms: np.ndarray, sign: float = 1.0, by_norm: bool = False
     ):
-        self.norms, self.by_norm, self._scores = norms, by_norm, scores
+        self.norms, self.sign, self.by_norm, self._scores = norms, sign, by_norm, scores
         self._statistic = statistic(scores, norms, sign, by_norm)
 
     # each as of `Ranking`
@@ -109,6 +112,8 @@ def best(values: np.ndarray, count: int) -> np.ndarray:
     >>> best(np.array([2.0, 5.0, 3.0, 5.0]), 3).tolist()
     [1, 3, 2]
     """
+    if not count:
+        return np.zeros(0, dtype=np.int64)
     if count >= len(values):
         return np.lexsort((np.arange(len(values)), -values))
     # a partition takes time N where a sort takes N log N, and N is an index

@@ -37,8 +37,8 @@ class SharedRanking:
     """
 
     def __init__(self, snapshot: "SharedSnapshot", how: Ordering, sent: Any, number: int):
-        self.norms, self.by_norm = snapshot.norms, how.by_norm
-        self._snapshot, self._how, self._of = snapshot, how, (how, sent, number)
+        self.norms, self.sign, self.by_norm = snapshot.norms, how.sign, how.by_norm
+        self._snapshot, self._of = snapshot, (how, sent, number)
 
     def best(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         bests = self._snapshot.ask_all(
@@ -61,7 +61,7 @@ class SharedRanking:
 
     def ranks(self, places: Sequence[int]) -> list[int]:
         chosen = np.asarray(places, dtype=np.int64)
-        values = statistic(self.scores_at(places), self.norms[chosen], self._how.sign,
+        values = statistic(self.scores_at(places), self.norms[chosen], self.sign,
                            self.by_norm)
         ranks: list[int] = (self.before(values, chosen) + 1).tolist()
         return ranks

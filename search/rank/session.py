@@ -96,31 +96,40 @@ class Session:
     def rescore(self, track: Track) -> Iterator[list[int]]:
         """Score a query's shortlist, longer and longer until its statement is what was asked for.
 
-        Yields the places of every batch. Ends early, `timed_out`, when the time limit is over.
+        Yields the places of every batch. Ends early, `timed_out`, when the time limit is over,
+        which counts from the first call. Called again it goes on if the statement has changed.
         """
+        if track.deadline is None:
+            track.deadline = time.monotonic() + self.common.settings.time_limit
         track.timed_out = False
-        deadline = time.monotonic() + self.common.settings.time_limit
         # what is missing may change on the way: others move up where segments are lost
-        while missing := track.missing():
+        while missing := self._missing(track):
+            if track.length > self.common.settings.first and time.monotonic() > track.deadline:
+                track.timed_out = True
+                return
             for places in self._score(missing):
                 yield places
                 # over time, but for a shortlist that this batch has made whole
-                if time.monotonic() > deadline and missing[-1] not in self.common.exact:
+                if time.monotonic() > track.deadline and missing[-1] not in self.common.exact:
                     track.timed_out = True
                     return
-            while not track.missing():  # or else some were lost, and others moved up
-                try:
-                    track.lengthen()
-                    self._planned.update(track.missing())
-                    break
-                except LostError as lost:
-                    self._go_on_without(lost)
-            if time.monotonic() > deadline and track.missing():
-                track.timed_out = True
-                return
 
-    def score_random_sample(self) -> None:
-        """A fixed random sample, for percentiles and for the code's error on each query; once."""
+    def _missing(self, track: Track) -> list[int]:
+        """The places to be scored next for a query: none where its statement is good enough."""
+        length = 0
+        # what a longer shortlist adds may be exact already, for the queries before
+        while not (missing := track.missing()) and length != track.length:
+            length = track.length
+            try:
+                track.lengthen()
+            except LostError as lost:
+                self._go_on_without(lost)
+                length = 0
+        self._planned.update(missing)
+        return missing
+
+    def hear_random_sample(self, track: Track) -> None:
+        """Score a fixed random sample, once: for percentiles, and the code's error on a query."""
         common = self.common
         if not common.random_sample:
             # a loss on the way draws another sample, of what is left
@@ -130,6 +139,7 @@ class Session:
                     pass
             common.random_sample = common.snapshot.random_sample()
             self._planned.update(common.random_sample)
+        track.heard = True
 
     def _score(self, places: list[int]) -> Iterator[list[int]]:
         """Score places; what is lost on the way is left out in the end, which moves the others."""

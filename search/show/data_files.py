@@ -16,6 +16,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from gradindex.errors import InputError
 from gradindex.results import Hit, Result
 from gradindex.terminal import json_text, visible_lines
+from search.show import wording
 
 
 def read_result(path: Path, number: int | None = None) -> Result:
@@ -65,6 +66,8 @@ def csv_table(result: Result) -> str:
     writer.writerow([*CSV_COLUMNS, *(_defuse(f"field:{name}") for name in fields)])
     for rank, hit in enumerate(result.hits, 1):
         content = {**asdict(hit), "rank": rank, "units": result.units}
+        if hit.nats is None:  # an empty cell would leave open why
+            content["nats"] = wording.nats(hit, result)
         for name in ("duplicates", "near_duplicates", "layer_influence"):
             content[name] = " ".join(map(str, content[name]))
         own = [_plain(hit.fields.get(name)) for name in fields]

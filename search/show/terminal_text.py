@@ -76,7 +76,7 @@ def _hit_lines(rank: int, hit: Hit, result: Result, width: int, color: bool) -> 
     if color:
         influence = f"\x1b[{PLUS if hit.influence >= 0 else MINUS}m{influence}\x1b[0m"
     # only our own letters may hold colour codes: what comes from data goes through `visible`
-    head = f"{rank:>3}  {by}{about}{influence}  {wording.number(hit.nats)} nats"
+    head = f"{rank:>3}  {by}{about}{influence}  {wording.nats(hit, result)}"
     notes = [wording.percentile(hit, result), wording.rank_before(hit)]
     if hit.tfidf_rank is not None:
         notes.append(f"TF-IDF rank {hit.tfidf_rank}")
@@ -151,13 +151,14 @@ def _narrow_group_lines(result: Result, width: int) -> list[str]:
     groups = result.groups[: wording.GROUPS_SHOWN]
     shown = [(group, wording.group_name(group, by)) for group in groups]
     more = result.group_count - len(groups)
-    lines = _wrap(f"total influence by {by}, ± its standard error:", width)
+    lines = _wrap(
+        f"total influence by {by}, ± its standard error, {wording.GROUP_ORDER}:", width)
     for group, name in [*shown, (result.total, f"all {result.group_count:,} together" + (
             f", {more:,} more among them" if more else ""))]:
         numbers = f"{wording.number(group.influence)} ± {wording.unsigned(group.standard_error)}"
         lines.append(_clip(name, width))
         lines += [f"  {line}" for line in _wrap(
-            f"{numbers}, {wording.number(group.nats)} nats, {group.sequences:,} sequences, "
+            f"{numbers}, {wording.nats(group, result)}, {group.sequences:,} sequences, "
             f"{len(group.hits)} {'hit' if len(group.hits) == 1 else 'hits'}", width - 2)]
     if unsure := wording.unsure(groups):
         lines += _wrap(f"{unsure} of the {len(groups)} shown are within {UNSURE} ± of "
@@ -174,20 +175,22 @@ def group_lines(result: Result, width: int) -> list[str]:
     by = visible(str(result.controls["group_by"]))
     groups = result.groups[: wording.GROUPS_SHOWN]
     lines = [f"total influence by {by}, ± its standard error, {wording.GROUP_ORDER}:",
-             f"{'influence':>14} {'±':>9} {'nats':>11} {'sequences':>10} {'hits':>5}  {by}"]
-    lines += [_group_line(group, visible(wording.group_name(group, by))) for group in groups]
+             f"{'influence':>14} {'±':>9} {'nats':>18} {'sequences':>10} {'hits':>5}  {by}"]
+    lines += [_group_line(group, visible(wording.group_name(group, by)), result)
+              for group in groups]
     if result.group_count > len(groups):
-        lines.append(f"{'':>53}  and {result.group_count - len(groups):,} more")
-    lines.append(_group_line(result.total, f"all {result.group_count:,} together"))
+        lines.append(f"{'':>60}  and {result.group_count - len(groups):,} more")
+    lines.append(_group_line(result.total, f"all {result.group_count:,} together", result))
     if unsure := wording.unsure(groups):
         lines.append(f"{unsure} of the {len(groups)} shown are within {UNSURE} ± of zero: "
                      "chance may have put them here")
     return [line if len(line) <= width else line[: width - 1] + "…" for line in lines]
 
 
-def _group_line(group: Group, name: str) -> str:
+def _group_line(group: Group, name: str, result: Result) -> str:
     return (f"{wording.number(group.influence):>14} {wording.unsigned(group.standard_error):>9} "
-            f"{wording.number(group.nats):>11} {group.sequences:>10,} {len(group.hits):>5}  {name}")
+            f"{wording.nats(group, result, ''):>18} {group.sequences:>10,} {len(group.hits):>5}  "
+            f"{name}")
 
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from gradindex.first_order import in_words, room
 from gradindex.progress import duration
 from gradindex.results import UNSURE, Group, Hit, Query, Result
 from gradindex.terminal import json_text
@@ -167,11 +168,11 @@ def times(result: Result) -> str:
 
 
 def meaning(result: Result) -> str:
-    """Units and sign in a sentence, and what N_train was taken to be."""
-    # only where it is a guess: N_train scales every nat
-    given = "" if result.train_sequences_given else \
-        ", taken as the number indexed; set --train-sequences if it was trained on more"
-    return f"{result.units} N_train = {result.train_sequences:,}{given}."
+    """Units and sign in a sentence, and what N_train is."""
+    if result.train_sequences_given:
+        return f"{result.units} N_train = {result.train_sequences:,}."
+    return (f"{result.units} N_train is unknown, so nats are left out: give --train-sequences if "
+            "the model was trained on this data.")
 
 
 def number(value: float) -> str:
@@ -182,6 +183,19 @@ def number(value: float) -> str:
 def unsigned(value: float) -> str:
     """The same without a plus."""
     return f"{value:.3g}" if abs(value) < 999.5 else f"{value:,.0f}"
+
+
+def nats(of: Hit | Group, result: Result, unit: str = " nats") -> str:
+    """What one more copy would add in nats, or the words that stand for it."""
+    if of.nats is not None:
+        return f"{number(of.nats)}{unit}"
+    return in_words(of.influence, result.query, result.train_sequences)
+
+
+def nats_room(result: Result) -> str:
+    """The largest gain and loss of log p, for a page whose numbers become exact in place."""
+    gain, loss = room(result.query)
+    return f"{gain} {loss}"
 
 
 def recall_statement(result: Result) -> str:
@@ -199,11 +213,12 @@ def recall_statement(result: Result) -> str:
         f"recall: an estimated {share(recall.estimate)} of the true top {recall.k} are in this "
         f"list ({result.rescored:,} of {result.sequences:,} rescored{_cutoff(result)})."
     )
-    if recall.asked is not None and recall.estimate < recall.asked:
+    lower = recall.estimate if recall.lower is None else recall.lower
+    if recall.asked is not None and lower < recall.asked:
         why = "was interrupted" if result.interrupted else \
             "ran out of --time-limit" if result.timed_out else \
             f"ended at its limit, --shortlist {controls['shortlist']}"
-        statement += f" {recall.asked:.1%} was asked for; rescoring {why}."
+        statement += f" That is short of being sure of {recall.asked:.1%}; rescoring {why}."
     if recall.shortlist_for_95 is not None and recall.estimate < 0.9:
         statement += f" For 95%, about {recall.shortlist_for_95:,} must be rescored."
     return statement

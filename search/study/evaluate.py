@@ -23,9 +23,8 @@ from search.ask.settings import Settings
 from search.engine import Searcher
 from search.rank.query_gradient import fits_in_full, form_gradients
 from search.rank.ranking import CodeRanking, best
-from search.rank.recall import estimated_recall
 from search.rank.session import Session
-from search.rank.shortlist import Shortlist
+from search.rank.shortlist import LIST_SHARE, Shortlist
 from search.study.texts import RECORDS_HELD
 
 METHODS = ("code", "tfidf", "both")
@@ -120,7 +119,8 @@ def evaluate(
             tfidf = snapshot.tables.tokens.scores(track.query.scored_tokens)
             comparisons.append(Shortlists(
                 places[different], truth[track.number, different], track.ranking.scores(),
-                snapshot.norms, track.noise, tfidf, len(places) / total).compare())
+                snapshot.norms, track.noise, tfidf, len(places) / total,
+                np.array(snapshot.random_sample())).compare())
     return _summary(Evaluation(len(queries), total, len(places), settings.damping,
                                len(settings.modules)), comparisons)
 
@@ -138,27 +138,31 @@ class Shortlists:
     """One query: exact influence [n] of the sequences at `places` [n], and what is known of all N.
 
     `code_scores` and `tfidf` [N] are the scores of every place, `noise` the sd of a code's error
-    for ‖v_m‖ = 1. A `share` of the index was scored; of equal sequences only the first is here.
+    for ‖v_m‖ = 1, `sample` [m] the places of the random sample that a search rescores. A `share` of
+    the index was scored; of equal sequences only the first is here.
 
     Four sequences with codes that err by 1: the best two by code hold one of the true top two. What
     a search would claim of itself is right on average only:
 
     >>> truth, scores = np.array([4.0, 3.0, 1.0, 0.0]), np.array([5.0, 1.5, 2.0, 0.0])
-    >>> lists = Shortlists(np.arange(4), truth, scores, np.ones(4), 1.0, np.zeros(4), 1.0)
+    >>> nobody = np.zeros(0, np.int64)
+    >>> lists = Shortlists(np.arange(4), truth, scores, np.ones(4), 1.0, np.zeros(4), 1.0, nobody)
     >>> actual, claimed = lists.measure("code", 2, 2)
     >>> actual, round(claimed, 2)
-    (0.5, 0.65)
+    (0.5, 0.67)
     """
 
     def __init__(
         self, places: np.ndarray, truth: np.ndarray, code_scores: np.ndarray,
-        norms: np.ndarray, noise: float, tfidf: np.ndarray, share: float,
+        norms: np.ndarray, noise: float, tfidf: np.ndarray, share: float, sample: np.ndarray,
     ):
         self.places, self.truth, self.tfidf = places, truth, tfidf
         self.total, self.share = len(code_scores), share
         self.code_scores, self.noise = code_scores, noise
         self.ranking = CodeRanking(code_scores, norms)
         self.order = best(truth, len(truth))
+        # of the part alone the truth is known
+        self.sample = np.flatnonzero(np.isin(places, sample))
 
     def compare(self) -> QueryMeasures:
         """Every method at every k and length that the index and the part allow."""
@@ -175,7 +179,8 @@ class Shortlists:
     def measure(self, method: str, k: int, length: int) -> tuple[float, float | None]:
         """Recall of the highest k of the scored, and what a search would claim."""
         k = min(k, len(self.truth))
-        listed = None if method == "code" else best(self.tfidf, length)
+        listed = None if method == "code" else best(
+            self.tfidf, length if method == "tfidf" else length // LIST_SHARE)
         # made as a search would make it, but of codes alone: nothing has to be rescored again
         shortlist = Shortlist(self.ranking, self.noise, length, listed,
                               by_list=method == "tfidf")
@@ -185,9 +190,9 @@ class Shortlists:
         if method == "tfidf":
             return actual, None
         ranked = self.order[inside]
-        pi = shortlist.probability(self.places[ranked].tolist(), self.truth[ranked],
-                                   shortlist.cutoff)
-        return actual, estimated_recall(pi, k)
+        made = shortlist.statement(self.places[ranked].tolist(), self.truth[ranked], k,
+                                   self.places[self.sample].tolist(), self.truth[self.sample])
+        return actual, made.estimate
 
     def ndcg(self, scores: np.ndarray) -> float:
         """NDCG@20 of the order by some scores [n]; 1 where there is nothing to order."""
@@ -251,7 +256,7 @@ def table(evaluation: Evaluation) -> str:
         lines.append("(nothing to compare: the index is no larger than a shortlist of 100)")
     lines += ["", "NDCG@20 before rescoring (gains: positive influence): " + ", ".join(
         f"{METHOD_NAMES[name]} {value:.3f}" for name, value in evaluation.ndcg.items())]
-    lines += ["by both: as many by code as by TF-IDF, so up to twice the sequences are rescored",
+    lines += ["by both: a fifth by TF-IDF, the rest by code, so as many are rescored at most",
               "claimed: what the recall statement of such searches says, on average; ± is its mean "
               "error a query"]
     return "\n".join(lines)
@@ -281,7 +286,7 @@ def plot(evaluation: Evaluation, path: Path) -> None:
             recalls.fill_between(lengths, [row.recall_interval[0] for row in rows],
                                  [row.recall_interval[1] for row in rows],
                                  color=METHOD_COLORS[method], alpha=0.12, linewidth=0)
-    recalls.set(xscale="log", xlabel="shortlist (both: so many by each)", ylim=(0, 1.02),
+    recalls.set(xscale="log", xlabel="shortlist (both: a fifth by TF-IDF)", ylim=(0, 1.02),
                 ylabel="share of the true top k in the shortlist", title="Recall")
     lengths = sorted({measure.shortlist for measure in evaluation.measures})
     recalls.set_xticks(lengths, [f"{length:,}" for length in lengths])

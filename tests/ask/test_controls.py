@@ -112,7 +112,7 @@ def test_normalised_rankings(index, normalize, opponents):
 
 
 def test_a_normalised_shortlist_is_ordered_by_score_over_norm(index):
-    result = index.search(**QUESTION, k=3, shortlist=12, normalize="cosine")
+    result = index.search(**QUESTION, k=3, shortlist=12, normalize="cosine", candidates="code")
     statistic = codes_of(index, QUESTION) / index.snapshot.norms
     order = np.argsort(-statistic, kind="stable")
     assert {hit.id for hit in result} <= set(order[:12].tolist())
@@ -173,16 +173,55 @@ def test_recall_is_reached_or_the_limit_is_said(index, monkeypatch):
     for goal in (0.3, 0.6, 0.9, 1.0):
         result = index.search(**QUESTION, k=3, recall=goal)
         assert result.recall.asked == goal and result.recall.estimate >= goal
+        # sure, and not only likely
+        assert goal <= result.recall.lower <= result.recall.estimate
         assert result.rescored == result.shortlist
         lengths.append(result.rescored)
         again = index.search(**QUESTION, k=3, shortlist=result.rescored)
         assert [hit.id for hit in again] == [hit.id for hit in result]
         assert again.recall.estimate == pytest.approx(result.recall.estimate)
-    assert lengths == sorted(lengths) and lengths[0] < lengths[-1] == len(index)
+    assert lengths == sorted(lengths) and lengths[0] < 20 < lengths[-1]
     limited = index.search(**QUESTION, k=3, recall=1.0, shortlist=20)
     assert limited.rescored == 20 and limited.recall.estimate < 1
-    assert "100.0% was asked for; rescoring ended at its limit, --shortlist 20" in \
+    assert "short of being sure of 100.0%; rescoring ended at its limit, --shortlist 20" in \
         " ".join(render_terminal(limited).split())
+
+
+def test_by_default_rescoring_ends_when_it_is_sure(index, monkeypatch):
+    """At .99, or at the limit; a number that was asked for is kept whatever it says."""
+    sure = index.search(**OTHER, k=1)
+    assert sure.controls["recall"] == sure.recall.asked == 0.99
+    assert sure.recall.lower >= 0.99 and 16 <= sure.rescored < len(index)
+    truth = exact(index, OTHER)
+    assert sure[0].id == int(np.argmax(truth))
+    fixed = index.search(**OTHER, k=1, shortlist=30)
+    assert fixed.rescored == fixed.shortlist == 30 and fixed.recall.asked is None
+    monkeypatch.setattr("search.ask.settings.DEFAULT_SHORTLIST", 20)
+    monkeypatch.setattr("search.ask.settings.SHORTLIST_FOR_HIT", 1)
+    limited = index.search(**QUESTION, k=8)
+    assert limited.rescored == 20 and limited.recall.lower < 0.99
+    assert "short of being sure of 99.0%; rescoring ended at its limit, --shortlist 20" in \
+        " ".join(render_terminal(limited).split())
+
+
+def test_the_random_sample_is_heard_before_a_search_ends(index, monkeypatch):
+    """What it says of the code's error may make a search less sure, which then goes on."""
+    from search.rank.shortlist import Shortlist
+
+    alone = Shortlist.statement
+    seen = []
+
+    def doubtful(self, places, influence, k, sample, of_sample):
+        made = alone(self, places, influence, k, sample, of_sample)
+        seen.append((len(sample), len(places)))
+        return replace(made, error=0.5 if sample and len(places) < 40 else made.error)
+
+    monkeypatch.setattr(Shortlist, "statement", doubtful)
+    result = index.search(**OTHER, k=1)
+    without = [length for sample, length in seen if not sample]
+    within = [length for sample, length in seen if sample]
+    assert without and within[0] == without[-1] < 40 <= within[-1]
+    assert result.recall.lower >= 0.99 and not result.timed_out
 
 
 def test_a_time_limit_ends_rescoring(index):
@@ -196,7 +235,6 @@ def test_candidates_by_words_alone_and_joined(index):
     query = index.make_query(**QUESTION)
     scores = index.snapshot.tables.tokens.scores(query.scored_tokens)
     words = np.argsort(-scores, kind="stable")[:9].tolist()
-    codes = np.argsort(-codes_of(index, QUESTION), kind="stable")[:9].tolist()
     truth = exact(index, QUESTION)
 
     alone = index.search(**QUESTION, k=3, shortlist=9, candidates="tfidf")
@@ -206,20 +244,24 @@ def test_candidates_by_words_alone_and_joined(index):
     assert [hit.tfidf_rank for hit in alone] == [words.index(hit.id) + 1 for hit in alone]
 
     joined = index.search(**QUESTION, k=3, shortlist=9, candidates="both")
-    together = set(words) | set(codes)
-    assert joined.rescored == len(together) > 9
+    assert index.search(**QUESTION, k=3, shortlist=9).hits == joined.hits  # as by default
+    assert joined.rescored == 9
+    order = np.argsort(-codes_of(index, QUESTION), kind="stable").tolist()
+    together = {words[0], *[one for one in order if one != words[0]][:8]}
     best = sorted(together, key=lambda one: (-truth[one], one))
     assert joined[0].id == best[0]
-    by_code = index.search(**QUESTION, k=3, shortlist=9)
-    assert joined.recall.cutoff == by_code.recall.cutoff
+    left_out = next(one for one in order if one not in together)
+    assert joined.recall.cutoff == pytest.approx(codes_of(index, QUESTION)[left_out])
     everyone = index.search(**QUESTION, k=3, shortlist="all", candidates="tfidf")
     assert everyone.recall.estimate == 1 and everyone.recall.cutoff is None
     assert "recall: complete" in render_terminal(everyone)
 
 
-def test_a_hopeless_search_says_what_would_help(index):
-    result = index.search(**QUESTION, k=5, shortlist=5, modules="1", damping=1e-4)
-    assert result.recall.estimate < 0.5 and result.recall.shortlist_for_95 > 5
+def test_a_hopeless_search_says_what_would_help(index, monkeypatch):
+    monkeypatch.setattr("search.rank.conclusion.HOPELESS", 0.9)
+    result = index.search(**QUESTION, k=10, shortlist=10, modules="1", damping=1e-4,
+                          candidates="code")
+    assert result.recall.estimate < 0.9 and result.recall.shortlist_for_95 > 10
     assert "the code's noise hides this answer" in result.warnings[-1]
     assert "--shortlist" in result.warnings[-1] and "--bits" in result.warnings[-1]
 

@@ -91,7 +91,7 @@ def assert_equal_to(result, expected):
         assert group.influence == pytest.approx(total, rel=1e-3, abs=1e-4 * scale)
         assert group.standard_error == pytest.approx(error, rel=1e-3, abs=1e-6 * scale)
         assert group.sequences == count
-        assert group.nats == pytest.approx(group.influence / result.train_sequences)
+        assert group.nats is None  # N_train was not given
     assert result.total.value is None and result.total.hits == [hit.id for hit in result]
     certain = [abs(group.influence) - 2 * group.standard_error for group in result.groups]
     assert certain == sorted(certain, reverse=True)
@@ -252,7 +252,7 @@ def test_the_best_groups_are_kept_and_those_with_hits(opponents):
     order = np.argsort(influence if opponents else -np.abs(influence))
     last = int(order[-1])
     groups, total = total_groups(grouping, sign * influence, np.full(300, 0.25), sign,
-                                 {7: last, 8: int(order[3])}, 100)
+                                 {7: last, 8: int(order[3])}, lambda total: total / 100)
     assert [group.value for group in groups] == [*order[:GROUPS_KEPT], last]
     assert [group.hits for group in groups if group.hits] == [[8], [7]]
     assert groups[0].influence == influence[order[0]]
@@ -305,10 +305,11 @@ def test_group_lines(index):
     assert len(lines) == 2 + wording.GROUPS_SHOWN + 2
     first, total = result.groups[0], result.total
     assert lines[2].split() == [
-        f"{first.influence:+.3g}", f"{first.standard_error:.3g}", f"{first.nats:+.3g}",
-        str(first.sequences), str(len(first.hits)), first.value]
+        f"{first.influence:+.3g}", f"{first.standard_error:.3g}",
+        *wording.nats(first, result, "").split(), str(first.sequences),
+        str(len(first.hits)), first.value]
     assert lines[-2].split() == ["and", "20", "more"]
-    assert lines[-1].split()[3:] == [str(total.sequences), "5", "all", "40", "together"]
+    assert lines[-1].split()[-5:] == [str(total.sequences), "5", "all", "40", "together"]
     result.groups[0].value = hostile = "\x1b[2J\nnext\u202e"
     result.groups[1].value = None
     lines = group_lines(result, 100)

@@ -148,8 +148,12 @@ SHAPES: dict[str, dict[str, Any]] = {
     "search.rank.recall.inclusion_probability": {"influence": "n", "error": "n", "return": "n"},
     "search.rank.recall.included_error": {"influence": "n", "error": "n", "return": ("n", "n")},
     "search.rank.recall.estimated_recall": {"probabilities": "n"},
+    "search.rank.recall.fit_error": {"margin": "n", "errors": "n", "sample": "m"},
+    "search.rank.recall.margin": {"influence": "n", "error": "n", "return": "n"},
     "search.rank.recall.expected_recall": {"probabilities": "n", "later": "n"},
-    "search.rank.shortlist.Shortlist.__init__": {"tfidf_list": "n"},
+    "search.rank.shortlist.Shortlist.__init__": {"listed": "n"},
+    "search.rank.shortlist.Shortlist.statement":
+        {"places": "n", "influence": "n", "sample": "s", "of_sample": "s"},
     "search.rank.shortlist.Shortlist.probability":
         {"places": "n", "influence": "n", "return": "n"},
     "search.rank.shortlist.Shortlist.estimates":

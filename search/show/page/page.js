@@ -119,7 +119,14 @@
     label.textContent = shown(value);
     label.classList.toggle("plus", value >= 0);
     label.classList.toggle("minus", value < 0);
-    one(".nats", item.card).textContent = shown(value / Number(item.card.dataset.scale)) + " nats";
+    one(".nats", item.card).textContent = nats(value, item.card.dataset);
+  }
+
+  // as wording.nats says it of a saved result
+  function nats(value, about) {
+    const [change, [gain, loss]] = [value / Number(about.scale), about.room.split(" ").map(Number)];
+    if (change > gain || change < -loss) return "beyond first order";
+    return about.known === "1" ? shown(change) + " nats" : "nats unknown";
   }
 
   function becomeExact(id, value) {
