@@ -521,14 +521,15 @@ def main(queries: int, bits: tuple[int, ...], controls: bool, fits: tuple[int, .
         numbers[f"recall {k}"] = row(f"code, 1 bit, K = {k:,}", f"{code_bytes(k):,}", scores)
     print("\nRecall statement, claimed against actual (mean over queries; mean absolute per query)")
     calibrated = {}
+    damping = codes[bits[-1]].settings.damping
     pairs, _ = score_pairs(
         work.model, work.modules, work.ekfac, lambda ids: [work.train[n] for n in ids],
-        len(work.train), 0, codes[bits[-1]].settings.damping, 2048, progress, Allowance())
+        list(range(len(work.train))), 0, damping, 2048, progress, Allowance())
     for k, one in codes.items():
         calibrated[k] = c = calibrate(
             work.model, one, work.ekfac, pairs,
             lambda ids, k=k: (_subset(found.indexes[k], k, ids), found.norms[k][ids]),  # type: ignore[misc]
-            set(range(len(work.train))), 2048, progress,
+            2048, progress,
         )["c"]
         numbers[f"statement {k}"] = print_statement(work, plain, one, found, c)
     usual = default_length(work.size.length)

@@ -14,7 +14,7 @@ is in `build_request.py`.
 
 import contextlib
 import platform
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -54,7 +54,7 @@ from gradindex.terminal import shell_word
 from gradindex.version import VERSION
 from indexer.background_queries import make_background_queries
 from indexer.build_request import BuildRequest, anywhere
-from indexer.calibrate import calibrate, exact_pairs, score_pairs
+from indexer.calibrate import ExactPairs, calibrate, draw_pairs, exact_pairs, score_pairs
 from indexer.code_length import settle_bits
 from indexer.encode import encode_run, quarantined_of
 from indexer.fit.budget import curvature_bytes
@@ -216,9 +216,10 @@ def settle_codes(
     prepared, plan, settled = fitted.prepared, state.plan, state.settled
     assert settled is not None
     if share.first and settled.influence is None:
+        every = list(range(prepared.run.count))
         pairs, cosines = score_pairs(
-            prepared.model, fitted.modules, fitted.ekfac, prepared.run.records, prepared.run.count,
-            plan.seed, plan.damping, settled.batch_tokens, progress, prepared.allowance)
+            prepared.model, fitted.modules, fitted.ekfac, prepared.run.records, every, plan.seed,
+            plan.damping, settled.batch_tokens, progress, prepared.allowance)
         squares = curvature_bytes(fitted.modules, plan.covariance_blocks,
                                   prepared.model.accumulate.itemsize)
         settled.bits = settle_bits(
@@ -257,14 +258,30 @@ def measure_codes(
     coded = [number for number in range(run.count) if number not in quarantined]
     # both read codes and norms from the disk: what is measured is what a search will see
     calibration = calibrate(
-        model, codes, ekfac, exact_pairs(run.records, run.count, state.plan.seed, state.influence),
-        lambda ids: run.codes(ids, length), set(coded), state.batch_tokens, progress)
+        model, codes, ekfac, _pairs_with_codes(fitted, state, quarantined, progress),
+        lambda ids: run.codes(ids, length), state.batch_tokens, progress)
     queries, sample = make_background_queries(
         model, codes, ekfac, run.records, lambda ids: run.coded(ids, length), coded,
         state.batch_tokens, progress)
     background_file.save(index / layout.BACKGROUND, queries)
     return MeasuredBuild(codes, calibration,
                          BackgroundFacts(queries=len(queries), sample=sample), len(quarantined))
+
+
+def _pairs_with_codes(
+    fitted: FittedBuild, state: BuildState, quarantined: Container[int], progress: Progress
+) -> ExactPairs:
+    """The pairs that were scored for the codes' bits; others where some of them got no code."""
+    prepared, plan = fitted.prepared, state.plan
+    run, every = prepared.run, list(range(prepared.run.count))
+    drawn = draw_pairs(every, plan.seed)
+    if not any(sequence in quarantined for part in drawn for sequence in part):
+        return exact_pairs(run.records, every, plan.seed, state.influence)
+    coded = [sequence for sequence in every if sequence not in quarantined]
+    pairs, _ = score_pairs(
+        prepared.model, fitted.modules, fitted.ekfac, run.records, coded, plan.seed, plan.damping,
+        state.batch_tokens, progress, prepared.allowance)
+    return pairs
 
 
 def commit_index(

@@ -69,33 +69,33 @@ class ExactPairs:
     influence: np.ndarray
 
 
-def draw_pairs(read: Read, count: int, seed: int) -> tuple[list[Record], list[Record]]:
-    """The sequences that serve as queries and those that are scored, of ids below `count`."""
+def draw_pairs(ids: list[int], seed: int) -> tuple[list[int], list[int]]:
+    """Which of some ids serve as queries, and which are scored."""
     # from streams of their own: a sequence may be in both, or in one
-    queries, sample = ([int(number) for number in choose(stream, seed, count, most)]
-                       for stream, most in ((Stream.CALIBRATION_QUERIES, CALIBRATION_QUERIES),
-                                            (Stream.CALIBRATION_SAMPLE, CALIBRATION_SAMPLE)))
-    return read(queries), read(sample)
+    queries = choose(Stream.CALIBRATION_QUERIES, seed, len(ids), CALIBRATION_QUERIES)
+    sample = choose(Stream.CALIBRATION_SAMPLE, seed, len(ids), CALIBRATION_SAMPLE)
+    return [ids[number] for number in queries], [ids[number] for number in sample]
 
 
 def exact_pairs(
-    read: Read, count: int, seed: int, influence: list[list[float | None]]
+    read: Read, ids: list[int], seed: int, influence: list[list[float | None]]
 ) -> ExactPairs:
-    """The pairs whose scores were written down, None for NaN."""
-    return ExactPairs(*draw_pairs(read, count, seed), np.array(influence, dtype=np.float64))
+    """The pairs of some ids whose scores were written down, None for NaN."""
+    queries, sample = draw_pairs(ids, seed)
+    return ExactPairs(read(queries), read(sample), np.array(influence, dtype=np.float64))
 
 
 def score_pairs(
-    model: LanguageModel, modules: list[Module], ekfac: Ekfac, read: Read, count: int, seed: int,
-    damping: float, batch_tokens: int, progress: Progress, allowance: Allowance,
+    model: LanguageModel, modules: list[Module], ekfac: Ekfac, read: Read, ids: list[int],
+    seed: int, damping: float, batch_tokens: int, progress: Progress, allowance: Allowance,
 ) -> tuple[ExactPairs, np.ndarray]:
-    """Score a sample of sequences exactly against queries made of others, of ids below `count`.
+    """Score a sample of some ids' sequences exactly against queries made of others of them.
 
     With the pairs come their cosines [q, s], the influence in units of ‖v_q‖ ‖v_m‖: the error of a
     code's score is c / √K in them. NaN where a gradient is not finite, 0 where it is zero.
     Raises GradindexError where no sampled sequence has a gradient.
     """
-    queries, sample = draw_pairs(read, count, seed)
+    queries, sample = map(read, draw_pairs(ids, seed))
     # these codes are for norms alone: K isn't chosen yet, and hardly matters to them
     codes = Codes(modules, ekfac, CodeSettings(
         NORM_BITS, default_width(NORM_BITS, len(modules)), seed, damping))
@@ -111,7 +111,8 @@ def score_pairs(
                                  out=np.zeros_like(scored.influence)))
     progress.finish()
     pairs = ExactPairs(queries, sample, np.concatenate(influence))
-    if not np.nan_to_num(pairs.influence).any():
+    known = pairs.influence[np.isfinite(pairs.influence)]
+    if len(known) and not known.any():
         raise GradindexError(
             f"none of the {len(sample)} sampled sequences has a gradient, so influence is zero "
             "throughout. Is the model the one that was trained on this data?"
@@ -121,25 +122,20 @@ def score_pairs(
 
 def calibrate(
     model: LanguageModel, codes: Codes, ekfac: Ekfac, pairs: ExactPairs,
-    stored: Callable[[list[int]], tuple[CodeIndex, np.ndarray]], coded: set[int],
-    batch_tokens: int, progress: Progress,
+    stored: Callable[[list[int]], tuple[CodeIndex, np.ndarray]], batch_tokens: int,
+    progress: Progress,
 ) -> Calibration:
     """c, the slope, the number of (query, sequence) pairs they were measured on, and anchors.
 
-    `coded` are the ids that have a code; `stored` gives some ids' codes on disk and their norms
-    ‖v_m‖.
+    `stored` gives some ids' codes on disk and their norms ‖v_m‖; all of the pairs have codes.
     """
-    queries = [number for number, query in enumerate(pairs.queries) if query.id in coded]
-    sample = [number for number, record in enumerate(pairs.sample) if record.id in coded]
-    influence = pairs.influence[np.ix_(queries, sample)]
-    query_ids = [pairs.queries[number].id for number in queries]
-    sample_ids = [pairs.sample[number].id for number in sample]
+    sample_ids = [record.id for record in pairs.sample]
     code_index, norms = stored(sample_ids)
-    progress.start("calibrate", len(queries), "queries")
+    progress.start("calibrate", len(pairs.queries), "queries")
     errors, weights = [], []
-    for vector, truth in zip(later_half_vectors(
-            model, codes, ekfac, [pairs.queries[number] for number in queries], batch_tokens,
-            progress.update), influence, strict=True):
+    for vector, truth in zip(
+            later_half_vectors(model, codes, ekfac, pairs.queries, batch_tokens, progress.update),
+            pairs.influence, strict=True):
         # everything in units of the error that is expected at c = 1
         scale = score_error(1.0, float(np.linalg.norm(vector)), norms, len(vector))
         real = scale > 0  # a gradient that rounds to zero has a code without error
@@ -147,8 +143,9 @@ def calibrate(
         weights.append((truth / np.where(real, scale, 1))[real])
     progress.finish()
     error, weight = np.concatenate(errors), np.concatenate(weights)
-    anchors = [(query, other, float(score)) for query, scores in
-               zip(query_ids[: ANCHORS // ANCHORS_EACH], influence.tolist(), strict=False)
+    asked = pairs.queries[: ANCHORS // ANCHORS_EACH]
+    anchors = [(query.id, other, float(score))
+               for query, scores in zip(asked, pairs.influence.tolist(), strict=False)
                for other, score in zip(sample_ids[:ANCHORS_EACH], scores, strict=False)]
     return Calibration(
         c=round(float(np.sqrt(np.mean(error**2))), 4),

@@ -17,6 +17,7 @@ from gradindex.model.network import LanguageModel
 from gradindex.model.tracked import (
     SMALL_PARTS,
     TRACKABLE,
+    examine,
     parameter_share,
     tracked_modules,
     untracked,
@@ -70,12 +71,14 @@ def load_model(
     torch.set_num_threads(state.threads)
     progress.say(f"model: loading {source.name} as {plan.dtype} on {plan.device}")
     model = LanguageModel.load(source, dtype)
-    tracked = tracked_modules(model.network, plan.modules)
+    anatomy = examine(model.network)
+    tracked = tracked_modules(model.network, plan.modules, anatomy)
     state.check_model(model)  # weights that changed since the data were read end it here
     layout.refuse_equal_files(state.path.parent, tracked)
-    progress.say(f"modules: {describe_modules(model, tracked)}")
+    rest = untracked(model.network, tracked, anatomy)
+    progress.say(f"modules: {describe_modules(model, tracked, rest)}")
     # what nobody chose to leave out, and is more than norms and the like
-    lost = {what: share for what, share in untracked(model.network, tracked).items()
+    lost = {what: share for what, share in rest.items()
             if what not in (*TRACKABLE, *SMALL_PARTS, IDLE)}
     own = {what: share for what, share in lost.items() if what.startswith(OWN)}
     followed = parameter_share(
@@ -155,15 +158,17 @@ def make_codes(modules: list[Module], ekfac: Ekfac, plan: Plan, bits: int) -> Co
         bits, default_width(bits, len(modules)), plan.seed, plan.damping))
 
 
-def describe_modules(model: LanguageModel, tracked: list[Module]) -> str:
+def describe_modules(
+    model: LanguageModel, tracked: list[Module], untracked_shares: dict[str, float]
+) -> str:
     """Which modules are tracked, their share of the model, and what isn't tracked."""
     kinds: dict[str, int] = {}
     for module in tracked:
         # the module's own name without its layer; experts count as one kind
         kind = re.sub(r"_\d+$", "_*", module.name.split(f".{module.layer}.", 1)[1])
         kinds[kind] = kinds.get(kind, 0) + 1
-    rest = shares({f"{what} (not chosen)" if what in TRACKABLE else what: share for what, share
-                   in untracked(model.network, tracked).items()})
+    rest = shares({f"{what} (not chosen)" if what in TRACKABLE else what: share
+                   for what, share in untracked_shares.items()})
     return (f"{len(tracked):,} linear maps tracked, {', '.join(kinds)}: "
             f"{parameter_share(model.network, tracked):.1%} of the model's parameters"
             + (f"; not tracked: {rest}" if rest else ""))

@@ -29,24 +29,25 @@ def run_demo(
     Raises as `prepare` and the commands do, and GradindexError where another demo is at it.
     """
     began, index = time.monotonic(), out / INDEX
-    facts = check_folder(out)
+    found = check_folder(out)
     make_folders(out)
     with only_writer(out, "the demo"):
 
         # 1) how long, before anything that takes long
-        made = is_made(facts, settings)
+        made = is_made(found, settings)
         needs = expected(seconds_of_a_step(settings), None if made else settings.steps,
                          not (made and index_exists(index)))
         progress.say(f"expected: about {duration(needs.first)} to the first answer, "
                      f"{duration(needs.whole)} in all (measured on a few training steps)")
 
         # 2) a model that has learned something, and its text
-        prepare(out, settings, progress, library)
+        facts = prepare(out, settings, progress, library)
 
         # 3) an index, by the command that anyone would type
         code = _run(["build", str(out / MODEL), str(out / DOCUMENTS), "-o", str(index),
                      "--id-field", "id", "--keep-fields", "module,kind",
-                     "--fit-sequences", str(FIT_SEQUENCES)])
+                     "--fit-sequences", str(FIT_SEQUENCES),
+                     "--train-sequences", str(facts["sequences"])])
 
     # 4) questions
     for number, query in enumerate(QUERIES):

@@ -37,7 +37,7 @@ _ATTENTION = re.compile(r"(^|[._])(self_?)?att(ention|n)?s?([._]|$)", re.IGNOREC
 
 
 @dataclass
-class _Anatomy:
+class Anatomy:
     """What is known of a network before any choice.
 
     That is what small passes tell, the parts of adapters, the blocks, the maps that can be tracked.
@@ -49,17 +49,20 @@ class _Anatomy:
     maps: list[Module]
 
 
-def tracked_modules(network: nn.Module, choice: str = "mlp") -> list[Module]:
+def tracked_modules(
+    network: nn.Module, choice: str = "mlp", anatomy: Anatomy | None = None
+) -> list[Module]:
     """The linear maps of the transformer blocks to take gradients of, in model order.
 
     `choice` is one of `choose_modules`; "mlp" as in Grosse et al. 2023, §5. Embeddings and the LM
     head lie outside the blocks and are never tracked. Every fused expert has a module for each of
     its maps, "….experts.down_proj_5". Maps that share a weight are one module, with a bias if they
     and no others share that too.
+    `anatomy` is what `examine` gave of the network [examined now].
     Raises InputError where nothing matches, where an adapter is chosen and none runs that has maps,
     and where the network isn't causal, mixes the sequences of a batch, or fails in a small pass.
     """
-    anatomy = _anatomy(network)
+    anatomy = anatomy or examine(network)  # small passes, of which a caller may have made some
     check_logits(network)
     if not anatomy.maps:
         homes = ", ".join(list(_shares(network, [], anatomy))[:5])
@@ -86,11 +89,12 @@ def _left_out(network: nn.Module, found: Probe) -> str:
     return f" {len(names)} maps can't be tracked, such as {names[0]}." if names else ""
 
 
-def _anatomy(network: nn.Module) -> _Anatomy:
+def examine(network: nn.Module) -> Anatomy:
+    """Run small passes through a network, and find its blocks and maps. Raises InputError."""
     sharing = maps_by_weight(network)
     found = probe(network, list(sharing.values()))
     parts, blocks = _readable_parts(network, found), find_blocks(network, found.called)
-    return _Anatomy(found, parts, blocks, _linear_maps(network, parts, found, blocks))
+    return Anatomy(found, parts, blocks, _linear_maps(network, parts, found, blocks))
 
 
 def _readable_parts(network: nn.Module, found: Probe) -> Parts:
@@ -103,8 +107,9 @@ def _readable_parts(network: nn.Module, found: Probe) -> Parts:
     parts = adapter_parts(network)
     parts.unclear = {module: word for module, word in parts.unclear.items()
                      if is_linear_class(module)}
+    called = {*found.called}
     sound = {module for module in parts.unclear
-             if module in found.called and module not in found.left_out
+             if module in called and module not in found.left_out
              and _has_its_own_gradient(module)}
     # its bias may be used in another way than its weight; few models have one
     parts.no_bias |= sound
@@ -173,16 +178,18 @@ def parameter_share(network: nn.Module, modules: list[Module]) -> float:
     return tracked / sum(_parameter_counts(network).values())
 
 
-def untracked(network: nn.Module, modules: list[Module]) -> dict[str, float]:
+def untracked(
+    network: nn.Module, modules: list[Module], anatomy: Anatomy | None = None
+) -> dict[str, float]:
     """What isn't tracked: shares of all parameters, 0 to 1, largest first.
 
     They go by kind (attention, linear maps, experts, embeddings, LM head, norms); what can't be
-    tracked says why, or goes by the class of its module.
+    tracked says why, or goes by the class of its module. `anatomy` is as for `tracked_modules`.
     """
-    return _shares(network, modules, _anatomy(network))
+    return _shares(network, modules, anatomy or examine(network))
 
 
-def _shares(network: Any, modules: list[Module], anatomy: _Anatomy) -> dict[str, float]:
+def _shares(network: Any, modules: list[Module], anatomy: Anatomy) -> dict[str, float]:
     counts, sharing = _parameter_counts(network), maps_by_weight(network)
     tracked: dict[nn.Module, int] = {}
     for module in modules:
@@ -205,7 +212,7 @@ class _Kinds:
     name of its class.
     """
 
-    def __init__(self, network: Any, anatomy: _Anatomy):
+    def __init__(self, network: Any, anatomy: Anatomy):
         self._probe, self._parts = anatomy.probe, anatomy.parts
         self._in_blocks = {
             module: name for block in anatomy.blocks

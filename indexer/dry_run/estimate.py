@@ -28,7 +28,7 @@ from gradindex.memory import available, resident
 from gradindex.model.config import vocabulary_size
 from gradindex.model.identity import check_identity, identify
 from gradindex.model.network import LanguageModel
-from gradindex.model.tracked import tracked_modules
+from gradindex.model.tracked import examine, tracked_modules, untracked
 from gradindex.modules import Module
 from gradindex.progress import duration, size
 from gradindex.storage import (
@@ -167,7 +167,8 @@ def estimate(request: BuildRequest) -> Estimate:
         check_identity(model, asdict(state.model))
     identify(model)  # digests the weights, as a build does
     loading = time.perf_counter() - start
-    tracked = tracked_modules(model.network, plan.modules)
+    anatomy = examine(model.network)
+    tracked = tracked_modules(model.network, plan.modules, anatomy)
 
     # 3) text → lengths
     data = _read_data(request)
@@ -212,9 +213,10 @@ def estimate(request: BuildRequest) -> Estimate:
     folder = next(path for path in (request.index, *request.index.absolute().parents)
                   if path.is_dir())
     facts = data.facts
+    modules = describe_modules(model, tracked, untracked(model.network, tracked, anatomy))
     return Estimate(
         model=f"{request.source.name}: {model.network.num_parameters() / 1e6:,.1f} M parameters in "
-              f"{plan.dtype}; {describe_modules(model, tracked)}",
+              f"{plan.dtype}; {modules}",
         data=f"{facts.documents:,} documents → {facts.sequences:,} sequences of at most "
              f"{plan.sequence_length} tokens, {facts.tokens:,} tokens"
              + (f"; {cut}" if (cut := request.corpus.cut_documents()) else ""),

@@ -205,7 +205,7 @@ def test_what_is_not_tracked_is_said(make_model):
     modules = tracked_modules(network)
     assert untracked(network, modules)["Odd"] == pytest.approx(
         144 / sum(p.numel() for p in network.parameters()))
-    described = describe_modules(model, modules)
+    described = describe_modules(model, modules, untracked(model.network, modules))
     assert "not tracked: " in described and "Odd" in described
 
 
@@ -387,7 +387,7 @@ def test_a_build_says_what_it_can_not_track(tmp_path, capsys):
     attention = f"attention (not chosen) {left['attention']:.1%}"
     assert "of the model's parameters; not tracked: " in said
     assert attention in said and f"Odd {left['Odd']:.1%}" in said
-    assert ("warning: " in said) == (left["Odd"] > NOTABLE)
+    assert ("parameters can't be tracked, so" in said) == (left["Odd"] > NOTABLE)
     facts = info(tmp_path / "index")
     assert facts["untracked"] == pytest.approx(left, abs=1e-6)
     assert f"\nnot tracked {shares(left)}\n" in summary(facts)

@@ -303,7 +303,7 @@ def test_a_worker_reads_once_what_units_of_a_stage_share(model_folder, data_file
     for block in (1, 2, 3):
         worker().do(BuildStage("covariance"), block)
     first = Fit(about.model, about.tracked, about.run.records, about.settings, folder, Progress(),
-                0, Shard(0, 2))
+                Shard(0, 2))
     first._add_waiting(BuildStage("covariance"), first.folder.sums(BuildStage("covariance")))
     done(BuildStage("eigenvectors"), range(len(about.tracked)), "covariance-*", "*.eigenvectors.*")
     done(BuildStage("eigenvalues"), range(4), "*.eigenvectors.*", "eigenvalues-*")

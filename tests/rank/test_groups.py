@@ -267,7 +267,7 @@ def test_groups_come_in_order_of_what_is_certain(sign, order):
     influence = np.array([28_576.0, -15_000.0, 20_000.0, 300.0])
     errors = np.array([14_001.0, 100.0, 100.0, 400.0])
     grouping = Grouping(list(range(4)), np.arange(4), np.arange(4), np.ones(4), np.ones(4), 1.0)
-    groups, _ = total_groups(grouping, sign * influence, errors**2, sign, {}, 100)
+    groups, _ = total_groups(grouping, sign * influence, errors**2, sign, {}, lambda _: None)
     assert [group.value for group in groups] == order
 
 

@@ -172,7 +172,6 @@ LEFT_OUT = {  # of the modules below, and why
     "gradindex.storage.row_file.array_bytes": "takes any array",
     "indexer.calibrate.calibrate": "only a function among its arguments has arrays",
     "indexer.calibrate.score_pairs": "its arrays are in a dataclass",
-    "indexer.calibrate.exact_influence": "a generator",
     "indexer.encode.encode_batches": "a generator",
     "indexer.fit.units.FitUnits.adder": "only the function that it returns has arrays",
     "indexer.fit.units.FitUnits.sum_block": "only a function among its arguments has arrays",
