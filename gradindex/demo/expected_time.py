@@ -16,10 +16,10 @@ WIDTH = 48  # tokens of a batch's sequences, about the documents' mean
 STEPS = 12  # measured, and half as many before them: the first ones load libraries and grow memory
 
 # In training steps of .15 s of processor time, of which two cores do with about .11 s.
-DOCUMENTS = 80
-BUILD = 800
-SEARCH = 130
-LATER_SEARCH = 110
+DOCUMENTS = 90
+BUILD = 490
+SEARCH = 30
+LATER_SEARCH = 12
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ from indexer.pace.speed import Speed, fit_speed
 
 OF_A_SHAPE = 3  # modules of each shape that are timed
 LARGEST_MATRIX = 1024  # decomposed to be timed; larger ones take (n / 1024)³ times that
-ENOUGH, REPEATS = 0.5, 5  # a piece of work is run again until it took so many seconds
+ENOUGH, REPEATS = 0.2, 4  # a piece of work is run again until it took so many seconds
 
 
 @dataclass

@@ -92,7 +92,7 @@ def trained(tmp_path_factory):
                             for n, document in enumerate(documents)))
     texts = [document["text"] for document in documents]
     tokenizer = train_tokenizer(texts, 700)
-    settings = DemoSettings(length=48, vocabulary=len(tokenizer), layers=2, hidden=96, steps=900,
+    settings = DemoSettings(length=48, vocabulary=len(tokenizer), layers=2, hidden=96, steps=600,
                         batch=16, learning_rate=3e-3)
     network = new_model(settings)
     sequences = windows([{"text": text} for text in texts], tokenizer, 48)

@@ -69,7 +69,8 @@ def test_stop_concludes_from_what_is_exact(
     more: dict[str, str], start: Callable[..., Running], index_folder: Path,
 ) -> None:
     running = start(gradindex.open(index_folder, batch_tokens=96), work=False)
-    asked = running.ask("POST", "/api/search", body={**QUERY, "k": 2, "shortlist": "all", **more}).json
+    body = {**QUERY, "k": 2, "shortlist": "all", **more}
+    asked = running.ask("POST", "/api/search", body=body).json
     job = running.jobs.get(asked["id"])
     assert job is not None
     reached, go = threading.Event(), threading.Event()
@@ -93,7 +94,7 @@ def test_stop_concludes_from_what_is_exact(
     # who stopped it may look again; who asks anew gets all of it
     shown = running.ask("GET", f"{job.request.url()}&job={job.id}", OWN).text
     assert "interrupted: " in shown
-    running.ask("POST", "/api/search", body={**QUERY, "k": 2, "shortlist": "all", **more})
+    running.ask("POST", "/api/search", body=body)
     again = running.wait(asked["id"]).json
     for result in again.get("results", [again]):
         assert not result["interrupted"] and result["recall"]["estimate"] == 1
