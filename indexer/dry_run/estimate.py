@@ -24,7 +24,7 @@ from gradindex import draws
 from gradindex.draws import Stream
 from gradindex.influence import curvature
 from gradindex.influence.codes import CodeSettings, default_length, default_width
-from gradindex.memory import available, resident
+from gradindex.memory import available, resident, return_freed
 from gradindex.model.config import vocabulary_size
 from gradindex.model.identity import check_identity, identify
 from gradindex.model.network import LanguageModel
@@ -187,6 +187,7 @@ def estimate(request: BuildRequest) -> Estimate:
     groups = partitions(tracked, plan.covariance_blocks, width, allowance.planned)
     needs = budget(model.bytes, groups, plan.covariance_blocks, width, code.width)
     together = stacked_queries(model, tracked, allowance)
+    return_freed()  # by what ran before
     host = resident()
     device = used(model.device) if model.device.type == "cuda" else None
     pace = measure_pace(model, tracked, data.sample, batch_tokens, plan.covariance_blocks, code,

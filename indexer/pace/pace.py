@@ -25,7 +25,7 @@ from gradindex.influence.curvature import Curvature
 from gradindex.influence.gradients import backward
 from gradindex.influence.preconditioned import Whole, add_query_vectors, precondition
 from gradindex.influence.split_batches import plan_batches
-from gradindex.memory import resident
+from gradindex.memory import resident, return_freed
 from gradindex.model.config import vocabulary_size
 from gradindex.model.network import LanguageModel
 from gradindex.modules import Module
@@ -106,6 +106,7 @@ def measure_pace(
     `code` has the settings that the codes are thought to have. Raises ResourceError where memory
     runs out on a batch.
     """
+    return_freed()
     base = used(model.device)
     chosen = _some_of_each_shape(modules)
     counts = {shape: sum(module.shape == shape for module in modules) for shape in chosen}
@@ -117,11 +118,10 @@ def measure_pace(
         tokens = len(records) * max(len(record.tokens) for record in records)
         shapes.append((tokens, len(records)))
         forget_peak(model.device)
-        passes.append(_seconds(partial(_pass, model, modules, records, {})))
+        seen: dict[tuple[int, int], list[_Seen]] = {}
+        passes.append(_seconds(partial(_pass, model, modules, records, chosen, seen)))
         progress.update(1)
         most = max(most, (peak(model.device) - base) * max(tokens, batch_tokens) // tokens)
-        # by another pass than the timed one: what is kept takes time and memory
-        seen = _pass(model, modules, records, chosen)
         for shape, parts in seen.items():
             forget_peak(model.device)
             before = used(model.device)
@@ -169,10 +169,11 @@ def _some_of_each_shape(modules: list[Module]) -> dict[tuple[int, int], list[Mod
 
 def _pass(
     model: LanguageModel, modules: list[Module], records: list[Record],
-    keep: dict[tuple[int, int], list[Module]],
-) -> dict[tuple[int, int], list[_Seen]]:
-    """A forward and a backward pass; what the modules to `keep` were handed, by shape."""
-    batch, seen = model.batch(records), dict[tuple[int, int], list[_Seen]]()
+    keep: dict[tuple[int, int], list[Module]], seen: dict[tuple[int, int], list[_Seen]],
+) -> None:
+    """A forward and a backward pass; what the modules to `keep` are handed goes to `seen`."""
+    batch = model.batch(records)
+    seen.clear()  # of a pass before
     names = {module.name for kept in keep.values() for module in kept}
 
     def each(module: Module, a: Tensor, d: Tensor) -> None:
@@ -183,7 +184,6 @@ def _pass(
     with torch.no_grad():
         backward(model, modules, batch, each)
     _wait_for(model.device)
-    return seen
 
 
 class _Bench:
