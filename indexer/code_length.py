@@ -100,13 +100,18 @@ def choose_bits(found: list[Spread], count: int, curvature_bytes: int) -> int:
 
     Allowed are codes of FREELY bytes a sequence, or that take no more than the curvature.
     """
-    allowed = list(_allowed(count, curvature_bytes))
+    allowed = list(allowed_bits(count, curvature_bytes))
     shares = [mean_share(found, count, bits) for bits in allowed]
     enough = min(WANTED, max(shares) - GAIN)
     return next(bits for bits, share in zip(allowed, shares, strict=True) if share >= enough)
 
 
-def _allowed(count: int, curvature_bytes: int) -> Iterator[int]:
+def allowed_bits(count: int, curvature_bytes: int) -> Iterator[int]:
+    """The lengths that may be chosen for `count` sequences, ascending: powers of two.
+
+    >>> [*allowed_bits(1000, 0)][0], [*allowed_bits(1000, 0)][-1]
+    (16384, 524288)
+    """
     bits = FEWEST
     while bits <= MOST and (code_bytes(bits) <= FREELY + code_bytes(0) or
                             count * code_bytes(bits) <= curvature_bytes):

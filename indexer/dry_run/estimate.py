@@ -47,6 +47,7 @@ from gradindex.storage.records import Record
 from indexer.background_queries import BACKGROUND_QUERIES
 from indexer.build_request import BuildRequest, make_request, takes_arguments_of
 from indexer.calibrate import stacked_queries
+from indexer.code_length import allowed_bits
 from indexer.dry_run.most_memory import Held, Memory, most_memory
 from indexer.fit.batch_memory import available_on, used
 from indexer.fit.budget import FitBytes, budget, partitions
@@ -75,7 +76,8 @@ class Estimate:
     `disk` says by part what the finished index holds, `disk_most` what the build holds at once.
     `memory` is the most on the host and on the GPU (0 without one), `memory_parts` what it goes to
     at one time or another, `stages` has every stage's seconds and its sequences (0 where that says
-    nothing). `note` says what else is to be known.
+    nothing). `codes` says how long they may become where that is left open, `note` what else is to
+    be known.
     """
 
     model: str
@@ -94,6 +96,7 @@ class Estimate:
     memory_parts: dict[str, int]
     threads: int
     device: str
+    codes: str
     note: str
 
     @property
@@ -141,8 +144,9 @@ class Estimate:
                          f"({self.device}, {self.threads} "
                          f"thread{'s' * (self.threads > 1)}; two batches measured)"),
         ]
-        note = [("note", self.note)] if self.note else []
-        return [f"{name:<10}{text}" for name, text in table + note] + self.lacking
+        more = [(name, text) for name, text in (("codes", self.codes), ("note", self.note))
+                if text]
+        return [f"{name:<10}{text}" for name, text in table + more] + self.lacking
 
 
 @takes_arguments_of(make_request)
@@ -229,8 +233,18 @@ def estimate(request: BuildRequest) -> Estimate:
         memory=memory,
         memory_free=Memory(available(), 0 if device is None else available_on(model.device)),
         memory_parts=needs.parts | {f"a batch of {batch_tokens:,} tokens": pace.batch},
-        threads=torch.get_num_threads(), device=str(model.device), note=note,
+        threads=torch.get_num_threads(), device=str(model.device),
+        codes="" if plan.bits else _open_codes(ahead), note=note,
     )
+
+
+def _open_codes(ahead: Ahead) -> str:
+    """What codes may come to, as long as their bits aren't settled."""
+    lengths = list(allowed_bits(ahead.count, ahead.fit.curvature))
+    least, most = (f"{bits:,} bits ({size(ahead.count * layout.code_bytes(bits))})"
+                   for bits in (lengths[0], lengths[-1]))
+    return (f"from {least} to {most}, as the spread of exact scores asks for once the curvature is "
+            f"fitted; {ahead.bits:,} bits are reckoned here")
 
 
 def _note_on(index: Path, state: BuildState | None) -> str:
