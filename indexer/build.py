@@ -223,7 +223,7 @@ def settle_codes(
         squares = curvature_bytes(fitted.modules, plan.covariance_blocks,
                                   prepared.model.accumulate.itemsize)
         settled.bits = settle_bits(
-            plan.bits, cosines, prepared.run.count, squares, progress.say)
+            plan.bits, cosines, prepared.run.count, squares, fitted.modules, progress.say)
         ingest.check_disk(prepared.run, settled.bits, 0)
         settled.influence = [[score if np.isfinite(score) else None for score in scores]
                              for scores in pairs.influence.tolist()]

@@ -75,7 +75,7 @@ _MAX_BAD = click.option(
 @click.option("--segment-size", type=int, default=defaults.SEGMENT_SIZE, show_default=True,
               help="Sequences a segment, the unit of work and of resuming.")
 @click.option("--train-sequences", type=int,
-              help="Sequences the model was trained on, N_train [the number indexed].")
+              help="Sequences the model was trained on, N_train, for influence in nats.")
 @_MAX_BAD
 @click.option("--seed", type=int, default=defaults.SEED, show_default=True)
 @ADAPTER

@@ -7,12 +7,14 @@ of one number of degrees of freedom for all, and its upper quantiles stand for t
 bit costs is a byte in eight; what it saves is sequences to be scored exactly, a pass each.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import special, stats
 
+from gradindex.influence.codes import default_width
+from gradindex.modules import Module
 from gradindex.progress import size
 from gradindex.storage.layout import code_bytes
 
@@ -95,12 +97,17 @@ def mean_share(found: list[Spread], count: int, bits: int) -> float:
     return float(np.mean([expected_share(spread, count, bits) for spread in found] or [1.0]))
 
 
-def choose_bits(found: list[Spread], count: int, curvature_bytes: int) -> int:
+def choose_bits(
+    found: list[Spread], count: int, curvature_bytes: int, modules: Sequence[Module]
+) -> int:
     """The fewest bits with which the share is as wanted, or as good as with the most allowed.
 
-    Allowed are codes of FREELY bytes a sequence, or that take no more than the curvature.
+    Allowed are codes of FREELY bytes a sequence, or that take no more than the curvature; and no
+    more bits than the modules fill.
     """
-    allowed = list(allowed_bits(count, curvature_bytes))
+    allowed = [bits for bits in allowed_bits(count, curvature_bytes) if bits <= fill(modules, bits)]
+    if not allowed:  # narrow maps, or an adapter's alone
+        return max(64, fill(modules, FEWEST) // 64 * 64)
     shares = [mean_share(found, count, bits) for bits in allowed]
     enough = min(WANTED, max(shares) - GAIN)
     return next(bits for bits, share in zip(allowed, shares, strict=True) if share >= enough)
@@ -119,6 +126,16 @@ def allowed_bits(count: int, curvature_bytes: int) -> Iterator[int]:
         bits *= 2
 
 
+def fill(modules: Sequence[Module], bits: int) -> int:
+    """How many of a code's bits the modules have something for, at least: Σ k² of all of them.
+
+    >>> fill([Module("a", 0, "adapter", d_out=8, d_in=64, bias=False)], 1 << 14)
+    64
+    """
+    width = default_width(bits, len(modules))
+    return sum(min(width, *module.shape) ** 2 for module in modules)
+
+
 def describe(found: list[Spread], count: int, bits: int) -> str:
     """What codes of K, 2 K and 4 K bits are expected to find, and what they take: a line."""
     parts = [f"{length:,} bits ({size(count * code_bytes(length))}) {share:.0%}"
@@ -132,15 +149,21 @@ Say = Callable[[str], object]
 
 
 def settle_bits(
-    asked: int | None, cosines: np.ndarray, count: int, curvature_bytes: int, say: Say
+    asked: int | None, cosines: np.ndarray, count: int, curvature_bytes: int,
+    modules: Sequence[Module], say: Say,
 ) -> int:
     """K, as asked for or chosen, said with what it is expected to find.
 
     `cosines` [q, s] are exact ones of a sample, `count` the sequences to be encoded.
     """
     found = spreads(cosines)
-    bits = asked or choose_bits(found, count, curvature_bytes)
+    bits = asked or choose_bits(found, count, curvature_bytes, modules)
     say(describe(found, count, bits))
+    # what fills no bucket has the same sign in every code, and the scan takes it for likeness
+    if (filled := fill(modules, bits)) < bits:
+        say(f"warning: the tracked maps fill {filled:,} of {bits:,} bits, so code scores are off "
+            "by the rest, and the recall that is claimed is too high. Use --bits "
+            f"{max(64, filled // 64 * 64)} or fewer, or more --modules")
     share = mean_share(found, count, bits)
     if share < WANTED and asked is None:
         say(f"more bits would cost more than they find here: the gradients of this data have "

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from gradindex.modules import Module
 from indexer import code_length
 from indexer.code_length import (
     Spread,
@@ -12,6 +13,8 @@ from indexer.code_length import (
     settle_bits,
     spreads,
 )
+
+MAPS = [Module(f"{n}", 0, "mlp", 512, 512, False) for n in range(90)]
 
 
 @pytest.mark.parametrize("scale, freedom, bits, count", [
@@ -46,27 +49,38 @@ def test_spreads_are_those_that_made_the_cosines():
 
 def test_bits_are_chosen_by_what_they_find():
     wide, narrow = Spread(0.0, 0.02, 5.0), Spread(0.0, 0.002, 5.0)
-    assert choose_bits([wide], 10_000, 0) == 1 << 14
-    weak = choose_bits([narrow], 10_000, 0)
+    assert choose_bits([wide], 10_000, 0, MAPS) == 1 << 14
+    weak = choose_bits([narrow], 10_000, 0, MAPS)
     assert 1 << 14 < weak <= 1 << 19
     assert expected_share(narrow, 10_000, weak) >= code_length.WANTED > \
         expected_share(narrow, 10_000, weak // 2)
     # where nothing helps, none are spent; where curvature takes more anyway, they may be many
     hopeless = Spread(0.0, 2e-5, 5.0)
-    assert choose_bits([hopeless], 10_000, 0) == 1 << 14
+    assert choose_bits([hopeless], 10_000, 0, MAPS) == 1 << 14
     faint = Spread(0.0, 0.0008, 5.0)
-    assert choose_bits([faint], 1000, 0) == 1 << 19 < choose_bits([faint], 1000, 10**9)
-    assert choose_bits([], 1000, 0) == 1 << 14
+    assert choose_bits([faint], 1000, 0, MAPS) == 1 << 19 < \
+        choose_bits([faint], 1000, 10**9, MAPS)
+    assert choose_bits([], 1000, 0, MAPS) == 1 << 14
+
+
+def test_no_more_bits_are_chosen_than_are_filled():
+    """LoRA of rank 8 on four maps has 64 mixed coordinates a map."""
+    lora = [Module(f"{n}", 0, "adapter", 8, 64, False) for n in range(8)]
+    assert choose_bits([Spread(0.0, 0.002, 5.0)], 10_000, 0, lora) == 512
+    assert choose_bits([], 10, 0, lora[:1]) == 64
+    said = []
+    settle_bits(1 << 14, np.zeros((2, 9)), 10, 0, lora, said.append)
+    assert "fill 512 of 16,384 bits" in said[1] and "--bits 512 or fewer" in said[1]
 
 
 def test_what_is_chosen_is_said():
     said = []
     cosines = 2e-5 * np.random.default_rng(0).standard_t(5.0, (4, 96))
-    assert settle_bits(None, cosines, 10_000, 0, said.append) == 1 << 14
+    assert settle_bits(None, cosines, 10_000, 0, MAPS, said.append) == 1 << 14
     assert "10 scored" not in said[0] and said[0].startswith(
         "codes: of the true top 10, expected among the 100 scored exactly first: "
         "16,384 bits (20.6 MB) 1%, 32,768 bits (41 MB) 1%, 65,536 bits (82 MB) 1%")
     assert "have little in common" in said[1]
     said.clear()
-    assert settle_bits(512, cosines, 50, 0, said.append) == 512
+    assert settle_bits(512, cosines, 50, 0, MAPS, said.append) == 512
     assert said == [describe(spreads(cosines), 50, 512)] and "512 bits" in said[0]
