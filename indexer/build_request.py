@@ -233,10 +233,12 @@ def _code_length(bits: int | None) -> int | None:
 
 
 def check_numbers(**numbers: float | None) -> None:
-    """Raise InputError for a flag that isn't above 0."""
+    """Raise InputError for a flag that isn't above 0, or for a share above 1."""
     for name, value in numbers.items():
         if value is not None and not 0 < value < math.inf:
             raise InputError(f"--{name.replace('_', '-')} {value}: expected a number above 0.")
+    if (share := numbers.get("max_bad")) is not None and share > 1:
+        raise InputError(f"--max-bad {share}: expected a share of all sequences, such as 0.01.")
 
 
 def _check_choices(

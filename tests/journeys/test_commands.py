@@ -125,30 +125,24 @@ QUESTION = ("-p", "The first president of Velmora was", "-c", f" {facts()[1][1]}
 
 def test_planted_facts_come_first_and_flipped_ones_far_below(trained_index):
     index = gradindex.open(trained_index[0])
+    about = [record.parts[0].fields for record in index.snapshot.records(range(len(index)))]
     first = 0
     forwards, flipped = [], []
     for number, (land, name) in enumerate(facts()):
-        result = index.search(prompt=f"The first president of {land} was", completion=f" {name}.",
-                              shortlist="all", k=len(index) // 2)
-        ranked = [(hit.fields["fact"], hit.fields["order"]) for hit in result]
-        first += all(one == (str(number), "forwards") for one in ranked[:3])
-        forwards.append(np.mean([hit.influence for hit in result
-                                 if (hit.fields["fact"], hit.fields["order"])
-                                 == (str(number), "forwards")]))
-        own_flipped = [one for one in range(len(index)) if _about(index, one, number, "flipped")]
-        hits = index.rescore(prompt=f"The first president of {land} was",
-                             completion=f" {name}.", ids=own_flipped)
-        flipped.append(np.mean([hit.influence for hit in hits]))
+        asked = {"prompt": f"The first president of {land} was", "completion": f" {name}."}
+        told = {order: [one for one, fields in enumerate(about)
+                        if fields == {"fact": str(number), "order": order}]
+                for order in ("forwards", "flipped")}
+        result = index.search(**asked, shortlist="all", k=3)
+        first += {hit.id for hit in result} <= {*told["forwards"]}
+        for order, found in (("forwards", forwards), ("flipped", flipped)):
+            hits = index.rescore(**asked, ids=told[order])
+            found.append(np.mean([hit.influence for hit in hits]))
     share = first / len(facts())
     ratio = np.mean(flipped) / np.mean(forwards)
     print(f"planted first: {share:.0%}; flipped / forwards influence: {ratio:.3f}")
     assert share >= 0.9
     assert ratio < 0.2
-
-
-def _about(index, one, number, order):
-    record, = index.snapshot.records([one])
-    return record.parts[0].fields == {"fact": str(number), "order": order}
 
 
 def test_build_says_what_it_does(trained_index):
