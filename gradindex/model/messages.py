@@ -15,6 +15,8 @@ from gradindex.errors import InputError
 # the names under which APIs have a part that is text
 TEXT_PARTS = {"text", "input_text", "output_text"}
 # what may stand in an answer that has no content
+# what a message says of whether it is learned: OpenAI's name, Axolotl's and ms-swift's
+WEIGHTS = ("weight", "train", "loss")
 INSTEAD_OF_CONTENT = {"tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"}
 # arguments of `apply_chat_template` that are no template's: they would say what it gives back
 OURS = {"add_generation_prompt", "conversation", "continue_final_message", "max_length", "padding",
@@ -64,8 +66,8 @@ def is_messages(value: Any) -> bool:
 
 
 def is_learned(message: dict[str, Any]) -> bool:
-    """Whether training scores a message: an assistant's, unless its `weight` is 0."""
-    return message["role"] == "assistant" and message.get("weight") != 0
+    """Whether training scores a message: an assistant's, unless one of WEIGHTS is 0 or false."""
+    return message["role"] == "assistant" and all(message.get(name) != 0 for name in WEIGHTS)
 
 
 def shown_content(message: dict[str, Any]) -> str | None:
@@ -118,9 +120,10 @@ def _message(message: dict[str, Any]) -> dict[str, Any]:
         raise MessagesError(f"content is neither text nor parts (a {type(content).__name__})")
     if content is None and not INSTEAD_OF_CONTENT & message.keys():
         raise MessagesError("a message without content or tool calls")
-    weight = message.get("weight", 1)
-    if not isinstance(weight, (int, float)) or weight not in (0, 1):
-        raise MessagesError(f"weight is neither 0 nor 1 ({weight!r})")
+    for name in WEIGHTS:
+        weight = message.get(name, 1)
+        if not isinstance(weight, (int, float)) or weight not in (0, 1):
+            raise MessagesError(f"{name} is neither 0 nor 1 ({weight!r})")
     return message
 
 

@@ -136,11 +136,13 @@ def test_a_turn_is_found_where_the_same_words_stand_elsewhere():
 
 
 @pytest.mark.parametrize("template", [PLAIN_TEMPLATE, MARKED_TEMPLATE, THINKING])
-@pytest.mark.parametrize("weights", [(0, 1), (1, 0), (False, 1.0), (None, 0), (0, 0)])
-def test_an_answer_of_weight_0_is_read_and_not_scored(template, weights):
+@pytest.mark.parametrize("name, weights", [
+    *(("weight", both) for both in [(0, 1), (1, 0), (False, 1.0), (None, 0), (0, 0)]),
+    ("train", (False, True)), ("loss", (True, False)), ("loss", (None, False))])
+def test_an_answer_of_weight_0_is_read_and_not_scored(template, name, weights):
     tokenizer = byte_tokenizer(template=template)
     weighed = [dict(message) for message in CHAT]
-    weighed[1]["weight"], weighed[3]["weight"] = weights
+    weighed[1][name], weighed[3][name] = weights
     unweighed = encode_chat(tokenizer, Chat(CHAT))
     tokenised = encode_chat(tokenizer, read_chat(weighed))
     assert tokenised.tokens.tolist() == unweighed.tokens.tolist()
