@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from gradindex.model.messages import Chat, is_learned
+from gradindex.model.messages import Chat, is_learned, is_left_out
 from gradindex.model.rendering import Renderer, Stretch
 from gradindex.model.tokenise import Tokenised, common_tokens
 from gradindex.model.turns import end_of_message, turns
 
 
 def encode_chat(tokenizer: Any, chat: Chat, last: bool = False) -> Tokenised:
-    """A chat, of which the assistant's tokens are scored; those of messages with weight 0 aren't.
+    """A chat, of which the assistant's tokens are scored; those of messages left out aren't.
 
     With `last`, only those of the last message are, whatever its weight. Raises ChatTemplateError
     where the template refuses the messages, or can't tell which words are the assistant's.
@@ -49,9 +49,9 @@ def encode_answer(tokenizer: Any, prompt: Chat, completion: list[dict[str, Any]]
     before = renderer.render(messages[: len(prompt.messages)], answer=True)
     tokens, spans = renderer.tokens(renderer.text)
     scored = np.arange(len(tokens)) >= common_tokens(renderer.tokens(before)[0], tokens)
-    unlearned = [message.get("weight") == 0 for message in messages]
-    if any(unlearned[len(prompt.messages):]):
-        for start, end in turns(renderer, unlearned):
+    left_out = [is_left_out(message) for message in messages]
+    if any(left_out[len(prompt.messages):]):
+        for start, end in turns(renderer, left_out):
             scored &= ~((spans[:, 1] > start) & (spans[:, 1] <= end))
     return Tokenised(tokens, scored, spans)
 

@@ -14,9 +14,9 @@ from gradindex.errors import InputError
 
 # the names under which APIs have a part that is text
 TEXT_PARTS = {"text", "input_text", "output_text"}
-# what may stand in an answer that has no content
 # what a message says of whether it is learned: OpenAI's name, Axolotl's and ms-swift's
 WEIGHTS = ("weight", "train", "loss")
+# what may stand in an answer that has no content
 INSTEAD_OF_CONTENT = {"tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"}
 # arguments of `apply_chat_template` that are no template's: they would say what it gives back
 OURS = {"add_generation_prompt", "conversation", "continue_final_message", "max_length", "padding",
@@ -66,8 +66,13 @@ def is_messages(value: Any) -> bool:
 
 
 def is_learned(message: dict[str, Any]) -> bool:
-    """Whether training scores a message: an assistant's, unless one of WEIGHTS is 0 or false."""
-    return message["role"] == "assistant" and all(message.get(name) != 0 for name in WEIGHTS)
+    """Whether training scores a message of a conversation: an assistant's that isn't left out."""
+    return message["role"] == "assistant" and not is_left_out(message)
+
+
+def is_left_out(message: dict[str, Any]) -> bool:
+    """Whether a message says that it isn't learned: one of WEIGHTS is 0 or false."""
+    return any(message.get(name) == 0 for name in WEIGHTS)
 
 
 def shown_content(message: dict[str, Any]) -> str | None:

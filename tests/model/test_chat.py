@@ -184,9 +184,10 @@ def test_all_that_follows_the_prompt_is_scored(template, scored):
     assert tokenised.scored[first:].all()
 
 
-def test_a_completion_may_have_answers_of_weight_0():
+@pytest.mark.parametrize("weight", [{"weight": 0}, {"train": False}, {"loss": False}])
+def test_a_completion_may_have_answers_of_weight_0(weight):
     tokenizer = byte_tokenizer(template=PLAIN_TEMPLATE)
-    completion = read_chat([{**CHAT[1], "weight": 0}, *CHAT[2:]]).messages
+    completion = read_chat([{**CHAT[1], **weight}, *CHAT[2:]]).messages
     tokenised = encode_answer(tokenizer, Chat(CHAT[:1]), completion)
     assert scored_text(tokenizer, tokenised) == \
         "<|user|>and fire<|end|>\n<|assistant|>no<|end|>\n"
