@@ -9,10 +9,9 @@ import transformers
 
 from gradindex.errors import InputError
 from gradindex.model.adapters import WEIGHTS, Adapter
-from gradindex.model.config import vocabulary_size
 from gradindex.model.load_errors import readable_errors
 from gradindex.model.model_source import ModelSource
-from gradindex.model.probe import in_evaluation
+from gradindex.model.probe import in_evaluation, some_tokens
 from gradindex.model.saved_files import check_weights
 
 # Tasks of adapters over a base with another head; the others leave the head of the base.
@@ -32,13 +31,7 @@ def check_adapter(source: ModelSource) -> None:
             f"the adapter {adapter.folder} was trained for another task (task_type {task}) than "
             "saying the next token. Expected one of a causal language model (CAUSAL_LM)."
         )
-    kind = str(settings.get("peft_type"))
-    why = _AROUND.get(kind) or (settings.get("alora_invocation_tokens") and
-                                "aLoRA works from certain tokens of a text on") or \
-        (settings.get("arrow_config") and "Arrow chooses among adapters anew for each token")
-    if _learns_prompts(source, adapter):
-        why = f"{kind} is learned tokens (prompt learning), put before the text"
-    if why:
+    if why := _around_network(_config(source, adapter)):
         raise InputError(f"the adapter {adapter.folder} can't be used: {why}, which the network "
                          "inside runs without. Expected an adapter of layers, such as LoRA.")
     _weights(source, adapter)
@@ -96,12 +89,28 @@ def _weights(source: ModelSource, adapter: Adapter) -> None:
         check_weights(Path(weights))
 
 
-def _learns_prompts(source: ModelSource, adapter: Adapter) -> bool:
+def _config(source: ModelSource, adapter: Adapter) -> Any:
+    """What peft reads of an adapter's settings."""
     import peft
 
     with readable_errors(source.name, adapter):
-        config = peft.PeftConfig.from_pretrained(**_place(source, adapter))
-    return bool(config.is_prompt_learning)
+        return peft.PeftConfig.from_pretrained(**_place(source, adapter))
+
+
+def _kind(config: Any) -> str:
+    return str(getattr(config, "peft_type", "")).rpartition(".")[2]
+
+
+def _around_network(config: Any) -> str | None:
+    """What an adapter of these settings does around the network for each text; None for nothing."""
+    kind = _kind(config)
+    if getattr(config, "is_prompt_learning", False):
+        return f"{kind} is learned tokens (prompt learning), put before the text"
+    if getattr(config, "alora_invocation_tokens", None):
+        return "aLoRA works from certain tokens of a text on"
+    if getattr(config, "arrow_config", None):
+        return "Arrow chooses among adapters anew for each token"
+    return _AROUND.get(kind)
 
 
 def unwrapped(network: Any, name: str | None = None) -> Any:
@@ -115,18 +124,12 @@ def unwrapped(network: Any, name: str | None = None) -> Any:
     if not hasattr(network, "get_base_model"):
         return network
     config = network.peft_config.get(name) if name else getattr(network, "active_peft_config", None)
-    kind = str(getattr(config, "peft_type", "")).rpartition(".")[2]
-    if getattr(config, "is_prompt_learning", False):
-        raise InputError(
-            f"the PeftModel's adapter ({kind}) is learned tokens (prompt learning), which the "
-            "network inside runs without. Expected an adapter of layers, such as LoRA."
-        )
-    if kind in _AROUND or getattr(config, "alora_invocation_tokens", None) or \
-            getattr(config, "arrow_config", None) or not _same_without(network):
-        raise InputError(
-            f"the PeftModel's adapter ({kind}) does something around the network, which the "
-            "network inside runs without. Expected an adapter of layers, such as LoRA."
-        )
+    why = _around_network(config)
+    if why is None and not _same_without(network):
+        why = f"{_kind(config)} does something around the network"
+    if why:
+        raise InputError(f"the PeftModel's adapter can't be used: {why}, which the network inside "
+                         "runs without. Expected an adapter of layers, such as LoRA.")
     return network.get_base_model()
 
 
@@ -136,12 +139,10 @@ def _same_without(wrapped: Any) -> bool:
     LoRA isn't asked: it is known to, and a pass changes some quantised layers.
     """
     inside = wrapped.get_base_model()
-    device = next(inside.parameters()).device
-    kinds = {str(config.peft_type).rpartition(".")[2] for config in wrapped.peft_config.values()}
-    if device.type == "meta" or kinds == {"LORA"}:
+    kinds = {_kind(config) for config in wrapped.peft_config.values()}
+    if next(inside.parameters()).device.type == "meta" or kinds == {"LORA"}:
         return True
-    vocabulary = vocabulary_size(inside.config)
-    tokens = (vocabulary // 2 + torch.arange(4, device=device)[None]) % vocabulary
+    tokens = some_tokens(inside, 1, 4)
     with torch.no_grad(), in_evaluation(wrapped):
         one, other = (network(input_ids=tokens, use_cache=False).logits
                       for network in (wrapped, inside))

@@ -99,7 +99,7 @@ class _Pass:
         self._runs: dict[nn.Module, list[_Heard]] = {}
         self._shape, self._maps = (b, t), maps
         self._embedded: list[Tensor] = []
-        tokens = _tokens(network, b, t)
+        tokens = some_tokens(network, b, t)
         handles = [module.register_forward_hook(self._call) for module in network.modules()]
         handles += [linear.register_forward_hook(self._keep)
                     for sharing in maps for linear in sharing]
@@ -252,7 +252,7 @@ def _rounding(linear: Any) -> float:
     return {torch.float64: 1e-9, torch.float32: 5e-3}.get(linear.weight.dtype, 0.1)
 
 
-def _tokens(network: Any, b: int, t: int, first: int = 0) -> Tensor:
+def some_tokens(network: Any, b: int, t: int, first: int = 0) -> Tensor:
     """Tokens [b, t] from the middle of the vocabulary on, whose ends a model may treat apart."""
     count = vocabulary_size(network.config)
     numbers = torch.arange(first, first + b * t, device=next(network.parameters()).device)
@@ -286,7 +286,7 @@ def check_logits(network: Any) -> None:
     with torch.no_grad(), in_evaluation(network):
         # A rounding can turn what a router chooses, though not time and again.
         for first in (0, b * t, 2 * b * t):
-            tokens = _tokens(network, b, t, first)
+            tokens = some_tokens(network, b, t, first)
             together = _logits(network, tokens)
             again = _same(together, _logits(network, tokens))
             apart = _same(together, torch.cat([_logits(network, row[None]) for row in tokens]))

@@ -74,6 +74,12 @@ def common_tokens(tokens: np.ndarray, others: np.ndarray) -> int:
     return int(differing[0]) if len(differing) else length
 
 
+def common_characters(text: str, other: str) -> int:
+    """How many characters two texts begin with in common."""
+    return next((number for number, (one, two) in enumerate(zip(text, other, strict=False))
+                 if one != two), min(len(text), len(other)))
+
+
 def pieces(tokenizer: Any | None, tokens: list[int]) -> list[str]:
     """The text of each token. Joined, they are the decoded text.
 
@@ -105,9 +111,7 @@ def _shares(tokenizer: Any, tokens: list[int], known: int) -> list[str]:
     shares = []
     for end in range(known + 1, len(tokens)):
         # The text so far, up to where later tokens change it: half a character decodes to a sign.
-        prefix = _decode(tokenizer, tokens[:end])
-        same = next((number for number, (letter, other) in enumerate(
-            zip(prefix, text, strict=False)) if letter != other), min(len(prefix), len(text)))
+        same = common_characters(_decode(tokenizer, tokens[:end]), text)
         shares.append(text[done:same])
         done = max(done, same)
     return [*shares, text[done:]]

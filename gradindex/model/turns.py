@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from gradindex.model.rendering import ChatTemplateError, Renderer, Stretch, signs_for
-from gradindex.model.tokenise import common_tokens
+from gradindex.model.tokenise import common_characters, common_tokens
 
 Messages = list[dict[str, Any]]
 THOUGHT = ("<think>", "</think>")
@@ -62,7 +62,7 @@ def ends_of_words(
             renderer, [*messages[:number], changed, *messages[number + 1:]], answer)
         if other is not None and sign in other:
             found = True
-            yield _common(text, other)
+            yield common_characters(text, other)
 
 
 def _with_sign(message: dict[str, Any], sign: str) -> Iterator[dict[str, Any]]:
@@ -193,9 +193,3 @@ def _rendered(renderer: Renderer, messages: Messages, answer: bool = False) -> s
         return renderer.render(messages, answer)
     except ChatTemplateError:
         return None
-
-
-def _common(text: str, other: str) -> int:
-    """How many characters two texts begin with in common."""
-    return next((number for number, (one, two) in enumerate(zip(text, other, strict=False))
-                 if one != two), min(len(text), len(other)))
