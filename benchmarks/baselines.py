@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.fidelity import tfidf_scores
 from benchmarks.workload import Size, Workload, make_workload
-from gradindex.influence.codes import Codes, CodeSettings, default_width
+from gradindex.influence.codes import Codes, CodeSettings
 from gradindex.influence.gradients import apply_inputs, backward
 from gradindex.influence.split_batches import plan_batches
 from gradindex.modules import Module
@@ -225,8 +225,8 @@ class CodeStore:
 
     def __init__(self, work: Workload, length: int):
         self.modules, self.length = work.modules, length
-        width = default_width(length, len(work.modules))
-        self.codes = Codes(work.modules, work.ekfac, CodeSettings(length, width, 0, DAMPING))
+        self.codes = Codes(work.modules, work.ekfac,
+                           CodeSettings.of(length, work.modules, 0, DAMPING))
         self.index = CodeIndex(length)
         self.stored = np.zeros((len(work.train), code_bytes(length)), np.uint8)
         self.vectors = self.codes.empty(0)

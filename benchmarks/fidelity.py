@@ -31,7 +31,6 @@ from gradindex.influence.codes import (
     Codes,
     CodeSettings,
     default_length,
-    default_width,
     score_error,
 )
 from gradindex.influence.curvature import Ekfac
@@ -494,7 +493,7 @@ def main(queries: int, bits: tuple[int, ...], controls: bool, fits: tuple[int, .
     progress = stderr_progress()
     work = make_workload(cache, Size(**size), queries, progress)  # type: ignore[arg-type]
     codes = {k: Codes(work.modules, work.ekfac,
-                      CodeSettings(k, default_width(k, len(work.modules)), 0, 0.1)) for k in bits}
+                      CodeSettings.of(k, work.modules, 0, 0.1)) for k in bits}
     asked = controls_of(work, controls)
     baseline = Baseline(work.modules, work.ekfac, max(COORDINATES), len(work.train)) \
         if baselines else None

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.fidelity import tfidf_scores
 from benchmarks.workload import Size, Workload, fit_on, library, query_gradients, record
 from gradindex.demo.small_model import DemoSettings, new_model, train, train_tokenizer
-from gradindex.influence.codes import Codes, CodeSettings, default_length, default_width
+from gradindex.influence.codes import Codes, CodeSettings, default_length
 from gradindex.influence.curvature import Ekfac
 from gradindex.influence.exact import exact_scores
 from gradindex.influence.preconditioned import Gradients, Preconditioned, precondition
@@ -172,7 +172,7 @@ def ekfac_scores(
 
 def encode(study: Study, modules: list[Module], length: int) -> tuple[Codes, CodeIndex]:
     """The codes of all training sequences at the default damping."""
-    settings = CodeSettings(length, default_width(length, len(modules)), 0, DAMPING)
+    settings = CodeSettings.of(length, modules, 0, DAMPING)
     codes, index = Codes(modules, study.ekfac, settings), CodeIndex(length)
     for start in range(0, len(study.train), BATCH):
         vectors = encode_batch(study.model, codes, study.train[start : start + BATCH])

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from benchmarks.workload import Size, Workload, make_workload
-from gradindex.influence.codes import Codes, CodeSettings, default_width, score_error
+from gradindex.influence.codes import Codes, CodeSettings, score_error
 from gradindex.influence.exact import exact_scores
 from gradindex.influence.preconditioned import Preconditioned, precondition, query_coordinates
 from gradindex.progress import stderr_progress
@@ -47,8 +47,7 @@ def median(run: Callable[[], object], repeats: int) -> float:
 
 
 def coder(work: Workload, length: int) -> Codes:
-    return Codes(work.modules, work.ekfac,
-                 CodeSettings(length, default_width(length, len(work.modules)), 0, 0.1))
+    return Codes(work.modules, work.ekfac, CodeSettings.of(length, work.modules, 0, 0.1))
 
 
 def encoded(work: Workload, codes: Codes, count: int) -> tuple[CodeIndex, np.ndarray]:

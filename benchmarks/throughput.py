@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from gradindex.demo.small_model import DemoSettings, new_model
 from gradindex.draws import Stream
 from gradindex.influence.blockwise import covariance_shapes
-from gradindex.influence.codes import Codes, CodeSettings, default_length, default_width
+from gradindex.influence.codes import Codes, CodeSettings, default_length
 from gradindex.influence.curvature import Curvature, Ekfac
 from gradindex.influence.exact import Influences, collect
 from gradindex.influence.gradients import backward
@@ -86,8 +86,7 @@ class Bench:
                               torch.rand(m.shape)) for m in self.modules
         }
         length = default_length(settings.length)
-        self.codes = Codes(self.modules, self.ekfac, CodeSettings(
-            length, default_width(length, len(self.modules)), 0, 0.1))
+        self.codes = Codes(self.modules, self.ekfac, CodeSettings.of(length, self.modules, 0, 0.1))
         self.index = CodeIndex(length)
         shapes = covariance_shapes(self.modules, 1)
         self._sums = {name: torch.zeros(shape) for name, shape in shapes.items()}

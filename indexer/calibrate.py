@@ -16,7 +16,7 @@ import numpy as np
 
 from gradindex.draws import Stream, choose
 from gradindex.errors import GradindexError
-from gradindex.influence.codes import Codes, CodeSettings, default_width, score_error
+from gradindex.influence.codes import Codes, CodeSettings, score_error
 from gradindex.influence.curvature import Ekfac
 from gradindex.influence.exact import Influences, collect
 from gradindex.influence.preconditioned import (
@@ -97,8 +97,7 @@ def score_pairs(
     """
     queries, sample = map(read, draw_pairs(ids, seed))
     # these codes are for norms alone: K isn't chosen yet, and hardly matters to them
-    codes = Codes(modules, ekfac, CodeSettings(
-        NORM_BITS, default_width(NORM_BITS, len(modules)), seed, damping))
+    codes = Codes(modules, ekfac, CodeSettings.of(NORM_BITS, modules, seed, damping))
     stacks = -(-len(queries) // stacked_queries(model, modules, allowance))
     progress.start("pairs", len(queries) + stacks * len(sample), "passes")
     influence, cosines = [], []

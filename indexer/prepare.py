@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from gradindex.draws import Stream, choose
-from gradindex.influence.codes import Codes, CodeSettings, default_width
+from gradindex.influence.codes import Codes, CodeSettings
 from gradindex.influence.curvature import Ekfac
 from gradindex.memory import Allowance
 from gradindex.model.adapters import IDLE, OWN
@@ -154,8 +154,7 @@ def allow(
 def make_codes(modules: list[Module], ekfac: Ekfac, plan: Plan, bits: int) -> Codes:
     """The codes of K = `bits` that a plan asks for, of modules that have curvature."""
     # k follows from how many modules share the K buckets, so it is chosen after the fit
-    return Codes(modules, ekfac, CodeSettings(
-        bits, default_width(bits, len(modules)), plan.seed, plan.damping))
+    return Codes(modules, ekfac, CodeSettings.of(bits, modules, plan.seed, plan.damping))
 
 
 def describe_modules(

@@ -23,6 +23,7 @@ are added where a hash would scatter, and sums come out in the same order on eve
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,11 +51,19 @@ class CodeSettings:
     seed: int
     damping: float
 
+    @classmethod
+    def of(
+        cls, length: int, modules: Sequence[Module], seed: int, damping: float
+    ) -> "CodeSettings":
+        """Those of K = `length` for so many modules."""
+        return cls(length, default_width(length, len(modules)), seed, damping)
+
 
 def default_length(sequence_length: int) -> int:
-    """K for sequences of so many tokens: the power of two at or above 256 bits a token.
+    """K as it is thought to be until exact scores tell, for sequences of so many tokens.
 
-    At least 16,384. Longer sequences have longer gradients, among which one match stands out less.
+    The power of two at or above 256 bits a token, at least 16,384: longer sequences have longer
+    gradients, among which one match stands out less.
 
     >>> default_length(64), default_length(300)
     (16384, 131072)

@@ -35,6 +35,12 @@ def device_called(device: str) -> torch.device:
     return called
 
 
+def wait_for(device: torch.device) -> None:
+    """Wait for the GPU, which works on after a call came back."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def dtype_called(dtype: str) -> torch.dtype:
     """The dtype of a name in DTYPES. Raises InputError for another name."""
     if dtype not in DTYPES:

@@ -23,7 +23,6 @@ import torch
 from gradindex import draws
 from gradindex.draws import Stream
 from gradindex.influence import curvature
-from gradindex.influence.codes import CodeSettings, default_length, default_width
 from gradindex.memory import available, resident, return_freed
 from gradindex.model.config import vocabulary_size
 from gradindex.model.identity import check_identity, identify
@@ -46,17 +45,17 @@ from gradindex.storage.manifest import exists as index_exists
 from gradindex.storage.records import Record
 from indexer.background_queries import BACKGROUND_QUERIES
 from indexer.build_request import BuildRequest, make_request, takes_arguments_of
-from indexer.calibrate import stacked_queries
 from indexer.code_length import allowed_bits
 from indexer.dry_run.most_memory import Held, Memory, most_memory
 from indexer.fit.batch_memory import available_on, used
-from indexer.fit.budget import FitBytes, budget, partitions
+from indexer.fit.budget import budget
 from indexer.fit.notes import FitSettings
 from indexer.fit.schedule import BLOCK_SEQUENCES
+from indexer.pace.ahead import Ahead
 from indexer.pace.batch_size import choose_batch_tokens
 from indexer.pace.pace import measure_pace
 from indexer.pace.speed import in_groups
-from indexer.pace.stages import WRITING, Ahead, stage_seconds
+from indexer.pace.stages import WRITING, stage_seconds
 from indexer.prepare import allow, describe_modules
 from indexer.read import ingest
 from indexer.read.corpus import Corpus, CorpusFacts
@@ -186,19 +185,14 @@ def estimate(request: BuildRequest) -> Estimate:
     settings = FitSettings([], plan.fit_labels, min(plan.segment_size, BLOCK_SEQUENCES),
                            batch_tokens, plan.seed, covariance_blocks=plan.covariance_blocks)
     allowance = allow(model, tracked, settings, lambda: data.sample[: settings.block])
-    bits = plan.bits or default_length(plan.sequence_length)
-    code = CodeSettings(bits, default_width(bits, len(tracked)), plan.seed, plan.damping)
-    groups = partitions(tracked, plan.covariance_blocks, width, allowance.planned)
-    needs = budget(model.bytes, groups, plan.covariance_blocks, width, code.width)
-    together = stacked_queries(model, tracked, allowance)
+    ahead = Ahead.of(model, tracked, plan, allowance, data.lengths, len(data.lengths), batch_tokens,
+                     plan.bits)
+    needs = budget(model.bytes, ahead.partitions, plan.covariance_blocks, width, ahead.code.width)
     return_freed()  # by what ran before
     host = resident()
     device = used(model.device) if model.device.type == "cuda" else None
-    pace = measure_pace(model, tracked, data.sample, batch_tokens, plan.covariance_blocks, code,
-                        together, progress)
-    disk = _disk(data, model, tracked, plan, bits)
-    ahead = Ahead(data.lengths, len(data.lengths), batch_tokens, bits, len(groups),
-                  FitBytes.of(tracked, plan.covariance_blocks, width), together)
+    pace = measure_pace(model, tracked, data.sample, ahead, plan.covariance_blocks, progress)
+    disk = _disk(data, model, tracked, plan, ahead.code.length)
     fitted = min(plan.fit_sequences, ahead.count)
     passed = {"covariance": fitted, "eigenvalues": fitted, "encode": ahead.count}
     stages = {
@@ -209,9 +203,9 @@ def estimate(request: BuildRequest) -> Estimate:
            for name, seconds in stage_seconds(pace, ahead, plan).items()},
     }
     memory = most_memory(Held(
-        groups, plan.covariance_blocks, width, allowance.curvature,
-        min(plan.segment_size, ahead.count), max(data.lengths), bits, code.width, together,
-        pace.batch + pace.kept), host, device)
+        ahead.partitions, plan.covariance_blocks, width, allowance.curvature,
+        min(plan.segment_size, ahead.count), max(data.lengths), ahead.code.length, ahead.code.width,
+        ahead.together, pace.batch + pace.kept), host, device)
 
     # 5) what there is of it; what an unfinished build has written is a part of what it needs
     existing = bytes_in(request.index)
@@ -244,7 +238,7 @@ def _open_codes(ahead: Ahead) -> str:
     least, most = (f"{bits:,} bits ({size(ahead.count * layout.code_bytes(bits))})"
                    for bits in (lengths[0], lengths[-1]))
     return (f"from {least} to {most}, as the spread of exact scores asks for once the curvature is "
-            f"fitted; {ahead.bits:,} bits are reckoned here")
+            f"fitted; {ahead.code.length:,} bits are reckoned here")
 
 
 def _note_on(index: Path, state: BuildState | None) -> str:

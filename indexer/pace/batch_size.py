@@ -18,6 +18,7 @@ from torch import Tensor
 from gradindex.influence.gradients import backward
 from gradindex.influence.split_batches import BatchTooLargeError, plan_batches
 from gradindex.model.config import vocabulary_size
+from gradindex.model.devices import wait_for
 from gradindex.model.network import LanguageModel
 from gradindex.modules import Module
 from gradindex.progress import Progress
@@ -130,8 +131,7 @@ def seconds_of_pass(
     start = time.perf_counter()
     with torch.no_grad():
         backward(model, modules, batch, lambda *_: None)
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
+    wait_for(model.device)
     return time.perf_counter() - start
 
 

@@ -1,13 +1,11 @@
 """How long what is left of a build will take, said before it is done."""
 
-from gradindex.influence.codes import CodeSettings, default_length, default_width
 from gradindex.influence.split_batches import BatchTooLargeError
 from gradindex.progress import Progress, duration
 from gradindex.storage import layout
-from indexer.calibrate import stacked_queries
-from indexer.fit.budget import FitBytes, partitions
+from indexer.pace.ahead import Ahead
 from indexer.pace.pace import measure_pace
-from indexer.pace.stages import Ahead, stage_seconds
+from indexer.pace.stages import stage_seconds
 from indexer.prepare import Prepared
 from indexer.read import ingest
 from indexer.shards import Share
@@ -40,18 +38,12 @@ def stages_left(
     unsealed = sum(run.segments[number].rows for number in ingest.unsealed(run)) / run.count
     if not unsealed and share.of > 1:
         return {}
-    bits = settled.bits or default_length(plan.sequence_length)
     sample = run.records(prepared.settings.ids[: prepared.settings.block])
-    together = stacked_queries(model, tracked, prepared.allowance)
-    width = model.accumulate.itemsize
-    pace = measure_pace(
-        model, tracked, sample, state.batch_tokens, plan.covariance_blocks,
-        CodeSettings(bits, default_width(bits, len(tracked)), plan.seed, plan.damping), together,
-        progress)
-    groups = partitions(tracked, plan.covariance_blocks, width, prepared.allowance.planned)
-    seconds = stage_seconds(pace, Ahead(
-        [len(record.tokens) for record in sample], run.count, state.batch_tokens, bits, len(groups),
-        FitBytes.of(tracked, plan.covariance_blocks, width), together), plan)
+    ahead = Ahead.of(model, tracked, plan, prepared.allowance,
+                     [len(record.tokens) for record in sample], run.count, state.batch_tokens,
+                     settled.bits)
+    pace = measure_pace(model, tracked, sample, ahead, plan.covariance_blocks, progress)
+    seconds = stage_seconds(pace, ahead, plan)
     seconds["encode"] *= unsealed
     done = {"encode"} if not unsealed else set[str]()
     if (run.index / layout.CURVATURE).is_dir():

@@ -27,6 +27,7 @@ from gradindex.influence.preconditioned import Whole, add_query_vectors, precond
 from gradindex.influence.split_batches import plan_batches
 from gradindex.memory import resident, return_freed
 from gradindex.model.config import vocabulary_size
+from gradindex.model.devices import wait_for
 from gradindex.model.network import LanguageModel
 from gradindex.modules import Module
 from gradindex.progress import Progress
@@ -38,6 +39,7 @@ from indexer.background_queries import BACKGROUND_QUERIES
 from indexer.fit.batch_memory import forget_peak, peak, used
 from indexer.fit.batch_sums import add_products, add_squares
 from indexer.fit.eigen import eigenvectors
+from indexer.pace.ahead import Ahead
 from indexer.pace.speed import Speed, fit_speed
 
 OF_A_SHAPE = 3  # modules of each shape that are timed
@@ -97,15 +99,14 @@ class _Times:
 
 
 def measure_pace(
-    model: LanguageModel, modules: list[Module], sample: list[Record], batch_tokens: int,
-    covariance_blocks: int, code: CodeSettings, together: int,
-    progress: Progress,
+    model: LanguageModel, modules: list[Module], sample: list[Record], ahead: Ahead,
+    covariance_blocks: int, progress: Progress,
 ) -> Pace:
     """Run two batches of a sample, and the stages' work on some of what they gave.
 
-    `code` has the settings that the codes are thought to have. Raises ResourceError where memory
-    runs out on a batch.
+    Raises ResourceError where memory runs out on a batch.
     """
+    batch_tokens, code, together = ahead.batch_tokens, ahead.code, ahead.together
     return_freed()
     base = used(model.device)
     chosen = _some_of_each_shape(modules)
@@ -183,7 +184,7 @@ def _pass(
 
     with torch.no_grad():
         backward(model, modules, batch, each)
-    _wait_for(model.device)
+    wait_for(model.device)
 
 
 class _Bench:
@@ -234,12 +235,12 @@ class _Bench:
     def precondition(self) -> None:
         """The preconditioned gradients of as many queries as are scored together."""
         precondition({"": self._curvature}, {"": self._whole.p})
-        _wait_for(self._device)
+        wait_for(self._device)
 
     def _all(self, parts: list[_Seen], work: Callable[[_Seen], None]) -> None:
         for part in parts:
             work(part)
-        _wait_for(self._device)
+        wait_for(self._device)
 
 
 def _decompositions(modules: list[Module], covariance_blocks: int) -> float:
@@ -274,12 +275,6 @@ def _hashing() -> float:
     """Bytes a second of SHA-256."""
     content = bytes(1 << 24)
     return len(content) / _seconds(lambda: hashlib.sha256(content).digest())
-
-
-def _wait_for(device: torch.device) -> None:
-    """Wait for the GPU, which works on after a call came back."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _seconds(run: Callable[[], object]) -> float:

@@ -5,44 +5,17 @@ and writing the fit's sums, digesting and writing files (SHA-256 as measured; th
 write 300 MB/s).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 from gradindex.storage.build_plan import Plan
 from gradindex.storage.layout import background_bytes, code_bytes
 from indexer.background_queries import BACKGROUND_QUERIES
 from indexer.calibrate import CALIBRATION_QUERIES, CALIBRATION_SAMPLE
-from indexer.fit.budget import FitBytes
 from indexer.fit.schedule import BLOCK_SEQUENCES
+from indexer.pace.ahead import Ahead
 from indexer.pace.pace import Pace
-from indexer.pace.speed import Work, in_groups
 
 WRITING = 300e6  # bytes a second, assumed of the disk: to measure it, something would be written
 READ_RECORD = 4e-5  # seconds, as LMDB took elsewhere: it needs a file
 ADDING = 1e9  # bytes a second: a block's sums to the running ones, in float64
-
-
-@dataclass(frozen=True)
-class Ahead:
-    """What a build has ahead of it: sequences and what its fit holds.
-
-    `lengths` are the tokens of all sequences or of a sample, `count` the number of all. `bits` is K
-    as it is or is thought to be. So many `partitions` of modules are fitted one after the other;
-    `together` queries are scored exactly in a pass.
-    """
-
-    lengths: Sequence[int]
-    count: int
-    batch_tokens: int
-    bits: int
-    partitions: int
-    fit: FitBytes
-    together: int
-
-    def work(self, sequences: int, group: int) -> Work:
-        """The work on so many of the sequences, batched within groups."""
-        whole = Work.of(list(in_groups(self.lengths, group)), self.batch_tokens)
-        return whole * (sequences / len(self.lengths))
 
 
 def stage_seconds(pace: Pace, ahead: Ahead, plan: Plan) -> dict[str, float]:
@@ -50,12 +23,13 @@ def stage_seconds(pace: Pace, ahead: Ahead, plan: Plan) -> dict[str, float]:
     fitted = min(plan.fit_sequences, ahead.count)
     block = min(plan.segment_size, BLOCK_SEQUENCES)
     fitting, blocks = ahead.work(fitted, block), -(-fitted // block)
+    partitions, bits = len(ahead.partitions), ahead.code.length
     queries, sample, background = (min(most, ahead.count) for most in (
         CALIBRATION_QUERIES, CALIBRATION_SAMPLE, BACKGROUND_QUERIES))
     one = ahead.work(1, len(ahead.lengths))
     asking = (pace.one_pass + pace.queries) * one
-    passes = pace.one_pass * fitting * ahead.partitions + \
-        2 * READ_RECORD * fitted * ahead.partitions  # they are read again to be counted
+    passes = pace.one_pass * fitting * partitions + \
+        2 * READ_RECORD * fitted * partitions  # they are read again to be counted
     scored = (pace.one_pass + pace.scores) * ahead.work(sample, len(ahead.lengths))
 
     def files(size: float, digests: int) -> float:
@@ -74,8 +48,8 @@ def stage_seconds(pace: Pace, ahead: Ahead, plan: Plan) -> dict[str, float]:
         "encode": pace.drawing
                   + (pace.one_pass + pace.codes) * ahead.work(ahead.count, plan.segment_size)
                   + ahead.count * (READ_RECORD + pace.sealing)
-                  + files(ahead.count * code_bytes(ahead.bits), 2),
+                  + files(ahead.count * code_bytes(bits), 2),
         "calibrate": queries * asking,
         "background": background * asking + ahead.count * pace.scan
-                      + files(background_bytes(background, ahead.bits), 2),
+                      + files(background_bytes(background, bits), 2),
     }
