@@ -87,7 +87,7 @@ def build(request: BuildRequest) -> ModelSource | None:
             state.save()
 
         # 2) the model and its tracked modules: one that can't be used ends it before data are read
-        loaded = load_model(request.source, request.dtype, state, progress)
+        model, tracked = load_model(request.source, request.dtype, state, progress)
 
         # 3) text → sequences, on disk as records; the other shards began when this was done
         if state.corpus is None:
@@ -99,7 +99,7 @@ def build(request: BuildRequest) -> ModelSource | None:
             state.save()
         ingest.report_read(state.corpus, state.plan.sequence_length, progress)
         ingest.warn_few(state.corpus.sequences, progress)
-        prepared = prepare_build(index, loaded, state, progress, shard.of)
+        prepared = prepare_build(index, model, tracked, state, progress, shard.of)
         with _share_of(request) as share:
             if progress.shown and request.ray is None:  # how many workers there will be isn't known
                 say_expected(prepared, state, share, progress)
@@ -108,7 +108,7 @@ def build(request: BuildRequest) -> ModelSource | None:
             fitted = fit_curvature(index, prepared, share, progress)
 
             # 5) how many bits a code gets, by the exact scores of some sequences
-            settle_codes(index, fitted, state, share, progress)
+            settle_codes(fitted, state, share, progress)
 
             # 6) every sequence → a code
             if request.ray is None:
@@ -210,16 +210,13 @@ def fit_curvature(index: Path, prepared: Prepared, share: Share, progress: Progr
 
 
 def settle_codes(
-    index: Path, fitted: FittedBuild, state: BuildState, share: Share, progress: Progress
+    fitted: FittedBuild, state: BuildState, share: Share, progress: Progress
 ) -> None:
     """Step 5: K, written down with the exact scores that tell it, by the first process alone."""
     prepared, plan, settled = fitted.prepared, state.plan, state.settled
     assert settled is not None
     if share.first and settled.influence is None:
-        every = list(range(prepared.run.count))
-        pairs, cosines = score_pairs(
-            prepared.model, fitted.modules, fitted.ekfac, prepared.run.records, every, plan.seed,
-            plan.damping, settled.batch_tokens, progress, prepared.allowance)
+        pairs, cosines = _score_pairs(fitted, state, list(range(prepared.run.count)), progress)
         squares = curvature_bytes(fitted.modules, plan.covariance_blocks,
                                   prepared.model.accumulate.itemsize)
         settled.bits = settle_bits(
@@ -272,16 +269,23 @@ def _pairs_with_codes(
     fitted: FittedBuild, state: BuildState, quarantined: Container[int], progress: Progress
 ) -> ExactPairs:
     """The pairs that were scored for the codes' bits; others where some of them got no code."""
-    prepared, plan = fitted.prepared, state.plan
-    run, every = prepared.run, list(range(prepared.run.count))
-    drawn = draw_pairs(every, plan.seed)
+    run, seed = fitted.prepared.run, state.plan.seed
+    every = list(range(run.count))
+    drawn = draw_pairs(every, seed)
     if not any(sequence in quarantined for part in drawn for sequence in part):
-        return exact_pairs(run.records, every, plan.seed, state.influence)
+        return exact_pairs(run.records, every, seed, state.influence)
     coded = [sequence for sequence in every if sequence not in quarantined]
-    pairs, _ = score_pairs(
-        prepared.model, fitted.modules, fitted.ekfac, run.records, coded, plan.seed, plan.damping,
-        state.batch_tokens, progress, prepared.allowance)
-    return pairs
+    return _score_pairs(fitted, state, coded, progress)[0]
+
+
+def _score_pairs(
+    fitted: FittedBuild, state: BuildState, ids: list[int], progress: Progress
+) -> tuple[ExactPairs, np.ndarray]:
+    """The exact scores of a sample of some ids, and their cosines."""
+    prepared, plan = fitted.prepared, state.plan
+    return score_pairs(
+        prepared.model, fitted.modules, fitted.ekfac, prepared.run.records, ids, plan.seed,
+        plan.damping, state.batch_tokens, progress, prepared.allowance)
 
 
 def commit_index(

@@ -42,17 +42,11 @@ NOTABLE = 0.05  # share of parameters that can't be tracked: said loudly from he
 
 
 @dataclass
-class LoadedModel:
-    """The model that a build is of, and its tracked modules."""
+class Prepared:
+    """What every process of a build has: the model, the sequences, how it is to be fitted."""
 
     model: LanguageModel
     tracked: list[Module]
-
-
-@dataclass
-class Prepared(LoadedModel):
-    """What every process of a build has: the model, the sequences, how it is to be fitted."""
-
     run: Run
     settings: FitSettings
     allowance: Allowance
@@ -60,7 +54,7 @@ class Prepared(LoadedModel):
 
 def load_model(
     source: ModelSource, dtype: str, state: BuildState, progress: Progress
-) -> LoadedModel:
+) -> tuple[LanguageModel, list[Module]]:
     """Load and check the model, and find what of it is tracked.
 
     Raises InputError for one that can't be used, IndexMismatchError for another than the build
@@ -90,18 +84,19 @@ def load_model(
     if (total := sum(lost.values())) > NOTABLE:
         progress.say(f"warning: {total:.0%} of the model's parameters can't be tracked, so their "
                      f"influence is in no score: {shares(lost)}")
-    return LoadedModel(model, tracked)
+    return model, tracked
 
 
 def prepare_build(
-    index: Path, loaded: LoadedModel, state: BuildState, progress: Progress, shards: int = 1
+    index: Path, model: LanguageModel, tracked: list[Module], state: BuildState,
+    progress: Progress, shards: int = 1,
 ) -> Prepared:
     """Settle how the model is fitted, the same way in every process, now that the data are read.
 
     `shards` are how many processes share the fit. Raises ResourceError where disk or memory don't
     suffice.
     """
-    plan, request, model, tracked = state.plan, state.request, loaded.model, loaded.tracked
+    plan, request = state.plan, state.request
     assert state.corpus is not None and request is not None
     run = Run(index, 0, 0, state.corpus.sequences, plan.segment_size)
     ids = choose(Stream.FIT_SEQUENCES, plan.seed, run.count, plan.fit_sequences)

@@ -50,11 +50,11 @@ def merge(
             _refuse_unfinished(folder, state)
             plan = state.plan
             source_now = source.at_build(plan.model, plan.revision, None, plan.adapter)
-            loaded = load_model(source_now, plan.dtype, state, progress)
-            prepared = prepare_build(folder, loaded, state, progress)
+            model_now, tracked = load_model(source_now, plan.dtype, state, progress)
+            prepared = prepare_build(folder, model_now, tracked, state, progress)
             # steps 4 to 6 are done, so the curvature is only read; 7 and 8 are what is left
             fitted = fit_curvature(folder, prepared, Shard(), progress)
-            settle_codes(folder, fitted, state, Shard(), progress)
+            settle_codes(fitted, state, Shard(), progress)
             measured = measure_codes(folder, fitted, state, progress)
             commit_index(folder, fitted, measured, state, progress)
     return replace(source, max_memory=None)

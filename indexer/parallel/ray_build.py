@@ -102,9 +102,8 @@ class _Worker:
                              "where every machine sees it by the same path.")
         self._join()
         device, dtype = job.plan.device, job.plan.dtype
-        loaded = load_model(job.source, dtype, state, Progress())
-        prepared = prepare_build(self._index, loaded, state, Progress())
-        model = prepared.model
+        model, tracked = load_model(job.source, dtype, state, Progress())
+        prepared = prepare_build(self._index, model, tracked, state, Progress())
         # another device or dtype would add other numbers to the sums, and nobody would notice
         if (model.device.type, str(model.dtype)) != (device, f"torch.{dtype}"):
             raise GradindexError(
@@ -145,7 +144,7 @@ class _Worker:
         elif unit in ingest.unsealed(prepared.run):
             segment = prepared.run.segments[unit]
             encode_one(prepared.model, self._drawn_codes(), prepared.run, segment,
-                       self._state().batch_tokens, Progress())
+                       prepared.settings.batch_tokens, Progress())
 
     def _drawn_codes(self) -> Codes:
         """The codes, drawn when the first segment comes: the fit is over by then."""
@@ -156,14 +155,10 @@ class _Worker:
             ekfac, _ = read_fitted(prepared.model, prepared.tracked, blocks, self._index,
                                    Progress(), prepared.allowance)
             fitted = [module for module in prepared.tracked if module.name in ekfac]
-            self._codes = make_codes(fitted, ekfac, self._job.plan, self._state().bits)
+            state = BuildState.joined(self._index, self._job.plan)
+            assert state is not None  # and the driver has settled the bits by now
+            self._codes = make_codes(fitted, ekfac, self._job.plan, state.bits)
         return self._codes
-
-    def _state(self) -> BuildState:
-        """What the driver wrote down by now."""
-        state = BuildState.joined(self._index, self._job.plan)
-        assert state is not None
-        return state
 
 
 @dataclass(eq=False)

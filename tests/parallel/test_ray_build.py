@@ -270,7 +270,7 @@ def test_a_worker_reads_once_what_units_of_a_stage_share(model_folder, data_file
     asked = make_request(str(model_folder), data_file, begun, **SMALL)
     state = BuildState.resumed(begun)
     about = prepare_build(
-        begun, load_model(asked.source, "float32", state, Progress()), state, Progress())
+        begun, *load_model(asked.source, "float32", state, Progress()), state, Progress())
     folder = begun / "curvature.partial"
 
     def worker():
