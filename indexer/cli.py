@@ -93,8 +93,8 @@ _MAX_BAD = click.option(
 @click.option("--ray-workers", type=int, metavar="N",
               help="Workers, each with the model [one a GPU, or what the cores suffice for].")
 @click.option("--dry-run", is_flag=True,
-              help="Say what time, disk and memory the build will take, measured on two batches of "
-                   "each stage; write nothing. Exit code 4 where disk or memory won't suffice.")
+              help="Say what time, disk and memory the build will take, measured on two batches "
+                   "of the model; write nothing. Exit code 4 where disk or memory won't suffice.")
 def build(
     model: str, data: tuple[str, ...], keep_fields: str | None, columns: str | None,
     dry_run: bool, **others: Any

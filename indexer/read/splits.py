@@ -5,6 +5,7 @@ import re
 from pathlib import Path, PurePath
 
 from gradindex.errors import InputError
+from gradindex.model.tokenise import common_characters
 from indexer.read.sources import DataSource, shown_files
 
 WORDS = {"train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test",
@@ -61,6 +62,4 @@ def _together(folder: Path, files: list[str]) -> str:
     if parent != folder and split_of(parent.relative_to(folder)):
         return str(parent)
     first, last = min(files), max(files)
-    same = next((number for number, (one, other) in enumerate(zip(first, last, strict=False))
-                 if one != other), len(first))
-    return first[:same] + "*"
+    return first[:common_characters(first, last)] + "*"

@@ -144,15 +144,30 @@ def _sentence(result: Result, color: bool) -> str:
     return f"{sentence} In the text, {marks}; a token's share belongs to predicting what follows."
 
 
-def _narrow_group_lines(result: Result, width: int) -> list[str]:
-    """The best groups of a result, each under its name: for a terminal that holds no table."""
-    assert result.total is not None
+def group_lines(result: Result, width: int) -> list[str]:
+    """The best groups of a result; none where it has no groups."""
+    if result.total is None:
+        return []
     by = visible(str(result.controls["group_by"]))
     groups = result.groups[: wording.GROUPS_SHOWN]
-    shown = [(group, wording.group_name(group, by)) for group in groups]
+    said = [f"total influence by {by}, ± its standard error, {wording.GROUP_ORDER}:"]
+    if width < TABLE:
+        lines = [*_wrap(said[0], width), *_narrow_group_lines(result, groups, by, width)]
+    else:
+        lines = [*said, *_group_table(result, groups, by)]
+    if unsure := wording.unsure(groups):
+        doubt = (f"{unsure} of the {len(groups)} shown are within {UNSURE} ± of zero: chance may "
+                 "have put them here")
+        lines += _wrap(doubt, width) if width < TABLE else [doubt]
+    return [line if len(line) <= width else line[: width - 1] + "…" for line in lines]
+
+
+def _narrow_group_lines(result: Result, groups: list[Group], by: str, width: int) -> list[str]:
+    """Groups each under its name, for a terminal that holds no table."""
+    assert result.total is not None
+    lines = []
     more = result.group_count - len(groups)
-    lines = _wrap(
-        f"total influence by {by}, ± its standard error, {wording.GROUP_ORDER}:", width)
+    shown = [(group, wording.group_name(group, by)) for group in groups]
     for group, name in [*shown, (result.total, f"all {result.group_count:,} together" + (
             f", {more:,} more among them" if more else ""))]:
         numbers = f"{wording.number(group.influence)} ± {wording.unsigned(group.standard_error)}"
@@ -160,31 +175,18 @@ def _narrow_group_lines(result: Result, width: int) -> list[str]:
         lines += [f"  {line}" for line in _wrap(
             f"{numbers}, {wording.nats(group, result)}, {group.sequences:,} sequences, "
             f"{len(group.hits)} {'hit' if len(group.hits) == 1 else 'hits'}", width - 2)]
-    if unsure := wording.unsure(groups):
-        lines += _wrap(f"{unsure} of the {len(groups)} shown are within {UNSURE} ± of "
-                       "zero: chance may have put them here", width)
     return lines
 
 
-def group_lines(result: Result, width: int) -> list[str]:
-    """The best groups of a result; none where it has no groups."""
-    if result.total is None:
-        return []
-    if width < TABLE:
-        return _narrow_group_lines(result, width)
-    by = visible(str(result.controls["group_by"]))
-    groups = result.groups[: wording.GROUPS_SHOWN]
-    lines = [f"total influence by {by}, ± its standard error, {wording.GROUP_ORDER}:",
-             f"{'influence':>14} {'±':>9} {'nats':>18} {'sequences':>10} {'hits':>5}  {by}"]
+def _group_table(result: Result, groups: list[Group], by: str) -> list[str]:
+    """Groups a line each."""
+    assert result.total is not None
+    lines = [f"{'influence':>14} {'±':>9} {'nats':>18} {'sequences':>10} {'hits':>5}  {by}"]
     lines += [_group_line(group, visible(wording.group_name(group, by)), result)
               for group in groups]
     if result.group_count > len(groups):
         lines.append(f"{'':>60}  and {result.group_count - len(groups):,} more")
-    lines.append(_group_line(result.total, f"all {result.group_count:,} together", result))
-    if unsure := wording.unsure(groups):
-        lines.append(f"{unsure} of the {len(groups)} shown are within {UNSURE} ± of zero: "
-                     "chance may have put them here")
-    return [line if len(line) <= width else line[: width - 1] + "…" for line in lines]
+    return [*lines, _group_line(result.total, f"all {result.group_count:,} together", result)]
 
 
 def _group_line(group: Group, name: str, result: Result) -> str:

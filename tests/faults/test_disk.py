@@ -1,6 +1,5 @@
 """Full and failing disks: a typed error, nothing committed is touched, and it goes on later."""
 
-import os
 import shutil
 import subprocess
 
@@ -13,7 +12,7 @@ from faults.harness import (
     inject,
     whole_build,
 )
-from support.needed import needs_strace, skip_without_root
+from support.needed import file_system, needs_strace
 
 # What can fail for want of space or by a failing device; removing and syncing can only fail.
 SPACE = {"write", "pwrite64", "writev", "pwritev", "ftruncate", "mkdir", "fsync", "fdatasync",
@@ -102,12 +101,7 @@ def test_a_file_system_that_fills_up(faults, tmp_path):
     """A real one, of every size from far too small on, until the build ends as it should."""
     whole, _ = whole_build(faults, tmp_path)
     place = tmp_path / "small"
-    place.mkdir()
-    tried = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)],
-                           capture_output=True)
-    if tried.returncode:
-        skip_without_root("mount a file system")
-    try:
+    with file_system(place, "-o", "size=64k"):
         step = 16 if faults.long else 64
         for kilobytes in range(step, 1024, step):
             subprocess.run(["mount", "-o", f"remount,size={kilobytes}k", str(place)], check=True)
@@ -119,9 +113,6 @@ def test_a_file_system_that_fills_up(faults, tmp_path):
             faults.count("builds on a real file system of too few kB", typed_error=1)
         assert ended.done and ended.report["files"] == whole, f"{kilobytes} kB: {ended}"
         faults.count("builds on a real file system of too few kB", resumed_to_equal_digests=1)
-    finally:
-        os.sync()
-        subprocess.run(["umount", str(place)], check=True)
 
 
 def test_a_limit_on_file_size(faults, tmp_path):

@@ -17,7 +17,7 @@ import pytest
 
 from faults.harness import fresh, inject
 from search.query_flags import check_outputs
-from support.needed import needs_strace, skip_without_root
+from support.needed import file_system, needs_strace, skip_without_root
 
 # by what is refused: the words that tell it, and the errors of which a search meets them
 TOLD = {
@@ -145,11 +145,7 @@ def test_a_right_that_is_missing(faults, index_of_faults):
 def test_an_index_on_a_read_only_mount(faults, index_of_faults, more_data, tmp_path):
     """It is searched and verified; whoever would write to it is told why not."""
     place = tmp_path / "mounted"
-    place.mkdir()
-    tried = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(place)], capture_output=True)
-    if tried.returncode:
-        skip_without_root("mount a file system")
-    try:
+    with file_system(place):
         index = fresh(index_of_faults, place / "index")
         before = faults.zygote.run("probe", {"index": index}).report
         subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
@@ -166,19 +162,12 @@ def test_an_index_on_a_read_only_mount(faults, index_of_faults, more_data, tmp_p
             message = is_of_the_system(faults.zygote.run(job, arguments), job)
             assert "its file system is mounted read-only (Read-only file system)" in message, job
             assert "disk failed" not in message
-    finally:
-        subprocess.run(["umount", str(place)], check=True)
 
 
 def test_one_large_document_on_a_small_disk(faults, tmp_path):
     """LMDB says EIO of a write that was cut; it is said that the disk is full."""
     place = tmp_path / "small"
-    place.mkdir()
-    tried = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)],
-                           capture_output=True)
-    if tried.returncode:
-        skip_without_root("mount a file system")
-    try:
+    with file_system(place, "-o", "size=1m"):
         data = tmp_path / "large.txt"
         data.write_text("The apple grows by the river. " * 40_000)
         ended = faults.zygote.run("build", {
@@ -187,8 +176,6 @@ def test_one_large_document_on_a_small_disk(faults, tmp_path):
         message = is_of_the_system(ended, "build")
         assert re.search(r"^the disk is full: .*records.lmdb could not be written, which needs "
                          r"[\d,]+ bytes \(.* free; No space left on device\)", message), message
-    finally:
-        subprocess.run(["umount", str(place)], check=True)
 
 
 def test_files_that_are_cut_while_an_index_is_open(faults, index_of_faults, tmp_path):

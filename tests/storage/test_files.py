@@ -3,13 +3,12 @@
 import hashlib
 import os
 import pwd
-import subprocess
 
 import pytest
 
 from gradindex.errors import ResourceError
 from gradindex.storage.files import atomic_write, digest_of_files
-from support.needed import skip_without_root
+from support.needed import file_system
 
 
 @pytest.fixture
@@ -44,12 +43,7 @@ def test_a_home_that_can_t_be_written_to_costs_only_time(weights, monkeypatch, h
 
 def test_a_home_on_a_full_disk_costs_only_time(weights, monkeypatch, tmp_path):
     place = tmp_path / "home"
-    place.mkdir()
-    tried = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", str(place)],
-                           capture_output=True)
-    if tried.returncode:
-        skip_without_root("mount a file system")
-    try:
+    with file_system(place, "-o", "size=4k"):
         (place / "full").write_bytes(b"x" * 4096)
         monkeypatch.setenv("XDG_CACHE_HOME", str(place))
         assert digest_of_files([weights]) == expected(weights)
@@ -57,8 +51,6 @@ def test_a_home_on_a_full_disk_costs_only_time(weights, monkeypatch, tmp_path):
                                                 r"which needs 9,000 bytes \(0 bytes free; "):
             atomic_write(place / "more", b"y" * 9000)
         assert not (place / "more.tmp").exists()
-    finally:
-        subprocess.run(["umount", str(place)], check=True)
 
 
 def test_a_model_s_file_may_be_called_anything(weights):

@@ -1,7 +1,12 @@
 """What some tests need and not every machine has; the suite says at its end what was missing."""
 
+import contextlib
+import os
 import re
 import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,6 +34,21 @@ def library(name: str) -> Any:
 def skip_without_root(what: str) -> None:
     """Skip a test that could not do what needs root."""
     pytest.skip(_reason(f"right to {what}", "run the tests as root"))
+
+
+@contextlib.contextmanager
+def file_system(place: Path, *options: str) -> Iterator[None]:
+    """A file system in memory at `place`, a folder that is made; without root, the test is skipped.
+    """
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", *options, "tmpfs", str(place)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        skip_without_root("mount a file system")
+    try:
+        yield
+    finally:
+        os.sync()
+        subprocess.run(["umount", str(place)], check=True)
 
 
 def missing(reports: list[Any]) -> list[str]:
