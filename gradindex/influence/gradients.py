@@ -98,11 +98,8 @@ def _backward(
         # A shared map's gradient is the sum over its runs, and its square is not the sum of theirs:
         # it is handed over when all have arrived. Popped, so that memory holds few modules at once.
         if all(earlier.d is not None for earlier in runs[module.name]):
-            hand_over(module)
-
-    def hand_over(module: Module) -> None:
-        handed.add(module.name)
-        each(module, *_joined(module, runs.pop(module.name), batch))
+            handed.add(module.name)
+            each(module, *_joined(module, runs.pop(module.name), batch))
 
     try:
         for module in modules:
@@ -126,13 +123,9 @@ def _backward(
     # What has no part in the logits has the gradient zero, as what compresses a context that is
     # short: whether it has one in no text at all was tried when the modules were chosen.
     for module in reversed(modules):
-        if module.name in runs:
-            for run in runs[module.name]:
-                if run.d is None:
-                    zeros = gradient.new_zeros(run.outputs)
-                    run.d = zeros if run.token_numbers is not None else \
-                        zeros.reshape(*batch.tokens.shape, -1)
-            hand_over(module)
+        for run in runs.get(module.name, []):
+            if run.d is None:
+                receive(module, run, gradient.new_zeros(run.outputs))
     # Experts to which nothing was routed, and maps that ran without a gradient alone, are handed
     # over all the same, with no inputs: what adds up modules would otherwise miss one, and a stack
     # of them would have other sizes.
