@@ -338,7 +338,8 @@ def _manifest(fitted: FittedBuild, measured: MeasuredBuild, state: BuildState) -
             labels=plan.fit_labels, left_out=notes.left_out),
         damping=plan.damping, code=CodeFacts(
             length=settings.length, width=settings.width, seed=settings.seed,
-            damping=settings.damping, digest=measured.codes.digest,
+            damping=settings.damping, narrow_exact=settings.narrow_exact,
+            digest=measured.codes.digest,
         ),
         calibration=measured.calibration, background=measured.background,
         batch_tokens=state.batch_tokens, plan=plan,

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import special, stats
 
-from gradindex.influence.codes import default_width
+from gradindex.errors import InputError
+from gradindex.influence.codes import CodeSettings
 from gradindex.modules import Module
 from gradindex.progress import size
 from gradindex.storage.layout import code_bytes
@@ -107,7 +108,7 @@ def choose_bits(
     """
     allowed = [bits for bits in allowed_bits(count, curvature_bytes) if bits <= fill(modules, bits)]
     if not allowed:  # narrow maps, or an adapter's alone
-        return max(64, fill(modules, FEWEST) // 64 * 64)
+        return _most(fill(modules, FEWEST))
     shares = [mean_share(found, count, bits) for bits in allowed]
     enough = min(WANTED, max(shares) - GAIN)
     return next(bits for bits, share in zip(allowed, shares, strict=True) if share >= enough)
@@ -127,13 +128,26 @@ def allowed_bits(count: int, curvature_bytes: int) -> Iterator[int]:
 
 
 def fill(modules: Sequence[Module], bits: int) -> int:
-    """How many of a code's bits the modules have something for, at least: Σ k² of all of them.
+    """How many of K = `bits` the tracked maps have something for, at the least.
 
     >>> fill([Module("a", 0, "adapter", d_out=8, d_in=64, bias=False)], 1 << 14)
-    64
+    512
     """
-    width = default_width(bits, len(modules))
-    return sum(min(width, *module.shape) ** 2 for module in modules)
+    return min(bits, CodeSettings.of(bits, modules, 0, 0.1).filled(modules))
+
+
+def check_bits(asked: int | None, modules: Sequence[Module]) -> None:
+    """Raise InputError where more bits are asked for than the tracked maps can fill."""
+    if asked is not None and (filled := fill(modules, asked)) < asked:
+        raise InputError(
+            f"--bits {asked:,}: the tracked maps give a code no more than {filled:,} numbers, and "
+            "bits without one are alike in all codes, which makes scores wrong. Use --bits "
+            f"{_most(filled)} or fewer, or more --modules")
+
+
+def _most(filled: int) -> int:
+    """The longest code that so many numbers fill."""
+    return max(64, filled // 64 * 64)
 
 
 def describe(found: list[Spread], count: int, bits: int) -> str:
@@ -158,12 +172,11 @@ def settle_bits(
     """
     found = spreads(cosines)
     bits = asked or choose_bits(found, count, curvature_bytes, modules)
+    # of the tracked maps some may have turned out to have no gradient
+    if (filled := fill(modules, bits)) < bits and _most(filled) < bits:
+        bits = _most(filled)
+        say(f"warning: codes get {bits:,} bits: the maps that have a gradient fill no more")
     say(describe(found, count, bits))
-    # what fills no bucket has the same sign in every code, and the scan takes it for likeness
-    if (filled := fill(modules, bits)) < bits:
-        say(f"warning: the tracked maps fill {filled:,} of {bits:,} bits, so code scores are off "
-            "by the rest, and the recall that is claimed is too high. Use --bits "
-            f"{max(64, filled // 64 * 64)} or fewer, or more --modules")
     share = mean_share(found, count, bits)
     if share < WANTED and asked is None:
         say(f"more bits would cost more than they find here: the gradients of this data have "

@@ -28,7 +28,7 @@ from gradindex.storage import layout
 from gradindex.storage.build_plan import Plan
 from gradindex.storage.files import bytes_in
 from gradindex.storage.records import Record
-from indexer.code_length import FEWEST
+from indexer.code_length import FEWEST, check_bits
 from indexer.fit.batch_memory import batch_bytes
 from indexer.fit.budget import disk_bytes, held_bytes, partitions
 from indexer.fit.notes import FitSettings
@@ -67,6 +67,7 @@ def load_model(
     model = LanguageModel.load(source, dtype)
     anatomy = examine(model.network)
     tracked = tracked_modules(model.network, plan.modules, anatomy)
+    check_bits(plan.bits, tracked)
     state.check_model(model)  # weights that changed since the data were read end it here
     layout.refuse_equal_files(state.path.parent, tracked)
     rest = untracked(model.network, tracked, anatomy)

@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 
+from gradindex.errors import InputError
 from gradindex.modules import Module
 from indexer import code_length
 from indexer.code_length import (
     Spread,
+    check_bits,
     choose_bits,
     describe,
     expected_share,
@@ -64,13 +66,14 @@ def test_bits_are_chosen_by_what_they_find():
 
 
 def test_no_more_bits_are_chosen_than_are_filled():
-    """LoRA of rank 8 on four maps has 64 mixed coordinates a map."""
+    """LoRA of rank 8 on four maps of 64 dimensions has 512 numbers a map."""
     lora = [Module(f"{n}", 0, "adapter", 8, 64, False) for n in range(8)]
-    assert choose_bits([Spread(0.0, 0.002, 5.0)], 10_000, 0, lora) == 512
-    assert choose_bits([], 10, 0, lora[:1]) == 64
-    said = []
-    settle_bits(1 << 14, np.zeros((2, 9)), 10, 0, lora, said.append)
-    assert "fill 512 of 16,384 bits" in said[1] and "--bits 512 or fewer" in said[1]
+    assert choose_bits([Spread(0.0, 0.002, 5.0)], 10_000, 0, lora) == 4096
+    assert choose_bits([], 10, 0, lora[:1]) == 512
+    check_bits(None, lora)
+    check_bits(4096, lora)
+    with pytest.raises(InputError, match=r"--bits 16,384: .* 4,096 numbers.* Use --bits 4096 or"):
+        check_bits(1 << 14, lora)
 
 
 def test_what_is_chosen_is_said():
@@ -84,3 +87,10 @@ def test_what_is_chosen_is_said():
     said.clear()
     assert settle_bits(512, cosines, 50, 0, MAPS, said.append) == 512
     assert said == [describe(spreads(cosines), 50, 512)] and "512 bits" in said[0]
+
+
+def test_maps_that_turn_out_to_have_no_gradient_shorten_the_code():
+    lora, said = [Module("0", 0, "adapter", 8, 64, False)], []
+    assert settle_bits(1024, np.zeros((2, 9)), 10, 0, lora, said.append) == 512
+    assert said[0].startswith("warning: codes get 512 bits")
+    assert settle_bits(64, np.zeros((2, 9)), 10, 0, lora, said.append) == 64 and len(said) == 3

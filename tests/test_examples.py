@@ -73,7 +73,7 @@ def test_many_queries_become_one_table(example, folder, tmp_path):
     table = pandas.read_parquet(tmp_path / "hits.parquet")
     assert table["question"].unique().tolist() == ["severity", "weekdays", "closed"]
     assert table["rank"].tolist() == [1, 2, 3, 4] * 3
-    assert (table["recall"] == 1).all() and set(table["field_kind"]) == {"text"}
+    assert (table["recall"] >= 0.99).all() and set(table["field_kind"]) == {"text"}
     assert "12 hits of 3 questions are in hits.parquet" in shown
 
 

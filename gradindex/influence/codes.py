@@ -4,15 +4,19 @@ The influence ⟨C_q, Q_Sᵀ G_m Q_A⟩ is a sum over every pair of eigen-coordi
 far too many to store. It is estimated without bias in two steps that both sides share.
 
 1. Two-sided mixing. R_S [k, o] and R_A [k, i] have independent entries ±1/√k, so for any Y and Z
-   E⟨R_S Y R_Aᵀ, R_S Z R_Aᵀ⟩ = ⟨Y, Z⟩. On the sequence's side Y = w_S w_Aᵀ ∘ (Q_Sᵀ G_m Q_A), where
-   w_S w_Aᵀ is the separable matrix nearest to (Λ+λ)^−½ (least squares in the logarithm): whitening
-   spreads the energy evenly, which is what a few bits per coordinate can carry. Because it is
-   separable, everything is applied to tokens before the outer product:
+   E⟨R_S Y R_Aᵀ, R_S Z R_Aᵀ⟩ = ⟨Y, Z⟩. A side that has no more than k dimensions (LoRA's rank, a
+   narrow model) is mixed by columns of a Hadamard matrix with random signs, which changes no inner
+   product, and the other side gets more coordinates in its place. On the sequence's side
+   Y = w_S w_Aᵀ ∘ (Q_Sᵀ G_m Q_A), where w_S w_Aᵀ is the separable matrix nearest to (Λ+λ)^−½ (least
+   squares in the logarithm): whitening spreads the energy evenly, which is what a few bits per
+   coordinate can carry. Because it is separable, everything is applied to tokens before the outer
+   product:
    X = Σ_t (P_S d_t)(P_A a_t)ᵀ,  P_S = R_S diag(w_S) Q_Sᵀ,  P_A = R_A diag(w_A) Q_Aᵀ.
    On the query's side Z = C_q / (w_S w_Aᵀ) takes back what the split left out, so damping, the set
    of modules and Λ itself belong to the query alone.
-2. Count sketch (Charikar et al. 2002). The k² entries of each X get random signs and are added up
-   in K buckets, all modules in the same K.
+2. Count sketch (Charikar et al. 2002). The k_S · k_A entries of each X get random signs and are
+   added up in K buckets, all modules in the same K, none of which may stay empty: an empty one has
+   the same sign in every code, and the quantised query would take that for likeness.
 
 FAISS then keeps the K signs and one scale (`code_index.py`). The error of the resulting score is
 Gaussian with sd σ = c ‖v_q‖ ‖v_m‖ / √K.
@@ -23,11 +27,13 @@ are added where a hash would scatter, and sums come out in the same order on eve
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
+from scipy.linalg import hadamard
 from torch import Tensor
 
 from gradindex import draws
@@ -43,13 +49,16 @@ class CodeSettings:
     """What decides a code besides the model.
 
     `length` is K, the bits a sequence; `width` is k, the mixed coordinates of each side of a
-    module; `damping` is λ in units of mean(Λ), here of the whitening alone.
+    module; `damping` is λ in units of mean(Λ), here of the whitening alone. Without `narrow_exact`,
+    as in indexes of before, narrow sides are mixed as wide ones are, and both have as many
+    coordinates as the narrower has dimensions.
     """
 
     length: int
     width: int
     seed: int
     damping: float
+    narrow_exact: bool = True
 
     @classmethod
     def of(
@@ -57,6 +66,38 @@ class CodeSettings:
     ) -> "CodeSettings":
         """Those of K = `length` for so many modules."""
         return cls(length, default_width(length, len(modules)), seed, damping)
+
+    def sides(self, module: Module) -> tuple[int, int]:
+        """k_S and k_A, the mixed coordinates of a module's output and input side.
+
+        A side of no more than k dimensions has the power of two at or above them. The other then
+        has as many as make the product k², but no more than it has dimensions either:
+
+        >>> settings = CodeSettings(length=16384, width=64, seed=0, damping=0.1)
+        >>> settings.sides(Module("wide", 0, "mlp", d_out=512, d_in=2048, bias=False))
+        (64, 64)
+        >>> settings.sides(Module("lora", 0, "adapter", d_out=2048, d_in=8, bias=False))
+        (512, 8)
+        """
+        o, i = module.shape
+        k = self.width
+        if not self.narrow_exact:
+            return min(k, o, i), min(k, o, i)
+        narrow = _power_of_two(min(o, i))
+        if min(o, i) > k:
+            return k, k
+        other = min(k * k // narrow, _power_of_two(max(o, i)))
+        return (narrow, other) if o <= i else (other, narrow)
+
+    def filled(self, modules: Sequence[Module]) -> int:
+        """How many different numbers the codes of these modules are made of, at the most.
+
+        >>> settings = CodeSettings(length=16384, width=64, seed=0, damping=0.1)
+        >>> settings.filled([Module("lora", 0, "adapter", d_out=2048, d_in=6, bias=False)])
+        3072
+        """
+        return sum(min(k_s, module.shape[0]) * min(k_a, module.shape[1])
+                   for module in modules for k_s, k_a in [self.sides(module)])
 
 
 def default_length(sequence_length: int) -> int:
@@ -78,6 +119,11 @@ def default_width(length: int, modules: int) -> int:
     144
     """
     return int(min(256, max(32, 16 * round((16 * length / modules) ** 0.5 / 16))))
+
+
+def _power_of_two(dimensions: int) -> int:
+    """The power of two at or above a number of dimensions."""
+    return 1 << (dimensions - 1).bit_length()
 
 
 def whitening(curvature: Curvature, damping: float) -> tuple[Tensor, Tensor]:
@@ -102,13 +148,13 @@ def whitening(curvature: Curvature, damping: float) -> tuple[Tensor, Tensor]:
 class _Projection:
     """How one module's gradients enter a code: its mixing matrices, whitening and signs."""
 
-    mix_s: Tensor  # ±1, int8 [k, o]: R_S = mix_s / √k
-    mix_a: Tensor  # ±1, int8 [k, i]
+    mix_s: Tensor  # ±1, int8 [k_S, o]: R_S = mix_s / √k_S
+    mix_a: Tensor  # ±1, int8 [k_A, i]
     w_s: Tensor  # [o]
     w_a: Tensor  # [i]
-    project_s: Tensor  # P_S [k, o]
-    project_a: Tensor  # P_A [k, i]
-    signs: Tensor  # ±1 [k²], of the count sketch
+    project_s: Tensor  # P_S [k_S, o]
+    project_a: Tensor  # P_A [k_A, i]
+    signs: Tensor  # ±1 [k_S · k_A], of the count sketch
     offset: int  # the bucket of the first entry
 
 
@@ -155,16 +201,17 @@ class Codes:
     ) -> tuple[_Projection, bytes]:
         """The projection of one module, and the digest of the random numbers in it."""
         o, i = module.shape
-        k = min(self.settings.width, o, i)  # no side has more coordinates than it has dimensions
+        k_s, k_a = self.settings.sides(module)
         like = curvature.eigenvalues
         # Each of the three has a stream of its own: equal matrices on both sides would correlate.
-        signs = {
-            part: draws.signs(self.settings.seed, f"{module.name}/{part}", count)
-            for part, count in (("output", k * o), ("input", k * i), ("bucket", k * k))
-        }
+        drawn = {part: partial(draws.signs, self.settings.seed, f"{module.name}/{part}")
+                 for part in ("output", "input", "bucket")}
+        signs = {"output": self._mixing_signs(drawn["output"], k_s, o),
+                 "input": self._mixing_signs(drawn["input"], k_a, i),
+                 "bucket": drawn["bucket"](k_s * k_a)}
         # kept as int8, a quarter of float32: a query needs R itself beside P
-        mix_s = torch.from_numpy(signs["output"]).view(k, o).to(like.device, torch.int8)
-        mix_a = torch.from_numpy(signs["input"]).view(k, i).to(like.device, torch.int8)
+        mix_s = torch.from_numpy(signs["output"]).view(k_s, o).to(like.device, torch.int8)
+        mix_a = torch.from_numpy(signs["input"]).view(k_a, i).to(like.device, torch.int8)
         w_s, w_a = whitening(curvature, self.settings.damping)
         projection = _Projection(
             mix_s, mix_a, w_s, w_a,
@@ -176,6 +223,13 @@ class Codes:
         for array in signs.values():
             content.update(array.tobytes())
         return projection, content.digest()
+
+    def _mixing_signs(self, drawn: Callable[[int], np.ndarray], k: int, n: int) -> np.ndarray:
+        """The ±1 of a side's R, row by row: [k · n]."""
+        if k < n or not self.settings.narrow_exact:
+            return drawn(k * n)
+        columns = hadamard(k, dtype=np.int8)[:, :n]  # k is a power of two
+        return np.asarray((columns * drawn(n)).ravel())
 
     def empty(self, rows: int) -> Tensor:
         """Vectors [rows, K] of zeros, for `add` and `add_query` to add to."""

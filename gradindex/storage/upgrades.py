@@ -41,6 +41,9 @@ def _to_4(content: Content) -> None:
         if new := sorted(NEW_IN_4.keys() & plan.keys()):
             raise ValueError(f"formats 1 to 3 have no {new[0]} in their plan")
         plan.update(NEW_IN_4)
+    code = content.get("code")
+    if isinstance(code, dict) and "narrow_exact" in code:
+        raise ValueError("formats 1 to 3 mix the narrow sides of modules as the wide ones")
 
 
 def _from_2(content: Content) -> None:

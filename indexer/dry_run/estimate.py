@@ -45,7 +45,7 @@ from gradindex.storage.manifest import exists as index_exists
 from gradindex.storage.records import Record
 from indexer.background_queries import BACKGROUND_QUERIES
 from indexer.build_request import BuildRequest, make_request, takes_arguments_of
-from indexer.code_length import allowed_bits
+from indexer.code_length import allowed_bits, check_bits
 from indexer.dry_run.most_memory import Held, Memory, most_memory
 from indexer.fit.batch_memory import available_on, used
 from indexer.fit.budget import budget
@@ -172,6 +172,7 @@ def estimate(request: BuildRequest) -> Estimate:
     loading = time.perf_counter() - start
     anatomy = examine(model.network)
     tracked = tracked_modules(model.network, plan.modules, anatomy)
+    check_bits(plan.bits, tracked)
 
     # 3) text → lengths
     data = _read_data(request)
@@ -187,7 +188,7 @@ def estimate(request: BuildRequest) -> Estimate:
     allowance = allow(model, tracked, settings, lambda: data.sample[: settings.block])
     ahead = Ahead.of(model, tracked, plan, allowance, data.lengths, len(data.lengths), batch_tokens,
                      plan.bits)
-    needs = budget(model.bytes, ahead.partitions, plan.covariance_blocks, width, ahead.code.width)
+    needs = budget(model.bytes, ahead.partitions, plan.covariance_blocks, width, ahead.code)
     return_freed()  # by what ran before
     host = resident()
     device = used(model.device) if model.device.type == "cuda" else None
@@ -204,8 +205,8 @@ def estimate(request: BuildRequest) -> Estimate:
     }
     memory = most_memory(Held(
         ahead.partitions, plan.covariance_blocks, width, allowance.curvature,
-        min(plan.segment_size, ahead.count), max(data.lengths), ahead.code.length, ahead.code.width,
-        ahead.together, pace.batch + pace.kept), host, device)
+        min(plan.segment_size, ahead.count), max(data.lengths), ahead.code, ahead.together,
+        pace.batch + pace.kept), host, device)
 
     # 5) what there is of it; what an unfinished build has written is a part of what it needs
     existing = bytes_in(request.index)

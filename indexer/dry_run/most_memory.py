@@ -15,6 +15,7 @@ What is kept on the model's device and what in the host's memory is told apart.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from gradindex.influence.codes import CodeSettings
 from gradindex.modules import Module
 from gradindex.storage.layout import code_bytes
 from indexer.fit.budget import FitMoments, curvature_bytes, held_bytes, projection_bytes
@@ -36,8 +37,8 @@ class Held:
 
     `partitions` of modules are fitted one after the other; `width` is the bytes of a number of
     curvature, of which at most `curvature_room` bytes stay in memory [all]. `segment` sequences of
-    at most `longest` tokens get codes of K = `bits`, k = `inner`; `together` queries are scored
-    exactly in a pass. `batch` bytes are a batch's.
+    at most `longest` tokens get a `code`; `together` queries are scored exactly in a pass. `batch`
+    bytes are a batch's.
     """
 
     partitions: list[list[Module]]
@@ -46,8 +47,7 @@ class Held:
     curvature_room: int | None
     segment: int
     longest: int
-    bits: int
-    inner: int
+    code: CodeSettings
     together: int
     batch: int
 
@@ -66,9 +66,9 @@ class Held:
         tables = [self.width * self.together * module.size for module in modules]
         # the queries of a module are joined into one tensor, beside what they were
         yield Memory(0, curvature + sum(tables) + max(self.batch, *tables))
-        held = curvature + projection_bytes(modules, self.width, self.inner)
+        held = curvature + projection_bytes(modules, self.width, self.code)
         texts = self.segment * (RECORD_BYTES + 5 * self.longest)
-        codes = self.segment * code_bytes(self.bits)
+        codes = self.segment * code_bytes(self.code.length)
         yield Memory(texts + codes, held + self.batch)
         yield Memory(texts + 3 * codes, held)  # as they are sealed
 

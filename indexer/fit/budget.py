@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gradindex.influence.blockwise import block_rows, square_entries
+from gradindex.influence.codes import CodeSettings
 from gradindex.influence.curvature import file_entries
 from gradindex.memory import LOW_RANK
 from gradindex.modules import Module
@@ -84,11 +85,10 @@ def curvature_bytes(modules: Sequence[Module], covariance_blocks: int, width: in
     return width * sum(file_entries(module, covariance_blocks) for module in modules)
 
 
-def projection_bytes(modules: Sequence[Module], width: int, inner: int) -> int:
+def projection_bytes(modules: Sequence[Module], width: int, code: CodeSettings) -> int:
     """Bytes of what a code needs of each module: P and R of both sides, R as int8, and signs."""
-    # a side of a module that is smaller than k is mixed into no more than it has
-    return sum((width + 1) * min(inner, o, i) * (o + i) + width * min(inner, o, i) ** 2
-               for o, i in (module.shape for module in modules))
+    return sum((width + 1) * (k_s * module.shape[0] + k_a * module.shape[1]) + width * k_s * k_a
+               for module in modules for k_s, k_a in [code.sides(module)])
 
 
 def partitions(
@@ -189,12 +189,12 @@ class FitBytes:
 
 
 def budget(
-    model_bytes: int, groups: list[list[Module]], covariance_blocks: int, width: int, inner: int
+    model_bytes: int, groups: list[list[Module]], covariance_blocks: int, width: int,
+    code: CodeSettings,
 ) -> Budget:
     """The budget of a model of `model_bytes` whose modules are fitted in these partitions.
 
-    `width` is the bytes of a number of curvature (4, or 8 for a float64 model), `inner` the codes'
-    k.
+    `width` is the bytes of a number of curvature (4, or 8 for a float64 model).
     """
     modules = [module for group in groups for module in group]
     most = max((FitMoments.of(group, covariance_blocks, width).most for group in groups),
@@ -203,7 +203,7 @@ def budget(
         model=model_bytes, sums=most.device, host_sums=most.host, partitions=len(groups),
         module=max(curvature_bytes([module], covariance_blocks, width) for module in modules),
         curvature=curvature_bytes(modules, covariance_blocks, width),
-        projections=projection_bytes(modules, width, inner),
+        projections=projection_bytes(modules, width, code),
         query=width * sum(module.size for module in modules),
         query_low_rank=width * sum(min(LOW_RANK * sum(module.shape), module.size)
                                    for module in modules),

@@ -136,7 +136,7 @@ def test_killed_anywhere_with_bad_sequences_it_ends_with_the_same_bytes(
 ):
     tokens = save(tmp_path / "a.npy", with_rare(0, 6, [1, 4]))
     network = poisoned(float("nan"))
-    options = {**TINY, "segment_size": 3, "modules": "dense_h_to_4h"}
+    options = {**TINY, "segment_size": 3, "modules": "dense_h_to_4h", "bits": 256}
     gradindex.build(network, tokens, tmp_path / "whole", **options)
     expected = files_of(tmp_path / "whole")
     for which, out in each_kill(

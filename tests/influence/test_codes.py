@@ -102,7 +102,7 @@ def test_the_sketch_keeps_every_entry_once(fitted_model):
     torch.testing.assert_close(sum(one_by_one), together)
     touched = sum((v != 0).long() for v in one_by_one)
     assert touched.max() == 1  # far fewer entries than buckets: none shared
-    assert touched.sum() == sum(min(32, *m.shape) ** 2 for m in modules)
+    assert touched.sum() == sum(np.prod(wide.settings.sides(m)) for m in modules)
 
 
 def test_whitening_is_the_least_squares_separable_fit():
@@ -219,9 +219,71 @@ def test_digest_names_the_random_numbers(fitted_model):
     assert Codes(modules, ekfac, CodeSettings(512, 8, 0, 10.0)).digest in digests
 
 
-def test_width_is_at_most_the_module():
-    module = Module("m", 0, "mlp", 3, 50, False)
-    ekfac = {"m": Curvature(torch.eye(50), torch.eye(3), torch.ones(3, 50))}
-    codes = Codes([module], ekfac, CodeSettings(512, 32, 0, 0.1))
-    v = codes.query_vectors({"m": torch.ones(1, 3, 50)})[0]
-    assert (v != 0).sum() == 9
+def lora(maps, rank, width):
+    """Modules as LoRA adds them, from and to `rank` dimensions, and a curvature of each."""
+    torch.manual_seed(0)
+    modules = [Module(f"{n}", n, "adapter", *((rank, width), (width, rank))[n % 2], False)
+               for n in range(maps)]
+
+    def spread(d):
+        orthogonal = torch.linalg.qr(torch.randn(d, d)).Q
+        return orthogonal, torch.rand(d) + 0.05
+
+    ekfac = {}
+    for module in modules:
+        (q_s, s), (q_a, a) = map(spread, module.shape)
+        ekfac[module.name] = Curvature(q_a, q_s, torch.outer(s, a))
+    return modules, ekfac
+
+
+def test_sides_of_narrow_maps():
+    """No fewer coordinates than the gradient has numbers, as long as k² allows."""
+    settings = CodeSettings(512, 32, 0, 0.1)
+    shapes = {(3, 50): (4, 64), (50, 3): (64, 4), (8, 4096): (8, 128), (32, 33): (32, 32),
+              (33, 33): (32, 32), (1, 9): (1, 16), (20, 20): (32, 32)}
+    for (o, i), sides in shapes.items():
+        module = Module("m", 0, "mlp", o, i, False)
+        assert settings.sides(module) == sides
+        assert settings.filled([module]) == min(o, sides[0]) * min(i, sides[1])
+        before = CodeSettings(512, 32, 0, 0.1, narrow_exact=False)
+        assert before.sides(module) == (min(o, i, 32),) * 2
+
+
+def test_a_narrow_map_is_mixed_without_error():
+    """Where nothing shares a bucket, the vectors' inner product is the influence itself."""
+    modules, ekfac = lora(1, 3, 50)
+    codes = Codes(modules, ekfac, CodeSettings(512, 32, 5, 0.1))
+    a, d, c = torch.randn(2, 4, 50), torch.randn(2, 4, 3), torch.randn(3, 3, 50)
+    vectors = codes.empty(2)
+    codes.add(vectors, modules[0], a, d)
+    own = ekfac["0"]
+    exact = torch.einsum("bto,bti,qoi->bq", d @ own.eigenvectors_s, a @ own.eigenvectors_a, c)
+    torch.testing.assert_close(vectors @ codes.query_vectors({"0": c}).T, exact)
+
+
+@pytest.mark.parametrize("maps, rank, bits", [(24, 8, 16384), (24, 1, 6144), (4, 6, 2048)])
+def test_codes_of_an_adapter_alone_err_as_stated(maps, rank, bits):
+    """No bucket is empty: an empty one would shift all scores of a query alike."""
+    modules, ekfac = lora(maps, rank, 256)
+    codes = Codes(modules, ekfac, CodeSettings.of(bits, modules, 7, 0.1))
+    assert codes.settings.filled(modules) >= bits
+    n, vectors, exact = 600, codes.empty(600), torch.zeros(600, 4)
+    coordinates = {}
+    for module in modules:
+        own = ekfac[module.name]
+        o, i = module.shape
+        # gradients as the curvature has them
+        s, e = own.eigenvalues[:, :1] ** 0.5, own.eigenvalues[:1] ** 0.5
+        a, d = torch.randn(n, 3, i) * e, torch.randn(n, 3, o) * s.T
+        query = (torch.randn(4, 3, o) * s.T).mT @ (torch.randn(4, 3, i) * e)
+        coordinates[module.name] = query / own.damped(0.1)
+        exact += torch.einsum("bto,bti,qoi->bq", d, a, coordinates[module.name])
+        codes.add(vectors, module, a @ own.eigenvectors_a.T, d @ own.eigenvectors_s.T)
+    assert not (vectors == 0).all(0).any()
+    index = CodeIndex(bits)
+    index.add(index.encode(vectors.numpy()))
+    norms = vectors.norm(dim=1).numpy()
+    for truth, query in zip(exact.T.numpy(), codes.query_vectors(coordinates).numpy(), strict=True):
+        z = (index.scores(query) - truth) / score_error(1.0, float(np.linalg.norm(query)), norms,
+                                                        bits)
+        assert abs(z.mean()) < 0.35 and 0.8 < z.std() < 1.9
