@@ -6,14 +6,16 @@ they are found turn by turn (`turns.py`). Of a prompt and a completion made of m
 completion is scored, as by TRL's `completion_only_loss`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from gradindex.model.marks import stretches_of
 from gradindex.model.messages import Chat, is_learned, is_left_out
-from gradindex.model.rendering import Renderer, Stretch
+from gradindex.model.rendering import Renderer
 from gradindex.model.tokenise import Tokenised, common_tokens
-from gradindex.model.turns import end_of_message, turns
+from gradindex.model.turns import turns
 
 
 def encode_chat(tokenizer: Any, chat: Chat, last: bool = False) -> Tokenised:
@@ -23,17 +25,21 @@ def encode_chat(tokenizer: Any, chat: Chat, last: bool = False) -> Tokenised:
     where the template refuses the messages, or can't tell which words are the assistant's.
     """
     renderer = Renderer(tokenizer, chat)
-    chat = renderer.chat
-    chosen = [number == len(chat.messages) - 1 if last else is_learned(message)
-              for number, message in enumerate(chat.messages)]
+    messages = renderer.chat.messages
     tokens, spans = renderer.tokens(renderer.text)
     scored = np.zeros(len(tokens), dtype=bool)
+
+    def chosen(counts: Callable[[dict[str, Any]], bool]) -> list[bool]:
+        return [number == len(messages) - 1 if last else counts(message)
+                for number, message in enumerate(messages)]
+
     marked = renderer.marked()
-    if marked is not None:
-        for start, end in _of_messages(renderer, marked, chosen):
+    if marked is not None:  # whoever's words they are
+        learned = chosen(lambda message: not is_left_out(message))
+        for start, end in stretches_of(renderer, marked, learned):
             scored |= (spans[:, 1] > start) & (spans[:, 0] < end)
         return Tokenised(tokens, scored, spans)
-    for start, end in turns(renderer, chosen):
+    for start, end in turns(renderer, chosen(is_learned)):
         scored |= (spans[:, 1] > start) & (spans[:, 1] <= end)
     return Tokenised(tokens, scored, spans)
 
@@ -64,26 +70,3 @@ def encode_question(tokenizer: Any, chat: Chat) -> tuple[str, list[int]]:
     renderer = Renderer(tokenizer, chat)
     text = renderer.render(renderer.chat.messages, answer=True)
     return text, [int(token) for token in renderer.tokens(text)[0]]
-
-
-def _of_messages(
-    renderer: Renderer, marked: list[Stretch], chosen: list[bool]
-) -> list[Stretch]:
-    """Those of the marked stretches that belong to the chosen messages."""
-    messages = renderer.chat.messages
-    answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-    if len(marked) == len(answers):
-        return [stretch for stretch, number in zip(marked, answers, strict=True) if chosen[number]]
-    if all(chosen[number] for number in answers):
-        return marked
-    ends = [end_of_message(renderer, messages, number, renderer.text)
-            for number in range(len(messages))]
-    kept = []
-    for start, end in marked:
-        # The message whose end comes next holds the stretch. Where that is a user's, the stretch
-        # stands between the two and belongs to the answer before.
-        owner = next((number for number, place in enumerate(ends) if place is not None and (
-            place > start or (place == start and number in answers))), len(messages) - 1)
-        if chosen[max((number for number in answers if number <= owner), default=owner)]:
-            kept.append((start, end))
-    return kept
