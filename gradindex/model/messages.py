@@ -4,6 +4,7 @@ A message is a dictionary with a role and, mostly, a content. What loggers and t
 off here: fields without a value, lists side by side instead of messages, content in parts.
 """
 
+import contextlib
 import json
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,12 +17,14 @@ from gradindex.errors import InputError
 TEXT_PARTS = {"text", "input_text", "output_text"}
 # what a message says of whether it is learned: OpenAI's name, Axolotl's and ms-swift's
 WEIGHTS = ("weight", "train", "loss")
+# the names under which an answer's reasoning may stand beside its content
+REASONING = ("reasoning_content", "reasoning", "thinking")
 # what may stand in an answer that has no content
-INSTEAD_OF_CONTENT = {"tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"}
+INSTEAD_OF_CONTENT = {"tool_calls", "function_call", *REASONING}
 # arguments of `apply_chat_template` that are no template's: they would say what it gives back
 OURS = {"add_generation_prompt", "conversation", "continue_final_message", "max_length", "padding",
         "return_assistant_tokens_mask", "return_dict", "return_tensors", "sanitize_control_tokens",
-        "tokenize", "tokenizer_kwargs", "truncation"}
+        "tokenize", "tokenizer_kwargs", "tools", "truncation"}
 
 
 class MessagesError(InputError):
@@ -90,6 +93,38 @@ def joined_parts(chat: Chat) -> Chat:
         if isinstance(message.get("content"), list) else message for message in chat.messages])
 
 
+def with_objects(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with the arguments of their calls as objects where these are JSON text."""
+    def read(call: Any) -> Any:
+        if isinstance(call, dict) and "function" in call:
+            return {**call, "function": read(call["function"])}
+        if isinstance(call, dict) and isinstance(call.get("arguments"), str):
+            with contextlib.suppress(ValueError, RecursionError):
+                return {**call, "arguments": json.loads(call["arguments"])}
+        return call
+
+    calls = {"tool_calls": lambda given: [read(call) for call in given], "function_call": read}
+    return [{name: calls[name](value) if name in calls else value
+             for name, value in message.items()} for message in messages]
+
+
+def signs_for(text: str) -> tuple[str, str]:
+    """Two code points that Unicode never assigns, and that a text doesn't hold."""
+    opening, closing, *_ = (sign for sign in map(chr, range(0xFDD0, 0xFDF0)) if sign not in text)
+    return opening, closing
+
+
+def signed(value: Any, sign: str) -> Any:
+    """A text, parts or an object with a sign behind the last word: templates may trim the rest."""
+    if isinstance(value, dict):
+        return {**value, sign: sign}
+    if isinstance(value, list):
+        *parts, last = value
+        return [*parts, {**last, "text": signed(last["text"], sign)}]
+    word = len(value.rstrip())
+    return value[:word] + sign + value[word:]
+
+
 def _messages(value: Any, name: str) -> list[dict[str, Any]]:
     """Messages in one form. Raises MessagesError."""
     value = _listed(value)
@@ -123,13 +158,26 @@ def _message(message: dict[str, Any]) -> dict[str, Any]:
         message["content"] = [_part(part) for part in content]
     elif content is not None and not isinstance(content, str):
         raise MessagesError(f"content is neither text nor parts (a {type(content).__name__})")
-    if content is None and not INSTEAD_OF_CONTENT & message.keys():
+    if "tool_calls" in message:
+        message["tool_calls"] = _calls(message["tool_calls"])
+    if content is None and not any(message.get(name) for name in INSTEAD_OF_CONTENT):
         raise MessagesError("a message without content or tool calls")
     for name in WEIGHTS:
         weight = message.get(name, 1)
         if not isinstance(weight, (int, float)) or weight not in (0, 1):
             raise MessagesError(f"{name} is neither 0 nor 1 ({weight!r})")
     return message
+
+
+def _calls(value: Any) -> list[Any]:
+    """The calls of a message, each with a function's name. Raises MessagesError."""
+    calls = _listed(_parsed(value, "tool_calls"))
+    functions = [call.get("function", call) if isinstance(call, dict) else None
+                 for call in calls] if isinstance(calls, list) else [None]
+    if not all(isinstance(function, dict) and isinstance(function.get("name"), str)
+               for function in functions):
+        raise MessagesError("tool_calls are not a list of calls, each with a function's name")
+    return list(calls)
 
 
 def _part(part: Any) -> dict[str, Any]:

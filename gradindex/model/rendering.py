@@ -1,13 +1,15 @@
 """A chat template at work: messages → text, and what of it is marked as the assistant's."""
 
+import contextlib
 import re
 from typing import Any
 
 import numpy as np
 
 from gradindex.errors import InputError
-from gradindex.model.messages import Chat, joined_parts
+from gradindex.model.messages import Chat, joined_parts, signs_for, with_objects
 from gradindex.model.tokenise import tokenize
+from gradindex.model.unshown import unshown
 
 GENERATION = re.compile(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})")
 
@@ -28,13 +30,18 @@ class ChatTemplateError(InputError):
 class Renderer:
     """A tokenizer's chat template, applied to the messages of one chat.
 
-    Raises ChatTemplateError where the template refuses them.
+    Raises ChatTemplateError where the template refuses them, or leaves out what they say.
     """
 
     def __init__(self, tokenizer: Any, chat: Chat):
         self._tokenizer = tokenizer
         self.chat = self._readable(chat)
         self.text = self.render(self.chat.messages)
+        if lost := unshown(self.chat, self._text):
+            reason = f"the chat template leaves out {lost}"
+            raise ChatTemplateError(
+                f"{reason}, which a model that was trained by it never saw. Give the template that "
+                "training used (--chat-template), or the messages without it.", reason)
 
     def render(self, messages: list[dict[str, Any]], answer: bool = False, **options: Any) -> str:
         """Messages as text. With `answer`, the words that open an assistant's turn follow them."""
@@ -42,13 +49,33 @@ class Renderer:
             return ""
         try:
             return str(self._tokenizer.apply_chat_template(
-                messages, self.chat.tools, tokenize=False, add_generation_prompt=answer,
-                **{**self.chat.options, **options}))
+                messages, tokenize=False, add_generation_prompt=answer,
+                **{**self.chat.options, "tools": self.chat.tools, **options}))
         except Exception as error:  # a template can fail in any way, most by `raise_exception`
             reason = f"the chat template refuses the messages ({' '.join(str(error).split())})"
-            raise ChatTemplateError(
-                f"{reason}. Give roles in the order that the template expects, or another "
-                "--chat-template.", reason) from error
+            read = "the arguments of tool calls as objects, not as JSON text" \
+                if self._reads_objects(messages, answer, options) else \
+                "messages in the form that the template reads, or another --chat-template"
+            raise ChatTemplateError(f"{reason}. Give {read}.", reason) from error
+
+    def _reads_objects(
+        self, messages: list[dict[str, Any]], answer: bool, options: dict[str, Any]
+    ) -> bool:
+        """Whether the template takes the messages once arguments that are text are objects."""
+        objects = with_objects(messages)
+        if objects == messages:
+            return False
+        with contextlib.suppress(ChatTemplateError):
+            self.render(objects, answer, **options)
+            return True
+        return False
+
+    def _text(self, chat: Chat) -> str | None:
+        """The text of a chat that differs from this one; None where the template refuses it."""
+        try:
+            return self.render(chat.messages, tools=chat.tools)
+        except ChatTemplateError:
+            return None
 
     def tokens(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Token ids int32 [n] of a rendered text, and their spans int64 [n, 2]."""
@@ -100,9 +127,3 @@ class Renderer:
         except ChatTemplateError:
             read = False
         return chat if read else joined_parts(chat)
-
-
-def signs_for(text: str) -> tuple[str, str]:
-    """Two code points that Unicode never assigns, and that a text doesn't hold."""
-    opening, closing, *_ = (sign for sign in map(chr, range(0xFDD0, 0xFDF0)) if sign not in text)
-    return opening, closing

@@ -10,7 +10,8 @@ word shows where that is, in the whole chat as in a part of it.
 from collections.abc import Iterator
 from typing import Any
 
-from gradindex.model.rendering import ChatTemplateError, Renderer, Stretch, signs_for
+from gradindex.model.messages import REASONING, signed, signs_for
+from gradindex.model.rendering import ChatTemplateError, Renderer, Stretch
 from gradindex.model.tokenise import common_characters, common_tokens
 
 Messages = list[dict[str, Any]]
@@ -69,26 +70,17 @@ def _with_sign(message: dict[str, Any], sign: str) -> Iterator[dict[str, Any]]:
     """The message with a sign behind its last word, put where a template may show it."""
     if calls := message.get("tool_calls"):
         *others, last = calls
-        function = last.get("function", last) if isinstance(last, dict) else None
-        if isinstance(function, dict) and isinstance(function.get("name"), str):
-            function = {**function, "name": function["name"] + sign}
-            changed = {**last, "function": function} if "function" in last else function
-            yield {**message, "tool_calls": [*others, changed]}
-    content = message.get("content")
-    if isinstance(content, list) and content:
-        *parts, last = content
-        yield {**message, "content": [*parts, {**last, "text": _signed(last["text"], sign)}]}
-    elif isinstance(content, str):
-        yield {**message, "content": _signed(content, sign)}
-    for name in ("reasoning_content", "reasoning", "thinking"):
+        function = last.get("function", last)
+        function = {**function, "name": function["name"] + sign}
+        changed = {**last, "function": function} if "function" in last else function
+        yield {**message, "tool_calls": [*others, changed]}
+    if isinstance(call := message.get("function_call"), dict) and call.get("name"):
+        yield {**message, "function_call": {**call, "name": f"{call['name']}{sign}"}}
+    if message.get("content") or isinstance(message.get("content"), str):
+        yield {**message, "content": signed(message["content"], sign)}
+    for name in REASONING:
         if isinstance(message.get(name), str):
-            yield {**message, name: _signed(message[name], sign)}
-
-
-def _signed(text: str, sign: str) -> str:
-    """The text with a sign behind its last word: templates may trim what follows that."""
-    word = len(text.rstrip())
-    return text[:word] + sign + text[word:]
+            yield {**message, name: signed(message[name], sign)}
 
 
 def _start(renderer: Renderer, number: int) -> int | None:
@@ -102,13 +94,29 @@ def _start(renderer: Renderer, number: int) -> int | None:
     if opened is None:  # some refuse a chat that only a system has begun
         return _behind_header(renderer, number, place)
     if text.startswith(opened):
-        return len(opened)
+        return _behind_unasked(renderer, before, opened, len(opened))
     # What opens an answer may go on with words that this one doesn't have (<think>). As in TRL, the
     # answer begins with the first token that differs.
     other = end_of_message(renderer, before, number - 1, opened, answer=True)
     if place is None or other is None:
         return None
-    return _behind(renderer, opened[other:], text[place:], place)
+    start = _behind(renderer, opened[other:], text[place:], place)
+    return None if start is None else _behind_unasked(renderer, before, opened, start)
+
+
+def _behind_unasked(renderer: Renderer, before: Messages, opened: str, start: int) -> int:
+    """Where an answer begins that would begin at `start` if its template could ask for one.
+
+    A template without `add_generation_prompt` writes what opens an answer only before the answer's
+    own words.
+    """
+    if opened != _rendered(renderer, before):
+        return start
+    [sign, _] = signs_for(renderer.text)
+    plain = _rendered(renderer, [*before, {"role": "assistant", "content": sign}]) or ""
+    header = plain[len(opened):].partition(sign)[0] if plain.startswith(opened) else ""
+    return start + len(header) if header.strip() and renderer.text.startswith(header, start) \
+        else start
 
 
 def _before_thought(text: str, start: int) -> int:

@@ -14,7 +14,7 @@ from gradindex.model.messages import read_chat
 from gradindex.model.rendering import ChatTemplateError
 from gradindex.storage.build_plan import CorpusSettings
 from indexer.read.corpus import Corpus
-from support.chats import CHATS, TEMPLATES
+from support.chats import CHATS, TEMPLATES, call
 from support.needed import library
 from support.tokenizers import chat_tokenizer
 
@@ -32,7 +32,9 @@ OTHER_MARKS = {"deepseek_r1_distill", "deepseekv3", "diffusion_gemma", "glm4moe"
                "llava_next", "muse_glimmer", "qwen2_5"}
 # which put the content of a message that calls tools behind what the tools gave
 PARTING = {"diffusion_gemma", "gemma4", "gemma4_v3", "gemma4_v4", "gemma4_v5"}
-PARTS = {"llava_next", "llava_next_training"}  # which read contents in parts alone
+# which read contents in parts alone
+PARTS = {f"{name}{kind}" for name in ("llava_next", "idefics3", "smolvlm")
+         for kind in ("", "_training")}
 
 
 # of which a change is seen soon; the others are slow together
@@ -68,6 +70,28 @@ def rendered(tokenizer, messages, tools, **options):
         return None
 
 
+def loses(tokenizer, messages, tools, **options):
+    """Whether a template renders the same where a chat says something else."""
+    def alike(number, until, **fields):
+        other = [*messages[:number], {**messages[number], **fields}, *messages[number + 1:]]
+        one, two = (rendered(tokenizer, said[:until], tools, **options)
+                    for said in (messages, other))
+        return one is not None and one == two
+
+    whole = rendered(tokenizer, messages, tools, **options)
+    found = [bool(tools) and whole == rendered(tokenizer, messages, None, **options)]
+    thoughts = [number for number, one in enumerate(messages) if "reasoning_content" in one]
+    found += [alike(number, number + 1, reasoning_content="other") for number in thoughts[-1:]]
+    for number, one in enumerate(messages):
+        if one["content"] and one["content"] != [{"type": "text", "text": ""}]:
+            other = "other" if isinstance(one["content"], str) else \
+                [{"type": "text", "text": "other"}]
+            found.append(alike(number, None, content=other))
+        if "tool_calls" in one:
+            found.append(alike(number, None, tool_calls=call({"other": 1})))
+    return any(found)
+
+
 @pytest.mark.parametrize("name", each(MARKED))
 def test_marked_answers_are_scored(name):
     """As with TRL's assistant_only_loss, which is transformers' return_assistant_tokens_mask."""
@@ -76,6 +100,10 @@ def test_marked_answers_are_scored(name):
         expected = rendered(tokenizer, messages, tools, return_assistant_tokens_mask=True)
         if expected is None:
             with pytest.raises(ChatTemplateError, match="refuses the messages"):
+                encode_chat(tokenizer, read_chat(messages, tools))
+            continue
+        if loses(tokenizer, messages, tools):
+            with pytest.raises(ChatTemplateError, match="the chat template leaves out"):
                 encode_chat(tokenizer, read_chat(messages, tools))
             continue
         tokenised = encode_chat(tokenizer, read_chat(messages, tools))
@@ -94,7 +122,8 @@ def test_completions_of_messages_are_scored(name):
             prompt, completion = messages[:border], messages[border:]
             before = rendered(tokenizer, prompt, tools, add_generation_prompt=True)
             whole = rendered(tokenizer, messages, tools)
-            if completion[0]["role"] != "assistant" or before is None or whole is None:
+            if completion[0]["role"] != "assistant" or before is None or whole is None or \
+                    loses(tokenizer, messages, tools):
                 continue
             tokenised = encode_answer(
                 tokenizer, read_chat(prompt, tools), read_chat(completion).messages)
@@ -139,6 +168,10 @@ def test_without_marks_every_answer_is_scored(name):
         if whole is None:
             continue
         chat = read_chat(messages, tools)
+        if loses(tokenizer, messages, tools):
+            with pytest.raises(ChatTemplateError, match="the chat template leaves out"):
+                encode_chat(tokenizer, chat)
+            continue
         if name in PARTING and any(one.get("content") == "calling" for one in messages):
             with pytest.raises(ChatTemplateError, match=r"hides which words .* \(message 3\)"):
                 encode_chat(tokenizer, chat)
@@ -191,13 +224,15 @@ def indexed(tokenizer, rows, template=None):
 
 
 def takes(tokenizer, row, template):
-    """Whether the template takes a row, and its prompt alone."""
-    prompt, told = row.get("prompt"), {"chat_template": template}
+    """Whether the template takes a row and its prompt alone, and shows all of it."""
+    prompt = row.get("prompt")
     if isinstance(prompt, str):
         return True
+    told = {"chat_template": template, **row["chat_template_kwargs"]}
     whole = row["messages"] if prompt is None else prompt + row["completion"]
-    return all(rendered(tokenizer, messages, row["tools"], **told, **row["chat_template_kwargs"])
-               for messages in (whole, prompt or whole))
+    return not loses(tokenizer, whole, row["tools"], **told) and all(
+        rendered(tokenizer, messages, row["tools"], **told)
+        for messages in (whole, prompt or whole))
 
 
 @pytest.mark.slow

@@ -18,17 +18,18 @@ from support.tokenizers import ANSWER, CHAT, LOOP, PLAIN_TEMPLATE, byte_tokenize
 
 TOLD = "{% for tool in tools or [] %}[{{ tool.function.name }}]{% endfor %}{{ style }}" + \
     LOOP.replace("BODY", "{{ m.content }}{% for call in m.tool_calls or [] %}"
-                 "({{ call.function.arguments | tojson }}){% endfor %}{% if m.name is defined %}"
-                 "={{ m.name }}{% endif %}<|end|>") + ANSWER
+                 "({{ call.function.name }} {{ call.function.arguments | tojson }}){% endfor %}"
+                 "{% if m.name is defined %}={{ m.name }}{% endif %}"
+                 "{{ m.reasoning_content or '' }}<|end|>") + ANSWER
 ROWS = [
     {"messages": [user("hello"), assistant("", tool_calls=CALLED), RESULT, assistant("yes")],
      "tools": TOOLS, "chat_template_kwargs": {"style": "cold"}, "other": 1},
     {"messages": CHAT[:2], "tools": None, "chat_template_kwargs": None, "other": 2},
 ]
-TEXTS = ['[multiply]cold<|user|>hello<|end|>\n<|assistant|>({"a": 2, "b": 3})<|end|>\n'
+TEXTS = ['[multiply]cold<|user|>hello<|end|>\n<|assistant|>(multiply {"a": 2, "b": 3})<|end|>\n'
          "<|tool|>6=multiply<|end|>\n<|assistant|>yes<|end|>\n",
          "<|user|>is water cold<|end|>\n<|assistant|> yes <|end|>\n"]
-SCORED = ['({"a": 2, "b": 3})<|end|>\nyes<|end|>\n', " yes <|end|>\n"]
+SCORED = ['(multiply {"a": 2, "b": 3})<|end|>\nyes<|end|>\n', " yes <|end|>\n"]
 
 
 @functools.cache
@@ -73,7 +74,7 @@ def test_columns_of_json_may_have_other_fields_in_every_row(tmp_path):
     rows = [ROWS[0], {"messages": [user("hello"), assistant(None, tool_calls=other)]}]
     tokenizer = byte_tokenizer(template=TOLD)
     expected = decoded(read(rows, tokenizer=tokenizer, sequence_length=99))
-    assert '({"c": "yes"})' in expected[1] and "null" not in "".join(expected)
+    assert '(f {"c": "yes"})' in expected[1] and "null" not in "".join(expected)
     found = decoded(read(json_columns(rows, tmp_path), tokenizer=tokenizer, sequence_length=99))
     assert found == expected
 

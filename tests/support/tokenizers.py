@@ -15,7 +15,9 @@ PLAIN_TEMPLATE = LOOP.replace("BODY", "{{ m.content }}<|end|>") + ANSWER
 MARKED_TEMPLATE = LOOP.replace(
     "BODY", "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|end|>"
     "{% endgeneration %}{% else %}{{ m.content }}<|end|>{% endif %}") + ANSWER
-REWRITING = LOOP.replace("BODY", "{{ m.content if loop.last else 'no' }}") + ANSWER
+# tells earlier messages behind the last one
+REWRITING = LOOP.replace("BODY", "{{ m.content if loop.last }}") + \
+    "{% for m in messages[:-1] %}{{ m.content }}\n{% endfor %}" + ANSWER
 CHAT = [
     {"role": "user", "content": "is water cold"}, {"role": "assistant", "content": " yes "},
     {"role": "user", "content": "and fire"}, {"role": "assistant", "content": "no"},

@@ -1,0 +1,103 @@
+"""What a chat says and its template doesn't show, so that a model never trained on it.
+
+A template reads the fields that it knows and is silent of all others: of tools, of calls, of
+messages whose role it has no words for. A row isn't to be indexed as less than it says.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from gradindex.model.messages import REASONING, Chat, signed, signs_for
+
+Text = Callable[[Chat], str | None]  # a chat as its template writes it; None where that refuses it
+Path = tuple[str | int, ...]  # of something in a chat: the keys and numbers that lead to it
+
+
+def unshown(chat: Chat, text: Text) -> str | None:
+    """What of a chat isn't in its text, in words; None where all of it is."""
+    said = dict(_said(chat))
+    [sign, _] = signs_for(repr((chat.messages, chat.tools)))
+    # one rendering shows all of it, unless the template is a rare one
+    marks = {path: f"{sign}{number}{sign}" for number, path in enumerate(said)}
+    whole = text(_marked(chat, marks)) or ""
+    doubtful = [path for path, mark in marks.items() if mark not in whole]
+    lost = next((path for path in doubtful if not _matters(chat, path, sign, text)), None)
+    return _lost_reasoning(chat, sign, text) if lost is None else said[lost]
+
+
+def _matters(chat: Chat, path: Path, sign: str, text: Text) -> bool:
+    """Whether the text is another where something in the chat is."""
+    return text(chat) != text(_marked(chat, {path: sign}))
+
+
+def _lost_reasoning(chat: Chat, sign: str, text: Text) -> str | None:
+    """The last reasoning of a chat if not even the answer's own turn shows it, in words.
+
+    That of earlier turns many templates leave out, as their models want it.
+    """
+    for number, message in reversed(list(enumerate(chat.messages))):
+        names = [name for name in REASONING if _says(message.get(name))]
+        if names:
+            turn = chat.until(number + 1)
+            paths: list[Path] = [("messages", number, name) for name in names]
+            if any(_matters(turn, path, sign, text) for path in paths):
+                return None
+            return f"{names[0]} (message {number + 1})"
+    return None
+
+
+def _said(chat: Chat) -> Iterator[tuple[Path, str]]:
+    """What a chat says, by its place: contents, calls with their arguments, tools by name."""
+    for number, message in enumerate(chat.messages):
+        where = f"(message {number + 1})"
+        if _says(message.get("content")):
+            yield ("messages", number, "content"), f"the content of role {message['role']} {where}"
+        calls: list[tuple[Path, str, Any]] = [
+            (("messages", number, "tool_calls", place), "tool_calls", call)
+            for place, call in enumerate(message.get("tool_calls") or [])]
+        calls.append((("messages", number, "function_call"), "function_call",
+                      message.get("function_call")))
+        for path, name, call in calls:
+            path, call = _function(path, call)
+            for key, words in (("name", name), ("arguments", f"the arguments of {name}")):
+                if isinstance(call, dict) and _says(call.get(key)):
+                    yield (*path, key), f"{words} {where}"
+    for place, tool in enumerate(chat.tools or []):
+        path, tool = _function(("tools", place), tool)
+        if _says(tool.get("name")):
+            yield (*path, "name"), f"the tools ({tool['name']})"
+
+
+def _function(path: Path, value: Any) -> tuple[Path, Any]:
+    """The function of a call or tool, which may stand in a field of this name."""
+    if isinstance(value, dict) and isinstance(value.get("function"), dict):
+        return (*path, "function"), value["function"]
+    return path, value
+
+
+def _says(value: Any) -> bool:
+    """Whether a value is a text, or holds anything."""
+    if isinstance(value, str):
+        return bool(value.strip())
+    if isinstance(value, list):
+        return any(_says(part.get("text")) for part in value)
+    return isinstance(value, dict) and bool(value)
+
+
+def _marked(chat: Chat, marks: dict[Path, str]) -> Chat:
+    """The chat with marks behind what stands at these places."""
+    whole: Any = {"messages": chat.messages, "tools": chat.tools}
+    for path, mark in marks.items():
+        whole = _put(whole, path, mark)
+    return replace(chat, **whole)
+
+
+def _put(holder: Any, path: Path, mark: str) -> Any:
+    """What holds something, copied on the way to it: an object may stand in several places."""
+    if not path:
+        return signed(holder, mark)
+    changed = copy.copy(holder)
+    changed[path[0]] = _put(holder[path[0]], path[1:], mark)
+    return changed
