@@ -38,21 +38,22 @@ def within(query: Query, nats: float) -> bool:
 
 def first_order_nats(
     influence: float, query: Query, train_sequences: int, known: bool
-) -> float | None:
+) -> tuple[float | None, str | None]:
     """What one more copy adds to log p(completion | prompt) in nats to first order: I / N_train.
 
-    None where that is beyond first order, being more than log p has room for, and where it isn't
-    `known` that so many sequences trained the model.
+    Where there is no such number, None and the words that stand for it: UNKNOWN where it isn't
+    `known` that so many sequences trained the model, BEYOND where log p has no room for so much.
 
     >>> query = Query([5, 6], [-100, 6], token_log_p=[0.0, -3.0])
-    >>> [first_order_nats(influence, query, 100, True) for influence in (50.0, 301.0, -50.0, -1e4)]
-    [0.5, None, -0.5, None]
+    >>> first_order_nats(50.0, query, 100, True), first_order_nats(-50.0, query, 100, True)
+    ((0.5, None), (-0.5, None))
+    >>> first_order_nats(301.0, query, 100, True), first_order_nats(301.0, query, 100, False)
+    ((None, 'beyond first order'), (None, 'nats unknown'))
     """
     nats = influence / train_sequences
-    return nats if known and within(query, nats) else None
+    return (nats, None) if known and within(query, nats) else (None, in_words(known))
 
 
-def in_words(influence: float, query: Query, train_sequences: int) -> str:
-    """What stands where there is no number of nats."""
-    # whatever N_train is: so far beyond is no matter of a factor
-    return UNKNOWN if within(query, influence / train_sequences) else BEYOND
+def in_words(known: bool) -> str:
+    """What stands where there is no number of nats: one word for all hits of a result."""
+    return BEYOND if known else UNKNOWN

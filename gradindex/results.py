@@ -86,9 +86,10 @@ class Hit:
     Size: `influence` is exact where `exact` is true, else the code's estimate; positive: one more
     copy makes the completion more likely. `nats` is influence / N_train: what one more copy would
     add to log p(completion | prompt), to first order; None where that is more than log p has room
-    for, or N_train was not given. `self_influence` is ‖m̃‖², m̃ = (G+λ)^−½ ∇m;
-    `cosine` is influence / (‖q̃‖ ‖m̃‖), the same for every scale of the sequence's gradient;
-    `relatif` is influence / ‖(G+λ)⁻¹ ∇m‖ (θ-RelatIF, Barshan et al. 2020).
+    for, or N_train was not given: `no_nats` says which ("beyond first order", "nats unknown").
+    `self_influence` is ‖m̃‖², m̃ = (G+λ)^−½ ∇m; `cosine` is influence / (‖q̃‖ ‖m̃‖), the same for
+    every scale of the sequence's gradient; `relatif` is influence / ‖(G+λ)⁻¹ ∇m‖ (θ-RelatIF,
+    Barshan et al. 2020).
 
     Shares: `token_influence` [t], `layer_influence` [layers] and `token_layer_influence` [t,
     layers] each sum to `influence`. Token t's entry counts the gradient that enters at t, so it
@@ -136,6 +137,7 @@ class Hit:
     duplicates: list[int] = field(default_factory=list)
     near_duplicates: list[int] = field(default_factory=list)
     near: int | None = None
+    no_nats: str | None = None
     percentile: float | None = None
     lexical: float | None = None
     generic_rate: float | None = None
@@ -190,10 +192,11 @@ class Group:
     `influence` is the total over all `sequences` of the group in the index. Where documents are
     packed, a sequence counts by the share of its tokens that belongs to the group. Positive: one
     more copy of each would make the completion more likely, by `nats` = influence / N_train to
-    first order (None as for a hit). `standard_error` is the standard deviation of `influence` over
-    draws of the code's random projection; 0 where every sequence was rescored. It holds for a group
-    that you had in mind before: those at the top of a list are there for their size, and so for
-    their error too (on average about one standard error of it, see benchmarks/RESULTS.md).
+    first order (None and `no_nats` as for a hit). `standard_error` is the standard deviation of
+    `influence` over draws of the code's random projection; 0 where every sequence was rescored. It
+    holds for a group that you had in mind before: those at the top of a list are there for their
+    size, and so for their error too (on average about one standard error of it, see
+    benchmarks/RESULTS.md).
     `hits` are the ids of the result's hits in the group, in the result's order. The `value` None is
     that of documents without the field.
     """
@@ -204,6 +207,7 @@ class Group:
     influence: float
     standard_error: float
     nats: float | None
+    no_nats: str | None = None
 
 
 @dataclass

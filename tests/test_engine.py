@@ -8,6 +8,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from click.testing import CliRunner
@@ -25,7 +26,7 @@ from search.ask.controls import Controls
 from search.ask.settings import _sizes, settle
 from search.engine import drain
 from search.show import html, wording
-from search.show.data_files import csv_table
+from search.show.data_files import csv_table, json_lines, parquet
 from search.show.terminal_text import _wrap, layer_strip, render_terminal
 from support.documents import save, small_documents, tiny_tokens
 from support.fits import records_of
@@ -97,11 +98,20 @@ def test_nats_are_told_where_they_can_be(index):
     for shown in (render_terminal(result, 120), csv_table(result), html.render_html(result)):
         assert shown.count("beyond first order") >= 2 and "nats unknown" not in shown
         assert wording.number(influence[0] / trained) + " nats" not in shown
-    assert json.loads(result.to_json())["hits"][0]["nats"] is None
+    assert [hit.no_nats for hit in result] == [
+        "beyond first order" if one is None else None for one in expected]
+    saved = json.loads(result.to_json())
+    assert saved["hits"][0]["nats"] is None
+    lines = [json.loads(line) for line in json_lines(result.hits, "").splitlines()]
+    for told in (saved["hits"], result.to_list(), saved["groups"], lines,
+                 pyarrow.parquet.read_table(io.BytesIO(parquet(result))).to_pylist()):
+        assert all((one["no_nats"] == "beyond first order") == (one["nats"] is None)
+                   for one in told) and any(one["no_nats"] for one in told)
     again = Result.from_json(result.to_json())
     assert [wording.nats(hit, again) for hit in again][:2] == ["beyond first order"] * 2
     unknown = index.search(**asked)
-    assert {wording.nats(hit, unknown) for hit in unknown} <= {"nats unknown", "beyond first order"}
+    assert {hit.no_nats for hit in unknown} == {wording.nats(hit, unknown) for hit in unknown} == \
+        {group.no_nats for group in [*unknown.groups, unknown.total]} == {"nats unknown"}
     assert "N_train is unknown" in render_terminal(unknown)
     [named] = index.rescore(**QUESTION, ids=[result[0].id], train_sequences=trained)
     assert named.nats is None

@@ -165,12 +165,13 @@ def chosen_signs(codes: Sequence[CodeIndex], length: int) -> tuple[np.ndarray, n
 
 def total_groups(
     grouping: Grouping, estimate: np.ndarray, variance: np.ndarray, sign: float,
-    hits: dict[int, int], nats: Callable[[float], float | None],
+    hits: dict[int, int], nats: Callable[[float], tuple[float | None, str | None]],
 ) -> tuple[list[Group], Group]:
     """The groups of a result, those with a hit and the GROUPS_KEPT best, and the whole index.
 
     `estimate` and `variance` [N] are those of `Shortlist.estimates`, times the sign; `hits` are the
-    places of the result's hits by id, in order; `nats` is what an influence is in nats.
+    places of the result's hits by id, in order; `nats` is what an influence is in nats, or the
+    words for none.
     """
     totals = sign * grouping.total(estimate)
     errors = np.sqrt(grouping.spread * grouping.total(variance, power=2))
@@ -186,10 +187,10 @@ def total_groups(
     groups = [
         Group(grouping.values[number], int(sequences[number]), hits_of.get(number, []),
               float(totals[number]), float(errors[number]),
-              nats(float(totals[number])))
+              *nats(float(totals[number])))
         for rank, number in enumerate(order) if rank < GROUPS_KEPT or number in hits_of
     ]
     whole = sign * float(estimate.sum())
     return groups, Group(None, len(estimate), list(hits), whole,
                          float(np.sqrt(grouping.whole_spread * variance.sum())),
-                         nats(whole))
+                         *nats(whole))

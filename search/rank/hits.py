@@ -30,9 +30,10 @@ def make_hit(
     tokens = tokenise.pieces(snapshot.tokenizer, token_ids)
     asked = [token for text in gradient.query.texts for token in text.tokens]
     influence = code_score if exact is None else float(exact.influence[0])
+    nats, no_nats = first_order_nats(
+        influence, gradient.query, settings.train_sequences, settings.train_sequences_given)
     hit = Hit(
-        id=record.id, influence=influence, nats=first_order_nats(
-            influence, gradient.query, settings.train_sequences, settings.train_sequences_given),
+        id=record.id, influence=influence, nats=nats, no_nats=no_nats,
         exact=exact is not None, code_score=code_score, code_rank=code_rank, text="".join(tokens),
         source=first.source, row=first.row, document=first.document, start=first.start,
         end=first.end, user_id=first.user_id, fields=first.fields,

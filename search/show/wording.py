@@ -189,7 +189,7 @@ def nats(of: Hit | Group, result: Result, unit: str = " nats") -> str:
     """What one more copy would add in nats, or the words that stand for it."""
     if of.nats is not None:
         return f"{number(of.nats)}{unit}"
-    return in_words(of.influence, result.query, result.train_sequences)
+    return of.no_nats or in_words(result.train_sequences_given)
 
 
 def nats_room(result: Result) -> str:

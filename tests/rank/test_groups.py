@@ -252,7 +252,7 @@ def test_the_best_groups_are_kept_and_those_with_hits(opponents):
     order = np.argsort(influence if opponents else -np.abs(influence))
     last = int(order[-1])
     groups, total = total_groups(grouping, sign * influence, np.full(300, 0.25), sign,
-                                 {7: last, 8: int(order[3])}, lambda total: total / 100)
+                                 {7: last, 8: int(order[3])}, lambda total: (total / 100, None))
     assert [group.value for group in groups] == [*order[:GROUPS_KEPT], last]
     assert [group.hits for group in groups if group.hits] == [[8], [7]]
     assert groups[0].influence == influence[order[0]]
@@ -267,7 +267,8 @@ def test_groups_come_in_order_of_what_is_certain(sign, order):
     influence = np.array([28_576.0, -15_000.0, 20_000.0, 300.0])
     errors = np.array([14_001.0, 100.0, 100.0, 400.0])
     grouping = Grouping(list(range(4)), np.arange(4), np.arange(4), np.ones(4), np.ones(4), 1.0)
-    groups, _ = total_groups(grouping, sign * influence, errors**2, sign, {}, lambda _: None)
+    groups, _ = total_groups(
+        grouping, sign * influence, errors**2, sign, {}, lambda _: (None, None))
     assert [group.value for group in groups] == order
 
 

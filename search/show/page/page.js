@@ -125,8 +125,8 @@
   // as wording.nats says it of a saved result
   function nats(value, about) {
     const [change, [gain, loss]] = [value / Number(about.scale), about.room.split(" ").map(Number)];
-    if (change > gain || change < -loss) return "beyond first order";
-    return about.known === "1" ? shown(change) + " nats" : "nats unknown";
+    if (about.known !== "1") return "nats unknown";
+    return change > gain || change < -loss ? "beyond first order" : shown(change) + " nats";
   }
 
   function becomeExact(id, value) {
