@@ -91,11 +91,12 @@ def _approximate_hits(track: Track) -> list[Hit]:
         count *= 2
     places = different[:k].tolist()
     scores = track.ranking.scores_at(places).tolist()
+    records = snapshot.records(places)
     hits = [_hit(track, place, record, None, rank, score)
             for rank, (place, record, score) in enumerate(
-                zip(places, snapshot.records(places), scores, strict=True), 1)]
+                zip(places, records, scores, strict=True), 1)]
     add_rates(snapshot, hits)
-    return fold_near(hits)
+    return fold_near(hits, _learned(records), snapshot.tables.wording)
 
 
 def _exact_hits(track: Track, groups: list[list[int]]) -> list[Hit]:
@@ -119,8 +120,8 @@ def _exact_hits(track: Track, groups: list[list[int]]) -> list[Hit]:
     ranked = []
     code_ranks = track.shortlist.ranks(places)
     code_scores = track.ranking.scores_at(places).tolist()
-    for place, record, rank, score in zip(places, snapshot.records(places), code_ranks, code_scores,
-                                          strict=True):
+    records = snapshot.records(places)
+    for place, record, rank, score in zip(places, records, code_ranks, code_scores, strict=True):
         exact = scores[place]
         value = settings.sign * normalized(
             float(exact.influence[0]), exact, settings.normalize)
@@ -130,7 +131,12 @@ def _exact_hits(track: Track, groups: list[list[int]]) -> list[Hit]:
         ranked.append((-value, record.id, hit))
     hits = [hit for _, _, hit in sorted(ranked, key=lambda entry: entry[:2])[: settings.k]]
     add_rates(snapshot, hits)
-    return fold_near(hits)
+    return fold_near(hits, _learned(records), snapshot.tables.wording)
+
+
+def _learned(records: list[Record]) -> dict[int, np.ndarray]:
+    """The loss masks of sequences, by id."""
+    return {record.id: record.scored for record in records}
 
 
 def _hit(
