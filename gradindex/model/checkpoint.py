@@ -4,6 +4,7 @@ The names of tensors come from the heads of the safetensors files. transformers 
 with a model without weights (on the device "meta"), by the same rules as when it loads them.
 """
 
+import contextlib
 import copy
 import re
 from collections.abc import Collection
@@ -62,8 +63,11 @@ def check_loading(name: str, network: Any, loading: dict[str, Any]) -> None:
     `loading` is what transformers says of loading them.
     """
     loaded, owners = type(network).__name__, getattr(network.config, "architectures", None) or []
+    dropped = [key for key in loading["unexpected_keys"] if not _is_left_out(key, network.config)]
+    users = [] if owners or not dropped else _users(network.config, dropped)
     if lacking := loading["missing_keys"]:  # transformers would fill them with random numbers
-        saved = f" They were saved by {', '.join(owners)}." if set(owners) - {loaded} else ""
+        saved = f" They were saved by {', '.join(owners)}." if set(owners) - {loaded} else \
+            f" They are those of {' or '.join(users)}." if users else ""
         raise InputError(
             f"the weights of {name} lack {_tensors(lacking)}.{saved} Expected a complete causal "
             f"language model ({loaded}), as save_pretrained writes it."
@@ -74,7 +78,6 @@ def check_loading(name: str, network: Any, loading: dict[str, Any]) -> None:
             f"the weights of {name} don't fit its config.json: {tensor} is {list(found)}, expected "
             f"{list(expected)}. Put the config.json there that was saved with these weights."
         )
-    dropped = [key for key in loading["unexpected_keys"] if not _is_left_out(key, network.config)]
     if not dropped:
         return
     if any("v_head" in key for key in dropped):
@@ -83,6 +86,10 @@ def check_loading(name: str, network: Any, loading: dict[str, Any]) -> None:
     elif set(owners) - {loaded}:
         whose = f"They belong to {', '.join(owners)} (architectures in config.json). Give the " \
                 "language model alone, as save_pretrained writes it, if it was trained as one."
+    elif users:
+        whose = f"They are used by {' or '.join(users)} (config.json names no architectures), " \
+                "which says something else of a text than its next token. Expected a causal " \
+                "language model, such as the one that it was trained from."
     else:
         whose = f"config.json names no other class (architectures: {', '.join(owners) or 'none'}" \
                 "), so they were saved along with it, or config.json was changed. Put the right " \
@@ -153,6 +160,13 @@ def check_class(source: ModelSource, config: Any) -> None:
                 "than its next token: a class, a value or a place. Expected a causal language "
                 "model, such as the one that it was trained from."
             )
+        if found in _HEADLESS:  # tied embeddings would be its head, though nothing was trained so
+            raise InputError(
+                f"the model {source.name} is a {found}{where}, which has no head that says a next "
+                "token. Expected a causal language model as save_pretrained writes it"
+                + (f"; if it was trained as one whose head is its embeddings, name {causal} there."
+                   if (causal := _causal_class(config)) and not source.is_object else ".")
+            )
     if not source.is_object and not _own_code(config) and \
             type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise InputError(
@@ -168,19 +182,41 @@ def _own_code(config: Any) -> bool:
     return "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
 
 
-def _other_tasks() -> set[str]:
-    """The classes of transformers that give whole texts or their tokens a class or value."""
-    tasks = ("SEQUENCE_CLASSIFICATION", "TOKEN_CLASSIFICATION", "QUESTION_ANSWERING",
-             "MULTIPLE_CHOICE", "NEXT_SENTENCE_PREDICTION", "IMAGE_CLASSIFICATION",
-             "AUDIO_CLASSIFICATION")
-    tables = (getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES", {}) for task in tasks)
-    classes = {name for table in tables for names in table.values()
-               for name in ([names] if isinstance(names, str) else names)}
+def _causal_class(config: Any) -> str | None:
+    """The name of transformers' causal language model for a configuration, if it has one."""
+    names: dict[str, str] = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return names.get(getattr(config, "model_type", ""))
+
+
+def _classes(*tables: str) -> dict[str, list[str]]:
+    """The names of classes in some of transformers' tables, by type of model."""
+    classes: dict[str, list[str]] = {}
+    for table in tables:
+        for kind, names in getattr(modeling_auto, f"{table}_MAPPING_NAMES", {}).items():
+            classes.setdefault(kind, []).extend([names] if isinstance(names, str) else names)
     # some answer questions with a language model of their own
-    return classes - set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    causal = set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    return {kind: [name for name in names if name not in causal]
+            for kind, names in classes.items()}
 
 
-_OTHER_TASKS = _other_tasks()
+# the classes that give whole texts or their tokens a class or value, by type of model
+_TASKS = _classes(*(f"MODEL_FOR_{task}" for task in (
+    "SEQUENCE_CLASSIFICATION", "TOKEN_CLASSIFICATION", "QUESTION_ANSWERING", "MULTIPLE_CHOICE",
+    "NEXT_SENTENCE_PREDICTION", "IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION")))
+_OTHER_TASKS = {name for names in _TASKS.values() for name in names}
+_HEADLESS = {name for names in _classes("MODEL").values() for name in names}
+
+
+def _users(config: Any, tensors: Collection[str]) -> list[str]:
+    """The classes of other tasks that have a tensor of one of these names."""
+    found = []
+    for name in _TASKS.get(config.model_type, []):
+        with contextlib.suppress(Exception), torch.device("meta"):
+            network = getattr(transformers, name)._from_config(copy.deepcopy(config))
+            if set(tensors) & set(network.state_dict()):
+                found.append(name)
+    return found
 
 # ---- its tensors
 

@@ -81,10 +81,11 @@ def test_models_of_another_task(tmp_path, family, kind, tied):
     refused(tmp_path, f"is a {family}{kind} (architectures in its config.json)",
             "Expected a causal language model")
     # as it is where config.json was lost and written anew
-    if tied and family != "Bert" and "Question" not in kind:
+    if family != "Bert" and ("Question" not in kind or not tied):
         changed(tmp_path, config={"architectures": None})
-        head = "score" if "Sequence" in kind or family == "Llama" else "classifier"
-        refused(tmp_path, f"{head}.weight", "drops them", "architectures: none")
+        refused(tmp_path, *(("score.weight" if "Sequence" in kind or family == "Llama" else
+                             "classifier.weight", "drops them. They are used by ") if tied else
+                            ("lack", "They are those of ")), f"{family}{kind}")
 
 
 def test_weights_that_the_class_would_drop(tmp_path):
@@ -109,8 +110,15 @@ def test_weights_that_the_class_would_drop(tmp_path):
             "multiple_choice_head.summary.weight", "belong to GPT2DoubleHeadsModel")
     refused(saved(tmp_path / "bart", "Bart", "ForConditionalGeneration"),
             "saved by BartForConditionalGeneration", "(BartForCausalLM)")
-    refused(saved(tmp_path / "headless", "Llama", "Model", tie_word_embeddings=False),
-            "lack 1 tensor (lm_head.weight)", "saved by LlamaModel")
+    # tied embeddings would be taken for the head that it doesn't have
+    for tied in (True, False):
+        refused(saved(tmp_path / f"headless{tied}", "Llama", "Model", tie_word_embeddings=tied),
+                "is a LlamaModel (architectures in its config.json), which has no head",
+                "name LlamaForCausalLM there")
+    refused(saved(tmp_path / "headless", "GPT2", "Model"), "name GPT2LMHeadModel there")
+    trunk = transformers.LlamaModel(transformers.LlamaConfig(**SIZES["Llama"]))
+    with pytest.raises(InputError, match=r"is a LlamaModel, which has no head.* writes it\.$"):
+        LanguageModel.load(ModelSource(trunk))
     refused(saved(tmp_path / "t5", "T5", "ForConditionalGeneration"), "T5ForConditionalGeneration",
             "no causal language model")
 
@@ -123,6 +131,7 @@ def test_what_may_be_left_out(tmp_path):
     changed(gpt2, {"transformer.h.0.attn.bias": (1, 1, 16, 16),
                    "transformer.h.0.attn.masked_bias": ()})
     trunk = saved(tmp_path / "trunk", "Llama", "Model", tie_word_embeddings=True)
+    changed(trunk, config={"architectures": ["LlamaForCausalLM"]})  # which the user vouches for
     experts = saved(tmp_path / "experts", "Mixtral", "ForCausalLM")
     untied = saved(tmp_path / "untied", "Llama", "ForCausalLM", tie_word_embeddings=False)
     heads = load_file(untied / "model.safetensors")
