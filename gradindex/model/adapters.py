@@ -228,14 +228,18 @@ def adapter_facts(network: nn.Module) -> list[str]:
 def no_adapter(network: nn.Module) -> str:
     """Why a network has no adapter's map to track, in words for a message."""
     layers = [layer for _, layer in _adapter_layers(network)]
-    if not layers:
+    # adaption prompts and others take the place of a module that isn't linear
+    others = [module for module in network.modules()
+              if type(module).__module__.startswith("peft.tuners.")]
+    if not layers and not others:
         return "the model has no adapter in its blocks"
     kinds = sorted({kind_of(layer, running) for layer in layers
-                    if (running := _running(layer) & _held(layer))})
+                    if (running := _running(layer) & _held(layer))}
+                   or {kind_of(module, ()) for module in others if not layers})
     if not kinds:
         return "no LoRA map of the model's adapters runs (merged, disabled or inactive)"
     return f"the model's adapter is {', '.join(kinds)}, which has no linear map of its own that " \
-           "a pass runs, so its gradient can't be read. Track the base alone, without adapter"
+           "a pass runs, so its gradient can't be read. Track the base's maps alone"
 
 
 def _adapter_layers(network: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -8,14 +8,14 @@ import torch
 import transformers
 
 from gradindex.errors import InputError
-from gradindex.model.adapters import WEIGHTS, Adapter
+from gradindex.model.adapters import CONFIG, WEIGHTS, Adapter
 from gradindex.model.load_errors import readable_errors
 from gradindex.model.model_source import ModelSource
 from gradindex.model.probe import in_evaluation, some_tokens
 from gradindex.model.saved_files import check_weights
 
 # Tasks of adapters over a base with another head; the others leave the head of the base.
-_OTHER_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "SEQ_2_SEQ_LM")
+_OTHER_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
 # What these do is done around the network for each text, by peft's wrapper, and not in its layers.
 _AROUND = {"XLORA": "X-LoRA mixes adapters anew for each text",
            "POLY": "Poly mixes adapters by a task's number"}
@@ -57,12 +57,29 @@ def load_adapter(network: Any, source: ModelSource) -> Any:
             torch_device=str(network.device), autocast_adapter_dtype=False)
     for names, wrong in ((loaded.missing_keys, "lack"), (loaded.unexpected_keys, "also hold")):
         if names:  # peft would leave random numbers there, or drop them
+            homeless = [name for name in names if not _has_home(wrapped, name)]
             raise InputError(
                 f"the weights of the adapter {adapter.folder} {wrong} {len(names)} "
-                f"tensor{'s' * (len(names) > 1)}: {', '.join(sorted(names)[:5])}. Expected a "
-                "complete adapter, the one that its adapter_config.json describes."
+                f"tensor{'s' * (len(names) > 1)}: {', '.join(sorted(names)[:5])}. " + (
+                    f"Its base {adapter.base}, as a {type(network).__name__}, has no such modules: "
+                    "the adapter was trained on another base, or with another head (of a reward "
+                    f"model or classifier). Name the base of a causal language model in {CONFIG} "
+                    "(base_model_name_or_path), and give an adapter that was trained as one."
+                    if homeless else
+                    f"Expected a complete adapter, the one that its {CONFIG} describes, on the "
+                    f"base that it was trained on; found {adapter.base}.")
             )
     return wrapped
+
+
+def _has_home(wrapped: Any, name: str) -> bool:
+    """Whether a network has the module that a tensor of an adapter belongs to."""
+    modules, parts = dict(wrapped.named_modules()), name.split(".")
+    known = next(end for end in range(len(parts), -1, -1) if ".".join(parts[:end]) in modules)
+    last = modules[".".join(parts[:known])]
+    # what isn't there is an adapter's part of a map, and no module of the base's
+    return len(parts) - known <= 1 or type(last).__module__.startswith("peft.tuners.") or \
+        not any(last.children())
 
 
 def _place(source: ModelSource, adapter: Adapter) -> dict[str, Any]:

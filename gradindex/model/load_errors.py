@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,10 @@ import transformers
 
 from gradindex.errors import InputError
 from gradindex.model.adapters import CONFIG, WEIGHTS, Adapter
+
+_OTHER_SHAPE = re.compile(r"size mismatch for (\S+): .*?Size\((.*?)\) from checkpoint.*?"
+                          r"Size\((.*?)\)")
+_NO_MODULE = re.compile(r"(Target modules|No modules were targeted|target_parameters) .*?\.(?= |$)")
 
 
 @contextlib.contextmanager
@@ -25,6 +30,12 @@ def readable_errors(name: str, adapter: Adapter | None = None) -> Iterator[None]
     except Exception as error:  # a damaged file fails in any library below
         # transformers has few classes of errors: which it is can be told only by what it says.
         text = " ".join(str(error).split())
+        if adapter and (unfit := _unfit(text)):
+            raise InputError(
+                f"the adapter {adapter.folder} doesn't fit its base {adapter.base}: {unfit}. It "
+                f"was trained on another base, or {CONFIG} isn't the one that was saved with it: "
+                "name the right base there (base_model_name_or_path), or put the right file there."
+            ) from None
         if "trust_remote_code" in text or "custom code" in text:
             fix = "It needs its own code: pass --trust-remote-code if you trust it."
         elif "gated" in text or "401" in text or "403" in text:
@@ -39,6 +50,15 @@ def readable_errors(name: str, adapter: Adapter | None = None) -> Iterator[None]
             fix = "Expected an existing folder or a hub id that can be reached from here (with " \
                   "HF_HUB_OFFLINE=1 only cached models are found)."
         raise InputError(f"the model {name} can't be loaded: {text[:200]} {fix}") from None
+
+
+def _unfit(text: str) -> str | None:
+    """What of an adapter has no place in a base of another shape, as peft's error tells it."""
+    if found := _OTHER_SHAPE.search(text):
+        tensor, adapters, bases = found.groups()
+        return f"{tensor} is {adapters}, the base has room for {bases}"
+    found = _NO_MODULE.search(text)
+    return found and found[0].rstrip(".").replace("Target", "target")
 
 
 def quiet_transformers() -> None:

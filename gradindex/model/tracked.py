@@ -68,8 +68,9 @@ def tracked_modules(
         homes = ", ".join(list(_shares(network, [], anatomy))[:5])
         raise InputError(
             f"{type(network).__name__} has no linear map that can be tracked: its weights are in "
-            f"{homes}. Expected nn.Linear, Conv1D or transformers' fused experts in its blocks; "
-            "give the model in its whole form (not quantised by GPTQ, AWQ and the like)."
+            f"{homes}." + (_left_out(network, anatomy) if anatomy.parts.unclear else
+            " Expected nn.Linear, Conv1D or transformers' fused experts in its blocks; give the "
+            "model in its whole form (not quantised by GPTQ, AWQ and the like).")
         )
     if "adapter" in map(str.strip, choice.split(",")) and \
             not any(module.kind == "adapter" for module in anatomy.maps):
@@ -79,14 +80,18 @@ def tracked_modules(
             anatomy.maps, choice,
             f"the linear modules of the {len(anatomy.blocks)} blocks that can be tracked")
     except InputError as error:
-        raise InputError(f"{error}{_left_out(network, anatomy.probe)}") from None
+        raise InputError(f"{error}{_left_out(network, anatomy)}") from None
 
 
-def _left_out(network: nn.Module, found: Probe) -> str:
+def _left_out(network: nn.Module, anatomy: Anatomy) -> str:
     """Which maps run and can't be tracked, as a sentence to go on with; nothing where all can."""
-    names = [f"{name}, {found.left_out[module]}" for name, module in network.named_modules()
-             if module in found.left_out]
-    return f" {len(names)} maps can't be tracked, such as {names[0]}." if names else ""
+    unclear = anatomy.parts.unclear
+    reasons = {**unclear, **anatomy.probe.left_out}
+    names = [f"{name}, {reasons[module]}" for name, module in network.named_modules()
+             if module in reasons]
+    fix = " The adapter uses weights of its base in another way than by running their maps: " \
+          "merge it into the base (merge_and_unload) and save that." if unclear else ""
+    return f" {len(names)} maps can't be tracked, such as {names[0]}.{fix}" if names else ""
 
 
 def examine(network: nn.Module) -> Anatomy:

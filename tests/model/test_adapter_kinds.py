@@ -9,6 +9,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+import transformers
 
 import gradindex
 from gradindex.errors import InputError
@@ -129,11 +130,15 @@ def test_a_bias_under_dora_is_left_out(sequences):
     check(model, modules, sequences[:2])
 
 
-@pytest.mark.parametrize("config", [
-    lora(task_type="CAUSAL_LM"), lora(task_type="CAUSAL_LM", use_rslora=True),
-    lora(task_type="CAUSAL_LM", use_dora=True)], ids=["lora", "rslora", "dora"])
-def test_merged_and_unmerged_give_equal_scores(config, tmp_path):
-    """The influence over other maps doesn't depend on where ΔW is kept."""
+@pytest.mark.parametrize("config, modules, equal", [
+    (lora(), "mlp", True), (lora(use_rslora=True), "mlp", True),
+    (lora(use_dora=True), "down_proj", True),
+    # which scale what the base's map gives: the merged weight is another parameter than that one's
+    (lora(use_dora=True), "mlp", False), (KINDS["boft"][0], "mlp", False),
+    (KINDS["ia3"][0], "mlp", False),
+], ids=["lora", "rslora", "dora beside", "dora", "boft", "ia3"])
+def test_merged_and_unmerged_give_equal_scores(config, modules, equal, tmp_path):
+    """The influence doesn't depend on where ΔW is kept, if it is added to the weights."""
     base = random_network("llama")
     base.save_pretrained(tmp_path / "base")
     wrapped = adapted(config)
@@ -144,13 +149,13 @@ def test_merged_and_unmerged_give_equal_scores(config, tmp_path):
     np.save(tmp_path / "tokens.npy", np.random.default_rng(0).integers(1, 37, (24, 9)))
     found = []
     for name in ("adapter", "merged"):
-        # maps without an adapter: DoRA scales the output of one, so its W has another gradient
         index = gradindex.build(
             str(tmp_path / name), tmp_path / "tokens.npy", tmp_path / f"{name}.index",
-            bits=512, dtype="float64", modules="down_proj")
+            bits=64, dtype="float64", modules=modules)
         result = index.search(token_ids=list(range(1, 8)), k=24, shortlist="all")
         found.append({hit.id: hit.influence for hit in result})
-    assert found[0] == pytest.approx(found[1], rel=1e-6)
+    assert (found[0] == pytest.approx(found[1], rel=1e-6)) is equal
+    assert equal or found[0] != pytest.approx(found[1], rel=1e-2)
 
 
 @pytest.fixture
@@ -238,3 +243,59 @@ def test_what_cannot_be_used_says_its_true_reason(tmp_path):
     reward.save_pretrained(tmp_path / "reward")
     with pytest.raises(InputError, match=r"trained for another task \(task_type SEQ_CLS\)"):
         make_request(str(tmp_path / "reward"), tmp_path / "tokens.npy", tmp_path / "i")
+
+
+def saved_on(base, config, folder):
+    """An adapter that was trained on one base and says that it was on the tiny Llama beside it."""
+    wrapped = drawn(peft.get_peft_model(base, config, autocast_adapter_dtype=False))
+    wrapped.peft_config["default"].base_model_name_or_path = str(folder.parent / "base")
+    wrapped.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("family, settings, config, said", [
+    ("llama", {"hidden_size": 16}, {}, r"doesn't fit its base .*q_proj.lora_A.* is \[\d, 16\], the "
+     r"base has room for .* trained on another base, or adapter_config.json isn't the one"),
+    ("gpt_neox", {}, {"target_modules": NEOX}, r"doesn't fit its base .*: target modules .* not "
+     r"found in the base model\. It was trained on another base"),
+    ("llama", {"num_hidden_layers": 3}, {}, r"also hold 4 tensors: .* LlamaForCausalLM, has no "
+     r"such modules: the adapter was trained on another base, or with another head"),
+    ("llama", {"num_hidden_layers": 1}, {}, r"lack 4 tensors: .* on the base that it was trained "
+     r"on; found .*base\."),
+    ("llama", {"vocab_size": 50}, {"modules_to_save": ["lm_head"]}, r"doesn't fit its base .*"
+     r" is \[50, \d+\], the base has room for \[37, "),
+])
+def test_an_adapter_of_another_base_is_told_so(family, settings, config, said, tmp_path):
+    quiet_transformers()
+    random_network("llama").save_pretrained(tmp_path / "base")
+    folder = saved_on(random_network(family, **settings), lora(**config), tmp_path / "adapter")
+    with pytest.raises(InputError, match=said):
+        LanguageModel.load(ModelSource(folder, device="cpu"))
+
+
+def test_a_score_head_without_its_task_is_told_so(tmp_path):
+    quiet_transformers()
+    network = random_network("llama")
+    network.save_pretrained(tmp_path / "base")
+    reward = transformers.LlamaForSequenceClassification(network.config)
+    folder = saved_on(reward, lora(modules_to_save=["score"]), tmp_path / "reward")
+    with pytest.raises(InputError, match=r"also hold 1 tensor: .*score\.weight\. .* another head"):
+        LanguageModel.load(ModelSource(folder, device="cpu"))
+
+
+EVERY = [*TARGETS, "up_proj", "down_proj"]
+
+
+@pytest.mark.parametrize("config, choice, said", [
+    (peft.HRAConfig(r=2, target_modules=EVERY), "mlp", "8 maps can't be tracked, such as .*"
+     "the adapter's HRA. The adapter uses weights of its base in another way"),
+    (peft.ShiraConfig(r=1, target_modules=EVERY), "mlp", "the adapter's SHIRA. The adapter uses"),
+    (peft.HRAConfig(r=2, target_modules="all-linear"), "all", "has no linear map that can be "
+     "tracked: .* merge it into the base"),
+    (peft.AdaptionPromptConfig(adapter_len=2, adapter_layers=1, target_modules="self_attn"),
+     "adapter", "the model's adapter is ADAPTION_PROMPT, which has no linear map of its own"),
+])
+def test_why_nothing_of_an_adapted_base_is_tracked(config, choice, said):
+    model = LanguageModel.load(ModelSource(adapted(config)))
+    with pytest.raises(InputError, match=said):
+        tracked_modules(model.network, choice)

@@ -354,7 +354,8 @@ def test_what_cannot_be_loaded_says_why(adapter_folder, model_folder, tmp_path, 
     fails("is itself an adapter", base_model_name_or_path=str(adapter_folder))
     fails(r"lack 4 tensors: .*lora_A.* Expected a complete adapter",
           target_modules=["query_key_value", "dense_h_to_4h", "dense_4h_to_h"])
-    fails("can't be loaded: .*Expected a folder with adapter_config.json", r=5)
+    fails(r"doesn't fit its base .*lora_A.* is \[2, .*, the base has room for \[5, .*put the right "
+          "file there", r=5)
     weights = copy / "adapter_model.safetensors"
     torch.save({"x": torch.zeros(1)}, copy / "adapter_model.bin")
     weights.rename(tmp_path / "kept")
