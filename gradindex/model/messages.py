@@ -4,7 +4,6 @@ A message is a dictionary with a role and, mostly, a content. What loggers and t
 off here: fields without a value, lists side by side instead of messages, content in parts.
 """
 
-import contextlib
 import json
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -93,38 +92,6 @@ def joined_parts(chat: Chat) -> Chat:
         if isinstance(message.get("content"), list) else message for message in chat.messages])
 
 
-def with_objects(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages with the arguments of their calls as objects where these are JSON text."""
-    def read(call: Any) -> Any:
-        if isinstance(call, dict) and "function" in call:
-            return {**call, "function": read(call["function"])}
-        if isinstance(call, dict) and isinstance(call.get("arguments"), str):
-            with contextlib.suppress(ValueError, RecursionError):
-                return {**call, "arguments": json.loads(call["arguments"])}
-        return call
-
-    calls = {"tool_calls": lambda given: [read(call) for call in given], "function_call": read}
-    return [{name: calls[name](value) if name in calls else value
-             for name, value in message.items()} for message in messages]
-
-
-def signs_for(text: str) -> tuple[str, str]:
-    """Two code points that Unicode never assigns, and that a text doesn't hold."""
-    opening, closing, *_ = (sign for sign in map(chr, range(0xFDD0, 0xFDF0)) if sign not in text)
-    return opening, closing
-
-
-def signed(value: Any, sign: str) -> Any:
-    """A text, parts or an object with a sign behind the last word: templates may trim the rest."""
-    if isinstance(value, dict):
-        return {**value, sign: sign}
-    if isinstance(value, list):
-        *parts, last = value
-        return [*parts, {**last, "text": signed(last["text"], sign)}]
-    word = len(value.rstrip())
-    return value[:word] + sign + value[word:]
-
-
 def _messages(value: Any, name: str) -> list[dict[str, Any]]:
     """Messages in one form. Raises MessagesError."""
     value = _listed(value)
@@ -159,7 +126,7 @@ def _message(message: dict[str, Any]) -> dict[str, Any]:
     elif content is not None and not isinstance(content, str):
         raise MessagesError(f"content is neither text nor parts (a {type(content).__name__})")
     if "tool_calls" in message:
-        message["tool_calls"] = _calls(message["tool_calls"])
+        message["tool_calls"] = _tool_calls(message["tool_calls"])
     if content is None and not any(message.get(name) for name in INSTEAD_OF_CONTENT):
         raise MessagesError("a message without content or tool calls")
     for name in WEIGHTS:
@@ -169,14 +136,13 @@ def _message(message: dict[str, Any]) -> dict[str, Any]:
     return message
 
 
-def _calls(value: Any) -> list[Any]:
-    """The calls of a message, each with a function's name. Raises MessagesError."""
-    calls = _listed(_parsed(value, "tool_calls"))
-    functions = [call.get("function", call) if isinstance(call, dict) else None
-                 for call in calls] if isinstance(calls, list) else [None]
-    if not all(isinstance(function, dict) and isinstance(function.get("name"), str)
-               for function in functions):
-        raise MessagesError("tool_calls are not a list of calls, each with a function's name")
+def _tool_calls(value: Any) -> list[Any]:
+    """The calls of a message, which tables may keep as JSON text. Raises MessagesError."""
+    calls = _parsed(value, "tool_calls")
+    if not isinstance(calls, (list, tuple, np.ndarray)) or not all(
+            isinstance(call, dict) and isinstance(call.get("function", call), dict)
+            for call in calls):
+        raise MessagesError("tool_calls are not a list of calls of functions")
     return list(calls)
 
 

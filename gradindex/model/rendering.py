@@ -1,13 +1,15 @@
 """A chat template at work: messages → text, and what of it is marked as the assistant's."""
 
 import contextlib
+import json
 import re
 from typing import Any
 
 import numpy as np
 
 from gradindex.errors import InputError
-from gradindex.model.messages import Chat, joined_parts, signs_for, with_objects
+from gradindex.model.messages import Chat, joined_parts
+from gradindex.model.signs import signs_for
 from gradindex.model.tokenise import tokenize
 from gradindex.model.unshown import unshown
 
@@ -62,7 +64,7 @@ class Renderer:
         self, messages: list[dict[str, Any]], answer: bool, options: dict[str, Any]
     ) -> bool:
         """Whether the template takes the messages once arguments that are text are objects."""
-        objects = with_objects(messages)
+        objects = _with_objects(messages)
         if objects == messages:
             return False
         with contextlib.suppress(ChatTemplateError):
@@ -127,3 +129,18 @@ class Renderer:
         except ChatTemplateError:
             read = False
         return chat if read else joined_parts(chat)
+
+
+def _with_objects(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with the arguments of their calls as objects where these are JSON text."""
+    def read(call: Any) -> Any:
+        if isinstance(call, dict) and "function" in call:
+            return {**call, "function": read(call["function"])}
+        if isinstance(call, dict) and isinstance(call.get("arguments"), str):
+            with contextlib.suppress(ValueError, RecursionError):
+                return {**call, "arguments": json.loads(call["arguments"])}
+        return call
+
+    calls = {"tool_calls": lambda given: [read(call) for call in given], "function_call": read}
+    return [{name: calls[name](value) if name in calls else value
+             for name, value in message.items()} for message in messages]

@@ -10,8 +10,9 @@ word shows where that is, in the whole chat as in a part of it.
 from collections.abc import Iterator
 from typing import Any
 
-from gradindex.model.messages import REASONING, signed, signs_for
+from gradindex.model.messages import REASONING
 from gradindex.model.rendering import ChatTemplateError, Renderer, Stretch
+from gradindex.model.signs import signed, signs_for
 from gradindex.model.tokenise import common_characters, common_tokens
 
 Messages = list[dict[str, Any]]
@@ -70,17 +71,23 @@ def _with_sign(message: dict[str, Any], sign: str) -> Iterator[dict[str, Any]]:
     """The message with a sign behind its last word, put where a template may show it."""
     if calls := message.get("tool_calls"):
         *others, last = calls
-        function = last.get("function", last)
-        function = {**function, "name": function["name"] + sign}
-        changed = {**last, "function": function} if "function" in last else function
-        yield {**message, "tool_calls": [*others, changed]}
-    if isinstance(call := message.get("function_call"), dict) and call.get("name"):
-        yield {**message, "function_call": {**call, "name": f"{call['name']}{sign}"}}
+        if function := _signed_function(last.get("function", last), sign):
+            changed = {**last, "function": function} if "function" in last else function
+            yield {**message, "tool_calls": [*others, changed]}
+    if function := _signed_function(message.get("function_call"), sign):
+        yield {**message, "function_call": function}
     if message.get("content") or isinstance(message.get("content"), str):
         yield {**message, "content": signed(message["content"], sign)}
     for name in REASONING:
         if isinstance(message.get(name), str):
             yield {**message, name: signed(message[name], sign)}
+
+
+def _signed_function(function: Any, sign: str) -> dict[str, Any] | None:
+    """A call's function with a sign behind its name; None where it has no name."""
+    if isinstance(function, dict) and isinstance(function.get("name"), str):
+        return {**function, "name": function["name"] + sign}
+    return None
 
 
 def _start(renderer: Renderer, number: int) -> int | None:

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from gradindex.model.messages import REASONING, Chat, signed, signs_for
+from gradindex.model.messages import REASONING, Chat
+from gradindex.model.signs import signed, signs_for
 
 Text = Callable[[Chat], str | None]  # a chat as its template writes it; None where that refuses it
 Path = tuple[str | int, ...]  # of something in a chat: the keys and numbers that lead to it

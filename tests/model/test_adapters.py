@@ -280,8 +280,8 @@ def test_an_index_of_both_is_searched_over_one(both_index):
 @pytest.mark.parametrize("choice", ["adapter", "mlp"])
 def test_builds_over_one_kind(choice, adapter_folder, model_folder, data_file, tmp_path):
     """The adapter's folder and the PeftModel object are one model."""
-    index = gradindex.build(str(adapter_folder), data_file, tmp_path / "index", **SMALL,
-                            modules=choice)
+    index = gradindex.build(str(adapter_folder), data_file, tmp_path / "index",
+                            **{**SMALL, "bits": 256}, modules=choice)
     expected = [(hit.id, hit.influence) for hit in index.search(**QUERY, k=5, shortlist="all")]
     names = [module.name for module in index.manifest.modules]
     assert len(names) == (8 if choice == "adapter" else 4)

@@ -12,7 +12,7 @@ from gradindex.model.chat_template import (
     read_chat_template,
     with_chat_template,
 )
-from gradindex.model.messages import Chat, read_chat
+from gradindex.model.messages import Chat, MessagesError, read_chat
 from gradindex.model.rendering import ChatTemplateError
 from support.tokenizers import (
     ANSWER,
@@ -113,22 +113,6 @@ def test_messages_that_the_template_refuses():
         encode_chat(tokenizer, Chat(CHAT))
 
 
-@pytest.mark.parametrize(("arguments", "advice"), [
-    ('{"a": 1}', "the arguments of tool calls as objects, not as JSON text"),
-    ("a = 1", "messages in the form that the template reads"), ([], "messages in the form"),
-])
-def test_arguments_that_are_text_are_the_reason_where_the_template_takes_objects(
-    arguments, advice
-):
-    tokenizer = byte_tokenizer(template=LOOP.replace(
-        "BODY", "{% for call in m.tool_calls or [] %}{{ call.function.name }}{% for name, value in "
-        "call.function.arguments.items() %}{{ name }}{% endfor %}{% endfor %}{{ m.content }}"))
-    called = [CHAT[0], {"role": "assistant", "content": "", "tool_calls": [
-        {"type": "function", "function": {"name": "f", "arguments": arguments}}]}]
-    with pytest.raises(ChatTemplateError, match=rf"refuses the messages \(.*\)\. Give {advice}"):
-        encode_chat(tokenizer, read_chat(called))
-
-
 def test_a_chat_that_waits_for_an_answer():
     tokenizer = byte_tokenizer("<b> $A <e>", template=PLAIN_TEMPLATE)
     text, tokens = encode_question(tokenizer, Chat(CHAT[:1]))
@@ -184,78 +168,6 @@ def test_an_answer_of_weight_0_is_read_and_not_scored(template, name, weights):
     assert any(parts[0]) and any(parts[1])
 
 
-MARKED_TURNS = LOOP.replace(
-    "BODY\n", "{% generation %}{{ m.content }}<|end|>{% endgeneration %}") + ANSWER
-MARKED_IN_TWO = MARKED_TEMPLATE.replace(
-    "<|end|>{% endgen", "{% endgeneration %}/{% generation %}<|end|>{% endgen")
-
-
-@pytest.mark.parametrize(("template", "weights", "scored"), [
-    (MARKED_TURNS, [None] * 4, "is water cold<|end|> yes <|end|>and fire<|end|>no<|end|>"),
-    (MARKED_TURNS, [None, 0, None, None], "is water cold<|end|>and fire<|end|>no<|end|>"),
-    (MARKED_TURNS, [0, 1, 0, 0], " yes <|end|>"),
-    (MARKED_IN_TWO, [None, 0, None, None], "no<|end|>"),
-    (MARKED_IN_TWO, [0, None, 0, 0], " yes <|end|>"),
-])
-def test_a_weight_takes_away_no_marks_but_its_own_message_s(template, weights, scored):
-    tokenizer = byte_tokenizer(template=template)
-    chat = read_chat([{**one, "weight": weight}
-                      for one, weight in zip(CHAT, weights, strict=True)])
-    assert scored_text(tokenizer, encode_chat(tokenizer, chat)) == scored
-    last = encode_chat(tokenizer, chat, last=True)
-    assert scored_text(tokenizer, last) == "no<|end|>"
-
-
-def test_a_mark_around_messages_of_different_weights_is_refused():
-    tokenizer = byte_tokenizer(template="{% generation %}" + PLAIN_TEMPLATE + "{% endgeneration %}")
-    assert encode_chat(tokenizer, Chat(CHAT)).scored.all()
-    with pytest.raises(ChatTemplateError, match="marks hold messages that are learned and others"):
-        encode_chat(tokenizer, read_chat([*CHAT[:3], {**CHAT[3], "weight": 0}]))
-
-
-CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": 1, "b": None}}}
-CALLS = {"role": "assistant", "content": "I call", "tool_calls": [CALL, CALL]}
-SHOWN = "{{ tools | tojson(ensure_ascii=True) }}" + LOOP.replace(
-    "BODY", "{{ m.content }}{% for call in m.tool_calls or [] %}{{ call.function }}{% endfor %}"
-) + ANSWER
-CALLED = [CHAT[0], CALLS, {"role": "tool", "content": "6"}, CHAT[3]]
-TOOLS = [{"name": "f"}, {"type": "function", "function": {"name": "g"}}]
-IF_USED = "{% if m.role in ['user', 'assistant'] %}{{ m.content }}{% endif %}"
-
-
-@pytest.mark.parametrize(("template", "messages", "tools", "lost"), [
-    (SHOWN, CALLED, TOOLS, None),  # as Python and JSON print what they escape
-    (PLAIN_TEMPLATE, CALLED, None, r"tool_calls \(message 2\)"),
-    (PLAIN_TEMPLATE, CHAT, TOOLS, r"the tools \(f\)"),
-    ("{{ tools[0].name }}" + PLAIN_TEMPLATE, CHAT, TOOLS, r"the tools \(g\)"),
-    (SHOWN.replace("in m.tool_calls or []", "in (m.tool_calls or [])[:1]"), CALLED, None,
-     r"tool_calls \(message 2\)"),
-    (SHOWN.replace("call.function }}", "call.function.name }}"), CALLED, None,
-     r"the arguments of tool_calls \(message 2\)"),
-    (SHOWN.replace("{{ m.content }}", IF_USED), CALLED, None,
-     r"the content of role tool \(message 3\)"),
-    (LOOP.replace("BODY", IF_USED), [{"role": "system", "content": "be cold"}, *CHAT], None,
-     r"the content of role system \(message 1\)"),
-    (MARKED_TEMPLATE, [CHAT[0], {"role": "assistant", "content": None, "function_call": {
-        "name": "f", "arguments": "{}"}}], None, r"function_call \(message 2\)"),
-    (PLAIN_TEMPLATE, [CHAT[0], {**CHAT[1], "thinking": "I think"}], None,
-     r"thinking \(message 2\)"),
-    # what a later turn leaves out is no loss
-    (LOOP.replace("BODY", "{{ m.reasoning if loop.last }}{{ m.content }}") + ANSWER,
-     [CHAT[0], {**CHAT[1], "reasoning": "I think"}, *CHAT[2:]], None, None),
-])
-def test_what_a_template_leaves_out_is_never_left_out_silently(template, messages, tools, lost):
-    tokenizer, chat = byte_tokenizer(template=template), read_chat(messages, tools)
-    encodes = [lambda: encode_chat(tokenizer, chat), lambda: encode_question(tokenizer, chat),
-               lambda: encode_answer(tokenizer, chat.until(1), chat.messages[1:])]
-    for encode in encodes:
-        if lost is None:
-            encode()
-            continue
-        with pytest.raises(ChatTemplateError, match=f"the chat template leaves out {lost}, which"):
-            encode()
-
-
 def test_what_the_template_is_told_beside_the_messages():
     template = "{% for tool in tools or [] %}[{{ tool.name }}]{% endfor %}{{ style }}" + \
         PLAIN_TEMPLATE
@@ -296,6 +208,45 @@ def test_a_completion_may_have_answers_of_weight_0(weight):
     tokenised = encode_answer(tokenizer, Chat(CHAT[:1]), completion)
     assert scored_text(tokenizer, tokenised) == \
         "<|user|>and fire<|end|>\n<|assistant|>no<|end|>\n"
+
+
+# ---- messages as people keep them
+
+
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": 1, "b": None}}}
+
+
+@pytest.mark.parametrize(("given", "read"), [
+    ({"role": ["user", "assistant"], "content": ["a", "b"], "name": [None, None]},
+     [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]),
+    ([{"role": "assistant", "content": None, "tool_calls": [CALL]}],
+     [{"role": "assistant", "tool_calls": [CALL]}]),
+    ([{"role": "user", "content": "a", "tool_calls": None, "name": None}],
+     [{"role": "user", "content": "a"}]),
+    ([{"role": "user", "content": ["a", {"type": "input_text", "text": "b", "image_url": None}]}],
+     [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]),
+    (np.array([{"role": "user", "content": "a"}], object), [{"role": "user", "content": "a"}]),
+    (({"role": "user", "content": "a"},), [{"role": "user", "content": "a"}]),
+    ({"role": "user", "content": "a"}, [{"role": "user", "content": "a"}]),
+])
+def test_messages_are_brought_to_one_form(given, read):
+    assert read_chat(given).messages == read
+
+
+@pytest.mark.parametrize(("arguments", "reason"), [
+    (("a",), "is not a list of messages"), ((["a"],), "is not a list of messages"),
+    (([{"content": "a"}],), "is not a list of messages"),
+    (({"role": ["user"], "content": []},), "lists of different lengths"),
+    (([{"role": "user", "content": {"text": "a"}}],), r"neither text nor parts \(a dict\)"),
+    (([{"role": "user", "content": [{"type": "image"}]}],), r"is not text \(image\)"),
+    (([{"role": "user", "content": [5]}],), r"is not text \(int\)"),
+    ((CHAT, "[{"), "tools is text that is no JSON"), ((CHAT, {"a": 1}), "tools are not a list"),
+    ((CHAT, [5]), "a tool is not a JSON schema"), ((CHAT, None, [1]), "kwargs is not an object"),
+    ((CHAT, None, {"tokenize": True}), r"what is no template's \(tokenize\)"),
+])
+def test_what_is_no_chat_is_said(arguments, reason):
+    with pytest.raises(MessagesError, match=reason):
+        read_chat(*arguments)
 
 
 PARTS = [{"role": "user", "content": [{"type": "text", "text": "is "}, {"type": "text",
