@@ -8,7 +8,8 @@ which one it is, is said where data are read (`corpus.py`), where a model is loa
 and where an index is opened without its model (`fitted_model.py`).
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -20,6 +21,7 @@ from gradindex.modules import Module
 from gradindex.results import UNSCORED
 
 CACHED_LOGITS = 1 << 20  # logits turned into probabilities at a time: they stay in a CPU's cache
+SOFT_CAP = "final_logit_softcapping"  # what transformers calls the cap in a configuration
 RUN = 64  # labels that are summed up before one of them is drawn
 
 
@@ -78,12 +80,17 @@ class Batch:
             1, positions.clamp(min=0), terms)  # the terms of padding are zero
 
 
+@dataclass
 class NextToken:
     """Causal language models: Σ log p of each scored token, given all tokens before it.
 
     Position t predicts token t + 1. So a sequence's first token is never scored, and what belongs
-    to predicting a token stands one position before it.
+    to predicting a token stands one position before it. `soft_cap` is the c of a network's last
+    step, logits = c·tanh(x / c), if that is made here: a part of the logits at a time, where the
+    network would keep two more tensors of their size for its backward pass.
     """
+
+    soft_cap: float | None = None
 
     def counted(self, scored: np.ndarray) -> np.ndarray:
         """Which tokens log p sums over where the mask is `scored` bool [n]: bool [n].
@@ -136,10 +143,11 @@ class NextToken:
         return Batch(tokens_, targets_, real_)
 
     def outputs(self, network: Any, batch: Batch) -> Tensor:
-        """Logits [b, t, v]: what the network says of each position's next token."""
+        """Logits [b, t, v]: what the network says of each position's next token, before the cap."""
         # No attention mask: the network is causal, so no real position depends on the padding, and
         # with a mask another attention kernel would run, which rounds otherwise.
-        logits: Tensor = network(input_ids=batch.tokens, use_cache=False).logits
+        with uncapped(network) if self.soft_cap else contextlib.nullcontext():
+            logits: Tensor = network(input_ids=batch.tokens, use_cache=False).logits
         return logits
 
     def label_numbers(
@@ -163,7 +171,7 @@ class NextToken:
         The gradient takes the memory of the outputs. With `numbers` [b, t] of `label_numbers`,
         labels drawn from the model take the targets' places. See `log_probability`.
         """
-        return log_probability(outputs, batch.targets, numbers)
+        return log_probability(outputs, batch.targets, numbers, self.soft_cap)
 
     def by_token(self, log_p: Sequence[float], count: int) -> list[float]:
         """log p of each of a text's `count` tokens in nats, from that of each position.
@@ -174,13 +182,31 @@ class NextToken:
         return [0.0, *log_p[: count - 1]]
 
 
+@contextlib.contextmanager
+def uncapped(network: Any) -> Iterator[None]:
+    """Let a network leave out the soft cap of its logits for a while."""
+    config = network.config.get_text_config()
+    cap = getattr(config, SOFT_CAP)
+    try:
+        setattr(config, SOFT_CAP, None)
+        yield
+    finally:
+        setattr(config, SOFT_CAP, cap)
+
+
+def bounded(logits: Tensor, cap: float) -> Tensor:
+    """tanh(logits / cap), as networks round it; times `cap`, these are soft-capped logits."""
+    return (logits / cap).tanh_()
+
+
 def log_probability(
-    logits: Tensor, targets: Tensor, uniforms: Tensor | None = None
+    logits: Tensor, targets: Tensor, uniforms: Tensor | None = None, soft_cap: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """log p of the targets and its gradient with respect to the logits, whose memory it takes.
 
     logits [b, t, v]; targets [b, t], the token to predict at each position or UNSCORED. With
-    `uniforms` [b, t] in [0, 1), a label drawn from the model takes the place of each target.
+    `uniforms` [b, t] in [0, 1), a label drawn from the model takes the place of each target. With
+    `soft_cap` c, the logits of p are c·tanh(logits / c), and the gradient is that of what is given.
     Returns log p of each position [b, t] in nats (0 where unscored; float32, or float64 for such
     logits) and ∂(Σ log p)/∂logits = onehot(target) − softmax(logits), 0 where unscored, [b, t, v].
 
@@ -198,13 +224,19 @@ def log_probability(
     rows = max(1, CACHED_LOGITS // flat.shape[1])
     for part in map(slice, range(0, len(flat), rows), range(rows, len(flat) + rows, rows)):
         part_logits = flat[part]
-        log_p = torch.log_softmax(part_logits.to(wide), dim=-1)
+        said, bounds = part_logits, None
+        if soft_cap is not None:
+            bounds = bounded(part_logits, soft_cap)
+            said = bounds * soft_cap
+        log_p = torch.log_softmax(said.to(wide), dim=-1)
         p = torch.exp(
             log_p, out=part_logits if part_logits.dtype == wide else torch.empty_like(log_p))
         labels = (flat_targets[part].clamp(min=0) if uniforms is None else
                   sample_labels(p, uniforms.flatten()[part])).unsqueeze(-1)
         token_log_p[part] = log_p.gather(-1, labels).squeeze(-1)
         p.neg_().scatter_add_(-1, labels, torch.ones_like(labels, dtype=wide))
+        if bounds is not None:
+            p.mul_(1 - bounds.to(wide).square_())  # the derivative of c·tanh(x / c)
         if p is not part_logits:
             part_logits.copy_(p)
     # Unscored positions went through as if their target were 0; now they count for nothing.

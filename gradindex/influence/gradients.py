@@ -113,7 +113,8 @@ def _backward(
             handle.remove()
     _check_all_ran(model, modules, ran)
     # The logits are the largest tensor of a pass, so their gradient takes their memory; but not
-    # where the backward pass still reads them, as tanh does, which goes backward by its result.
+    # where the backward pass still reads them, as tanh does, which goes backward by its result
+    # (a soft cap that can't be left to the objective).
     base = outputs._base if outputs._base is not None else outputs
     needed = any(hasattr(base.grad_fn, name) for name in ("_saved_result", "saved_tensors"))
     logits = outputs.detach().clone() if needed else outputs

@@ -27,6 +27,7 @@ from gradindex.model.load_tokenizer import load_tokenizer
 from gradindex.model.model_source import ModelSource
 from gradindex.model.own_copy import own_copy
 from gradindex.model.quantised import as_dequantised
+from gradindex.model.soft_cap import soft_cap
 from gradindex.objective import Batch, NextToken, Scored
 
 EXPERTS = "gradindex"  # what our way of running fused experts is called in transformers
@@ -42,7 +43,7 @@ class LanguageModel:
     network: Any
     tokenizer: Any | None
     source: ModelSource
-    objective: NextToken = field(default_factory=NextToken)
+    objective: NextToken = field(init=False)
 
     # Hooks sit on the network itself, which two of these may share: a second thread's pass would
     # be heard by the first one's.
@@ -53,6 +54,7 @@ class LanguageModel:
         ALL_EXPERTS_FUNCTIONS.register(EXPERTS, fused_experts.forward)
         for fused in fused_experts.open_experts(self.network):
             fused.config._experts_implementation = EXPERTS  # type: ignore[union-attr]
+        self.objective = NextToken(soft_cap(self.network))
 
     @classmethod
     def load(cls, source: ModelSource, dtype: str = "auto") -> Self:

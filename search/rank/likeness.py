@@ -63,7 +63,7 @@ def fold_near(hits: list[Hit], learned: Mapping[int, np.ndarray], wording: Wordi
     earlier ones that are not themselves marked, by `_Shingles.likeness`; alike are two from NEAR
     on.
     """
-    texts = [_Shingles(hit.token_ids, learned[hit.id], wording) for hit in hits]
+    texts = [_Shingles(np.array(hit.token_ids), learned[hit.id], wording) for hit in hits]
     heads: dict[int, list[int]] = {}  # of a shingle: the hits that hold it
     near: dict[int, int] = {}
     for rank, text in enumerate(texts):
@@ -96,11 +96,9 @@ class _Shingles:
     What many sequences hold, such as a default system prompt, makes no two of them alike.
     """
 
-    def __init__(
-        self, tokens: Sequence[int] | np.ndarray, learned: np.ndarray, wording: Wording
-    ):
-        self._tokens, self._learned, self._wording = np.asarray(tokens), learned, wording
-        shingles = _shingles(self._tokens)
+    def __init__(self, tokens: np.ndarray, learned: np.ndarray, wording: Wording):
+        self._tokens, self._learned, self._wording = tokens, learned, wording
+        shingles = _shingles(tokens)
         self.weights: dict[int, float] = dict(
             zip(shingles.tolist(), wording.rarity(shingles).tolist(), strict=True))
         self.size = sum(self.weights.values())

@@ -90,6 +90,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gradindex.objective.NextToken.label_numbers": {"texts": "b", "return": "b t"},
     "gradindex.objective.NextToken.log_p":
         {"outputs": "b t v", "numbers": "b t", "return": ("b t", "b t v")},
+    "gradindex.objective.bounded": {},  # of any shape
     "gradindex.objective.log_probability":
         {"logits": "b t v", "targets": "b t", "uniforms": "b t", "return": ("b t", "b t v")},
     "gradindex.objective.sample_labels": {"p": "n v", "uniforms": "n", "return": "n"},
