@@ -185,13 +185,13 @@ class NextToken:
 @contextlib.contextmanager
 def uncapped(network: Any) -> Iterator[None]:
     """Let a network leave out the soft cap of its logits for a while."""
-    config = network.config.get_text_config()
-    cap = getattr(config, SOFT_CAP)
+    settings = vars(network.config.get_text_config())  # Gemma 3n's itself refuses to have no cap
+    cap = settings[SOFT_CAP]
     try:
-        setattr(config, SOFT_CAP, None)
+        settings[SOFT_CAP] = None
         yield
     finally:
-        setattr(config, SOFT_CAP, cap)
+        settings[SOFT_CAP] = cap
 
 
 def bounded(logits: Tensor, cap: float) -> Tensor:

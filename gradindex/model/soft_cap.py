@@ -14,7 +14,7 @@ def soft_cap(network: Any) -> float | None:
     It can where the network leaves it out if its configuration has none, and ends in no other step:
     a pass with it and one without tell.
     """
-    cap = getattr(network.config.get_text_config(), SOFT_CAP, None)
+    cap = vars(network.config.get_text_config()).get(SOFT_CAP)
     if not cap or next(network.parameters()).device.type == "meta":
         return None
     tokens = some_tokens(network, 1, 4)

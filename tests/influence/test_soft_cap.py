@@ -68,7 +68,9 @@ def capped_model(kind="Gemma2", **settings):
     ("Gemma2", {"final_logit_softcapping": None}, None),
     ("Gemma3Text", {"final_logit_softcapping": 4.0}, 4.0),
     ("VaultGemma", {"final_logit_softcapping": 4.0}, 4.0),
-    ("RecurrentGemma", {"logits_soft_cap": 4.0, "num_hidden_layers": 3}, None),  # which has it whatever is configured
+    ("NanoChat", {"final_logit_softcapping": 4.0, "tie_word_embeddings": True}, 4.0),
+    # which has one whatever is configured
+    ("RecurrentGemma", {"logits_soft_cap": 4.0, "num_hidden_layers": 3}, None),
 ])
 def test_gradients_below_soft_capped_logits(kind, settings, cap, sequences):
     model = capped_model(kind, **settings)
