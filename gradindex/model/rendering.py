@@ -75,7 +75,7 @@ class Renderer:
     def _text(self, chat: Chat) -> str | None:
         """The text of a chat that differs from this one; None where the template refuses it."""
         try:
-            return self.render(chat.messages, tools=chat.tools)
+            return self.render(chat.messages, **{**chat.options, "tools": chat.tools})
         except ChatTemplateError:
             return None
 

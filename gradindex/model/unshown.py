@@ -25,7 +25,9 @@ def unshown(chat: Chat, text: Text) -> str | None:
     whole = text(_marked(chat, marks)) or ""
     doubtful = [path for path, mark in marks.items() if mark not in whole]
     lost = next((path for path in doubtful if not _matters(chat, path, sign, text)), None)
-    return _lost_reasoning(chat, sign, text) if lost is None else said[lost]
+    if lost is not None:
+        return said[lost]
+    return _lost_reasoning(chat, sign, text) or _lost_option(chat, text)
 
 
 def _matters(chat: Chat, path: Path, sign: str, text: Text) -> bool:
@@ -46,6 +48,16 @@ def _lost_reasoning(chat: Chat, sign: str, text: Text) -> str | None:
             if any(_matters(turn, path, sign, text) for path in paths):
                 return None
             return f"{names[0]} (message {number + 1})"
+    return None
+
+
+def _lost_option(chat: Chat, text: Text) -> str | None:
+    """A list or object that the template was told and doesn't show, such as documents, in words."""
+    for name, value in chat.options.items():
+        if isinstance(value, (list, dict)) and value:
+            without = replace(chat, options={**chat.options, name: type(value)()})
+            if text(without) == text(chat):
+                return f"what chat_template_kwargs holds ({name})"
     return None
 
 

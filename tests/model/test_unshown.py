@@ -68,6 +68,21 @@ def test_arguments_that_are_text_are_the_reason_where_the_template_takes_objects
         encode_chat(tokenizer, read_chat(called))
 
 
+@pytest.mark.parametrize(("options", "lost"), [
+    ({"documents": [{"text": "cold"}]}, True), ({"facts": {"a": 1}}, True),
+    ({"shown": [1]}, False), ({"documents": [], "enable_thinking": False}, False),
+])
+def test_documents_that_a_template_is_told_are_shown(options, lost):
+    tokenizer = byte_tokenizer(template="{{ shown }}" + PLAIN_TEMPLATE)
+    chat = read_chat(CHAT, None, options)
+    if not lost:
+        assert encode_chat(tokenizer, chat).scored.any()
+        return
+    with pytest.raises(ChatTemplateError, match=rf"leaves out what chat_template_kwargs holds "
+                                                rf"\({next(iter(options))}\)"):
+        encode_chat(tokenizer, chat)
+
+
 def test_calls_may_be_kept_as_json_text():
     calls = [CALL, {"name": "g", "arguments": {}}]
     for given in (json.dumps(calls), calls, tuple(calls)):
