@@ -7,6 +7,7 @@ with a model without weights (on the device "meta"), by the same rules as when i
 import contextlib
 import copy
 import re
+import sys
 from collections.abc import Collection
 from typing import Any
 
@@ -64,7 +65,7 @@ def check_loading(name: str, network: Any, loading: dict[str, Any]) -> None:
     """
     loaded, owners = type(network).__name__, getattr(network.config, "architectures", None) or []
     dropped = [key for key in loading["unexpected_keys"] if not _is_left_out(key, network.config)]
-    users = [] if owners or not dropped else _users(network.config, dropped)
+    users = [] if owners or not dropped else _users(network, dropped)
     if lacking := loading["missing_keys"]:  # transformers would fill them with random numbers
         saved = f" They were saved by {', '.join(owners)}." if set(owners) - {loaded} else \
             f" They are those of {' or '.join(users)}." if users else ""
@@ -88,7 +89,7 @@ def check_loading(name: str, network: Any, loading: dict[str, Any]) -> None:
                 "language model alone, as save_pretrained writes it, if it was trained as one."
     elif users:
         whose = f"They are used by {' or '.join(users)} (config.json names no architectures), " \
-                "which says something else of a text than its next token. Expected a causal " \
+                "which has a head for something else than the next token. Expected a causal " \
                 "language model, such as the one that it was trained from."
     else:
         whose = f"config.json names no other class (architectures: {', '.join(owners) or 'none'}" \
@@ -188,35 +189,37 @@ def _causal_class(config: Any) -> str | None:
     return names.get(getattr(config, "model_type", ""))
 
 
-def _classes(*tables: str) -> dict[str, list[str]]:
-    """The names of classes in some of transformers' tables, by type of model."""
-    classes: dict[str, list[str]] = {}
-    for table in tables:
-        for kind, names in getattr(modeling_auto, f"{table}_MAPPING_NAMES", {}).items():
-            classes.setdefault(kind, []).extend([names] if isinstance(names, str) else names)
+def _classes(*tables: str) -> set[str]:
+    """The names of classes in some of transformers' tables, without causal language models."""
+    found = (getattr(modeling_auto, f"{table}_MAPPING_NAMES", {}) for table in tables)
+    classes = {name for table in found for names in table.values()
+               for name in ([names] if isinstance(names, str) else names)}
     # some answer questions with a language model of their own
-    causal = set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    return {kind: [name for name in names if name not in causal]
-            for kind, names in classes.items()}
+    return classes - set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 
 
-# the classes that give whole texts or their tokens a class or value, by type of model
-_TASKS = _classes(*(f"MODEL_FOR_{task}" for task in (
+# the classes that give whole texts or their tokens a class or value
+_OTHER_TASKS = _classes(*(f"MODEL_FOR_{task}" for task in (
     "SEQUENCE_CLASSIFICATION", "TOKEN_CLASSIFICATION", "QUESTION_ANSWERING", "MULTIPLE_CHOICE",
     "NEXT_SENTENCE_PREDICTION", "IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION")))
-_OTHER_TASKS = {name for names in _TASKS.values() for name in names}
-_HEADLESS = {name for names in _classes("MODEL").values() for name in names}
+_HEADLESS = _classes("MODEL")
 
 
-def _users(config: Any, tensors: Collection[str]) -> list[str]:
-    """The classes of other tasks that have a tensor of one of these names."""
+def _users(network: Any, tensors: Collection[str]) -> list[str]:
+    """The classes beside a network's own that have tensors of all of these names."""
+    own_file = vars(sys.modules[type(network).__module__]).values()
+    kinds: list[Any] = [kind for kind in own_file
+                        if isinstance(kind, type)
+                        and issubclass(kind, transformers.PreTrainedModel)]
     found = []
-    for name in _TASKS.get(config.model_type, []):
+    for kind in kinds:
+        # some of a file's classes have another kind of configuration
         with contextlib.suppress(Exception), torch.device("meta"):
-            network = getattr(transformers, name)._from_config(copy.deepcopy(config))
-            if set(tensors) & set(network.state_dict()):
-                found.append(name)
+            other = kind._from_config(copy.deepcopy(network.config))
+            if set(tensors) <= set(other.state_dict()):
+                found.append(kind.__name__)
     return found
+
 
 # ---- its tensors
 

@@ -108,6 +108,8 @@ def test_weights_that_the_class_would_drop(tmp_path):
             "model.embed_tokens.weight is [40, 8], expected [50, 8]", "don't fit its config.json")
     refused(saved(tmp_path / "two", "GPT2", "DoubleHeadsModel"),
             "multiple_choice_head.summary.weight", "belong to GPT2DoubleHeadsModel")
+    refused(changed(tmp_path / "two", config={"architectures": None}),
+            "They are used by GPT2DoubleHeadsModel (config.json names no architectures)")
     refused(saved(tmp_path / "bart", "Bart", "ForConditionalGeneration"),
             "saved by BartForConditionalGeneration", "(BartForCausalLM)")
     # tied embeddings would be taken for the head that it doesn't have
