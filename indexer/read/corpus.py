@@ -28,6 +28,7 @@ from indexer.read.sources import (
     content_digest,
     content_size,
     read_source,
+    shown_files,
 )
 from indexer.read.windows import packed, truncated, windows
 
@@ -111,6 +112,13 @@ class Corpus:
         verb = "is" if self.longer == 1 else "are"
         return (f"{self.longer:,} of {self.facts.documents:,} documents {verb} longer than "
                 f"{settings.sequence_length} tokens: {done}")
+
+    def unread_fields(self) -> str | None:
+        """Which fields of the records that were read aren't, beyond what `notes` said; None for
+        none.
+        """
+        names = self.forms.unread_later()
+        return f"rows: not read: {shown_files(names)}" if names else None
 
     def data_facts(self) -> list[DataFacts]:
         """Name, size (bytes, or rows) and digest of every source, to notice that it changed."""

@@ -7,12 +7,14 @@ import pyarrow.parquet
 import pytest
 
 from gradindex.errors import InputError
-from indexer.read.known_forms import FORMS, standard_messages
+from gradindex.model.messages import read_chat
+from indexer.read.known_forms import FORMS
 from support.corpora import decoded, jsonl, make_corpus, read, scored_texts, write_lines
 from support.tokenizers import CHAT, PLAIN_TEMPLATE, byte_tokenizer
 
 TURNS = [{"from": "human", "value": "is water cold"}, {"from": "gpt", "value": " yes "}]
 CHAT_TEXT = "<|user|>is water cold<|end|>\n<|assistant|> yes <|end|>\n"
+NO_CHAT = "is not a list of messages with a role and a content"
 ALPACA = ("Below is an instruction that describes a task. Write a response that appropriately "
           "completes the request.\n\n### Instruction:\nhello\n\n### Response:\n")
 ALPACA_INPUT = ("Below is an instruction that describes a task, paired with an input that provides "
@@ -70,14 +72,14 @@ def test_roles_and_calls_of_sharegpt():
     turns = [("system", "a"), ("human", "b"), ("function_call", '{"name": "f", "arguments": {}}'),
              ("observation", "c"), ("gpt", "d"), ("user", "e"), ("assistant", "f"), ("tool", "g"),
              ("function_call", "no JSON")]
-    assert standard_messages([{"from": who, "value": said} for who, said in turns]) == [
+    assert read_chat([{"from": who, "value": said} for who, said in turns]).messages == [
         {"role": "system", "content": "a"}, {"role": "user", "content": "b"},
         {"role": "assistant", "content": "", "tool_calls": [
             {"type": "function", "function": {"name": "f", "arguments": {}}}]},
         {"role": "tool", "content": "c"}, {"role": "assistant", "content": "d"},
         {"role": "user", "content": "e"}, {"role": "assistant", "content": "f"},
         {"role": "tool", "content": "g"}, {"role": "assistant", "content": "no JSON"}]
-    [message] = standard_messages([{"from": "gpt", "value": "a", "weight": 0}])
+    [message] = read_chat([{"from": "gpt", "value": "a", "weight": 0}]).messages
     assert message == {"role": "assistant", "content": "a", "weight": 0}
 
 
@@ -87,8 +89,12 @@ def test_turns_under_a_name_of_their_own():
 
 @pytest.mark.parametrize(("bad", "reason"), [
     ({"conversations": [{"from": "oracle", "value": "a"}]}, "a turn from nobody known"),
-    ({"conversations": "a"}, "field 'conversations' is not a list of turns"),
-    ({"conversations": None}, "field 'conversations' is not a list of turns"),
+    ({"conversations": "a"}, f"field 'conversations' {NO_CHAT}"),
+    ({"conversations": None}, f"field 'conversations' {NO_CHAT}"),
+    ({"conversations": [{"who": "a"}]}, f"field 'conversations' {NO_CHAT}"),
+    ({"conversations": TURNS, "system": 5}, "field 'system' is not text"),
+    ({"conversations": [{"from": "system", "value": "a"}, *TURNS], "system": "b"},
+     "field 'system' says something else than the system's message"),
     ({"text": "a b"}, "missing field 'conversations'"),
 ])
 def test_rows_of_a_form_that_cant_be_used(bad, reason):
@@ -98,6 +104,16 @@ def test_rows_of_a_form_that_cant_be_used(bad, reason):
 
 
 @pytest.mark.parametrize(("row", "reason"), [
+    ({"messages": CHAT, "system": "c"}, "field 'system' has no place in the form messages"),
+    ({"messages": CHAT, "functions": [{"name": "f"}]}, "field 'functions' has no place in the f"),
+    ({"conversations": TURNS, "system_prompt": "c"}, "field 'system_prompt' has no place in the f"),
+    ({"prompt": "a", "completion": "b", "system": "c"}, "field 'system' has no place in the form"),
+    ({"prompt": CHAT[:1], "completion": CHAT[1:2], "system": "c"}, "field 'system' has no place"),
+    ({"prompt": "a", "completion": "b", "tools": [{"name": "f"}]}, "field 'tools' has no place"),
+    ({"prompt": json.dumps(CHAT[:1]), "completion": json.dumps(CHAT[1:2])},
+     "field 'prompt' is messages as JSON text"),
+    ({"prompt": "a", "completion": "b", "label": True}, "a preference, true or false as 'label'"),
+    ({"messages": CHAT, "kto_tag": "false"}, "a preference, true or false as 'kto_tag'"),
     ({"instruction": "a", "output": "b", "system": "c"}, "field 'system' has no place in the form"),
     ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, "field 'history' has no place"),
     ({"question": "a", "answer": "b", "context": "c"}, "field 'context' has no place in the form"),
@@ -107,10 +123,34 @@ def test_rows_of_a_form_that_cant_be_used(bad, reason):
     ({"content": 5}, "field 'content' is not text"),
 ])
 def test_nothing_of_a_record_is_dropped_unsaid(row, reason):
-    made = corpus([row])
-    assert list(made.sequences()) == []
+    # behind a row that has nothing of it, or only what tables have for nothing
+    plain = {name: value for name, value in row.items() if f"'{name}'" not in reason}
+    first = {"system": " ", "history": [], "context": float("nan"), "functions": None, **plain}
+    usable = len(plain) < len(row) and "is not text" not in reason and "JSON" not in reason
+    made = corpus([first, row] if usable else [row])
+    assert len(list(made.sequences())) == usable
     [found] = made.facts.skipped
-    assert found.startswith(reason)
+    assert found.startswith(reason) and made.facts.skipped[found] == 1
+
+
+@pytest.mark.parametrize(("rows", "flags"), [
+    ([{"chat": TURNS}, {"chat": CHAT[:2], "system": "no", "functions": [1], "n": None}],
+     {"messages_field": "chat"}),
+    ([{"q": "yes", "a": "no"}, {"q": "yes", "a": "no", "system": "s", "functions": "f"}],
+     {"prompt_field": "q", "completion_field": "a", "id_field": "q"}),
+    ([{"text": "yes no"}, {"text": "yes no", "system": "s", "functions": "f"}], {}),
+])
+def test_fields_without_use_are_said_wherever_they_come(rows, flags, tmp_path):
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([rows[1]]), tmp_path / "a.parquet")
+    for data in (rows, write_lines(tmp_path, *rows)):
+        made = corpus(data, **flags)
+        assert made.unread_fields() is None
+        assert len(list(made.sequences())) == 2
+        assert made.unread_fields() == "rows: not read: functions, system"
+    table = corpus(tmp_path / "a.parquet", **flags)
+    assert len(list(table.sequences())) == 1
+    said = table.unread_fields() or table.notes[0]
+    assert all(name in said.split("not read: ")[1] for name in ("functions", "system"))
 
 
 def test_rows_of_another_form_are_counted_and_named():
@@ -153,16 +193,41 @@ def test_what_else_records_could_be_is_said():
     ({"prompt": "a", "chosen": "b", "rejected": "c"},
      {"prompt_field": "prompt", "completion_field": "chosen"}),
     ({"chosen": CHAT, "rejected": CHAT}, {"messages_field": "chosen"}),
+    ({"prompt": "is water cold", "chosen": CHAT[:2], "rejected": CHAT[:2]},
+     {"messages_field": "chosen"}),
+    ({"prompt": CHAT[:1], "chosen": CHAT[1:2], "rejected": CHAT[1:2]},
+     {"prompt_field": "prompt", "completion_field": "chosen"}),
+    ({"conversations": TURNS[:1], "chosen": TURNS[1], "rejected": TURNS[1]},
+     {"prompt_field": "conversations", "completion_field": "chosen"}),
+    ({"messages": CHAT[:3], "chosen": CHAT[3], "rejected": CHAT[3]},
+     {"prompt_field": "messages", "completion_field": "chosen"}),
     ({"chosen": "yes no", "rejected": "no"}, {"text_field": "chosen"}),
+    ({"system": "", "question": "a", "chosen": "b", "rejected": "c"},
+     {"prompt_field": "question", "completion_field": "chosen"}),
     ({"prompt": "a", "completion": "b", "label": False}, {"rows": "prompt-completion"}),
+    ({"prompt": "a", "completion": "b", "label": "True"}, {"rows": "prompt-completion"}),
+    ({"prompt": "a", "completion": "b", "label": 1}, {"rows": "prompt-completion"}),
+    ({"question": "a", "answer": "b", "label": "0"}, {"rows": "question-answer"}),
+    ({"messages": CHAT, "label": True}, {"rows": "messages"}),
+    ({"conversations": TURNS, "kto_tag": False}, {"rows": "sharegpt"}),
 ])
 def test_preferences_are_refused_by_name(row, flags, tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "a.parquet")
     said = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in flags.items())
     for data in ([row], tmp_path / "a.parquet", write_lines(tmp_path, row)):
-        with pytest.raises(InputError, match=rf"holds preferences \(.*{said}"):
+        with pytest.raises(InputError, match=rf"holds preferences \(.*{said}\."):
             corpus(data)
         assert len(list(corpus(data, **flags).sequences())) == 1
+
+
+def test_what_the_flags_for_a_preference_leave_out_is_said():
+    row = {"system": "s", "question": "a", "chosen": "b", "rejected": "c"}
+    with pytest.raises(InputError, match=r"question --completion-field chosen \(which leave sys"):
+        corpus([row])
+    with pytest.raises(InputError, match=r"write prompt and chosen as one list of messages, for p"):
+        corpus([{"prompt": "a", "chosen": CHAT[1:2], "rejected": CHAT[1:2]}])
+    assert len(read_forms([{"prompt": "a", "completion": "b", "label": label} for label in (
+        "good", 0, 1, "1")])[0]) == 4  # classes
 
 
 @pytest.mark.parametrize(("row", "hint"), [
