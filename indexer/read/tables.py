@@ -14,6 +14,7 @@ from pathlib import Path
 from gradindex.errors import InputError
 from indexer.read import rows
 from indexer.read.compressed import bare_name, opened
+from indexer.read.known_forms import form_of
 from indexer.read.rows import BadRowError, Row
 
 SAMPLE = 1 << 18  # characters by which separator and quotes are told
@@ -21,6 +22,11 @@ MOST_SWALLOWED = 20  # lines in one value, where a sample ends within quotes
 SEPARATORS = ",;\t|"
 # how Excel is told the separator, in a line before all others
 SAID = re.compile(r'"?sep=(.)"?\r?\n')
+# what a column is often called, beside the fields of known forms
+USUAL = {"answer", "body", "category", "class", "comment", "content", "date", "id", "idx", "index",
+         "label", "labels", "name", "prompt", "question", "rating", "response", "review", "score",
+         "sentence", "sentiment", "source", "target", "text", "title", "url"}
+_NAME = re.compile(r"[^\W\d][\w-]*( [\w-]+){0,2}")
 
 
 def table_rows(path: Path, names: Sequence[str] = ()) -> Iterator[Row | None]:
@@ -30,9 +36,11 @@ def table_rows(path: Path, names: Sequence[str] = ()) -> Iterator[Row | None]:
     """
     with _text(path) as text:
         sample = text.read(SAMPLE)
-    form = _form(sample, tabs=bare_name(path.name).endswith((".tsv", ".tab")))
+    form = _form(sample, bare_name(path.name).endswith((".tsv", ".tab")))
     csv.field_size_limit(rows.LONGEST_LINE)  # of this process; the library's own is 128 KB
     header = list(names)
+    if len(set(header)) < len(header):
+        raise InputError(f"--columns {','.join(header)} has a name twice; name each column once.")
     with _text(path) as text:
         if SAID.match(sample):
             text.readline()
@@ -41,12 +49,19 @@ def table_rows(path: Path, names: Sequence[str] = ()) -> Iterator[Row | None]:
             first = next((values for values in reader if values), None)
             if first is None:
                 return
-            if not header or first == header:
-                header = _header(path, first)
+            if not header or _folded(first) == _folded(header):
+                # under the names that were given, whatever letters the file has them in
+                header = header or _header(path, first)
             elif len(first) != len(header):
                 raise InputError(
                     f"{path} has {len(first)} columns in its first row; --columns names "
                     f"{len(header)} ({', '.join(header)}). Name each of them once.")
+            elif _looks_like_names(first, header):
+                raise InputError(
+                    f"{path} begins with what looks like a header ({', '.join(first)}), but "
+                    f"--columns names the columns of a table without one ({', '.join(header)}). "
+                    "Leave it out and name the fields as the header does, or take that row out; if "
+                    "it is a record, let another one stand first.")
             else:
                 yield _row(header, first)
             for values in reader:
@@ -79,6 +94,18 @@ def _header(path: Path, values: list[str]) -> list[str]:
     return header
 
 
+def _folded(values: Sequence[str]) -> list[str]:
+    return [value.strip().casefold() for value in values]
+
+
+def _looks_like_names(values: list[str], names: Sequence[str]) -> bool:
+    """Whether a row, which was to be a record, looks like names of columns, as these are."""
+    found, given = _folded(values), set(_folded(names))
+    return form_of(found) is not None or set(found) == given or (
+        len(set(found)) == len(found) and all(_NAME.fullmatch(one) for one in found)
+        and not (USUAL | given).isdisjoint(found))
+
+
 def _row(header: list[str], values: list[str]) -> Row:
     if len(values) != len(header):
         return BadRowError(f"another number of columns ({len(values)}, the first row has "
@@ -107,14 +134,45 @@ class _Unquoted(csv.excel):
     quoting = csv.QUOTE_NONE
 
 
+def first_row(sample: str, whole: bool) -> tuple[str, ...]:
+    """The first row of a text that looks like a table: all rows have as many values, two or more.
+
+    Of one whose columns are called as the fields of a known form, half of the rows will do. Empty
+    for any other text. `sample` is how it begins, or the `whole`.
+
+    >>> first_row("text;label\\nhello;1\\n", whole=True), first_row("Hello, world\\nBye", True)
+    (('text', 'label'), ())
+    """
+    lines = io.StringIO(sample, newline="").readlines()
+    found: list[list[str]] = []
+    try:
+        # of what was cut, the last line is not whole
+        found += (row for row in csv.reader(lines if whole else lines[:-1], _form(sample, False))
+                  if row)
+    except csv.Error:
+        if whole:
+            return ()
+    if len(found) < 2:
+        return ()
+    first, others = found[0], found[1:]
+    alike = sum(len(row) == len(first) for row in others)
+    # one column is a list of lines; a first line that says "text" alone is nothing but a header
+    if len(first) == 1:
+        return tuple(first) if first == ["text"] and alike == len(others) else ()
+    known = form_of([name.strip() for name in first]) is not None
+    return tuple(first) if alike * (2 if known else 1) >= len(others) else ()
+
+
 def _form(sample: str, tabs: bool) -> type[csv.Dialect]:
     """Separator and quotes of a table, from how it begins."""
     separator = "\t" if tabs else _separator(sample)
-    spaced = re.search(f'{re.escape(separator)} +"', sample) is not None and \
-        f'{separator}"' not in sample
+    # without what is in quotes, which may be separators and spaces
+    bare = re.sub(r'"[^"]*"', '""', sample)
+    spaced = re.search(f'{re.escape(separator)} +"', bare) is not None and \
+        f'{separator}"' not in bare
     described = {"delimiter": separator, "skipinitialspace": spaced}
     quoted = type("_Quoted", (_Quoted,), described)
-    if not tabs or _is_quoted(sample, quoted):
+    if separator != "\t" or _is_quoted(sample, quoted):
         return quoted
     return type("_Unquoted", (_Unquoted,), described)
 
