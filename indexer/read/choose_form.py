@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from gradindex.errors import InputError
@@ -10,7 +11,9 @@ from indexer.read.known_forms import (
     BESIDE_MESSAGES,
     PREFERENCE_LABELS,
     Form,
+    columns_for_records,
     form_of,
+    holds_columns,
     lacking,
     named_form,
     other_forms,
@@ -100,6 +103,8 @@ class ChosenForms:
             raise lacking(source.name, form, names)
         if form is None:
             raise unknown_fields(source.name, first, source.kind == "csv")
+        if source.kind in ("json", "jsonl") and holds_columns(first, form) and _is_alone(source):
+            raise columns_for_records(source.name, form)
         self.forms[source.name] = form
         used = self._used(source)
         self.unread[source.name] = [name for name in names if name not in used]
@@ -183,6 +188,12 @@ def _named_task(settings: CorpusSettings) -> str:
     if settings.rows:
         named_form(settings.rows)
     return tasks[0] if tasks else ""
+
+
+def _is_alone(source: DataSource) -> bool:
+    """Whether a file of JSON holds one value."""
+    found = (row for row in read_source(source, list, (), "", 0) if row is not None)
+    return len(list(islice(found, 2))) == 1
 
 
 def _first_record(

@@ -259,6 +259,7 @@ def unknown_fields(name: str, content: Content, table: bool) -> InputError:
     if isinstance(content.get("input_ids"), list):
         hints.append("Token ids are read from .npy files: save input_ids with numpy.save, one "
                      "sequence a row.")
+    hints += _layout_hints(content)
     if inner := [field for field in lists if field not in chats]:
         hints.append(f"If the records are what {inner[0]!r} holds, write these out: jq -c "
                      f"'.{inner[0]}[]' OLD.json > NEW.jsonl.")
@@ -268,6 +269,40 @@ def unknown_fields(name: str, content: Content, table: bool) -> InputError:
         "completion, or messages. Name yours with --text-field, --prompt-field and "
         "--completion-field, or --messages-field.", *hints,
         f"Forms that are known (--rows): {known}."]))
+
+
+# as pandas writes a table as JSON, where nothing else is asked of it
+_BY_PANDAS = ("python -c \"import pandas; pandas.read_json('OLD.json').to_json('NEW.jsonl', "
+              "orient='records', lines=True)\".")
+
+
+def holds_columns(content: Content, form: Form) -> bool:
+    """Whether what should be a record has the values of many in each field that it needs."""
+    return all(_is_column(content[field], form.task == "messages") for field in form.needs)
+
+
+def columns_for_records(name: str, form: Form) -> InputError:
+    """What to say of a file of one object, that holds columns."""
+    return InputError(f"{name} holds columns ({form.needs[0]!r} has the values of many records); "
+                      f"expected an object for each record. Turn them: {_BY_PANDAS}")
+
+
+def _is_column(value: Any, of_messages: bool) -> bool:
+    if isinstance(value, dict):
+        return bool(value) and all(str(key).isdecimal() for key in value)
+    return isinstance(value, list) and bool(value) and all(
+        isinstance(one, list) and all(isinstance(message, dict) for message in one)
+        if of_messages else isinstance(one, str) for one in value)
+
+
+def _layout_hints(content: Content) -> list[str]:
+    """What to do where an object holds records or columns rather than fields."""
+    values = list(content.values())
+    if any(_is_column(value, chats) for value in values for chats in (True, False)):
+        return [f"If these are columns of many records, turn them: {_BY_PANDAS}"]
+    if len(values) > 1 and all(isinstance(value, dict) for value in values):
+        return ["If the records are its values: jq -c '.[]' OLD.json > NEW.jsonl."]
+    return []
 
 
 def _shown(names: Iterable[Any]) -> str:

@@ -2,6 +2,7 @@
 
 import json
 
+import pandas
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -236,12 +237,30 @@ def test_what_the_flags_for_a_preference_leave_out_is_said():
     ({"dialog": TURNS}, "Perhaps --messages-field dialog"),
     ({"input_ids": [1, 2], "labels": [1, 2]}, r"from \.npy files: save input_ids"),
     ({"version": 1, "data": [{"text": "a"}]}, r"what 'data' holds, .*: jq -c '\.data\[\]' OLD"),
+    ({"1": {"text": "a"}, "2": {"text": "b"}}, r"records are its values: jq -c '\.\[\]' OLD\.json"),
 ])
 def test_unknown_fields_come_with_what_may_be_meant(row, hint, tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(row, indent=1))
     for data in ([row], tmp_path / "a.json"):
         with pytest.raises(InputError, match=rf"has the fields .*; expected text.*{hint}"):
             corpus(data)
+
+
+@pytest.mark.parametrize("columns", [
+    {"text": ["yes no", "no fire"]}, {"text": {"0": "yes no", "1": "no fire"}, "n": {"0": 1}},
+    {"prompt": ["yes"], "completion": ["no"]}, {"messages": [CHAT, CHAT[:2]]},
+    {"body": ["yes no", "no fire"]}, {"body": {"0": "yes no"}},
+])
+def test_columns_in_one_object_are_told_from_a_record(columns, tmp_path):
+    for name, indent in (("a.json", 1), ("b.jsonl", None)):
+        (tmp_path / name).write_text(json.dumps(columns, indent=indent))
+        with pytest.raises(InputError, match=r"(?i)columns.* turn them: .*read_json\('OLD") as said:
+            corpus(tmp_path / name)
+        assert ("holds columns" in str(said.value)) == ("body" not in columns)
+    pandas.read_json(tmp_path / "a.json").to_json(
+        tmp_path / "c.jsonl", orient="records", lines=True)
+    assert len(list(corpus(tmp_path / "c.jsonl", text_field="body" if "body" in columns else None)
+                    .sequences())) == len(next(iter(columns.values())))
 
 
 def test_names_of_forms():
@@ -288,6 +307,7 @@ def test_a_prompt_that_fills_the_length_leaves_nothing():
                        sequence_length=4, truncate=True)
     assert list(made.sequences()) == []
     assert made.facts.skipped == {"no scored token before the cut": 1}
+    assert made.facts.examples == ["the data given:1: no scored token before the cut"]
 
 
 def test_truncation_and_packing_exclude_each_other():
