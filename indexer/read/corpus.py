@@ -77,8 +77,9 @@ class Corpus:
                              "one.")
         items = list(data)
         found = discover(items, field_names(settings, given=True).values())
-        self.sources, self._left_out = found.sources, found.left_out
+        self.sources = found.sources
         self.facts = CorpusFacts()
+        self._learned = False  # whether the document that was read last has a scored token
         self.longer = 0  # documents beyond the sequence length
         self.documents_before = 0  # in the index already
         self.fields_seen: set[str] = set()
@@ -128,8 +129,6 @@ class Corpus:
     def sequences(self) -> Iterator[Record]:
         """Every sequence in order, with ids from 0; `facts` are of what was read so far."""
         facts = self.facts = CorpusFacts()  # another reading counts anew
-        if self._left_out:
-            facts.skipped["file that holds no data"] = sum(map(len, self._left_out.values()))
         self.longer = 0
         length, documents = self.settings.sequence_length, self._documents()
         if self.settings.pack and self.task != "tokens":
@@ -142,8 +141,7 @@ class Corpus:
         for tokens, scored, parts in cut:
             if not (counted := int(self.objective.counted(scored).sum())):
                 # its gradient would be 0
-                facts.skip("no scored token before the cut" if self.settings.truncate else
-                           "sequence without a scored token")
+                self._skip_unscored(parts[0])
                 continue
             yield Record(facts.sequences, tokens, scored, parts)
             facts.sequences += 1
@@ -162,25 +160,40 @@ class Corpus:
                 _check_tokens(tokenised, self.vocabulary)
                 user_id, fields = self._metadata(content)
             except BadRowError as bad:
-                self._skip(source, row, str(bad))
+                self._skip(f"{source.name}:{row}", str(bad))
                 continue
             except InputError as error:  # the whole data's fault: a template that can't be used
                 raise InputError(f"{source.name}:{row}: {error}") from None
             number = self.documents_before + self.facts.documents
             self.facts.documents += 1
             self.longer += len(tokenised.tokens) > self.settings.sequence_length
+            self._learned = bool(self.objective.counted(tokenised.scored).any())
             yield Part(number, source.name, row, -1, -1, 0, user_id, fields), tokenised
             if self.facts.documents == self.settings.limit:
                 return
 
-    def _skip(self, source: DataSource, row: int, reason: str) -> None:
+    def _skip(self, place: str, reason: str) -> None:
         """Count a row that can't be used. Raises InputError where that is to stop the build."""
-        where = f"{source.name}:{row}: {reason}"
+        where = f"{place}: {reason}"
         if self.strict:
             raise InputError(f"{where}. Correct it, or leave out --strict to skip such rows.")
         self.facts.skip(reason.split(" (")[0])  # what is in brackets differs from row to row
         if len(self.facts.examples) < KEPT_EXAMPLES:
             self.facts.examples.append(where)
+
+    def _skip_unscored(self, part: Part) -> None:
+        """Count a sequence without a scored token, whose first part this is.
+
+        Where it is all that there is of a row, that row can't be used.
+        """
+        place = f"{part.source}:{part.row}"
+        if self.settings.truncate:
+            self._skip(place, "no scored token before the cut")
+        elif self._learned or (self.settings.pack and self.task != "tokens"):
+            self.facts.skip("sequence without a scored token")
+        else:  # windows are cut of the last document that was read
+            self._skip(place, "sequence without a scored token (its first token is never "
+                              "predicted)")
 
     # ---- rows → tokens
 
