@@ -151,6 +151,7 @@ def _chat_question(content: Any, path: Path, score_on: str | None) -> Question:
         TOLD_BESIDE_PROMPTS,
         has_value,
         is_messages,
+        is_told,
         led_by,
         read_chat,
     )
@@ -185,7 +186,8 @@ def _chat_question(content: Any, path: Path, score_on: str | None) -> Question:
             "or with prompt and completion.")
     # what else a row has (an id, a label) is nothing that a template reads
     for name in lost:
-        if has_value(content.get(name)):
+        if has_value(content.get(name)) and not (
+                field and is_told(read_chat(content[field]).messages, content[name])):
             raise click.UsageError(f"--messages {path}: field {name!r} would not be read. Put it "
                                    "into the messages or the prompt, as training did, or take it "
                                    "out.")

@@ -103,7 +103,13 @@ def has_value(value: Any) -> bool:
         return value.strip() not in NOTHING
     if isinstance(value, (list, tuple, dict, np.ndarray)):
         return len(value) > 0
-    return value is not None and value == value  # unlike itself: not a number
+    return value is not None and str(value) not in ("nan", "<NA>", "NaT")
+
+
+def is_told(messages: list[dict[str, Any]], text: Any) -> bool:
+    """Whether a text that stands beside messages is what their system says anyway."""
+    return any(message["role"] == "system" and shown_content(message) == text
+               for message in messages)
 
 
 def led_by(messages: list[dict[str, Any]], system: Any) -> list[dict[str, Any]]:
@@ -112,11 +118,12 @@ def led_by(messages: list[dict[str, Any]], system: Any) -> list[dict[str, Any]]:
         return messages
     if not isinstance(system, str):
         raise MessagesError(f"field 'system' is not text (a {type(system).__name__})")
-    told = [shown_content(message) for message in messages if message["role"] == "system"]
-    if told and system not in told:
+    if is_told(messages, system):
+        return messages
+    if any(message["role"] == "system" for message in messages):
         raise MessagesError("field 'system' says something else than the system's message (leave "
                             "one of them)")
-    return messages if told else [{"role": "system", "content": system}, *messages]
+    return [{"role": "system", "content": system}, *messages]
 
 
 def is_learned(message: dict[str, Any]) -> bool:

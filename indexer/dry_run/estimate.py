@@ -223,7 +223,8 @@ def estimate(request: BuildRequest) -> Estimate:
               f"{plan.dtype}; {modules}",
         data=f"{facts.documents:,} documents → {facts.sequences:,} sequences of at most "
              f"{plan.sequence_length} tokens, {facts.tokens:,} tokens"
-             + (f"; {cut}" if (cut := request.corpus.cut_documents()) else ""),
+             + "".join(f"; {said}" for said in (
+                 request.corpus.cut_documents(), request.corpus.unread_fields()) if said),
         documents=facts.documents, sequences=facts.sequences, tokens=facts.tokens,
         read=data.share, stages=stages, disk=disk,
         # the fit's sums are gone before the first code is written

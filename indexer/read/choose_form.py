@@ -116,7 +116,7 @@ class ChosenForms:
         """
         form, read = self.forms[source.name], content
         if form is not None:
-            if self.settings.rows is None:
+            if self.settings.rows is None and form.task != "text":
                 refuse_unlearned(content)
             read = form.read(content)
         self._see(source, (name for name, value in content.items() if value is not None))

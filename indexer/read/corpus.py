@@ -189,7 +189,7 @@ class Corpus:
         place = f"{part.source}:{part.row}"
         if self.settings.truncate:
             self._skip(place, "no scored token before the cut")
-        elif self._learned or (self.settings.pack and self.task != "tokens"):
+        elif self._learned or self.settings.pack or self.task == "tokens":
             self.facts.skip("sequence without a scored token")
         else:  # windows are cut of the last document that was read
             self._skip(place, "sequence without a scored token (its first token is never "

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
@@ -21,6 +21,7 @@ from indexer.read.known_forms import form_of
 from indexer.read.recognise import Content, recognise
 from indexer.read.sources import DATA_FORMS, DataSource, given_rows, shown_files
 from indexer.read.splits import note_splits, refuse_splits
+from indexer.read.tables import has_fields
 
 DOCUMENTATION = re.compile(r"(readme|licen[cs]e|copying|notice|citation|authors|contributing|"
                            r"code_of_conduct|changelog|dataset_card|datasheet)(?![a-z])")
@@ -226,11 +227,11 @@ def _add_file(
         _settle_table(found, content.names, named)
 
 
-def _settle_table(found: Discovery, names: Collection[str], named: Collection[str]) -> None:
+def _settle_table(found: Discovery, names: Sequence[str], named: Collection[str]) -> None:
     """Tell whether the last file is a table: if its columns are called as fields of records are.
     """
-    source, called = found.sources[-1], {name.strip() for name in names}
-    if form_of(called) or not called.isdisjoint(named) or {"chosen", "rejected"} <= called:
+    source = found.sources[-1]
+    if has_fields(names, named):
         source.kind = "csv"
         return
     source.kind = "text"

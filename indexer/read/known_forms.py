@@ -17,6 +17,7 @@ from gradindex.model.messages import (
     has_value,
     is_messages,
     is_quoted,
+    is_told,
     led_by,
     read_chat,
 )
@@ -58,7 +59,9 @@ class Form:
                 other = form_of(content)
                 raise BadRowError(f"missing field {name!r}" + (
                     f" (a record of the form {other.name})" if other else ""))
-        if lost := [name for name in self.lost if has_value(content.get(name))]:
+        lost = [name for name in self.lost if has_value(content.get(name))]
+        if lost and not (self.task == "messages" and all(
+                _is_told(content[self.needs[0]], content[name]) for name in lost)):
             raise BadRowError(
                 f"field {lost[0]!r} has no place in the form {self.name} (" + (
                     f"put it into the messages; --messages-field {self.needs[0]} leaves it out)"
@@ -87,6 +90,13 @@ def named_form(name: str) -> Form:
 
 
 # ---- chats
+
+
+def _is_told(messages: Any, text: Any) -> bool:
+    try:
+        return is_told(read_chat(messages).messages, text)
+    except MessagesError:  # which is said where the messages are read
+        return False
 
 
 def _chat(field: str) -> Form:

@@ -16,7 +16,7 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 LINES = (".jsonl", ".ndjson", ".jl", ".jsonlines", ".ldjson")
 TABLES = (".csv", ".tsv", ".tab", ".psv")
 COMMENTS = (b"//", b"#", b"--", b";", b"/*", b"*")
-_BEHIND = re.compile(rb"[^{]{1,60}(\{.*\})\s*")  # a JSON object, and what is before it
+_BEHIND = re.compile(rb"[^{]{1,200}(\{.*\})\s*")  # a JSON object, and what is before it
 BY_NAME = {".parquet": "parquet", ".npy": "npy", ".arrow": "ipc", ".feather": "ipc", ".ipc": "ipc"}
 
 JSONL = "Write its records into a .jsonl file, a JSON object a line."
@@ -190,6 +190,8 @@ def _json(head: bytes, ending: str, whole: bool) -> Content | None:
         if not records and whole and isinstance(values := _parsed(text), list) \
                 and values and isinstance(values[0], (str, list)):
             return Content("json")  # no records, which is said of each
+        if not several and (content := _each_behind(lines, ending)):
+            return content
         return Content("json" if ending == ".json" and not several else "jsonl") if records else \
             None
     if not text.startswith(b"{"):
@@ -218,6 +220,11 @@ def _behind_others(lines: list[bytes], ending: str, whole: bool) -> Content | No
         content = _json(b"\n".join(bare), ending, whole)
         if content and content.kind in ("json", "document"):
             return Content("refused", "JSON behind a comment", "Take the comment out.")
+    return _each_behind(lines, ending)
+
+
+def _each_behind(lines: list[bytes], ending: str) -> Content | None:
+    """What lines are that each have something before a JSON object; None for others."""
     several = len(lines) > 1 or ending in LINES
     if several and all((found := _BEHIND.fullmatch(line)) and isinstance(_parsed(found[1]), dict)
                        for line in lines[:10]):

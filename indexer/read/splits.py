@@ -6,6 +6,7 @@ from pathlib import Path, PurePath
 
 from gradindex.errors import InputError
 from gradindex.model.tokenise import common_characters
+from indexer.read.compressed import bare_name
 from indexer.read.sources import DataSource, shown_files
 
 WORDS = {"train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test",
@@ -14,6 +15,7 @@ WORDS = {"train": "train", "training": "train", "test": "test", "testing": "test
          "heldout": "test", "holdout": "test"}
 # with a number or "set" behind them, too: train1, testset
 _WORD = re.compile(rf"(?<![a-z])({'|'.join(WORDS)})([_-]?(set|data|split|file|part))?(?![a-z])")
+PLAIN = (".txt", ".text", ".tokens", ".raw")  # endings of texts that are data
 _CAPITAL = re.compile("(?<=[a-z0-9])(?=[A-Z])")
 
 
@@ -35,8 +37,10 @@ def refuse_splits(folder: Path, sources: list[DataSource]) -> None:
     """Raise InputError where a folder holds several splits: a model is trained on one of them."""
     splits: dict[str, list[str]] = {}
     for source in sources:
-        # a program may well be called test.py, so the names of texts say nothing
-        split = split_of(Path(source.name).relative_to(folder), source.kind == "text")
+        path = Path(source.name).relative_to(folder)
+        # a program may well be called test.py, so the names of most texts say nothing
+        split = split_of(path, source.kind == "text" and bare_name(path.name) == path.name.lower()
+                         and path.suffix.lower() not in PLAIN)
         if split:
             splits.setdefault(split, []).append(source.name)
     if len(splits) < 2 or ("train" not in splits and all(

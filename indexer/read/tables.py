@@ -8,7 +8,8 @@ import contextlib
 import csv
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 from gradindex.errors import InputError
@@ -26,6 +27,7 @@ SAID = re.compile(r'"?sep=(.)"?\r?\n')
 USUAL = {"answer", "body", "category", "class", "comment", "content", "date", "id", "idx", "index",
          "label", "labels", "name", "prompt", "question", "rating", "response", "review", "score",
          "sentence", "sentiment", "source", "target", "text", "title", "url"}
+_NUMBER = re.compile(r"\s*-?[\d.,]+\s*")
 _NAME = re.compile(r"[^\W\d][\w-]*( [\w-]+){0,2}")
 
 
@@ -56,7 +58,7 @@ def table_rows(path: Path, names: Sequence[str] = ()) -> Iterator[Row | None]:
                 raise InputError(
                     f"{path} has {len(first)} columns in its first row; --columns names "
                     f"{len(header)} ({', '.join(header)}). Name each of them once.")
-            elif _looks_like_names(first, header):
+            elif _looks_like_names(first, header, _rows_of(sample, form)[1:]):
                 raise InputError(
                     f"{path} begins with what looks like a header ({', '.join(first)}), but "
                     f"--columns names the columns of a table without one ({', '.join(header)}). "
@@ -98,12 +100,27 @@ def _folded(values: Sequence[str]) -> list[str]:
     return [value.strip().casefold() for value in values]
 
 
-def _looks_like_names(values: list[str], names: Sequence[str]) -> bool:
-    """Whether a row, which was to be a record, looks like names of columns, as these are."""
+def _looks_like_names(values: list[str], names: Sequence[str], others: list[list[str]]) -> bool:
+    """Whether a row, which was to be a record, looks like names of columns, as these are.
+
+    `others` are rows behind it: above a column of numbers a name stands out.
+    """
     found, given = _folded(values), set(_folded(names))
-    return form_of(found) is not None or set(found) == given or (
-        len(set(found)) == len(found) and all(_NAME.fullmatch(one) for one in found)
-        and not (USUAL | given).isdisjoint(found))
+    if form_of(found) is not None or set(found) == given:
+        return True
+    if len(set(found)) < len(found) or not all(map(_NAME.fullmatch, found)):
+        return False
+    return not (USUAL | given).isdisjoint(found) or (
+        len(others) > 1 and any(all(map(_NUMBER.fullmatch, column))
+                                for column in zip(*others, strict=False)))
+
+
+def _rows_of(sample: str, form: type[csv.Dialect]) -> list[list[str]]:
+    """The first rows of how a table begins, as far as they can be read."""
+    found: list[list[str]] = []
+    with contextlib.suppress(csv.Error):
+        found += filter(None, islice(csv.reader(io.StringIO(sample, newline=""), form), 50))
+    return found
 
 
 def _row(header: list[str], values: list[str]) -> Row:
@@ -157,10 +174,20 @@ def first_row(sample: str, whole: bool) -> tuple[str, ...]:
     first, others = found[0], found[1:]
     alike = sum(len(row) == len(first) for row in others)
     # one column is a list of lines; a first line that says "text" alone is nothing but a header
+    if first[0] == "" == first[-1]:  # a table of Markdown, in a text about it
+        return ()
     if len(first) == 1:
         return tuple(first) if first == ["text"] and alike == len(others) else ()
-    known = form_of([name.strip() for name in first]) is not None
-    return tuple(first) if alike * (2 if known else 1) >= len(others) else ()
+    return tuple(first) if alike * (2 if has_fields(first) else 1) >= len(others) else ()
+
+
+def has_fields(names: Sequence[str], named: Collection[str] = ()) -> bool:
+    """Whether names of columns are fields of records: of a known form, or those that are `named`.
+    """
+    called = {name.strip() for name in names}
+    known = form_of(called) is not None or not called.isdisjoint(named) \
+        or {"chosen", "rejected"} <= called
+    return known and all(re.fullmatch(r"[\w-]*", name) for name in called - set(named))
 
 
 def _form(sample: str, tabs: bool) -> type[csv.Dialect]:

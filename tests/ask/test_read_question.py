@@ -47,6 +47,7 @@ ROW = {"messages": CHAT, "tools": [{"name": "f"}], "chat_template_kwargs": {"a":
     ({**ROW, "id": 7, "system": ""}, Question(**ROW)),
     ({"messages": CHAT, "tools": None, "functions": []}, Question(messages=CHAT)),
     ({"conversations": TURNS}, Question(messages=CHAT)),
+    ({"system": "be cold", "messages": [SYSTEM, *CHAT]}, Question(messages=[SYSTEM, *CHAT])),
     ({"conversation": CHAT, "system": "be cold", "tools": "[1]"},
      Question(messages=[SYSTEM, *CHAT], tools="[1]")),
     ({"prompt": CHAT[:1], "completion": CHAT[1]}, Question(messages=CHAT)),

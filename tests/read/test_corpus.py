@@ -260,6 +260,8 @@ def test_rows_without_a_scored_token_are_named_and_end_a_strict_build(tmp_path):
     # a window without one is a part of a row that has one
     assert len(read([{"prompt": "the water is cold and", "completion": " fire and no"}],
                     sequence_length=3, strict=True)) == 2
+    np.save(tmp_path / "stream.npy", np.arange(10, 17))
+    assert len(read(tmp_path / "stream.npy", sequence_length=3, strict=True)) == 2
     with pytest.raises(InputError, match=r":1: no scored token before the cut\. Correct"):
         read([{"prompt": "the water is cold and", "completion": " fire"}], sequence_length=3,
              strict=True, truncate=True)

@@ -140,6 +140,9 @@ def test_splits_of_texts_are_told_by_folders(tmp_path):
     lay_out(tmp_path, **{"train/pos/1.txt": b"yes", "test/pos/1.txt": b"no"})
     with pytest.raises(InputError, match=r"several splits; give one of them: \S*/test/pos/1\.txt"):
         make_corpus(tmp_path)
+    lay_out(tmp_path, **{"b/wiki.train.tokens": b"yes", "b/wiki.test.tokens": b"no"})
+    with pytest.raises(InputError, match=r"trained on train: give \S*/b/wiki\.train\.tokens\."):
+        make_corpus(tmp_path / "b")
 
 
 @pytest.mark.parametrize("names", [

@@ -41,6 +41,12 @@ def read_forms(*data, **settings):
     ({"messages": TURNS}, "messages", CHAT_TEXT, " yes <|end|>\n"),
     ({"system": "no", "conversations": TURNS}, "sharegpt", "<|system|>no<|end|>\n" + CHAT_TEXT,
      " yes <|end|>\n"),
+    ({"system": "no", "system_prompt": "no", "conversations": [
+        {"from": "System", "value": "no"}, *TURNS]}, "sharegpt",
+     "<|system|>no<|end|>\n" + CHAT_TEXT, " yes <|end|>\n"),
+    ({"system": "no", "messages": [{"role": "system", "content": "no"}, *CHAT[:2]]}, "messages",
+     "<|system|>no<|end|>\n" + CHAT_TEXT, " yes <|end|>\n"),
+    ({"text": "hello yes", "label": True}, "text", "hello yes", "hello yes"),
     ({"instruction": "hello", "input": "world {0}", "output": " yes"}, "alpaca",
      ALPACA_INPUT + " yes", " yes"),
     ({"instruction": "hello", "input": "", "output": "yes"}, "alpaca", ALPACA + "yes", "yes"),
@@ -126,7 +132,7 @@ def test_rows_of_a_form_that_cant_be_used(bad, reason):
 def test_nothing_of_a_record_is_dropped_unsaid(row, reason):
     # behind a row that has nothing of it, or only what tables have for nothing
     plain = {name: value for name, value in row.items() if f"'{name}'" not in reason}
-    first = {"system": " ", "history": [], "context": float("nan"), "functions": None, **plain}
+    first = {"system": " ", "history": [], "context": float("nan"), "functions": pandas.NA, **plain}
     usable = len(plain) < len(row) and "is not text" not in reason and "JSON" not in reason
     made = corpus([first, row] if usable else [row])
     assert len(list(made.sequences())) == usable

@@ -200,6 +200,7 @@ UNREAD = [
         ("a.txt", b"{'text': 'a'}\n{'text': 'b'}\n", "lines in braces that are no JSON", "quotes"),
         *((name, b'1\t{"text": "a"}\n2\t{"text": "b"}\n', "JSON objects that each have something",
            r"sed 's/\^\[\^{\]\*//'") for name in ("a.txt", "a.jsonl", "train")),
+        ("train", b'[1] {"text": "a"}\n[2] {"text": "b"}\n', "JSON objects that each have", "sed"),
         ("a.log", b'data: {"text": "a"}\n\ndata: {"text": "b"}\n', "JSON objects that each", "sed"),
         ("a.json", b'// made\n{\n"text": "a"\n}\n', "JSON behind a comment", "Take the com"),
     ]),
@@ -232,6 +233,7 @@ def test_what_cant_be_read_is_refused_by_name(name, write, what, remedy, tmp_pat
     "[link](a) and more", "a\0" + "text for all that, " * 9, "a,b\n1,2\n", "text\nhello\n, world",
     "# A title\n\nhello", 'the set {"a": 1}', 'x = {"a": 1}\ny = 2\n', "text, and\nmore", "text,n",
     '# A title\n{"a": 1}\nis an object\nof one field',
+    "|text|n|\n|---|---|\n|a|b|\n", "text, and more\nmore, again\n", "[a] b\n[c] d {e}\n",
 ])
 def test_texts_that_begin_like_other_files_are_texts(text, tmp_path):
     (tmp_path / "a.txt").write_text(text)

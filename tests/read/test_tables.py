@@ -93,11 +93,11 @@ def test_the_first_row_or_names(tmp_path):
 
 @pytest.mark.parametrize("header", [
     ("text", "label"), ("Body Text", "id"), ("n", "body"), ("Sentence", "n"),
-    ("PROMPT", "completion"),
+    ("PROMPT", "completion"), ("texto", "etiqueta"), ("Kommentar", "Anzahl Sterne"),
 ])
 def test_a_header_is_no_record_whatever_the_columns_are_called(header, tmp_path):
     path = tmp_path / "a.csv"
-    path.write_text(",".join(header) + "\nhello world,1\n")
+    path.write_text(",".join(header) + "\nhello world,1\nyes no,2\n")
     options = {"columns": ("body", "n"), "text_field": "body"}
     with pytest.raises(InputError, match=rf"looks like a header \({', '.join(header)}\), but -"):
         read(path, **options)
