@@ -159,7 +159,9 @@ def _messages(value: Any, name: str) -> list[dict[str, Any]]:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
-            raise MessagesError(f"{none} (text that is no JSON)") from None
+            python = value.lstrip().startswith(("[{'", "{'"))
+            raise MessagesError(f"{none} (text as Python shows it; write it with json.dumps)"
+                                if python else f"{none} (text that is no JSON)") from None
     if isinstance(value, dict):
         value = _side_by_side(value, name)
     if not isinstance(value, list) or not value:

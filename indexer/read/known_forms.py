@@ -204,14 +204,16 @@ def refuse_unlearned(content: Content) -> None:
     """Raise BadRowError for an answer that is labelled true or false, where the first wasn't."""
     for label in PREFERENCE_LABELS:
         # a 0 or 1 among other numbers is a class
-        if _is_yes_or_no(content.get(label)) and str(content[label]).lower() in ("true", "false"):
+        if _is_yes_or_no(content.get(label)) and not str(content[label])[:1].isdigit():
             raise BadRowError(f"a preference, true or false as {label!r} (what is labelled false "
                               "was not to be learned; --rows FORM reads all as they are)")
 
 
 def _is_yes_or_no(value: Any) -> bool:
-    """Whether a label is one of two, in the words that JSON, CSV and pandas have for them."""
-    return str(value).strip().lower() in ("true", "false", "0", "1", "0.0", "1.0")
+    """Whether a label is one of two, in the words that JSON, CSV and people have for them."""
+    return str(value).strip().lower() in (
+        "true", "false", "0", "1", "0.0", "1.0", "yes", "no", "chosen", "rejected", "desirable",
+        "undesirable")
 
 
 def _ends_with_answer(messages: Any) -> bool:

@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePath
+from typing import TypeVar
 
 from gradindex.errors import InputError
 from indexer.read.compressed import bare_name, compression, opened
@@ -18,6 +19,8 @@ TABLES = (".csv", ".tsv", ".tab", ".psv")
 COMMENTS = (b"//", b"#", b"--", b";", b"/*", b"*")
 _BEHIND = re.compile(rb"[^{]{1,200}(\{.*\})\s*")  # a JSON object, and what is before it
 BY_NAME = {".parquet": "parquet", ".npy": "npy", ".arrow": "ipc", ".feather": "ipc", ".ipc": "ipc"}
+
+Line = TypeVar("Line", str, bytes)
 
 JSONL = "Write its records into a .jsonl file, a JSON object a line."
 UNPACK = "Unpack it, and give what was in it."
@@ -190,6 +193,9 @@ def _json(head: bytes, ending: str, whole: bool) -> Content | None:
         if not records and whole and isinstance(values := _parsed(text), list) \
                 and values and isinstance(values[0], (str, list)):
             return Content("json")  # no records, which is said of each
+        if len(lines) > 1 and all(isinstance(values := _parsed(line), list) and len(values) > 1
+                                  for line in lines[:10]):
+            return Content("jsonl")  # no records either
         if not several and (content := _each_behind(lines, ending)):
             return content
         return Content("json" if ending == ".json" and not several else "jsonl") if records else \
@@ -211,7 +217,7 @@ def _json(head: bytes, ending: str, whole: bool) -> Content | None:
 
 def _behind_others(lines: list[bytes], ending: str, whole: bool) -> Content | None:
     """What JSON objects are that stand behind something else: a comment, a number in each line."""
-    bare = list(itertools.dropwhile(lambda line: line.lstrip().startswith(COMMENTS), lines))
+    bare = _without_comment(lines)
     objects = sum(isinstance(_parsed(line), dict) for line in bare[:10])
     commented = len(bare) < len(lines)
     if objects * 2 >= len(bare[:10]) and objects > (not commented):
@@ -257,5 +263,18 @@ def _by_ending(head: bytes, ending: str, whole: bool) -> Content:
                        f"{JSONL} If it is one text to learn, call it .txt.")
     if ending in _UNREAD:
         return _unread(ending)
-    names = first_row(head.decode("utf-8-sig", "replace"), whole)
-    return Content("table", names=names) if names else Content("text")
+    text = head.decode("utf-8-sig", "replace")
+    if names := first_row(text, whole):
+        return Content("table", names=names)
+    bare = "".join(_without_comment(text.splitlines(keepends=True)))
+    # its header isn't where it is looked for
+    return Content("table", names=("",)) if bare != text and first_row(bare, whole) else \
+        Content("text")
+
+
+def _without_comment(lines: list[Line]) -> list[Line]:
+    """Lines of text or bytes without the comment that they begin with."""
+    def says_nothing(line: Line) -> bool:
+        return line.lstrip().startswith(COMMENTS if isinstance(line, bytes) else
+                                        tuple(sign.decode() for sign in COMMENTS))
+    return list(itertools.dropwhile(says_nothing, lines))

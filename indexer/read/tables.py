@@ -62,8 +62,8 @@ def table_rows(path: Path, names: Sequence[str] = ()) -> Iterator[Row | None]:
                 raise InputError(
                     f"{path} begins with what looks like a header ({', '.join(first)}), but "
                     f"--columns names the columns of a table without one ({', '.join(header)}). "
-                    "Leave it out and name the fields as the header does, or take that row out; if "
-                    "it is a record, let another one stand first.")
+                    "Leave --columns out and name the fields as the header does, or take that row "
+                    "out; if it is a record, let another one stand first.")
             else:
                 yield _row(header, first)
             for values in reader:

@@ -232,6 +232,7 @@ def test_messages_are_brought_to_one_form(given, read):
     (("a",), r"is not a list of messages with .* \(text that is no JSON\)"),
     ((["a"],), r"is not a list of messages with .* \(a str among them\)"),
     (([{"content": "a", "b": 1}],), r"is not a list .* \(one has the fields content, b\)"),
+    (("[{'role': 'user'}]",), r"\(text as Python shows it; write it with json\.dumps\)"),
     (("5",), r"is not a list .* \(a int\)"), (("[]",), r"is not a list .* \(an empty list\)"),
     (([{"from": "oracle", "value": "a"}],), r"a turn from nobody known \('oracle'; known are hum"),
     (({"role": ["user"], "content": []},), "lists of different lengths"),

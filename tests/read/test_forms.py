@@ -217,6 +217,7 @@ def test_what_else_records_could_be_is_said():
     ({"question": "a", "answer": "b", "label": "0"}, {"rows": "question-answer"}),
     ({"messages": CHAT, "label": True}, {"rows": "messages"}),
     ({"conversations": TURNS, "kto_tag": False}, {"rows": "sharegpt"}),
+    ({"prompt": "a", "response": "b", "label": "undesirable"}, {"rows": "prompt-response"}),
 ])
 def test_preferences_are_refused_by_name(row, flags, tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "a.parquet")

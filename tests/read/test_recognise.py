@@ -262,6 +262,8 @@ def test_what_may_be_a_table_is_a_text_and_said(tmp_path):
     assert made.notes[1] == (f"texts: {tmp_path}/a.txt read as one document each, though the lines "
                              "look like a table's; call a table .csv or .tsv")
     assert decoded(read(tmp_path / "a.txt", text_field="body")) == ["yes no"]
+    (tmp_path / "d").write_text("# exported\ntext,n\nyes no,1\n")
+    assert make_corpus(tmp_path / "d").notes[0].startswith(f"texts: {tmp_path}/d read as one ")
     (tmp_path / "c").write_text("prompt,chosen,rejected\na,b,c\n")
     with pytest.raises(InputError, match="holds preferences"):
         read(tmp_path / "c")
@@ -283,6 +285,10 @@ def test_texts_without_names_are_bad_rows_with_what_to_write(tmp_path):
         made = make_corpus(tmp_path / name)
         assert list(made.sequences()) == [] and made.facts.skipped == {"not an object": 2}
         assert made.facts.examples[0].endswith('(a str; write it as {"text": …})')
+    (tmp_path / "train").write_text('["yes no", 1]\n["no", 2]\n')
+    made = make_corpus(tmp_path / "train")
+    assert list(made.sequences()) == [] and made.facts.skipped == {"not an object": 2}
+    assert made.facts.examples[0].endswith("(a list; write its values with names)")
 
 
 @pytest.mark.parametrize(("name", "what"), [
