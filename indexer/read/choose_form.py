@@ -6,6 +6,7 @@ from itertools import islice
 from typing import Any
 
 from gradindex.errors import InputError
+from gradindex.model.messages import is_messages, is_quoted
 from gradindex.storage.build_plan import CorpusSettings
 from indexer.read.known_forms import (
     BESIDE_MESSAGES,
@@ -45,7 +46,7 @@ class ChosenForms:
     `task` is what they come to: text, completion, messages or tokens. `forms` has each source's by
     its name, None where fields are named or there are no records; `unread` are the fields that it
     has no use for, `others` the forms that its records have as well, `seen` all fields of the rows
-    that were read.
+    that were read, `chats` whether there was one among rows whose fields are named.
     """
 
     task: str
@@ -55,6 +56,7 @@ class ChosenForms:
     others: dict[str, list[str]]
     settings: CorpusSettings
     seen: dict[str, set[str]] = field(default_factory=dict)
+    chats: bool = False
 
     @classmethod
     def of(cls, sources: list[DataSource], settings: CorpusSettings) -> "ChosenForms":
@@ -119,6 +121,9 @@ class ChosenForms:
             if self.settings.rows is None and form.task != "text":
                 refuse_unlearned(content)
             read = form.read(content)
+        elif not self.chats:
+            self.chats = any(is_messages(content.get(name)) or is_quoted(content.get(name))
+                             for name in field_names(self.settings, given=True).values())
         self._see(source, (name for name, value in content.items() if value is not None))
         return read
 
@@ -151,8 +156,11 @@ class ChosenForms:
         found: set[str] = set()
         for source in self.sources:
             if source.holds_records:
+                # what goes with chats is of no use beside texts
+                beside = () if self.forms[source.name] or self.chats else BESIDE_MESSAGES
+                used = self._used(source).difference(beside)
                 found |= self.seen.get(source.name, set()).difference(
-                    self._used(source), self.unread.get(source.name, ()))
+                    used, self.unread.get(source.name, ()))
         return sorted(found)
 
     def notes(self) -> list[str]:

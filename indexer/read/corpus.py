@@ -15,12 +15,14 @@ import numpy as np
 from gradindex.errors import InputError
 from gradindex.model import tokenise
 from gradindex.model.chat_template import check_chat_template, with_chat_template
+from gradindex.model.messages import TOLD_BESIDE_PROMPTS
 from gradindex.objective import NextToken
 from gradindex.storage.build_plan import CorpusSettings, DataFacts
 from gradindex.storage.records import Part, Record
 from indexer.read.choose_form import ChosenForms, field_names
 from indexer.read.conversations import encode_conversation, encode_exchange, holds_messages
 from indexer.read.discover import discover
+from indexer.read.known_forms import BESIDE_MESSAGES
 from indexer.read.rows import BadRowError, Row
 from indexer.read.sources import (
     DATA_FORMS,
@@ -119,7 +121,11 @@ class Corpus:
         none.
         """
         names = self.forms.unread_later()
-        return f"rows: not read: {shown_files(names)}" if names else None
+        shown = [name for name in names if name in (*TOLD_BESIDE_PROMPTS, *BESIDE_MESSAGES)]
+        others = [name for name in names if name not in shown]
+        parts = [f"{', '.join(shown)} (which training may have shown to the model)"] * bool(shown)
+        parts += [shown_files(others)] * bool(others)
+        return f"rows: not read: {'; '.join(parts)}" if parts else None
 
     def data_facts(self) -> list[DataFacts]:
         """Name, size (bytes, or rows) and digest of every source, to notice that it changed."""

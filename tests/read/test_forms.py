@@ -10,6 +10,7 @@ import pytest
 from gradindex.errors import InputError
 from gradindex.model.messages import read_chat
 from indexer.read.known_forms import FORMS
+from support.chats import TOOLS
 from support.corpora import decoded, jsonl, make_corpus, read, scored_texts, write_lines
 from support.tokenizers import CHAT, PLAIN_TEMPLATE, byte_tokenizer
 
@@ -140,24 +141,28 @@ def test_nothing_of_a_record_is_dropped_unsaid(row, reason):
     assert found.startswith(reason) and made.facts.skipped[found] == 1
 
 
-@pytest.mark.parametrize(("rows", "flags"), [
-    ([{"chat": TURNS}, {"chat": CHAT[:2], "system": "no", "functions": [1], "n": None}],
-     {"messages_field": "chat"}),
-    ([{"q": "yes", "a": "no"}, {"q": "yes", "a": "no", "system": "s", "functions": "f"}],
-     {"prompt_field": "q", "completion_field": "a", "id_field": "q"}),
-    ([{"text": "yes no"}, {"text": "yes no", "system": "s", "functions": "f"}], {}),
+@pytest.mark.parametrize(("rows", "flags", "told", "others"), [
+    ([{"chat": TURNS}, {"chat": CHAT[:2], "system": "no", "functions": [1], "n": None, "k": 1,
+                        "tools": TOOLS}], {"messages_field": "chat"}, "functions, system", "k"),
+    ([{"q": "yes", "a": "no"}, {"q": "yes", "a": "no", "system": "s", "tools": "f", "b": 1, "c": 2,
+                                "d": 3, "e": 4}],
+     {"prompt_field": "q", "completion_field": "a", "id_field": "q"}, "system, tools",
+     "b, c, d and 1 more"),
+    ([{"q": CHAT[:1], "a": CHAT[1:2]}, {"q": CHAT[:1], "a": CHAT[1:2], "tools": TOOLS, "b": 1}],
+     {"prompt_field": "q", "completion_field": "a"}, "", "b"),
+    ([{"text": "yes no"}, {"text": "yes no", "system": "s", "k": 1}], {}, "system", "k"),
 ])
-def test_fields_without_use_are_said_wherever_they_come(rows, flags, tmp_path):
+def test_fields_without_use_are_said_wherever_they_come(rows, flags, told, others, tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([rows[1]]), tmp_path / "a.parquet")
+    said = f"{told} (which training may have shown to the model); {others}" if told else others
     for data in (rows, write_lines(tmp_path, *rows)):
         made = corpus(data, **flags)
         assert made.unread_fields() is None
         assert len(list(made.sequences())) == 2
-        assert made.unread_fields() == "rows: not read: functions, system"
+        assert made.unread_fields() == f"rows: not read: {said}"
     table = corpus(tmp_path / "a.parquet", **flags)
     assert len(list(table.sequences())) == 1
-    said = table.unread_fields() or table.notes[0]
-    assert all(name in said.split("not read: ")[1] for name in ("functions", "system"))
+    assert all(name in f"{table.unread_fields()}{table.notes}" for name in told.split(", "))
 
 
 def test_rows_of_another_form_are_counted_and_named():
