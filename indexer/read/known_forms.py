@@ -203,8 +203,8 @@ def refuse_preferences(name: str, content: Content, form: Form | None) -> None:
 def refuse_unlearned(content: Content) -> None:
     """Raise BadRowError for an answer that is labelled true or false, where the first wasn't."""
     for label in PREFERENCE_LABELS:
-        # a 0 or 1 among other numbers is a class
-        if _is_yes_or_no(content.get(label)) and not str(content[label])[:1].isdigit():
+        # a 0 or 1 among other numbers is a class, and so is a yes among other words
+        if str(content.get(label)).strip().lower() in ("true", "false"):
             raise BadRowError(f"a preference, true or false as {label!r} (what is labelled false "
                               "was not to be learned; --rows FORM reads all as they are)")
 

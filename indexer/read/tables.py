@@ -51,7 +51,9 @@ def table_rows(path: Path, names: Sequence[str] = ()) -> Iterator[Row | None]:
             first = next((values for values in reader if values), None)
             if first is None:
                 return
+            said = None
             if not header or _folded(first) == _folded(header):
+                said = first
                 # under the names that were given, whatever letters the file has them in
                 header = header or _header(path, first)
             elif len(first) != len(header):
@@ -67,7 +69,9 @@ def table_rows(path: Path, names: Sequence[str] = ()) -> Iterator[Row | None]:
             else:
                 yield _row(header, first)
             for values in reader:
-                yield _row(header, values) if values else None
+                # as cat leaves it between tables
+                yield BadRowError("the header again") if values == said else \
+                    _row(header, values) if values else None
         except csv.Error as error:
             raise InputError(
                 f"{path} is no table at line {reader.line_num}: {error}. Expected values in double "
@@ -161,24 +165,23 @@ def first_row(sample: str, whole: bool) -> tuple[str, ...]:
     (('text', 'label'), ())
     """
     lines = io.StringIO(sample, newline="").readlines()
+    # of what was cut, the last line is not whole
+    reader = csv.reader(lines if whole else lines[:-1], _form(sample, False))
     found: list[list[str]] = []
+    broken = False
     try:
-        # of what was cut, the last line is not whole
-        found += (row for row in csv.reader(lines if whole else lines[:-1], _form(sample, False))
-                  if row)
+        found += filter(None, reader)
     except csv.Error:
-        if whole:
-            return ()
-    if len(found) < 2:
+        broken = whole  # else a value may go on behind the sample
+    if not found or found[0][0] == "" == found[0][-1]:  # a table of Markdown, in a text about it
         return ()
     first, others = found[0], found[1:]
     alike = sum(len(row) == len(first) for row in others)
-    # one column is a list of lines; a first line that says "text" alone is nothing but a header
-    if first[0] == "" == first[-1]:  # a table of Markdown, in a text about it
-        return ()
-    if len(first) == 1:
-        return tuple(first) if first == ["text"] and alike == len(others) else ()
-    return tuple(first) if alike * (2 if has_fields(first) else 1) >= len(others) else ()
+    if len(first) == 1:  # a list of lines, unless the first can be nothing but a header
+        return ("text",) if first == ["text"] and alike == len(others) > 0 else ()
+    if has_fields(first) and (broken or (others and alike * 2 >= len(others))):
+        return tuple(first)  # what is wrong with it is said where it is read
+    return tuple(first) if alike == len(others) > 0 and not broken else ()
 
 
 def has_fields(names: Sequence[str], named: Collection[str] = ()) -> bool:

@@ -264,6 +264,9 @@ def test_what_may_be_a_table_is_a_text_and_said(tmp_path):
     assert decoded(read(tmp_path / "a.txt", text_field="body")) == ["yes no"]
     (tmp_path / "d").write_text("# exported\ntext,n\nyes no,1\n")
     assert make_corpus(tmp_path / "d").notes[0].startswith(f"texts: {tmp_path}/d read as one ")
+    (tmp_path / "d").write_text('text,n\n"yes" no,1\n')
+    with pytest.raises(InputError, match="d is no table at line 2"):
+        read(tmp_path / "d")
     (tmp_path / "c").write_text("prompt,chosen,rejected\na,b,c\n")
     with pytest.raises(InputError, match="holds preferences"):
         read(tmp_path / "c")

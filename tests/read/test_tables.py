@@ -62,6 +62,14 @@ def test_spaces_before_quotes(tmp_path):
     assert rows_of(tmp_path / "a.csv") == [{"text": "a, b", "label": "1"}]
 
 
+def test_a_header_in_the_middle_is_a_bad_row(tmp_path):
+    (tmp_path / "a.csv").write_text("text,n\nyes no,1\ntext,n\nno fire,2\n")
+    for columns in ((), ("text", "n")):
+        made = make_corpus(tmp_path / "a.csv", columns=columns)
+        assert decoded(made.sequences()) == ["yes no", "no fire"]
+        assert made.facts.skipped == {"the header again": 1}
+
+
 def test_spaces_and_separators_within_quotes(tmp_path):
     (tmp_path / "a.csv").write_text('text;label\n"; "; \n')
     assert rows_of(tmp_path / "a.csv") == [{"text": "; ", "label": " "}]
