@@ -225,24 +225,31 @@ def _ends_with_answer(messages: Any) -> bool:
 
 def _of_the_chosen(content: Content) -> str:
     """The flags by which the better answer of a preference is read, and what they leave out."""
-    chosen = content["chosen"]
     asked = next((name for name in _ASKED if has_value(content.get(name))), None)
-    if is_messages(chosen) or is_quoted(chosen):
-        try:
-            roles = {message["role"] for message in read_chat(chosen).messages}
-        except MessagesError:
-            roles = set()
-        if asked is None or "user" in roles:  # the whole chat
-            return "--messages-field chosen"
-        if not is_messages(content[asked]):
-            return (f"write {asked} and chosen as one list of messages, for {asked} is text and "
-                    "chosen is messages")
+    try:
+        told = any(message["role"] == "user" for message in read_chat(content["chosen"]).messages)
+    except MessagesError:
+        told = False
+    if told:  # the whole chat
+        return "--messages-field chosen"
     if asked is None:
         return "--text-field chosen"
+    kinds = [_kind_of(content[name]) for name in (asked, "chosen")]
+    if kinds not in (["text"] * 2, ["messages"] * 2):
+        return (f"write {asked} and chosen both as text, or both as messages ({asked} is "
+                f"{kinds[0]}, chosen is {kinds[1]})")
     beside = [name for name in _lost(asked) if has_value(content.get(name))]
     left = f" (which leave {' and '.join(beside)} out; or write prompts that hold it)" if beside \
         else ""
     return f"--prompt-field {asked} --completion-field chosen{left}"
+
+
+def _kind_of(value: Any) -> str:
+    if is_messages(value):
+        return "messages"
+    if isinstance(value, str):
+        return "messages as JSON text" if is_quoted(value) else "text"
+    return f"a {type(value).__name__}"
 
 
 def lacking(name: str, form: Form, names: Iterable[Any]) -> InputError:

@@ -237,8 +237,13 @@ def test_what_the_flags_for_a_preference_leave_out_is_said():
     row = {"system": "s", "question": "a", "chosen": "b", "rejected": "c"}
     with pytest.raises(InputError, match=r"question --completion-field chosen \(which leave sys"):
         corpus([row])
-    with pytest.raises(InputError, match=r"write prompt and chosen as one list of messages, for p"):
-        corpus([{"prompt": "a", "chosen": CHAT[1:2], "rejected": CHAT[1:2]}])
+    for prompt, chosen, said in (
+            ("a", CHAT[1:2], "prompt is text, chosen is messages"),
+            (CHAT[:1], "a", "prompt is messages, chosen is text"),
+            (json.dumps(CHAT[:1]), CHAT[1], "prompt is messages as JSON text, chosen is messages"),
+            ("a", {"text": "b"}, "prompt is text, chosen is a dict")):
+        with pytest.raises(InputError, match=rf"write prompt and chosen both as .* \({said}\)\."):
+            corpus([{"prompt": prompt, "chosen": chosen, "rejected": chosen}])
     assert len(read_forms([{"prompt": "a", "completion": "b", "label": label} for label in (
         "good", 0, 1, "1")])[0]) == 4  # classes
 
