@@ -161,7 +161,7 @@ def _chat_question(content: Any, path: Path, score_on: str | None) -> Question:
     told: dict[str, Any] = {name: content[name] for name in ("tools", "chat_template_kwargs")
                             if has_value(content.get(name))}
     lost: tuple[str, ...] = TOLD_BESIDE
-    field = next((name for name in CHAT_FIELDS if name in content), None)
+    field = next((name for name in CHAT_FIELDS if content.get(name) is not None), None)
     if field == "messages":
         told["messages"] = content[field]
     elif field is not None:

@@ -62,6 +62,7 @@ def test_a_file_of_messages_may_hold_a_row_of_data(content, question, tmp_path):
 
 @pytest.mark.parametrize(("content", "reason"), [
     ({"chat": CHAT}, r"holds an object without messages \(its fields are chat\); expected a list"),
+    ({"messages": None}, r"holds an object without messages \(its fields are messages\)"),
     ({}, r"without messages \(its fields are none\)"),
     ({"messages": CHAT, "system": "be cold"}, "field 'system' would not be read. Put it into"),
     ({"messages": CHAT, "functions": [{"name": "f"}]}, "field 'functions' would not be read"),
