@@ -235,9 +235,7 @@ def _settle_table(found: Discovery, names: Sequence[str], named: Collection[str]
         source.kind = "csv"
         return
     source.kind = "text"
-    # as prose separates them, too
-    if not any(name.startswith(" ") for name in names):
-        found.tables.append(source.name)
+    found.tables.append(source.name)
 
 
 def _is_about(path: Path) -> bool:

@@ -179,9 +179,12 @@ def first_row(sample: str, whole: bool) -> tuple[str, ...]:
     alike = sum(len(row) == len(first) for row in others)
     if len(first) == 1:  # a list of lines, unless the first can be nothing but a header
         return ("text",) if first == ["text"] and alike == len(others) > 0 else ()
-    if has_fields(first) and (broken or (others and alike * 2 >= len(others))):
+    spaced = any(name.startswith(" ") for name in first) or not first[-1]  # as in prose
+    if has_fields(first) and not spaced and (broken or (others and alike * 2 >= len(others))):
         return tuple(first)  # what is wrong with it is said where it is read
-    return tuple(first) if alike == len(others) > 0 and not broken else ()
+    if alike < len(others) or not others or broken or (spaced and not has_fields(first)):
+        return ()
+    return tuple(first)
 
 
 def has_fields(names: Sequence[str], named: Collection[str] = ()) -> bool:

