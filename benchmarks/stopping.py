@@ -1,10 +1,13 @@
-"""When is a search sure? Three defaults on the same queries: seconds, rescored, actual, claimed.
+"""When is a search sure, and is what it claims true? On queries whose whole truth is known.
 
-    python benchmarks/stopping.py .demo --queries 40
+    python benchmarks/stopping.py .demo/index .demo/model --queries 45 --timed 5
+    python benchmarks/stopping.py INDEX MODEL --queries 12 --asked questions.jsonl --together 6
 
-FOLDER holds `index` and `model`, as `make demo` leaves them. Queries are made of sequences of the
-index: a completion of 1 to 64 tokens after what stands before it. Every sequence is scored exactly
-on each for the truth, that the query was made of included.
+Queries are made of sequences of the index (a completion of 1 to 64 tokens after what stands before
+it), and read from a file of JSON lines. Every sequence is scored exactly on each for the truth,
+which is kept in FOLDER and found there again; searches look their exact scores up there, but for
+the timed ones. Printed: for the defaults and what they replace the number rescored, actual and
+claimed recall; how much fixed lengths find, by code and by both; and claims by tenths.
 """
 
 import sys
@@ -18,104 +21,109 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import gradindex
-from gradindex.influence.exact import rescore
-from gradindex.results import UNSCORED, Query
+from benchmarks.truth import SHORT, Known, Outcome, asked, find, make_queries, search_known
 from search.ask.controls import Controls
 from search.ask.settings import settle
 from search.engine import Searcher
-from search.rank.query_gradient import form_gradients
-from search.rank.ranking import best
-from search.rank.session import Session
-from search.rank.shortlist import Shortlist
 
-LENGTHS = (1, 2, 3, 4, 6, 8, 12, 32, 64)  # of completions, in turn; the first seven are short
-SHORT = 12
-BEFORE = 40  # tokens of prompt, at most
-AT_ONCE = 20  # queries whose truth is found together
 DEFAULTS: dict[str, dict[str, Any]] = {
     "1,000 by code": {"shortlist": 1000, "candidates": "code"},
     "1,000 by both": {"shortlist": 1000, "candidates": "both"},
     "until sure, by code": {"candidates": "code"},
-    "until sure, by both (the default)": {},
+    "until sure, by both (default)": {},
+    "opponents until sure, by both": {"opponents": True},
 }
+FIXED = (20, 50, 100, 200, 500, 1000)
+SURE = 0.99
 
 
-def make_queries(index: Searcher, count: int, seed: int) -> list[Query]:
-    """Queries of known places in the index, of every length in turn."""
-    random, queries = np.random.default_rng(seed), []
-    while len(queries) < count:
-        length = LENGTHS[len(queries) % len(LENGTHS)]
-        tokens = index.snapshot.records([int(random.integers(len(index)))])[0].tokens.tolist()
-        if len(tokens) < length + 6:
-            continue
-        at = int(random.integers(4, len(tokens) - length + 1))
-        text = tokens[max(0, at - BEFORE) : at + length]
-        queries.append(index.make_query(
-            token_ids=text, labels=[UNSCORED] * (len(text) - length) + text[-length:]))
-    return queries
+def defaults(index: Searcher, known: list[Known], k: int) -> None:
+    """A line for each default."""
+    print(f"\n{'':<32}rescored  actual  claimed  sure of {SURE}: share  rescored  actual  fewest")
+    for name, controls in DEFAULTS.items():
+        rows = [search_known(index, one, {"k": k, **controls}) for one in known]
+        sure = [row for row in rows if row.lower >= SURE]
+        line = f"{name:<32}{_mean(rows, 'rescored'):>8.0f}  {_mean(rows, 'actual'):>6.3f}  " \
+            f"{_mean(rows, 'claimed'):>7.3f}  {len(sure) / len(rows):>18.2f}"
+        if sure:
+            line += f"  {_mean(sure, 'rescored'):>8.0f}  {_mean(sure, 'actual'):>6.3f}  " \
+                f"{min(row.actual for row in sure):>6.2f}"
+        print(line, flush=True)
 
 
-def truth_of(index: Searcher, queries: list[Query], k: int) -> tuple[np.ndarray, list[list[float]]]:
-    """Exact influence [q, N], and of each query the recall of the top k by share of the list."""
-    settings, places = settle(Controls(k=k), index.manifest), list(range(len(index)))
-    truth = np.zeros((len(queries), len(index)))
-    shares: list[list[float]] = []
-    for first in range(0, len(queries), AT_ONCE):
-        group = queries[first : first + AT_ONCE]
-        gradients, preconditioned = form_gradients(index.snapshot, group, settings,
-                                                   index.batch_tokens)
-        session = Session(index.snapshot, settings, gradients, preconditioned, index.batch_tokens)
-        for batch in rescore(session.common.by, preconditioned, index.snapshot.records(places)):
-            for place, exact in batch:
-                truth[first : first + len(group), place] = exact.influence
-        for track in session.tracks:
-            words = index.snapshot.tables.tokens.scores(track.query.scored_tokens)
-            top = set(best(truth[first + track.number], k).tolist())
-            shares.append([
-                len(top & set(Shortlist(track.ranking, track.noise, length, listed).places(length)))
-                / k for length in (50, 100, 200, 500, 1000)
-                for listed in (None, best(words, length // 5))])
-    return truth, shares
+def _mean(rows: list[Outcome], name: str) -> float:
+    return float(np.mean([getattr(row, name) for row in rows]))
+
+
+def fixed(index: Searcher, known: list[Known], k: int) -> None:
+    """What fixed lengths find and claim, short completions and longer ones; claims by tenths."""
+    lengths = [length for length in FIXED if k <= length < len(index)]
+    both: list[Outcome] = []
+    for what, chosen in (
+            (f"completions of 1 to {SHORT} tokens", [q for q in known if q.query.scored <= SHORT]),
+            ("longer ones", [q for q in known if q.query.scored > SHORT])):
+        print(f"\n{what} ({len(chosen)}): the top {k}\n"
+              "rescored  by code: actual  claimed  by both: actual  claimed")
+        for length in lengths if chosen else []:
+            by = {name: [search_known(index, one, {"k": k, "shortlist": length, "candidates": name})
+                         for one in chosen] for name in ("code", "both")}
+            both += by["code"] + by["both"]
+            print(f"{length:>8,}" + "".join(
+                f"  {_mean(rows, 'actual'):>{wide}.3f}  {_mean(rows, 'claimed'):>7.3f}"
+                for wide, rows in zip((15, 15), by.values(), strict=True)), flush=True)
+    print(f"\nall of these: claimed {_mean(both, 'claimed'):.3f}, actual "
+          f"{_mean(both, 'actual'):.3f}\ntenth of the claim  searches  claimed  actual")
+    for tenth in range(10):
+        rows = [row for row in both if min(9, int(10 * row.claimed)) == tenth]
+        if rows:
+            print(f"{tenth / 10:>10.1f} to {tenth / 10 + .1:.1f}  {len(rows):>8}  "
+                  f"{_mean(rows, 'claimed'):>7.3f}  {_mean(rows, 'actual'):>6.3f}", flush=True)
+
+
+def timed(index: Searcher, known: list[Known], k: int) -> None:
+    """Seconds of searches as a user makes them, from the query to each stage."""
+    print("\ntokens scored  prepared  scanned  first exact  of  each  end  rescored  lower bound")
+    for one in known:
+        begun, at, first = time.monotonic(), {}, 0
+        for stage in index.stages([one.query], settle(Controls(k=k), index.manifest)):
+            at.setdefault(stage.name, time.monotonic() - begun)
+            if stage.name == "exact" and not first:
+                first = stage.done
+        assert stage.result is not None
+        end, done = time.monotonic() - begun, stage.result.rescored
+        print(f"{one.query.scored:>13}  {at['gradient']:>8.1f}  {at['approximate']:>7.1f}  "
+              f"{at.get('exact', end):>11.1f}  {first:>2}  {(end - at['approximate']) / done:>4.2f}"
+              f"  {end:>3.0f}  {done:>8}  {stage.result.recall.lower:>11.3f}", flush=True)
 
 
 @click.command()
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--queries", "count", default=40, show_default=True)
+@click.argument("model")
+@click.option("--queries", "count", default=45, show_default=True, help="Made of the index.")
+@click.option("--asked", "file", type=click.Path(exists=True, path_type=Path),
+              help="More queries, a JSON object a line.")
 @click.option("-k", default=10, show_default=True)
 @click.option("--seed", default=1, show_default=True)
-def main(folder: Path, count: int, k: int, seed: int) -> None:
-    """Print a line for each default, and what a list by words adds at the same length."""
-    index = gradindex.open(folder / "index", model=str(folder / "model"))
+@click.option("--together", default=20, show_default=True, help="Queries scored in one pass.")
+@click.option("--timed", "some", default=0, show_default=True, help="Searches that are timed.")
+@click.option("--kept", type=click.Path(path_type=Path), default=Path("truth.npz"),
+              show_default=True, help="Where the truth is kept.")
+def main(folder: Path, model: str, count: int, file: Path | None, k: int, seed: int,
+         together: int, some: int, kept: Path) -> None:
+    """Print a line for each default, what fixed lengths find, and claims by tenths."""
+    index = gradindex.open(folder, model=model)
+    begun = time.monotonic()
     index.snapshot.load()
-    queries = make_queries(index, count, seed)
-    truth, shares = truth_of(index, queries, k)
-    print(f"{len(index):,} sequences, {count} queries, k = {k}\n\n"
-          f"{'':<34}seconds  rescored  actual  claimed  sure of .99: share  rescored  actual")
-    for name, controls in DEFAULTS.items():
-        rows = []
-        for query, influence in zip(queries, truth, strict=True):
-            begun = time.monotonic()
-            [result] = index.search_many([query], k=k, **controls)
-            top = set(best(influence, k).tolist())
-            found = {index.known([hit.id])[0] for hit in result}
-            assert result.recall.lower is not None and result.recall.estimate is not None
-            rows.append((time.monotonic() - begun, result.rescored, len(found & top) / k,
-                         result.recall.estimate, result.recall.lower >= 0.99))
-        table = np.array(rows, dtype=float)
-        sure = table[table[:, 4] == 1]
-        seconds, rescored, actual, claimed = table[:, :4].mean(0)
-        print(f"{name:<34}{seconds:>7.1f}  {rescored:>8.0f}  {actual:>6.3f}  {claimed:>7.3f}  "
-              f"{len(sure) / len(table):>18.2f}" + (
-                  f"  {sure[:, 1].mean():>8.0f}  {sure[:, 2].mean():>6.3f}" if len(sure) else ""),
-              flush=True)
-    short = [query.scored <= SHORT for query in queries]
-    for what, chosen in (("completions of 1 to 12 tokens", short),
-                         ("longer ones", [not one for one in short])):
-        means = np.array(shares)[chosen].mean(0).reshape(-1, 2)
-        print(f"\n{what} ({sum(chosen)}): recall of the top {k}\n"
-              "shortlist  by code  by both (a fifth by words)")
-        for length, (code, both) in zip((50, 100, 200, 500, 1000), means, strict=True):
-            print(f"{length:>9,}  {code:>7.3f}  {both:>7.3f}")
+    loaded = time.monotonic() - begun
+    queries = [*make_queries(index, count, seed), *(asked(index, file) if file else [])]
+    print(f"{len(index):,} sequences, {len(queries)} queries, k = {k}, "
+          f"K = {index.manifest.code['length']:,}; loaded in {loaded:.1f} s")
+    if some:
+        timed(index, [Known(query, None, np.zeros(0)) for query in  # type: ignore[arg-type]
+                      queries[:: max(1, len(queries) // some)][:some]], k)
+    known = find(index, queries, together, kept)
+    defaults(index, known, k)
+    fixed(index, known, k)
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def make_request(
                      "with --chat-template")
     if settings.columns and not any(one.kind == "csv" for one in corpus.sources):
         raise InputError("--columns names the columns of a table without a header (.csv, .tsv); "
-                         "the data holds none. Leave it out.")
+                         "none of the data is called so. Call a table that, or leave it out.")
     for note in corpus.notes:
         progress.say(note)
 

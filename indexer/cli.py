@@ -35,7 +35,8 @@ _MAX_BAD = click.option(
 @click.option("--text-field", metavar="NAME", help="Field of plain text [text].")
 @click.option("--prompt-field", metavar="NAME", help="Field of the prompt [prompt].")
 @click.option("--completion-field", metavar="NAME", help="Field of the completion [completion].")
-@click.option("--messages-field", metavar="NAME", help="Field of chat messages [messages].")
+@click.option("--messages-field", metavar="NAME", help="Field of chat messages, or of turns (from, "
+              "value) [messages].")
 @click.option("--chat-template", type=click.Path(path_type=Path), metavar="FILE",
               help="Jinja template that training rendered chats by [the tokenizer's own].")
 @click.option("--rows", metavar="FORM", help="Form of the records, where their fields don't tell: "

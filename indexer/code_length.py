@@ -152,10 +152,15 @@ def _most(filled: int) -> int:
 
 def describe(found: list[Spread], count: int, bits: int) -> str:
     """What codes of K, 2 K and 4 K bits are expected to find, and what they take: a line."""
+    return f"codes: {shares_of(found, count, bits)}"
+
+
+def shares_of(found: list[Spread], count: int, bits: int) -> str:
+    """The same, without a word before."""
     parts = [f"{length:,} bits ({size(count * code_bytes(length))}) {share:.0%}"
              for length in (bits, 2 * bits, 4 * bits)
              for share in [mean_share(found, count, length)]]
-    return (f"codes: of the true top {TOP}, expected among the {FIRST} scored exactly first: "
+    return (f"of the true top {TOP}, expected among the {FIRST} scored exactly first: "
             + ", ".join(parts))
 
 

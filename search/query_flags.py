@@ -85,7 +85,7 @@ QUESTION_FLAGS = [
                       "[the model's own continuation]."),
     click.option("--messages", type=click.Path(exists=True, dir_okay=False, path_type=Path),
                  help="JSON file of chat messages, or of an object with messages, tools and "
-                      "chat_template_kwargs; the last message is explained."),
+                      "chat_template_kwargs, or of a row of data; the last message is explained."),
     click.option("--versus", metavar="TEXT",
                  help="Another completion: explain log p of -c minus log p of this."),
     click.option("--score-on", metavar="RANGE",
@@ -141,16 +141,57 @@ def read_question(flags: dict[str, Any], id_source: str | None = None) -> Questi
 
 
 def _chat_question(content: Any, path: Path, score_on: str | None) -> Question:
-    """What a file of messages asks. Raises UsageError for an object without messages."""
-    if not isinstance(content, dict):
+    """What a file of messages asks, or of a row of data that holds a chat or a prompt.
+
+    Raises UsageError for an object of something else, or with more than would be read.
+    """
+    from gradindex.model.messages import (
+        CHAT_FIELDS,
+        TOLD_BESIDE,
+        TOLD_BESIDE_PROMPTS,
+        has_value,
+        is_messages,
+        is_told,
+        led_by,
+        read_chat,
+    )
+
+    if not isinstance(content, dict) or is_messages(content):
         return Question(messages=content, score_on=score_on)
-    if "messages" not in content:
-        raise click.UsageError(f"--messages {path} holds an object without messages; expected a "
-                               "list of messages, or an object with messages, tools and "
-                               "chat_template_kwargs.")
-    # what else a row of data has (an id, a label) is nothing that a template reads
-    return Question(messages=content["messages"], tools=content.get("tools"),
-                    chat_template_kwargs=content.get("chat_template_kwargs"), score_on=score_on)
+    told: dict[str, Any] = {name: content[name] for name in ("tools", "chat_template_kwargs")
+                            if has_value(content.get(name))}
+    lost: tuple[str, ...] = TOLD_BESIDE
+    field = next((name for name in CHAT_FIELDS if content.get(name) is not None), None)
+    if field == "messages":
+        told["messages"] = content[field]
+    elif field is not None:
+        lost = tuple(name for name in lost if name != "system")
+        told["messages"] = led_by(read_chat(content[field], name=field).messages,
+                                  content.get("system"))
+    elif {"prompt", "completion"} <= content.keys():
+        lost, texts = TOLD_BESIDE_PROMPTS, {name: content[name] for name in TEXTS[:2]}
+        if all(map(is_messages, texts.values())):
+            told["messages"] = [message for name, text in texts.items()
+                                for message in read_chat(text, name=name).messages]
+        elif all(isinstance(text, str) for text in texts.values()):
+            told |= texts
+        else:
+            raise click.UsageError(f"--messages {path}: of prompt and completion one is text and "
+                                   "one messages, or neither; expected both of one kind.")
+    else:
+        raise click.UsageError(
+            f"--messages {path} holds an object without messages (its fields are "
+            f"{', '.join(content)[:100] or 'none'}); expected a list of messages, or an object "
+            "with messages, tools and chat_template_kwargs, or a row of data with conversations, "
+            "or with prompt and completion.")
+    # what else a row has (an id, a label) is nothing that a template reads
+    for name in lost:
+        if has_value(content.get(name)) and not (
+                field and is_told(read_chat(content[field]).messages, content[name])):
+            raise click.UsageError(f"--messages {path}: field {name!r} would not be read. Put it "
+                                   "into the messages or the prompt, as training did, or take it "
+                                   "out.")
+    return Question(**told, score_on=score_on)
 
 
 def read_argument(value: str | None) -> str | None:

@@ -30,7 +30,8 @@ DOORS = {  # library: the files that it enters through
     "starlette": {f"search/serve/{name}.py" for name in
                   ("api", "guard", "pages", "reception", "server")},
     "uvicorn": {"search/serve/connections.py", "search/serve/listening.py"},
-    "scipy": {"gradindex/storage/token_file.py", "indexer/code_length.py", "indexer/fit/eigen.py"},
+    "scipy": {"gradindex/influence/codes.py", "gradindex/storage/token_file.py",
+              "indexer/code_length.py", "indexer/fit/eigen.py"},
     "sklearn": {"search/study/evaluate.py"},
     "matplotlib": {"search/study/evaluate.py"},
     "peft": {"gradindex/model/load_adapter.py"},

@@ -80,11 +80,26 @@ def test_the_unpacked_wheel_works_elsewhere(wheel, tmp_path):
     assert (desk / "result.html").read_text().startswith("<!doctype html>")
 
 
+def interpreter(minor: int) -> str | None:
+    """A Python 3.`minor` of this machine, which may be one of pyenv's that its shims don't give."""
+    if minor == sys.version_info.minor:
+        return sys.executable
+    versions = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    for found in (shutil.which(f"python3.{minor}"), *versions.glob(f"3.{minor}.*/bin/python")):
+        if found and subprocess.run([found, "-c", "import venv"], check=False,
+                                    capture_output=True).returncode == 0:
+            return str(found)
+    return None
+
+
 @pytest.mark.slow
-def test_the_journey_runs_in_an_empty_environment(wheel, tmp_path):
+@pytest.mark.parametrize("minor", [11, 12, 13, 14], ids="3.{}".format)
+def test_the_journey_runs_in_an_empty_environment(wheel, tmp_path, minor):
     """The wheel with its extra and pytest, installed into a new environment; nothing else."""
+    if (base := interpreter(minor)) is None:
+        pytest.skip(f"no Python 3.{minor} here")
     environment, desk = tmp_path / "venv", tmp_path / "desk"
-    run(sys.executable, "-m", "venv", environment, folder=tmp_path)
+    run(base, "-m", "venv", environment, folder=tmp_path)
     python = environment / "bin" / "python"
     install = (python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
                "--constraint", ROOT / "constraints.txt")

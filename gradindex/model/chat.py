@@ -38,10 +38,10 @@ def encode_chat(tokenizer: Any, chat: Chat, last: bool = False) -> Tokenised:
         learned = chosen(lambda message: not is_left_out(message))
         for start, end in stretches_of(renderer, marked, learned):
             scored |= (spans[:, 1] > start) & (spans[:, 0] < end)
-        return Tokenised(tokens, scored, spans)
+        return Tokenised(tokens, scored, spans, renderer.unshown)
     for start, end in turns(renderer, chosen(is_learned)):
         scored |= (spans[:, 1] > start) & (spans[:, 1] <= end)
-    return Tokenised(tokens, scored, spans)
+    return Tokenised(tokens, scored, spans, renderer.unshown)
 
 
 def encode_answer(tokenizer: Any, prompt: Chat, completion: list[dict[str, Any]]) -> Tokenised:
@@ -59,14 +59,14 @@ def encode_answer(tokenizer: Any, prompt: Chat, completion: list[dict[str, Any]]
     if any(left_out[len(prompt.messages):]):
         for start, end in turns(renderer, left_out):
             scored &= ~((spans[:, 1] > start) & (spans[:, 1] <= end))
-    return Tokenised(tokens, scored, spans)
+    return Tokenised(tokens, scored, spans, renderer.unshown)
 
 
-def encode_question(tokenizer: Any, chat: Chat) -> tuple[str, list[int]]:
+def encode_question(tokenizer: Any, chat: Chat) -> tuple[str, list[int], str | None]:
     """A chat that waits for an answer: its text with the words that open one, and its token ids.
 
-    Raises ChatTemplateError.
+    Beside them what its template doesn't show of it. Raises ChatTemplateError.
     """
     renderer = Renderer(tokenizer, chat)
     text = renderer.render(renderer.chat.messages, answer=True)
-    return text, [int(token) for token in renderer.tokens(text)[0]]
+    return text, [int(token) for token in renderer.tokens(text)[0]], renderer.unshown

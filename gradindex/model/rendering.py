@@ -32,18 +32,15 @@ class ChatTemplateError(InputError):
 class Renderer:
     """A tokenizer's chat template, applied to the messages of one chat.
 
-    Raises ChatTemplateError where the template refuses them, or leaves out what they say.
+    `unshown` is what they say and the template doesn't write, in words: a model that was trained by
+    it never saw that. Raises ChatTemplateError where the template refuses them.
     """
 
     def __init__(self, tokenizer: Any, chat: Chat):
         self._tokenizer = tokenizer
         self.chat = self._readable(chat)
         self.text = self.render(self.chat.messages)
-        if lost := unshown(self.chat, self._text):
-            reason = f"the chat template leaves out {lost}"
-            raise ChatTemplateError(
-                f"{reason}, which a model that was trained by it never saw. Give the template that "
-                "training used (--chat-template), or the messages without it.", reason)
+        self.unshown = unshown(self.chat, self._text)
 
     def render(self, messages: list[dict[str, Any]], answer: bool = False, **options: Any) -> str:
         """Messages as text. With `answer`, the words that open an assistant's turn follow them."""

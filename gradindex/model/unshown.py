@@ -1,7 +1,8 @@
 """What a chat says and its template doesn't show, so that a model never trained on it.
 
 A template reads the fields that it knows and is silent of all others: of tools, of calls, of
-messages whose role it has no words for. A row isn't to be indexed as less than it says.
+messages whose role it has no words for. Trainers are as silent, so a row is indexed as the template
+writes it, and what is missing is said.
 """
 
 import copy

@@ -45,7 +45,7 @@ from gradindex.storage.manifest import exists as index_exists
 from gradindex.storage.records import Record
 from indexer.background_queries import BACKGROUND_QUERIES
 from indexer.build_request import BuildRequest, make_request, takes_arguments_of
-from indexer.code_length import allowed_bits, check_bits
+from indexer.code_length import check_bits, choose_bits, shares_of, spreads
 from indexer.dry_run.most_memory import Held, Memory, most_memory
 from indexer.fit.batch_memory import available_on, used
 from indexer.fit.budget import budget
@@ -54,6 +54,7 @@ from indexer.fit.schedule import BLOCK_SEQUENCES
 from indexer.pace.ahead import Ahead
 from indexer.pace.batch_size import choose_batch_tokens
 from indexer.pace.pace import measure_pace
+from indexer.pace.rough_cosines import RoughCosines
 from indexer.pace.speed import in_groups
 from indexer.pace.stages import WRITING, stage_seconds
 from indexer.prepare import allow, describe_modules
@@ -64,6 +65,7 @@ from indexer.state import BuildState
 
 READING = 30.0  # seconds; data that take longer are read in part
 UNCERTAIN = 0.3
+ROUGH_QUERIES = 16  # sequences whose cosines with others tell how many bits codes need
 WRITE_RECORD = 8e-5  # seconds, as LMDB took elsewhere: it needs a file
 TOKEN_SAMPLE = 512  # sequences whose token matrix is made, to measure its size
 
@@ -192,7 +194,9 @@ def estimate(request: BuildRequest) -> Estimate:
     return_freed()  # by what ran before
     host = resident()
     device = used(model.device) if model.device.type == "cuda" else None
-    pace = measure_pace(model, tracked, data.sample, ahead, plan.covariance_blocks, progress)
+    rough = RoughCosines(plan.damping)
+    pace = measure_pace(model, tracked, data.sample, ahead, plan.covariance_blocks, progress,
+                        rough.keep)
     disk = _disk(data, model, tracked, plan, ahead.code.length)
     fitted = min(plan.fit_sequences, ahead.count)
     passed = {"covariance": fitted, "eigenvalues": fitted, "encode": ahead.count}
@@ -219,7 +223,7 @@ def estimate(request: BuildRequest) -> Estimate:
               f"{plan.dtype}; {modules}",
         data=f"{facts.documents:,} documents → {facts.sequences:,} sequences of at most "
              f"{plan.sequence_length} tokens, {facts.tokens:,} tokens"
-             + (f"; {cut}" if (cut := request.corpus.cut_documents()) else ""),
+             + "".join(f"; {said}" for said in request.corpus.said_of_rows()),
         documents=facts.documents, sequences=facts.sequences, tokens=facts.tokens,
         read=data.share, stages=stages, disk=disk,
         # the fit's sums are gone before the first code is written
@@ -229,17 +233,19 @@ def estimate(request: BuildRequest) -> Estimate:
         memory_free=Memory(available(), 0 if device is None else available_on(model.device)),
         memory_parts=needs.parts | {f"a batch of {batch_tokens:,} tokens": pace.batch},
         threads=torch.get_num_threads(), device=str(model.device),
-        codes="" if plan.bits else _open_codes(ahead), note=note,
+        codes=_codes(rough.cosines(), plan.bits, ahead, tracked), note=note,
     )
 
 
-def _open_codes(ahead: Ahead) -> str:
-    """What codes may come to, as long as their bits aren't settled."""
-    lengths = list(allowed_bits(ahead.count, ahead.fit.curvature))
-    least, most = (f"{bits:,} bits ({size(ahead.count * layout.code_bytes(bits))})"
-                   for bits in (lengths[0], lengths[-1]))
-    return (f"from {least} to {most}, as the spread of exact scores asks for once the curvature is "
-            f"fitted; {ahead.code.length:,} bits are reckoned here")
+def _codes(cosines: np.ndarray, asked: int | None, ahead: Ahead, modules: list[Module]) -> str:
+    """What codes of K bits will find by rough cosines [s, s]; which K, where none is asked for."""
+    found = spreads(cosines[:ROUGH_QUERIES])
+    if not found:
+        return "" if asked else f"as the data need; {ahead.code.length:,} bits are reckoned here"
+    bits = asked or choose_bits(found, ahead.count, ahead.fit.curvature, modules)
+    line = shares_of(found, ahead.count, bits)
+    chosen = "" if asked else f". The build chooses; {ahead.code.length:,} bits are reckoned here"
+    return f"{line}; rough, by {len(cosines)} sequences before a fit{chosen}"
 
 
 def _note_on(index: Path, state: BuildState | None) -> str:

@@ -42,6 +42,8 @@ from indexer.fit.eigen import eigenvectors
 from indexer.pace.ahead import Ahead
 from indexer.pace.speed import Speed, fit_speed
 
+Look = Callable[[Module, Tensor, Tensor, Tensor], None]
+
 OF_A_SHAPE = 3  # modules of each shape that are timed
 LARGEST_MATRIX = 1024  # decomposed to be timed; larger ones take (n / 1024)³ times that
 ENOUGH, REPEATS = 0.2, 4  # a piece of work is run again until it took so many seconds
@@ -100,11 +102,12 @@ class _Times:
 
 def measure_pace(
     model: LanguageModel, modules: list[Module], sample: list[Record], ahead: Ahead,
-    covariance_blocks: int, progress: Progress,
+    covariance_blocks: int, progress: Progress, look: Look | None = None,
 ) -> Pace:
     """Run two batches of a sample, and the stages' work on some of what they gave.
 
-    Raises ResourceError where memory runs out on a batch.
+    `look` is shown what the timed modules were handed: a [b, t, i], d [b, t, o] and which inputs
+    are real [b, t]. Raises ResourceError where memory runs out on a batch.
     """
     batch_tokens, code, together = ahead.batch_tokens, ahead.code, ahead.together
     return_freed()
@@ -136,6 +139,9 @@ def measure_pace(
             if number == 0:  # these depend on no batch
                 drawing += counts[shape] * bench.drawing / len(parts)
                 precondition_seconds += counts[shape] * _seconds(bench.precondition) / together
+            if look is not None:
+                for part in parts:
+                    look(part.module, part.a, part.d, part.real)
     progress.finish()
     speeds = {name: fit_speed(shapes, taken) for name, taken in times.seconds.items()}
     return Pace(

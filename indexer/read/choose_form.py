@@ -1,20 +1,25 @@
 """Which form the records of each source have: as it was named, or as their first ones tell."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from gradindex.errors import InputError
+from gradindex.model.messages import is_messages, is_quoted
 from gradindex.storage.build_plan import CorpusSettings
 from indexer.read.known_forms import (
     BESIDE_MESSAGES,
+    PREFERENCE_LABELS,
     Form,
+    columns_for_records,
     form_of,
+    holds_columns,
     lacking,
     named_form,
     other_forms,
     refuse_preferences,
-    standard_messages,
+    refuse_unlearned,
     unknown_fields,
 )
 from indexer.read.rows import BadRowError, Columns, Row
@@ -40,20 +45,24 @@ class ChosenForms:
 
     `task` is what they come to: text, completion, messages or tokens. `forms` has each source's by
     its name, None where fields are named or there are no records; `unread` are the fields that it
-    has no use for, `others` the forms that its records have as well.
+    has no use for, `others` the forms that its records have as well, `seen` all fields of the rows
+    that were read, `chats` whether there was one among rows whose fields are named.
     """
 
     task: str
+    sources: list[DataSource]
     forms: dict[str, Form | None]
     unread: dict[str, list[str]]
     others: dict[str, list[str]]
     settings: CorpusSettings
+    seen: dict[str, set[str]] = field(default_factory=dict)
+    chats: bool = False
 
     @classmethod
     def of(cls, sources: list[DataSource], settings: CorpusSettings) -> "ChosenForms":
         """Look at the first record of every source. Raises InputError for what has no form."""
-        chosen = cls(_named_task(settings), {source.name: None for source in sources}, {}, {},
-                     settings)
+        chosen = cls(_named_task(settings), sources,
+                     {source.name: None for source in sources}, {}, {}, settings)
         kinds = {source.kind for source in sources}
         if kinds == {"npy"}:
             chosen.task = "tokens"
@@ -91,13 +100,15 @@ class ChosenForms:
             return None
         form = named_form(self.settings.rows) if self.settings.rows else form_of(names)
         if self.settings.rows is None:
-            refuse_preferences(source.name, first)
+            refuse_preferences(source.name, first, form)
         if form is not None and not set(form.needs) <= set(names):
             raise lacking(source.name, form, names)
         if form is None:
             raise unknown_fields(source.name, first, source.kind == "csv")
+        if source.kind in ("json", "jsonl") and holds_columns(first, form) and _is_alone(source):
+            raise columns_for_records(source.name, form)
         self.forms[source.name] = form
-        used = {*form.needs, *form.takes, self.settings.id_field, *self.settings.keep_fields}
+        used = self._used(source)
         self.unread[source.name] = [name for name in names if name not in used]
         self.others[source.name] = other_forms(form, names)
         return form
@@ -105,25 +116,52 @@ class ChosenForms:
     def standard(self, source: DataSource, content: dict[str, Any]) -> dict[str, Any]:
         """A row with the fields of its task, under the names of the settings. Raises BadRowError.
         """
-        form = self.forms[source.name]
+        form, read = self.forms[source.name], content
         if form is not None:
-            return form.read(content)
-        field = self.settings.messages_field
-        if field is not None and field in content:
-            return {**content, field: standard_messages(content[field])}
-        return content
+            if self.settings.rows is None and form.task != "text":
+                refuse_unlearned(content)
+            read = form.read(content)
+        elif not self.chats:
+            self.chats = any(is_messages(content.get(name)) or is_quoted(content.get(name))
+                             for name in field_names(self.settings, given=True).values())
+        self._see(source, (name for name, value in content.items() if value is not None))
+        return read
 
     def columns(self, source: DataSource) -> Columns:
         """Which columns of a source's table are read: those that are used.
 
         Where it has none of the fields that hold content, all are read, for the error to name.
         """
+        used = {*self._used(source), *PREFERENCE_LABELS}
+        form = self.forms[source.name]
+        content = set(form.needs) if form else set(field_names(self.settings).values())
+
+        def chosen(names: list[str]) -> list[str]:
+            self._see(source, names)
+            return [name for name in names if name in used] if content & set(names) else names
+        return chosen
+
+    def _used(self, source: DataSource) -> set[str | None]:
+        """The fields of a source's records that are read, or looked at."""
         form, settings = self.forms[source.name], self.settings
-        content = {*form.needs, *form.takes} if form else \
-            {*field_names(settings).values(), *BESIDE_MESSAGES}
-        used = {*content, *(form.lost if form else ()), settings.id_field, *settings.keep_fields}
-        return lambda names: [name for name in names if name in used] \
-            if content & set(names) else names
+        content = (*form.needs, *form.takes, *form.lost) if form else \
+            (*field_names(settings).values(), *BESIDE_MESSAGES)
+        return {*content, settings.id_field, *settings.keep_fields}
+
+    def _see(self, source: DataSource, names: Iterable[Any]) -> None:
+        self.seen.setdefault(source.name, set()).update(map(str, names))
+
+    def unread_later(self) -> list[str]:
+        """Fields of the records that were read so far that have no use, and that no note said."""
+        found: set[str] = set()
+        for source in self.sources:
+            if source.holds_records:
+                # what goes with chats is of no use beside texts
+                beside = () if self.forms[source.name] or self.chats else BESIDE_MESSAGES
+                used = self._used(source).difference(beside)
+                found |= self.seen.get(source.name, set()).difference(
+                    used, self.unread.get(source.name, ()))
+        return sorted(found)
 
     def notes(self) -> list[str]:
         """What was recognised, a line for each form."""
@@ -160,6 +198,12 @@ def _named_task(settings: CorpusSettings) -> str:
     return tasks[0] if tasks else ""
 
 
+def _is_alone(source: DataSource) -> bool:
+    """Whether a file of JSON holds one value."""
+    found = (row for row in read_source(source, list, (), "", 0) if row is not None)
+    return len(list(islice(found, 2))) == 1
+
+
 def _first_record(
     source: DataSource, settings: CorpusSettings
 ) -> tuple[dict[str, Any] | None, list[str]]:
@@ -168,9 +212,10 @@ def _first_record(
 
     def columns(names: list[str]) -> list[str]:
         all_names[:] = names
-        form = form_of(names)
+        form = None if {"chosen", "rejected"} <= set(names) else form_of(names)
         # of a table whose form its columns tell nothing else is read: pictures take long
-        return [name for name in names if name in (*form.needs, "label")] if form else names
+        looked_at = (*form.needs, *PREFERENCE_LABELS) if form else names
+        return [name for name in names if name in looked_at]
 
     rows: Iterable[Row | None] = read_source(
         source, columns, settings.columns, "text", settings.sequence_length)

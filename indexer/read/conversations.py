@@ -3,7 +3,14 @@
 from typing import Any
 
 from gradindex.model.chat import encode_answer, encode_chat
-from gradindex.model.messages import Chat, MessagesError, is_learned, is_messages, read_chat
+from gradindex.model.messages import (
+    Chat,
+    MessagesError,
+    is_learned,
+    is_messages,
+    is_quoted,
+    read_chat,
+)
 from gradindex.model.rendering import ChatTemplateError
 from gradindex.model.tokenise import Tokenised
 from indexer.read.rows import BadRowError
@@ -12,6 +19,9 @@ from indexer.read.rows import BadRowError
 def holds_messages(row: dict[str, Any], prompt: str, completion: str) -> bool:
     """Whether the prompt and the completion of a row are messages. Raises BadRowError."""
     kinds = [is_messages(row.get(name)) for name in (prompt, completion)]
+    for name in (prompt, completion):
+        if is_quoted(row.get(name)):  # which would be learned with its brackets
+            raise BadRowError(f"field {name!r} is messages as JSON text (write them as a list)")
     if kinds[0] != kinds[1] and all(row.get(name) is not None for name in (prompt, completion)):
         raise BadRowError(f"of {prompt!r} and {completion!r} one is text and one messages")
     return all(kinds)
@@ -22,7 +32,8 @@ def encode_conversation(tokenizer: Any, row: dict[str, Any], name: str) -> Token
     chat = _chat(row, name)
     answers = [message for message in chat.messages if message["role"] == "assistant"]
     if not answers:
-        raise BadRowError("no assistant message")
+        found = ", ".join(sorted({message["role"] for message in chat.messages}))
+        raise BadRowError(f"no assistant message (the roles are {found[:100]})")
     if not any(map(is_learned, answers)):
         raise BadRowError("every assistant message has weight 0")
     try:

@@ -15,12 +15,14 @@ import numpy as np
 from gradindex.errors import InputError
 from gradindex.model import tokenise
 from gradindex.model.chat_template import check_chat_template, with_chat_template
+from gradindex.model.messages import TOLD_BESIDE_PROMPTS
 from gradindex.objective import NextToken
 from gradindex.storage.build_plan import CorpusSettings, DataFacts
 from gradindex.storage.records import Part, Record
 from indexer.read.choose_form import ChosenForms, field_names
 from indexer.read.conversations import encode_conversation, encode_exchange, holds_messages
 from indexer.read.discover import discover
+from indexer.read.known_forms import BESIDE_MESSAGES
 from indexer.read.rows import BadRowError, Row
 from indexer.read.sources import (
     DATA_FORMS,
@@ -28,6 +30,7 @@ from indexer.read.sources import (
     content_digest,
     content_size,
     read_source,
+    shown_files,
 )
 from indexer.read.windows import packed, truncated, windows
 
@@ -76,9 +79,12 @@ class Corpus:
                              "one.")
         items = list(data)
         found = discover(items, field_names(settings, given=True).values())
-        self.sources, self._left_out = found.sources, found.left_out
+        self.sources = found.sources
         self.facts = CorpusFacts()
+        self._learned = False  # whether the document that was read last has a scored token
         self.longer = 0  # documents beyond the sequence length
+        # what the template doesn't show of chats: from where on, and how often
+        self._unshown: dict[str, tuple[str, int]] = {}
         self.documents_before = 0  # in the index already
         self.fields_seen: set[str] = set()
         if not self.sources:
@@ -100,7 +106,12 @@ class Corpus:
                 "--no-pack, or a tokenizer with an eos_token."
             )
 
-    def cut_documents(self) -> str | None:
+    def said_of_rows(self) -> list[str]:
+        """What is to be known of the rows that were read, a line each."""
+        lines = (self._cut_documents(), self._unread_fields(), self._unshown_parts())
+        return [line for line in lines if line]
+
+    def _cut_documents(self) -> str | None:
         """How many documents were longer than a sequence, and what became of them; None for none.
         """
         settings = self.settings
@@ -112,6 +123,26 @@ class Corpus:
         return (f"{self.longer:,} of {self.facts.documents:,} documents {verb} longer than "
                 f"{settings.sequence_length} tokens: {done}")
 
+    def _unread_fields(self) -> str | None:
+        """Which fields of the records that were read aren't, beyond what `notes` said; None for
+        none.
+        """
+        names = self.forms.unread_later()
+        shown = [name for name in names if name in (*TOLD_BESIDE_PROMPTS, *BESIDE_MESSAGES)]
+        others = [name for name in names if name not in shown]
+        parts = [f"{', '.join(shown)} (which training may have shown to the model)"] * bool(shown)
+        parts += [shown_files(others)] * bool(others)
+        return f"rows: not read: {'; '.join(parts)}" if parts else None
+
+    def _unshown_parts(self) -> str | None:
+        """What the chat template doesn't show of chats, and of how many; None for nothing."""
+        if not self._unshown:
+            return None
+        kinds = [f"{what} ({count:,} × from {first} on)" for what, (first, count) in
+                 self._unshown.items()]
+        return (f"warning: the chat template doesn't show {', '.join(kinds)}; these rows are "
+                "indexed as it writes them. --chat-template FILE gives the one that training used")
+
     def data_facts(self) -> list[DataFacts]:
         """Name, size (bytes, or rows) and digest of every source, to notice that it changed."""
         return [{"name": source.name, "size": content_size(source.content),
@@ -120,9 +151,7 @@ class Corpus:
     def sequences(self) -> Iterator[Record]:
         """Every sequence in order, with ids from 0; `facts` are of what was read so far."""
         facts = self.facts = CorpusFacts()  # another reading counts anew
-        if self._left_out:
-            facts.skipped["file that holds no data"] = sum(map(len, self._left_out.values()))
-        self.longer = 0
+        self.longer, self._unshown = 0, {}
         length, documents = self.settings.sequence_length, self._documents()
         if self.settings.pack and self.task != "tokens":
             assert self.end_token is not None  # as checked at the start
@@ -134,8 +163,7 @@ class Corpus:
         for tokens, scored, parts in cut:
             if not (counted := int(self.objective.counted(scored).sum())):
                 # its gradient would be 0
-                facts.skip("no scored token before the cut" if self.settings.truncate else
-                           "sequence without a scored token")
+                self._skip_unscored(parts[0])
                 continue
             yield Record(facts.sequences, tokens, scored, parts)
             facts.sequences += 1
@@ -154,25 +182,44 @@ class Corpus:
                 _check_tokens(tokenised, self.vocabulary)
                 user_id, fields = self._metadata(content)
             except BadRowError as bad:
-                self._skip(source, row, str(bad))
+                self._skip(f"{source.name}:{row}", str(bad))
                 continue
             except InputError as error:  # the whole data's fault: a template that can't be used
                 raise InputError(f"{source.name}:{row}: {error}") from None
             number = self.documents_before + self.facts.documents
             self.facts.documents += 1
+            if tokenised.unshown is not None:
+                what = tokenised.unshown.split(" (")[0]  # in brackets is which message
+                first, count = self._unshown.get(what, (f"{source.name}:{row}", 0))
+                self._unshown[what] = first, count + 1
             self.longer += len(tokenised.tokens) > self.settings.sequence_length
+            self._learned = bool(self.objective.counted(tokenised.scored).any())
             yield Part(number, source.name, row, -1, -1, 0, user_id, fields), tokenised
             if self.facts.documents == self.settings.limit:
                 return
 
-    def _skip(self, source: DataSource, row: int, reason: str) -> None:
+    def _skip(self, place: str, reason: str) -> None:
         """Count a row that can't be used. Raises InputError where that is to stop the build."""
-        where = f"{source.name}:{row}: {reason}"
+        where = f"{place}: {reason}"
         if self.strict:
             raise InputError(f"{where}. Correct it, or leave out --strict to skip such rows.")
         self.facts.skip(reason.split(" (")[0])  # what is in brackets differs from row to row
         if len(self.facts.examples) < KEPT_EXAMPLES:
             self.facts.examples.append(where)
+
+    def _skip_unscored(self, part: Part) -> None:
+        """Count a sequence without a scored token, whose first part this is.
+
+        Where it is all that there is of a row, that row can't be used.
+        """
+        place = f"{part.source}:{part.row}"
+        if self.settings.truncate:
+            self._skip(place, "no scored token before the cut")
+        elif self._learned or self.settings.pack or self.task == "tokens":
+            self.facts.skip("sequence without a scored token")
+        else:  # windows are cut of the last document that was read
+            self._skip(place, "sequence without a scored token (its first token is never "
+                              "predicted)")
 
     # ---- rows → tokens
 

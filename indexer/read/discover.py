@@ -10,7 +10,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
@@ -21,6 +21,7 @@ from indexer.read.known_forms import form_of
 from indexer.read.recognise import Content, recognise
 from indexer.read.sources import DATA_FORMS, DataSource, given_rows, shown_files
 from indexer.read.splits import note_splits, refuse_splits
+from indexer.read.tables import has_fields
 
 DOCUMENTATION = re.compile(r"(readme|licen[cs]e|copying|notice|citation|authors|contributing|"
                            r"code_of_conduct|changelog|dataset_card|datasheet)(?![a-z])")
@@ -36,13 +37,15 @@ BESIDE = (".md", ".rst", ".py", ".sh", ".xml", ".yaml", ".yml", ".toml", ".cfg",
 class Discovery:
     """The sources of what was given, in order; `left_out` has the files that are none, by reason.
 
-    `given` are the paths that were given, `walked` whether a folder was among them.
+    `given` are the paths that were given, `walked` whether a folder was among them, `tables` the
+    texts that look like tables.
     """
 
     sources: list[DataSource] = field(default_factory=list)
     left_out: dict[str, list[str]] = field(default_factory=dict)
     given: list[str] = field(default_factory=list)
     walked: bool = False
+    tables: list[str] = field(default_factory=list)
 
     def leave_out(self, reason: str, path: Path) -> None:
         """Note a file that isn't read."""
@@ -54,6 +57,9 @@ class Discovery:
         if self.walked:
             names = [source.name for source in self.sources]
             lines.append(f"files: {len(names):,} read ({shown_files(names)})")
+        if self.tables:
+            lines.append(f"texts: {shown_files(self.tables)} read as one document each, though the "
+                         "lines look like a table's; call a table .csv or .tsv")
         kinds = [f"{len(paths):,} × {reason} ({shown_files(paths)})"
                  for reason, paths in self.left_out.items()]
         return [*lines, f"left out: {', '.join(kinds)}"] if kinds else lines
@@ -86,9 +92,9 @@ def _add(path: Path, given: str, found: Discovery, named: Collection[str]) -> No
     """Add what a path that was given leads to."""
     mode = _mode(path, given)
     if stat.S_ISDIR(mode):
-        within = Discovery(left_out=found.left_out)
+        within = Discovery(left_out=found.left_out, tables=found.tables)
         documents: list[tuple[DataSource, Content]] = []
-        _walk(path, within, documents, {_identity(path)})
+        _walk(path, within, documents, named, {_identity(path)})
         _settle_documents(within, documents, named)
         _refuse_mixture(path, within)
         refuse_splits(path, within.sources)
@@ -104,6 +110,8 @@ def _add(path: Path, given: str, found: Discovery, named: Collection[str]) -> No
         raise _refused(path, content)
     kind = {"document": "json", "empty": "text"}.get(content.kind, content.kind)
     found.sources.append(DataSource(kind, str(path), path))
+    if kind == "table":
+        _settle_table(found, content.names, named)
 
 
 def _mode(path: Path, given: str) -> int:
@@ -159,7 +167,7 @@ def _identity(folder: Path) -> tuple[int, int]:
 
 def _walk(
     folder: Path, found: Discovery, documents: list[tuple[DataSource, Content]],
-    seen: set[tuple[int, int]], within: bool = False,
+    named: Collection[str], seen: set[tuple[int, int]], within: bool = False,
 ) -> None:
     """Add what a folder holds, perhaps `within` another that was given.
 
@@ -187,17 +195,18 @@ def _walk(
                 found.leave_out("link to a folder that is read already", path)
             else:
                 seen.add(identity)
-                _walk(path, found, documents, seen, within=True)
+                _walk(path, found, documents, named, seen, within=True)
         elif _is_about(path):
             found.leave_out("documentation", path)
         elif not stat.S_ISREG(mode):
             found.leave_out(_kind_of(mode), path)
         else:
-            _add_file(path, found, documents)
+            _add_file(path, found, documents, named)
 
 
 def _add_file(
-    path: Path, found: Discovery, documents: list[tuple[DataSource, Content]]
+    path: Path, found: Discovery, documents: list[tuple[DataSource, Content]],
+    named: Collection[str],
 ) -> None:
     """Add a file of a folder."""
     content = recognise(path)
@@ -214,6 +223,19 @@ def _add_file(
         source.kind = "text"
         documents.append((source, content))
     found.sources.append(source)
+    if content.kind == "table":
+        _settle_table(found, content.names, named)
+
+
+def _settle_table(found: Discovery, names: Sequence[str], named: Collection[str]) -> None:
+    """Tell whether the last file is a table: if its columns are called as fields of records are.
+    """
+    source = found.sources[-1]
+    if has_fields(names, named):
+        source.kind = "csv"
+        return
+    source.kind = "text"
+    found.tables.append(source.name)
 
 
 def _is_about(path: Path) -> bool:

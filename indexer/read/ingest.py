@@ -117,8 +117,8 @@ def write_records(corpus: Corpus, run: Run, progress: Progress) -> CorpusFacts:
         write_partial(run.index, layout.segment_name(number), waiting)
     progress.finish()
     check_read(corpus)
-    if cut := corpus.cut_documents():
-        progress.say(cut)
+    for line in corpus.said_of_rows():
+        progress.say(line)
     return corpus.facts
 
 

@@ -4,17 +4,32 @@ Those are plain text, a prompt and completion, and chat messages. Nothing of a r
 unsaid: a field that its form has no place for makes a row that can't be used.
 """
 
-import json
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from gradindex.errors import InputError
+from gradindex.model.messages import (
+    CHAT_FIELDS,
+    TOLD_BESIDE,
+    TOLD_BESIDE_PROMPTS,
+    MessagesError,
+    has_value,
+    is_messages,
+    is_quoted,
+    is_told,
+    led_by,
+    read_chat,
+)
 from indexer.read.rows import BadRowError
 
 # fields that training reads beside a chat, and that stay as they are
 BESIDE_MESSAGES = ("tools", "chat_template_kwargs")
-_LOST = ("system", "system_prompt", "history", "context", "choices", "options", "input")
+
+# fields that hold the prompt of a preference
+_ASKED = ("prompt", "question", "instruction", "query", "problem", *CHAT_FIELDS, "input")
+# fields that say of an answer whether it was to be learned (of TRL and of LLaMA-Factory)
+PREFERENCE_LABELS = ("label", "kto_tag")
 
 LONGEST_NAME = 60  # characters of a field's name that is shown
 
@@ -44,10 +59,14 @@ class Form:
                 other = form_of(content)
                 raise BadRowError(f"missing field {name!r}" + (
                     f" (a record of the form {other.name})" if other else ""))
-        if lost := [name for name in self.lost if content.get(name)]:
+        lost = [name for name in self.lost if has_value(content.get(name))]
+        if lost and not (self.task == "messages" and all(
+                _is_told(content[self.needs[0]], content[name]) for name in lost)):
             raise BadRowError(
-                f"field {lost[0]!r} has no place in the form {self.name} (name the fields to leave "
-                "it out, with --prompt-field and --completion-field, or give messages)")
+                f"field {lost[0]!r} has no place in the form {self.name} (" + (
+                    f"put it into the messages; --messages-field {self.needs[0]} leaves it out)"
+                    if self.task == "messages" else "name the fields to leave it out, with "
+                    "--prompt-field and --completion-field, or give messages)"))
         return {**content, **self.standard(content)}
 
 
@@ -72,66 +91,24 @@ def named_form(name: str) -> Form:
 
 # ---- chats
 
-ROLES = {  # of ShareGPT and what followed it: the role that templates know
-    "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant",
-    "assistant": "assistant", "bot": "assistant", "bing": "assistant", "bard": "assistant",
-    "model": "assistant", "system": "system", "developer": "developer", "tool": "tool",
-    "observation": "tool", "function_response": "tool", "function": "tool", "ipython": "tool",
-}
 
-
-def standard_messages(turns: Any) -> Any:
-    """Turns of `from` and `value` as messages of role and content; anything else as it is.
-
-    Raises BadRowError for a role that isn't known.
-
-    >>> standard_messages([{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi"}])
-    [{'role': 'user', 'content': 'Hello'}, {'role': 'assistant', 'content': 'Hi'}]
-    """
-    if not isinstance(turns, list):
-        return turns
-    return [_message(turn) if isinstance(turn, dict) and {"from", "value"} <= set(turn) else turn
-            for turn in turns]
-
-
-def _message(turn: Content) -> Content:
-    # what else a turn says, such as its weight, stays
-    rest = {name: value for name, value in turn.items() if name not in ("from", "value")}
-    if turn["from"] == "function_call":
-        return {**rest, "role": "assistant", **_calls(turn["value"])}
-    role = ROLES.get(turn["from"]) if isinstance(turn["from"], str) else None
-    if role is None:
-        raise BadRowError(f"a turn from nobody known ({turn['from']!r}; known are "
-                          f"{', '.join(ROLES)} and function_call)")
-    return {**rest, "role": role, "content": turn["value"]}
-
-
-def _calls(value: Any) -> Content:
-    """The calls of tools that a turn holds as JSON; where it is none, its text."""
+def _is_told(messages: Any, text: Any) -> bool:
     try:
-        calls = json.loads(value) if isinstance(value, str) else value
-    except ValueError:
-        return {"content": value}
-    calls = calls if isinstance(calls, list) else [calls]
-    if not all(isinstance(call, dict) and "name" in call for call in calls):
-        return {"content": value}
-    return {"content": "", "tool_calls": [{"type": "function", "function": {
-        "name": call["name"], "arguments": call.get("arguments", {})}} for call in calls]}
+        return is_told(read_chat(messages).messages, text)
+    except MessagesError:  # which is said where the messages are read
+        return False
 
 
-def _chat(field: str) -> Callable[[Content], Content]:
+def _chat(field: str) -> Form:
     def standard(content: Content) -> Content:
-        messages = standard_messages(content[field])
-        if not isinstance(messages, list):
-            raise BadRowError(f"field {field!r} is not a list of turns "
-                              f"(a {type(messages).__name__})")
-        system = content.get("system")
-        # a column of its own, where trainers put it before the first turn
-        if isinstance(system, str) and system and not any(
-                isinstance(one, dict) and one.get("role") == "system" for one in messages):
-            messages = [{"role": "system", "content": system}, *messages]
-        return {"messages": messages}
-    return standard
+        try:
+            return {"messages": led_by(read_chat(content[field], name=field).messages,
+                                       content.get("system"))}
+        except MessagesError as error:
+            raise BadRowError(str(error)) from None
+    return Form("sharegpt" if field == "conversations" else field, "messages", (field,),
+                "read as chat messages", standard, ("system", *BESIDE_MESSAGES),
+                tuple(name for name in TOLD_BESIDE if name != "system"))
 
 
 # ---- prompts and completions
@@ -162,32 +139,39 @@ def _text(content: Content, name: str) -> str:
 
 def _pair(prompt: str, completion: str) -> Form:
     def standard(content: Content) -> Content:
-        # lists are messages, which are looked at where chats are
-        return {name: value if isinstance(value := content[field], list) else _text(content, field)
+        # messages are looked at where chats are
+        read = {name: value if is_messages(value := content[field]) else _text(content, field)
                 for name, field in (("prompt", prompt), ("completion", completion))}
+        if isinstance(read["prompt"], str):
+            for name in BESIDE_MESSAGES:
+                if has_value(content.get(name)):
+                    raise BadRowError(f"field {name!r} has no place beside texts (put it into the "
+                                      "prompt, or give messages; --prompt-field and "
+                                      "--completion-field leave it out)")
+        return read
     said = "" if completion == "completion" else (
         "read as prompt and completion with nothing between them")
-    lost = () if completion == "completion" else tuple(
-        name for name in _LOST if name not in (prompt, completion))
     return Form(f"{prompt}-{completion}", "completion", (prompt, completion), said, standard,
-                BESIDE_MESSAGES, lost)  # which may be lists of messages
+                BESIDE_MESSAGES, _lost(prompt, completion))  # which may be lists of messages
+
+
+def _lost(*read: str) -> tuple[str, ...]:
+    """What has no place in a form of prompts that has these fields."""
+    return tuple(name for name in TOLD_BESIDE_PROMPTS if name not in read)
 
 
 FORMS = (
     Form("text", "text", ("text",), "", lambda content: {}),
     _pair("prompt", "completion"),
-    Form("messages", "messages", ("messages",), "",
-         lambda content: {"messages": standard_messages(content["messages"])}, BESIDE_MESSAGES),
-    Form("sharegpt", "messages", ("conversations",), "read as chat messages",
-         _chat("conversations"), ("system", *BESIDE_MESSAGES)),
-    Form("conversation", "messages", ("conversation",), "read as chat messages",
-         _chat("conversation"), ("system", *BESIDE_MESSAGES)),
+    Form("messages", "messages", ("messages",), "", lambda content: {}, BESIDE_MESSAGES,
+         TOLD_BESIDE),
+    _chat("conversations"), _chat("conversation"),
     Form("alpaca", "completion", ("instruction", "output"),
          "read as Alpaca's prompt (### Instruction, ### Input, ### Response) and the completion",
-         _alpaca("input", "output"), ("input",), ("system", "history")),
+         _alpaca("input", "output"), ("input",), _lost("input")),
     Form("dolly", "completion", ("instruction", "response"),
          "read as Alpaca's prompt with the context as its input, and the completion",
-         _alpaca("context", "response"), ("context",), ("system", "history")),
+         _alpaca("context", "response"), ("context",), _lost("context")),
     _pair("prompt", "response"), _pair("question", "answer"), _pair("question", "response"),
     _pair("query", "response"), _pair("problem", "solution"), _pair("input", "output"),
     Form("content", "text", ("content",), "read as text",
@@ -198,21 +182,74 @@ FORMS = (
 # ---- what is none of them
 
 
-def refuse_preferences(name: str, content: Content) -> None:
+def refuse_preferences(name: str, content: Content, form: Form | None) -> None:
     """Raise InputError for records of an answer that is better and one that is worse."""
-    if {"chosen", "rejected"} <= set(content) and not {"text", "messages"} & set(content):
-        alone = "--text-field" if isinstance(content["chosen"], str) else "--messages-field"
-        flags = "--prompt-field prompt --completion-field chosen" if "prompt" in content else \
-            f"{alone} chosen"
+    if {"chosen", "rejected"} <= set(content) and "text" not in content \
+            and not _ends_with_answer(content.get("messages")):
         raise InputError(
             f"{name} holds preferences (chosen, rejected), which are learned as pairs; expected "
             "texts whose every next token was learned. To index the chosen ones as if they had "
-            f"been: {flags}.")
-    if {"prompt", "completion"} <= set(content) and isinstance(content.get("label"), bool):
-        raise InputError(
-            f"{name} holds preferences (prompt, completion, and true or false as label): what is "
-            "labelled false was not to be learned. Leave such rows out; to index all as they are: "
-            "--rows prompt-completion.")
+            f"been: {_of_the_chosen(content)}.")
+    if form is None or form.task == "text":
+        return
+    for label in PREFERENCE_LABELS:
+        if _is_yes_or_no(content.get(label)):
+            raise InputError(
+                f"{name} holds preferences ({', '.join(form.needs)}, and true or false as "
+                f"{label}: {content[label]!r}): what is labelled false was not to be learned. "
+                f"Leave such rows out; to index all as they are: --rows {form.name}.")
+
+
+def refuse_unlearned(content: Content) -> None:
+    """Raise BadRowError for an answer that is labelled true or false, where the first wasn't."""
+    for label in PREFERENCE_LABELS:
+        # a 0 or 1 among other numbers is a class, and so is a yes among other words
+        if str(content.get(label)).strip().lower() in ("true", "false"):
+            raise BadRowError(f"a preference, true or false as {label!r} (what is labelled false "
+                              "was not to be learned; --rows FORM reads all as they are)")
+
+
+def _is_yes_or_no(value: Any) -> bool:
+    """Whether a label is one of two, in the words that JSON, CSV and people have for them."""
+    return str(value).strip().lower() in (
+        "true", "false", "0", "1", "0.0", "1.0", "yes", "no", "chosen", "rejected", "desirable",
+        "undesirable")
+
+
+def _ends_with_answer(messages: Any) -> bool:
+    try:
+        return bool(read_chat(messages).messages[-1]["role"] == "assistant")
+    except MessagesError:
+        return False
+
+
+def _of_the_chosen(content: Content) -> str:
+    """The flags by which the better answer of a preference is read, and what they leave out."""
+    asked = next((name for name in _ASKED if has_value(content.get(name))), None)
+    try:
+        told = any(message["role"] == "user" for message in read_chat(content["chosen"]).messages)
+    except MessagesError:
+        told = False
+    if told:  # the whole chat
+        return "--messages-field chosen"
+    if asked is None:
+        return "--text-field chosen"
+    kinds = [_kind_of(content[name]) for name in (asked, "chosen")]
+    if kinds not in (["text"] * 2, ["messages"] * 2):
+        return (f"write {asked} and chosen both as text, or both as messages ({asked} is "
+                f"{kinds[0]}, chosen is {kinds[1]})")
+    beside = [name for name in _lost(asked) if has_value(content.get(name))]
+    left = f" (which leave {' and '.join(beside)} out; or write prompts that hold it)" if beside \
+        else ""
+    return f"--prompt-field {asked} --completion-field chosen{left}"
+
+
+def _kind_of(value: Any) -> str:
+    if is_messages(value):
+        return "messages"
+    if isinstance(value, str):
+        return "messages as JSON text" if is_quoted(value) else "text"
+    return f"a {type(value).__name__}"
 
 
 def lacking(name: str, form: Form, names: Iterable[Any]) -> InputError:
@@ -241,6 +278,7 @@ def unknown_fields(name: str, content: Content, table: bool) -> InputError:
     if isinstance(content.get("input_ids"), list):
         hints.append("Token ids are read from .npy files: save input_ids with numpy.save, one "
                      "sequence a row.")
+    hints += _layout_hints(content)
     if inner := [field for field in lists if field not in chats]:
         hints.append(f"If the records are what {inner[0]!r} holds, write these out: jq -c "
                      f"'.{inner[0]}[]' OLD.json > NEW.jsonl.")
@@ -250,6 +288,40 @@ def unknown_fields(name: str, content: Content, table: bool) -> InputError:
         "completion, or messages. Name yours with --text-field, --prompt-field and "
         "--completion-field, or --messages-field.", *hints,
         f"Forms that are known (--rows): {known}."]))
+
+
+# as pandas writes a table as JSON, where nothing else is asked of it
+_BY_PANDAS = ("python -c \"import pandas; pandas.read_json('OLD.json').to_json('NEW.jsonl', "
+              "orient='records', lines=True)\".")
+
+
+def holds_columns(content: Content, form: Form) -> bool:
+    """Whether what should be a record has the values of many in each field that it needs."""
+    return all(_is_column(content[field], form.task == "messages") for field in form.needs)
+
+
+def columns_for_records(name: str, form: Form) -> InputError:
+    """What to say of a file of one object, that holds columns."""
+    return InputError(f"{name} holds columns ({form.needs[0]!r} has the values of many records); "
+                      f"expected an object for each record. Turn them: {_BY_PANDAS}")
+
+
+def _is_column(value: Any, of_messages: bool) -> bool:
+    if isinstance(value, dict):
+        return bool(value) and all(str(key).isdecimal() for key in value)
+    return isinstance(value, list) and bool(value) and all(
+        isinstance(one, list) and all(isinstance(message, dict) for message in one)
+        if of_messages else isinstance(one, str) for one in value)
+
+
+def _layout_hints(content: Content) -> list[str]:
+    """What to do where an object holds records or columns rather than fields."""
+    values = list(content.values())
+    if any(_is_column(value, chats) for value in values for chats in (True, False)):
+        return [f"If these are columns of many records, turn them: {_BY_PANDAS}"]
+    if len(values) > 1 and all(isinstance(value, dict) for value in values):
+        return ["If the records are its values: jq -c '.[]' OLD.json > NEW.jsonl."]
+    return []
 
 
 def _shown(names: Iterable[Any]) -> str:

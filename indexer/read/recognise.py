@@ -1,19 +1,26 @@
 """What a file holds, told by its first bytes; its name decides only where these leave it open."""
 
 import codecs
+import itertools
 import json
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePath
+from typing import TypeVar
 
 from gradindex.errors import InputError
 from indexer.read.compressed import bare_name, compression, opened
+from indexer.read.tables import first_row
 
 PEEK, LONG_PEEK = 1 << 16, 1 << 20  # bytes looked at; the second where the first line is longer
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 LINES = (".jsonl", ".ndjson", ".jl", ".jsonlines", ".ldjson")
 TABLES = (".csv", ".tsv", ".tab", ".psv")
+COMMENTS = (b"//", b"#", b"--", b";", b"/*", b"*")
+_BEHIND = re.compile(rb"[^{]{1,200}(\{.*\})\s*")  # a JSON object, and what is before it
 BY_NAME = {".parquet": "parquet", ".npy": "npy", ".arrow": "ipc", ".feather": "ipc", ".ipc": "ipc"}
+
+Line = TypeVar("Line", str, bytes)
 
 JSONL = "Write its records into a .jsonl file, a JSON object a line."
 UNPACK = "Unpack it, and give what was in it."
@@ -25,8 +32,9 @@ class Content:
     """What a file holds.
 
     `kind` is that of its DataSource, or else one of: "document" (one JSON object, with the fields
-    `names`), "structured" (a text that may hold records, as YAML may), "empty", "media" and
-    "binary" (nothing to read), "refused" (`what` it is, and the `remedy`).
+    `names`), "table" (a text that may be one, of the columns `names`), "structured" (a text that
+    may hold records, as YAML may), "empty", "media" and "binary" (nothing to read), "refused"
+    (`what` it is, and the `remedy`).
     """
 
     kind: str
@@ -97,7 +105,8 @@ def recognise(path: Path) -> Content:
     if not head:
         empty = "jsonl" if ending in (*LINES, ".json") else "csv" if ending in TABLES else "empty"
         return Content(BY_NAME.get(ending, empty))
-    content = _binary(head, ending) or _json(head, ending, whole) or _by_ending(head, ending)
+    content = _binary(head, ending) or _json(head, ending, whole) or \
+        _by_ending(head, ending, whole)
     if squeezed and content.kind in (*BY_NAME.values(), "refused"):
         # the libraries that read these map the file, and have compressions of their own
         what = content.what or f"a .{content.kind} file"
@@ -174,10 +183,21 @@ def _json(head: bytes, ending: str, whole: bool) -> Content | None:
     lines = [line for line in text.split(b"\n") if line.strip()]
     lines = lines if whole or len(lines) < 2 else lines[:-1]  # the last was cut off
     records = ending in (*LINES, ".json")
+    if not text.startswith((b"[", b"{")) and ending not in (*STRUCTURED, *TABLES) and (
+            content := _behind_others(lines, ending, whole)):
+        return content
     if text.startswith(b"["):
         several = len(lines) > 1 and _parsed(lines[0]) is not None
         if re.match(rb'\[\s*(\{\s*["}]|\]\s*$)', text) and not (several and ending in LINES):
             return Content("json")
+        if not records and whole and isinstance(values := _parsed(text), list) \
+                and values and isinstance(values[0], (str, list)):
+            return Content("json")  # no records, which is said of each
+        if len(lines) > 1 and all(isinstance(values := _parsed(line), list) and len(values) > 1
+                                  for line in lines[:10]):
+            return Content("jsonl")  # no records either
+        if not several and (content := _each_behind(lines, ending)):
+            return content
         return Content("json" if ending == ".json" and not several else "jsonl") if records else \
             None
     if not text.startswith(b"{"):
@@ -195,6 +215,30 @@ def _json(head: bytes, ending: str, whole: bool) -> Content | None:
     return Content("jsonl") if records else None
 
 
+def _behind_others(lines: list[bytes], ending: str, whole: bool) -> Content | None:
+    """What JSON objects are that stand behind something else: a comment, a number in each line."""
+    bare = _without_comment(lines)
+    objects = sum(isinstance(_parsed(line), dict) for line in bare[:10])
+    commented = len(bare) < len(lines)
+    if objects * 2 >= len(bare[:10]) and objects > (not commented):
+        return Content("jsonl")  # what is none costs a row, and is said
+    if commented and bare and bare[0].lstrip().startswith((b"{", b"[")):
+        content = _json(b"\n".join(bare), ending, whole)
+        if content and content.kind in ("json", "document"):
+            return Content("refused", "JSON behind a comment", "Take the comment out.")
+    return _each_behind(lines, ending)
+
+
+def _each_behind(lines: list[bytes], ending: str) -> Content | None:
+    """What lines are that each have something before a JSON object; None for others."""
+    several = len(lines) > 1 or ending in LINES
+    if several and all((found := _BEHIND.fullmatch(line)) and isinstance(_parsed(found[1]), dict)
+                       for line in lines[:10]):
+        return Content("refused", "JSON objects that each have something before them in their line",
+                       "Take it off: sed 's/^[^{]*//' OLD > NEW.jsonl.")
+    return None
+
+
 def _document(text: bytes) -> Content:
     """One JSON object; where it is several, or none, a file of them."""
     content = _parsed(text)
@@ -210,11 +254,27 @@ def _parsed(text: bytes) -> object:
         return None
 
 
-def _by_ending(head: bytes, ending: str) -> Content:
+def _by_ending(head: bytes, ending: str, whole: bool) -> Content:
     """What a text is whose bytes don't tell."""
     if ending in TABLES:
         return Content("csv")
     if ending in STRUCTURED:
         return Content("structured", f"{STRUCTURED[ending]}, which isn't read as records",
                        f"{JSONL} If it is one text to learn, call it .txt.")
-    return _unread(ending) if ending in _UNREAD else Content("text")
+    if ending in _UNREAD:
+        return _unread(ending)
+    text = head.decode("utf-8-sig", "replace")
+    if names := first_row(text, whole):
+        return Content("table", names=names)
+    bare = "".join(_without_comment(text.splitlines(keepends=True)))
+    # its header isn't where it is looked for
+    return Content("table", names=("",)) if bare != text and first_row(bare, whole) else \
+        Content("text")
+
+
+def _without_comment(lines: list[Line]) -> list[Line]:
+    """Lines of text or bytes without the comment that they begin with."""
+    def says_nothing(line: Line) -> bool:
+        return line.lstrip().startswith(COMMENTS if isinstance(line, bytes) else
+                                        tuple(sign.decode() for sign in COMMENTS))
+    return list(itertools.dropwhile(says_nothing, lines))

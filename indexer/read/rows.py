@@ -18,4 +18,6 @@ def as_object(content: Any) -> Row:
     """What a line holds as a row; a BadRowError where that is no JSON object."""
     if isinstance(content, dict):
         return content
-    return BadRowError(f"not an object (a {type(content).__name__})")
+    remedy = '; write it as {"text": …}' if isinstance(content, str) else (
+        "; write its values with names" if isinstance(content, list) else "")
+    return BadRowError(f"not an object (a {type(content).__name__}{remedy})")

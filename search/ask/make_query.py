@@ -114,9 +114,13 @@ def _chat_query(fitted: FittedModel, question: Question) -> Query:
         if not answer:  # calls of tools alone are shown as they were rendered
             scored = tokenised.tokens[tokenised.scored].tolist()
             answer = "".join(tokenise.pieces(fitted.tokenizer, scored))
-        return _scored_query(tokenised, None, answer)
-    prompt, tokens = encode_question(fitted.tokenizer, chat)
-    return _continued_query(fitted, tokens, prompt)
+        query, unshown = _scored_query(tokenised, None, answer), tokenised.unshown
+    else:
+        prompt, tokens, unshown = encode_question(fitted.tokenizer, chat)
+        query = _continued_query(fitted, tokens, prompt)
+    if unshown is not None:
+        query.notes.append(f"the chat template doesn't show {unshown}: the model is asked without")
+    return query
 
 
 def _scored_query(tokenised: tokenise.Tokenised, prompt: str | None, completion: str) -> Query:

@@ -181,9 +181,9 @@ def test_recall_is_reached_or_the_limit_is_said(index, monkeypatch):
         assert [hit.id for hit in again] == [hit.id for hit in result]
         assert again.recall.estimate == pytest.approx(result.recall.estimate)
     assert lengths == sorted(lengths) and lengths[0] < 20 < lengths[-1]
-    limited = index.search(**QUESTION, k=3, recall=1.0, shortlist=20)
-    assert limited.rescored == 20 and limited.recall.estimate < 1
-    assert "short of being sure of 100.0%; rescoring ended at its limit, --shortlist 20" in \
+    limited = index.search(**QUESTION, k=3, recall=1.0, shortlist=6)
+    assert limited.rescored == 6 and limited.recall.estimate < 1
+    assert "short of being sure of 100.0%; rescoring ended at its limit, --shortlist 6" in \
         " ".join(render_terminal(limited).split())
 
 
@@ -196,11 +196,11 @@ def test_by_default_rescoring_ends_when_it_is_sure(index, monkeypatch):
     assert sure[0].id == int(np.argmax(truth))
     fixed = index.search(**OTHER, k=1, shortlist=30)
     assert fixed.rescored == fixed.shortlist == 30 and fixed.recall.asked is None
-    monkeypatch.setattr("search.ask.settings.DEFAULT_SHORTLIST", 20)
+    monkeypatch.setattr("search.ask.settings.DEFAULT_SHORTLIST", 10)
     monkeypatch.setattr("search.ask.settings.SHORTLIST_FOR_HIT", 1)
     limited = index.search(**QUESTION, k=8)
-    assert limited.rescored == 20 and limited.recall.lower < 0.99
-    assert "short of being sure of 99.0%; rescoring ended at its limit, --shortlist 20" in \
+    assert limited.rescored == 10 and limited.recall.lower < 0.99
+    assert "short of being sure of 99.0%; rescoring ended at its limit, --shortlist 10" in \
         " ".join(render_terminal(limited).split())
 
 

@@ -35,21 +35,49 @@ def test_a_text_of_the_command_line_itself_stays_as_it_is():
     assert [*map(read_argument, ("water\n", "@@a\n", None))] == ["water\n", "@a\n", None]
 
 
-def test_a_file_of_messages_may_hold_what_stands_beside_them(tmp_path):
-    chat = [{"role": "user", "content": "is water cold"}]
+CHAT = [{"role": "user", "content": "is water cold"}, {"role": "assistant", "content": "yes"}]
+TURNS = [{"from": "human", "value": "is water cold"}, {"from": "gpt", "value": "yes"}]
+SYSTEM = {"role": "system", "content": "be cold"}
+ROW = {"messages": CHAT, "tools": [{"name": "f"}], "chat_template_kwargs": {"a": 1}}
+
+
+@pytest.mark.parametrize(("content", "question"), [
+    (CHAT, Question(messages=CHAT)), (TURNS, Question(messages=TURNS)),
+    (CHAT[0], Question(messages=CHAT[0])),
+    ({**ROW, "id": 7, "system": ""}, Question(**ROW)),
+    ({"messages": CHAT, "tools": None, "functions": []}, Question(messages=CHAT)),
+    ({"conversations": TURNS}, Question(messages=CHAT)),
+    ({"system": "be cold", "messages": [SYSTEM, *CHAT]}, Question(messages=[SYSTEM, *CHAT])),
+    ({"conversation": CHAT, "system": "be cold", "tools": "[1]"},
+     Question(messages=[SYSTEM, *CHAT], tools="[1]")),
+    ({"prompt": CHAT[:1], "completion": CHAT[1]}, Question(messages=CHAT)),
+    ({"prompt": "a", "completion": "b", "url": "c"}, Question("a", "b")),
+])
+def test_a_file_of_messages_may_hold_a_row_of_data(content, question, tmp_path):
     file = tmp_path / "chat.json"
-    row = {"messages": chat, "tools": [{"name": "f"}], "chat_template_kwargs": {"a": 1}}
-    for content, question in [
-        (chat, Question(messages=chat)),
-        ({**row, "id": 7}, Question(**row)),
-        ({"messages": chat, "tools": None}, Question(messages=chat)),
-    ]:
-        file.write_text(json.dumps(content))
-        assert read_question({**NOTHING, "messages": file}) == question
-        question.check()
-    file.write_text(json.dumps({"chat": chat}))
-    with pytest.raises(click.UsageError, match="holds an object without messages"):
+    file.write_text(json.dumps(content))
+    assert read_question({**NOTHING, "messages": file}) == question
+    question.check()
+
+
+@pytest.mark.parametrize(("content", "reason"), [
+    ({"chat": CHAT}, r"holds an object without messages \(its fields are chat\); expected a list"),
+    ({"messages": None}, r"holds an object without messages \(its fields are messages\)"),
+    ({}, r"without messages \(its fields are none\)"),
+    ({"messages": CHAT, "system": "be cold"}, "field 'system' would not be read. Put it into"),
+    ({"messages": CHAT, "functions": [{"name": "f"}]}, "field 'functions' would not be read"),
+    ({"conversations": TURNS, "system_prompt": "be cold"}, "field 'system_prompt' would not be r"),
+    ({"prompt": "a", "completion": "b", "context": "c"}, "field 'context' would not be read"),
+    ({"prompt": "a", "completion": CHAT[1:]}, "of prompt and completion one is text"),
+])
+def test_a_file_of_messages_with_more_than_is_read_is_refused(content, reason, tmp_path):
+    file = tmp_path / "chat.json"
+    file.write_text(json.dumps(content))
+    with pytest.raises(click.UsageError, match=reason):
         read_question({**NOTHING, "messages": file})
+
+
+def test_what_stands_beside_messages_goes_with_them():
     with pytest.raises(InputError, match="tools and chat_template_kwargs go with messages"):
         Question("a", "b", tools=[{"name": "f"}]).check()
 

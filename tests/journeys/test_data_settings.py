@@ -97,7 +97,7 @@ def test_flags_are_checked_before_the_model_is_loaded(model_folder, tmp_path):
         (["--truncate", "--pack"], "--pack joins documents and cuts nothing off"),
         (["--rows", "nonsense"], "--rows nonsense: expected one of text"),
         (["--columns", "a,a"], "expected a list of names"),
-        (["--columns", "a,b"], "the data holds none. Leave it out"),
+        (["--columns", "a,b"], "none of the data is called so. Call a table that"),
         (["--columns", ","], "expected a list of names"),
     ):
         _, shown = run("build", model_folder, lines, "-o", tmp_path / "x", *flags)

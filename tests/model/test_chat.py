@@ -115,7 +115,7 @@ def test_messages_that_the_template_refuses():
 
 def test_a_chat_that_waits_for_an_answer():
     tokenizer = byte_tokenizer("<b> $A <e>", template=PLAIN_TEMPLATE)
-    text, tokens = encode_question(tokenizer, Chat(CHAT[:1]))
+    text, tokens, _ = encode_question(tokenizer, Chat(CHAT[:1]))
     assert text == "<|user|>is water cold<|end|>\n<|assistant|>"
     assert tokens == plain_ids(tokenizer, text)
 
@@ -228,14 +228,30 @@ CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": 1, "b":
     (np.array([{"role": "user", "content": "a"}], object), [{"role": "user", "content": "a"}]),
     (({"role": "user", "content": "a"},), [{"role": "user", "content": "a"}]),
     ({"role": "user", "content": "a"}, [{"role": "user", "content": "a"}]),
+    ('{"role": "user", "content": "a"}', [{"role": "user", "content": "a"}]),
+    ('[{"from": "Human", "value": "a"}]', [{"role": "user", "content": "a"}]),
+    ({"from": np.array(["human", "GPT"]), "value": ("a", "b"), "weight": np.array([0, 1])},
+     [{"role": "user", "content": "a", "weight": 0},
+      {"role": "assistant", "content": "b", "weight": 1}]),
+    ([{"from": "human", "content": "a"}, {"role": "gpt", "value": "b", "from": None}],
+     [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]),
+    # a role is what the template shows, and stays as training had it
+    ([{"role": "Human", "content": "a", "from": "b"}],
+     [{"role": "Human", "content": "a", "from": "b"}]),
+    ([{"role": "assistant", "tool_calls": np.array([{"function": {"arguments": np.array([1])}}])}],
+     [{"role": "assistant", "tool_calls": [{"function": {"arguments": [1]}}]}]),
 ])
 def test_messages_are_brought_to_one_form(given, read):
     assert read_chat(given).messages == read
 
 
 @pytest.mark.parametrize(("arguments", "reason"), [
-    (("a",), "is not a list of messages"), ((["a"],), "is not a list of messages"),
-    (([{"content": "a"}],), "is not a list of messages"),
+    (("a",), r"is not a list of messages with .* \(text that is no JSON\)"),
+    ((["a"],), r"is not a list of messages with .* \(a str among them\)"),
+    (([{"content": "a", "b": 1}],), r"is not a list .* \(one has the fields content, b\)"),
+    (("[{'role': 'user'}]",), r"\(text as Python shows it; write it with json\.dumps\)"),
+    (("5",), r"is not a list .* \(a int\)"), (("[]",), r"is not a list .* \(an empty list\)"),
+    (([{"from": "oracle", "value": "a"}],), r"a turn from nobody known \('oracle'; known are hum"),
     (({"role": ["user"], "content": []},), "lists of different lengths"),
     (([{"role": "user", "content": {"text": "a"}}],), r"neither text nor parts \(a dict\)"),
     (([{"role": "user", "content": [{"type": "image"}]}],), r"is not text \(image\)"),

@@ -153,3 +153,15 @@ def test_another_template_is_another_build_and_the_difference_is_shown_in_short(
     long = PLAIN_TEMPLATE + "{# " + "x" * 500 + " #}"
     with pytest.raises(InputError, match=r"chat_template: None before, .*… \(\d+ characters\) now"):
         gradindex.build(chat_network(), ROWS[1:] * 3, tmp_path / "x", chat_template=long, **options)
+
+
+def test_what_the_template_does_not_show_is_said_and_the_rest_indexed():
+    rows = [{"messages": CHAT[:2]}, {"messages": CHAT[:2], "tools": TOOLS},
+            {"messages": [user("hello"), assistant("yes", tool_calls=CALLED)], "tools": TOOLS}]
+    made = make_corpus(rows, tokenizer=byte_tokenizer(template=PLAIN_TEMPLATE), sequence_length=64)
+    assert len(list(made.sequences())) == 3 and not made.facts.skipped
+    [line] = made.said_of_rows()
+    assert line.startswith("warning: the chat template doesn't show the tools (1 × from the data "
+                           "given:2 on), tool_calls (1 × from the data given:3 on); these rows")
+    list(made.sequences())  # another reading counts anew
+    assert made.said_of_rows() == [line]

@@ -247,6 +247,26 @@ def test_a_long_document_becomes_consecutive_windows(trim):
     assert made.facts.documents == 4
 
 
+def test_rows_without_a_scored_token_are_named_and_end_a_strict_build(tmp_path):
+    rows = [{"text": "yes and no"}, {"text": "no"}, {"text": ""}]
+    path = write_lines(tmp_path, *rows)
+    made = make_corpus(path)
+    assert len(list(made.sequences())) == 1
+    assert made.facts.examples == [f"{path}:2: sequence without a scored token (its first token is "
+                                   "never predicted)", f"{path}:3: empty text"]
+    with pytest.raises(InputError, match=r":2: sequence without a scored token .* leave out --str"):
+        read(path, strict=True)
+    assert len(read(rows[:2], strict=True, pack=True)) == 1  # the end token is scored
+    # a window without one is a part of a row that has one
+    assert len(read([{"prompt": "the water is cold and", "completion": " fire and no"}],
+                    sequence_length=3, strict=True)) == 2
+    np.save(tmp_path / "stream.npy", np.arange(10, 17))
+    assert len(read(tmp_path / "stream.npy", sequence_length=3, strict=True)) == 2
+    with pytest.raises(InputError, match=r":1: no scored token before the cut\. Correct"):
+        read([{"prompt": "the water is cold and", "completion": " fire"}], sequence_length=3,
+             strict=True, truncate=True)
+
+
 def test_windows_that_split_a_character_both_show_it():
     records = read([{"text": "the 😀𝄞 no"}], sequence_length=4)
     assert decoded(records) == ["the 😀�", "�� no"]

@@ -56,7 +56,7 @@ def test_a_cloned_data_set(tmp_path):
     made = make_corpus(tmp_path)
     for _ in range(2):
         assert decoded(made.sequences()) == TEXTS * 2
-        assert made.facts.skipped == {"file that holds no data": 13}
+        assert made.facts.skipped == {}  # of rows, while files are said before
     [files, note, rows] = made.notes
     assert files == (f"files: 2 read ({tmp_path}/data/train-00000-of-00002.jsonl, "
                      f"{tmp_path}/data/train-00001-of-00002.json)")
@@ -111,29 +111,44 @@ def test_what_a_shells_pattern_brings_along(tmp_path):
      r"\S*/dev \(validation\), \S*/train \(train\)"),
     (["gsm8k-test.jl", "gsm8k-train.jl"], r"gsm8k-test\.jl \(test\)"),
     (["val.jsonl", "eval.jsonl"], r"eval\.jsonl \(test\), \S*val\.jsonl \(validation\)"),
+    (["train1.jsonl", "test1.jsonl"], r"test1\.jsonl \(test\), .*on train: give \S*/train1\.jsonl"),
+    (["trainset.csv", "testset.csv"], r"testset\.csv \(test\)"),
+    (["imdbTrain.jsonl", "imdbTest.jsonl"], r"imdbTest\.jsonl \(test\)"),
+    (["train_data2.jsonl", "held-out.jsonl"], r"held-out\.jsonl \(test\)"),
+    (["test.jsonl.gz", "train.jsonl.gz"], r"model was trained on train: give \S*/train\.jsonl\.gz"),
+    (["main/test.jsonl", "main/train.jsonl", "socratic/test.jsonl", "socratic/train.jsonl"],
+     r"train: give \S*/main/train\.jsonl \S*/socratic/train\.jsonl\."),
+    (["train.jsonl", "train_2.jsonl", "trainer_test.jsonl"],
+     r"give \S*/train\.jsonl \S*/train_2\.jsonl\."),
 ])
 def test_several_splits_are_refused(files, shown, tmp_path):
-    lay_out(tmp_path, **dict.fromkeys(files, LINES))
+    lay_out(tmp_path, **{name: b"text,n\nhello world,1\n\"na\xc3\xafve \xf0\x9f\x98\x80\",2\n"
+                         if name.endswith("csv") else LINES for name in files})
     with pytest.raises(InputError, match=rf"holds several splits; give one of them: .*{shown}"):
         make_corpus(tmp_path)
     assert decoded(read(tmp_path / files[0])) == TEXTS
-    given = sorted({tmp_path / name.split("/")[0] for name in files} if "/0" in files[0] else
+    given = sorted({tmp_path / name.split("/")[0] for name in files} if "/0." in files[0] else
                    {tmp_path / name for name in files})
     made = make_corpus(*given)
     assert len(list(made.sequences())) == 2 * len(files)
     [note] = [note for note in made.notes if note.startswith("splits: ")]
     assert "taken as they were given" in note
+    assert ("give" in note.split("trained on one")[1]) == any("rain" in str(one) for one in given)
 
 
 def test_splits_of_texts_are_told_by_folders(tmp_path):
     lay_out(tmp_path, **{"train/pos/1.txt": b"yes", "test/pos/1.txt": b"no"})
     with pytest.raises(InputError, match=r"several splits; give one of them: \S*/test/pos/1\.txt"):
         make_corpus(tmp_path)
+    lay_out(tmp_path, **{"b/wiki.train.tokens": b"yes", "b/wiki.test.tokens": b"no"})
+    with pytest.raises(InputError, match=r"trained on train: give \S*/b/wiki\.train\.tokens\."):
+        make_corpus(tmp_path / "b")
 
 
 @pytest.mark.parametrize("names", [
     ["train.jsonl", "train_2.jsonl"], ["latest.jsonl", "trainer.jsonl"], ["a.jsonl", "test.jsonl"],
-    ["contest/a.jsonl", "training/a.jsonl"],
+    ["contest/a.jsonl", "training/a.jsonl"], ["trained.jsonl", "tested.jsonl"],
+    ["train1.jsonl", "train2.jsonl"], ["developer.jsonl", "training.jsonl"],
 ])
 def test_names_that_say_nothing_of_splits(names, tmp_path):
     lay_out(tmp_path, **dict.fromkeys(names, LINES))

@@ -198,6 +198,11 @@ UNREAD = [
         ("CC-MAIN.warc", b"WARC/1.0\r\n", "a web archive", r"\.jsonl"),
         ("a.jsonl", b"<!DOCTYPE html>\n<html>Sign in", "a web page", "Download it again"),
         ("a.txt", b"{'text': 'a'}\n{'text': 'b'}\n", "lines in braces that are no JSON", "quotes"),
+        *((name, b'1\t{"text": "a"}\n2\t{"text": "b"}\n', "JSON objects that each have something",
+           r"sed 's/\^\[\^{\]\*//'") for name in ("a.txt", "a.jsonl", "train")),
+        ("train", b'[1] {"text": "a"}\n[2] {"text": "b"}\n', "JSON objects that each have", "sed"),
+        ("a.log", b'data: {"text": "a"}\n\ndata: {"text": "b"}\n', "JSON objects that each", "sed"),
+        ("a.json", b'// made\n{\n"text": "a"\n}\n', "JSON behind a comment", "Take the com"),
     ]),
 ]
 
@@ -215,7 +220,7 @@ def test_what_cant_be_read_is_refused_by_name(name, write, what, remedy, tmp_pat
     if what in ("an image", "no text"):
         made = make_corpus(folder)
         assert decoded(made.sequences()) == ["hello world"]
-        assert made.facts.skipped == {"file that holds no data": 1}
+        assert made.facts.skipped == {}
         assert [note for note in made.notes if name in note]
     else:
         with pytest.raises(InputError, match=rf"{name} is {what}.* move it out of the folder"):
@@ -225,12 +230,70 @@ def test_what_cant_be_read_is_refused_by_name(name, write, what, remedy, tmp_pat
 @pytest.mark.parametrize("text", [
     "ORC ARMY\n", "RIFF raff", "GIF8 words", "BM is an abbreviation", "[1] A reference\n[2] More",
     "{% if x %}hello{% endif %}\nworld", "{ x | x > 0 }, a set", "\ufeffhello, world\n", "BZh",
-    "[link](a) and more", "a\0" + "text for all that, " * 9, "a,b\n1,2\n",
+    "[link](a) and more", "a\0" + "text for all that, " * 9, "a,b\n1,2\n", "text\nhello\n, world",
+    "# A title\n\nhello", 'the set {"a": 1}', 'x = {"a": 1}\ny = 2\n', "text, and\nmore", "text,n",
+    '# A title\n{"a": 1}\nis an object\nof one field',
+    "question, answer\n\nQ: what, when\nA: this, that, other\n",
+    "|text|n|\n|---|---|\n|a|b|\n", "text, and more\nmore, again\n", "[a] b\n[c] d {e}\n",
 ])
 def test_texts_that_begin_like_other_files_are_texts(text, tmp_path):
     (tmp_path / "a.txt").write_text(text)
     [record] = read(tmp_path / "a.txt", sequence_length=999)
     assert decoded([record]) == [text.removeprefix("\ufeff")]
+
+
+@pytest.mark.parametrize("name", ["train", "a.txt", "part-00000", "a.csv.1", "train.gz"])
+@pytest.mark.parametrize("content", [
+    'text,url\nhello world,a\n"naïve 😀",b\n', 'text\turl\nhello world\ta\nnaïve 😀\tb\n5" disk\n',
+    'url, text\na,hello world\nb,naïve 😀',
+    '"text";"url"\r\n"hello world";"a"\r\nnaïve 😀;b\r\n',
+])
+def test_tables_under_any_name_are_told_by_their_columns(name, content, tmp_path):
+    raw = content.encode("utf-8-sig")
+    (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
+    for path in (tmp_path / name, tmp_path):
+        assert [text.strip() for text in decoded(read(path, id_field="url"))] == TEXTS
+
+
+def test_what_may_be_a_table_is_a_text_and_said(tmp_path):
+    for name, content in (("a.txt", "body\tn\nyes no\t1\n"), ("b.txt", "Yes, no\nno, yes\n"),
+                          ("c.md", "# A\n\n* yes, no\n* no, yes\n"), ("d.txt", "Yes,\nno,\n")):
+        (tmp_path / name).write_text(content)
+    made = make_corpus(tmp_path)
+    assert decoded(made.sequences())[:2] == ["body\tn\nyes no\t1\n", "Yes, no\nno, yes\n"]
+    assert made.notes[1] == (f"texts: {tmp_path}/a.txt read as one document each, though the lines "
+                             "look like a table's; call a table .csv or .tsv")
+    assert decoded(read(tmp_path / "a.txt", text_field="body")) == ["yes no"]
+    (tmp_path / "d").write_text("# exported\ntext,n\nyes no,1\n")
+    assert make_corpus(tmp_path / "d").notes[0].startswith(f"texts: {tmp_path}/d read as one ")
+    (tmp_path / "d").write_text('text,n\n"yes" no,1\n')
+    with pytest.raises(InputError, match="d is no table at line 2"):
+        read(tmp_path / "d")
+    (tmp_path / "c").write_text("prompt,chosen,rejected\na,b,c\n")
+    with pytest.raises(InputError, match="holds preferences"):
+        read(tmp_path / "c")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "train", "a.json"])
+@pytest.mark.parametrize("comment", [b"// made by hand\n", b"# a\n\n# b\n", b"-- a\n"])
+def test_a_comment_before_lines_of_json_costs_a_row(name, comment, tmp_path):
+    (tmp_path / name).write_bytes(comment + LINES)
+    made = make_corpus(tmp_path / name)
+    assert decoded(made.sequences()) == TEXTS
+    assert made.facts.skipped == {"invalid JSON": comment.count(b"\n", 0, -1) or 1}
+
+
+def test_texts_without_names_are_bad_rows_with_what_to_write(tmp_path):
+    for name, content in (("a.json", b'["yes no", "no"]'), ("train", b'["yes no", "no"]'),
+                          ("a.jsonl", b'"yes no"\n"no"\n')):
+        (tmp_path / name).write_bytes(content)
+        made = make_corpus(tmp_path / name)
+        assert list(made.sequences()) == [] and made.facts.skipped == {"not an object": 2}
+        assert made.facts.examples[0].endswith('(a str; write it as {"text": …})')
+    (tmp_path / "train").write_text('["yes no", 1]\n["no", 2]\n')
+    made = make_corpus(tmp_path / "train")
+    assert list(made.sequences()) == [] and made.facts.skipped == {"not an object": 2}
+    assert made.facts.examples[0].endswith("(a list; write its values with names)")
 
 
 @pytest.mark.parametrize(("name", "what"), [

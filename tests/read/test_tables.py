@@ -62,6 +62,19 @@ def test_spaces_before_quotes(tmp_path):
     assert rows_of(tmp_path / "a.csv") == [{"text": "a, b", "label": "1"}]
 
 
+def test_a_header_in_the_middle_is_a_bad_row(tmp_path):
+    (tmp_path / "a.csv").write_text("text,n\nyes no,1\ntext,n\nno fire,2\n")
+    for columns in ((), ("text", "n")):
+        made = make_corpus(tmp_path / "a.csv", columns=columns)
+        assert decoded(made.sequences()) == ["yes no", "no fire"]
+        assert made.facts.skipped == {"the header again": 1}
+
+
+def test_spaces_and_separators_within_quotes(tmp_path):
+    (tmp_path / "a.csv").write_text('text;label\n"; "; \n')
+    assert rows_of(tmp_path / "a.csv") == [{"text": "; ", "label": " "}]
+
+
 def test_the_separator_that_excel_is_told(tmp_path):
     (tmp_path / "a.csv").write_text("sep=|\r\ntext|n\r\na;b,c|1\r\n", newline="")
     assert rows_of(tmp_path / "a.csv") == [{"text": "a;b,c", "n": "1"}]
@@ -79,8 +92,27 @@ def test_the_first_row_or_names(tmp_path):
         read(path)
     with pytest.raises(InputError, match=r"2 columns in its first row; --columns names 1 \(text\)"):
         read(path, columns=("text",))
-    path.write_text("text\tlabel\nhello world\t1\n")
-    assert decoded(read(path, columns=("text", "label"))) == ["hello world"]
+    for header in ("text\tlabel", "Text\tLABEL "):
+        path.write_text(f"{header}\nhello world\t1\n")
+        assert decoded(read(path, columns=("text", "label"))) == ["hello world"]
+    with pytest.raises(InputError, match="text,text has a name twice; name each column once"):
+        read(path, columns=("text", "text"))
+
+
+@pytest.mark.parametrize("header", [
+    ("text", "label"), ("Body Text", "id"), ("n", "body"), ("Sentence", "n"),
+    ("PROMPT", "completion"), ("texto", "etiqueta"), ("Kommentar", "Anzahl Sterne"),
+])
+def test_a_header_is_no_record_whatever_the_columns_are_called(header, tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text(",".join(header) + "\nhello world,1\nyes no,2\n")
+    options = {"columns": ("body", "n"), "text_field": "body"}
+    with pytest.raises(InputError, match=rf"looks like a header \({', '.join(header)}\), but -"):
+        read(path, **options)
+    path.write_text("hello world,1\n" + ",".join(header) + "\n")
+    assert len(read(path, **options)) >= 1
+    path.write_text("yes no,positive\nthe text,1\n")
+    assert decoded(read(path, **options)) == ["yes no", "the text"]
 
 
 def test_rows_that_cant_be_used(tmp_path):
