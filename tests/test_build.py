@@ -164,6 +164,9 @@ def test_the_index_returned_keeps_the_options(tmp_path):
 
 def test_weights_with_missing_tensors_are_refused(tmp_path):
     random_network("gpt_neox", torch.float32).gpt_neox.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())  # of the class with a head
+    (tmp_path / "config.json").write_text(json.dumps(
+        {**config, "architectures": ["GPTNeoXForCausalLM"]}))
     with pytest.raises(InputError, match=r"lack 1 tensor \(lm_head\.weight\)"):
         LanguageModel.load(ModelSource(str(tmp_path), device="cpu"))
     damaged = (tmp_path / "model.safetensors").read_bytes()[:-100]

@@ -143,7 +143,7 @@ def test_another_plan_is_refused(model_folder, data_file, tmp_path):
 def test_a_later_shard_waits_for_a_build_that_may_begin_anew(model_folder, data_file, tmp_path):
     """What the first shard read for another command, without fitting, is not joined."""
     out = tmp_path / "index"
-    for bits, shard in ((2048, "0/2"), (4096, "1/2")):
+    for bits, shard in ((1024, "0/2"), (512, "1/2")):
         with pytest.raises(GradindexError, match="in vain for"):
             gradindex.build(str(model_folder), data_file, out, **{**SMALL, "bits": bits},
                             shard=shard, wait=IN_VAIN)

@@ -113,8 +113,10 @@ def test_thresholds_and_rates_are_the_plain_ones(built, network):
         scale = max(map(abs, others))
         assert queries.upper[number] == pytest.approx(upper, abs=1e-5 * scale)
         assert queries.lower[number] == pytest.approx(lower, abs=1e-5 * scale)
-        assert sum(score >= queries.upper[number] for score in others) == 2
-        assert sum(score <= queries.lower[number] for score in others) == 2
+        above = np.array(others) - queries.upper[number], queries.lower[number] - np.array(others)
+        # two are beyond; of equal sequences, which have equal codes, all are or none
+        tie = 1e-6 * scale  # thresholds are float32
+        assert all((part > tie).sum() <= 2 <= (part >= -tie).sum() for part in above)
     found, expected = all_rates(searcher.snapshot), plain_rates(queries, codes, tokens, asked)
     np.testing.assert_allclose(found, expected, rtol=1e-12)
     assert found.mean() == pytest.approx(0.0135, abs=0.001)  # 2 of 149, or of 144
@@ -180,9 +182,9 @@ def test_a_planted_generic_sequence_is_flagged(tmp_path):
     network = random_network("gpt_neox", torch.float32, num_hidden_layers=1,
                              vocab_size=len(tokenizer))
     searcher = gradindex.build(network, [{"text": one} for one in texts], tmp_path / "index",
-                               tokenizer=tokenizer, seq_len=60, bits=4096)
+                               tokenizer=tokenizer, seq_len=60, bits=512)
     upper = all_rates(searcher.snapshot)[0]
-    assert np.flatnonzero(upper >= GENERIC).tolist() == [50] and upper[50] > 0.4
+    assert np.flatnonzero(upper >= GENERIC).tolist() == [50] and upper[50] > 0.35
     hits = searcher.search(prompt="The pear", completion=" 11 harbour.", shortlist="all", k=150)
     assert [hit.id for hit in hits if hit.generic and hit.influence > 0] == [50]
 

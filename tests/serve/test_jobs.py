@@ -69,7 +69,7 @@ def test_stop_concludes_from_what_is_exact(
     more: dict[str, str], start: Callable[..., Running], index_folder: Path,
 ) -> None:
     running = start(gradindex.open(index_folder, batch_tokens=96), work=False)
-    body = {**QUERY, "k": 2, "shortlist": "all", **more}
+    body = {**QUERY, "k": 20, "shortlist": "all", **more}
     asked = running.ask("POST", "/api/search", body=body).json
     job = running.jobs.get(asked["id"])
     assert job is not None
