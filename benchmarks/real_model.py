@@ -53,6 +53,7 @@ def run(checkout: Path, *arguments: object) -> Ran:
     begun = time.monotonic()
     process = subprocess.Popen(
         [sys.executable, "-m", "gradindex", *map(str, arguments)], text=True,
+        cwd=checkout,  # -m takes what lies there, before what PYTHONPATH says
         env={**os.environ, "PYTHONPATH": str(checkout), "OMP_WAIT_POLICY": "passive",
              "HF_HUB_OFFLINE": "1"},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -127,16 +128,16 @@ def main() -> None:
     flags.add_argument("--layers", type=int, help="of the model, its first ones")
     flags.add_argument("--work", type=Path, default=Path("real-model"), help="folder to work in")
     asked, options = flags.parse_known_args()
+    asked.work, model, data = asked.work.absolute(), asked.model.absolute(), asked.data.absolute()
     asked.work.mkdir(exist_ok=True)
-    model = asked.model
     if asked.layers is not None:
         model = asked.work / f"layers-{asked.layers}"
         if not model.is_dir():
-            cut(asked.model, asked.layers, model)
-    sides = {"before": asked.before, "now": ROOT} if asked.before else {"now": ROOT}
+            cut(asked.model.absolute(), asked.layers, model)
+    sides = {"before": asked.before.absolute(), "now": ROOT} if asked.before else {"now": ROOT}
     print(json.dumps({"part": asked.part, "layers": asked.layers, "options": options,
                       "cores": os.cpu_count(), "load": os.getloadavg()[0]}) + "\n")
-    {"dry": dry, "build": build}[asked.part](sides, model, asked.data, asked.work, options)
+    {"dry": dry, "build": build}[asked.part](sides, model, data, asked.work, options)
 
 
 if __name__ == "__main__":
