@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import re
-import resource
 import subprocess
 import sys
 import time
@@ -62,10 +61,8 @@ def run(checkout: Path, *arguments: object) -> Ran:
     for line in process.stdout:
         lines.append(line.rstrip("\n"))
         print(f"    {time.monotonic() - begun:7.1f} s  {lines[-1][:150]}", file=sys.stderr)
-    # of all children that ended: the largest so far, so runs go from the smaller to the larger
-    process.wait()
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    ran = Ran(time.monotonic() - begun, peak, lines)
+    _, _, usage = os.wait4(process.pid, 0)
+    ran = Ran(time.monotonic() - begun, usage.ru_maxrss * 1024, lines)
     for line in lines:
         if match := re.match(r"(\w+): .*\(([^()]* (?:s|min))\)$", line):
             ran.stages[match[1]] = seconds_in(match[2])
@@ -107,7 +104,8 @@ def build(sides: dict[str, Path], model: Path, data: Path, work: Path, options: 
         for stage, seconds in ran.stages.items():
             print(f"| {stage} | {seconds:.1f} |")
         encode, sequences = ran.stages["encode"], _sequences(ran.lines)
-        fixed = sum(ran.stages.get(stage, 0.0) for stage in ("pairs", "calibrate", "background"))
+        fixed = sum(ran.stages.get(stage, 0.0) for stage in
+                    ("batches", "pace", "pairs", "calibrate", "background"))
         share = fixed / (encode / sequences * 10_000)
         print(f"\nOutside the fit, whatever N: {fixed:.0f} s, {share:.1%} of encoding 10,000 "
               "sequences", flush=True)

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import gradindex
 from benchmarks.truth import SHORT, Known, Outcome, asked, find, make_queries, search_known
+from gradindex.results import Query
 from search.ask.controls import Controls
 from search.ask.settings import settle
 from search.engine import Searcher
@@ -80,18 +81,19 @@ def fixed(index: Searcher, known: list[Known], k: int) -> None:
                   f"{_mean(rows, 'claimed'):>7.3f}  {_mean(rows, 'actual'):>6.3f}", flush=True)
 
 
-def timed(index: Searcher, known: list[Known], k: int) -> None:
+def timed(index: Searcher, queries: list[Query], k: int, seconds: float | None) -> None:
     """Seconds of searches as a user makes them, from the query to each stage."""
     print("\ntokens scored  prepared  scanned  first exact  of  each  end  rescored  lower bound")
-    for one in known:
+    settings = settle(Controls(k=k, time_limit=seconds), index.manifest)
+    for query in queries:
         begun, at, first = time.monotonic(), {}, 0
-        for stage in index.stages([one.query], settle(Controls(k=k), index.manifest)):
+        for stage in index.stages([query], settings):
             at.setdefault(stage.name, time.monotonic() - begun)
             if stage.name == "exact" and not first:
                 first = stage.done
         assert stage.result is not None
         end, done = time.monotonic() - begun, stage.result.rescored
-        print(f"{one.query.scored:>13}  {at['gradient']:>8.1f}  {at['approximate']:>7.1f}  "
+        print(f"{query.scored:>13}  {at['gradient']:>8.1f}  {at['approximate']:>7.1f}  "
               f"{at.get('exact', end):>11.1f}  {first:>2}  {(end - at['approximate']) / done:>4.2f}"
               f"  {end:>3.0f}  {done:>8}  {stage.result.recall.lower:>11.3f}", flush=True)
 
@@ -106,10 +108,11 @@ def timed(index: Searcher, known: list[Known], k: int) -> None:
 @click.option("--seed", default=1, show_default=True)
 @click.option("--together", default=20, show_default=True, help="Queries scored in one pass.")
 @click.option("--timed", "some", default=0, show_default=True, help="Searches that are timed.")
+@click.option("--time-limit", type=float, help="Of each of these, in seconds.")
 @click.option("--kept", type=click.Path(path_type=Path), default=Path("truth.npz"),
               show_default=True, help="Where the truth is kept.")
 def main(folder: Path, model: str, count: int, file: Path | None, k: int, seed: int,
-         together: int, some: int, kept: Path) -> None:
+         together: int, some: int, time_limit: float | None, kept: Path) -> None:
     """Print a line for each default, what fixed lengths find, and claims by tenths."""
     index = gradindex.open(folder, model=model)
     begun = time.monotonic()
@@ -119,8 +122,7 @@ def main(folder: Path, model: str, count: int, file: Path | None, k: int, seed: 
     print(f"{len(index):,} sequences, {len(queries)} queries, k = {k}, "
           f"K = {index.manifest.code['length']:,}; loaded in {loaded:.1f} s")
     if some:
-        timed(index, [Known(query, None, np.zeros(0)) for query in  # type: ignore[arg-type]
-                      queries[:: max(1, len(queries) // some)][:some]], k)
+        timed(index, queries[:: max(1, len(queries) // some)][:some], k, time_limit)
     known = find(index, queries, together, kept)
     defaults(index, known, k)
     fixed(index, known, k)

@@ -152,7 +152,8 @@ def _most(filled: int) -> int:
 
 def describe(found: list[Spread], count: int, bits: int) -> str:
     """What codes of K, 2 K and 4 K bits are expected to find, and what they take: a line."""
-    return f"codes: {shares_of(found, count, bits)}"
+    return (f"codes: {shares_of(found, count, bits)} (by queries of half a sequence; of short ones "
+            "fewer)")
 
 
 def shares_of(found: list[Spread], count: int, bits: int) -> str:
