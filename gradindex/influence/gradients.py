@@ -126,15 +126,16 @@ def _backward(
     for module in reversed(modules):
         for run in runs.get(module.name, []):
             if run.d is None:
-                receive(module, run, gradient.new_zeros(run.outputs))
+                receive(module, run, run.a.new_zeros(run.outputs))
     # Experts to which nothing was routed, and maps that ran without a gradient alone, are handed
     # over all the same, with no inputs: what adds up modules would otherwise miss one, and a stack
     # of them would have other sizes.
     for module in modules:
         if module.name not in handed:
             batch.positions[module.name] = batch.tokens[:, :0]
-            each(module, gradient.new_zeros(len(batch.tokens), 0, module.d_in),
-                 gradient.new_zeros(len(batch.tokens), 0, module.d_out))
+            # of the model's type: some make float32 logits of anything
+            each(module, *(gradient.new_zeros(len(batch.tokens), 0, side, dtype=model.dtype)
+                           for side in (module.d_in, module.d_out)))
     return log_p
 
 
