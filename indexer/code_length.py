@@ -108,7 +108,7 @@ def choose_bits(
     """
     allowed = [bits for bits in allowed_bits(count, curvature_bytes) if bits <= fill(modules, bits)]
     if not allowed:  # narrow maps, or an adapter's alone
-        return _most(fill(modules, FEWEST))
+        return longest(modules, FEWEST)
     shares = [mean_share(found, count, bits) for bits in allowed]
     enough = min(WANTED, max(shares) - GAIN)
     return next(bits for bits, share in zip(allowed, shares, strict=True) if share >= enough)
@@ -142,12 +142,19 @@ def check_bits(asked: int | None, modules: Sequence[Module]) -> None:
         raise InputError(
             f"--bits {asked:,}: the tracked maps give a code no more than {filled:,} numbers, and "
             "bits without one are alike in all codes, which makes scores wrong. Use --bits "
-            f"{_most(filled)} or fewer, or more --modules")
+            f"{longest(modules, asked)} or fewer, or more --modules")
 
 
-def _most(filled: int) -> int:
-    """The longest code that so many numbers fill."""
-    return max(64, filled // 64 * 64)
+def longest(modules: Sequence[Module], bits: int) -> int:
+    """The longest code of no more than so many bits that the tracked maps fill.
+
+    >>> longest([Module("a", 0, "adapter", d_out=8, d_in=65, bias=False)], 1 << 14)
+    512
+    """
+    # again, for fewer bits have a smaller k, which may give fewer numbers
+    while bits > 64 and (filled := fill(modules, bits)) < bits:
+        bits = max(64, filled // 64 * 64)
+    return bits
 
 
 def describe(found: list[Spread], count: int, bits: int) -> str:
@@ -179,8 +186,8 @@ def settle_bits(
     found = spreads(cosines)
     bits = asked or choose_bits(found, count, curvature_bytes, modules)
     # of the tracked maps some may have turned out to have no gradient
-    if (filled := fill(modules, bits)) < bits and _most(filled) < bits:
-        bits = _most(filled)
+    if (filled := longest(modules, bits)) < bits:
+        bits = filled
         say(f"warning: codes get {bits:,} bits: the maps that have a gradient fill no more")
     say(describe(found, count, bits))
     share = mean_share(found, count, bits)

@@ -71,7 +71,8 @@ class CodeSettings:
         """k_S and k_A, the mixed coordinates of a module's output and input side.
 
         A side of no more than k dimensions has the power of two at or above them. The other then
-        has as many as make the product k², but no more than it has dimensions either:
+        has as many as make the product k², or where that is as many as its dimensions or more, the
+        power of two at or above these:
 
         >>> settings = CodeSettings(length=16384, width=64, seed=0, damping=0.1)
         >>> settings.sides(Module("wide", 0, "mlp", d_out=512, d_in=2048, bias=False))
@@ -83,10 +84,12 @@ class CodeSettings:
         k = self.width
         if not self.narrow_exact:
             return min(k, o, i), min(k, o, i)
-        narrow = _power_of_two(min(o, i))
         if min(o, i) > k:
             return k, k
-        other = min(k * k // narrow, _power_of_two(max(o, i)))
+        narrow = _power_of_two(min(o, i))
+        other = k * k // narrow
+        if other >= max(o, i):
+            other = _power_of_two(max(o, i))
         return (narrow, other) if o <= i else (other, narrow)
 
     def filled(self, modules: Sequence[Module]) -> int:
@@ -228,7 +231,7 @@ class Codes:
         """The ±1 of a side's R, row by row: [k · n]."""
         if k < n or not self.settings.narrow_exact:
             return drawn(k * n)
-        columns = hadamard(k, dtype=np.int8)[:, :n]  # k is a power of two
+        columns = hadamard(k, dtype=np.int8)[:, :n]  # see `sides`: k is a power of two then
         return np.asarray((columns * drawn(n)).ravel())
 
     def empty(self, rows: int) -> Tensor:

@@ -62,7 +62,7 @@ def encode_answer(tokenizer: Any, prompt: Chat, completion: list[dict[str, Any]]
     return Tokenised(tokens, scored, spans, renderer.unshown)
 
 
-def encode_question(tokenizer: Any, chat: Chat) -> tuple[str, list[int], str | None]:
+def encode_question(tokenizer: Any, chat: Chat) -> tuple[str, list[int], tuple[str, ...]]:
     """A chat that waits for an answer: its text with the words that open one, and its token ids.
 
     Beside them what its template doesn't show of it. Raises ChatTemplateError.

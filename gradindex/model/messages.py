@@ -208,7 +208,8 @@ def _message(message: dict[str, Any]) -> dict[str, Any]:
     elif content is not None and not isinstance(content, str):
         raise MessagesError(f"content is neither text nor parts (a {type(content).__name__})")
     if "tool_calls" in message:
-        message["tool_calls"] = _tool_calls(message["tool_calls"])
+        calls = _tool_calls(message.pop("tool_calls"))
+        message |= {} if calls is None else {"tool_calls": calls}
     if content is None and not any(message.get(name) for name in INSTEAD_OF_CONTENT):
         raise MessagesError("a message without content or tool calls")
     for name in WEIGHTS:
@@ -218,9 +219,11 @@ def _message(message: dict[str, Any]) -> dict[str, Any]:
     return message
 
 
-def _tool_calls(value: Any) -> list[Any]:
+def _tool_calls(value: Any) -> list[Any] | None:
     """The calls of a message, which tables may keep as JSON text. Raises MessagesError."""
     calls = _parsed(value, "tool_calls")
+    if calls is None:  # as the text "" or "null"
+        return None
     if not isinstance(calls, (list, tuple, np.ndarray)) or not all(
             isinstance(call, dict) and isinstance(call.get("function", call), dict)
             for call in calls):

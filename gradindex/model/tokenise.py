@@ -20,13 +20,13 @@ class Tokenised:
 
     `tokens` int32 [n] are token ids, `scored` bool [n] says for which of them training counted the
     prediction, `spans` int64 [n, 2] are their first character and the one behind their last.
-    `unshown` is what a chat says and its template doesn't write, in words.
+    `unshown` is what a chat says and its template doesn't write, in words, one a kind.
     """
 
     tokens: np.ndarray
     scored: np.ndarray
     spans: np.ndarray
-    unshown: str | None = None
+    unshown: tuple[str, ...] = ()
 
 
 def encode(tokenizer: Any, text: str) -> Tokenised:

@@ -13,22 +13,28 @@ from typing import Any
 from gradindex.model.messages import REASONING, Chat
 from gradindex.model.signs import signed, signs_for
 
+ARGUMENTS = "the arguments of "
 Text = Callable[[Chat], str | None]  # a chat as its template writes it; None where that refuses it
 Path = tuple[str | int, ...]  # of something in a chat: the keys and numbers that lead to it
 
 
-def unshown(chat: Chat, text: Text) -> str | None:
-    """What of a chat isn't in its text, in words; None where all of it is."""
+def unshown(chat: Chat, text: Text) -> tuple[str, ...]:
+    """What of a chat isn't in its text, in words: the first of each kind, none where all of it is.
+    """
     said = dict(_said(chat))
     [sign, _] = signs_for(repr((chat.messages, chat.tools)))
     # one rendering shows all of it, unless the template is a rare one
     marks = {path: f"{sign}{number}{sign}" for number, path in enumerate(said)}
     whole = text(_marked(chat, marks)) or ""
     doubtful = [path for path, mark in marks.items() if mark not in whole]
-    lost = next((path for path in doubtful if not _matters(chat, path, sign, text)), None)
-    if lost is not None:
-        return said[lost]
-    return _lost_reasoning(chat, sign, text) or _lost_option(chat, text)
+    lost: dict[str, str] = {}  # by its kind: of a long chat one message of each is enough
+    for path in doubtful:
+        kind = said[path].partition(" (")[0]
+        if not {kind, kind.removeprefix(ARGUMENTS)} & lost.keys() and \
+                not _matters(chat, path, sign, text):
+            lost[kind] = said[path]
+    others = (_lost_reasoning(chat, sign, text), _lost_option(chat, text))
+    return (*lost.values(), *(other for other in others if other is not None))
 
 
 def _matters(chat: Chat, path: Path, sign: str, text: Text) -> bool:
@@ -75,7 +81,7 @@ def _said(chat: Chat) -> Iterator[tuple[Path, str]]:
                       message.get("function_call")))
         for path, name, call in calls:
             path, call = _function(path, call)
-            for key, words in (("name", name), ("arguments", f"the arguments of {name}")):
+            for key, words in (("name", name), ("arguments", ARGUMENTS + name)):
                 if isinstance(call, dict) and _says(call.get(key)):
                     yield (*path, key), f"{words} {where}"
     for place, tool in enumerate(chat.tools or []):

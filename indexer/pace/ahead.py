@@ -9,6 +9,7 @@ from gradindex.model.network import LanguageModel
 from gradindex.modules import Module
 from gradindex.storage.build_plan import Plan
 from indexer.calibrate import stacked_queries
+from indexer.code_length import longest
 from indexer.fit.budget import FitBytes, partitions
 from indexer.pace.speed import Work, in_groups
 
@@ -39,8 +40,8 @@ class Ahead:
         blocks, width = plan.covariance_blocks, model.accumulate.itemsize
         return cls(
             lengths, count, batch_tokens,
-            CodeSettings.of(bits or default_length(plan.sequence_length), modules, plan.seed,
-                            plan.damping),
+            CodeSettings.of(bits or longest(modules, default_length(plan.sequence_length)), modules,
+                            plan.seed, plan.damping),
             partitions(modules, blocks, width, allowance.planned),
             FitBytes.of(modules, blocks, width), stacked_queries(model, modules, allowance))
 

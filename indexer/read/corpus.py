@@ -188,8 +188,8 @@ class Corpus:
                 raise InputError(f"{source.name}:{row}: {error}") from None
             number = self.documents_before + self.facts.documents
             self.facts.documents += 1
-            if tokenised.unshown is not None:
-                what = tokenised.unshown.split(" (")[0]  # in brackets is which message
+            for part in tokenised.unshown:
+                what = part.split(" (")[0]  # in brackets is which message
                 first, count = self._unshown.get(what, (f"{source.name}:{row}", 0))
                 self._unshown[what] = first, count + 1
             self.longer += len(tokenised.tokens) > self.settings.sequence_length

@@ -118,8 +118,9 @@ def _chat_query(fitted: FittedModel, question: Question) -> Query:
     else:
         prompt, tokens, unshown = encode_question(fitted.tokenizer, chat)
         query = _continued_query(fitted, tokens, prompt)
-    if unshown is not None:
-        query.notes.append(f"the chat template doesn't show {unshown}: the model is asked without")
+    if unshown:
+        query.notes.append(f"the chat template doesn't show {', '.join(unshown)}: the model is "
+                           "asked without")
     return query
 
 

@@ -287,3 +287,23 @@ def test_codes_of_an_adapter_alone_err_as_stated(maps, rank, bits):
         z = (index.scores(query) - truth) / score_error(1.0, float(np.linalg.norm(query)), norms,
                                                         bits)
         assert abs(z.mean()) < 0.35 and 0.8 < z.std() < 1.9
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3, 4, 8, 16, 24, 64])
+def test_sides_can_be_mixed_whatever_the_shapes(rank):
+    """A side has fewer coordinates than dimensions, or a power of two at or above them."""
+    for width in range(32, 257, 16):
+        for n in (5, 12, 100, 320, 576, 768, 1000, 4096):
+            for o, i in ((rank, n), (n, rank)):
+                module = Module("m", 0, "adapter", o, i, False)
+                settings = CodeSettings(1 << 14, width, 0, 0.1)
+                for k, dimensions in zip(settings.sides(module), (o, i), strict=True):
+                    assert k < dimensions or (k & (k - 1) == 0 and k < 2 * dimensions)
+
+
+def test_codes_of_common_adapters_are_drawn():
+    """768 dimensions at rank 8, which k² would give 800 coordinates."""
+    modules, ekfac = lora(2, 8, 96)
+    codes = Codes(modules, ekfac, CodeSettings(2048, 32, 7, 0.1))
+    assert codes.settings.sides(modules[0]) == (8, 128)
+    assert CodeSettings.of(16384, (wide := lora(48, 8, 768)[0]), 0, 0.1).sides(wide[0]) == (8, 1024)

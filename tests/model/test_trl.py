@@ -103,7 +103,7 @@ def test_marked_answers_are_scored(name):
                 encode_chat(tokenizer, read_chat(messages, tools))
             continue
         tokenised = encode_chat(tokenizer, read_chat(messages, tools))
-        assert (tokenised.unshown is not None) == loses(tokenizer, messages, tools)
+        assert bool(tokenised.unshown) == loses(tokenizer, messages, tools)
         assert tokenised.tokens.tolist() == expected["input_ids"]
         assert tokenised.scored.astype(int).tolist() == expected["assistant_masks"]
         done += 1

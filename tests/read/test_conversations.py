@@ -161,7 +161,7 @@ def test_what_the_template_does_not_show_is_said_and_the_rest_indexed():
     made = make_corpus(rows, tokenizer=byte_tokenizer(template=PLAIN_TEMPLATE), sequence_length=64)
     assert len(list(made.sequences())) == 3 and not made.facts.skipped
     [line] = made.said_of_rows()
-    assert line.startswith("warning: the chat template doesn't show the tools (1 × from the data "
+    assert line.startswith("warning: the chat template doesn't show the tools (2 × from the data "
                            "given:2 on), tool_calls (1 × from the data given:3 on); these rows")
     list(made.sequences())  # another reading counts anew
     assert made.said_of_rows() == [line]
