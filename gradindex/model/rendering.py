@@ -40,7 +40,7 @@ class Renderer:
         self._tokenizer = tokenizer
         self.chat = self._readable(chat)
         self.text = self.render(self.chat.messages)
-        self.unshown = unshown(self.chat, self._text)
+        self.unshown = unshown(self.chat, self.text, self._text)
 
     def render(self, messages: list[dict[str, Any]], answer: bool = False, **options: Any) -> str:
         """Messages as text. With `answer`, the words that open an assistant's turn follow them."""

@@ -18,8 +18,10 @@ Text = Callable[[Chat], str | None]  # a chat as its template writes it; None wh
 Path = tuple[str | int, ...]  # of something in a chat: the keys and numbers that lead to it
 
 
-def unshown(chat: Chat, text: Text) -> tuple[str, ...]:
+def unshown(chat: Chat, plain: str, text: Text) -> tuple[str, ...]:
     """What of a chat isn't in its text, in words: the first of each kind, none where all of it is.
+
+    `plain` is its text, `text` writes a chat that differs from it.
     """
     said = dict(_said(chat))
     [sign, _] = signs_for(repr((chat.messages, chat.tools)))
@@ -31,15 +33,10 @@ def unshown(chat: Chat, text: Text) -> tuple[str, ...]:
     for path in doubtful:
         kind = said[path].partition(" (")[0]
         if not {kind, kind.removeprefix(ARGUMENTS)} & lost.keys() and \
-                not _matters(chat, path, sign, text):
+                text(_marked(chat, {path: sign})) == plain:
             lost[kind] = said[path]
-    others = (_lost_reasoning(chat, sign, text), _lost_option(chat, text))
+    others = (_lost_reasoning(chat, sign, text), _lost_option(chat, plain, text))
     return (*lost.values(), *(other for other in others if other is not None))
-
-
-def _matters(chat: Chat, path: Path, sign: str, text: Text) -> bool:
-    """Whether the text is another where something in the chat is."""
-    return text(chat) != text(_marked(chat, {path: sign}))
 
 
 def _lost_reasoning(chat: Chat, sign: str, text: Text) -> str | None:
@@ -51,19 +48,20 @@ def _lost_reasoning(chat: Chat, sign: str, text: Text) -> str | None:
         names = [name for name in REASONING if _says(message.get(name))]
         if names:
             turn = chat.until(number + 1)
+            plain = text(turn)
             paths: list[Path] = [("messages", number, name) for name in names]
-            if any(_matters(turn, path, sign, text) for path in paths):
+            if any(text(_marked(turn, {path: sign})) != plain for path in paths):
                 return None
             return f"{names[0]} (message {number + 1})"
     return None
 
 
-def _lost_option(chat: Chat, text: Text) -> str | None:
+def _lost_option(chat: Chat, plain: str, text: Text) -> str | None:
     """A list or object that the template was told and doesn't show, such as documents, in words."""
     for name, value in chat.options.items():
         if isinstance(value, (list, dict)) and value:
             without = replace(chat, options={**chat.options, name: type(value)()})
-            if text(without) == text(chat):
+            if text(without) == plain:
                 return f"what chat_template_kwargs holds ({name})"
     return None
 
