@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from gradindex.influence.exact import Exact, rescore
+from gradindex.influence.exact import Exact, exact_scores
 from gradindex.influence.preconditioned import Preconditioned
 from gradindex.results import UNSCORED, Query
 from search.ask.controls import Controls
@@ -69,18 +69,15 @@ def asked(index: Searcher, path: Path) -> list[Query]:
 
 def find(index: Searcher, queries: Sequence[Query], together: int, kept: Path) -> list[Known]:
     """Score every sequence exactly on each query, so many `together`, unless `kept` has it."""
-    settings, places = settle(Controls(), index.manifest), list(range(len(index)))
+    settings = settle(Controls(), index.manifest)
     done: dict[str, Any] = dict(np.load(kept)) if kept.exists() else {}
     missing = [query for query in queries if f"{_key(query)}/influence" not in done]
     for first in range(0, len(missing), together):
         group = missing[first : first + together]
         gradients, preconditioned = form_gradients(index.snapshot, group, settings,
                                                    index.batch_tokens)
-        session = Session(index.snapshot, settings, gradients, preconditioned, index.batch_tokens)
-        scores = np.zeros((len(group), len(places)))
-        for batch in rescore(session.common.by, preconditioned, index.snapshot.records(places)):
-            for place, exact in batch:
-                scores[:, place] = exact.influence
+        scores = exact_scores(index.snapshot.model, settings.modules, preconditioned,
+                              index.snapshot.records(range(len(index))), index.batch_tokens)
         for gradient, row in zip(gradients, scores, strict=True):
             key = _key(gradient.query)
             done |= {f"{key}/influence": row, f"{key}/vector": gradient.vector,
