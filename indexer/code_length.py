@@ -184,10 +184,10 @@ def settle_bits(
     `cosines` [q, s] are exact ones of a sample, `count` the sequences to be encoded.
     """
     found = spreads(cosines)
-    bits = asked or choose_bits(found, count, curvature_bytes, modules)
+    wanted = asked or choose_bits(found, count, curvature_bytes, modules)
     # of the tracked maps some may have turned out to have no gradient
-    if (filled := longest(modules, bits)) < bits:
-        bits = filled
+    bits = longest(modules, wanted)
+    if bits < wanted:
         say(f"warning: codes get {bits:,} bits: the maps that have a gradient fill no more")
     say(describe(found, count, bits))
     share = mean_share(found, count, bits)

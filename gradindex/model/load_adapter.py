@@ -57,7 +57,8 @@ def load_adapter(network: Any, source: ModelSource) -> Any:
             torch_device=str(network.device), autocast_adapter_dtype=False)
     for names, wrong in ((loaded.missing_keys, "lack"), (loaded.unexpected_keys, "also hold")):
         if names:  # peft would leave random numbers there, or drop them
-            homeless = [name for name in names if not _has_home(wrapped, name)]
+            modules = dict(wrapped.named_modules())
+            homeless = [name for name in names if not _has_home(modules, name)]
             raise InputError(
                 f"the weights of the adapter {adapter.folder} {wrong} {len(names)} "
                 f"tensor{'s' * (len(names) > 1)}: {', '.join(sorted(names)[:5])}. " + (
@@ -72,9 +73,9 @@ def load_adapter(network: Any, source: ModelSource) -> Any:
     return wrapped
 
 
-def _has_home(wrapped: Any, name: str) -> bool:
-    """Whether a network has the module that a tensor of an adapter belongs to."""
-    modules, parts = dict(wrapped.named_modules()), name.split(".")
+def _has_home(modules: dict[str, Any], name: str) -> bool:
+    """Whether a network of these modules has the one that a tensor of an adapter belongs to."""
+    parts = name.split(".")
     known = next(end for end in range(len(parts), -1, -1) if ".".join(parts[:end]) in modules)
     last = modules[".".join(parts[:known])]
     # what isn't there is an adapter's part of a map, and no module of the base's

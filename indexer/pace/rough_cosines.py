@@ -47,7 +47,7 @@ class RoughCosines:
         # without a bias: its column would be one of many, and the inputs' mean says as much
         plain = replace(module, bias=False)
         self._some.setdefault(module.name, []).append(
-            (plain, a[:EACH].float().clone(), d[:EACH].float().clone()))
+            (plain, a[:EACH].to(torch.float32, copy=True), d[:EACH].to(torch.float32, copy=True)))
 
     def cosines(self) -> np.ndarray:
         """The cosines [s, s] of the sequences' gradients with each other; NaN with themselves.
