@@ -394,6 +394,8 @@ def test_interrupted_search_prints_what_is_exact(trained_index):
     assert all(hit["exact"] for hit in content["hits"])
 
 
+@pytest.mark.skipif(not (ROOT / "pyproject.toml").is_file(),
+                    reason="these tests run without a clone, from a wheel already (test_wheel.py)")
 def test_the_built_wheel_works_outside_the_clone(trained, tmp_path):
     """The journey again from the wheel alone, in another folder."""
     subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps",
