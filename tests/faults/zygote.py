@@ -15,6 +15,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -27,6 +28,8 @@ def main() -> None:
     import tqdm
 
     tqdm.tqdm.monitor_interval = 0
+    # its own lock is one of all processes: a child that is killed while it draws would keep it
+    tqdm.tqdm.set_lock(threading.RLock())
     torch.set_num_threads(1)
     for line in sys.stdin:
         told = json.loads(line)
