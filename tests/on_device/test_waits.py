@@ -1,0 +1,120 @@
+"""The host waits for the device a few times a batch, however many maps a model has."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from gradindex.draws import Stream
+from gradindex.influence.blockwise import covariance_shapes
+from gradindex.influence.codes import Codes, CodeSettings
+from gradindex.influence.curvature import Curvature
+from gradindex.influence.exact import Rescorer, rescore
+from gradindex.influence.preconditioned import Preconditioned
+from gradindex.influence.split_batches import Splits
+from gradindex.model.model_source import ModelSource
+from gradindex.model.network import LanguageModel
+from gradindex.model.tracked import tracked_modules
+from gradindex.objective import Text
+from indexer.encode import encode_batches
+from indexer.fit.batch_sums import add_covariances, add_eigenvalues, fit_batch
+from support.models import MIXTURES, SIZES, random_network
+from support.pretend.ledger import LEDGER
+
+MOST = 6  # waits a batch
+DEVICE = torch.device("cuda")
+
+
+@dataclass
+class Sequence:
+    """What a batch's work needs of a record."""
+
+    id: int
+    text: Text
+
+    @property
+    def tokens(self):
+        return self.text.tokens
+
+    @property
+    def scored(self):
+        return self.text.scored
+
+
+def batch_works(texts: list[Text], family: str, **sizes: Any) -> dict[str, Callable[[], object]]:
+    """The work of each stage on one batch of a random model's, by name."""
+    network = random_network(family, torch.float32, **sizes).to(DEVICE)
+    model = LanguageModel(network.requires_grad_(False), None, ModelSource(network))
+    modules = tracked_modules(model.network, "all")
+    records: Any = [Sequence(number, text) for number, text in enumerate(texts)]
+
+    def eye(n: int) -> torch.Tensor:
+        return torch.eye(n, device=DEVICE)
+
+    ekfac = {m.name: Curvature(eye(m.shape[1]), eye(m.shape[0]), torch.ones(m.shape, device=DEVICE))
+             for m in modules}
+    codes = Codes(modules, ekfac, CodeSettings.of(1024, modules, 0, 0.1))
+    squares = {name: torch.zeros(shape, device=DEVICE)
+               for name, shape in covariance_shapes(modules, 1).items()}
+    tables = {m.name: torch.zeros(m.shape, device=DEVICE) for m in modules}
+    vectors = {name: eye(len(square)) for name, square in squares.items()}
+    one, two = (Preconditioned({m.name: torch.ones(count, *m.shape, device=DEVICE)
+                                for m in modules}) for count in (1, 2))
+    by = Rescorer(model, modules, ekfac, 0.1, 4096)
+    labels = partial(fit_batch, model, records, "model", 0)
+
+    def rescored(queries: Preconditioned, **wanted: bool) -> None:
+        list(rescore(by, queries, records, one_chunk=True, **wanted))
+
+    return {
+        "covariance": lambda: add_covariances(
+            model, modules, squares, *labels(Stream.COVARIANCE_LABELS)),
+        "eigenvalues": lambda: add_eigenvalues(
+            model, modules, vectors, tables, *labels(Stream.EIGENVALUE_LABELS)),
+        "encode": lambda: list(encode_batches(model, codes, records, 4096, Splits())),
+        "rescore": lambda: rescored(one),
+        "rescore two": lambda: rescored(two),
+        "rescore with terms and sizes": lambda: rescored(one, terms=True, sizes=True),
+        "rescore by module": lambda: rescored(two, by_module=True, sizes=True),
+    }
+
+
+def waits(work: Callable[[], object]) -> int:
+    with torch.no_grad():
+        work()
+        LEDGER.forget()
+        work()
+    return sum(LEDGER.waits.values())
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "llama"])
+def test_waits_do_not_grow_with_the_number_of_maps(sequences, family):
+    few, many = (batch_works(sequences, family, num_hidden_layers=layers) for layers in (1, 3))
+    for name, work in many.items():
+        assert waits(work) <= MOST, (name, LEDGER.waits)
+        assert waits(work) == waits(few[name]), (name, LEDGER.waits)
+
+
+def test_a_mixture_waits_once_more_for_each_block_of_experts(sequences, monkeypatch):
+    """Who goes where decides sizes; how many experts there are makes no difference."""
+    monkeypatch.setitem(SIZES, "mixtral", MIXTURES["mixtral"])
+    one, two, wide = (
+        batch_works(sequences, "mixtral", num_hidden_layers=layers, num_local_experts=experts)
+        for layers, experts in ((1, 3), (2, 3), (1, 6)))
+    for name, work in one.items():
+        least = waits(work)
+        assert least <= MOST, (name, LEDGER.waits)
+        assert waits(two[name]) == least + 1, (name, LEDGER.waits)
+        assert waits(wide[name]) == least, (name, LEDGER.waits)
+
+
+def test_nothing_of_size_is_reckoned_in_float64(sequences):
+    """Consumer cards do that at a sixty-fourth of their speed; sums of scores are a few numbers."""
+    texts = sequences * 4
+    tokens = len(texts) * max(len(text.tokens) for text in texts)
+    for name, work in batch_works(texts, "llama").items():
+        waits(work)
+        assert max(LEDGER.wide.values(), default=0) <= tokens, (name, LEDGER.wide)
