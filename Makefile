@@ -27,7 +27,7 @@ $(BIN)/python:
 
 # torch first: a range would let pip choose a newer build with several GB of CUDA libraries.
 $(BIN)/.installed: pyproject.toml constraints.txt | $(BIN)/python
-	@echo "installing into $(VENV): torch, then the rest (faiss-$(EXTRA)); this takes some minutes"
+	@echo "installing into $(VENV): torch, then the rest ($(EXTRA)); this takes some minutes"
 	$(PIP) install --constraint constraints.txt torch
 	$(PIP) install --constraint constraints.txt --editable '.[$(EXTRA),test]'
 	@touch $@

@@ -20,9 +20,9 @@ try:
     import faiss
 except ImportError as error:
     raise ImportError(
-        f"FAISS can't be imported ({error}). gradindex needs one of its two builds, never both: "
-        'pip install "gradindex[cpu]" (faiss-cpu), or, on Linux with an NVIDIA GPU, '
-        'pip install "gradindex[gpu]" (faiss-gpu). If both are installed, remove both first: '
+        f"FAISS can't be imported ({error}). gradindex needs it: pip install \"gradindex[cpu]\" "
+        "(faiss-cpu; on a machine with an NVIDIA GPU \"gradindex[gpu]\", which asks for the same). "
+        "faiss-gpu does as well, but both together break each other: then remove both first, "
         "pip uninstall faiss-cpu faiss-gpu"
     ) from error
 
@@ -121,6 +121,14 @@ class CodeIndex:
         """
         stored = faiss.vector_to_array(self._index.codes).reshape(len(self), -1)
         return stored[:, octets], _steps(stored, self._index.d)
+
+    def signs(self, rows: slice) -> tuple[np.ndarray, np.ndarray]:
+        """The sign bits, uint8 [rows, K/8], lowest first, and the scales, float32, of some rows.
+
+        A code's score is the inner product of the query's vector with its signs, times its scale.
+        """
+        stored = self._stored()[rows]
+        return stored[:, : self._index.d // 8], _steps(stored, self._index.d)
 
     def scales(self) -> np.ndarray:
         """The two numbers that FAISS keeps of each code besides its signs: float32 [rows, 2]."""

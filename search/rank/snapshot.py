@@ -24,6 +24,7 @@ from gradindex.storage.manifest import load as load_manifest
 from gradindex.storage.records import Record
 from gradindex.terminal import shell_word
 from search.rank.coverage import Coverage, LostError
+from search.rank.device_codes import DeviceCodes
 from search.rank.group_totals import Grouping, read_grouping
 from search.rank.ranking import CodeRanking, Ranking
 from search.rank.side_tables import SideTables, random_sample
@@ -62,6 +63,7 @@ class Snapshot(FittedModel):
                          source)
         self.tables = SideTables(self.contents)
         self._segments: list[CodeIndex] | None = None
+        self._device_codes: DeviceCodes | None = None
         self._groupings: dict[str, Grouping] = {}
 
     def without(self, lost: LostError) -> Self:
@@ -84,6 +86,7 @@ class Snapshot(FittedModel):
         rest.manifest = replace(self.manifest, sequences=len(contents))
         # what was read of all segments is not what these hold
         rest.tables, rest._segments, rest._groupings = SideTables(contents), None, {}
+        rest._device_codes = None
         return rest
 
     def load(self) -> None:
@@ -112,8 +115,16 @@ class Snapshot(FittedModel):
 
     def code_scores(self, vectors: np.ndarray) -> np.ndarray:
         """The code score of every place for query vectors [q, K]: float32 [q, N]."""
-        scores = finite(
-            code_index.scan(self.segments(), vectors, max(1, torch.get_num_threads())), self.path)
+        device, segments = self.model.device, self.segments()  # checked again for every search
+        if device.type == "cpu":
+            scores = code_index.scan(segments, vectors, max(1, torch.get_num_threads()))
+        else:
+            if self._device_codes is None:
+                room = self.allowance.part(1 / 4, int(torch.cuda.mem_get_info(device)[0]) // 2)
+                self._device_codes = DeviceCodes(
+                    segments, self.manifest.code["length"], device, room)
+            scores = self._device_codes.scores(vectors)
+        finite(scores, self.path)
         rows = self.contents.places
         # rows are places where nothing is deleted, and then nothing is copied
         return scores if len(rows) == scores.shape[1] else scores[:, rows]

@@ -1,0 +1,125 @@
+"""Codes on a GPU: kept there where they fit, and scored for several queries in one pass.
+
+A score is ⟨v_q, signs of the code⟩ times the code's scale, as FAISS's, which quantises the query
+to a few bits where this rounds it to 23.
+"""
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradindex.storage.code_index import CodeIndex
+from gradindex.transfers import Arriving, to_device
+
+TOGETHER = 16  # queries that are scored in one pass
+TILE = 1 << 28  # bytes of codes that are moved at once where not all are kept
+LIMBS, LARGEST = 3, 1 << 22  # a query's entries are whole numbers up to this, of so many bytes
+UNPACKED = 1 << 27  # bits unpacked at once where there is no kernel for them
+
+
+class DeviceCodes:
+    """The codes of some segments, of K = `length` bits, on a device: all, up to `room` bytes.
+
+    >>> vectors = np.tile([[1, 1, 1, 1], [1, -1, 1, -1]], 16).astype(np.float32)
+    >>> index = CodeIndex(64)
+    >>> index.add(index.encode(vectors))
+    >>> codes = DeviceCodes([index, index], 64, torch.device("cpu"), room=1000)
+    >>> codes.scores(vectors[:1]).round().tolist()
+    [[64.0, 0.0, 64.0, 0.0]]
+    """
+
+    def __init__(
+        self, segments: Sequence[CodeIndex], length: int, device: torch.device, room: int
+    ):
+        self._segments, self._length, self._device = segments, length, device
+        fits = sum(map(len, segments)) * length // 8 <= room
+        self._kept = list(self._tiles()) if fits else None
+
+    def scores(self, vectors: np.ndarray) -> np.ndarray:
+        """The code scores of all rows for queries' vectors, float32 [q, K]: float32 [q, rows]."""
+        groups = [vectors[first : first + TOGETHER] for first in range(0, len(vectors), TOGETHER)]
+        return np.concatenate([self._group_scores(group) for group in groups])
+
+    def _group_scores(self, vectors: np.ndarray) -> np.ndarray:
+        rounded = RoundedQueries(to_device(np.ascontiguousarray(vectors, np.float32), self._device))
+        parts: list[Tensor] = []
+        for signs, scales in self._kept or self._tiles():
+            parts.append(rounded.inner(signs).mul_(scales))
+        [scores] = Arriving([torch.cat(parts, dim=1)]).arrays()
+        return scores
+
+    def _tiles(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Sign bits, uint8 [n, K/8], and scales, float32 [n], of rows that follow each other."""
+        most = max(1, TILE // (self._length // 8))
+        for segment in self._segments:
+            for first in range(0, len(segment), most):
+                signs, scales = segment.signs(slice(first, first + most))
+                # a copy from pinned memory: the next tile is read while this one is on its way
+                yield to_device(signs, self._device), to_device(scales, self._device)
+
+
+class RoundedQueries:
+    """Queries' vectors [q, K] on a device, their entries rounded to whole numbers of three limbs.
+
+    >>> queries = RoundedQueries(torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, -8.0]]))
+    >>> queries.inner(torch.tensor([[0b11111111], [0b00000011]], dtype=torch.uint8)).tolist()
+    [[20.0, -14.0]]
+    """
+
+    def __init__(self, vectors: Tensor):
+        queries, length = vectors.shape
+        self._count = queries
+        # zero for a query of zeros; what isn't finite stays so, as the scan's caller expects
+        self._step = vectors.abs().amax(1) / LARGEST
+        whole = (vectors / self._step.where(self._step > 0, 1.0)[:, None]).nan_to_num(0).round().to(
+            torch.int32)
+        limbs = []
+        for _ in range(LIMBS - 1):  # the lowest first, each from −128 to 127
+            low = ((whole + 128) & 255) - 128
+            limbs.append(low)
+            whole = (whole - low) >> 8
+        limbs.append(whole)
+        stacked = torch.stack(limbs[::-1])  # [3, q, K]
+        self._sums = stacked.sum(-1, dtype=torch.int32)
+        width = max(16, 1 << (LIMBS * queries - 1).bit_length())
+        columns = torch.nn.functional.pad(
+            stacked.flatten(0, 1), (0, 0, 0, width - LIMBS * queries)).to(torch.int8)
+        # entry 8 j + s at [s, j]
+        self._limbs = columns.unflatten(1, (length // 8, 8)).permute(2, 1, 0).contiguous()
+
+    def inner(self, signs: Tensor) -> Tensor:
+        """⟨v_q, s⟩ for sign bits uint8 [n, K/8], a set bit for 1, none for −1: float32 [q, n]."""
+        sums = bits_times_limbs(signs, self._limbs)[:, : LIMBS * self._count]
+        # of signs: twice that of bits, less the sum; whole numbers still, so nothing is lost
+        signed = 2 * sums.T.unflatten(0, (LIMBS, self._count)) - self._sums[..., None]
+        total: Tensor = signed[0].float()
+        for limb in signed[1:]:
+            total = total * 256 + limb
+        return total * self._step[:, None]
+
+
+def has_kernel(device: torch.device) -> bool:
+    """Whether the kernel of `sign_kernel.py` runs on a device: PyTorch for CUDA brings Triton."""
+    return device.type == "cuda" and torch.version.cuda is not None and \
+        importlib.util.find_spec("triton") is not None
+
+
+def bits_times_limbs(codes: Tensor, limbs: Tensor) -> Tensor:
+    """As the function of `sign_kernel.py`, by it where it runs, else in PyTorch's operations."""
+    if has_kernel(codes.device):
+        from search.rank import sign_kernel
+
+        return sign_kernel.bits_times_limbs(codes, limbs)
+    return plain_bits_times_limbs(codes, limbs)
+
+
+def plain_bits_times_limbs(codes: Tensor, limbs: Tensor) -> Tensor:
+    """The same in PyTorch's operations, some rows at a time."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=codes.device)[:, None, None]
+    flat = limbs.flatten(0, 1).float()  # which holds sums of 2^17 bytes, and nearly larger ones
+    parts = [((some >> shifts) & 1).float().permute(1, 0, 2).flatten(1) @ flat
+             for some in codes.split(max(1, UNPACKED // (8 * codes.shape[1])))]
+    return torch.cat(parts).to(torch.int32)

@@ -1,0 +1,108 @@
+"""The scan of codes on a GPU: its numbers against float64, FAISS's order, and Triton's kernel."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gradindex.storage.code_index import QUERY_BITS, CodeIndex
+from search.rank import device_codes
+from search.rank.device_codes import DeviceCodes, RoundedQueries
+from support.needed import library
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def coded(rows: int, length: int, seed: int = 0) -> tuple[CodeIndex, np.ndarray]:
+    random = np.random.default_rng(seed)
+    index = CodeIndex(length)
+    vectors = random.standard_normal((rows, length)).astype(np.float32)
+    vectors *= random.lognormal(0, 1, (rows, 1)).astype(np.float32)
+    index.add(index.encode(vectors))
+    return index, vectors
+
+
+def queries_of(count: int, length: int) -> np.ndarray:
+    """Entries of very unlike sizes."""
+    random = np.random.default_rng(7)
+    return (random.standard_normal((count, length)) *
+            random.lognormal(0, 1.5, length)).astype(np.float32)
+
+
+def truth(index: CodeIndex, queries: np.ndarray) -> np.ndarray:
+    """signs · query in float64, times the scale."""
+    signs, scales = index.signs(slice(None))
+    plus_minus = 2.0 * np.unpackbits(signs, axis=1, bitorder="little") - 1
+    return queries.astype(np.float64) @ plus_minus.T * scales
+
+
+@pytest.mark.parametrize("count", [1, 5, 16, 21])
+@pytest.mark.parametrize("room", [1 << 30, 0])
+def test_scores_are_signs_times_the_query(count, room, monkeypatch):
+    monkeypatch.setattr(device_codes, "TILE", 10 * 512 // 8)
+    monkeypatch.setattr(device_codes, "UNPACKED", 7 * 512)
+    (one, _), (two, _) = coded(33, 512), coded(8, 512, seed=1)
+    queries = queries_of(count, 512)
+    codes = DeviceCodes([one, two], 512, torch.device("cpu"), room)
+    expected = np.concatenate([truth(one, queries), truth(two, queries)], axis=1)
+    found = codes.scores(queries)
+    assert found.dtype == np.float32 and found.shape == expected.shape
+    sizes = np.linalg.norm(queries, axis=1)[:, None] * np.concatenate(
+        [index.signs(slice(None))[1] for index in (one, two)]) * 512**0.5
+    assert (np.abs(found - expected) / sizes).max() < 1e-5
+
+
+def test_the_order_is_that_of_faiss_but_for_its_rounding():
+    index, vectors = coded(2000, 1024)
+    query = vectors[3] + 0.5 * vectors[5]
+    own = DeviceCodes([index], 1024, torch.device("cpu"), 0).scores(query[None])[0]
+    theirs = index.scores(query)
+    # FAISS quantises a query to 2^QUERY_BITS steps: so far off is a score of its, at five sigma
+    step = np.ptp(query) / (2**QUERY_BITS - 1)
+    tolerance = 5 * step / 12**0.5 * 1024**0.5 * index.signs(slice(None))[1]
+    assert (np.abs(own - theirs) < tolerance).all()
+    for a, b in zip(*np.triu_indices(200, 1), strict=True):
+        if abs(theirs[a] - theirs[b]) > tolerance[a] + tolerance[b]:
+            assert (own[a] > own[b]) == (theirs[a] > theirs[b])
+
+
+def test_a_query_of_zeros_and_one_that_is_not_finite():
+    index, _ = coded(3, 64)
+    queries = np.zeros((2, 64), np.float32)
+    queries[1, 0] = np.nan
+    found = DeviceCodes([index], 64, torch.device("cpu"), 0).scores(queries)
+    assert (found[0] == 0).all() and np.isnan(found[1]).all()
+
+
+KERNEL = """
+import numpy as np, torch
+from search.rank import device_codes, sign_kernel
+random = torch.Generator().manual_seed(0)
+for rows, octets, columns in ((70, 64, 16), (5, 72, 32), (130, 8, 64)):
+    codes = torch.randint(0, 256, (rows, octets), generator=random, dtype=torch.uint8)
+    limbs = torch.randint(-128, 128, (8, octets, columns), generator=random, dtype=torch.int8)
+    found = sign_kernel.bits_times_limbs(codes, limbs)
+    bits = np.unpackbits(codes.numpy(), axis=1, bitorder="little").astype(np.int64)
+    entries = limbs.permute(1, 0, 2).flatten(0, 1).numpy().astype(np.int64)
+    assert (found.numpy() == bits @ entries).all()
+    assert torch.equal(found, device_codes.plain_bits_times_limbs(codes, limbs))
+print("equal")
+"""
+
+
+def test_the_kernel_gives_the_same_sums_in_tritons_interpreter():
+    library("triton")
+    done = subprocess.run([sys.executable, "-c", KERNEL], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "TRITON_INTERPRET": "1"}, check=False)
+    assert done.stdout == "equal\n", done.stderr
+
+
+def test_limbs_are_the_rounded_query():
+    vectors = torch.from_numpy(queries_of(3, 64))
+    queries = RoundedQueries(vectors)
+    all_set = torch.full((1, 8), 255, dtype=torch.uint8)
+    torch.testing.assert_close(queries.inner(all_set)[:, 0], vectors.sum(1), rtol=1e-5, atol=1e-4)
