@@ -8,7 +8,10 @@ Large A and S may be split in blocks (`blockwise.py`).
 """
 
 import math
+import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +24,9 @@ from gradindex.memory import available
 from gradindex.modules import Module
 from gradindex.storage.files import FileFacts
 from gradindex.storage.layout import module_file
-from gradindex.storage.tensors import header_bytes, read_tensors, write_tensors
+from gradindex.storage.tensors import header_bytes, write_vouched
+
+MOST_THREADS = 8  # that read curvature at once
 
 
 @dataclass
@@ -71,8 +76,8 @@ Ekfac = Mapping[str, Curvature]  # by module name
 
 
 def save(folder: Path, module: Module, curvature: Curvature) -> FileFacts:
-    """Write one module's curvature. Raises ResourceError."""
-    return write_tensors(folder / module_file(module), {
+    """Write one module's curvature, and return the file's facts. Raises ResourceError."""
+    return write_vouched(folder / module_file(module), {
         "eigenvectors_a": curvature.eigenvectors_a, "eigenvectors_s": curvature.eigenvectors_s,
         "eigenvalues": curvature.eigenvalues,
     })
@@ -96,26 +101,34 @@ def file_bytes(module: Module, dtype: torch.dtype, covariance_blocks: int) -> in
     return header_bytes(small) + entries * dtype.itemsize
 
 
-class FiledEkfac(Mapping[str, Curvature]):
-    """The curvature of some modules by name, each read from its file when it is asked for.
+Read = Callable[[Module, torch.device], dict[str, Tensor]]  # a module's tensors, on a device
 
-    `path` gives a module's file. Modules are kept in memory up to `bound` bytes in all [on a CPU
-    half of what there is, elsewhere any number]; the others are read again each time. Raises
-    DamagedIndexError, when a module is first read, for a file that is missing, unreadable or no
-    curvature of A and S in so many blocks.
+
+class FiledEkfac(Mapping[str, Curvature]):
+    """The curvature of some modules by name, read from their files when it is asked for.
+
+    `read` gives the tensors of a module's file, `device_of` says where they are to be. Modules are
+    kept in memory up to `bound` bytes in all [on a CPU half of what there is, elsewhere any
+    number], and all of those are read, by several threads, when the first is asked for; the others
+    are read again each time. Raises DamagedIndexError, when a module is first asked for, for a file
+    that is missing, unreadable or no curvature of A and S in so many blocks.
     """
 
     def __init__(
-        self, path: Callable[[Module], Path], modules: Sequence[Module], device: torch.device,
+        self, read: Read, modules: Sequence[Module],
+        device_of: Callable[[Module], torch.device],
         dtype: torch.dtype, covariance_blocks: int, bound: int | None = None,
     ):
-        self._path, self._device, self._dtype = path, device, dtype
+        self._read, self._device_of, self._dtype = read, device_of, dtype
         self._covariance_blocks = covariance_blocks
         self._modules = {module.name: module for module in modules}
         if bound is None:
-            bound = available() // 2 if device.type == "cpu" else None
-        self._room = math.inf if bound is None else bound
-        self._cache: dict[str, Curvature] = {}
+            on_host = all(device_of(module).type == "cpu" for module in modules)
+            bound = available() // 2 if on_host else None
+        self._room: float | None = math.inf if bound is None else bound  # None: it is taken
+        self._starting = threading.Lock()
+        # of those that are kept: never dropped, for every batch asks for all, in one order
+        self._kept: dict[str, Future[Curvature]] = {}
         self._checked: set[str] = set()
 
     def __len__(self) -> int:
@@ -128,25 +141,33 @@ class FiledEkfac(Mapping[str, Curvature]):
         return name in self._modules
 
     def __getitem__(self, name: str) -> Curvature:
-        if name in self._cache:
-            return self._cache[name]
         module = self._modules[name]
-        where = self._path(module)
-        # Digested only once: what doesn't fit into memory is read again for every batch.
-        tensors = read_tensors(where, name not in self._checked)[0]
-        if name not in self._checked:
-            _check(module, self._covariance_blocks, tensors, where)
-            self._checked.add(name)
-        curvature = Curvature(
-            **{name: tensor.to(self._device, self._dtype) for name, tensor in tensors.items()})
-        size = file_entries(module, self._covariance_blocks) * self._dtype.itemsize
-        if size <= self._room:
-            self._room -= size
-            self._cache[name] = curvature  # never dropped: every batch asks for all, in one order
-        return curvature
+        with self._starting:  # which two threads of a server may do at once
+            if self._room is not None:
+                self._start_reading(self._room)
+                self._room = None
+        return self._kept[name].result() if name in self._kept else self._load(module)
+
+    def _start_reading(self, room: float) -> None:
+        """Begin to read, in threads of their own, the modules that are kept."""
+        # a digest goes through 2 GB a second at most: of a large model several files at once
+        pool = ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1))
+        for name, module in self._modules.items():
+            size = file_entries(module, self._covariance_blocks) * self._dtype.itemsize
+            if size <= room:
+                room -= size
+                self._kept[name] = pool.submit(self._load, module)
+        pool.shutdown(wait=False)  # its threads end when all is read
+
+    def _load(self, module: Module) -> Curvature:
+        tensors = self._read(module, self._device_of(module))
+        if module.name not in self._checked:
+            _check(module, self._covariance_blocks, tensors)
+            self._checked.add(module.name)
+        return Curvature(**{name: tensor.to(self._dtype) for name, tensor in tensors.items()})
 
 
-def _check(module: Module, covariance_blocks: int, tensors: dict[str, Tensor], where: Path) -> None:
+def _check(module: Module, covariance_blocks: int, tensors: dict[str, Tensor]) -> None:
     """Raise DamagedIndexError unless these tensors are a curvature of the module."""
     o, i = module.shape
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -156,6 +177,6 @@ def _check(module: Module, covariance_blocks: int, tensors: dict[str, Tensor], w
             tensor.is_floating_point() and bool(tensor.isfinite().all())
             for tensor in tensors.values()) or bool((tensors["eigenvalues"] < 0).any()):
         raise DamagedIndexError(
-            f"{where} holds {shapes}, expected finite {expected}. Copy the index again, or build "
-            "again."
+            f"the curvature of {module.name}, {module_file(module)}, holds {shapes}, expected "
+            f"finite {expected}. Copy the index again, or build again."
         )

@@ -153,8 +153,9 @@ class FittedModel:
         """The curvature of every tracked module by name, each read when it is first used."""
         if self._ekfac is None:
             self._ekfac = FiledEkfac(
-                lambda module: self._files.path(curvature_file(module)), self.manifest.modules,
-                self.model.device, self.model.accumulate, self._covariance_blocks,
+                lambda module, device: self._files.tensors(curvature_file(module), device),
+                self.manifest.modules,
+                self.model.device_of, self.model.accumulate, self._covariance_blocks,
                 self.allowance.curvature,
             )
         return self._ekfac

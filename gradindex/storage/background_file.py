@@ -18,7 +18,7 @@ import torch
 from gradindex.errors import DamagedIndexError
 from gradindex.storage.code_index import CodeIndex
 from gradindex.storage.files import FileFacts
-from gradindex.storage.tensors import read_tensors, write_tensors
+from gradindex.storage.tensors import read_tensors, write_vouched
 
 ONE_IN = 100  # sequences reach a query's threshold
 
@@ -77,7 +77,7 @@ def save(path: Path, queries: BackgroundQueries) -> FileFacts:
     """Write background queries. Raises ResourceError."""
     arrays = {"vectors": queries.vectors, "upper": queries.upper, "lower": queries.lower,
               "ids": queries.ids, "digests": queries.digests.view(np.int64)}
-    return write_tensors(path, {  # copied: an empty array of NumPy's has no strides
+    return write_vouched(path, {  # copied: an empty array of NumPy's has no strides
         name: torch.from_numpy(array).clone(memory_format=torch.contiguous_format)
         for name, array in arrays.items()})
 
@@ -85,9 +85,10 @@ def save(path: Path, queries: BackgroundQueries) -> FileFacts:
 def load(path: Path, count: int, length: int) -> BackgroundQueries:
     """Read `count` background queries of K = `length`.
 
-    Raises DamagedIndexError for a missing or unreadable file, or one that holds something else.
+    The manifest vouches for the file. Raises DamagedIndexError for a missing or unreadable one, or
+    one that holds something else.
     """
-    tensors, _ = read_tensors(path)
+    tensors, _ = read_tensors(path, check=False)
     kinds = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     # All that `rates` relies on: a NaN, or thresholds the wrong way round, would give rates that
     # look like any other.

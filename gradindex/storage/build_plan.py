@@ -73,6 +73,7 @@ class Plan(CorpusSettings):
     fit_sequences: Count
     fit_labels: str
     covariance_blocks: Annotated[int, pydantic.Field(gt=0, le=MOST_BLOCKS)]
+    eigen_dtype: str
     damping: Positive
     bits: Count | None
     dtype: str

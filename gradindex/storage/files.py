@@ -41,12 +41,26 @@ def atomic_write(
     `content` is bytes, or a function that is called with a Writer; `needed` is then its size in
     bytes, for the error's message. Raises ResourceError where the system refuses it.
     """
+    return _write(path, content, needed, Writer)
+
+
+def atomic_write_undigested(
+    path: Path, content: Callable[["Writer"], object], needed: int | None = None
+) -> None:
+    """As `atomic_write`, for a file with a digest of its own inside: it isn't digested again."""
+    _write(path, content, needed, lambda file: Writer(file, digest=False))
+
+
+def _write(
+    path: Path, content: bytes | Callable[["Writer"], object], needed: int | None,
+    make_writer: Callable[[BinaryIO], "Writer"],
+) -> FileFacts:
     temporary = path.with_name(path.name + TEMPORARY)
     needed = len(content) if isinstance(content, bytes) else needed
     with written(path, needed, temporary):
         temporary.unlink(missing_ok=True)
         with temporary.open("xb") as file:  # never through a link that lies there
-            writer = Writer(file)
+            writer = make_writer(file)
             if isinstance(content, bytes):
                 writer.write(content)
             else:
@@ -56,22 +70,27 @@ def atomic_write(
 
 
 class Writer:
-    """A file being written. Its `facts` are those of what it was given, not of what arrived."""
+    """A file being written. Its `facts` are those of what it was given, not of what arrived.
 
-    def __init__(self, file: BinaryIO):
-        self._file, self._size, self._digest = file, 0, hashlib.sha256()
+    Without `digest` they have no SHA-256.
+    """
+
+    def __init__(self, file: BinaryIO, digest: bool = True):
+        self._file, self._size = file, 0
+        self._digest = hashlib.sha256() if digest else None
 
     def write(self, content: bytes | memoryview) -> int:
         """Write more, and return how many bytes that were."""
         self._file.write(content)
-        self._digest.update(content)
+        if self._digest is not None:
+            self._digest.update(content)
         self._size += len(content)
         return len(content)
 
     @property
     def facts(self) -> FileFacts:
         """The facts of everything written so far."""
-        return FileFacts(self._size, self._digest.hexdigest())
+        return FileFacts(self._size, "" if self._digest is None else self._digest.hexdigest())
 
 
 def adopt(temporary: Path, path: Path, facts: FileFacts | None = None) -> FileFacts:

@@ -14,10 +14,14 @@ import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 
+import torch
+from torch import Tensor
+
 from gradindex.errors import DamagedIndexError
 from gradindex.storage import layout
 from gradindex.storage.files import FileFacts
 from gradindex.storage.os_errors import OF_THE_PATH, refusals
+from gradindex.storage.tensors import NOT_OURS, parse_tensors
 from gradindex.terminal import shell_word
 
 SMALL = 1 << 14  # bytes: files up to this size are digested on every opening
@@ -73,6 +77,27 @@ class CheckedFiles:
             os.close(descriptor)
         mapping.madvise(mmap.MADV_SEQUENTIAL)  # scans read ahead
         return mapping
+
+    def tensors(self, name: str, device: torch.device) -> dict[str, Tensor]:
+        """The tensors of a safetensors file on a device, read once and checked on the way."""
+        path, descriptor = self.root / name, self._open(name)
+        try:
+            identity = _identity(descriptor)
+            digest = None if self._known.get(name) == identity else hashlib.sha256()
+            with refusals(path), os.fdopen(os.dup(descriptor), "rb", buffering=0) as file:
+                try:
+                    found, _ = parse_tensors(file, digest.update if digest else bool, device)
+                except NOT_OURS as error:
+                    os.lseek(descriptor, 0, os.SEEK_SET)
+                    self._digest(name, descriptor)  # which says so where it was changed
+                    raise DamagedIndexError(f"{path} can't be read: {str(error)[:120]}. Copy the "
+                                            "index again, or build again.") from None
+            if digest is not None:
+                self._compare(name, self._facts[name].size, digest.hexdigest())
+                self._known[name] = identity
+        finally:
+            os.close(descriptor)
+        return found
 
     def check_mapped(self) -> None:
         """Check that no mapped file was touched since: one that was cut ends who reads it."""

@@ -7,7 +7,7 @@ of its own format's content, so what newer formats added has to be taken out aga
 from collections.abc import Callable
 from typing import Any
 
-FORMAT = 4
+FORMAT = 5
 OLDEST = 1  # that is read
 
 Content = dict[str, Any]  # of a manifest's JSON
@@ -15,6 +15,7 @@ Content = dict[str, Any]  # of a manifest's JSON
 # entries of a plan that format 4 added, as builds before it had them
 NEW_IN_4: Content = {"truncate": False, "rows": None, "columns": [], "chat_template": None,
                      "adapter": None}
+NEW_IN_5: Content = {"eigen_dtype": "float64"}  # on a host, as all were decomposed until then
 
 
 def _to_2(content: Content) -> None:
@@ -46,6 +47,15 @@ def _to_4(content: Content) -> None:
         raise ValueError("formats 1 to 3 mix the narrow sides of modules as the wide ones")
 
 
+def _to_5(content: Content) -> None:
+    """Formats 1 to 4 decomposed on the host alone; each file of curvature had its own digest."""
+    plan = content.get("plan")
+    if isinstance(plan, dict):
+        if new := sorted(NEW_IN_5.keys() & plan.keys()):
+            raise ValueError(f"formats 1 to 4 have no {new[0]} in their plan")
+        plan.update(NEW_IN_5)
+
+
 def _from_2(content: Content) -> None:
     del content["background"]
 
@@ -59,9 +69,14 @@ def _from_4(content: Content) -> None:
         del content["plan"][name]
 
 
+def _from_5(content: Content) -> None:
+    for name in NEW_IN_5:
+        del content["plan"][name]
+
+
 # from this version
-_UP: dict[int, Callable[[Content], None]] = {1: _to_2, 2: _to_3, 3: _to_4}
-_DOWN: dict[int, Callable[[Content], None]] = {4: _from_4, 3: _from_3, 2: _from_2}
+_UP: dict[int, Callable[[Content], None]] = {1: _to_2, 2: _to_3, 3: _to_4, 4: _to_5}
+_DOWN: dict[int, Callable[[Content], None]] = {5: _from_5, 4: _from_4, 3: _from_3, 2: _from_2}
 
 
 def newest_plan(plan: Content) -> Content:
@@ -70,7 +85,7 @@ def newest_plan(plan: Content) -> Content:
     >>> newest_plan({"bits": 64})["truncate"]
     False
     """
-    return {"covariance_blocks": 1, **NEW_IN_4, **plan}
+    return {"covariance_blocks": 1, **NEW_IN_4, **NEW_IN_5, **plan}
 
 
 def upgrade(content: Content) -> None:
@@ -90,7 +105,8 @@ def upgrade(content: Content) -> None:
 def downgrade(content: Content) -> None:
     """Take out of a manifest's content, in place, what its own `format` doesn't have.
 
-    >>> content = {"format": 2, "plan": {"covariance_blocks": 1, **NEW_IN_4}, "background": None}
+    >>> plan = {"covariance_blocks": 1, **NEW_IN_4, **NEW_IN_5}
+    >>> content = {"format": 2, "plan": plan, "background": None}
     >>> downgrade(content)
     >>> content
     {'format': 2, 'plan': {}, 'background': None}

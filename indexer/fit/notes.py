@@ -22,8 +22,8 @@ FIT_NOTES = PurePath(layout.FIT).name
 class FitSettings:
     """Which sequences (ids in order), whose labels ("model" or "data"), block and batch size.
 
-    `covariance_blocks` are those of A and of S; `bad` is the share of sequences that may be left
-    out, their gradient not being finite.
+    `covariance_blocks` are those of A and of S, `eigen_dtype` what a GPU decomposes them in; `bad`
+    is the share of sequences that may be left out, their gradient not being finite.
     """
 
     ids: list[int]
@@ -33,16 +33,18 @@ class FitSettings:
     seed: int
     bad: float = MAX_BAD
     covariance_blocks: int = 1
+    eigen_dtype: str = "float64"
 
 
 @dataclass
 class FitNotes:
     """`fit.json`: what was done otherwise than planned, and the facts of the files of curvature.
 
-    `partitions` are the numbers of modules that are fitted together, until all are. `splits` are
-    batches that were halved, as (first row, rows), by "stage block"; `quarantined` says of ids why
-    they were left out, `left_out` of modules. `untracked` are shares of the model's parameters that
-    have no curvature, by what they are.
+    `partitions` are the numbers of modules that are fitted together, and `saved` the files of those
+    that are done, until all are; then `files` are all. `splits` are batches that were halved, as
+    (first row, rows), by "stage block"; `quarantined` says of ids why they were left out,
+    `left_out` of modules. `untracked` are shares of the model's parameters that have no curvature,
+    by what they are.
     """
 
     partitions: list[list[int]] = field(default_factory=list)
@@ -51,6 +53,7 @@ class FitNotes:
     left_out: dict[str, str] = field(default_factory=dict)
     files: dict[str, FileFacts] = field(default_factory=dict)
     untracked: dict[str, float] = field(default_factory=dict)
+    saved: dict[str, FileFacts] = field(default_factory=dict)
 
     def write(self, folder: Path) -> FileFacts:
         """Write the notes into a folder. Raises ResourceError."""

@@ -2,14 +2,17 @@
 
 A block's sums are taken in float32 (float64 for a float64 model); the running sum adds them in
 order in float64, whoever took them, so it ends with the same bytes. It is committed after every
-block. A block that is summed out of turn, by one of several processes, waits in a file of its own.
+block, or where that takes long, as the A and S of a large model do, so seldom that it takes a
+twentieth of the time. A block that is summed out of turn, by one of several processes, waits in a
+file of its own until then.
 
     covariance-0-7.safetensors         the running sum of a partition: modules 0 to 7
     covariance-0-7.000012.safetensors  a block that waits for those before it
 """
 
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +21,10 @@ from torch import Tensor
 
 from gradindex.errors import DamagedIndexError
 from gradindex.storage.tensors import read_metadata, read_tensors, write_tensors
+from gradindex.transfers import in_turn
+
+QUICK = 0.25  # seconds: a commit that takes no longer is made after every block
+MOST_TIME = 0.05  # of the time: what commits may take
 
 
 @dataclass
@@ -52,10 +59,14 @@ class Sums:
         self._path = folder / f"{name}.safetensors"
         self._totals: dict[str, Tensor] | None = None
         self._blocks = self._positions = 0
+        self._uncommitted: list[int] = []  # blocks that are in memory alone, or wait in files
+        self._committed, self._took = time.monotonic(), 0.0  # when, and seconds
 
-    def zeros(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        """Tensors of zero to add to, by name."""
-        return {name: torch.zeros(shape, dtype=dtype, device=device)
+    def zeros(
+        self, dtype: torch.dtype, device_of: Callable[[str], torch.device]
+    ) -> dict[str, Tensor]:
+        """Tensors of zero to add to, by name, each on its device."""
+        return {name: torch.zeros(shape, dtype=dtype, device=device_of(name))
                 for name, shape in self._shapes.items()}
 
     def added(self) -> int:
@@ -88,18 +99,33 @@ class Sums:
             yield number, self._read(number)
 
     def add(self, number: int, block: Block) -> None:
-        """Add a block, whose turn it is, to the running sum, and commit it."""
+        """Add a block, whose turn it is, to the running sum, and commit that if it is time."""
         totals = self._load()
         assert number == self._blocks
         # (a + b) + c is not a + (b + c): the order decides the last bits
-        for name, part in block.sums.items():
-            totals[name] += part.to("cpu", torch.float64)
+        for name, part in zip(block.sums, in_turn(list(block.sums.values())), strict=True):
+            totals[name] += torch.from_numpy(part)
         self._blocks += 1
         self._positions += block.positions
-        write_tensors(self._path, totals, {"blocks": str(self._blocks),
-                                           "positions": str(self._positions)})
-        # last: killed before, the block is still there, and is in the running sum already
-        self._waiting(number).unlink(missing_ok=True)
+        self._uncommitted.append(number)
+        self.commit_if_due()
+
+    def commit_if_due(self) -> None:
+        """Commit what was added: all of it at the end, before only where that costs little time."""
+        since = time.monotonic() - self._committed
+        due = self._took < QUICK or since >= self._took / MOST_TIME
+        if self._uncommitted and (due or self._blocks == self.count):
+            self._commit()
+
+    def _commit(self) -> None:
+        start = time.monotonic()
+        write_tensors(self._path, self._load(), {"blocks": str(self._blocks),
+                                                 "positions": str(self._positions)})
+        # last: killed before, the blocks are still there, and are in the running sum already
+        while self._uncommitted:
+            self._waiting(self._uncommitted.pop()).unlink(missing_ok=True)
+        self._committed = time.monotonic()
+        self._took = self._committed - start
 
     def totals(self) -> tuple[dict[str, Tensor], int]:
         """The sums of all blocks, float64, and the number of real positions."""
@@ -125,7 +151,7 @@ class Sums:
                 self._totals, about = read_tensors(self._path)
                 self._blocks, self._positions = int(about["blocks"]), int(about["positions"])
             else:
-                self._totals = self.zeros(torch.float64, torch.device("cpu"))
+                self._totals = self.zeros(torch.float64, lambda _: torch.device("cpu"))
         return self._totals
 
     def _waiting(self, number: int) -> Path:

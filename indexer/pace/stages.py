@@ -9,6 +9,7 @@ from gradindex.storage.build_plan import Plan
 from gradindex.storage.layout import background_bytes, code_bytes
 from indexer.background_queries import BACKGROUND_QUERIES
 from indexer.calibrate import CALIBRATION_QUERIES, CALIBRATION_SAMPLE
+from indexer.fit.running_sums import MOST_TIME, QUICK
 from indexer.fit.schedule import BLOCK_SEQUENCES
 from indexer.pace.ahead import Ahead
 from indexer.pace.pace import Pace
@@ -35,14 +36,18 @@ def stage_seconds(pace: Pace, ahead: Ahead, plan: Plan) -> dict[str, float]:
     def files(size: float, digests: int) -> float:
         return size * (1 / WRITING + digests / pace.hashing)
 
-    def sums(size: int) -> float:
-        return blocks * (files(size, 2) + size / ADDING)
+    def summed(work: float, size: int) -> float:
+        """Work on all blocks, adding them up, and commits: all of them, or as many as may be."""
+        commit, added = files(size, 1), work + blocks * size / ADDING
+        return added + (blocks * commit if commit < QUICK else
+                        min(blocks * commit, commit + MOST_TIME * added))
 
     return {
-        "covariance": passes + pace.covariance * fitting + sums(ahead.fit.squares),
-        "eigenvectors": pace.decompositions + files(ahead.fit.squares, 2),
-        "eigenvalues": passes + pace.eigenvalues * fitting + sums(ahead.fit.tables)
-                       + files(ahead.fit.curvature, 4),
+        "covariance": summed(passes + pace.covariance * fitting, ahead.fit.squares),
+        "eigenvectors": pace.decompositions + files(ahead.fit.squares, 1),
+        "eigenvalues": summed(passes + pace.eigenvalues * fitting, ahead.fit.tables)
+                       + 2 * ahead.fit.squares / pace.hashing  # read for the passes, and to be kept
+                       + files(ahead.fit.curvature, 2),
         "pairs": queries * (asking + pace.precondition)
                  + -(-queries // ahead.together) * scored,
         "encode": pace.drawing

@@ -73,9 +73,10 @@ def _check_files(index: Path, manifest: Manifest, damage: Damage, progress: Prog
         name = curvature_file(module)
         if name not in damage.reasons:
             with damage.noting(name):
-                _ = FiledEkfac(lambda one: index / curvature_file(one), [module],
-                               torch.device("cpu"), torch.float32,
-                               manifest.plan.covariance_blocks)[module.name]
+                _ = FiledEkfac(
+                    lambda one, device: files.tensors(curvature_file(one), device), [module],
+                    lambda _: torch.device("cpu"), torch.float32,
+                    manifest.plan.covariance_blocks)[module.name]
     if manifest.background is not None and layout.BACKGROUND not in damage.reasons:
         with damage.noting(layout.BACKGROUND):
             read_background_queries(index / layout.BACKGROUND, manifest)

@@ -14,7 +14,7 @@ from gradindex.storage import layout, manifest, sealed_json
 from search.study.describe import describe, summary
 
 GOLDEN = Path(__file__).parent
-FORMATS = (1, 2, 3, 4)
+FORMATS = (1, 2, 3, 4, 5)
 QUESTION = {"prompt": "The apple number", "completion": " 8 grows"}
 
 
@@ -120,7 +120,7 @@ def test_a_commit_writes_the_newest_format(tmp_path):
 
 
 @pytest.mark.parametrize("version, says", [
-    (5, r"has format 5; this gradindex \(.*\) reads formats 1 to 4. Run `pip install --upgrade "),
+    (6, r"has format 6; this gradindex \(.*\) reads formats 1 to 5. Run `pip install --upgrade "),
     (0, r"has format 0; .* Build the index again: `gradindex build MODEL DATA"),
     ("one", "has format one; .* Build the index again"),
 ])
