@@ -288,7 +288,7 @@ def _part(
     norms = {k: np.zeros(len(rows)) for k in codes}
     for here in plan_batches([len(record.tokens) for record in some], 4096):
         vectors = {k: one.empty(len(here)) for k, one in codes.items()}
-        influences = Influences(p, len(here))
+        influences = Influences(p)
         batch = work.model.batch([some[row] for row in here])
         collect(work.model, work.modules, batch, influences,
                 *(partial(one.add, vectors[k]) for k, one in codes.items()))
@@ -296,7 +296,7 @@ def _part(
             array = vectors[k].float().numpy()
             stored[k][here] = CodeIndex(k).encode(array)
             norms[k][here] = np.linalg.norm(array.astype(np.float64), axis=1)
-        truth[:, here] = influences.total.numpy()
+        truth[:, here] = influences.total
     return {"truth": truth, **{f"codes {k}": stored[k] for k in codes},
             **{f"norms {k}": norms[k] for k in codes}}
 

@@ -122,11 +122,11 @@ def _pass(
     progress.start("encode and score", len(records), "sequences")
     for rows in plan_batches([len(record.tokens) for record in records], BATCH_TOKENS):
         vectors = {seed: codes.empty(len(rows)) for seed, codes in made.items()}
-        influences = Influences(p, len(rows))
+        influences = Influences(p)
         batch = searcher.model.batch([records[row] for row in rows])
         collect(searcher.model, facts.modules, batch, influences,
                 *(partial(codes.add, vectors[seed]) for seed, codes in made.items()))
-        found["truth"][:, rows] = influences.total.numpy()
+        found["truth"][:, rows] = influences.total
         for seed in SEEDS:
             array = vectors[seed].float().numpy()
             found[f"codes {seed}"][rows] = CodeIndex(facts.code["length"]).encode(array)

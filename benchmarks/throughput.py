@@ -124,7 +124,7 @@ class Bench:
             self._stacks[queries, rank] = Preconditioned(
                 {m.name: torch.randn(queries, *m.shape) for m in self.modules}, rank)
         collect(self.model, self.modules, self.data,
-                Influences(self._stacks[queries, rank], len(self.records)))
+                Influences(self._stacks[queries, rank]))
 
     @torch.no_grad()
     def query(self) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import click
 
 from gradindex.errors import GradindexError, ResourceError
+from gradindex.memory import ran_out
 from gradindex.storage.os_errors import OF_DISKS, is_known, memory_limit, refusal
 from gradindex.terminal import visible_lines
 
@@ -112,18 +113,32 @@ def _run() -> int:
         _say(error)
         return 1
     except (MemoryError, RuntimeError) as error:
-        # PyTorch's allocator on a CPU has no class for this: only the words of its RuntimeError.
-        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+        if ran_out(error):
+            bound = "the bound is the GPU's" if "CUDA" in str(error) else memory_limit()
+            click.echo(f"gradindex: out of memory; {bound}. Allow more, or use smaller "
+                       "--batch-tokens, fewer --modules, or a machine with more.", err=True)
+            return 4
+        if not _is_lost(error):
             raise
-        click.echo(f"gradindex: out of memory; {memory_limit()}. Allow more, or use smaller "
-                   "--batch-tokens, fewer --modules, or a machine with more.", err=True)
-        return 4
+        click.echo(f"gradindex: the GPU failed ({_first_sentence(error)}). What was committed is "
+                   "there, and the same command goes on from it; if it fails again, see "
+                   "`nvidia-smi` and the system's log, or use --device cpu.", err=True)
+        return 1
     except BrokenPipeError:
         # The reader of a pipe (head, say) has left: nothing more to say, and no traceback at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
         return _say_refused(error)
+
+
+def _is_lost(error: Exception) -> bool:
+    """Whether an error is one of the GPU itself, which nothing in this process can use any more."""
+    return type(error).__name__ == "AcceleratorError"  # of torch, which may not be imported yet
+
+
+def _first_sentence(error: Exception) -> str:
+    return str(error).partition("\n")[0].strip().rstrip(".")
 
 
 def _say_refused(error: OSError) -> int:

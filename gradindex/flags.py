@@ -13,13 +13,15 @@ ADAPTER = click.option("--adapter", metavar="NAME",
                        help="Which adapter, of several that the model's folder holds [its own].")
 DEVICE = click.option("--device", default="auto", show_default=True,
                       help="auto, cpu, cuda or cuda:N.")
+DEVICE_MAP = click.option("--device-map", metavar="auto",
+                          help="auto: spread a model over all GPUs, for one that none holds alone.")
 TRUST = [
     click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model."),
     click.option("--allow-pickle", is_flag=True, help="Load weights that aren't safetensors."),
 ]
 MODEL = [
     click.option("--model", metavar="PATH", help="Where the model is now, if it was moved."),
-    ADAPTER, TOKENIZER, DEVICE, *TRUST,
+    ADAPTER, TOKENIZER, DEVICE, DEVICE_MAP, *TRUST,
 ]
 MAX_MEMORY = click.option(
     "--max-memory", metavar="SIZE",

@@ -112,6 +112,21 @@ def forget_most() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
+# what PyTorch's allocators say, on a host and on a GPU, and CUDA's libraries
+_NO_MEMORY = ("allocate memory", "out of memory", "ALLOC_FAILED")
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on the host or on a GPU.
+
+    >>> ran_out(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")), ran_out(RuntimeError("no"))
+    (True, False)
+    """
+    # PyTorch's allocator on a CPU has no class for it: only the words of its RuntimeError
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY))
+
+
 def return_freed() -> None:
     """Give freed memory back to the system, where the C library can be asked to."""
     # glibc keeps pieces below 32 MB for later: they would count against the next stage's bound.

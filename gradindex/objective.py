@@ -19,8 +19,11 @@ from torch import Tensor
 
 from gradindex.modules import Module
 from gradindex.results import UNSCORED
+from gradindex.transfers import to_device
 
-CACHED_LOGITS = 1 << 20  # logits turned into probabilities at a time: they stay in a CPU's cache
+# logits turned into probabilities at a time: on a CPU they stay in its cache, on a GPU each part
+# costs some thirty launches
+LOGITS_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 26}
 SOFT_CAP = "final_logit_softcapping"  # what transformers calls the cap in a configuration
 RUN = 64  # labels that are summed up before one of them is drawn
 
@@ -44,40 +47,71 @@ class Text(NamedTuple):
 
 @dataclass
 class Batch:
-    """Sequences padded on the right, as a model takes them.
+    """Sequences padded on the right, as a model takes them; `Batch.of` makes one.
 
     `tokens` int64 [b, t] are token ids; `targets` int64 [b, t] what each position is to predict, or
-    UNSCORED; `real` bool [b, t] is false for padding. `positions` int64 [b, m], by name, are of
-    modules that don't see every token once, in order: fused experts, and maps that run more than
-    once. They say at which position of its sequence each of the module's m inputs stands, −1 for
-    padding.
+    UNSCORED, `unscored_places` int64 [n] the numbers of the latter among all b·t. `real` bool
+    [b, t], on the host, is false for padding. `positions` int64 [b, m], by name, are of modules
+    that don't see every token once, in order: fused experts, and maps that run more than once. They
+    say at which position of its sequence each of the module's m inputs stands, −1 for padding.
     """
 
     tokens: Tensor
     targets: Tensor
-    real: Tensor
+    unscored_places: Tensor
+    real: np.ndarray
     positions: dict[str, Tensor] = field(default_factory=dict)
+    # the numbers of real inputs among all of a module's, "" being those that have no positions; of
+    # what has only real ones, none
+    _real_places: dict[str, Tensor] = field(default_factory=dict)
 
-    def real_inputs(self, module: Module) -> Tensor:
-        """Which of a module's inputs are of real tokens: bool [b, t], or [b, m] with positions."""
-        positions = self.positions.get(module.name)
-        if positions is None:
-            return self.real
-        return self.real.gather(1, positions.clamp(min=0)) & (positions >= 0)
+    @classmethod
+    def of(
+        cls, tokens: np.ndarray, targets: np.ndarray, real: np.ndarray, device: torch.device
+    ) -> "Batch":
+        """The batch of these arrays [b, t] on a device.
+
+        >>> tokens, real = np.array([[5, 6, 0]]), np.array([[True, True, False]])
+        >>> batch = Batch.of(tokens, np.array([[6, UNSCORED, UNSCORED]]), real, torch.device("cpu"))
+        >>> batch.unscored_places
+        tensor([1, 2])
+        """
+        # Numbers that the host finds: a GPU that finds them in a mask keeps the host waiting.
+        unscored = to_device(np.flatnonzero(targets == UNSCORED), device)
+        batch = cls(to_device(tokens, device), to_device(targets, device), unscored, real)
+        batch._note_real("", real)
+        return batch
+
+    def place(self, name: str, positions: np.ndarray) -> None:
+        """Note at which position each of a module's inputs stands, int64 [b, m]; −1 for padding."""
+        self.positions[name] = to_device(positions, self.tokens.device)
+        self._note_real(name, np.take_along_axis(self.real, positions.clip(min=0), 1)
+                        & (positions >= 0))
+
+    def _note_real(self, name: str, real: np.ndarray) -> None:
+        if not real.all():
+            self._real_places[name] = to_device(np.flatnonzero(real), self.tokens.device)
+
+    def real_inputs(self, module: Module, a: Tensor) -> Tensor:
+        """Those of a module's inputs a [b, m, i] that are of real tokens: [n, i]."""
+        places = self._real_places.get(module.name if module.name in self.positions else "")
+        # picking rows out copies them, which a batch without padding can do without
+        inputs = a.flatten(0, 1)
+        return inputs if places is None else inputs.index_select(0, places.to(a.device))
 
     def by_position(self, module: Module, terms: Tensor) -> Tensor:
         """Terms of a module's inputs, [b, m], added up by the position of each: [b, t].
 
-        >>> positions = {"expert": torch.tensor([[2, 2, -1]])}
-        >>> batch = Batch(torch.zeros(1, 3), torch.zeros(1, 3), torch.ones(1, 3), positions)
+        >>> batch = Batch.of(*np.ones((3, 1, 3), dtype=np.int64), torch.device("cpu"))
+        >>> batch.place("expert", np.array([[2, 2, -1]]))
         >>> batch.by_position(Module("expert", 0, "mlp", 1, 1, False), torch.tensor([[1, 2, 0]]))
         tensor([[0, 0, 3]])
         """
         positions = self.positions.get(module.name)
         if positions is None:
             return terms
-        return torch.zeros_like(self.tokens, dtype=terms.dtype).scatter_add_(
-            1, positions.clamp(min=0), terms)  # the terms of padding are zero
+        return terms.new_zeros(self.tokens.shape).scatter_add_(
+            1, positions.clamp(min=0).to(terms.device), terms)  # the terms of padding are zero
 
 
 @dataclass
@@ -138,9 +172,7 @@ class NextToken:
             stretch = row, slice(len(text.tokens))
             tokens[stretch], targets[stretch] = text.tokens, self.targets(text.tokens, text.scored)
             real[stretch] = True
-        tokens_, targets_, real_ = (
-            torch.from_numpy(array).to(device) for array in (tokens, targets, real))
-        return Batch(tokens_, targets_, real_)
+        return Batch.of(tokens, targets, real, device)
 
     def outputs(self, network: Any, batch: Batch) -> Tensor:
         """Logits [b, t, v]: what the network says of each position's next token, before the cap."""
@@ -157,11 +189,11 @@ class NextToken:
 
         `draw(row, count)` gives those of one text, [count]; padding has 0.
         """
-        numbers = torch.zeros(batch.tokens.shape, dtype=torch.float64)
+        numbers = np.zeros(tuple(batch.tokens.shape))
         for row, text in enumerate(texts):
             count = len(text.tokens)
-            numbers[row, :count] = torch.from_numpy(draw(row, count))
-        return numbers.to(batch.tokens.device)
+            numbers[row, :count] = draw(row, count)
+        return to_device(numbers, batch.tokens.device)
 
     def log_p(
         self, outputs: Tensor, batch: Batch, numbers: Tensor | None = None
@@ -171,7 +203,11 @@ class NextToken:
         The gradient takes the memory of the outputs. With `numbers` [b, t] of `label_numbers`,
         labels drawn from the model take the targets' places. See `log_probability`.
         """
-        return log_probability(outputs, batch.targets, numbers, self.soft_cap)
+        # a model that is spread over devices gives its outputs on the last of them
+        there = outputs.device
+        return log_probability(
+            outputs, batch.targets.to(there), batch.unscored_places.to(there),
+            None if numbers is None else numbers.to(there), self.soft_cap)
 
     def by_token(self, log_p: Sequence[float], count: int) -> list[float]:
         """log p of each of a text's `count` tokens in nats, from that of each position.
@@ -200,18 +236,21 @@ def bounded(logits: Tensor, cap: float) -> Tensor:
 
 
 def log_probability(
-    logits: Tensor, targets: Tensor, uniforms: Tensor | None = None, soft_cap: float | None = None
+    logits: Tensor, targets: Tensor, unscored_places: Tensor, uniforms: Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """log p of the targets and its gradient with respect to the logits, whose memory it takes.
 
-    logits [b, t, v]; targets [b, t], the token to predict at each position or UNSCORED. With
+    logits [b, t, v]; targets [b, t], the token to predict at each position or UNSCORED, whose
+    numbers among all b·t are `unscored_places` [n]. With
     `uniforms` [b, t] in [0, 1), a label drawn from the model takes the place of each target. With
     `soft_cap` c, the logits of p are c·tanh(logits / c), and the gradient is that of what is given.
     Returns log p of each position [b, t] in nats (0 where unscored; float32, or float64 for such
     logits) and ∂(Σ log p)/∂logits = onehot(target) − softmax(logits), 0 where unscored, [b, t, v].
 
     >>> logits = torch.tensor([[[1.0, 3.0], [1.0, 1.0]]]).log()
-    >>> log_p, gradient = log_probability(logits, torch.tensor([[1, UNSCORED]]))
+    >>> log_p, gradient = log_probability(
+    ...     logits, torch.tensor([[1, UNSCORED]]), unscored_places=torch.tensor([1]))
     >>> torch.exp(log_p), gradient.round(decimals=2)
     (tensor([[0.7500, 1.0000]]), tensor([[[-0.2500,  0.2500],
              [ 0.0000,  0.0000]]]))
@@ -221,7 +260,7 @@ def log_probability(
     token_log_p = torch.zeros(flat_targets.shape, dtype=wide, device=flat.device)
     # Some positions at a time, from logits to gradient in one go: every step of it reads what the
     # one before left in the cache, and no second tensor of the logits' size is made.
-    rows = max(1, CACHED_LOGITS // flat.shape[1])
+    rows = max(1, LOGITS_AT_ONCE[flat.device.type] // flat.shape[1])
     for part in map(slice, range(0, len(flat), rows), range(rows, len(flat) + rows, rows)):
         part_logits = flat[part]
         said, bounds = part_logits, None
@@ -240,9 +279,8 @@ def log_probability(
         if p is not part_logits:
             part_logits.copy_(p)
     # Unscored positions went through as if their target were 0; now they count for nothing.
-    [unscored] = torch.nonzero(flat_targets == UNSCORED, as_tuple=True)
-    token_log_p.index_fill_(0, unscored, 0)
-    flat.index_fill_(0, unscored, 0)
+    token_log_p.index_fill_(0, unscored_places, 0)
+    flat.index_fill_(0, unscored_places, 0)
     return token_log_p.view(targets.shape), flat.view(logits.shape)
 
 

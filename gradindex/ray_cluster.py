@@ -16,6 +16,10 @@ from gradindex.errors import InputError
 LOCAL = "local"  # the address of an instance that is started here
 
 
+WITH_RAY = ("--device-map and --ray can't go together: a worker has one GPU. Use Ray for a model "
+            "that a GPU holds, --device-map for one that none holds.")
+
+
 def connect(address: str) -> Any:
     """The library, connected to the cluster at `address`.
 

@@ -12,16 +12,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+import torch
+
 from gradindex.errors import InputError
 from gradindex.memory import parse_bound
 from gradindex.model.chat_template import marks_answers, read_chat_template
 from gradindex.model.checkpoint import check_checkpoint
 from gradindex.model.config import context_length, vocabulary_size
+from gradindex.model.devices import has_fast_float64
 from gradindex.model.identity import tokenizer_digest
 from gradindex.model.load_tokenizer import load_tokenizer
 from gradindex.model.model_source import ModelSource
 from gradindex.progress import Progress
-from gradindex.ray_cluster import check_address, load_ray
+from gradindex.ray_cluster import WITH_RAY, check_address, load_ray
 from gradindex.storage.build_plan import MOST_BLOCKS, CorpusSettings, Plan
 from gradindex.storage.os_errors import refusals
 from indexer import defaults
@@ -76,10 +79,12 @@ def make_request(
     fit_sequences: int = defaults.FIT_SEQUENCES,
     fit_labels: str = defaults.LABELS[0],
     covariance_blocks: int = defaults.COVARIANCE_BLOCKS,
+    eigen_dtype: str = defaults.AUTO,
     damping: float = defaults.DAMPING,
     bits: int | None = None,
     dtype: str = defaults.AUTO,
     device: str = defaults.AUTO,
+    device_map: str | None = None,
     batch_tokens: int | None = None,
     segment_size: int = defaults.SEGMENT_SIZE,
     train_sequences: int | None = None,
@@ -101,7 +106,7 @@ def make_request(
     # 1) where the model comes from; its configuration and its weights' names are read, no weights
     progress = progress or Progress()
     source = ModelSource(model, tokenizer, device, trust_remote_code, allow_pickle,
-                         parse_bound(max_memory), adapter)
+                         parse_bound(max_memory), adapter, device_map)
     for line in check_checkpoint(source):
         progress.say(line)
     config = source.load_config()
@@ -120,6 +125,8 @@ def make_request(
                   ray_workers=ray_workers)
     if ray is not None:
         _check_ray(ray, model, shard)
+        if device_map is not None:
+            raise InputError(WITH_RAY)
     index = Path(out)
     share = Shard() if shard is None else parse_shard(shard, wait, progress)
     _check_choices(index, seed, covariance_blocks, keep_fields, fit_labels)
@@ -143,7 +150,8 @@ def make_request(
         **asdict(settings), model=source.name, revision=source.revision, adapter=adapter,
         data=corpus.data_facts(),
         modules=modules, fit_sequences=fit_sequences, fit_labels=fit_labels,
-        covariance_blocks=covariance_blocks, damping=damping,
+        covariance_blocks=covariance_blocks,
+        eigen_dtype=_eigen_dtype(eigen_dtype, chosen_device), damping=damping,
         bits=_code_length(bits),
         dtype=str(chosen_dtype).removeprefix("torch."), device=chosen_device.type,
         batch_tokens=batch_tokens, segment_size=segment_size, seed=seed,
@@ -223,6 +231,20 @@ def _sequence_length(seq_len: int | None, config: Any, data: list[Any]) -> int:
             "on its batch). Set --seq-len."
         )
     return seq_len
+
+
+def _eigen_dtype(asked: str, device: torch.device) -> str:
+    """The dtype in which A and S are decomposed on a device. Raises InputError."""
+    if asked not in defaults.EIGEN_DTYPES:
+        raise InputError(f"--eigen-dtype {asked}: expected {' or '.join(defaults.EIGEN_DTYPES)}.")
+    if device.type == "cpu":
+        if asked == "float32":
+            raise InputError("--eigen-dtype float32 is for a GPU; on a CPU A and S are decomposed "
+                             "in float64. Leave it out, or use --device cuda.")
+        return "float64"
+    if asked == defaults.AUTO:
+        return "float64" if has_fast_float64(device) else "float32"
+    return asked
 
 
 def _code_length(bits: int | None) -> int | None:

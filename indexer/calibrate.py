@@ -188,10 +188,10 @@ def exact_influence(
         def run(
             rows: list[int], joined: Preconditioned = joined
         ) -> tuple[np.ndarray, np.ndarray]:
-            influences, part = Influences(joined, len(rows)), codes.empty(len(rows))
+            influences, part = Influences(joined), codes.empty(len(rows))
             collect(model, codes.modules, model.batch([sample[row] for row in rows]),
                     influences, partial(codes.add, part))
-            return influences.total.numpy(), part.float().cpu().numpy()
+            return influences.total, part.float().cpu().numpy()
 
         lengths = [len(record.tokens) for record in sample]
         for rows, (scores, part) in in_batches(lengths, batch_tokens, Splits(), run):
@@ -202,7 +202,7 @@ def exact_influence(
 
 def stacked_queries(model: LanguageModel, modules: list[Module], allowance: Allowance) -> int:
     """How many queries are scored together, for the memory of their gradients: one at least."""
-    room = int(STACKED * available_on(model.device)) if allowance.bytes is None else \
+    room = int(STACKED * available_on(model.devices)) if allowance.bytes is None else \
         int(STACKED * allowance.bytes)
     each = model.accumulate.itemsize * sum(module.size for module in modules)
     return min(CALIBRATION_QUERIES, max(1, room // each))

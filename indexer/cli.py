@@ -11,6 +11,7 @@ from gradindex.errors import DamagedIndexError, ResourceError
 from gradindex.flags import (
     ADAPTER,
     DEVICE,
+    DEVICE_MAP,
     MAX_MEMORY,
     MODEL,
     TOKENIZER,
@@ -63,6 +64,10 @@ _MAX_BAD = click.option(
               show_default=True, metavar="O",
               help="Split A and S in O blocks along the diagonal, for wide layers: 1/O of the "
                    "memory, less time for eigendecompositions; scores differ somewhat.")
+@click.option("--eigen-dtype", type=click.Choice(defaults.EIGEN_DTYPES), default=defaults.AUTO,
+              show_default=True,
+              help="What a GPU decomposes A and S in: float64, or float32 where float64 is slow "
+                   "(auto). On a CPU always float64.")
 @click.option("--damping", type=float, default=defaults.DAMPING, show_default=True,
               help="λ as a factor of each module's mean eigenvalue.")
 @click.option("--bits", type=int,
@@ -70,6 +75,7 @@ _MAX_BAD = click.option(
 @click.option("--dtype", default=defaults.AUTO, show_default=True,
               help="auto (float32 on a CPU, the checkpoint's own on a GPU), float32, bfloat16, …")
 @DEVICE
+@DEVICE_MAP
 @click.option("--batch-tokens", type=int,
               help="Padded tokens a batch [4096, or fewer or more as measured on a larger model].")
 @MAX_MEMORY

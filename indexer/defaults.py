@@ -9,6 +9,7 @@ LABELS = ("model", "data")  # whose labels the curvature is fitted on; the first
 COVARIANCE_BLOCKS = 1
 DAMPING = 0.1  # of mean(Λ), as in Grosse et al. 2023, §5
 AUTO = "auto"  # of dtype and device
+EIGEN_DTYPES = (AUTO, "float64", "float32")
 SEGMENT_SIZE = 4096
 MAX_BAD = 0.001
 SEED = 0

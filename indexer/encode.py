@@ -25,6 +25,7 @@ from gradindex.storage.layout import CODES, ROWS, TOKENS, code_bytes
 from gradindex.storage.manifest import Segment
 from gradindex.storage.records import Record
 from gradindex.storage.segments import SegmentFacts
+from gradindex.transfers import Arriving
 from indexer.fit.quarantine import check_quarantine
 from indexer.read.ingest import Run, is_sealed
 from indexer.shards import Shard, Share
@@ -149,14 +150,21 @@ def encode_batches(
 ) -> Iterator[tuple[list[int], np.ndarray]]:
     """Yield, batch by batch, which of the records it holds and their vectors, float32 [b, K].
 
-    `splits` are the batches that are halved, and those that have to be on the way. Raises
-    ResourceError.
+    `splits` are the batches that are halved, and those that have to be on the way. A GPU is at work
+    on the next batch by then. Raises ResourceError.
     """
-    def run(rows: list[int]) -> np.ndarray:
-        return encode_batch(model, codes, [records[row] for row in rows]).float().cpu().numpy()
+    def run(rows: list[int]) -> Arriving:
+        # float32 for FAISS, whatever the model computes in
+        return Arriving([encode_batch(model, codes, [records[row] for row in rows]).float()])
 
-    # float32 for FAISS, whatever the model computes in
-    return in_batches([len(record.tokens) for record in records], batch_tokens, splits, run)
+    before: tuple[list[int], Arriving] | None = None
+    lengths = [len(record.tokens) for record in records]
+    for under_way in in_batches(lengths, batch_tokens, splits, run):
+        if before is not None:
+            yield before[0], before[1].arrays()[0]
+        before = under_way
+    if before is not None:
+        yield before[0], before[1].arrays()[0]
 
 
 def encode_batch(model: LanguageModel, codes: Codes, records: list[Record]) -> Tensor:

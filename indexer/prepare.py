@@ -5,11 +5,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from gradindex.draws import Stream, choose
 from gradindex.influence.codes import Codes, CodeSettings
 from gradindex.influence.curvature import Ekfac
+from gradindex.influence.gradients import backward
 from gradindex.memory import Allowance
 from gradindex.model.adapters import IDLE, OWN
 from gradindex.model.model_source import ModelSource
@@ -23,6 +25,7 @@ from gradindex.model.tracked import (
     untracked,
 )
 from gradindex.modules import Module
+from gradindex.objective import Text
 from gradindex.progress import Progress, shares
 from gradindex.storage import layout
 from gradindex.storage.build_plan import Plan
@@ -68,6 +71,7 @@ def load_model(
     anatomy = examine(model.network)
     tracked = tracked_modules(model.network, plan.modules, anatomy)
     check_bits(plan.bits, tracked)
+    _check_longest(model, tracked, plan.sequence_length)
     state.check_model(model)  # weights that changed since the data were read end it here
     layout.refuse_equal_files(state.path.parent, tracked)
     rest = untracked(model.network, tracked, anatomy)
@@ -86,6 +90,16 @@ def load_model(
         progress.say(f"warning: {total:.0%} of the model's parameters can't be tracked, so their "
                      f"influence is in no score: {shares(lost)}")
     return model, tracked
+
+
+def _check_longest(model: LanguageModel, tracked: list[Module], length: int) -> None:
+    """Raise ResourceError where a GPU doesn't hold the pass of one sequence of `length` tokens."""
+    # on a host one can't tell: memory that is short there is found elsewhere, slowly
+    if model.device.type == "cuda":
+        tokens = np.zeros(length, dtype=np.int32)
+        with torch.no_grad():
+            backward(model, tracked, model.batch([Text(tokens, np.ones(length, dtype=bool))]),
+                     lambda *_: None)
 
 
 def prepare_build(
@@ -111,7 +125,7 @@ def prepare_build(
             model, tracked, sample(), model.source.max_memory, progress), plan.bits)
         state.save()
     settings = FitSettings(ids, plan.fit_labels, block, state.batch_tokens, plan.seed,
-                           request.max_bad, plan.covariance_blocks)
+                           request.max_bad, plan.covariance_blocks, plan.eigen_dtype)
     allowance = allow(model, tracked, settings, sample)
     blocks, width = settings.covariance_blocks, model.accumulate.itemsize
     groups = partitions(tracked, blocks, width, allowance.planned)

@@ -374,6 +374,7 @@ def test_default_dtype_is_float32_on_a_cpu_and_the_checkpoints_own_on_a_gpu(
         replace(source, device="cuda").resolve("auto")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     assert source.resolve("auto") == (torch.device("cuda"), torch.bfloat16)
     second = replace(source, device="cuda:1").resolve("float32")
     assert second == (torch.device("cuda:1"), torch.float32)

@@ -374,8 +374,8 @@ def test_damage_is_found_on_opening(index_folder, tmp_path):
     with pytest.raises(DamagedIndexError, match=r"records\.lmdb is missing"):
         gradindex.open(broken)
     content = (index_folder / "manifest.json").read_text()
-    (broken / "manifest.json").write_text(content.replace('"format": 4', '"format": 9'))
-    with pytest.raises(IndexMismatchError, match=r"has format 9; .* reads formats 1 to 4. Run `"):
+    (broken / "manifest.json").write_text(content.replace('"format": 5', '"format": 9'))
+    with pytest.raises(IndexMismatchError, match=r"has format 9; .* reads formats 1 to 5. Run `"):
         gradindex.open(broken)
     with pytest.raises(InputError, match="no index"):
         gradindex.open(tmp_path)

@@ -22,7 +22,7 @@ def test_every_call_is_checked():
     with pytest.raises(AssertionError, match=r"gradient: d is \[4, 6, 2\], expected \[b t o\]"):
         gradient(MODULE, a, torch.ones(4, 6, 2))
     with pytest.raises(AssertionError, match=r"a is \[5, 3\], expected \[b t i\]"):
-        exact.Influences(Preconditioned({"m": torch.ones(1, 2, 3)}), 4)(MODULE, a[0], d)
+        exact.Influences(Preconditioned({"m": torch.ones(1, 2, 3)}))(MODULE, a[0], d)
     with pytest.raises(AssertionError, match=r"norms is \[1, 2\]"):
         score_error(1.0, 1.0, norms=np.ones((1, 2)), length=64)
     with pytest.raises(AssertionError, match="p is"):

@@ -78,11 +78,11 @@ def identity(n: int, m: int, like: Tensor) -> Tensor:
     return matrix
 
 
-def add_outer(sums: Tensor, rows: Tensor, bias: bool = False) -> None:
+def add_outer(sums: Tensor, rows: Tensor) -> None:
     """Add Σ x xᵀ over the rows x of [t, n] to sums [n, m]: upper triangles of the blocks alone.
 
-    With a bias, the rows are [t, n − 1] and stand for (x, 1). `symmetric` finishes a block; what
-    `add_outer` leaves below a triangle means nothing.
+    Rows [t, n − 1] are those of a map with a bias and stand for (x, 1). `symmetric` finishes a
+    block; what `add_outer` leaves below a triangle means nothing.
 
     >>> sums = torch.zeros(2, 2)
     >>> add_outer(sums, torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
@@ -98,7 +98,7 @@ def add_outer(sums: Tensor, rows: Tensor, bias: bool = False) -> None:
         for start in range(0, width, STRIP):
             end = min(start + STRIP, width)
             block[start:end, start:width].addmm_(part[:, start:end].T, part[:, start:])
-        if bias and first + m >= n:  # only the last block holds the bias
+        if rows.shape[1] < n <= first + m:  # only the last block holds the bias
             block[:width, width] += part.sum(0)
             block[width, width] += len(part)
 

@@ -279,7 +279,7 @@ def _mixing(signs: Tensor, like: Tensor) -> Tensor:
 
 def _sketch(vectors: Tensor, x: Tensor, signs: Tensor, offset: int) -> None:
     """Add x [b, n] times signs [n] to vectors [b, K]: entry j goes to bucket (offset + j) mod K."""
-    length = vectors.shape[1]
+    length, x, signs = vectors.shape[1], x.to(vectors.device), signs.to(vectors.device)
     # In contiguous pieces, as many as it takes to go round: n may be several times K.
     done = 0
     while done < x.shape[1]:

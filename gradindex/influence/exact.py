@@ -10,6 +10,7 @@ Everything needed of a sequence comes from one forward and backward pass: `Influ
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from gradindex.model.network import LanguageModel
 from gradindex.modules import Module
 from gradindex.objective import Batch
 from gradindex.storage.records import Record
+from gradindex.transfers import Arriving, stacked_on_host
 
 SMALLEST_CHUNK, LARGEST_CHUNK = 4, 128  # sequences; batches are of like lengths within a chunk
 
@@ -32,33 +34,43 @@ class Influences:
     """Adds up the influence I [q, b] of a batch's sequences on every query, module by module.
 
     >>> m = Module("m", 0, "mlp", d_out=1, d_in=2, bias=False)
-    >>> influences = Influences(Preconditioned({"m": torch.tensor([[[1.0, 2.0]]])}), rows=1)
+    >>> influences = Influences(Preconditioned({"m": torch.tensor([[[1.0, 2.0]]])}))
     >>> influences(m, a=torch.tensor([[[1.0, 1.0], [0.0, 1.0]]]), d=torch.ones(1, 2, 1))
     >>> influences.total.tolist()  # (1 + 2) of the first token and 2 of the second
     [[5.0]]
     """
 
-    def __init__(self, preconditioned: Preconditioned, rows: int):
+    def __init__(self, preconditioned: Preconditioned):
         self._preconditioned = preconditioned
-        self.total = torch.zeros(len(preconditioned), rows, dtype=torch.float64)
         self._parts: dict[str, Tensor] = {}
 
     def __call__(self, module: Module, a: Tensor, d: Tensor) -> None:
-        # float64: float32 would lose digits over hundreds of modules of unlike size
-        share = self._preconditioned.of(module).scores(module, a, d).to("cpu", torch.float64)
-        self._parts[module.name] = share
-        self.total += share
+        self._parts[module.name] = self._preconditioned.of(module).scores(module, a, d)
 
-    def stacked(self, modules: list[Module]) -> Tensor:
+    @cached_property
+    def _shares(self) -> np.ndarray:
+        # float64: float32 would lose digits over hundreds of modules of unlike size
+        return stacked_on_host(list(self._parts.values())).astype(np.float64)
+
+    @property
+    def total(self) -> np.ndarray:
+        """I, float64 [q, b]."""
+        total = np.zeros(self._shares.shape[1:])
+        for share in self._shares:  # one after the other, whatever the shape
+            total += share
+        return total
+
+    def stacked(self, modules: list[Module]) -> np.ndarray:
         """The shares of the modules, float64 [q, b, u]: summed over u they are I."""
-        return torch.stack([self._parts[module.name] for module in modules], dim=-1)
+        order = list(self._parts)
+        return np.moveaxis(self._shares[[order.index(module.name) for module in modules]], 0, -1)
 
 
 class Terms:
     """Keeps the terms of the influence on one query, by token and module.
 
     >>> m = Module("m", 0, "mlp", d_out=1, d_in=2, bias=False)
-    >>> batch = Batch(torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1, 2))
+    >>> batch = Batch.of(*np.ones((3, 1, 2), dtype=np.int64), torch.device("cpu"))
     >>> terms = Terms(Preconditioned({"m": torch.tensor([[[1.0, 2.0]]])}), batch)
     >>> terms(m, a=torch.tensor([[[1.0, 1.0], [0.0, 1.0]]]), d=torch.ones(1, 2, 1))
     >>> terms.stacked([m]).tolist()
@@ -73,13 +85,14 @@ class Terms:
         self._parts[module.name] = self._batch.by_position(
             module, self._preconditioned.of(module).terms(module, a, d))
 
-    def stacked(self, modules: list[Module]) -> Tensor:
+    def stacked(self, modules: list[Module]) -> np.ndarray:
         """The terms d_tᵀ P_u a_t, [b, t, u]: summed over t and u they are I."""
-        return torch.stack([self._parts[module.name] for module in modules], dim=-1)
+        return np.moveaxis(
+            stacked_on_host([self._parts[module.name] for module in modules]), 0, -1)
 
 
 class GradientSizes:
-    """Adds up two sizes of each sequence's gradient ∇m, float64 [b].
+    """Adds up two sizes of each sequence's gradient ∇m.
 
     `self_influence` is ∇mᵀ (G+λ)⁻¹ ∇m, which is ‖m̃‖² for m̃ = (G+λ)^−½ ∇m. `squared_step` is
     ‖(G+λ)⁻¹ ∇m‖², the squared change of parameters that adding m causes: I over its square root is
@@ -88,26 +101,33 @@ class GradientSizes:
     >>> m = Module("m", 0, "mlp", d_out=1, d_in=2, bias=False)
     >>> from gradindex.influence.curvature import Curvature
     >>> ekfac = {"m": Curvature(torch.eye(2), torch.eye(1), torch.tensor([[2.0, 4.0]]))}
-    >>> sizes = GradientSizes(ekfac, damping=0.0, rows=1)
+    >>> sizes = GradientSizes(ekfac, damping=0.0)
     >>> sizes(m, a=torch.tensor([[[2.0, 4.0]]]), d=torch.ones(1, 1, 1))
-    >>> sizes.self_influence.tolist(), sizes.squared_step.tolist()  # 4/2 + 16/4, 1² + 1²
-    ([6.0], [2.0])
+    >>> sizes.found().tolist()  # 4/2 + 16/4, 1² + 1²
+    [[6.0], [2.0]]
     """
 
-    def __init__(self, ekfac: Ekfac, damping: float, rows: int):
+    def __init__(self, ekfac: Ekfac, damping: float):
         self._ekfac, self._damping = ekfac, damping
-        self.self_influence = torch.zeros(rows, dtype=torch.float64)
-        self.squared_step = torch.zeros(rows, dtype=torch.float64)
+        self._sums: dict[torch.device, Tensor] = {}  # float64 [2, b]
 
     def __call__(self, module: Module, a: Tensor, d: Tensor) -> None:
         c = self._ekfac[module.name]
         damped = c.damped(self._damping)
+        if damped.device not in self._sums:
+            self._sums[damped.device] = damped.new_zeros(2, len(a), dtype=torch.float64)
+        self_influence, squared_step = self._sums[damped.device]
         rotate = rotator(module, a, d, c.eigenvectors_a, c.eigenvectors_s)
         # Here gradients are formed after all, [n, o, i]: some at a time, and changed in place.
         for rows in slices(module, len(a)):
             part = rotate(rows).square_().div_(damped)
-            self.self_influence[rows] += part.sum((1, 2)).cpu()
-            self.squared_step[rows] += part.div_(damped).sum((1, 2)).cpu()
+            self_influence[rows] += part.sum((1, 2))
+            squared_step[rows] += part.div_(damped).sum((1, 2))
+
+    def found(self) -> np.ndarray:
+        """`self_influence` and `squared_step` of every sequence: float64 [2, b]."""
+        sizes: np.ndarray = np.sum(Arriving(list(self._sums.values())).arrays(), axis=0)
+        return sizes
 
 
 def collect(
@@ -224,9 +244,9 @@ def self_influence(
     """
     def run(rows: list[int]) -> np.ndarray:
         batch, numbers = batch_of([sequences[row] for row in rows])
-        sizes = GradientSizes(by.ekfac, by.damping, len(rows))
+        sizes = GradientSizes(by.ekfac, by.damping)
         collect(by.model, by.modules, batch, sizes, numbers=numbers)
-        return sizes.self_influence.numpy()
+        return np.asarray(sizes.found()[0])
 
     squares = np.zeros(len(sequences))
     lengths = [len(record.tokens) for record in sequences]
@@ -260,12 +280,12 @@ def _score_batch(
 ) -> list[Exact]:
     """The scores of one batch of sequences, in their order; see `rescore`."""
     batch = by.model.batch(records)
-    gradient_sizes = GradientSizes(by.ekfac, by.damping, len(records))
+    gradient_sizes = GradientSizes(by.ekfac, by.damping)
     extra = [gradient_sizes] if sizes else []
     if terms:
         parts = Terms(preconditioned, batch)
         collect(by.model, by.modules, batch, parts, *extra)
-        stacked = parts.stacked(by.modules).cpu().numpy()
+        stacked = parts.stacked(by.modules)
         # The score is the sum of the very terms that are shown, so that they add up to it. Padding
         # has none, and each is copied, or one hit would keep the whole batch's terms in memory.
         scores = [
@@ -274,16 +294,14 @@ def _score_batch(
             for record, by_token in zip(records, stacked, strict=True)
         ]
     else:
-        influences = Influences(preconditioned, len(records))
+        influences = Influences(preconditioned)
         collect(by.model, by.modules, batch, influences, *extra)
-        scores = [Exact(column) for column in influences.total.numpy().T]
+        scores = [Exact(column) for column in influences.total.T]
         if by_module:
-            shares = influences.stacked(by.modules).transpose(0, 1).numpy()
+            shares = influences.stacked(by.modules).swapaxes(0, 1)
             for exact, share in zip(scores, shares, strict=True):
                 exact.by_module = share
     if sizes:
-        for exact, size, step in zip(
-                scores, gradient_sizes.self_influence.tolist(),
-                gradient_sizes.squared_step.tolist(), strict=True):
+        for exact, (size, step) in zip(scores, gradient_sizes.found().T.tolist(), strict=True):
             exact.self_influence, exact.squared_step = size, step
     return scores

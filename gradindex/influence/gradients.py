@@ -7,10 +7,13 @@ as soon as they exist, and forgets them. Parameters require no gradient, so the 
 computes no weight gradients and ends at the first tracked module.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -43,20 +46,36 @@ def backward(
     anything but [b, t, i] or [b·t, i] (axes of size 1 beside), that returns anything but a tensor,
     or that doesn't run at all and is no fused expert. Threads take turns.
     """
-    with model.one_at_a_time, out_of_memory(*batch.tokens.shape):
+    with model.one_at_a_time, out_of_memory(*batch.tokens.shape), _tensor_cores(model):
         return _backward(model, modules, batch, each, numbers)
+
+
+@contextlib.contextmanager
+def _tensor_cores(model: LanguageModel) -> Iterator[None]:
+    """Let a GPU multiply float32 in TF32 where the pass is in half precision.
+
+    What such a pass gives has no more digits than TF32 keeps, so it comes through exactly. A
+    float32 model's products stay in float32.
+    """
+    before = torch.get_float32_matmul_precision()
+    if model.device.type == "cuda" and model.dtype.itemsize < 4:
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @dataclass
 class _Run:
     """One run of a module, d being there once the backward pass has reached it.
 
-    For an expert, a is [n, i], and `token_numbers` int64 [n] are those of its inputs among the
-    batch's b·t tokens. `outputs` is the shape of what it gave.
+    For an expert, a is [n, i], and `token_numbers` int64 [n], on the host, are those of its inputs
+    among the batch's b·t tokens. `outputs` is the shape of what it gave.
     """
 
     a: Tensor
-    token_numbers: Tensor | None
+    token_numbers: np.ndarray | None
     outputs: torch.Size
     d: Tensor | None = None
 
@@ -82,7 +101,8 @@ def _backward(
                 return None
             a = args[0].detach()
             if isinstance(submodule, ExpertMap):
-                run = _Run(a, args[1], output.shape)
+                token_numbers: Any = args[1]
+                run = _Run(a, token_numbers, output.shape)
             else:
                 run = _Run(_by_sequence(module, a, batch), None, output.shape)
             runs.setdefault(module.name, []).append(run)
@@ -132,7 +152,7 @@ def _backward(
     # of them would have other sizes.
     for module in modules:
         if module.name not in handed:
-            batch.positions[module.name] = batch.tokens[:, :0]
+            batch.place(module.name, np.zeros((len(batch.tokens), 0), dtype=np.int64))
             # of the model's type: some make float32 logits of anything
             each(module, *(gradient.new_zeros(len(batch.tokens), 0, side, dtype=model.dtype)
                            for side in (module.d_in, module.d_out)))
@@ -174,25 +194,25 @@ def _joined(module: Module, runs: list[_Run], batch: Batch) -> tuple[Tensor, Ten
     Where m isn't t, or the inputs aren't in the order of tokens, `batch.positions` says which token
     each belongs to.
     """
+    shape = (batch.tokens.shape[0], batch.tokens.shape[1])
     if len(runs) == 1 and runs[0].token_numbers is None:
         assert runs[0].d is not None
         return runs[0].a, runs[0].d
-    parts = []
+    a_parts, d_parts, positions = [], [], []
     for run in runs:
         assert run.d is not None
         if run.token_numbers is None:
-            every = torch.arange(batch.tokens.shape[1], device=run.a.device)
-            parts.append((run.a, run.d, every.expand(batch.tokens.shape)))
-            continue
-        shape = (batch.tokens.shape[0], batch.tokens.shape[1])
-        a = run.a
-        if module.d_in > a.shape[-1]:  # a bias is a column of W here: it counts where a token came
-            a = functional.pad(a, (0, 1), value=1.0)
-        packed, positions = pack(a, run.token_numbers, shape)
-        parts.append((packed, pack(run.d, run.token_numbers, shape)[0], positions))
-    a, d, positions = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
-    batch.positions[module.name] = positions
-    return a, d
+            a, d, at = run.a, run.d, np.broadcast_to(np.arange(shape[1]), shape)
+        else:
+            a = run.a
+            if module.d_in > a.shape[-1]:  # a bias is a column of W here: it counts where a token
+                a = functional.pad(a, (0, 1), value=1.0)  # came
+            (a, d), at = pack([a, run.d], run.token_numbers, shape)
+        a_parts.append(a)
+        d_parts.append(d)
+        positions.append(at)
+    batch.place(module.name, np.concatenate(positions, axis=1))
+    return torch.cat(a_parts, dim=1), torch.cat(d_parts, dim=1)
 
 
 def why_not_finite(

@@ -70,7 +70,8 @@ def query_norms(ekfac: Ekfac, coordinates: Gradients, damping: float) -> Tensor:
     tensor([4.])
     """
     # C already holds one factor 1/(Λ+λ); its square times Λ+λ leaves the one that is wanted.
-    total = sum((c.square() * ekfac[name].damped(damping)).sum((1, 2))
+    there = next(iter(coordinates.values())).device  # of several, where the first is
+    total = sum((c.square() * ekfac[name].damped(damping)).sum((1, 2)).to(there)
                 for name, c in coordinates.items())
     assert isinstance(total, Tensor)
     return total.sqrt()
@@ -90,7 +91,7 @@ def prepare(
         # Taken out, so that memory holds no more than one module twice: as C_u and as P_u.
         single = {name: coordinates.pop(name)}
         codes.add_query(vectors, name, single[name])
-        squares += query_norms(ekfac, single, damping).square()
+        squares += query_norms(ekfac, single, damping).square().to(squares.device)
         if preconditioned is not None:
             preconditioned.add(precondition(ekfac, single))
 

@@ -9,9 +9,8 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
-import torch
-
 from gradindex.errors import ResourceError
+from gradindex.memory import ran_out
 
 T = TypeVar("T")
 
@@ -53,15 +52,12 @@ def out_of_memory(rows: int, length: int) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        text = str(error)
-        # PyTorch's allocator on a CPU has no class for this: only the words of its RuntimeError.
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and \
-                "allocate memory" not in text:
+        if not ran_out(error):
             raise
         raise BatchTooLargeError(
             f"memory ran out on a batch of {rows} × {length} tokens "
-            f"({text.partition(chr(10))[0][:120]}). Use smaller --batch-tokens "
-            "(one sequence is the least), fewer --modules, or --dtype bfloat16."
+            f"({str(error).partition(chr(10))[0][:120]}). Use smaller --batch-tokens "
+            "(one sequence is the least) or --seq-len, fewer --modules, or --dtype bfloat16."
         ) from error
 
 

@@ -6,11 +6,15 @@ submodule for every linear map, without weights of its own, and `forward` runs t
 calls `forward` where a model's configuration names it (`network.py`).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from gradindex.transfers import Arriving, to_device
 
 UP = ("gate_up_proj", "up_proj")  # the first map of an expert, by what it is called
 
@@ -50,10 +54,10 @@ class ExpertMap(nn.Module):
         return getattr(experts, f"{self._name}_bias")[self.number] if experts.has_bias else None
 
     # `token_numbers` is for the hook alone: which token an input belongs to can't be told from x.
-    def forward(self, x: Tensor, token_numbers: Tensor) -> Tensor:
+    def forward(self, x: Tensor, token_numbers: np.ndarray) -> Tensor:
         """Outputs [n, o] of the n tokens that were routed to the expert, with inputs x [n, i].
 
-        `token_numbers` int64 [n] are theirs among all b·t tokens of the batch.
+        `token_numbers` int64 [n], on the host, are theirs among all b·t tokens of the batch.
         """
         return functional.linear(x, self.weight, self.bias)
 
@@ -89,38 +93,52 @@ def forward(
     their outputs are multiplied with before they are added up.
     """
     first, second = _maps(experts)
+    # How many tokens each expert has decides the sizes of all that follows, so a GPU is waited for
+    # here, once for all experts of the block.
+    [host] = Arriving([chosen]).arrays()
+    order = host.ravel().argsort(kind="stable")  # the tokens of an expert stay in their order
+    ends = np.searchsorted(host.ravel()[order], np.arange(experts.num_experts + 1))
+    numbers, width = order // host.shape[1], host.shape[1]
+    tokens, ranks = to_device(np.stack([numbers, order % width]), hidden.device)
     total = torch.zeros_like(hidden)
-    for number in range(experts.num_experts):
-        token_numbers, rank = torch.where(chosen == number)
-        if not len(token_numbers):
+    for number, own in enumerate(map(slice, ends, ends[1:])):
+        if own.start == own.stop:
             continue
-        inner = getattr(experts, f"{first}_{number}")(hidden[token_numbers], token_numbers)
+        inner = getattr(experts, f"{first}_{number}")(
+            hidden.index_select(0, tokens[own]), numbers[own])
         inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
-        outer = getattr(experts, f"{second}_{number}")(inner, token_numbers)
+        outer = getattr(experts, f"{second}_{number}")(inner, numbers[own])
         if getattr(experts, "has_post_expert_norm", False):
             outer = experts.post_expert_norm(outer)
-        outer = outer * weights[token_numbers, rank, None]
-        total.index_add_(0, token_numbers, outer.to(total.dtype))
+        outer = outer * weights[tokens[own], ranks[own], None]
+        total.index_add_(0, tokens[own], outer.to(total.dtype))
     return total
 
 
-def pack(x: Tensor, token_numbers: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Some tokens' values x [n, f] by sequence, [b, m, f], and their positions, int64 [b, m].
+def pack(
+    values: Sequence[Tensor], token_numbers: np.ndarray, shape: tuple[int, int]
+) -> tuple[list[Tensor], np.ndarray]:
+    """Some tokens' values [n, f] by sequence, [b, m, f], and their positions, int64 [b, m].
 
     `token_numbers` int64 [n] are theirs among all tokens of a batch of `shape` (b, t). m is the
     most tokens that a sequence has; behind those of a shorter one stand zeros, and positions −1.
 
-    >>> packed, positions = pack(torch.tensor([[1.0], [2.0]]), torch.tensor([1, 5]), (2, 4))
+    >>> [packed], positions = pack([torch.tensor([[1.0], [2.0]])], np.array([1, 5]), (2, 4))
     >>> packed.tolist(), positions.tolist()
     ([[[1.0]], [[2.0]]], [[1], [1]])
     """
-    # stable: the tokens of a sequence stay in their order, so that sums come out the same
-    rows, order = (token_numbers // shape[1]).sort(stable=True)
-    counts = torch.bincount(rows, minlength=shape[0])
-    columns = torch.arange(len(rows), device=x.device) - (counts.cumsum(0) - counts)[rows]
-    most = int(counts.max()) if len(rows) else 0
-    packed = x.new_zeros(shape[0], most, x.shape[-1])
-    positions = token_numbers.new_full((shape[0], most), -1)
-    packed[rows, columns] = x[order]
+    # All of it is reckoned on the host, which knows the numbers: sizes that a GPU finds are waited
+    # for. Stable: the tokens of a sequence stay in their order, so that sums come out the same.
+    order = (token_numbers // shape[1]).argsort(kind="stable")
+    rows = token_numbers[order] // shape[1]
+    counts = np.bincount(rows, minlength=shape[0])
+    columns = np.arange(len(rows)) - (counts.cumsum() - counts)[rows]
+    most = int(counts.max())
+    positions = np.full((shape[0], most), -1)
     positions[rows, columns] = token_numbers[order] % shape[1]
-    return packed, positions
+    device = values[0].device
+    sources, targets = to_device(np.stack([order, rows * most + columns]), device)
+    packed = [x.new_zeros(shape[0] * most, x.shape[-1]) for x in values]
+    for x, target in zip(values, packed, strict=True):
+        target.index_copy_(0, targets, x.index_select(0, sources))
+    return [target.unflatten(0, (shape[0], most)) for target in packed], positions

@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from gradindex.errors import InputError
+from gradindex.memory import ran_out
 from gradindex.model.adapters import CONFIG, WEIGHTS, Adapter
 
 _OTHER_SHAPE = re.compile(r"size mismatch for (\S+): .*?Size\((.*?)\) from checkpoint.*?"
@@ -25,9 +26,9 @@ def readable_errors(name: str, adapter: Adapter | None = None) -> Iterator[None]
     """
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:  # a damaged file fails in any library below
+        if ran_out(error) or isinstance(error, torch.AcceleratorError):
+            raise
         # transformers has few classes of errors: which it is can be told only by what it says.
         text = " ".join(str(error).split())
         if adapter and (unfit := _unfit(text)):

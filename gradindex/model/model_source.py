@@ -4,6 +4,7 @@ A model is a hub id (`id@revision`), a folder, or a loaded object; the id or fol
 adapter's, which names its base.
 """
 
+import importlib.util
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,7 @@ import transformers
 from gradindex.errors import InputError
 from gradindex.model.adapters import CONFIG, Adapter, adapter_file, read_adapter
 from gradindex.model.config import is_quantised
-from gradindex.model.devices import DTYPES, device_called, dtype_called, dtype_of
+from gradindex.model.devices import DTYPES, check_dtype, device_called, dtype_called, dtype_of
 from gradindex.model.load_errors import readable_errors
 from gradindex.model.quantised import quantised_dtype
 from gradindex.model.saved_files import WEIGHTS, check_folder, check_path, weight_files
@@ -29,9 +30,10 @@ class ModelSource:
     read for it. `model` is a hub id, `id@revision`, a folder (each of a model or an adapter), or a
     transformers model or PeftModel object; None means where an index's model was at the build.
     `tokenizer` is an object, id or folder [the one beside the model, or beside an adapter's base].
-    The model is to run on `device` ("auto", "cpu", "cuda", "cuda:N"), and `max_memory` bytes may be
-    used there at most [all there is]. `adapter_name` is which of several adapters is meant: of a
-    folder's or hub id's, or of a PeftModel's [the one in the folder itself, or those that run].
+    The model is to run on `device` ("auto", "cpu", "cuda", "cuda:N"), or with the `device_map`
+    "auto" on all GPUs together, and `max_memory` bytes may be used there at most [all there is].
+    `adapter_name` is which of several adapters is meant: of a folder's or hub id's, or of a
+    PeftModel's [the one in the folder itself, or those that run].
     """
 
     model: Any = None
@@ -41,9 +43,14 @@ class ModelSource:
     allow_pickle: bool = False
     max_memory: int | None = None
     adapter_name: str | None = None
+    device_map: str | None = None
 
     def __post_init__(self) -> None:
-        """Raises InputError for an object that is no model of transformers or peft."""
+        """Raises InputError for an object that is no model of transformers or peft, and a device
+        map that can't be.
+        """
+        if self.device_map is not None:
+            self._check_device_map()
         model = getattr(self.model, "_orig_mod", self.model)  # of torch.compile
         if self.is_object and not (isinstance(model, transformers.PreTrainedModel)
                                    or hasattr(model, "get_base_model")):
@@ -52,6 +59,18 @@ class ModelSource:
                 "model object of transformers or peft. Of a wrapper around one (parallel, with a "
                 "value head), give the model inside."
             )
+
+    def _check_device_map(self) -> None:
+        if self.device_map != "auto":
+            raise InputError(f"--device-map {self.device_map}: expected auto.")
+        if self.is_object:
+            raise InputError("--device-map auto: the model is loaded already; it is used where it "
+                             "is. Give its folder, or load it with device_map=\"auto\".")
+        if self.device not in ("auto", "cuda"):
+            raise InputError(f"--device-map auto spreads the model over all GPUs, and --device "
+                             f"{self.device} names another place. Give one of the two.")
+        if importlib.util.find_spec("accelerate") is None:
+            raise InputError("--device-map needs accelerate: pip install accelerate.")
 
     @property
     def is_object(self) -> bool:
@@ -144,13 +163,19 @@ class ModelSource:
         float32 on a CPU, the checkpoint's own on a GPU, and that of a model object; a quantised
         model has its own. Raises InputError for what can't be had.
         """
+        device, resolved = self._resolve(dtype)
+        check_dtype(device, resolved)
+        return device, resolved
+
+    def _resolve(self, dtype: str) -> tuple[torch.device, torch.dtype]:
         config = self.load_config()
         own: torch.dtype
         if self.is_object:
             device, own = next(self.model.parameters()).device, dtype_of(self.model)
             device = device if self.device == "auto" else device_called(self.device)
         else:
-            device, name = device_called(self.device), getattr(config, "dtype", None)
+            device = device_called(self.device if self.device_map is None else "cuda")
+            name = getattr(config, "dtype", None)
             own = (DTYPES.get(name) if isinstance(name, str) else name) or torch.float32
         if is_quantised(config):
             return device, quantised_dtype(self.name, own, dtype)

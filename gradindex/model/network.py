@@ -15,11 +15,12 @@ import transformers
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from gradindex.errors import ResourceError
 from gradindex.model import fused_experts
 from gradindex.model.adapters import adapter_facts, quiet_dora, run_alone
 from gradindex.model.checkpoint import check_class, check_loading
 from gradindex.model.config import is_quantised
-from gradindex.model.devices import dtype_of
+from gradindex.model.devices import check_room, dtype_of
 from gradindex.model.linear_maps import identity_of, maps_by_weight
 from gradindex.model.load_adapter import load_adapter, unwrapped
 from gradindex.model.load_errors import readable_errors
@@ -28,6 +29,7 @@ from gradindex.model.model_source import ModelSource
 from gradindex.model.own_copy import own_copy
 from gradindex.model.quantised import as_dequantised
 from gradindex.model.soft_cap import soft_cap
+from gradindex.modules import Module
 from gradindex.objective import Batch, NextToken, Scored
 
 EXPERTS = "gradindex"  # what our way of running fused experts is called in transformers
@@ -72,12 +74,16 @@ class LanguageModel:
                 run_alone(network, source.adapter_name)
         else:
             network = unwrapped(_read(source, device, wanted))
+        if source.device_map is None:
+            check_room(device, sum(parameter.nbytes for parameter in network.parameters()
+                                   if parameter.device.type != device.type))
         if is_quantised(network.config):
             if network.device.type != device.type:
                 network = network.to(device)
             as_dequantised(network)
         else:
-            network = network.to(device)
+            if source.device_map is None and not _is_spread(network, source):
+                network = network.to(device)
             # peft keeps the weights of adapters in float32 beside a base in bfloat16.
             if adapter_facts(network) or dtype_of(network) != wanted:
                 _cast(network, wanted)
@@ -96,9 +102,21 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """Where the network is, or begins, where it is spread over several devices."""
         device: torch.device = next(self.network.parameters()).device
         return device
+
+    @cached_property
+    def devices(self) -> frozenset[torch.device]:
+        """All devices that the network is on."""
+        return frozenset(parameter.device for parameter in self.network.parameters())
+
+    def device_of(self, module: Module) -> torch.device:
+        """Where a tracked map is: a model may be spread over several devices."""
+        submodule = self.sharing(module.name)[0]
+        weight = submodule.parameters_of_all[0] if isinstance(
+            submodule, fused_experts.ExpertMap) else next(submodule.parameters(), None)
+        return self.device if weight is None else weight.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -150,7 +168,9 @@ def _read(source: ModelSource, device: torch.device, dtype: torch.dtype) -> Any:
         # Quantised weights can't be moved later on, so they are loaded where they are to be.
         config = source.load_config()
         check_class(source, config)
-        options = {"device_map": {"": device}} if is_quantised(config) else {}
+        options: dict[str, Any] = {"device_map": {"": device}} if is_quantised(config) else {}
+        if source.device_map is not None:
+            options = {"device_map": source.device_map}
         source.weight_files()  # for the reason where one is missing or damaged
         with readable_errors(source.name):
             network, loading = transformers.AutoModelForCausalLM.from_pretrained(
@@ -159,7 +179,25 @@ def _read(source: ModelSource, device: torch.device, dtype: torch.dtype) -> Any:
                 ignore_mismatched_sizes=True,  # which `check_loading` refuses
             )
         check_loading(source.name, network, loading)
+        _check_spread(source, network)
     return network
+
+
+def _is_spread(network: Any, source: ModelSource) -> bool:
+    """Whether a model object is on several devices, where it is to stay."""
+    return source.is_object and source.device == "auto" and \
+        len({parameter.device for parameter in network.parameters()}) > 1
+
+
+def _check_spread(source: ModelSource, network: Any) -> None:
+    """Raise ResourceError where a device map left a part of a network off the GPUs."""
+    left = sorted(name or "all of it" for name, place in getattr(
+        network, "hf_device_map", {}).items() if str(place) in ("cpu", "disk"))
+    if source.device_map is not None and left:
+        raise ResourceError(
+            f"--device-map auto: the GPUs together don't hold the model; {left[0]} and "
+            f"{len(left) - 1} other parts of it would be elsewhere. Use more GPUs, fewer bytes a "
+            "weight (--dtype bfloat16), or --device cpu.")
 
 
 def _cast(network: Any, dtype: torch.dtype) -> None:

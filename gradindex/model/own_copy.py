@@ -7,7 +7,6 @@ copy, so that the owner's object stays as it is, in training too.
 import copy
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from gradindex.errors import InputError
@@ -27,12 +26,13 @@ def own_copy(network: nn.Module) -> Any:
             elif isinstance(value, Tensor):
                 same[id(value)] = value
         for parameter in module._parameters.values():
-            if type(parameter) is nn.Parameter:
-                same[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
-            elif parameter is not None:  # a quantised one has attributes of its own
-                same[id(parameter)] = parameter
+            if parameter is None:
+                continue
+            # a quantised one, of integers, has attributes of its own
+            same[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False) \
+                if parameter.is_floating_point() else parameter
         for buffer in module._buffers.values():
-            if type(buffer) is torch.Tensor:
+            if buffer is not None:
                 same[id(buffer)] = buffer.detach()
     try:
         return copy.deepcopy(network, same)

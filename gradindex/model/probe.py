@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gradindex.errors import InputError
+from gradindex.memory import ran_out
 from gradindex.model.config import context_length, vocabulary_size
 from gradindex.model.devices import dtype_of
 from gradindex.model.fused_experts import ExpertMap
@@ -331,9 +332,9 @@ def _readable(network: Any, where: str, expected: str) -> Iterator[None]:
     """Turn what a network raises in a pass into an InputError that says what to do."""
     try:
         yield
-    except (InputError, MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:  # a model's code may raise anything
+        if isinstance(error, (InputError, torch.AcceleratorError)) or ran_out(error):
+            raise
         dtype = str(dtype_of(network)).removeprefix("torch.")
         text = " ".join(str(error).split()).rstrip(".")
         others = " or ".join(sorted({"float32", "bfloat16"} - {dtype}))

@@ -193,10 +193,9 @@ def estimate(request: BuildRequest) -> Estimate:
     needs = budget(model.bytes, ahead.partitions, plan.covariance_blocks, width, ahead.code)
     return_freed()  # by what ran before
     host = resident()
-    device = used(model.device) if model.device.type == "cuda" else None
+    device = used(model.devices) if model.device.type == "cuda" else None
     rough = RoughCosines(plan.damping)
-    pace = measure_pace(model, tracked, data.sample, ahead, plan.covariance_blocks, progress,
-                        rough.keep)
+    pace = measure_pace(model, tracked, data.sample, ahead, plan, progress, rough.keep)
     disk = _disk(data, model, tracked, plan, ahead.code.length)
     fitted = min(plan.fit_sequences, ahead.count)
     passed = {"covariance": fitted, "eigenvalues": fitted, "encode": ahead.count}
@@ -230,7 +229,7 @@ def estimate(request: BuildRequest) -> Estimate:
         disk_most=max(sum(disk.values()), disk["records"] + needs.fit_disk),
         disk_free=shutil.disk_usage(folder).free + existing, place=str(folder),
         memory=memory,
-        memory_free=Memory(available(), 0 if device is None else available_on(model.device)),
+        memory_free=Memory(available(), 0 if device is None else available_on(model.devices)),
         memory_parts=needs.parts | {f"a batch of {batch_tokens:,} tokens": pace.batch},
         threads=torch.get_num_threads(), device=str(model.device),
         codes=_codes(rough.cosines(), plan.bits, ahead, tracked), note=note,

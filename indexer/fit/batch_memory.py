@@ -3,6 +3,7 @@
 All else that a fit holds follows from the shapes of its modules (`budget.py`).
 """
 
+from collections.abc import Collection
 from functools import partial
 
 import torch
@@ -11,6 +12,7 @@ from gradindex.draws import Stream
 from gradindex.influence.blockwise import covariance_shapes, identity
 from gradindex.influence.split_batches import plan_batches
 from gradindex.memory import available, forget_most, most, resident, return_freed
+from gradindex.model.devices import on_host
 from gradindex.model.network import LanguageModel
 from gradindex.modules import Module
 from gradindex.storage.records import Record
@@ -26,47 +28,56 @@ def batch_bytes(
     Measured on the batches of the longest and of the most sequences of a sample, with all modules
     tracked; those of a shape share their sums. Raises ResourceError.
     """
-    like = torch.zeros((), dtype=model.accumulate, device=model.device)
     squares = covariance_shapes(modules, settings.covariance_blocks)
-    shapes = squares | {module.name: module.shape for module in modules}
-    shared = {shape: like.new_empty(shape).fill_(0)  # zeros() would take no memory yet
-              for shape in set(shapes.values())}
-    sums = {name: shared[shape] for name, shape in shapes.items()}
-    identities = {shape: identity(*shape, like) for shape in set(squares.values())}
-    vectors = {name: identities[shape] for name, shape in squares.items()}
+    devices = {name: model.device_of(module) for module in modules
+               for name in (module.name, f"{module.name}/A", f"{module.name}/S")}
+    kinds = {name: (shape, devices[name]) for name, shape in
+             {**squares, **{module.name: module.shape for module in modules}}.items()}
+    like = {device: torch.zeros((), dtype=model.accumulate, device=device)
+            for device in model.devices}
+    shared = {(shape, device): like[device].new_empty(shape).fill_(0)  # zeros() takes no memory yet
+              for shape, device in set(kinds.values())}
+    sums = {name: shared[kind] for name, kind in kinds.items()}
+    identities = {(shape, device): identity(*shape, like[device])
+                  for shape, device in {kinds[name] for name in squares}}
+    vectors = {name: identities[kinds[name]] for name in squares}
     plan = plan_batches([len(record.tokens) for record in sample], settings.batch_tokens)
-    forget_peak(model.device)
-    base = used(model.device)
+    forget_peak(model.devices)
+    base = used(model.devices)
     with torch.no_grad():
         for rows in (plan[0], max(plan, key=len)):
             batch = partial(fit_batch, model, [sample[row] for row in rows], settings.labels,
                             settings.seed)
             add_covariances(model, modules, sums, *batch(Stream.COVARIANCE_LABELS))
             add_eigenvalues(model, modules, vectors, sums, *batch(Stream.EIGENVALUE_LABELS))
-    return max(0, peak(model.device) - base)
+    return max(0, peak(model.devices) - base)
 
 
-def available_on(device: torch.device) -> int:
-    """Bytes of memory to be had where the model is, this process's own among them."""
-    if device.type != "cuda":
+def available_on(devices: Collection[torch.device]) -> int:
+    """Bytes of memory to be had where a model is, this process's own among them."""
+    if on_host(devices):
         return available()
-    return int(torch.cuda.mem_get_info(device)[0]) + int(torch.cuda.memory_reserved(device))
+    return sum(int(torch.cuda.mem_get_info(device)[0]) + int(torch.cuda.memory_reserved(device))
+               for device in devices)
 
 
-def used(device: torch.device) -> int:
-    """Bytes of memory that are in use now: the GPU's, or this process's on the host."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else resident()
+def used(devices: Collection[torch.device]) -> int:
+    """Bytes of memory that are in use now: the GPUs', or this process's on the host."""
+    return resident() if on_host(devices) else sum(
+        torch.cuda.memory_allocated(device) for device in devices)
 
 
-def forget_peak(device: torch.device) -> None:
+def forget_peak(devices: Collection[torch.device]) -> None:
     """Measure the peak of memory anew from now on."""
     return_freed()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
+    if on_host(devices):
         forget_most()
+        return
+    for device in devices:
+        torch.cuda.reset_peak_memory_stats(device)
 
 
-def peak(device: torch.device) -> int:
-    """The most bytes in use at once since `forget_peak`."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else most()
+def peak(devices: Collection[torch.device]) -> int:
+    """The most bytes in use at once since `forget_peak`; of several GPUs, each at its own time."""
+    return most() if on_host(devices) else sum(
+        torch.cuda.max_memory_allocated(device) for device in devices)

@@ -31,30 +31,25 @@ def add_covariances(
     part of them: a factor of A and S changes neither their eigenvectors nor Λ.
     """
     def each(module: Module, a: Tensor, d: Tensor) -> None:
-        add_products(sums[f"{module.name}/A"], sums[f"{module.name}/S"], module, a, d,
-                     batch.real_inputs(module))
+        add_products(sums[f"{module.name}/A"], sums[f"{module.name}/S"],
+                     batch.real_inputs(module, a), d)
 
     backward(model, modules, batch, each, numbers)
 
 
-def add_products(
-    sum_a: Tensor, sum_s: Tensor, module: Module, a: Tensor, d: Tensor, real: Tensor
-) -> None:
-    """Add Σ a aᵀ and Σ d dᵀ over the inputs a [b, t, i] that are `real` [b, t], and d [b, t, o].
+def add_products(sum_a: Tensor, sum_s: Tensor, inputs: Tensor, d: Tensor) -> None:
+    """Add Σ a aᵀ over the inputs [n, i] of real tokens, and Σ d dᵀ over d [b, t, o].
 
     Only the upper triangle is summed, see `add_outer`. d has to be zero where nothing real is.
 
     >>> import torch
-    >>> module = Module("m", 0, "mlp", 1, 2, False)
-    >>> a, d = torch.tensor([[[1.0, 2.0], [5.0, 5.0]]]), torch.tensor([[[3.0], [0.0]]])
+    >>> inputs, d = torch.tensor([[1.0, 2.0]]), torch.tensor([[[3.0], [0.0]]])
     >>> sum_a, sum_s = torch.zeros(2, 2), torch.zeros(1, 1)
-    >>> add_products(sum_a, sum_s, module, a, d, real=torch.tensor([[True, False]]))
-    >>> sum_a.triu().tolist(), sum_s.tolist()  # of the first token alone
+    >>> add_products(sum_a, sum_s, inputs, d)
+    >>> sum_a.triu().tolist(), sum_s.tolist()
     ([[1.0, 2.0], [0.0, 4.0]], [[9.0]])
     """
-    # picking rows out copies them, which a batch without padding can do without
-    inputs = a.flatten(0, 1) if real.all() else a[real]
-    add_outer(sum_a, inputs.to(sum_a.dtype), module.bias)
+    add_outer(sum_a, inputs.to(sum_a.dtype))
     add_outer(sum_s, d.flatten(0, 1).to(sum_s.dtype))
 
 

@@ -1,8 +1,15 @@
-"""Eigenvectors of a covariance, in float64, with something to fall back on.
+"""Eigenvectors of covariances, checked, with something to fall back on.
 
-LAPACK's divide and conquer is fast and now and then fails, or gives vectors that are none. So what
-it gives is checked, and a slower method is tried before a fit is given up.
+LAPACK's divide and conquer is fast and now and then fails, or gives vectors that are none; so may
+a GPU's solver. So what either gives is checked. What is unsound from a GPU is decomposed on the
+host, and there a slower method is tried before a fit is given up.
+
+A GPU decomposes matrices of one size together, in float64, or in float32 where it computes in
+float64 at a sixty-fourth of its speed. Λ is estimated anew in whatever basis comes out, so float32
+changes little (George et al. 2018, §3); eigenvectors are kept in float32 anyway.
 """
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import scipy.linalg
 import torch
@@ -11,12 +18,62 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined, unused-ignore
 
 from gradindex.errors import GradindexError
 from gradindex.influence.blockwise import symmetric
+from gradindex.transfers import stacked_on_host
 
-SOUND = 1e-8  # residual and departure from orthogonality in float64, relative
+# residual and departure from orthogonality, relative
+SOUND = {torch.float64: 1e-8, torch.float32: 1e-4}
+TOGETHER = 1 << 24  # entries of matrices that a GPU is given at once: 128 MB in float64
+
+
+def eigenvectors_of_all(
+    covariances: Iterable[tuple[str, Tensor]], device: torch.device, dtype: torch.dtype,
+    say: Callable[[str], object],
+) -> Iterator[Tensor]:
+    """The eigenvectors of covariances [n, n], float64 on the host, given with names, in order.
+
+    They are found on `device`, where that is a GPU in `dtype` and those of one size together. `say`
+    is told of each that had to be decomposed on the host instead. Raises GradindexError, naming the
+    matrix, where one has none.
+    """
+    if device.type == "cpu":
+        for name, covariance in covariances:
+            yield eigenvectors(covariance, name)
+        return
+    # A and S come in turns and are of unlike sizes; a GPU is busy with several of one size only
+    named = list(covariances)
+    by_size: dict[int, list[int]] = {}
+    for number, (_, covariance) in enumerate(named):
+        by_size.setdefault(len(covariance), []).append(number)
+    found: dict[int, Tensor] = {}
+    for own in by_size.values():
+        stack = torch.stack([symmetric(named[number][1]) for number in own]).to(device, dtype)
+        for number, vectors, reason in zip(own, *_on_device(stack), strict=True):
+            name, covariance = named[number]
+            if reason is not None:
+                say(f"{name} is decomposed on the host: the GPU's eigenvectors are unsound "
+                    f"({reason})")
+                vectors = eigenvectors(covariance, name)
+            found[number] = vectors
+    yield from (found[number] for number in range(len(named)))
+
+
+def _on_device(matrices: Tensor) -> tuple[Tensor, list[str | None]]:
+    """Eigenvectors [k, n, n] of matrices on a GPU, float64 on the host, and what is unsound."""
+    try:
+        values, vectors = torch.linalg.eigh(matrices)
+    except LinAlgError as error:  # it doesn't say of which
+        return torch.zeros(matrices.shape, dtype=torch.float64), \
+            [" ".join(str(error).split())[:100]] * len(matrices)
+    residuals = _residuals(matrices, values, vectors)
+    fixed = _fixed(vectors)
+    on_host = fixed.cpu().double()  # waits once, for all of them
+    reasons = [_unsound(row.tolist(), len(vectors[0]), matrices.dtype)
+               for row in stacked_on_host(residuals).T]
+    return on_host, reasons
 
 
 def eigenvectors(covariance: Tensor, name: str) -> Tensor:
-    """Eigenvectors (columns, ascending eigenvalues) of a symmetric float64 matrix.
+    """Eigenvectors (columns, ascending eigenvalues) of a symmetric float64 matrix of the host.
 
     Its upper triangle is read, which is all that `add_outer` sums.
     The sign of each is fixed: its entry of largest magnitude is positive. Where the first method
@@ -37,10 +94,10 @@ def eigenvectors(covariance: Tensor, name: str) -> Tensor:
         except (LinAlgError, scipy.linalg.LinAlgError, ValueError) as error:
             reasons.append(" ".join(str(error).split()))
             continue
-        if (wrong := _unsound(matrix, values, vectors)) is None:
-            # either sign is an eigenvector's: fixed, an index has the same bytes on every machine
-            largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-            return vectors.mul_(torch.where(largest < 0, -1.0, 1.0))
+        residuals = [float(one) for one in _residuals(matrix, values, vectors)]
+        wrong = _unsound(residuals, len(matrix), matrix.dtype)
+        if wrong is None:
+            return _fixed(vectors)
         reasons.append(wrong)
     raise GradindexError(
         f"the covariance {name} has no eigendecomposition ({'; '.join(reasons)[:300]}). Leave the "
@@ -58,12 +115,24 @@ def _qr_iteration(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(values), torch.from_numpy(vectors)
 
 
-def _unsound(matrix: Tensor, values: Tensor, vectors: Tensor) -> str | None:
-    """What is unsound about an eigendecomposition, or None."""
-    residual = torch.linalg.norm((matrix @ vectors).addcmul_(vectors, values, value=-1))
-    product = vectors.T @ vectors
-    product.diagonal().sub_(1)
-    turned = torch.linalg.norm(product)
-    size = torch.linalg.norm(matrix)
-    sound = residual <= SOUND * size and turned <= SOUND * len(matrix)
+def _fixed(vectors: Tensor) -> Tensor:
+    """The same eigenvectors [..., n, n], the largest entry of each positive; changed in place."""
+    # either sign is an eigenvector's: fixed, an index has the same bytes on every machine
+    largest = vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True))
+    return vectors.mul_(torch.where(largest < 0, -1.0, 1.0))
+
+
+def _residuals(matrices: Tensor, values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """‖A Q − Q Λ‖, ‖QᵀQ − I‖ and ‖A‖ of eigendecompositions, each [...]."""
+    residual = torch.linalg.matrix_norm(
+        (matrices @ vectors).addcmul_(vectors, values.unsqueeze(-2), value=-1))
+    product = vectors.mT @ vectors
+    product.diagonal(dim1=-2, dim2=-1).sub_(1)
+    return residual, torch.linalg.matrix_norm(product), torch.linalg.matrix_norm(matrices)
+
+
+def _unsound(residuals: Sequence[float], n: int, dtype: torch.dtype) -> str | None:
+    """What is unsound about an eigendecomposition [n, n] of these `_residuals`, or None."""
+    residual, turned, size = residuals
+    sound = residual <= SOUND[dtype] * size and turned <= SOUND[dtype] * n
     return None if sound else f"residual {residual:.1e} of {size:.1e}, orthogonal to {turned:.1e}"

@@ -2,15 +2,15 @@
 
 Three steps over the same sequences (Grosse et al. 2023, §2.3 and App. A):
 1. A and S: averages of a aᵀ and d dᵀ over all real positions, prompt and last position included.
-2. Q_A and Q_S: their eigenvectors, in float64.
+2. Q_A and Q_S: their eigenvectors (`eigen.py`).
 3. Λ: the average over sequences of (Q_Sᵀ G Q_A)², G the sum over the sequence's tokens.
 
 Sums are taken within blocks of sequences and added up in order (`running_sums.py`), so a kill costs
-one block and the resumed fit ends with the same bytes. Where not all modules' matrices fit in
-memory, partitions of the modules are fitted one after the other, each in passes of its own. Several
-processes can share the blocks and the eigenvectors (`shards.py`). What had to be done otherwise on
-the way (a batch halved because memory ran out, a sequence or a module left out) is noted in
-fit.json, before it is tried.
+what was summed since the last commit and the resumed fit ends with the same bytes. Where not all
+modules' matrices fit in memory, partitions of the modules are fitted one after the other, each in
+passes of its own. Several processes can share the blocks and the eigenvectors (`shards.py`). What
+had to be done otherwise on the way (a batch halved because memory ran out, a sequence or a module
+left out) is noted in fit.json, before it is tried.
 """
 
 from collections.abc import Callable
@@ -37,7 +37,7 @@ from indexer.fit.running_sums import Block, Sums
 from indexer.fit.units import FitUnits, Read
 from indexer.shards import BuildStage, Shard, Share
 
-BLOCK_SEQUENCES = 256  # what a kill costs at most, in a pass
+BLOCK_SEQUENCES = 256  # summed up together; what a kill costs, where a commit is quick
 AHEAD = 4  # blocks that a shard sums up before the first one added those before them
 
 
@@ -78,7 +78,8 @@ def read_fitted(
     fitted = [module for module in modules if module.name not in notes.left_out]
     files = CheckedFiles(folder, notes.files)
     ekfac = curvature.FiledEkfac(
-        lambda module: files.path(layout.module_file(module)), fitted, model.device,
+        lambda module, device: files.tensors(layout.module_file(module), device), fitted,
+        model.device_of,
         model.accumulate, covariance_blocks, allowance.curvature)
     return ekfac, notes
 
@@ -222,6 +223,7 @@ class Fit:
         if self.share.first:
             for number, block in sums.waiting():
                 self._add(stage, number, block, sums)
+            sums.commit_if_due()  # others go on from what is committed
 
     def _add(self, stage: BuildStage, number: int, block: Block, sums: Sums) -> None:
         self.folder.note(stage, number, block.notes)
@@ -235,8 +237,8 @@ class Fit:
                    if self.share.takes(number)]
         if numbers:
             self.progress.start(str(stage), 2 * len(numbers), "matrices")
-        for number in numbers:
-            self.units.decompose(number, covariance)
+        for together in self.units.decomposed_together(numbers):
+            self.units.decompose(together, covariance)
         if numbers:
             self.progress.finish()
         self.share.complete(stage, lambda: self.folder.undecomposed(modules))
@@ -254,10 +256,10 @@ class Fit:
                     f"it has no gradient on any of the {count} fit sequences, so no curvature")
                 continue
             vectors = folder.vectors(module)
-            curvature.save(folder.path, module, Curvature(
-                vectors["A"].to(stored), vectors["S"].to(stored), (total / count).to(stored)))
-        if folder.notes.left_out:
-            folder.notes.write(folder.path)
+            folder.notes.saved[layout.module_file(module)] = curvature.save(
+                folder.path, module, Curvature(
+                    vectors["A"].to(stored), vectors["S"].to(stored), (total / count).to(stored)))
+        folder.notes.write(folder.path)
 
     def _unsaved(self, modules: list[Module]) -> list[int]:
         """[0], the first shard's, as long as curvature of these modules is missing."""
@@ -273,11 +275,13 @@ class Fit:
                 "sequences. Is the model the one that was trained on this data? Choose others with "
                 "--modules."
             )
-        files = {name: facts_of(folder.path / name) for name in map(layout.module_file, fitted)}
+        # known since they were written, but for those that a killed process wrote
+        files = {name: folder.notes.saved.get(name) or facts_of(folder.path / name)
+                 for name in map(layout.module_file, fitted)}
         for path in folder.path.iterdir():
             if path.name not in (*files, FIT_NOTES):
                 path.unlink()
-        folder.notes.files, folder.notes.partitions = files, []
+        folder.notes.files, folder.notes.saved, folder.notes.partitions = files, {}, []
         folder.notes.untracked = {what: round(share, 6) for what, share
                                   in untracked(self.model.network, fitted).items()}
         folder.notes.write(folder.path)

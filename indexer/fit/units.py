@@ -3,7 +3,7 @@
 Each is a function of the model and of what the folder holds, whoever does it and when.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradindex.draws import Stream
 from gradindex.errors import GradindexError
-from gradindex.influence.blockwise import square_blocks
+from gradindex.influence.blockwise import square_blocks, square_entries
 from gradindex.influence.gradients import why_not_finite
 from gradindex.influence.split_batches import Splits, in_batches
 from gradindex.memory import return_freed
@@ -20,8 +20,9 @@ from gradindex.objective import Batch
 from gradindex.progress import Progress
 from gradindex.storage.records import Record
 from gradindex.storage.tensors import write_tensors
+from gradindex.transfers import stacked_on_host
 from indexer.fit.batch_sums import Add, add_covariances, add_eigenvalues, fit_batch
-from indexer.fit.eigen import eigenvectors
+from indexer.fit.eigen import TOGETHER, eigenvectors_of_all
 from indexer.fit.folder import FitFolder
 from indexer.fit.running_sums import Block, BlockNotes, Sums
 from indexer.shards import BuildStage
@@ -53,7 +54,7 @@ class FitUnits:
                              self.adder(stage))
         _, sums, add = self._at_hand
         if stage.name == "eigenvectors":
-            self.decompose(unit, sums)
+            self.decompose([unit], sums)
         elif not sums.has(unit):  # else another did it, while this one was taken for dead
             sums.keep(unit, self.sum_block(stage, unit, sums, add))
 
@@ -71,29 +72,51 @@ class FitUnits:
         def add(sums: dict[str, Tensor], batch: Batch, numbers: Tensor | None) -> None:
             if not vectors:  # read by who has something to sum up, all or none
                 vectors.update({
-                    f"{module.name}/{side}": tensor.to(self.model.device, self.model.accumulate)
+                    f"{module.name}/{side}": tensor.to(
+                        self.model.device_of(module), self.model.accumulate)
                     for module in modules for side, tensor in self.folder.vectors(module).items()})
             add_eigenvalues(self.model, modules, vectors, sums, batch, numbers)
 
         return add
 
-    def decompose(self, number: int, covariance: Sums) -> None:
-        """Find the eigenvectors of a module, by its number, and write them.
+    def decompose(self, numbers: list[int], covariance: Sums) -> None:
+        """Find the eigenvectors of modules, by their numbers, and write them.
 
         Raises GradindexError where they can't be found, ResourceError.
         """
         totals, positions = covariance.totals()
-        module, vectors = self.folder.modules[number], {}
-        for side in ("A", "S"):
-            name = f"{module.name}/{side}"
-            vectors[side] = torch.zeros_like(totals[name])
-            # block by block, into the file's layout: blocks of rows, one below the other
-            for target, block in zip(square_blocks(vectors[side]), square_blocks(totals[name]),
-                                     strict=True):
-                target.copy_(eigenvectors(block / positions, name))
-            self.progress.update(1)
-        write_tensors(self.folder.vectors_path(module), vectors)
+        blocks = [(f"{self.folder.modules[number].name}/{side}", block) for number in numbers
+                  for side in ("A", "S")
+                  for block in square_blocks(totals[f"{self.folder.modules[number].name}/{side}"])]
+        found = eigenvectors_of_all(
+            ((name, block / positions) for name, block in blocks), self.model.device,
+            getattr(torch, self.folder.settings.eigen_dtype), self.progress.say)
+        for number in numbers:
+            module, vectors = self.folder.modules[number], {}
+            for side in ("A", "S"):
+                total = totals[f"{module.name}/{side}"]
+                vectors[side] = torch.zeros_like(total)
+                # block by block, into the file's layout: blocks of rows, one below the other
+                for target in square_blocks(vectors[side]):
+                    target.copy_(next(found))
+                self.progress.update(1)
+            write_tensors(self.folder.vectors_path(module), vectors)
         return_freed()  # the solver's work space, before the next module asks for its own
+
+    def decomposed_together(self, numbers: list[int]) -> Iterator[list[int]]:
+        """Modules whose matrices a GPU decomposes at once; each alone on the host."""
+        group: list[int] = []
+        entries = 0
+        for number in numbers:
+            own = square_entries(self.folder.modules[number],
+                                 self.folder.settings.covariance_blocks)
+            if group and (self.model.device.type == "cpu" or entries + own > TOGETHER):
+                yield group
+                group, entries = [], 0
+            group.append(number)
+            entries += own
+        if group:
+            yield group
 
     # ---- a block
 
@@ -118,7 +141,10 @@ class FitUnits:
         notes: BlockNotes,
     ) -> dict[str, Tensor] | None:
         """The sums of a block; None where it has to be summed again, as `notes` then say."""
-        tensors = sums.zeros(self.model.accumulate, self.model.device)
+        devices = {module.name: self.model.device_of(module)
+                   for module in self.folder.partition(stage.partition)}
+        tensors = sums.zeros(self.model.accumulate,  # named as the module, or with /A or /S behind
+                             lambda name: devices[name.removesuffix("/A").removesuffix("/S")])
         stream, done = LABEL_STREAMS[stage.name], 0
 
         def keep(halved: list[tuple[int, int]]) -> None:
@@ -143,7 +169,8 @@ class FitUnits:
                 return None
             done += len(rows)
             self.progress.update(len(rows))
-        names = [name for name, part in tensors.items() if not torch.isfinite(part).all()]
+        finite = stacked_on_host([torch.isfinite(part).all() for part in tensors.values()])
+        names = [name for name, sound in zip(tensors, finite, strict=True) if not sound]
         if not names:
             return tensors
         # found in the sums, not sequence by sequence: to look at each would take another pass

@@ -45,7 +45,7 @@ def choose_batch_tokens(
     """
     smallest = max(SMALLEST, max(len(record.tokens) for record in sample))
     each = held_bytes_a_token(model, modules, _batch_of(sample, SMALLEST))
-    most = MOST * (available_on(model.device) if bound is None else bound)
+    most = MOST * (available_on(model.devices) if bound is None else bound)
     if smallest <= USUAL and USUAL * each <= min(LITTLE, most):
         return USUAL
     sizes = [smallest, *(size for size in _doubled(SMALLEST, LARGEST[model.device.type])
@@ -131,7 +131,7 @@ def seconds_of_pass(
     start = time.perf_counter()
     with torch.no_grad():
         backward(model, modules, batch, lambda *_: None)
-    wait_for(model.device)
+    wait_for(model.devices)
     return time.perf_counter() - start
 
 

@@ -42,7 +42,7 @@ def stages_left(
     ahead = Ahead.of(model, tracked, plan, prepared.allowance,
                      [len(record.tokens) for record in sample], run.count, state.batch_tokens,
                      settled.bits)
-    pace = measure_pace(model, tracked, sample, ahead, plan.covariance_blocks, progress)
+    pace = measure_pace(model, tracked, sample, ahead, plan, progress)
     seconds = stage_seconds(pace, ahead, plan)
     seconds["encode"] *= unsealed
     done = {"encode"} if not unsealed else set[str]()

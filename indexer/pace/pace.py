@@ -30,15 +30,17 @@ from gradindex.model.config import vocabulary_size
 from gradindex.model.devices import wait_for
 from gradindex.model.network import LanguageModel
 from gradindex.modules import Module
+from gradindex.objective import Batch
 from gradindex.progress import Progress
 from gradindex.storage import token_file
+from gradindex.storage.build_plan import Plan
 from gradindex.storage.code_index import UNPACKED_ROWS, CodeIndex
 from gradindex.storage.layout import code_bytes
 from gradindex.storage.records import Record
 from indexer.background_queries import BACKGROUND_QUERIES
 from indexer.fit.batch_memory import forget_peak, peak, used
 from indexer.fit.batch_sums import add_products, add_squares
-from indexer.fit.eigen import eigenvectors
+from indexer.fit.eigen import eigenvectors_of_all
 from indexer.pace.ahead import Ahead
 from indexer.pace.speed import Speed, fit_speed
 
@@ -79,12 +81,17 @@ class Pace:
 
 @dataclass
 class _Seen:
-    """What a module was handed of a batch: a [b, t, i], d [b, t, o] and what is `real` [b, t]."""
+    """What a module was handed of a batch: a [b, t, i] and d [b, t, o]."""
 
     module: Module
     a: Tensor
     d: Tensor
-    real: Tensor
+    batch: Batch
+
+    @property
+    def real_inputs(self) -> Tensor:
+        """Its inputs that are of real tokens: [n, i]."""
+        return self.batch.real_inputs(self.module, self.a)
 
 
 @dataclass
@@ -101,18 +108,18 @@ class _Times:
 
 
 def measure_pace(
-    model: LanguageModel, modules: list[Module], sample: list[Record], ahead: Ahead,
-    covariance_blocks: int, progress: Progress, look: Look | None = None,
+    model: LanguageModel, modules: list[Module], sample: list[Record], ahead: Ahead, plan: Plan,
+    progress: Progress, look: Look | None = None,
 ) -> Pace:
     """Run two batches of a sample, and the stages' work on some of what they gave.
 
-    `look` is shown what the timed modules were handed: a [b, t, i], d [b, t, o] and which inputs
-    are real [b, t]. Raises ResourceError where memory runs out on a batch.
+    `look` is shown what the timed modules were handed: a [b, t, i], d [b, t, o] and the inputs of
+    real tokens [n, i]. Raises ResourceError where memory runs out on a batch.
     """
     batch_tokens, code, together = ahead.batch_tokens, ahead.code, ahead.together
     return_freed()
-    base = used(model.device)
-    chosen = _some_of_each_shape(modules)
+    base = used(model.devices)
+    chosen = _some_of_each_shape(model, modules)
     counts = {shape: sum(module.shape == shape for module in modules) for shape in chosen}
     times, shapes, passes = _Times(), list[tuple[int, int]](), list[float]()
     drawing = precondition_seconds = 0.0
@@ -121,32 +128,32 @@ def measure_pace(
     for number, records in enumerate(_two_batches(sample, batch_tokens)):
         tokens = len(records) * max(len(record.tokens) for record in records)
         shapes.append((tokens, len(records)))
-        forget_peak(model.device)
+        forget_peak(model.devices)
         seen: dict[tuple[int, int], list[_Seen]] = {}
         passes.append(_seconds(partial(_pass, model, modules, records, chosen, seen)))
         progress.update(1)
-        most = max(most, (peak(model.device) - base) * max(tokens, batch_tokens) // tokens)
+        most = max(most, (peak(model.devices) - base) * max(tokens, batch_tokens) // tokens)
         for shape, parts in seen.items():
-            forget_peak(model.device)
-            before = used(model.device)
-            bench = _Bench(model, shape, [part.module for part in parts], covariance_blocks, code,
-                           together)
-            held = used(model.device) - before
+            forget_peak(model.devices)
+            before = used(model.devices)
+            bench = _Bench(model, shape, [part.module for part in parts],
+                           plan.covariance_blocks, code, together)
+            held = used(model.devices) - before
             for name, work in bench.stages(parts):
                 times.add(number, name, counts[shape] * _seconds(work) / len(parts))
                 progress.update(1)
-            transient = max(transient, peak(model.device) - before - held)
+            transient = max(transient, peak(model.devices) - before - held)
             if number == 0:  # these depend on no batch
                 drawing += counts[shape] * bench.drawing / len(parts)
                 precondition_seconds += counts[shape] * _seconds(bench.precondition) / together
             if look is not None:
                 for part in parts:
-                    look(part.module, part.a, part.d, part.real)
+                    look(part.module, part.a, part.d, part.real_inputs)
     progress.finish()
     speeds = {name: fit_speed(shapes, taken) for name, taken in times.seconds.items()}
     return Pace(
         one_pass=fit_speed(shapes, passes), **speeds, precondition=precondition_seconds,
-        decompositions=_decompositions(modules, covariance_blocks), drawing=drawing,
+        decompositions=_decompositions(model.device, modules, plan), drawing=drawing,
         sealing=_sealing(model, sample), scan=_scan(code.length), hashing=_hashing(),
         batch=max(0, most) + transient,
         kept=0 if model.device.type == "cuda" else max(0, resident() - base),
@@ -164,11 +171,15 @@ def _two_batches(sample: list[Record], batch_tokens: int) -> Iterator[list[Recor
         yield [sample[row] for row in plan[number]]
 
 
-def _some_of_each_shape(modules: list[Module]) -> dict[tuple[int, int], list[Module]]:
-    """Modules of each shape, spread over the model."""
+def _some_of_each_shape(
+    model: LanguageModel, modules: list[Module]
+) -> dict[tuple[int, int], list[Module]]:
+    """Modules of each shape, spread over the model, or over what of it is on one device."""
     alike: dict[tuple[int, int], list[Module]] = {}
     for module in modules:
-        alike.setdefault(module.shape, []).append(module)
+        same = alike.setdefault(module.shape, [])
+        if not same or model.device_of(module) == model.device_of(same[0]):
+            same.append(module)
     return {shape: [same[number] for number in sorted(
         {len(same) * part // OF_A_SHAPE for part in range(OF_A_SHAPE)})]
         for shape, same in alike.items()}
@@ -186,11 +197,11 @@ def _pass(
     def each(module: Module, a: Tensor, d: Tensor) -> None:
         if module.name in names:
             seen.setdefault(module.shape, []).append(
-                _Seen(module, a, d, batch.real_inputs(module)))
+                _Seen(module, a, d, batch))
 
     with torch.no_grad():
         backward(model, modules, batch, each)
-    wait_for(model.device)
+    wait_for(model.devices)
 
 
 class _Bench:
@@ -201,8 +212,8 @@ class _Bench:
         covariance_blocks: int, code: CodeSettings, together: int,
     ):
         o, i = shape
-        like = torch.zeros((), dtype=model.accumulate, device=model.device)
-        self._device = model.device
+        like = torch.zeros((), dtype=model.accumulate, device=model.device_of(modules[0]))
+        self._devices = model.devices
         rows_a, rows_s = (block_rows(n, covariance_blocks) for n in (i, o))
         self._sum_a, self._sum_s = like.new_zeros(i, rows_a), like.new_zeros(o, rows_s)
         self._total = like.new_zeros(o, i)
@@ -221,7 +232,7 @@ class _Bench:
         vectors = self._codes.empty(len(parts[0].a))
 
         def covariance(part: _Seen) -> None:
-            add_products(self._sum_a, self._sum_s, part.module, part.a, part.d, part.real)
+            add_products(self._sum_a, self._sum_s, part.real_inputs, part.d)
 
         def eigenvalues(part: _Seen) -> None:
             add_squares(self._total, part.module, part.a, part.d, q_a, q_s)
@@ -241,25 +252,29 @@ class _Bench:
     def precondition(self) -> None:
         """The preconditioned gradients of as many queries as are scored together."""
         precondition({"": self._curvature}, {"": self._whole.p})
-        wait_for(self._device)
+        wait_for(self._devices)
 
     def _all(self, parts: list[_Seen], work: Callable[[_Seen], None]) -> None:
         for part in parts:
             work(part)
-        wait_for(self._device)
+        wait_for(self._devices)
 
 
-def _decompositions(modules: list[Module], covariance_blocks: int) -> float:
+def _decompositions(device: torch.device, modules: list[Module], plan: Plan) -> float:
     """Seconds of all eigendecompositions, from one of each size (a part of a large one)."""
-    sizes = [len(block) for n, rows in covariance_shapes(modules, covariance_blocks).values()
+    sizes = [len(block) for n, rows in covariance_shapes(modules, plan.covariance_blocks).values()
              for block in square_blocks(torch.empty(n, rows, device="meta"))]
     seconds: dict[int, float] = {}
     for n in {min(size, LARGEST_MATRIX) for size in sizes}:
         # what is in a matrix matters little; this one has all of its eigenvalues apart
         rows = torch.arange(n * n, dtype=torch.float64).sin().view(n, n)
-        seconds[n] = _seconds(partial(eigenvectors, rows @ rows.T, "a matrix"))
+        seconds[n] = _seconds(partial(_decompose, rows @ rows.T, device, plan.eigen_dtype))
     return sum(seconds[min(size, LARGEST_MATRIX)] * max(1.0, size / LARGEST_MATRIX) ** 3
                for size in sizes)
+
+
+def _decompose(matrix: Tensor, device: torch.device, dtype: str) -> None:
+    list(eigenvectors_of_all([("a matrix", matrix)], device, getattr(torch, dtype), print))
 
 
 def _sealing(model: LanguageModel, sample: list[Record]) -> float:

@@ -25,7 +25,7 @@ class RoughCosines:
 
     >>> rough = RoughCosines(damping=0.1)
     >>> a, d = torch.eye(2).view(1, 2, 2).repeat(3, 1, 1), torch.ones(3, 2, 2)
-    >>> rough.keep(Module("m", 0, "mlp", 2, 2, False), a, d, torch.ones(3, 2, dtype=torch.bool))
+    >>> rough.keep(Module("m", 0, "mlp", 2, 2, False), a, d, inputs=a.flatten(0, 1))
     >>> rough.cosines().round(3).tolist()  # equal sequences
     [[nan, 1.0, 1.0], [1.0, nan, 1.0], [1.0, 1.0, nan]]
     """
@@ -35,11 +35,12 @@ class RoughCosines:
         self._sums: dict[str, tuple[Tensor, Tensor]] = {}
         self._some: dict[str, list[tuple[Module, Tensor, Tensor]]] = {}
 
-    def keep(self, module: Module, a: Tensor, d: Tensor, real: Tensor) -> None:
-        """Add a batch's a [b, t, i] and d [b, t, o], of inputs that are `real` [b, t]."""
-        a = a[..., :: -(-a.shape[-1] // MOST_SIDE)]
-        d = d[..., :: -(-d.shape[-1] // MOST_SIDE)]
-        inputs, outputs = a[real].float(), d.flatten(0, 1).float()
+    def keep(self, module: Module, a: Tensor, d: Tensor, inputs: Tensor) -> None:
+        """Add a batch's a [b, t, i] and d [b, t, o]; `inputs` [n, i] are those of real tokens."""
+        step = -(-a.shape[-1] // MOST_SIDE)
+        inputs = inputs[:, : a.shape[-1] : step].float()
+        a, d = a[..., ::step], d[..., :: -(-d.shape[-1] // MOST_SIDE)]
+        outputs = d.flatten(0, 1).float()
         sums = (inputs.T @ inputs, outputs.T @ outputs)
         before = self._sums.get(module.name)
         self._sums[module.name] = sums if before is None else (before[0] + sums[0],

@@ -25,7 +25,7 @@ def merge(
     index: str | Path, model: Any = None, tokenizer: Any = None, device: str = "auto",
     trust_remote_code: bool = False, allow_pickle: bool = False,
     max_memory: str | int | None = None, adapter: str | None = None,
-    progress: Progress | None = None,
+    device_map: str | None = None, progress: Progress | None = None,
 ) -> ModelSource:
     """Make an index of what the shards of a build did, once all are done. Returns what opens it.
 
@@ -35,7 +35,7 @@ def merge(
     """
     folder, progress = Path(index), progress or Progress()
     source = ModelSource(model, tokenizer, device, trust_remote_code, allow_pickle,
-                         parse_bound(max_memory), adapter)
+                         parse_bound(max_memory), adapter, device_map)
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder; expected one that gradindex build --shard wrote.")
     with only_writer(folder, "gradindex merge"), disk_errors(folder):

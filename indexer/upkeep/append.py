@@ -47,6 +47,7 @@ def append(
     strict: bool = False,
     max_bad: float = defaults.MAX_BAD,
     device: str = defaults.AUTO,
+    device_map: str | None = None,
     discard: bool = False,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
@@ -64,7 +65,7 @@ def append(
     progress, folder = progress or Progress(), Path(index)
     check_numbers(limit=limit, max_bad=max_bad)
     source = ModelSource(model, tokenizer, device, trust_remote_code, allow_pickle,
-                         parse_bound(max_memory), adapter)
+                         parse_bound(max_memory), adapter, device_map)
     only_discard = discard and data is None  # which a damaged index allows
     with writing(folder, "gradindex append", progress, only_discard, discard) as contents:
         if data is None and not discard:

@@ -32,7 +32,8 @@ from indexer.upkeep.rebuild import rebuild as rebuild_segments
 
 VERIFIED_SAMPLE = 64  # sequences encoded again
 AGAIN = 8  # background queries made again
-SAME_BITS = 0.99  # share of a code's bits that must come out again on another machine
+# Share of a code's bits that must come out again on another machine, or on a GPU in another batch.
+SAME_BITS = {"float64": 0.99, "float32": 0.99, "bfloat16": 0.95, "float16": 0.97}
 SAME_SCORE = {"float64": 1e-6, "float32": 1e-3, "bfloat16": 0.1, "float16": 0.05}
 _WHOLE = "Every search needs it: take it from a copy of the index, or build again."
 
@@ -92,7 +93,8 @@ class Verified:
 def verify(
     index: str | Path, model: Any = None, tokenizer: Any = None, *, device: str = "auto",
     no_model: bool = False, rebuild: bool = False, trust_remote_code: bool = False,
-    allow_pickle: bool = False, adapter: str | None = None, progress: Progress | None = None,
+    allow_pickle: bool = False, adapter: str | None = None, device_map: str | None = None,
+    progress: Progress | None = None,
 ) -> Verified:
     """Check an index thoroughly.
 
@@ -101,7 +103,7 @@ def verify(
     IndexMismatchError for another model. A damaged index is no error here but a finding.
     """
     source = ModelSource(model, tokenizer, device, trust_remote_code, allow_pickle,
-                         adapter_name=adapter)
+                         adapter_name=adapter, device_map=device_map)
     progress, folder = progress or Progress(), Path(index)
     verified = _verified(folder, source, no_model, rebuild, progress)
     if not verified.rebuilt:
@@ -207,7 +209,7 @@ def _compare_codes(
     norms = np.linalg.norm(again.astype(np.float64), axis=1)
     off = np.abs(norms - contents.rows["norm"][rows]) > 0.01 * norms + 1e-6
     for row, record in enumerate(records):
-        if 1 - differ[row] < SAME_BITS or off[row]:
+        if 1 - differ[row] < SAME_BITS[contents.manifest.dtype] or off[row]:
             verified.findings.append(Finding(
                 f"sequence {record.id}", f"its code has only {1 - differ[row]:.1%} of the bits "
                 "that encoding it again gives, or another length",

@@ -128,7 +128,7 @@ def coordinates_of(
     texts = [(number, text) for number, query in enumerate(queries) for text in query.texts]
     total: Gradients = {
         module.name: torch.zeros(len(queries), *module.shape, dtype=snapshot.model.accumulate,
-                                 device=snapshot.model.device)
+                                 device=snapshot.model.device_of(module))
         for module in modules
     }
 
@@ -149,7 +149,7 @@ def coordinates_of(
         # a query's texts may be in several batches: each adds its part, −1 times that of a versus
         for name, c in coordinates.items():
             weights = c.new_tensor([text.weight for _, text in members])
-            total[name].index_add_(0, numbers, c * weights[:, None, None])
+            total[name].index_add_(0, numbers.to(c.device), c * weights[:, None, None])
     return total
 
 

@@ -70,7 +70,7 @@ def test_products_with_blocks_are_those_with_the_whole_matrix(rows, strip, monke
     torch.testing.assert_close(right(x[..., :-1], q, bias=True), x @ whole)
     sums = torch.zeros(7, rows, dtype=torch.float64)
     add_outer(sums, x[0] - 1)
-    add_outer(sums, x[0, :, :-1], bias=True)
+    add_outer(sums, x[0, :, :-1])  # with a bias: its 1 is left out
     for block in square_blocks(sums):
         block.copy_(symmetric(block))
     mask = dense(torch.ones(7, rows)).bool()

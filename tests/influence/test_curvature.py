@@ -28,7 +28,7 @@ from gradindex.objective import Text
 from gradindex.progress import Progress, stderr_progress
 from gradindex.storage.files import facts_of
 from gradindex.storage.layout import module_file
-from gradindex.storage.tensors import DTYPES, read_tensors, write_tensors
+from gradindex.storage.tensors import DTYPES, read_tensors, write_tensors, write_vouched
 from indexer.fit.budget import held_bytes
 from indexer.fit.eigen import eigenvectors
 from indexer.fit.notes import FitSettings
@@ -173,7 +173,7 @@ def test_sizes_and_query_norms(family, make_model, sequences, tmp_path, block, m
     model = make_model(family)
     modules = tracked_modules(model.network, "all")
     ekfac = fitted(model, modules, sequences, tmp_path)
-    collector = GradientSizes(ekfac, 0.03, len(sequences))
+    collector = GradientSizes(ekfac, 0.03)
     collect(model, modules, model.batch(sequences), collector)
     for row, (ids, scored) in enumerate(sequences):
         m = sequence_gradient(model.network, [module.name for module in modules],
@@ -186,8 +186,7 @@ def test_sizes_and_query_norms(family, make_model, sequences, tmp_path, block, m
             solved = torch.linalg.solve(dense, g.flatten())
             squared += float(g.flatten() @ solved)
             step += float(solved @ solved)
-        assert float(collector.self_influence[row]) == pytest.approx(squared, rel=1e-4)
-        assert float(collector.squared_step[row]) == pytest.approx(step, rel=1e-4)
+        assert collector.found()[:, row] == pytest.approx([squared, step], rel=1e-4)
         coordinates, _ = query_coordinates(model, modules, ekfac,
                                            model.batch([Text(ids, scored)]), 0.03)
         [norm] = query_norms(ekfac, coordinates, 0.03)
@@ -340,15 +339,16 @@ def test_no_more_curvature_is_kept_than_may_be(tmp_path):
         curvature.save(tmp_path, module, whole[module.name])
     read = []
 
-    def where(module):
+    def from_file(module, device):
         read.append(module.name)
-        return tmp_path / module_file(module)
+        return read_tensors(tmp_path / module_file(module), check=False)[0]
 
     size = 4 * curvature.file_entries(modules[0], 1)
     assert size == 4 * (16 + 4 + 8)
     for held, times in ((None, 1), (2 * size, 4), (0, 9)):
         read.clear()
-        ekfac = FiledEkfac(where, modules, torch.device("cpu"), torch.float32, 1, held)
+        ekfac = FiledEkfac(
+            from_file, modules, lambda _: torch.device("cpu"), torch.float32, 1, held)
         assert not read and list(ekfac) == list(whole) and len(ekfac) == 3
         for _ in range(3):
             for name, found in ekfac.items():
@@ -365,8 +365,9 @@ def test_curvature_files_are_checked(tmp_path):
     curvature.save(tmp_path, module, whole)
 
     def load(module):
-        return FiledEkfac(lambda one: tmp_path / module_file(one), [module],
-                          torch.device("cpu"), torch.float32, 1)["block.0.mlp"]
+        return FiledEkfac(lambda one, _: read_tensors(tmp_path / module_file(one), False)[0],
+                          [module],
+                          lambda _: torch.device("cpu"), torch.float32, 1)["block.0.mlp"]
 
     found = load(module)
     assert torch.equal(found.eigenvalues, whole.eigenvalues)
@@ -389,9 +390,11 @@ def test_the_library_reads_what_is_written_piece_by_piece(tmp_path):
     tensors = {str(dtype): (100 * torch.randn(3, n + 1)).to(dtype)
                for n, dtype in enumerate(DTYPES)}
     tensors |= {"empty": torch.zeros(0, 4), "one": torch.tensor(2.5), "turned": torch.eye(3)[:, :2]}
-    facts = write_tensors(tmp_path / "x", tensors, {"about": "ü"})
-    found = load_file(tmp_path / "x")
-    assert set(found) == set(tensors) and facts == facts_of(tmp_path / "x")
+    assert write_vouched(tmp_path / "y", tensors) == facts_of(tmp_path / "y")
+    write_tensors(tmp_path / "x", tensors, {"about": "ü"})
+    found, vouched = load_file(tmp_path / "x"), load_file(tmp_path / "y")
+    assert set(found) == set(tensors) == set(vouched)
+    assert all(torch.equal(found[name], vouched[name]) for name in found)
     for name, tensor in tensors.items():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
     with safe_open(tmp_path / "x", framework="pt") as file:

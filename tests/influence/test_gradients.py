@@ -13,6 +13,7 @@ from gradindex.influence.split_batches import plan_batches
 from gradindex.model.tracked import tracked_modules
 from gradindex.modules import Module
 from gradindex.objective import Text, log_probability, sample_labels
+from support.gradients import unscored
 from support.models import labels_of
 from support.reference import log_likelihood, sequence_gradient
 
@@ -157,7 +158,7 @@ def test_log_probability_gradient_equals_autograd():
     torch.manual_seed(0)
     logits = torch.randn(2, 5, 9, dtype=torch.float64, requires_grad=True)
     targets = torch.tensor([[1, 8, -100, 0, 2], [-100, -100, 3, 3, -100]])
-    log_p, found = log_probability(taken := logits.detach().clone(), targets)
+    log_p, found = log_probability(taken := logits.detach().clone(), targets, unscored(targets))
     assert found.data_ptr() == taken.data_ptr()
     total = -torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
@@ -193,10 +194,10 @@ def test_labels_of_a_position_do_not_depend_on_the_others():
     logits, uniforms = torch.randn(3, 7, 300), torch.rand(3, 7)
     targets = torch.zeros(3, 7, dtype=torch.int64)
     targets[1, 2] = -100
-    log_p, gradient = log_probability(logits.clone(), targets, uniforms)
+    log_p, gradient = log_probability(logits.clone(), targets, unscored(targets), uniforms)
     for row in range(3):
         alone = log_probability(logits[row:row + 1].clone(), targets[row:row + 1],
-                                uniforms[row:row + 1])
+                                unscored(targets[row]), uniforms[row:row + 1])
         assert torch.equal(alone[0][0], log_p[row]) and torch.equal(alone[1][0], gradient[row])
     p = torch.softmax(logits.double(), dim=-1)
     labels = sample_labels(p.flatten(0, 1), uniforms.flatten()).view(3, 7)

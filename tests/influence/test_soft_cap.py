@@ -13,6 +13,7 @@ from gradindex.model.model_source import ModelSource
 from gradindex.model.network import LanguageModel
 from gradindex.model.tracked import tracked_modules
 from gradindex.objective import Text, log_probability, sample_labels
+from support.gradients import unscored
 from support.models import labels_of
 from support.reference import log_likelihood
 
@@ -35,7 +36,8 @@ def test_soft_capped_logits_equal_the_plain_formula(dtype, within, drawn):
     expected = said.gather(-1, labels[..., None])[..., 0] * counted
     expected.sum().backward()
     taken = logits.clone()
-    log_p, found = log_probability(taken, targets, uniforms if drawn else None, cap)
+    log_p, found = log_probability(
+        taken, targets, unscored(targets), uniforms if drawn else None, cap)
     assert found.data_ptr() == taken.data_ptr()
     if drawn and dtype != torch.float64:  # rounding draws a few of the labels otherwise
         same = (log_p - expected).abs() < 10 * within
@@ -119,7 +121,7 @@ class Copies(TorchDispatchMode):
 
 @pytest.mark.parametrize("cap, copies", [(4.0, 1), (None, 1)])
 def test_no_more_than_one_tensor_of_the_logits_size(cap, copies, monkeypatch):
-    monkeypatch.setattr(objective, "CACHED_LOGITS", 1200)  # two positions at a time
+    monkeypatch.setitem(objective.LOGITS_AT_ONCE, "cpu", 1200)  # two positions at a time
     model = capped_model(final_logit_softcapping=cap)
     modules = tracked_modules(model.network)
     random = np.random.default_rng(0)

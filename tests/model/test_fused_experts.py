@@ -17,19 +17,8 @@ from gradindex.model.tracked import parameter_share, tracked_modules, untracked
 from indexer.fit.batch_sums import add_covariances
 from support.gradients import captured
 from support.indexes import SMALL
-from support.models import SIZES, labels_of, random_network
+from support.models import MIXTURES, SIZES, labels_of, random_network
 from support.reference import log_likelihood
-
-LLAMA = SIZES["llama"]
-MIXTURES = {
-    "mixtral": dict(LLAMA, num_local_experts=4, num_experts_per_tok=2),
-    "qwen3_moe": dict(LLAMA, moe_intermediate_size=8, num_experts=5, num_experts_per_tok=2,
-                      head_dim=6, decoder_sparse_step=1),
-    "olmoe": dict(LLAMA, num_experts=4, num_experts_per_tok=2),
-    "gpt_oss": dict(LLAMA, num_local_experts=4, num_experts_per_tok=2, head_dim=6,
-                    layer_types=["full_attention"] * 2, rope_parameters={
-                        "rope_type": "default", "rope_theta": 10000.0}),
-}
 
 
 @pytest.fixture(params=list(MIXTURES))
@@ -81,11 +70,11 @@ def test_terms_and_covariances_of_experts(mixture, sequences):
     batch = model.batch(sequences)
     torch.manual_seed(1)
     p = Preconditioned({m.name: torch.randn(1, *m.shape, dtype=torch.float64) for m in modules})
-    terms, totals = Terms(p, batch), Influences(p, len(sequences))
+    terms, totals = Terms(p, batch), Influences(p)
     collect(model, modules, batch, terms, totals)
     stacked = terms.stacked(modules)
     assert stacked.shape == (*batch.tokens.shape, len(modules))
-    torch.testing.assert_close(stacked.sum((1, 2)), totals.total[0], rtol=1e-9, atol=1e-10)
+    np.testing.assert_allclose(stacked.sum((1, 2)), totals.total[0], rtol=1e-9, atol=1e-10)
     assert (stacked[~batch.real] == 0).all()
     sums = {name: torch.zeros(shape, dtype=torch.float64)
             for name, shape in covariance_shapes(modules, 1).items()}
@@ -104,9 +93,10 @@ def test_terms_and_covariances_of_experts(mixture, sequences):
 
 def test_packing_keeps_every_token_at_its_place():
     torch.manual_seed(0)
-    places = torch.tensor([7, 0, 2, 11, 3, 9])  # of a batch of 3 × 4
+    places = np.array([7, 0, 2, 11, 3, 9])  # of a batch of 3 × 4
     x = torch.randn(6, 5)
-    packed, positions = fused_experts.pack(x, places, (3, 4))
+    [packed, twice], positions = fused_experts.pack([x, 2 * x], places, (3, 4))
+    assert torch.equal(twice, 2 * packed)
     assert positions.tolist() == [[0, 2, -1], [3, 3, -1], [3, 1, -1]] or \
         positions.tolist() == [[0, 2, 3], [3, -1, -1], [3, 1, -1]]
     for row in range(3):
@@ -114,9 +104,9 @@ def test_packing_keeps_every_token_at_its_place():
             if position < 0:
                 assert (packed[row, slot] == 0).all()
             else:
-                [index] = (places == 4 * row + position).nonzero()[0].tolist()
+                [index] = np.flatnonzero(places == 4 * row + position)
                 assert torch.equal(packed[row, slot], x[index])
-    empty, none = fused_experts.pack(x[:0], places[:0], (3, 4))
+    [empty], none = fused_experts.pack([x[:0]], places[:0], (3, 4))
     assert empty.shape == (3, 0, 5) and none.shape == (3, 0)
 
 

@@ -48,7 +48,7 @@ def test_cosines_are_those_of_the_whitened_gradients(monkeypatch, most, stride):
     rough, batches = RoughCosines(DAMPING), [list(handed(seed, modules)) for seed in (0, 1)]
     for batch in batches:
         for parts in batch:
-            rough.keep(*parts)
+            rough.keep(*parts[:3], parts[1][parts[3]])
     found, expected = rough.cosines(), plain(batches, stride)
     assert np.isnan(np.diag(found)).all()
     np.fill_diagonal(expected, np.nan)
@@ -60,9 +60,9 @@ def test_a_module_that_tells_nothing_is_left_out():
     alone, together, neither = (RoughCosines(DAMPING) for _ in range(3))
     for module, a, d, real in handed(0, modules):
         wrong = d * 0 if module.name == "n" else d
-        together.keep(module, a, wrong, real)
-        neither.keep(module, a * float("nan"), d, real)
+        together.keep(module, a, wrong, a[real])
+        neither.keep(module, a * float("nan"), d, a[real] * float("nan"))
         if module.name == "m":
-            alone.keep(module, a, d, real)
+            alone.keep(module, a, d, a[real])
     np.testing.assert_array_equal(alone.cosines(), together.cosines())
     assert np.isnan(neither.cosines()).all()

@@ -16,6 +16,16 @@ SIZES = {
     "qwen3": dict(hidden_size=12, num_hidden_layers=2, num_attention_heads=2,
                   num_key_value_heads=1, intermediate_size=20, head_dim=6),
 }
+LLAMA = SIZES["llama"]
+MIXTURES = {  # of experts; a test that uses one puts it among SIZES
+    "mixtral": dict(LLAMA, num_local_experts=4, num_experts_per_tok=2),
+    "qwen3_moe": dict(LLAMA, moe_intermediate_size=8, num_experts=5, num_experts_per_tok=2,
+                      head_dim=6, decoder_sparse_step=1),
+    "olmoe": dict(LLAMA, num_experts=4, num_experts_per_tok=2),
+    "gpt_oss": dict(LLAMA, num_local_experts=4, num_experts_per_tok=2, head_dim=6,
+                    layer_types=["full_attention"] * 2, rope_parameters={
+                        "rope_type": "default", "rope_theta": 10000.0}),
+}
 VOCABULARY = 37
 
 

@@ -1,6 +1,7 @@
 """Every sequence's score on a question: by its code, and exactly."""
 
 import numpy as np
+import torch
 
 from gradindex.influence.exact import Terms, collect, exact_scores
 from gradindex.influence.preconditioned import Preconditioned, precondition, query_coordinates
@@ -38,4 +39,4 @@ def score(model, modules, preconditioned, batch):
     """The terms of each sequence's influence on one query: [b, t, u], summing to I over t, u."""
     collector = Terms(preconditioned, batch)
     collect(model, modules, batch, collector)
-    return collector.stacked(modules)
+    return torch.from_numpy(collector.stacked(modules))

@@ -57,6 +57,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gradindex.influence.exact.Terms.__call__": AD,
     "gradindex.influence.exact.Terms.stacked": {"modules": "u", "return": "b t u"},
     "gradindex.influence.exact.GradientSizes.__call__": AD,
+    "gradindex.influence.exact.GradientSizes.found": {"return": "2 b"},
     "gradindex.influence.exact.collect": {"numbers": "b t"},
     "gradindex.influence.exact.exact_scores":
         {"preconditioned": "q", "sequences": "n", "return": "q n"},
@@ -81,7 +82,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gradindex.influence.preconditioned.Preconditioned.__init__": {"gradients": "q o i"},
     "gradindex.influence.preconditioned.Preconditioned.add": {"gradients": "q o i"},
     "gradindex.influence.preconditioned.terms": {**AD, "p": "o _", "return": "b t"},
-    "gradindex.objective.Batch.real_inputs": {"return": "b m"},
+    "gradindex.objective.Batch.of": {"tokens": "b t", "targets": "b t", "real": "b t"},
+    "gradindex.objective.Batch.place": {"positions": "b m"},
+    "gradindex.objective.Batch.real_inputs": {"a": "b m i", "return": "n i"},
     "gradindex.objective.Batch.by_position": {"terms": "b m", "return": "b t"},
     "gradindex.objective.NextToken.counted": {"scored": "n", "return": "n"},
     "gradindex.objective.NextToken.targets": {"tokens": "n", "scored": "n", "return": "n"},
@@ -92,7 +95,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         {"outputs": "b t v", "numbers": "b t", "return": ("b t", "b t v")},
     "gradindex.objective.bounded": {},  # of any shape
     "gradindex.objective.log_probability":
-        {"logits": "b t v", "targets": "b t", "uniforms": "b t", "return": ("b t", "b t v")},
+        {"logits": "b t v", "targets": "b t", "unscored_places": "n", "uniforms": "b t",
+         "return": ("b t", "b t v")},
     "gradindex.objective.sample_labels": {"p": "n v", "uniforms": "n", "return": "n"},
     "gradindex.storage.background_file.BackgroundQueries.rates":
         {"codes": "n", "digests": "n 2", "return": "2 n"},
@@ -102,6 +106,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gradindex.storage.code_index.CodeIndex.scores": {"query": "K", "return": "n"},
     "gradindex.storage.code_index.CodeIndex.many_scores": {"queries": "q K", "return": "q n"},
     "gradindex.storage.code_index.CodeIndex.some_signs": {"octets": "k", "return": ("n k", "n")},
+    "gradindex.storage.code_index.CodeIndex.signs": {"return": ("n c", "n")},
     "gradindex.storage.code_index.CodeIndex.scales": {"return": "n 2"},
     "gradindex.storage.code_index.CodeIndex.codes": {"rows": "n", "return": "n c"},
     "gradindex.storage.code_index.scan": {"queries": "q K", "return": "q n"},
@@ -128,7 +133,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "indexer.fit.batch_sums.add_covariances": {"sums": "n m", "numbers": "b t"},
     "indexer.fit.batch_sums.add_eigenvalues": {"vectors": "n m", "sums": "o i", "numbers": "b t"},
     "indexer.fit.batch_sums.add_products": {
-        "sum_a": "n m", "sum_s": "p q", "a": "b t j", "d": "b t o", "real": "b t"},
+        "sum_a": "n m", "sum_s": "p q", "inputs": "k j", "d": "b t o"},
     "indexer.fit.batch_sums.add_squares": {
         "total": "o i", "a": "b t j", "d": "b t o", "q_a": "i m", "q_s": "o p"},
     "indexer.fit.batch_sums.fit_batch": {"return": (None, "b t")},
@@ -170,10 +175,13 @@ LEFT_OUT = {  # of the modules below, and why
     "gradindex.influence.preconditioned.Preconditioned.arrays": "each module has one of two forms",
     "gradindex.influence.preconditioned.Preconditioned.from_arrays":
         "each module has one of two forms",
+    "gradindex.influence.curvature.FiledEkfac.__init__":
+        "only a function among its arguments has arrays",
     "gradindex.storage.row_file.array_bytes": "takes any array",
     "indexer.calibrate.calibrate": "only a function among its arguments has arrays",
     "indexer.calibrate.score_pairs": "its arrays are in a dataclass",
     "indexer.encode.encode_batches": "a generator",
+    "indexer.fit.eigen.eigenvectors_of_all": "a generator",
     "indexer.fit.units.FitUnits.adder": "only the function that it returns has arrays",
     "indexer.fit.units.FitUnits.sum_block": "only a function among its arguments has arrays",
 }

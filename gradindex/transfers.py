@@ -1,0 +1,100 @@
+"""Between the host and GPUs: nothing waits for a device but where its numbers are needed.
+
+A GPU works on behind the host's back. A copy to it from memory that is pinned (which the system
+leaves where it is) doesn't stop the host, and a copy from it need not either, if the host asks for
+the numbers later. On a CPU all of this is nothing, and no number is copied.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+TILE = 1 << 28  # bytes that are on their way at once
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """An array as a tensor on a device; the host doesn't wait.
+
+    >>> to_device(np.array([1.0, 2.0]), torch.device("cpu"))
+    tensor([1., 2.], dtype=torch.float64)
+    """
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    if device.type == "cpu":
+        return tensor
+    # the copy of a pinned tensor keeps it until it is done, also where nothing else does
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+class Arriving:
+    """Tensors on their way to the host, which goes on working until it asks for them.
+
+    >>> Arriving([torch.ones(2)]).arrays()
+    [array([1., 1.], dtype=float32)]
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]):
+        self._copies = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
+        self._events = []
+        for device in {tensor.device for tensor in tensors if tensor.device.type == "cuda"}:
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(device))
+            self._events.append(event)
+
+    def arrays(self) -> list[np.ndarray]:
+        """The numbers, once they are there: one wait for each device that they come from."""
+        while self._events:
+            self._events.pop().synchronize()
+        return [copy.numpy() for copy in self._copies]
+
+
+def stacked_on_host(parts: Sequence[Tensor]) -> np.ndarray:
+    """Tensors of one shape [...], on any devices, as one array of the host, [n, ...].
+
+    >>> stacked_on_host([torch.zeros(2), torch.ones(2)]).tolist()
+    [[0.0, 0.0], [1.0, 1.0]]
+    """
+    # one copy for each device, and not one for each of hundreds of modules
+    by_device: dict[torch.device, list[int]] = {}
+    for number, part in enumerate(parts):
+        by_device.setdefault(part.device, []).append(number)
+    arriving = Arriving([torch.stack([parts[number] for number in own])
+                         for own in by_device.values()])
+    found = np.empty((len(parts), *parts[0].shape), dtype=_dtype(parts[0]))
+    for own, array in zip(by_device.values(), arriving.arrays(), strict=True):
+        found[own] = array
+    return found
+
+
+def _dtype(tensor: Tensor) -> np.dtype:
+    return np.asarray(torch.empty(0, dtype=tensor.dtype).numpy()).dtype
+
+
+def in_turn(tensors: Sequence[Tensor], tile: int = TILE) -> Iterator[np.ndarray]:
+    """The tensors as arrays of the host, one after the other, while the next are on their way.
+
+    At most two tiles of `tile` bytes are held, or two tensors that are larger.
+
+    >>> [array.tolist() for array in in_turn([torch.zeros(2), torch.ones(1)])]
+    [[0.0, 0.0], [1.0]]
+    """
+    before: Arriving | None = None
+    for own in _tiles(tensors, tile):
+        arriving = Arriving(own)
+        if before is not None:
+            yield from before.arrays()
+        before = arriving
+    if before is not None:
+        yield from before.arrays()
+
+
+def _tiles(tensors: Sequence[Tensor], tile: int) -> Iterator[list[Tensor]]:
+    """Tensors that follow each other, together of at most `tile` bytes; a larger one is alone."""
+    own: list[Tensor] = []
+    for tensor in tensors:
+        if own and sum(each.nbytes for each in own) + tensor.nbytes > tile:
+            yield own
+            own = []
+        own.append(tensor)
+    if own:
+        yield own
