@@ -28,6 +28,12 @@ from gradindex.draws import Stream
 from gradindex.influence.blockwise import covariance_shapes, identity
 from gradindex.influence.codes import Codes, CodeSettings
 from gradindex.influence.curvature import Curvature
+from gradindex.influence.device_codes import (
+    RoundedQueries,
+    bits_times_limbs,
+    has_kernel,
+    plain_bits_times_limbs,
+)
 from gradindex.influence.exact import Rescorer, rescore
 from gradindex.influence.gradients import backward
 from gradindex.influence.preconditioned import Preconditioned
@@ -43,12 +49,6 @@ from indexer.dry_run.estimate import estimate
 from indexer.encode import encode_batches
 from indexer.fit.batch_sums import add_covariances, add_eigenvalues, fit_batch
 from indexer.fit.eigen import eigenvectors_of_all
-from search.rank.device_codes import (
-    RoundedQueries,
-    bits_times_limbs,
-    has_kernel,
-    plain_bits_times_limbs,
-)
 
 
 @dataclass(frozen=True)

@@ -127,6 +127,15 @@ def ran_out(error: BaseException) -> bool:
         isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY))
 
 
+def threads(most: int) -> int:
+    """How many threads may read files at once: `most`, or 1 where the address space is bounded.
+
+    A thread that finds no memory to begin with leaves whoever started it waiting for ever.
+    """
+    bounded = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+    return 1 if bounded else max(1, min(most, os.cpu_count() or 1))
+
+
 def return_freed() -> None:
     """Give freed memory back to the system, where the C library can be asked to."""
     # glibc keeps pieces below 32 MB for later: they would count against the next stage's bound.

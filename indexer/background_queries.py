@@ -7,6 +7,7 @@ import numpy as np
 from gradindex.draws import Stream, choose
 from gradindex.influence.codes import Codes
 from gradindex.influence.curvature import Ekfac
+from gradindex.influence.device_codes import many_scores
 from gradindex.model.network import LanguageModel
 from gradindex.progress import Progress
 from gradindex.storage.background_file import BackgroundQueries, thresholds
@@ -42,7 +43,7 @@ def make_background_queries(
     sample = [ids[number] for number in choose(
         Stream.BACKGROUND_QUERY_SCORES, seed, len(ids), LARGEST_SAMPLE)]
     # scored with what is stored: a search holds the same float16 against the thresholds
-    scores, digests = _scores(vectors.astype(np.float32), sample, stored)
+    scores, digests = _scores(model, vectors.astype(np.float32), sample, stored)
     query_digests = np.array([digest_of(record) for record in records])
     usable = np.count_nonzero(vectors, axis=1) > 0
     upper, lower = np.zeros((2, len(records)), dtype=np.float32)
@@ -65,7 +66,7 @@ def unit_vector(vector: np.ndarray) -> np.ndarray:
 
 
 def _scores(
-    vectors: np.ndarray, ids: list[int],
+    model: LanguageModel, vectors: np.ndarray, ids: list[int],
     stored: Callable[[list[int]], Iterator[tuple[np.ndarray, np.ndarray]]],
 ) -> tuple[np.ndarray, np.ndarray]:
     """Code scores of ids for query vectors [q, K], float32 [q, n], and their digests [n, 2]."""
@@ -76,6 +77,7 @@ def _scores(
         code_index = CodeIndex(vectors.shape[1])
         code_index.add(codes)
         part = slice(done, done + len(rows))
-        scores[:, part], digests[part] = code_index.many_scores(vectors), rows["digest"]
+        scores[:, part], digests[part] = many_scores(
+            code_index, vectors, model.device), rows["digest"]
         done += len(rows)
     return scores, digests

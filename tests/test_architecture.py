@@ -36,7 +36,7 @@ DOORS = {  # library: the files that it enters through
     "matplotlib": {"search/study/evaluate.py"},
     "peft": {"gradindex/model/load_adapter.py"},
     "tqdm": {"gradindex/progress.py"},
-    "triton": {"search/rank/sign_kernel.py"},
+    "triton": {"gradindex/influence/sign_kernel.py"},
     "ray": {"gradindex/ray_cluster.py"},
 }
 

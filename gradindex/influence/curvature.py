@@ -8,7 +8,6 @@ Large A and S may be split in blocks (`blockwise.py`).
 """
 
 import math
-import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from gradindex.errors import DamagedIndexError
 from gradindex.influence.blockwise import block_rows, enter, leave, square_entries
-from gradindex.memory import available
+from gradindex.memory import available, threads
 from gradindex.modules import Module
 from gradindex.storage.files import FileFacts
 from gradindex.storage.layout import module_file
@@ -128,7 +127,9 @@ class FiledEkfac(Mapping[str, Curvature]):
         self._room: float | None = math.inf if bound is None else bound  # None: it is taken
         self._starting = threading.Lock()
         # of those that are kept: never dropped, for every batch asks for all, in one order
-        self._kept: dict[str, Future[Curvature]] = {}
+        self._keep: set[str] = set()
+        self._reading: dict[str, Future[Curvature]] = {}
+        self._cache: dict[str, Curvature] = {}
         self._checked: set[str] = set()
 
     def __len__(self) -> int:
@@ -146,17 +147,27 @@ class FiledEkfac(Mapping[str, Curvature]):
             if self._room is not None:
                 self._start_reading(self._room)
                 self._room = None
-        return self._kept[name].result() if name in self._kept else self._load(module)
+        if name in self._reading:
+            return self._reading[name].result()
+        curvature = self._cache.get(name) or self._load(module)
+        if name in self._keep:
+            self._cache[name] = curvature
+        return curvature
 
     def _start_reading(self, room: float) -> None:
-        """Begin to read, in threads of their own, the modules that are kept."""
-        # a digest goes through 2 GB a second at most: of a large model several files at once
-        pool = ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1))
+        """Settle which modules are kept, and begin to read those in threads of their own."""
         for name, module in self._modules.items():
             size = file_entries(module, self._covariance_blocks) * self._dtype.itemsize
             if size <= room:
                 room -= size
-                self._kept[name] = pool.submit(self._load, module)
+                self._keep.add(name)
+        count = threads(MOST_THREADS)
+        if count == 1 or len(self._keep) == 1:
+            return
+        # a digest goes through 2 GB a second at most: of a large model several files at once
+        pool = ThreadPoolExecutor(count)
+        self._reading = {name: pool.submit(self._load, self._modules[name])
+                         for name in self._modules if name in self._keep}
         pool.shutdown(wait=False)  # its threads end when all is read
 
     def _load(self, module: Module) -> Curvature:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from gradindex.errors import DamagedIndexError
+from gradindex.memory import threads
 from gradindex.storage.files import (
     FileFacts,
     Writer,
@@ -98,12 +99,19 @@ def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
     """SHA-256 in hex over metadata, and over every tensor's name, dtype, shape and own SHA-256."""
     digest = hashlib.sha256(repr(sorted(metadata.items())).encode())
     names = sorted(tensors)
+
+    def own(name: str) -> str:
+        return hashlib.sha256(_bytes(tensors[name])).hexdigest()
+
     # each by itself, so that several threads can: of a large model this is most of a commit
-    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
-        each = pool.map(lambda name: hashlib.sha256(_bytes(tensors[name])).hexdigest(), names)
-        for name, own in zip(names, each, strict=True):
-            digest.update(
-                f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)} {own}\n".encode())
+    if (count := threads(torch.get_num_threads())) > 1:
+        with ThreadPoolExecutor(count) as pool:
+            digests = list(pool.map(own, names))
+    else:
+        digests = [own(name) for name in names]
+    for name, found in zip(names, digests, strict=True):
+        digest.update(
+            f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)} {found}\n".encode())
     return digest.hexdigest()
 
 

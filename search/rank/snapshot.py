@@ -12,6 +12,7 @@ import torch
 
 from gradindex import memory
 from gradindex.errors import DamagedIndexError
+from gradindex.influence.device_codes import DeviceCodes
 from gradindex.influence.exact import Exact, Rescorer, rescore
 from gradindex.influence.fitted_model import FittedModel
 from gradindex.influence.preconditioned import Preconditioned
@@ -24,7 +25,6 @@ from gradindex.storage.manifest import load as load_manifest
 from gradindex.storage.records import Record
 from gradindex.terminal import shell_word
 from search.rank.coverage import Coverage, LostError
-from search.rank.device_codes import DeviceCodes
 from search.rank.group_totals import Grouping, read_grouping
 from search.rank.ranking import CodeRanking, Ranking
 from search.rank.side_tables import SideTables, random_sample

@@ -109,7 +109,7 @@ def test_codes_are_scored_on_the_device(on_device):
     codes = index.snapshot.codes_at(range(len(index)))
     LEDGER.forget()
     found = index.snapshot.code_scores(vectors)
-    assert any(line.startswith("rank/device_codes.py") for line in LEDGER.operations)
+    assert any(line.startswith("influence/device_codes.py") for line in LEDGER.operations)
     assert_close(found, codes.many_scores(vectors))
     hits = index.search(**APPLES, rescore=False, k=5)
     assert [hit.influence for hit in hits] == sorted((hit.influence for hit in hits), reverse=True)

@@ -52,6 +52,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         {"gradient": "... o i", "return": "... o i"},
     "gradindex.influence.curvature.Curvature.leave_eigenbasis":
         {"coordinates": "... o i", "return": "... o i"},
+    "gradindex.influence.device_codes.DeviceCodes.scores": {"vectors": "q K", "return": "q n"},
+    "gradindex.influence.device_codes.many_scores": {"vectors": "q K", "return": "q n"},
+    "gradindex.influence.device_codes.RoundedQueries.__init__": {"vectors": "q K"},
+    "gradindex.influence.device_codes.RoundedQueries.inner": {"signs": "n k", "return": "q n"},
+    "gradindex.influence.device_codes.bits_times_limbs":
+        {"codes": "n k", "limbs": "8 k c", "return": "n c"},
+    "gradindex.influence.device_codes.plain_bits_times_limbs":
+        {"codes": "n k", "limbs": "8 k c", "return": "n c"},
+    "gradindex.influence.sign_kernel.bits_times_limbs":
+        {"codes": "n k", "limbs": "8 k c", "return": "n c"},
     "gradindex.influence.exact.Influences.__call__": AD,
     "gradindex.influence.exact.Influences.stacked": {"modules": "u", "return": "q b u"},
     "gradindex.influence.exact.Terms.__call__": AD,

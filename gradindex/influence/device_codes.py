@@ -61,6 +61,16 @@ class DeviceCodes:
                 yield to_device(signs, self._device), to_device(scales, self._device)
 
 
+def many_scores(codes: CodeIndex, vectors: np.ndarray, device: torch.device) -> np.ndarray:
+    """The code scores of all rows of a segment for many vectors, float32 [q, K]: float32 [q, rows].
+
+    They are those of `CodeIndex.many_scores`, found on `device` where that is a GPU.
+    """
+    if device.type == "cpu":
+        return codes.many_scores(vectors)
+    return DeviceCodes([codes], vectors.shape[1], device, room=0).scores(vectors)
+
+
 class RoundedQueries:
     """Queries' vectors [q, K] on a device, their entries rounded to whole numbers of three limbs.
 
@@ -110,7 +120,7 @@ def has_kernel(device: torch.device) -> bool:
 def bits_times_limbs(codes: Tensor, limbs: Tensor) -> Tensor:
     """As the function of `sign_kernel.py`, by it where it runs, else in PyTorch's operations."""
     if has_kernel(codes.device):
-        from search.rank import sign_kernel
+        from gradindex.influence import sign_kernel
 
         return sign_kernel.bits_times_limbs(codes, limbs)
     return plain_bits_times_limbs(codes, limbs)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from gradindex.influence import device_codes
+from gradindex.influence.device_codes import DeviceCodes, RoundedQueries
 from gradindex.storage.code_index import QUERY_BITS, CodeIndex
-from search.rank import device_codes
-from search.rank.device_codes import DeviceCodes, RoundedQueries
 from support.needed import library
 
 ROOT = Path(__file__).parent.parent.parent
@@ -80,7 +80,7 @@ def test_a_query_of_zeros_and_one_that_is_not_finite():
 
 KERNEL = """
 import numpy as np, torch
-from search.rank import device_codes, sign_kernel
+from gradindex.influence import device_codes, sign_kernel
 random = torch.Generator().manual_seed(0)
 for rows, octets, columns in ((70, 64, 16), (5, 72, 32), (130, 8, 64)):
     codes = torch.randint(0, 256, (rows, octets), generator=random, dtype=torch.uint8)
