@@ -84,14 +84,15 @@ class CheckedFiles:
         try:
             identity = _identity(descriptor)
             digest = None if self._known.get(name) == identity else hashlib.sha256()
-            with refusals(path), os.fdopen(os.dup(descriptor), "rb", buffering=0) as file:
-                try:
+            try:
+                # what the system refuses says nothing about the file, so that is told first, inside
+                with refusals(path), os.fdopen(os.dup(descriptor), "rb", buffering=0) as file:
                     found, _ = parse_tensors(file, digest.update if digest else bool, device)
-                except NOT_OURS as error:
-                    os.lseek(descriptor, 0, os.SEEK_SET)
-                    self._digest(name, descriptor)  # which says so where it was changed
-                    raise DamagedIndexError(f"{path} can't be read: {str(error)[:120]}. Copy the "
-                                            "index again, or build again.") from None
+            except NOT_OURS as error:
+                os.lseek(descriptor, 0, os.SEEK_SET)
+                self._digest(name, descriptor)  # which says so where it was changed
+                raise DamagedIndexError(f"{path} can't be read: {str(error)[:120]}. Copy the index "
+                                        "again, or build again.") from None
             if digest is not None:
                 self._compare(name, self._facts[name].size, digest.hexdigest())
                 self._known[name] = identity

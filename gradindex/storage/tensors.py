@@ -141,7 +141,8 @@ def read_tensors(path: Path, check: bool = True) -> tuple[dict[str, Tensor], dic
 
 def _read(path: Path, with_tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors [none] and the metadata of a file."""
-    with refusals(path), _unreadable(path), path.open("rb", buffering=0) as file:
+    # what the system refuses says nothing about the file, so that is told first, inside
+    with _unreadable(path), refusals(path), path.open("rb", buffering=0) as file:
         return parse_tensors(file) if with_tensors else ({}, _parse_header(file, _unheard)[1])
 
 
