@@ -98,8 +98,8 @@ def forward(
     [host] = Arriving([chosen]).arrays()
     order = host.ravel().argsort(kind="stable")  # the tokens of an expert stay in their order
     ends = np.searchsorted(host.ravel()[order], np.arange(experts.num_experts + 1))
-    numbers, width = order // host.shape[1], host.shape[1]
-    tokens, ranks = to_device(np.stack([numbers, order % width]), hidden.device)
+    numbers, rank = np.divmod(order, host.shape[1])
+    tokens, ranks = to_device(np.stack([numbers, rank]), hidden.device)
     total = torch.zeros_like(hidden)
     for number, own in enumerate(map(slice, ends, ends[1:])):
         if own.start == own.stop:
