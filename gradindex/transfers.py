@@ -58,16 +58,12 @@ def stacked_on_host(parts: Sequence[Tensor]) -> np.ndarray:
     by_device: dict[torch.device, list[int]] = {}
     for number, part in enumerate(parts):
         by_device.setdefault(part.device, []).append(number)
-    arriving = Arriving([torch.stack([parts[number] for number in own])
-                         for own in by_device.values()])
-    found = np.empty((len(parts), *parts[0].shape), dtype=_dtype(parts[0]))
-    for own, array in zip(by_device.values(), arriving.arrays(), strict=True):
+    arrays = Arriving([torch.stack([parts[number] for number in own])
+                       for own in by_device.values()]).arrays()
+    found = np.empty((len(parts), *parts[0].shape), dtype=arrays[0].dtype)
+    for own, array in zip(by_device.values(), arrays, strict=True):
         found[own] = array
     return found
-
-
-def _dtype(tensor: Tensor) -> np.dtype:
-    return np.asarray(torch.empty(0, dtype=tensor.dtype).numpy()).dtype
 
 
 def in_turn(tensors: Sequence[Tensor], tile: int = TILE) -> Iterator[np.ndarray]:

@@ -100,7 +100,7 @@ def file_bytes(module: Module, dtype: torch.dtype, covariance_blocks: int) -> in
     return header_bytes(small) + entries * dtype.itemsize
 
 
-Read = Callable[[Module, torch.device], dict[str, Tensor]]  # a module's tensors, on a device
+ReadTensors = Callable[[Module, torch.device], dict[str, Tensor]]  # a module's tensors, on a device
 
 
 class FiledEkfac(Mapping[str, Curvature]):
@@ -114,7 +114,7 @@ class FiledEkfac(Mapping[str, Curvature]):
     """
 
     def __init__(
-        self, read: Read, modules: Sequence[Module],
+        self, read: ReadTensors, modules: Sequence[Module],
         device_of: Callable[[Module], torch.device],
         dtype: torch.dtype, covariance_blocks: int, bound: int | None = None,
     ):
@@ -162,7 +162,7 @@ class FiledEkfac(Mapping[str, Curvature]):
                 room -= size
                 self._keep.add(name)
         count = threads(MOST_THREADS)
-        if count == 1 or len(self._keep) == 1:
+        if count == 1 or len(self._keep) < 2:
             return
         # a digest goes through 2 GB a second at most: of a large model several files at once
         pool = ThreadPoolExecutor(count)

@@ -17,6 +17,7 @@ from gradindex.transfers import Arriving, to_device
 TOGETHER = 16  # queries that are scored in one pass
 TILE = 1 << 28  # bytes of codes that are moved at once where not all are kept
 LIMBS, LARGEST = 3, 1 << 22  # a query's entries are whole numbers up to this, of so many bytes
+SMALLEST = 16  # columns that a product of tensor cores has at least
 UNPACKED = 1 << 27  # bits unpacked at once where there is no kernel for them
 
 
@@ -44,7 +45,7 @@ class DeviceCodes:
         return np.concatenate([self._group_scores(group) for group in groups])
 
     def _group_scores(self, vectors: np.ndarray) -> np.ndarray:
-        rounded = RoundedQueries(to_device(np.ascontiguousarray(vectors, np.float32), self._device))
+        rounded = RoundedQueries(to_device(vectors.astype(np.float32, copy=False), self._device))
         parts: list[Tensor] = []
         for signs, scales in self._kept or self._tiles():
             parts.append(rounded.inner(signs).mul_(scales))
@@ -94,7 +95,7 @@ class RoundedQueries:
         limbs.append(whole)
         stacked = torch.stack(limbs[::-1])  # [3, q, K]
         self._sums = stacked.sum(-1, dtype=torch.int32)
-        width = max(16, 1 << (LIMBS * queries - 1).bit_length())
+        width = max(SMALLEST, 1 << (LIMBS * queries - 1).bit_length())
         columns = torch.nn.functional.pad(
             stacked.flatten(0, 1), (0, 0, 0, width - LIMBS * queries)).to(torch.int8)
         # entry 8 j + s at [s, j]

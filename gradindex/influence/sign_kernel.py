@@ -13,7 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 ROWS, OCTETS = 64, 64  # of a program, at a time
-SMALLEST = 16  # columns that a product of tensor cores has at least
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -43,7 +42,7 @@ def bits_times_limbs(codes: Tensor, limbs: Tensor) -> Tensor:
     """Σ over the set bits of each code of the limbs that they stand for: int32 [rows, c].
 
     `codes` uint8 [rows, K/8] have their lowest bit first. `limbs` int8 [8, K/8, c] are those of
-    entry 8 j + s at [s, j]; c is a power of two, and at least SMALLEST.
+    entry 8 j + s at [s, j]; c is a power of two, and 16 at least.
     """
     rows, octets = codes.shape
     sums = limbs.new_empty(rows, limbs.shape[2], dtype=torch.int32)

@@ -41,26 +41,25 @@ def atomic_write(
     `content` is bytes, or a function that is called with a Writer; `needed` is then its size in
     bytes, for the error's message. Raises ResourceError where the system refuses it.
     """
-    return _write(path, content, needed, Writer)
+    return _write(path, content, needed, digest=True)
 
 
 def atomic_write_undigested(
     path: Path, content: Callable[["Writer"], object], needed: int | None = None
 ) -> None:
     """As `atomic_write`, for a file with a digest of its own inside: it isn't digested again."""
-    _write(path, content, needed, lambda file: Writer(file, digest=False))
+    _write(path, content, needed, digest=False)
 
 
 def _write(
-    path: Path, content: bytes | Callable[["Writer"], object], needed: int | None,
-    make_writer: Callable[[BinaryIO], "Writer"],
+    path: Path, content: bytes | Callable[["Writer"], object], needed: int | None, digest: bool
 ) -> FileFacts:
     temporary = path.with_name(path.name + TEMPORARY)
     needed = len(content) if isinstance(content, bytes) else needed
     with written(path, needed, temporary):
         temporary.unlink(missing_ok=True)
         with temporary.open("xb") as file:  # never through a link that lies there
-            writer = make_writer(file)
+            writer = Writer(file, digest)
             if isinstance(content, bytes):
                 writer.write(content)
             else:
@@ -75,7 +74,7 @@ class Writer:
     Without `digest` they have no SHA-256.
     """
 
-    def __init__(self, file: BinaryIO, digest: bool = True):
+    def __init__(self, file: BinaryIO, digest: bool):
         self._file, self._size = file, 0
         self._digest = hashlib.sha256() if digest else None
 

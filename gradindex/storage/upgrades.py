@@ -37,11 +37,7 @@ def _to_3(content: Content) -> None:
 
 def _to_4(content: Content) -> None:
     """Formats 1 to 3 read records of their own form, in windows, by the tokenizer's template."""
-    plan = content.get("plan")
-    if isinstance(plan, dict):
-        if new := sorted(NEW_IN_4.keys() & plan.keys()):
-            raise ValueError(f"formats 1 to 3 have no {new[0]} in their plan")
-        plan.update(NEW_IN_4)
+    _add_to_plan(content, NEW_IN_4, "formats 1 to 3")
     code = content.get("code")
     if isinstance(code, dict) and "narrow_exact" in code:
         raise ValueError("formats 1 to 3 mix the narrow sides of modules as the wide ones")
@@ -49,11 +45,16 @@ def _to_4(content: Content) -> None:
 
 def _to_5(content: Content) -> None:
     """Formats 1 to 4 decomposed on the host alone; each file of curvature had its own digest."""
+    _add_to_plan(content, NEW_IN_5, "formats 1 to 4")
+
+
+def _add_to_plan(content: Content, new: Content, before: str) -> None:
+    """Add entries to a plan of the formats `before`, which have none of them."""
     plan = content.get("plan")
     if isinstance(plan, dict):
-        if new := sorted(NEW_IN_5.keys() & plan.keys()):
-            raise ValueError(f"formats 1 to 4 have no {new[0]} in their plan")
-        plan.update(NEW_IN_5)
+        if there := sorted(new.keys() & plan.keys()):
+            raise ValueError(f"{before} have no {there[0]} in their plan")
+        plan.update(new)
 
 
 def _from_2(content: Content) -> None:

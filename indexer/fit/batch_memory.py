@@ -16,7 +16,7 @@ from gradindex.model.devices import on_host
 from gradindex.model.network import LanguageModel
 from gradindex.modules import Module
 from gradindex.storage.records import Record
-from indexer.fit.batch_sums import add_covariances, add_eigenvalues, fit_batch
+from indexer.fit.batch_sums import add_covariances, add_eigenvalues, fit_batch, sum_devices
 from indexer.fit.notes import FitSettings
 
 
@@ -29,8 +29,7 @@ def batch_bytes(
     tracked; those of a shape share their sums. Raises ResourceError.
     """
     squares = covariance_shapes(modules, settings.covariance_blocks)
-    devices = {name: model.device_of(module) for module in modules
-               for name in (module.name, f"{module.name}/A", f"{module.name}/S")}
+    devices = sum_devices(model, modules)
     kinds = {name: (shape, devices[name]) for name, shape in
              {**squares, **{module.name: module.shape for module in modules}}.items()}
     like = {device: torch.zeros((), dtype=model.accumulate, device=device)

@@ -6,6 +6,7 @@ passes, by numbers keyed by (seed, stream, sequence id): nothing depends on batc
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from gradindex.draws import Stream, uniforms
@@ -19,6 +20,12 @@ from gradindex.storage.records import Record
 
 # adds a batch, and the numbers that draw its labels, to sums by name
 Add = Callable[[dict[str, Tensor], Batch, Tensor | None], None]
+
+
+def sum_devices(model: LanguageModel, modules: list[Module]) -> dict[str, torch.device]:
+    """Where the sums of modules are, beside their maps, by `name/A`, `name/S` and module name."""
+    return {name: device for module in modules for device in [model.device_of(module)]
+            for name in (f"{module.name}/A", f"{module.name}/S", module.name)}
 
 
 def add_covariances(
@@ -42,7 +49,6 @@ def add_products(sum_a: Tensor, sum_s: Tensor, inputs: Tensor, d: Tensor) -> Non
 
     Only the upper triangle is summed, see `add_outer`. d has to be zero where nothing real is.
 
-    >>> import torch
     >>> inputs, d = torch.tensor([[1.0, 2.0]]), torch.tensor([[[3.0], [0.0]]])
     >>> sum_a, sum_s = torch.zeros(2, 2), torch.zeros(1, 1)
     >>> add_products(sum_a, sum_s, inputs, d)
@@ -75,7 +81,6 @@ def add_squares(
 
     The square is taken of each sequence's gradient G = Σ_t d_t a_tᵀ, after its tokens are added up.
 
-    >>> import torch
     >>> module = Module("m", 0, "mlp", 1, 1, False)
     >>> a, d = torch.ones(2, 3, 1), torch.tensor([[[1.0], [2.0], [3.0]], [[4.0], [0.0], [0.0]]])
     >>> total, one = torch.zeros(1, 1), torch.ones(1, 1)

@@ -12,7 +12,7 @@ file of its own until then.
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -63,10 +63,10 @@ class Sums:
         self._committed, self._took = time.monotonic(), 0.0  # when, and seconds
 
     def zeros(
-        self, dtype: torch.dtype, device_of: Callable[[str], torch.device]
+        self, dtype: torch.dtype, devices: Mapping[str, torch.device] | None = None
     ) -> dict[str, Tensor]:
-        """Tensors of zero to add to, by name, each on its device."""
-        return {name: torch.zeros(shape, dtype=dtype, device=device_of(name))
+        """Tensors of zero to add to, by name, each on its device [the host]."""
+        return {name: torch.zeros(shape, dtype=dtype, device=devices[name] if devices else "cpu")
                 for name, shape in self._shapes.items()}
 
     def added(self) -> int:
@@ -151,7 +151,7 @@ class Sums:
                 self._totals, about = read_tensors(self._path)
                 self._blocks, self._positions = int(about["blocks"]), int(about["positions"])
             else:
-                self._totals = self.zeros(torch.float64, lambda _: torch.device("cpu"))
+                self._totals = self.zeros(torch.float64)
         return self._totals
 
     def _waiting(self, number: int) -> Path:

@@ -21,7 +21,7 @@ from gradindex.progress import Progress
 from gradindex.storage.records import Record
 from gradindex.storage.tensors import write_tensors
 from gradindex.transfers import stacked_on_host
-from indexer.fit.batch_sums import Add, add_covariances, add_eigenvalues, fit_batch
+from indexer.fit.batch_sums import Add, add_covariances, add_eigenvalues, fit_batch, sum_devices
 from indexer.fit.eigen import TOGETHER, eigenvectors_of_all
 from indexer.fit.folder import FitFolder
 from indexer.fit.running_sums import Block, BlockNotes, Sums
@@ -141,10 +141,8 @@ class FitUnits:
         notes: BlockNotes,
     ) -> dict[str, Tensor] | None:
         """The sums of a block; None where it has to be summed again, as `notes` then say."""
-        devices = {module.name: self.model.device_of(module)
-                   for module in self.folder.partition(stage.partition)}
-        tensors = sums.zeros(self.model.accumulate,  # named as the module, or with /A or /S behind
-                             lambda name: devices[name.removesuffix("/A").removesuffix("/S")])
+        tensors = sums.zeros(self.model.accumulate, sum_devices(
+            self.model, self.folder.partition(stage.partition)))
         stream, done = LABEL_STREAMS[stage.name], 0
 
         def keep(halved: list[tuple[int, int]]) -> None:

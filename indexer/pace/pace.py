@@ -274,7 +274,8 @@ def _decompositions(device: torch.device, modules: list[Module], plan: Plan) -> 
 
 
 def _decompose(matrix: Tensor, device: torch.device, dtype: str) -> None:
-    list(eigenvectors_of_all([("a matrix", matrix)], device, getattr(torch, dtype), print))
+    list(eigenvectors_of_all([("a matrix", matrix)], device, getattr(torch, dtype),
+                             lambda _: None))
 
 
 def _sealing(model: LanguageModel, sample: list[Record]) -> float:

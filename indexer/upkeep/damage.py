@@ -13,10 +13,12 @@ import torch
 
 from gradindex.errors import DamagedIndexError
 from gradindex.influence.curvature import FiledEkfac
+from gradindex.modules import Module
 from gradindex.progress import Progress
 from gradindex.storage import background_file, layout, records
 from gradindex.storage.background_file import BackgroundQueries
 from gradindex.storage.contents import Contents
+from gradindex.storage.integrity import CheckedFiles
 from gradindex.storage.layout import SegmentFile, curvature_file
 from gradindex.storage.manifest import Manifest, Segment
 from gradindex.storage.records import Record
@@ -61,25 +63,28 @@ def _check_files(index: Path, manifest: Manifest, damage: Damage, progress: Prog
     """Digest every file, and read the curvature and the background queries."""
     files = Contents(index, manifest).files
     progress.start("digest", len(manifest.files), "files")
+    modules = {curvature_file(module): module for module in manifest.modules}
     for name in sorted(manifest.files):
         with damage.noting(layout.segment_of(name) or name):
-            files.check(name, digest=True)
+            if name in modules:  # with the right digest it can still hold what no build writes
+                _check_curvature(files, modules[name], manifest)
+            else:
+                files.check(name, digest=True)
         damage.files += 1
         damage.bytes += manifest.files[name].size
         progress.update(1)
     progress.finish()
-    # a file with the right digest can still hold what no build writes
-    for module in manifest.modules:
-        name = curvature_file(module)
-        if name not in damage.reasons:
-            with damage.noting(name):
-                _ = FiledEkfac(
-                    lambda one, device: files.tensors(curvature_file(one), device), [module],
-                    lambda _: torch.device("cpu"), torch.float32,
-                    manifest.plan.covariance_blocks)[module.name]
     if manifest.background is not None and layout.BACKGROUND not in damage.reasons:
         with damage.noting(layout.BACKGROUND):
             read_background_queries(index / layout.BACKGROUND, manifest)
+
+
+def _check_curvature(files: CheckedFiles, module: Module, manifest: Manifest) -> None:
+    """Read the curvature of a module, and digest it on the way. Raises DamagedIndexError."""
+    _ = FiledEkfac(
+        lambda one, device: files.tensors(curvature_file(one), device), [module],
+        lambda _: torch.device("cpu"), torch.float32,
+        manifest.plan.covariance_blocks)[module.name]
 
 
 def read_background_queries(path: Path, manifest: Manifest) -> BackgroundQueries:
