@@ -6,12 +6,17 @@ import os
 import re
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 from gradindex.errors import InputError, ResourceError
 from gradindex.progress import size
+
+T = TypeVar("T")
+Made = TypeVar("Made")
 
 LOW_RANK = 32  # of queries whose gradients don't fit in full (Grosse et al. 2023, §3.2.2)
 
@@ -134,6 +139,18 @@ def threads(most: int) -> int:
     """
     bounded = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
     return 1 if bounded else max(1, min(most, os.cpu_count() or 1))
+
+
+def in_threads(function: Callable[[T], Made], items: Iterable[T], most: int) -> list[Made]:
+    """What a function gives for each item, found by `most` threads, or in this one: see `threads`.
+
+    >>> in_threads(abs, [-1, 2, -3], most=2)
+    [1, 2, 3]
+    """
+    if (count := threads(most)) == 1:
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(function, items))
 
 
 def return_freed() -> None:

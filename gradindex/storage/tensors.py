@@ -11,7 +11,6 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gradindex.errors import DamagedIndexError
-from gradindex.memory import threads
+from gradindex.memory import in_threads
 from gradindex.storage.files import (
     FileFacts,
     Writer,
@@ -104,11 +103,7 @@ def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
         return hashlib.sha256(_bytes(tensors[name])).hexdigest()
 
     # each by itself, so that several threads can: of a large model this is most of a commit
-    if (count := threads(torch.get_num_threads())) > 1:
-        with ThreadPoolExecutor(count) as pool:
-            digests = list(pool.map(own, names))
-    else:
-        digests = [own(name) for name in names]
+    digests = in_threads(own, names, torch.get_num_threads())
     for name, found in zip(names, digests, strict=True):
         digest.update(
             f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)} {found}\n".encode())

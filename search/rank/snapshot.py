@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -106,10 +105,9 @@ class Snapshot(FittedModel):
             # in memory a scan is faster, but never at the price of what searches need besides
             total = layout.code_bytes(length) * int(self.contents.starts[-1])
             mapped = total > self.allowance.part(1 / 4, memory.available() // 2)
-            with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
-                self._segments = list(pool.map(
-                    lambda segment: self.contents.reader(segment).codes(length, mapped),
-                    self.contents.segments))
+            self._segments = memory.in_threads(
+                lambda segment: self.contents.reader(segment).codes(length, mapped),
+                self.contents.segments, torch.get_num_threads())
         self.contents.files.check_mapped()
         return self._segments
 
