@@ -50,7 +50,7 @@ class Batch:
     """Sequences padded on the right, as a model takes them; `Batch.of` makes one.
 
     `tokens` int64 [b, t] are token ids; `targets` int64 [b, t] what each position is to predict, or
-    UNSCORED, `unscored_places` int64 [n] the numbers of the latter among all b·t. `real` bool
+    UNSCORED, `unscored` int64 [n] the numbers of the latter among all b·t. `real` bool
     [b, t], on the host, is false for padding. `positions` int64 [b, m], by name, are of modules
     that don't see every token once, in order: fused experts, and maps that run more than once. They
     say at which position of its sequence each of the module's m inputs stands, −1 for padding.
@@ -58,12 +58,12 @@ class Batch:
 
     tokens: Tensor
     targets: Tensor
-    unscored_places: Tensor
+    unscored: Tensor
     real: np.ndarray
     positions: dict[str, Tensor] = field(default_factory=dict)
     # the numbers of real inputs among all of a module's, "" being those that have no positions; of
     # what has only real ones, none
-    _real_places: dict[str, Tensor] = field(default_factory=dict)
+    _real_inputs: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -73,7 +73,7 @@ class Batch:
 
         >>> tokens, real = np.array([[5, 6, 0]]), np.array([[True, True, False]])
         >>> batch = Batch.of(tokens, np.array([[6, UNSCORED, UNSCORED]]), real, torch.device("cpu"))
-        >>> batch.unscored_places
+        >>> batch.unscored
         tensor([1, 2])
         """
         # Numbers that the host finds: a GPU that finds them in a mask keeps the host waiting.
@@ -82,7 +82,7 @@ class Batch:
         batch._note_real("", real)
         return batch
 
-    def place(self, name: str, positions: np.ndarray) -> None:
+    def set_positions(self, name: str, positions: np.ndarray) -> None:
         """Note at which position each of a module's inputs stands, int64 [b, m]; −1 for padding."""
         self.positions[name] = to_device(positions, self.tokens.device)
         self._note_real(name, np.take_along_axis(self.real, positions.clip(min=0), 1)
@@ -90,20 +90,20 @@ class Batch:
 
     def _note_real(self, name: str, real: np.ndarray) -> None:
         if not real.all():
-            self._real_places[name] = to_device(np.flatnonzero(real), self.tokens.device)
+            self._real_inputs[name] = to_device(np.flatnonzero(real), self.tokens.device)
 
     def real_inputs(self, module: Module, a: Tensor) -> Tensor:
         """Those of a module's inputs a [b, m, i] that are of real tokens: [n, i]."""
-        places = self._real_places.get(module.name if module.name in self.positions else "")
+        real = self._real_inputs.get(module.name if module.name in self.positions else "")
         # picking rows out copies them, which a batch without padding can do without
         inputs = a.flatten(0, 1)
-        return inputs if places is None else inputs.index_select(0, places.to(a.device))
+        return inputs if real is None else inputs.index_select(0, real.to(a.device))
 
     def by_position(self, module: Module, terms: Tensor) -> Tensor:
         """Terms of a module's inputs, [b, m], added up by the position of each: [b, t].
 
         >>> batch = Batch.of(*np.ones((3, 1, 3), dtype=np.int64), torch.device("cpu"))
-        >>> batch.place("expert", np.array([[2, 2, -1]]))
+        >>> batch.set_positions("expert", np.array([[2, 2, -1]]))
         >>> batch.by_position(Module("expert", 0, "mlp", 1, 1, False), torch.tensor([[1, 2, 0]]))
         tensor([[0, 0, 3]])
         """
@@ -206,7 +206,7 @@ class NextToken:
         # a model that is spread over devices gives its outputs on the last of them
         there = outputs.device
         return log_probability(
-            outputs, batch.targets.to(there), batch.unscored_places.to(there),
+            outputs, batch.targets.to(there), batch.unscored.to(there),
             None if numbers is None else numbers.to(there), self.soft_cap)
 
     def by_token(self, log_p: Sequence[float], count: int) -> list[float]:
@@ -236,21 +236,21 @@ def bounded(logits: Tensor, cap: float) -> Tensor:
 
 
 def log_probability(
-    logits: Tensor, targets: Tensor, unscored_places: Tensor, uniforms: Tensor | None = None,
+    logits: Tensor, targets: Tensor, unscored: Tensor, uniforms: Tensor | None = None,
     soft_cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """log p of the targets and its gradient with respect to the logits, whose memory it takes.
 
     logits [b, t, v]; targets [b, t], the token to predict at each position or UNSCORED, whose
-    numbers among all b·t are `unscored_places` [n]. With
-    `uniforms` [b, t] in [0, 1), a label drawn from the model takes the place of each target. With
-    `soft_cap` c, the logits of p are c·tanh(logits / c), and the gradient is that of what is given.
+    numbers among all b·t are `unscored` [n]. With `uniforms` [b, t] in [0, 1), a label drawn from
+    the model takes the place of each target. With `soft_cap` c, the logits of p are
+    c·tanh(logits / c), and the gradient is that of what is given.
     Returns log p of each position [b, t] in nats (0 where unscored; float32, or float64 for such
     logits) and ∂(Σ log p)/∂logits = onehot(target) − softmax(logits), 0 where unscored, [b, t, v].
 
     >>> logits = torch.tensor([[[1.0, 3.0], [1.0, 1.0]]]).log()
     >>> log_p, gradient = log_probability(
-    ...     logits, torch.tensor([[1, UNSCORED]]), unscored_places=torch.tensor([1]))
+    ...     logits, torch.tensor([[1, UNSCORED]]), unscored=torch.tensor([1]))
     >>> torch.exp(log_p), gradient.round(decimals=2)
     (tensor([[0.7500, 1.0000]]), tensor([[[-0.2500,  0.2500],
              [ 0.0000,  0.0000]]]))
@@ -279,8 +279,8 @@ def log_probability(
         if p is not part_logits:
             part_logits.copy_(p)
     # Unscored positions went through as if their target were 0; now they count for nothing.
-    token_log_p.index_fill_(0, unscored_places, 0)
-    flat.index_fill_(0, unscored_places, 0)
+    token_log_p.index_fill_(0, unscored, 0)
+    flat.index_fill_(0, unscored, 0)
     return token_log_p.view(targets.shape), flat.view(logits.shape)
 
 

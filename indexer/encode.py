@@ -2,9 +2,12 @@
 
 A segment is written in `NNNNNN.partial/` (its records are there already) and renamed when whole.
 Its batches are a function of its sequences' lengths, and of the splits noted in its segment.json.
+What is found of one is packed, digested and written while the next one's passes run.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,7 @@ from torch import Tensor
 from gradindex.influence.codes import Codes
 from gradindex.influence.gradients import backward, why_not_finite
 from gradindex.influence.split_batches import Splits, in_batches
+from gradindex.memory import threads
 from gradindex.model.config import vocabulary_size
 from gradindex.model.network import LanguageModel
 from gradindex.modules import Module
@@ -46,22 +50,32 @@ def encode_run(
     sealed = [segment for segment in mine if is_sealed(run.index, segment)]
     progress.start("encode", sum(segment.rows for segment in mine), "sequences",
                    done=sum(segment.rows for segment in sealed))
-    for segment in mine:
-        if segment in sealed:
-            facts = segments.read_facts(run.folder(segment))
-        else:
-            facts = encode_one(model, codes, run, segment, batch_tokens, progress)
-        # after each segment: a model that is wrong throughout shouldn't take a night to be noticed
-        reasons |= facts.quarantined
-        check_quarantine(reasons, run.count, bad, "to be indexed")
+    with ThreadPoolExecutor(1) as pool:  # whose one thread seals them in order
+        sealing: Future[None] | None = None
+        for segment in mine:
+            if segment in sealed:
+                facts = segments.read_facts(run.folder(segment))
+            else:
+                facts, seal_it = encode_one(model, codes, run, segment, batch_tokens, progress)
+                if sealing is not None:
+                    sealing.result()  # of the one before: no more than two are held
+                if threads(2) > 1:
+                    sealing = pool.submit(seal_it)
+                else:
+                    seal_it()
+            # after each: a model that is wrong throughout shouldn't take a night to be noticed
+            reasons |= facts.quarantined
+            check_quarantine(reasons, run.count, bad, "to be indexed")
+        if sealing is not None:
+            sealing.result()
     progress.finish()
 
 
 def encode_one(
     model: LanguageModel, codes: Codes, run: Run, segment: Segment, batch_tokens: int,
     progress: Progress,
-) -> SegmentFacts:
-    """Encode and seal a segment. Raises ResourceError."""
+) -> tuple[SegmentFacts, Callable[[], None]]:
+    """Encode a segment of a run; what seals it comes with its facts. Raises ResourceError."""
     records = run.reader(segment).records(range(segment.rows))
     return encode_segment(model, codes, records, run.folder(segment), batch_tokens, progress)
 
@@ -88,11 +102,11 @@ def quarantined_of(run: Run, bad: float, progress: Progress) -> dict[int, str]:
 def encode_segment(
     model: LanguageModel, codes: Codes, records: list[Record], folder: Path, batch_tokens: int,
     progress: Progress,
-) -> SegmentFacts:
-    """Encode a segment's records in `folder` (…/NNNNNN.partial) and seal it.
+) -> tuple[SegmentFacts, Callable[[], None]]:
+    """Encode a segment's records in `folder` (…/NNNNNN.partial): its facts, and what seals it.
 
     A sequence whose gradient is not finite has no code: its row's norm is NaN, and segment.json
-    says why. Raises ResourceError.
+    says why. Raises ResourceError, here and when it is sealed.
     """
     facts = segments.read_facts(folder)  # with the splits of an earlier attempt
     code_index = CodeIndex(codes.settings.length)
@@ -115,10 +129,9 @@ def encode_segment(
             norms[row] = np.nan
         progress.update(len(rows))
     code_index.add(stored)
-    vocabulary = vocabulary_size(model.network.config)
-    seal(folder, facts, code_index, row_file.make_rows(records, norms),
-         [record.tokens for record in records], vocabulary)
-    return facts
+    return facts, partial(
+        seal, folder, facts, code_index, row_file.make_rows(records, norms),
+        [record.tokens for record in records], vocabulary_size(model.network.config))
 
 
 def seal(

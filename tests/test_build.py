@@ -1,9 +1,11 @@
 """A build: its defaults, resuming after a kill anywhere, refusals before anything expensive."""
 
+import errno
 import inspect
 import json
 import os
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,6 +89,46 @@ def test_resuming_repeats_no_finished_work(model_folder, data_file, tmp_path, mo
     assert encoded.count("000000.partial") == 1
     assert {path.name: path.stat().st_mtime_ns for path in data.iterdir()} == before
     assert fits.calls == 2
+
+
+def test_a_segment_is_sealed_while_the_next_one_is_encoded(
+    model_folder, data_file, index_folder, tmp_path, monkeypatch
+):
+    """Sealing may take as long as it likes, and nothing but the third segment waits for it."""
+    seal, batch, under_way = encode_module.seal, encode_module.encode_batch, threading.Event()
+    sealed = []
+
+    def late(folder, *rest):
+        assert under_way.wait(60)
+        sealed.append(folder.name)
+        seal(folder, *rest)
+
+    def note(model, codes, records):
+        if records[0].id >= SMALL["segment_size"]:  # of the second segment, or a later one
+            under_way.set()
+        return batch(model, codes, records)
+
+    monkeypatch.setattr(encode_module, "seal", late)
+    monkeypatch.setattr(encode_module, "encode_batch", note)
+    gradindex.build(str(model_folder), data_file, tmp_path / "index", **SMALL)
+    assert sealed == sorted(sealed) and len(sealed) > 2
+    assert files_of(tmp_path / "index") == files_of(index_folder)
+
+
+def test_what_sealing_raises_ends_the_build(model_folder, data_file, tmp_path, monkeypatch):
+    """An error in the thread that seals is the build's own, and costs no other segment."""
+    seal = encode_module.seal
+
+    def full(folder, *rest):
+        if folder.name == "000001.partial":
+            raise OSError(errno.ENOSPC, "No space left on device", str(folder))
+        seal(folder, *rest)
+
+    monkeypatch.setattr(encode_module, "seal", full)
+    with pytest.raises(ResourceError, match=" left"):
+        gradindex.build(str(model_folder), data_file, tmp_path / "index", **SMALL)
+    assert (tmp_path / "index" / "segments" / "000000").is_dir()
+    assert (tmp_path / "index" / "segments" / "000001.partial").is_dir()
 
 
 class _Counting:

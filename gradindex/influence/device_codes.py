@@ -69,7 +69,7 @@ def many_scores(codes: CodeIndex, vectors: np.ndarray, device: torch.device) -> 
     """
     if device.type == "cpu":
         return codes.many_scores(vectors)
-    return DeviceCodes([codes], vectors.shape[1], device, room=0).scores(vectors)
+    return DeviceCodes([codes], vectors.shape[1], device, room=TILE).scores(vectors)
 
 
 class RoundedQueries:

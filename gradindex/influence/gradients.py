@@ -152,7 +152,7 @@ def _backward(
     # of them would have other sizes.
     for module in modules:
         if module.name not in handed:
-            batch.place(module.name, np.zeros((len(batch.tokens), 0), dtype=np.int64))
+            batch.set_positions(module.name, np.zeros((len(batch.tokens), 0), dtype=np.int64))
             # of the model's type: some make float32 logits of anything
             each(module, *(gradient.new_zeros(len(batch.tokens), 0, side, dtype=model.dtype)
                            for side in (module.d_in, module.d_out)))
@@ -211,7 +211,7 @@ def _joined(module: Module, runs: list[_Run], batch: Batch) -> tuple[Tensor, Ten
         a_parts.append(a)
         d_parts.append(d)
         positions.append(at)
-    batch.place(module.name, np.concatenate(positions, axis=1))
+    batch.set_positions(module.name, np.concatenate(positions, axis=1))
     return torch.cat(a_parts, dim=1), torch.cat(d_parts, dim=1)
 
 

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 from gradindex.errors import DamagedIndexError
-from gradindex.storage.code_index import CodeIndex
 from gradindex.storage.files import FileFacts
 from gradindex.storage.tensors import read_tensors, write_vouched
 
@@ -41,14 +40,13 @@ class BackgroundQueries:
     def __len__(self) -> int:
         return len(self.vectors)
 
-    def rates(self, codes: CodeIndex, digests: np.ndarray) -> np.ndarray:
-        """The generic rates of the sequences of `codes`, with `digests` uint64 [n, 2].
+    def rates(self, scores: np.ndarray, digests: np.ndarray) -> np.ndarray:
+        """The generic rates of sequences with these code scores [q, n] and `digests` uint64 [n, 2].
 
         float64 [2, n]: first as proponents, the share of queries whose upper threshold they reach;
         then as opponents, the share whose lower threshold they reach. NaN where no query counts,
         all being made of equal sequences.
         """
-        scores = codes.many_scores(self.vectors.astype(np.float32))
         # Everything is influential for itself. By digest and not by id, because the sequence that a
         # query was made of may have been deleted, and an equal one remain.
         counts = (self.digests[:, None] != digests[None]).any(2)

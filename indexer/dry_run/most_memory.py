@@ -8,7 +8,8 @@ With c = Σ (i² + o²), or what their blocks have, and e = Σ o·i entries over
 entry of sums and curvature (4; 8 for a float64 model):
 - covariance, eigenvectors, eigenvalues: see `FitMoments`;
 - pairs: curvature w·(c + e), and P_u of the queries that are scored together;
-- encode: curvature, the codes' projections, a segment's records and codes.
+- encode: curvature, the codes' projections, records and codes of a segment and of the one before,
+  which is being sealed.
 What is kept on the model's device and what in the host's memory is told apart.
 """
 
@@ -69,8 +70,7 @@ class Held:
         held = curvature + projection_bytes(modules, self.width, self.code)
         texts = self.segment * (RECORD_BYTES + 5 * self.longest)
         codes = self.segment * code_bytes(self.code.length)
-        yield Memory(texts + codes, held + self.batch)
-        yield Memory(texts + 3 * codes, held)  # as they are sealed
+        yield Memory(2 * texts + 4 * codes, held + self.batch)  # those that are sealed, three times
 
 
 def most_memory(held: Held, host: int, device: int | None) -> Memory:

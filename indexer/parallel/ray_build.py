@@ -143,8 +143,9 @@ class _Worker:
             self._units.do(stage, unit)
         elif unit in ingest.unsealed(prepared.run):
             segment = prepared.run.segments[unit]
-            encode_one(prepared.model, self._drawn_codes(), prepared.run, segment,
-                       prepared.settings.batch_tokens, Progress())
+            _, seal_it = encode_one(prepared.model, self._drawn_codes(), prepared.run, segment,
+                                    prepared.settings.batch_tokens, Progress())
+            seal_it()
 
     def _drawn_codes(self) -> Codes:
         """The codes, drawn when the first segment comes: the fit is over by then."""

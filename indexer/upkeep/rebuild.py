@@ -82,5 +82,7 @@ def _encode_again(
     """Write and seal a new segment from an old one's records."""
     records = sound_records(contents, segment.name)
     folder = write_partial(contents.root, new.name, records)
-    return encode_segment(fitted.model, fitted.codes, records, folder,
-                          fitted.manifest.batch_tokens, progress)
+    facts, seal_it = encode_segment(fitted.model, fitted.codes, records, folder,
+                                    fitted.manifest.batch_tokens, progress)
+    seal_it()
+    return facts

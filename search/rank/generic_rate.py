@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from gradindex.influence.device_codes import many_scores
 from gradindex.results import Hit
 from search.rank.snapshot import Snapshot
 
@@ -20,7 +21,8 @@ def add_rates(snapshot: Snapshot, hits: Sequence[Hit]) -> None:
     # a query that was made of this very text doesn't count for it, and is known by its digest
     places = np.searchsorted(contents.ids, [hit.id for hit in hits])
     digests = contents.rows["digest"][contents.places[places]]
-    rates = queries.rates(snapshot.codes_at(places.tolist()), digests)
+    scores = snapshot.codes_at(places.tolist()).many_scores(queries.vectors.astype(np.float32))
+    rates = queries.rates(scores, digests)
     for hit, (upper, lower) in zip(hits, rates.T.tolist(), strict=True):
         rate = lower if hit.influence < 0 else upper
         hit.generic_rate = None if np.isnan(rate) else rate
@@ -35,9 +37,10 @@ def all_rates(snapshot: Snapshot) -> np.ndarray | None:
     queries, contents = snapshot.tables.background_queries, snapshot.contents
     if queries is None:
         return None
-    rates = np.empty((2, len(contents.rows)))
+    vectors, rates = queries.vectors.astype(np.float32), np.empty((2, len(contents.rows)))
     for codes, start in zip(snapshot.segments(), contents.starts.tolist(), strict=False):
         rows = slice(start, start + len(codes))
-        rates[:, rows] = queries.rates(codes, contents.rows["digest"][rows])
+        scores = many_scores(codes, vectors, snapshot.model.device)
+        rates[:, rows] = queries.rates(scores, contents.rows["digest"][rows])
     # the deleted and the quarantined have codes too, and no place
     return rates[:, contents.places]

@@ -240,9 +240,7 @@ def fuzz_background(content: bytes, folder: Path, dice: random.Random) -> None:
         with contextlib.suppress(Exception):  # past its own digest, where it is a file of tensors
             write_tensors(path, safetensors.torch.load_file(path))
     queries = background_file.load(path, 52, 512)
-    codes = code_index.CodeIndex(512)
-    codes.add(codes.encode(np.ones((3, 512), np.float32)))
-    queries.rates(codes, np.zeros((3, 2), np.uint64))
+    queries.rates(np.ones((len(queries), 3), np.float32), np.zeros((3, 2), np.uint64))
 
 
 def files_of(folder: str) -> dict[str, str]:

@@ -93,7 +93,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gradindex.influence.preconditioned.Preconditioned.add": {"gradients": "q o i"},
     "gradindex.influence.preconditioned.terms": {**AD, "p": "o _", "return": "b t"},
     "gradindex.objective.Batch.of": {"tokens": "b t", "targets": "b t", "real": "b t"},
-    "gradindex.objective.Batch.place": {"positions": "b m"},
+    "gradindex.objective.Batch.set_positions": {"positions": "b m"},
     "gradindex.objective.Batch.real_inputs": {"a": "b m i", "return": "n i"},
     "gradindex.objective.Batch.by_position": {"terms": "b m", "return": "b t"},
     "gradindex.objective.NextToken.counted": {"scored": "n", "return": "n"},
@@ -105,11 +105,11 @@ SHAPES: dict[str, dict[str, Any]] = {
         {"outputs": "b t v", "numbers": "b t", "return": ("b t", "b t v")},
     "gradindex.objective.bounded": {},  # of any shape
     "gradindex.objective.log_probability":
-        {"logits": "b t v", "targets": "b t", "unscored_places": "n", "uniforms": "b t",
+        {"logits": "b t v", "targets": "b t", "unscored": "n", "uniforms": "b t",
          "return": ("b t", "b t v")},
     "gradindex.objective.sample_labels": {"p": "n v", "uniforms": "n", "return": "n"},
     "gradindex.storage.background_file.BackgroundQueries.rates":
-        {"codes": "n", "digests": "n 2", "return": "2 n"},
+        {"scores": "q n", "digests": "n 2", "return": "2 n"},
     "gradindex.storage.background_file.thresholds": {"scores": "n"},
     "gradindex.storage.code_index.CodeIndex.encode": {"vectors": "n K", "return": "n c"},
     "gradindex.storage.code_index.CodeIndex.add": {"codes": "n c"},
