@@ -8,7 +8,10 @@ Models have random weights. Each part prints as it ends, failures included, with
 
 import contextlib
 import gc
+import importlib.metadata
 import platform
+import subprocess
+import sys
 import tempfile
 import time
 import traceback
@@ -29,6 +32,7 @@ from gradindex.influence.blockwise import covariance_shapes, identity
 from gradindex.influence.codes import Codes, CodeSettings
 from gradindex.influence.curvature import Curvature
 from gradindex.influence.device_codes import (
+    DeviceCodes,
     RoundedQueries,
     bits_times_limbs,
     has_kernel,
@@ -43,7 +47,7 @@ from gradindex.model.load_errors import quiet_transformers
 from gradindex.model.model_source import ModelSource
 from gradindex.model.network import LanguageModel
 from gradindex.model.tracked import tracked_modules
-from gradindex.modules import Module
+from gradindex.storage.code_index import CodeIndex
 from gradindex.storage.records import Record
 from indexer.dry_run.estimate import estimate
 from indexer.encode import encode_batches
@@ -123,10 +127,12 @@ def agree(scale: Scale) -> None:
         data = Path(folder) / "tokens.npy"
         np.save(data, tokens_of(small, small.documents, 4096))
         settings = {"bits": 16384, "fit_sequences": 512, "batch_tokens": 4096}
-        built = {}
-        for device in ("cpu", scale.device):
+        built = dict[str, Any]()
+        # with --small a CPU beside itself, which says that this part runs and no more
+        devices = ("cpu", scale.device)
+        for number, device in enumerate(devices):
             start = time.perf_counter()
-            built[device] = gradindex.build(network, data, Path(folder) / f"{device}.index",
+            built[device] = gradindex.build(network, data, Path(folder) / f"{number}.index",
                                             device=device, **settings)
             say(f"build of {small.documents:,} sequences on {device}",
                 f"{time.perf_counter() - start:.1f} s")
@@ -292,8 +298,9 @@ def rescoring(scale: Scale) -> None:
     alone = seconds(bench.pass_alone, bench.device)
     by = Rescorer(bench.model, bench.modules, bench.ekfac, 0.1, bench.tokens)
     for count, rank, terms in ((1, None, False), (1, None, True), (32, 32, False)):
-        queries = Preconditioned({module.name: _random(count, module, bench.device)
-                                  for module in bench.modules}, rank)
+        queries = Preconditioned({}, rank)
+        for module in bench.modules:  # one by one: at full rank, 32 queries take 100 GB
+            queries.add({module.name: torch.randn(count, *module.shape, device=bench.device)})
 
         def run(queries: Preconditioned = queries, terms: bool = terms) -> None:
             list(rescore(by, queries, bench.some, terms=terms, one_chunk=True))
@@ -305,32 +312,40 @@ def rescoring(scale: Scale) -> None:
             f"({bench.tokens / taken:,.0f} tokens/s)", "≥ .8" if count == 1 and not terms else "")
 
 
-def _random(count: int, module: Module, device: torch.device) -> torch.Tensor:
-    return torch.randn(count, *module.shape, device=device)
-
-
 # ---- (d) codes
 
 
 def scan(scale: Scale) -> None:
-    """Score a million codes of 16 KiB, beside copying them."""
-    device = torch.device(scale.device)
-    codes = torch.randint(0, 256, (scale.rows, scale.bits // 8), dtype=torch.uint8, device=device)
-    copy = seconds(partial(torch.empty_like(codes).copy_, codes), device)
-    say("copy, bytes read and written", f"{2 * codes.nbytes / copy / 1e9:,.2f} GB/s")
-    some = codes[: min(len(codes), 4096)]
+    """Score a million codes of 16 KiB as a search does, beside copying them."""
+    device, length = torch.device(scale.device, 0) if scale.device == "cuda" else \
+        torch.device("cpu"), scale.bits
+    random = np.random.default_rng(0)
+    segment = CodeIndex(length)
+    rows = min(scale.rows, 4096)
+    some = segment.encode(random.standard_normal((256, length)).astype(np.float32))
+    segment.add(np.tile(some, (rows // len(some), 1)))
+    codes = DeviceCodes([segment] * (scale.rows // rows), length, device, room=1 << 62)
+    size = scale.rows * length // 8
+    one = torch.empty(size // 2, dtype=torch.uint8, device=device)
+    copy = seconds(partial(torch.empty_like(one).copy_, one), device)
+    del one
+    say("copy, bytes read and written", f"{size / copy / 1e9:,.2f} GB/s")
+    signs = torch.from_numpy(segment.signs(slice(None))[0]).to(device)
     for count in (1, 16):
-        queries = RoundedQueries(torch.randn(count, scale.bits, device=device))
-        limbs = queries._limbs
+        queries = random.standard_normal((count, length)).astype(np.float32)
+        limbs = RoundedQueries(torch.from_numpy(queries).to(device)).limbs
         if has_kernel(device):
-            same = torch.equal(bits_times_limbs(some, limbs), plain_bits_times_limbs(some, limbs))
+            same = torch.equal(bits_times_limbs(signs, limbs), plain_bits_times_limbs(signs, limbs))
             say(f"{count} queries: kernel and plain operations give the same sums", str(same))
-        taken = seconds(lambda queries=queries: queries.inner(codes), device)
-        plain = seconds(lambda limbs=limbs: plain_bits_times_limbs(some, limbs), device)
-        say(f"{count} queries: {'kernel' if has_kernel(device) else 'plain'}, bytes read",
-            f"{codes.nbytes / taken / 1e9:,.2f} GB/s", "≥ half the copy's" if count == 1 else "")
-        say(f"{count} queries: plain operations",
-            f"{some.nbytes / plain / 1e9:,.2f} GB/s", "less than the kernel")
+        taken = seconds(lambda queries=queries: codes.scores(queries), device)
+        kernel = seconds(lambda limbs=limbs: bits_times_limbs(signs, limbs), device)
+        plain = seconds(lambda limbs=limbs: plain_bits_times_limbs(signs, limbs), device)
+        say(f"{count} queries, scores on the host: bytes read",
+            f"{size / taken / 1e9:,.2f} GB/s", "≥ half the copy's" if count == 1 else "")
+        name = "kernel" if has_kernel(device) else "plain"
+        say(f"{count} queries, one segment alone: {name}; plain operations",
+            f"{signs.nbytes / kernel / 1e9:,.2f}; {signs.nbytes / plain / 1e9:,.2f} GB/s",
+            "the kernel's is larger")
 
 
 # ---- (e) eigendecompositions
@@ -346,7 +361,7 @@ def eigen(scale: Scale) -> None:
         for dtype in (torch.float64, torch.float32):
             told: list[str] = []
             start = time.perf_counter()
-            [found] = eigenvectors_of_all([(f"{n}", matrix)], device, dtype, told.append)
+            [found] = eigenvectors_of_all([(f"{n}", matrix, device)], dtype, told.append)
             taken = time.perf_counter() - start
             q = found.to(device)
             a = q.T @ matrix.to(device) @ q
@@ -355,6 +370,7 @@ def eigen(scale: Scale) -> None:
                 f"{taken:.2f} s, off-diagonal {off:.0e}", "; ".join(told))
 
 
+FAILED: list[str] = []
 PARTS = {"agree": agree, "model": model, "rescore": rescoring, "scan": scan, "eigen": eigen}
 
 
@@ -367,6 +383,7 @@ def told(name: str) -> Iterator[None]:
     except Exception:
         traceback.print_exc()
         say("FAILED", name)
+        FAILED.append(name)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -378,14 +395,33 @@ def told(name: str) -> Iterator[None]:
 @click.option("--small", is_flag=True)
 def main(part: str, small: bool) -> None:
     quiet_transformers()
-    scale = SMALL if small else Scale("cuda")
-    card = "CPU" if small else torch.cuda.get_device_name()
-    print(f"{card}, Python {platform.python_version()}, torch {torch.__version__}, CUDA "
-          f"{torch.version.cuda}, {torch.get_num_threads()} threads, {time.strftime('%Y-%m-%d')}",
-          flush=True)
-    for name in part.split(","):
+    chosen = part.split(",")
+    if unknown := [name for name in chosen if name not in PARTS]:
+        raise click.UsageError(f"--part {unknown[0]}: expected some of {', '.join(PARTS)}.")
+    if not small and not torch.cuda.is_available():
+        raise click.UsageError("there is no GPU; --small runs every part on the CPU.")
+    print(", ".join(_versions(small)), flush=True)
+    for name in chosen:
         with told(name):
-            PARTS[name](scale)
+            PARTS[name](SMALL if small else Scale("cuda"))
+    sys.exit(bool(FAILED))
+
+
+def _versions(small: bool) -> Iterator[str]:
+    """The card, its driver, and what of libraries has a part in the figures."""
+    yield "CPU" if small else torch.cuda.get_device_name()
+    if not small:
+        with contextlib.suppress(OSError):
+            yield "driver " + subprocess.run(
+                ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+                capture_output=True, text=True, check=False).stdout.strip()
+    yield f"Python {platform.python_version()}"
+    yield f"CUDA {torch.version.cuda}"
+    for library in ("torch", "transformers", "triton", "faiss-cpu", "numpy"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            yield f"{library} {importlib.metadata.version(library)}"
+    yield f"{torch.get_num_threads()} threads"
+    yield time.strftime("%Y-%m-%d")
 
 
 if __name__ == "__main__":

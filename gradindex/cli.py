@@ -114,9 +114,10 @@ def _run() -> int:
         return 1
     except (MemoryError, RuntimeError) as error:
         if ran_out(error):
-            bound = "the bound is the GPU's" if "CUDA" in str(error) else memory_limit()
-            click.echo(f"gradindex: out of memory; {bound}. Allow more, or use smaller "
-                       "--batch-tokens, fewer --modules, or a machine with more.", err=True)
+            bound = _first_sentence(error)[:200] if "CUDA" in str(error) else memory_limit()
+            click.echo(f"gradindex: out of memory; {bound}. Use --max-memory SIZE, which keeps "
+                       "less at once and takes longer, smaller --batch-tokens, fewer --modules, "
+                       "or a machine with more.", err=True)
             return 4
         if not _is_lost(error):
             raise
@@ -134,7 +135,9 @@ def _run() -> int:
 
 def _is_lost(error: Exception) -> bool:
     """Whether an error is one of the GPU itself, which nothing in this process can use any more."""
-    return type(error).__name__ == "AcceleratorError"  # of torch, which may not be imported yet
+    # of torch, which may not be imported yet; and what CUDA's libraries and Triton say of it
+    return type(error).__name__ == "AcceleratorError" or any(words in str(error) for words in (
+        "CUDA error", "CUBLAS_STATUS", "cusolver error", "CUDNN_STATUS", "Triton Error [CUDA]"))
 
 
 def _first_sentence(error: Exception) -> str:

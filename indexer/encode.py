@@ -56,7 +56,8 @@ def encode_run(
             if segment in sealed:
                 facts = segments.read_facts(run.folder(segment))
             else:
-                facts, seal_it = encode_one(model, codes, run, segment, batch_tokens, progress)
+                facts, seal_it = encode_one(
+                    model, codes, run, segment, batch_tokens, progress, sealing)
                 if sealing is not None:
                     sealing.result()  # of the one before: no more than two are held
                 if threads(2) > 1:
@@ -73,11 +74,15 @@ def encode_run(
 
 def encode_one(
     model: LanguageModel, codes: Codes, run: Run, segment: Segment, batch_tokens: int,
-    progress: Progress,
+    progress: Progress, before: Future[None] | None = None,
 ) -> tuple[SegmentFacts, Callable[[], None]]:
-    """Encode a segment of a run; what seals it comes with its facts. Raises ResourceError."""
+    """Encode a segment of a run; what seals it comes with its facts.
+
+    Raises ResourceError, and what sealing the one `before` raises as soon as it does.
+    """
     records = run.reader(segment).records(range(segment.rows))
-    return encode_segment(model, codes, records, run.folder(segment), batch_tokens, progress)
+    return encode_segment(
+        model, codes, records, run.folder(segment), batch_tokens, progress, before)
 
 
 def quarantined_of(run: Run, bad: float, progress: Progress) -> dict[int, str]:
@@ -101,7 +106,7 @@ def quarantined_of(run: Run, bad: float, progress: Progress) -> dict[int, str]:
 
 def encode_segment(
     model: LanguageModel, codes: Codes, records: list[Record], folder: Path, batch_tokens: int,
-    progress: Progress,
+    progress: Progress, before: Future[None] | None = None,
 ) -> tuple[SegmentFacts, Callable[[], None]]:
     """Encode a segment's records in `folder` (…/NNNNNN.partial): its facts, and what seals it.
 
@@ -128,6 +133,8 @@ def encode_segment(
             facts.quarantined[records[row].id] = _why(model, codes, records[row])
             norms[row] = np.nan
         progress.update(len(rows))
+        if before is not None and before.done():
+            before.result()
     code_index.add(stored)
     return facts, partial(
         seal, folder, facts, code_index, row_file.make_rows(records, norms),

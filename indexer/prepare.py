@@ -9,11 +9,13 @@ import numpy as np
 import torch
 
 from gradindex.draws import Stream, choose
+from gradindex.errors import ResourceError
 from gradindex.influence.codes import Codes, CodeSettings
 from gradindex.influence.curvature import Ekfac
 from gradindex.influence.gradients import backward
 from gradindex.memory import Allowance
 from gradindex.model.adapters import IDLE, OWN
+from gradindex.model.devices import free_on
 from gradindex.model.model_source import ModelSource
 from gradindex.model.network import LanguageModel
 from gradindex.model.tracked import (
@@ -26,14 +28,14 @@ from gradindex.model.tracked import (
 )
 from gradindex.modules import Module
 from gradindex.objective import Text
-from gradindex.progress import Progress, shares
+from gradindex.progress import Progress, shares, size
 from gradindex.storage import layout
 from gradindex.storage.build_plan import Plan
 from gradindex.storage.files import bytes_in
 from gradindex.storage.records import Record
 from indexer.code_length import FEWEST, check_bits
 from indexer.fit.batch_memory import batch_bytes
-from indexer.fit.budget import disk_bytes, held_bytes, partitions
+from indexer.fit.budget import disk_bytes, gpu_width, held_bytes, partitions
 from indexer.fit.notes import FitSettings
 from indexer.fit.schedule import AHEAD, BLOCK_SEQUENCES
 from indexer.pace.batch_size import choose_batch_tokens
@@ -71,7 +73,8 @@ def load_model(
     anatomy = examine(model.network)
     tracked = tracked_modules(model.network, plan.modules, anatomy)
     check_bits(plan.bits, tracked)
-    _check_longest(model, tracked, plan.sequence_length)
+    if model.device.type == "cuda":
+        _check_gpu(model, tracked, plan)
     state.check_model(model)  # weights that changed since the data were read end it here
     layout.refuse_equal_files(state.path.parent, tracked)
     rest = untracked(model.network, tracked, anatomy)
@@ -92,14 +95,24 @@ def load_model(
     return model, tracked
 
 
-def _check_longest(model: LanguageModel, tracked: list[Module], length: int) -> None:
-    """Raise ResourceError where a GPU doesn't hold the pass of one sequence of `length` tokens."""
-    # on a host one can't tell: memory that is short there is found elsewhere, slowly
-    if model.device.type == "cuda":
-        tokens = np.zeros(length, dtype=np.int32)
-        with torch.no_grad():
-            backward(model, tracked, model.batch([Text(tokens, np.ones(length, dtype=bool))]),
-                     lambda *_: None)
+def _check_gpu(model: LanguageModel, tracked: list[Module], plan: Plan) -> None:
+    """Raise ResourceError where GPUs don't hold the pass of one sequence, or what is fitted.
+
+    On a host one can't tell: memory that is short there is found elsewhere, slowly.
+    """
+    tokens = np.zeros(plan.sequence_length, dtype=np.int32)
+    with torch.no_grad():
+        backward(model, tracked, model.batch([Text(tokens, np.ones(len(tokens), dtype=bool))]),
+                 lambda *_: None)
+    needed = held_bytes(tracked, plan.covariance_blocks, model.accumulate.itemsize,
+                        gpu_width(model.device, plan.eigen_dtype))
+    free = sum(map(free_on, model.devices))
+    if model.source.max_memory is None and needed > free:
+        raise ResourceError(
+            f"fitting {len(tracked)} modules together takes {size(needed)} of the GPU's memory, "
+            f"{size(free)} are free beside the model. Fit them in parts (--max-memory "
+            f"{max(1, (model.bytes + free) // 10**9)}GB), or use fewer --modules, or "
+            f"--covariance-blocks {2 * plan.covariance_blocks}.")
 
 
 def prepare_build(
@@ -128,7 +141,8 @@ def prepare_build(
                            request.max_bad, plan.covariance_blocks, plan.eigen_dtype)
     allowance = allow(model, tracked, settings, sample)
     blocks, width = settings.covariance_blocks, model.accumulate.itemsize
-    groups = partitions(tracked, blocks, width, allowance.planned)
+    groups = partitions(tracked, blocks, width, allowance.planned,
+                        gpu_width(model.device, plan.eigen_dtype))
     # blocks that wait for the first shard lie on the disk too, some of each of the others
     ingest.check_disk(run, state.settled.bits or FEWEST, _still_needed(index, disk_bytes(
         groups, blocks, width, AHEAD * shards if shards > 1 else 0)))
@@ -154,8 +168,10 @@ def allow(
     if model.source.max_memory is None:  # what a batch takes is measured only where it matters
         return Allowance()
     # modules can be fitted one after the other, so the largest alone has to fit
+    gpu = gpu_width(model.device, settings.eigen_dtype)
     held, largest = max((held_bytes([module], settings.covariance_blocks,
-                                    model.accumulate.itemsize), module.name) for module in tracked)
+                                    model.accumulate.itemsize, gpu), module.name)
+                        for module in tracked)
     batch = batch_bytes(model, tracked, sample(), settings)
     return Allowance.beside(
         model.bytes, model.source.max_memory, held, f"fitting {largest}", batch)

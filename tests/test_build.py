@@ -72,11 +72,11 @@ def test_resuming_repeats_no_finished_work(model_folder, data_file, tmp_path, mo
     encoded = []
     real = encode_module.encode_segment
 
-    def encode(model, codes, batch, folder, batch_tokens, progress):
+    def encode(model, codes, batch, folder, batch_tokens, progress, before):
         encoded.append(folder.name)
         if len(encoded) == 3:
             raise KilledError
-        return real(model, codes, batch, folder, batch_tokens, progress)
+        return real(model, codes, batch, folder, batch_tokens, progress, before)
 
     monkeypatch.setattr(encode_module, "encode_segment", encode)
     monkeypatch.setattr(build_module, "fit", fits := _Counting(build_module.fit))

@@ -138,6 +138,7 @@ def whitening(curvature: Curvature, damping: float) -> tuple[Tensor, Tensor]:
     tensor([[1.0000, 0.5000],
             [0.5000, 0.2500]])
     """
+    # in float64, once a module: a few operations a number, on any card
     logarithm = -0.5 * curvature.damped(damping).double().log()
     # Row mean + column mean − mean: the mean is shared out evenly between the two factors.
     mean = logarithm.mean()

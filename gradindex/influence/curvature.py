@@ -7,7 +7,6 @@ Large A and S may be split in blocks (`blockwise.py`).
 `indexer/fit` estimates them; here they are kept and applied.
 """
 
-import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +19,7 @@ from torch import Tensor
 from gradindex.errors import DamagedIndexError
 from gradindex.influence.blockwise import block_rows, enter, leave, square_entries
 from gradindex.memory import available, threads
+from gradindex.model.devices import free_on
 from gradindex.modules import Module
 from gradindex.storage.files import FileFacts
 from gradindex.storage.layout import module_file
@@ -107,10 +107,10 @@ class FiledEkfac(Mapping[str, Curvature]):
     """The curvature of some modules by name, read from their files when it is asked for.
 
     `read` gives the tensors of a module's file, `device_of` says where they are to be. Modules are
-    kept in memory up to `bound` bytes in all [on a CPU half of what there is, elsewhere any
-    number], and all of those are read, by several threads, when the first is asked for; the others
-    are read again each time. Raises DamagedIndexError, when a module is first asked for, for a file
-    that is missing, unreadable or no curvature of A and S in so many blocks.
+    kept in memory up to `bound` bytes in all [half of what there is], and all of those are read, by
+    several threads, when the first is asked for; the others are read again each time. Raises
+    DamagedIndexError, when a module is first asked for, for a file that is missing, unreadable or
+    no curvature of A and S in so many blocks.
     """
 
     def __init__(
@@ -122,9 +122,9 @@ class FiledEkfac(Mapping[str, Curvature]):
         self._covariance_blocks = covariance_blocks
         self._modules = {module.name: module for module in modules}
         if bound is None:
-            on_host = all(device_of(module).type == "cpu" for module in modules)
-            bound = available() // 2 if on_host else None
-        self._room: float | None = math.inf if bound is None else bound  # None: it is taken
+            gpus = {device for module in modules if (device := device_of(module)).type == "cuda"}
+            bound = (sum(map(free_on, gpus)) if gpus else available()) // 2
+        self._room: int | None = bound  # None: it is taken
         self._starting = threading.Lock()
         # of those that are kept: never dropped, for every batch asks for all, in one order
         self._keep: set[str] = set()
@@ -148,13 +148,18 @@ class FiledEkfac(Mapping[str, Curvature]):
                 self._start_reading(self._room)
                 self._room = None
         if name in self._reading:
-            return self._reading[name].result()
+            try:
+                return self._reading[name].result()
+            except Exception:
+                # what failed may not fail again: memory comes back, and so do disks
+                self._reading.pop(name, None)
+                raise
         curvature = self._cache.get(name) or self._load(module)
         if name in self._keep:
             self._cache[name] = curvature
         return curvature
 
-    def _start_reading(self, room: float) -> None:
+    def _start_reading(self, room: int) -> None:
         """Settle which modules are kept, and begin to read those in threads of their own."""
         for name, module in self._modules.items():
             size = file_entries(module, self._covariance_blocks) * self._dtype.itemsize

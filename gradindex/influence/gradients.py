@@ -7,8 +7,7 @@ as soon as they exist, and forgets them. Parameters require no gradient, so the 
 computes no weight gradients and ends at the first tracked module.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,6 +19,7 @@ from torch.nn import functional
 
 from gradindex.errors import InputError
 from gradindex.influence.split_batches import out_of_memory
+from gradindex.model.devices import float32_products
 from gradindex.model.fused_experts import ExpertMap, pack
 from gradindex.model.network import LanguageModel
 from gradindex.model.probe import is_in_order
@@ -46,24 +46,16 @@ def backward(
     anything but [b, t, i] or [b·t, i] (axes of size 1 beside), that returns anything but a tensor,
     or that doesn't run at all and is no fused expert. Threads take turns.
     """
-    with model.one_at_a_time, out_of_memory(*batch.tokens.shape), _tensor_cores(model):
-        return _backward(model, modules, batch, each, numbers)
+    # What a pass in half precision gives has no more digits than TF32 keeps, and comes through it
+    # exactly. The pass itself is the network's: it may compute the angles of positions in float32.
+    rounded = model.dtype.itemsize < 4
 
+    def multiply(module: Module, a: Tensor, d: Tensor) -> None:
+        with float32_products(model.device, rounded):
+            each(module, a, d)
 
-@contextlib.contextmanager
-def _tensor_cores(model: LanguageModel) -> Iterator[None]:
-    """Let a GPU multiply float32 in TF32 where the pass is in half precision.
-
-    What such a pass gives has no more digits than TF32 keeps, so it comes through exactly. A
-    float32 model's products stay in float32.
-    """
-    before = torch.get_float32_matmul_precision()
-    if model.device.type == "cuda" and model.dtype.itemsize < 4:
-        torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    with model.one_at_a_time, out_of_memory(*batch.tokens.shape):
+        return _backward(model, modules, batch, multiply, numbers)
 
 
 @dataclass

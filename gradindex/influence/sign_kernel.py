@@ -1,18 +1,20 @@
 """The scan of one-bit codes on a GPU: the bits of every row times a few vectors, in one pass.
 
-Row and vectors meet in whole numbers. A vector's entries are rounded to 23 bits and cut into three
+Row and vectors meet in whole numbers. A vector's entries are rounded to 31 bits and cut into four
 limbs of 8, so that the product is one of bytes, which tensor cores add up without rounding: the
 same sums come out on every device, in any order. Each byte of a row is read once; its eight bits
 are taken out one after the other and meet the entries that they stand for, an eighth of a vector
 each time (`limbs` lie in that order).
 """
 
+import contextlib
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS, OCTETS = 64, 64  # of a program, at a time
+ROWS, OCTETS = 128, 64  # of a program, at a time: each reads all limbs
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -46,6 +48,9 @@ def bits_times_limbs(codes: Tensor, limbs: Tensor) -> Tensor:
     """
     rows, octets = codes.shape
     sums = limbs.new_empty(rows, limbs.shape[2], dtype=torch.int32)
-    _bits_times_limbs[(triton.cdiv(rows, ROWS),)](
-        codes, limbs, sums, rows, octets, limbs.shape[2], ROWS, OCTETS)
+    # Triton launches on the current device, whichever its arguments are on
+    on_cpu = codes.device.type == "cpu"  # in the interpreter
+    with contextlib.nullcontext() if on_cpu else torch.cuda.device(codes.device):
+        _bits_times_limbs[(triton.cdiv(rows, ROWS),)](
+            codes, limbs, sums, rows, octets, limbs.shape[2], ROWS, OCTETS)
     return sums

@@ -57,7 +57,8 @@ def out_of_memory(rows: int, length: int) -> Iterator[None]:
         raise BatchTooLargeError(
             f"memory ran out on a batch of {rows} × {length} tokens "
             f"({str(error).partition(chr(10))[0][:120]}). Use smaller --batch-tokens "
-            "(one sequence is the least) or --seq-len, fewer --modules, or --dtype bfloat16."
+            "(one sequence is the least) or --seq-len, fewer --modules, --max-memory SIZE (which "
+            "keeps less beside), or --dtype bfloat16."
         ) from error
 
 

@@ -1,6 +1,7 @@
 """Devices and dtypes by the names that users give."""
 
-from collections.abc import Collection
+import contextlib
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -70,15 +71,36 @@ def has_fast_float64(device: torch.device) -> bool:
 
 def check_room(device: torch.device, needed: int) -> None:
     """Raise ResourceError where a GPU hasn't `needed` bytes free for a model's weights."""
-    if device.type != "cuda":
-        return
-    free, total = torch.cuda.mem_get_info(device)
-    room = free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if needed > room:
+    if device.type == "cuda" and needed > (room := free_on(device)):
         raise ResourceError(
             f"the model takes {size(needed)}, and {torch.cuda.get_device_name(device)} ({device}) "
-            f"has {size(room)} of {size(total)} free. Use another GPU (--device cuda:N), fewer "
-            "bytes a weight (--dtype bfloat16), or --device cpu.")
+            f"has {size(room)} of {size(torch.cuda.mem_get_info(device)[1])} free. Use another GPU "
+            "(--device cuda:N), fewer bytes a weight (--dtype bfloat16), or --device cpu.")
+
+
+@contextlib.contextmanager
+def float32_products(device: torch.device, rounded: bool = False) -> Iterator[None]:
+    """Let a GPU multiply float32 in all its digits for a while, whatever the process has set.
+
+    `rounded` lets its tensor cores do it in TF32, which keeps 11 bits of each factor.
+    """
+    if device.type == "cpu":
+        yield
+        return
+    # PyTorch's newer setting: the older one raises where a program has set this one
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = "tf32" if rounded else "ieee"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+def free_on(device: torch.device) -> int:
+    """Bytes that can be had on a GPU, what PyTorch keeps for later among them."""
+    return int(torch.cuda.mem_get_info(device)[0]) + torch.cuda.memory_reserved(device) \
+        - torch.cuda.memory_allocated(device)
 
 
 def on_host(devices: Collection[torch.device]) -> bool:

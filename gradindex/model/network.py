@@ -69,6 +69,7 @@ class LanguageModel:
         device, wanted = source.resolve(dtype)
         if source.is_object:
             check_class(source, source.load_config())
+            _check_offloaded(source.model)
             network = own_copy(unwrapped(source.model, source.adapter_name))
             if source.adapter_name is not None:
                 run_alone(network, source.adapter_name)
@@ -198,6 +199,16 @@ def _check_spread(source: ModelSource, network: Any) -> None:
             f"--device-map auto: the GPUs together don't hold the model; {left[0]} and "
             f"{len(left) - 1} other parts of it would be elsewhere. Use more GPUs, fewer bytes a "
             "weight (--dtype bfloat16), or --device cpu.")
+
+
+def _check_offloaded(network: Any) -> None:
+    """Raise ResourceError for a model object of which a part is kept off the devices it runs on."""
+    kinds = {parameter.device.type for parameter in network.parameters()}
+    if len(kinds) > 1:
+        raise ResourceError(
+            f"the model object is in several kinds of memory ({', '.join(sorted(kinds))}): what is "
+            "offloaded can't be indexed. Load it on as many GPUs as hold it, with fewer bytes a "
+            "weight, or on the CPU.")
 
 
 def _cast(network: Any, dtype: torch.dtype) -> None:

@@ -167,7 +167,8 @@ class _Pass:
                 self.left_out[linear] = SCATTERED
             elif d is not None and d.numel():
                 sizes = d.flatten(0, -2).abs().amax(-1)
-                if (sizes[run.token_numbers >= EARLIER] > NOTHING * sizes.max()).any():
+                later = torch.as_tensor(run.token_numbers >= EARLIER, device=sizes.device)
+                if (sizes[later] > NOTHING * sizes.max()).any():
                     self.left_out[linear] = SCATTERED
 
     def _check_gradients(self, total: Tensor) -> None:

@@ -48,7 +48,7 @@ from indexer.build_request import BuildRequest, make_request, takes_arguments_of
 from indexer.code_length import check_bits, choose_bits, shares_of, spreads
 from indexer.dry_run.most_memory import Held, Memory, most_memory
 from indexer.fit.batch_memory import available_on, used
-from indexer.fit.budget import budget
+from indexer.fit.budget import budget, gpu_width
 from indexer.fit.notes import FitSettings
 from indexer.fit.schedule import BLOCK_SEQUENCES
 from indexer.pace.ahead import Ahead
@@ -190,7 +190,8 @@ def estimate(request: BuildRequest) -> Estimate:
     allowance = allow(model, tracked, settings, lambda: data.sample[: settings.block])
     ahead = Ahead.of(model, tracked, plan, allowance, data.lengths, len(data.lengths), batch_tokens,
                      plan.bits)
-    needs = budget(model.bytes, ahead.partitions, plan.covariance_blocks, width, ahead.code)
+    gpu = gpu_width(model.device, plan.eigen_dtype)
+    needs = budget(model.bytes, ahead.partitions, plan.covariance_blocks, width, ahead.code, gpu)
     return_freed()  # by what ran before
     host = resident()
     device = used(model.devices) if model.device.type == "cuda" else None
@@ -209,7 +210,7 @@ def estimate(request: BuildRequest) -> Estimate:
     memory = most_memory(Held(
         ahead.partitions, plan.covariance_blocks, width, allowance.curvature,
         min(plan.segment_size, ahead.count), max(data.lengths), ahead.code, ahead.together,
-        pace.batch + pace.kept), host, device)
+        pace.batch + pace.kept, gpu), host, device)
 
     # 5) what there is of it; what an unfinished build has written is a part of what it needs
     existing = bytes_in(request.index)

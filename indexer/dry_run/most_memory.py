@@ -51,15 +51,16 @@ class Held:
     code: CodeSettings
     together: int
     batch: int
+    gpu: int | None = None
 
     def moments(self) -> Iterator[Memory]:
         """What is held besides the model at the moments of a build at which it is most."""
         modules = [module for group in self.partitions for module in group]
         largest = max(self.partitions, key=lambda group: held_bytes(
-            group, self.covariance_blocks, self.width))
-        fit = FitMoments.of(largest, self.covariance_blocks, self.width)
+            group, self.covariance_blocks, self.width, self.gpu))
+        fit = FitMoments.of(largest, self.covariance_blocks, self.width, self.gpu)
         yield Memory(fit.covariance.host, fit.covariance.device + self.batch)
-        yield Memory(fit.eigenvectors.host)
+        yield Memory(fit.eigenvectors.host, fit.eigenvectors.device)
         yield Memory(fit.eigenvalues.host, fit.eigenvalues.device + self.batch)
         yield Memory(fit.curvature.host)
         whole = curvature_bytes(modules, self.covariance_blocks, self.width)

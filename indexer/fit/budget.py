@@ -7,13 +7,17 @@ A batch is measured; everything else that a build or a search holds follows from
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from gradindex.influence.blockwise import block_rows, square_entries
 from gradindex.influence.codes import CodeSettings
 from gradindex.influence.curvature import file_entries
 from gradindex.memory import LOW_RANK
 from gradindex.modules import Module
+from indexer.fit.eigen import TOGETHER
 
 SOLVER = 34  # bytes of an eigendecomposition's work for each entry of its matrix, as measured
+GPU_SOLVER = 5  # numbers of a GPU's: matrix, vectors and a residual, and what its solver works in
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,9 @@ class FitMoments:
     """The moments of a fit of some modules at which it holds most.
 
     covariance: sums A and S, and their totals in float64. eigenvectors: the totals, the work on the
-    largest matrix, a module's eigenvectors in float64. eigenvalues: eigenvectors and sums Λ, their
-    totals in float64. curvature: these, a module's eigenvectors in float64 and its curvature.
+    largest matrix (on a GPU on as many as go together), a module's eigenvectors in float64.
+    eigenvalues: eigenvectors and sums Λ, their totals in float64. curvature: these, a module's
+    eigenvectors in float64 and its curvature.
     """
 
     covariance: Moment
@@ -44,8 +49,12 @@ class FitMoments:
     curvature: Moment
 
     @classmethod
-    def of(cls, modules: Sequence[Module], covariance_blocks: int, width: int) -> "FitMoments":
+    def of(
+        cls, modules: Sequence[Module], covariance_blocks: int, width: int, gpu: int | None = None
+    ) -> "FitMoments":
         """`width` is the bytes of a number of curvature (4; 8 for a float64 model).
+
+        `gpu` is those of a number in which a GPU decomposes (`gpu_width`), None on a host.
 
         >>> moments = FitMoments.of([Module("m", 0, "mlp", 2, 3, False)], 1, 4)
         >>> moments.covariance  # A [3, 3] and S [2, 2]: 13 numbers, as totals and as sums
@@ -54,26 +63,47 @@ class FitMoments:
         squares = [square_entries(module, covariance_blocks) for module in modules]
         tables = [module.size for module in modules]
         square, table = sum(squares), sum(tables)
-        # matrices are decomposed one by one, so the largest block's work is all there is at once
+        # a host decomposes matrices one by one, so the largest block's work is all there is at once
         largest = max(block_rows(n, covariance_blocks) for module in modules
                       for n in module.shape)
         # a module's eigenvectors as they are read, and the curvature that is made of them
         saved = max((8 + width) * s + width * t for s, t in zip(squares, tables, strict=True))
         return cls(
             Moment(8 * square, width * square),
-            Moment(8 * square + SOLVER * largest**2 + 8 * max(squares), 0),
+            Moment(8 * square + SOLVER * largest**2 + 8 * max(squares), 0) if gpu is None else
+            Moment(8 * square + 8 * max(TOGETHER, *squares),
+                   GPU_SOLVER * gpu * max(min(TOGETHER, square), largest**2)),
             Moment(8 * table, width * (square + table)), Moment(8 * table + saved, 0))
+
+    @property
+    def all(self) -> tuple[Moment, ...]:
+        """All of them, in order."""
+        return self.covariance, self.eigenvectors, self.eigenvalues, self.curvature
 
     @property
     def most(self) -> Moment:
         """The one that holds most."""
-        return max((self.covariance, self.eigenvectors, self.eigenvalues, self.curvature),
-                   key=lambda moment: moment.both)
+        return max(self.all, key=lambda moment: moment.both)
 
 
-def held_bytes(modules: Sequence[Module], covariance_blocks: int, width: int) -> int:
-    """The most that fitting some modules together holds besides model and batch, in bytes."""
-    return FitMoments.of(modules, covariance_blocks, width).most.both
+def gpu_width(device: torch.device, eigen_dtype: str) -> int | None:
+    """The bytes of a number in which a GPU decomposes, None on a host.
+
+    >>> gpu_width(torch.device("cuda"), "float32"), gpu_width(torch.device("cpu"), "float64")
+    (4, None)
+    """
+    return None if device.type == "cpu" else int(getattr(torch, eigen_dtype).itemsize)
+
+
+def held_bytes(
+    modules: Sequence[Module], covariance_blocks: int, width: int, gpu: int | None = None
+) -> int:
+    """The most that fitting some modules together holds besides model and batch, in bytes.
+
+    That is where the model is: with `gpu` (`gpu_width`), on the GPU alone.
+    """
+    moments = FitMoments.of(modules, covariance_blocks, width, gpu)
+    return moments.most.both if gpu is None else max(moment.device for moment in moments.all)
 
 
 def curvature_bytes(modules: Sequence[Module], covariance_blocks: int, width: int) -> int:
@@ -92,7 +122,8 @@ def projection_bytes(modules: Sequence[Module], width: int, code: CodeSettings) 
 
 
 def partitions(
-    modules: list[Module], covariance_blocks: int, width: int, held: int | None
+    modules: list[Module], covariance_blocks: int, width: int, held: int | None,
+    gpu: int | None = None,
 ) -> list[list[Module]]:
     """Modules that follow each other, fitted together: what they hold is at most `held` bytes.
 
@@ -105,8 +136,8 @@ def partitions(
     """
     groups: list[list[Module]] = []
     for module in modules:
-        if groups and (held is None or held_bytes([*groups[-1], module], covariance_blocks, width)
-                       <= held):
+        if groups and (held is None or held_bytes(
+                [*groups[-1], module], covariance_blocks, width, gpu) <= held):
             groups[-1].append(module)
         else:
             groups.append([module])
@@ -190,14 +221,15 @@ class FitBytes:
 
 def budget(
     model_bytes: int, groups: list[list[Module]], covariance_blocks: int, width: int,
-    code: CodeSettings,
+    code: CodeSettings, gpu: int | None = None,
 ) -> Budget:
     """The budget of a model of `model_bytes` whose modules are fitted in these partitions.
 
-    `width` is the bytes of a number of curvature (4, or 8 for a float64 model).
+    `width` is the bytes of a number of curvature (4, or 8 for a float64 model), `gpu` as for
+    `FitMoments.of`.
     """
     modules = [module for group in groups for module in group]
-    most = max((FitMoments.of(group, covariance_blocks, width).most for group in groups),
+    most = max((FitMoments.of(group, covariance_blocks, width, gpu).most for group in groups),
                key=lambda moment: moment.both)
     return Budget(
         model=model_bytes, sums=most.device, host_sums=most.host, partitions=len(groups),

@@ -18,6 +18,8 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined, unused-ignore
 
 from gradindex.errors import GradindexError
 from gradindex.influence.blockwise import symmetric
+from gradindex.memory import ran_out
+from gradindex.model.devices import float32_products
 from gradindex.transfers import stacked_on_host
 
 # residual and departure from orthogonality, relative
@@ -26,50 +28,69 @@ TOGETHER = 1 << 24  # entries of matrices that a GPU is given at once: 128 MB in
 
 
 def eigenvectors_of_all(
-    covariances: Iterable[tuple[str, Tensor]], device: torch.device, dtype: torch.dtype,
+    covariances: Iterable[tuple[str, Tensor, torch.device]], dtype: torch.dtype,
     say: Callable[[str], object],
 ) -> Iterator[Tensor]:
     """The eigenvectors of covariances [n, n], float64 on the host, given with names, in order.
 
-    They are found on `device`, where that is a GPU in `dtype` and those of one size together. `say`
-    is told of each that had to be decomposed on the host instead. Raises GradindexError, naming the
-    matrix, where one has none.
+    Each is found on its device, on a GPU in `dtype` and those of one size together. `say` is told
+    of each that had to be decomposed on the host instead. Raises GradindexError, naming the matrix,
+    where one has none.
     """
-    if device.type == "cpu":
-        for name, covariance in covariances:
-            yield eigenvectors(covariance, name)
-        return
+    named = list[tuple[str, Tensor]]()
     # A and S come in turns and are of unlike sizes; a GPU is busy with several of one size only
-    named = list(covariances)
-    by_size: dict[int, list[int]] = {}
-    for number, (_, covariance) in enumerate(named):
-        by_size.setdefault(len(covariance), []).append(number)
+    alike: dict[tuple[torch.device, int], list[int]] = {}
+    for name, covariance, device in covariances:
+        if device.type == "cpu":  # which are all, or none
+            yield eigenvectors(covariance, name)
+            continue
+        alike.setdefault((device, len(covariance)), []).append(len(named))
+        named.append((name, covariance))
     found: dict[int, Tensor] = {}
-    for own in by_size.values():
-        stack = torch.stack([symmetric(named[number][1]) for number in own]).to(device, dtype)
-        for number, vectors, reason in zip(own, *_on_device(stack), strict=True):
+    for (device, _), own in alike.items():
+        made = _on_device([symmetric(named[number][1]) for number in own], device, dtype)
+        for number, (vectors, reason) in zip(own, made, strict=True):
             name, covariance = named[number]
-            if reason is not None:
-                say(f"{name} is decomposed on the host: the GPU's eigenvectors are unsound "
-                    f"({reason})")
+            if vectors is None:
+                say(f"{name} is decomposed on the host: {reason}")
                 vectors = eigenvectors(covariance, name)
             found[number] = vectors
     yield from (found[number] for number in range(len(named)))
 
 
-def _on_device(matrices: Tensor) -> tuple[Tensor, list[str | None]]:
-    """Eigenvectors [k, n, n] of matrices on a GPU, float64 on the host, and what is unsound."""
+def _on_device(
+    matrices: list[Tensor], device: torch.device, dtype: torch.dtype
+) -> list[tuple[Tensor | None, str | None]]:
+    """Eigenvectors [n, n] of matrices of one size, float64 on the host, or why there are none.
+
+    What memory doesn't hold together is halved.
+    """
     try:
-        values, vectors = torch.linalg.eigh(matrices)
-    except LinAlgError as error:  # it doesn't say of which
-        return torch.zeros(matrices.shape, dtype=torch.float64), \
-            [" ".join(str(error).split())[:100]] * len(matrices)
+        with float32_products(device):
+            return _checked(torch.stack(matrices).to(device, dtype))
+    except RuntimeError as error:  # a LinAlgError is one, and doesn't say of which
+        no_memory = ran_out(error)
+        if not (no_memory or isinstance(error, LinAlgError) or "cusolver" in str(error).lower()):
+            raise
+        reason = " ".join(str(error).split())[:100]
+    if no_memory and len(matrices) > 1:
+        half = len(matrices) // 2
+        return [made for part in (matrices[:half], matrices[half:])
+                for made in _on_device(part, device, dtype)]
+    return [(None, f"the GPU failed ({reason})")] * len(matrices)
+
+
+def _checked(matrices: Tensor) -> list[tuple[Tensor | None, str | None]]:
+    """Eigenvectors of matrices [k, n, n] on a GPU, as `_on_device` gives them."""
+    values, vectors = torch.linalg.eigh(matrices)
     residuals = _residuals(matrices, values, vectors)
-    fixed = _fixed(vectors)
-    on_host = fixed.cpu().double()  # waits once, for all of them
-    reasons = [_unsound(row.tolist(), len(vectors[0]), matrices.dtype)
-               for row in stacked_on_host(residuals).T]
-    return on_host, reasons
+    on_host = _fixed(vectors).cpu().double()  # waits once, for all of them
+    made = list[tuple[Tensor | None, str | None]]()
+    for own, row in zip(on_host, stacked_on_host(residuals).T, strict=True):
+        wrong = _unsound(row.tolist(), len(own), matrices.dtype)
+        made.append((own, None) if wrong is None else
+                    (None, f"the GPU's eigenvectors are unsound ({wrong})"))
+    return made
 
 
 def eigenvectors(covariance: Tensor, name: str) -> Tensor:

@@ -30,7 +30,7 @@ from gradindex.progress import Progress
 from gradindex.storage import layout
 from gradindex.storage.files import facts_of, make_folder, rename_folder
 from gradindex.storage.integrity import CheckedFiles
-from indexer.fit.budget import held_bytes, partitions
+from indexer.fit.budget import gpu_width, held_bytes, partitions
 from indexer.fit.folder import FitFolder
 from indexer.fit.notes import FIT_NOTES, FitNotes, FitSettings, report_fit
 from indexer.fit.running_sums import Block, Sums
@@ -151,16 +151,18 @@ class Fit:
             return
         blocks, planned = folder.settings.covariance_blocks, folder.notes.partitions
         width, held = self.model.accumulate.itemsize, allowance.fit
+        gpu = gpu_width(self.model.device, folder.settings.eigen_dtype)
         # other partitions have other sums: what was summed up for these would be lost
         if planned and (held is None or all(
                 len(numbers) == 1 or
-                held_bytes([folder.modules[number] for number in numbers], blocks, width) <= held
+                held_bytes([folder.modules[number] for number in numbers], blocks, width, gpu)
+                <= held
                 for numbers in planned)):
             return
         unfitted = [folder.modules[number] for number in folder.unfitted(folder.modules)]
         folder.notes.partitions = [
             [folder.modules.index(module) for module in together]
-            for together in partitions(unfitted, blocks, width, allowance.planned)]
+            for together in partitions(unfitted, blocks, width, allowance.planned, gpu)]
         if planned:
             self.progress.say(
                 f"--max-memory is less than it was: what is left is fitted in "

@@ -85,14 +85,15 @@ class FitUnits:
         Raises GradindexError where they can't be found, ResourceError.
         """
         totals, positions = covariance.totals()
-        blocks = [(f"{self.folder.modules[number].name}/{side}", block) for number in numbers
-                  for side in ("A", "S")
-                  for block in square_blocks(totals[f"{self.folder.modules[number].name}/{side}"])]
+        modules = [self.folder.modules[number] for number in numbers]
+        names = [(f"{module.name}/{side}", self.model.device_of(module))
+                 for module in modules for side in ("A", "S")]
         found = eigenvectors_of_all(
-            ((name, block / positions) for name, block in blocks), self.model.device,
+            ((name, block / positions, device) for name, device in names
+             for block in square_blocks(totals[name])),
             getattr(torch, self.folder.settings.eigen_dtype), self.progress.say)
-        for number in numbers:
-            module, vectors = self.folder.modules[number], {}
+        for module in modules:
+            vectors = {}
             for side in ("A", "S"):
                 total = totals[f"{module.name}/{side}"]
                 vectors[side] = torch.zeros_like(total)

@@ -10,7 +10,7 @@ from gradindex.modules import Module
 from gradindex.storage.build_plan import Plan
 from indexer.calibrate import stacked_queries
 from indexer.code_length import longest
-from indexer.fit.budget import FitBytes, partitions
+from indexer.fit.budget import FitBytes, gpu_width, partitions
 from indexer.pace.speed import Work, in_groups
 
 
@@ -42,7 +42,8 @@ class Ahead:
             lengths, count, batch_tokens,
             CodeSettings.of(bits or longest(modules, default_length(plan.sequence_length)), modules,
                             plan.seed, plan.damping),
-            partitions(modules, blocks, width, allowance.planned),
+            partitions(modules, blocks, width, allowance.planned,
+                       gpu_width(model.device, plan.eigen_dtype)),
             FitBytes.of(modules, blocks, width), stacked_queries(model, modules, allowance))
 
     def work(self, sequences: int, group: int) -> Work:

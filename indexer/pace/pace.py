@@ -22,6 +22,7 @@ from torch import Tensor
 from gradindex.influence.blockwise import block_rows, covariance_shapes, identity, square_blocks
 from gradindex.influence.codes import Codes, CodeSettings
 from gradindex.influence.curvature import Curvature
+from gradindex.influence.device_codes import many_scores
 from gradindex.influence.gradients import backward
 from gradindex.influence.preconditioned import Whole, add_query_vectors, precondition
 from gradindex.influence.split_batches import plan_batches
@@ -154,7 +155,7 @@ def measure_pace(
     return Pace(
         one_pass=fit_speed(shapes, passes), **speeds, precondition=precondition_seconds,
         decompositions=_decompositions(model.device, modules, plan), drawing=drawing,
-        sealing=_sealing(model, sample), scan=_scan(code.length), hashing=_hashing(),
+        sealing=_sealing(model, sample), scan=_scan(code.length, model.device), hashing=_hashing(),
         batch=max(0, most) + transient,
         kept=0 if model.device.type == "cuda" else max(0, resident() - base),
     )
@@ -274,7 +275,7 @@ def _decompositions(device: torch.device, modules: list[Module], plan: Plan) -> 
 
 
 def _decompose(matrix: Tensor, device: torch.device, dtype: str) -> None:
-    list(eigenvectors_of_all([("a matrix", matrix)], device, getattr(torch, dtype),
+    list(eigenvectors_of_all([("a matrix", matrix, device)], getattr(torch, dtype),
                              lambda _: None))
 
 
@@ -285,12 +286,12 @@ def _sealing(model: LanguageModel, sample: list[Record]) -> float:
     return _seconds(lambda: token_file.pack(sequences, vocabulary)) / len(sequences)
 
 
-def _scan(length: int) -> float:
+def _scan(length: int, device: torch.device) -> float:
     """Seconds a row of scoring codes of K = `length` for all background queries together."""
     code_index = CodeIndex(length)
     code_index.add(np.zeros((UNPACKED_ROWS, code_bytes(length)), dtype=np.uint8))
     vectors = np.zeros((BACKGROUND_QUERIES, length), dtype=np.float32)
-    return _seconds(lambda: code_index.many_scores(vectors)) / UNPACKED_ROWS
+    return _seconds(lambda: many_scores(code_index, vectors, device)) / UNPACKED_ROWS
 
 
 def _hashing() -> float:

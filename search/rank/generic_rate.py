@@ -21,7 +21,9 @@ def add_rates(snapshot: Snapshot, hits: Sequence[Hit]) -> None:
     # a query that was made of this very text doesn't count for it, and is known by its digest
     places = np.searchsorted(contents.ids, [hit.id for hit in hits])
     digests = contents.rows["digest"][contents.places[places]]
-    scores = snapshot.codes_at(places.tolist()).many_scores(queries.vectors.astype(np.float32))
+    # where the build scanned them: what is at a threshold's border is to be there again
+    scores = many_scores(snapshot.codes_at(places.tolist()), queries.vectors.astype(np.float32),
+                         snapshot.model.device)
     rates = queries.rates(scores, digests)
     for hit, (upper, lower) in zip(hits, rates.T.tolist(), strict=True):
         rate = lower if hit.influence < 0 else upper

@@ -15,6 +15,7 @@ from gradindex.influence.device_codes import DeviceCodes
 from gradindex.influence.exact import Exact, Rescorer, rescore
 from gradindex.influence.fitted_model import FittedModel
 from gradindex.influence.preconditioned import Preconditioned
+from gradindex.model.devices import free_on
 from gradindex.model.model_source import ModelSource
 from gradindex.storage import code_index, layout, locks
 from gradindex.storage.code_index import CodeIndex
@@ -118,7 +119,7 @@ class Snapshot(FittedModel):
             scores = code_index.scan(segments, vectors, max(1, torch.get_num_threads()))
         else:
             if self._device_codes is None:
-                room = self.allowance.part(1 / 4, int(torch.cuda.mem_get_info(device)[0]) // 2)
+                room = self.allowance.part(1 / 4, free_on(device) // 2)
                 self._device_codes = DeviceCodes(
                     segments, self.manifest.code["length"], device, room)
             scores = self._device_codes.scores(vectors)

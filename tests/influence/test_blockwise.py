@@ -8,6 +8,7 @@ import torch
 
 import gradindex
 from gradindex.errors import InputError
+from gradindex.influence import blockwise
 from gradindex.influence.blockwise import (
     add_outer,
     enter,
@@ -59,7 +60,7 @@ def random_blocks(n, rows):
 @pytest.mark.parametrize("strip", [2, 256])
 def test_products_with_blocks_are_those_with_the_whole_matrix(rows, strip, monkeypatch):
     torch.manual_seed(rows)
-    monkeypatch.setattr("gradindex.influence.blockwise.STRIP", strip)
+    monkeypatch.setitem(blockwise.STRIP, "cpu", strip)
     q = random_blocks(7, rows)
     whole = dense(q)
     assert torch.equal(dense(identity(7, rows, q)), torch.eye(7, dtype=torch.float64))

@@ -201,7 +201,17 @@ def run(func: Any, *args: Any, **kwargs: Any) -> Any:
         made = func(*inner_args, **inner_kwargs)
     if name == "aten::_to_copy" and target is None and not waited:
         copy_later(made, seen.device[0])
+    if target is not None and name not in VIEWS:
+        _note_wide(name, [made] if isinstance(made, torch.Tensor) else made)
     return seen.close(made, target)
+
+
+def _note_wide(name: str, tensors: Any) -> None:
+    """Count an operation's numbers in float64."""
+    for one in tensors if isinstance(tensors, (list, tuple)) else ():
+        if isinstance(one, torch.Tensor) and one.dtype == torch.float64:
+            at = place(), name
+            LEDGER.wide[at] = max(one.numel(), LEDGER.wide.get(at, 0))
 
 
 class _Arguments:
@@ -250,6 +260,8 @@ def _check(func: Any, name: str, args: Any, kwargs: Any, seen: _Arguments) -> No
     if LEDGER.lost_after is not None:
         LEDGER.lost_after -= 1
         if LEDGER.lost_after < 0:
+            if name in PRODUCTS:  # which a library of CUDA's makes, with an error of its own
+                raise RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling cublas")
             raise torch.AcceleratorError("CUDA error: unspecified launch failure")
     generator = kwargs.get("generator")
     if generator is not None and generator.device.type != "cuda":
@@ -284,7 +296,7 @@ def _note(
 ) -> bool:
     """Count an operation; returns whether the host waits for it."""
     at = place()
-    LEDGER.devices.add(seen.index)
+    LEDGER.devices.add(seen.index if target is None else target)
     if name not in VIEWS:
         LEDGER.operations[at] += 1
     down = name in COPIES and bool(seen.device) and (
@@ -310,9 +322,7 @@ def _note(
                 LEDGER.waits[at, "index of the host"] += 1
                 return True
     if name not in VIEWS:
-        for one in seen.device:
-            if one.dtype == torch.float64:
-                LEDGER.wide[at, name] = max(one.numel(), LEDGER.wide.get((at, name), 0))
+        _note_wide(name, seen.device)
     if name in WAITS:
         LEDGER.waits[at, name] += 1
         return True
@@ -338,18 +348,23 @@ def _drawing() -> Iterator[None]:
 # ---- torch.cuda
 
 class Event:
-    """torch.cuda.Event: has happened once the device was waited for."""
+    """torch.cuda.Event: who waits for it waits for the copies that were asked for before it."""
 
-    def __init__(self, *_: Any, **__: Any) -> None: ...
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self._before: list[Check] = []
 
-    def record(self, stream: Any = None) -> None: ...
+    def record(self, stream: Any = None) -> None:
+        self._before = list(_under_way)
 
     def query(self) -> bool:
-        return not _under_way
+        return not any(copy in _under_way for copy in self._before)
 
     def synchronize(self) -> None:
         LEDGER.waits[place(), "event"] += 1
-        wait()
+        for copy in self._before:
+            if copy in _under_way:
+                _under_way.remove(copy)
+                copy()
 
 
 def synchronize(device: Any = None) -> None:
