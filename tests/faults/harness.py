@@ -46,6 +46,9 @@ class Ended:
         return f"signal {self.signal}, timed out {self.timed_out}, {self.report}"
 
 
+WIDE = 1 << 46  # bytes of address space, which no job reaches
+
+
 class Zygote:
     """Runs jobs (`jobs.py`) in forked children, one at a time."""
 
@@ -75,8 +78,11 @@ class Zygote:
         be open), user (the number of another one), processor, timeout.
 
         `processor` bounds the seconds that the child itself works, so that a child that goes round
-        in circles is found soon, and no other on a busy machine.
+        in circles is found soon, and no other on a busy machine. Under strace, whose numbers are
+        those of a thread, the child has one: its address space has a bound, however wide.
         """
+        if how.get("strace"):
+            how.setdefault("memory", WIDE)
         answer = self._tell(job, {name: str(value) if isinstance(value, Path) else value
                                   for name, value in arguments.items()}, **how)
         return Ended(answer["report"], answer["signal"], answer["timed_out"], answer["seconds"])
