@@ -18,7 +18,7 @@ from gradindex.memory import Allowance, parse_size
 from gradindex.model.tracked import tracked_modules
 from gradindex.storage.records import Part, Record
 from indexer.fit.batch_memory import batch_bytes
-from indexer.fit.budget import held_bytes, partitions
+from indexer.fit.budget import gpu_width, held_bytes, partitions
 from indexer.fit.notes import FitSettings
 from search.ask.controls import Controls
 from search.ask.settings import settle
@@ -153,7 +153,8 @@ def test_a_build_in_little_memory_gives_the_same_bytes(
 ):
     index = gradindex.open(index_folder)
     modules = index.manifest.modules
-    held = max(held_bytes([module], 1, 4) for module in modules)
+    gpu = gpu_width(index.model.device, index.manifest.plan.eigen_dtype)
+    held = max(held_bytes([module], 1, 4, gpu) for module in modules)
     with pytest.raises(ResourceError, match=r"--max-memory .* does not suffice: the model takes"):
         gradindex.build(str(model_folder), data_file, tmp_path / "index", **SMALL,
                         max_memory=index.model.bytes + held - 1)
@@ -184,7 +185,8 @@ def test_a_dry_run_plans_the_partitions_of_the_build(
                         lambda *asked: made.append(partitions(*asked)) or made[-1])
     index = gradindex.open(index_folder)
     modules = index.manifest.modules
-    held = held_bytes(modules[:2], 1, 4)
+    held = held_bytes(modules[:2], 1, 4, gpu_width(
+        index.model.device, index.manifest.plan.eigen_dtype))
     for room, count in ((held, 4), (int(1.2 * held), 2)):  # a tenth is left for what isn't foreseen
         asked = dict(SMALL, max_memory=index.model.bytes + room)
         found = gradindex.estimate(str(model_folder), data_file, tmp_path / "index", **asked)

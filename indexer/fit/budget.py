@@ -71,7 +71,7 @@ class FitMoments:
         return cls(
             Moment(8 * square, width * square),
             Moment(8 * square + SOLVER * largest**2 + 8 * max(squares), 0) if gpu is None else
-            Moment(8 * square + 8 * max(TOGETHER, *squares),
+            Moment(8 * square + 8 * max(min(TOGETHER, square), *squares),
                    GPU_SOLVER * gpu * max(min(TOGETHER, square), largest**2)),
             Moment(8 * table, width * (square + table)), Moment(8 * table + saved, 0))
 

@@ -53,7 +53,9 @@ class Zygote:
     """Runs jobs (`jobs.py`) in forked children, one at a time."""
 
     def __init__(self, model: Path):
+        # no digest is remembered, or a child would make other calls than the one before it
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
+                       "XDG_CACHE_HOME": os.devnull,
                        "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}",
                        "PYTHONWARNINGS": "ignore",
                        "JE_ARROW_MALLOC_CONF": "background_thread:false"}
