@@ -125,7 +125,7 @@ def test_what_sealing_raises_ends_the_build(model_folder, data_file, tmp_path, m
         seal(folder, *rest)
 
     monkeypatch.setattr(encode_module, "seal", full)
-    with pytest.raises(ResourceError, match=" left"):
+    with pytest.raises(ResourceError, match="disk is full"):
         gradindex.build(str(model_folder), data_file, tmp_path / "index", **SMALL)
     assert (tmp_path / "index" / "segments" / "000000").is_dir()
     assert (tmp_path / "index" / "segments" / "000001.partial").is_dir()

@@ -12,7 +12,7 @@ from gradindex.draws import Stream
 from gradindex.influence.blockwise import covariance_shapes, identity
 from gradindex.influence.split_batches import plan_batches
 from gradindex.memory import available, forget_most, most, resident, return_freed
-from gradindex.model.devices import on_host
+from gradindex.model.devices import free_on, on_host
 from gradindex.model.network import LanguageModel
 from gradindex.modules import Module
 from gradindex.storage.records import Record
@@ -56,8 +56,7 @@ def available_on(devices: Collection[torch.device]) -> int:
     """Bytes of memory to be had where a model is, this process's own among them."""
     if on_host(devices):
         return available()
-    return sum(int(torch.cuda.mem_get_info(device)[0]) + int(torch.cuda.memory_reserved(device))
-               for device in devices)
+    return sum(map(free_on, devices)) + used(devices)
 
 
 def used(devices: Collection[torch.device]) -> int:
