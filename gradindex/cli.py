@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from gradindex.errors import GradindexError, ResourceError
-from gradindex.memory import ran_out
+from gradindex.memory import gpu_failed, ran_out
 from gradindex.storage.os_errors import OF_DISKS, is_known, memory_limit, refusal
 from gradindex.terminal import visible_lines
 
@@ -119,7 +119,7 @@ def _run() -> int:
                        "less at once and takes longer, smaller --batch-tokens, fewer --modules, "
                        "or a machine with more.", err=True)
             return 4
-        if not _is_lost(error):
+        if not gpu_failed(error):
             raise
         click.echo(f"gradindex: the GPU failed ({_first_sentence(error)}). What was committed is "
                    "there, and the same command goes on from it; if it fails again, see "
@@ -131,13 +131,6 @@ def _run() -> int:
         return 0
     except OSError as error:
         return _say_refused(error)
-
-
-def _is_lost(error: Exception) -> bool:
-    """Whether an error is one of the GPU itself, which nothing in this process can use any more."""
-    # of torch, which may not be imported yet; and what CUDA's libraries and Triton say of it
-    return type(error).__name__ == "AcceleratorError" or any(words in str(error) for words in (
-        "CUDA error", "CUBLAS_STATUS", "cusolver error", "CUDNN_STATUS", "Triton Error [CUDA]"))
 
 
 def _first_sentence(error: Exception) -> str:

@@ -132,6 +132,17 @@ def ran_out(error: BaseException) -> bool:
         isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY))
 
 
+def gpu_failed(error: BaseException) -> bool:
+    """Whether an error is one of the GPU itself, which nothing in this process can use any more.
+
+    >>> gpu_failed(RuntimeError("cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR"))
+    True
+    """
+    # by its name, for torch may not be imported yet; and what CUDA's libraries and Triton say of it
+    return type(error).__name__ == "AcceleratorError" or any(words in str(error) for words in (
+        "CUDA error", "CUBLAS_STATUS", "cusolver error", "CUDNN_STATUS", "Triton Error [CUDA]"))
+
+
 def threads(most: int) -> int:
     """How many threads may read files at once: `most`, or 1 where the address space is bounded.
 

@@ -6,11 +6,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 import transformers
 
 from gradindex.errors import InputError
-from gradindex.memory import ran_out
+from gradindex.memory import gpu_failed, ran_out
 from gradindex.model.adapters import CONFIG, WEIGHTS, Adapter
 
 _OTHER_SHAPE = re.compile(r"size mismatch for (\S+): .*?Size\((.*?)\) from checkpoint.*?"
@@ -27,7 +26,7 @@ def readable_errors(name: str, adapter: Adapter | None = None) -> Iterator[None]
     try:
         yield
     except Exception as error:  # a damaged file fails in any library below
-        if ran_out(error) or isinstance(error, torch.AcceleratorError):
+        if ran_out(error) or gpu_failed(error):
             raise
         # transformers has few classes of errors: which it is can be told only by what it says.
         text = " ".join(str(error).split())

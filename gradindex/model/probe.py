@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gradindex.errors import InputError
-from gradindex.memory import ran_out
+from gradindex.memory import gpu_failed, ran_out
 from gradindex.model.config import context_length, vocabulary_size
 from gradindex.model.devices import dtype_of
 from gradindex.model.fused_experts import ExpertMap
@@ -334,7 +334,7 @@ def _readable(network: Any, where: str, expected: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # a model's code may raise anything
-        if isinstance(error, (InputError, torch.AcceleratorError)) or ran_out(error):
+        if isinstance(error, InputError) or ran_out(error) or gpu_failed(error):
             raise
         dtype = str(dtype_of(network)).removeprefix("torch.")
         text = " ".join(str(error).split()).rstrip(".")
