@@ -4,6 +4,8 @@ I / N_train is a derivative. For a gradient much larger than the curvature knows
 that the model never saw, it promises more than there is to gain; then it is no number of nats.
 """
 
+import math
+
 from gradindex.results import Query
 
 LARGEST_LOSS = 12.0  # nats a scored token: chance among 160,000
@@ -20,8 +22,10 @@ def room(query: Query) -> tuple[float, float]:
     (4.0, 20.0)
     """
     up = down = 0.0
+    if query.unit != "nats":  # a reward has no end
+        return math.inf, math.inf
     for text in query.texts:
-        gain = -sum(text.token_log_p)
+        gain = -text.own_log_p
         loss = max(0.0, LARGEST_LOSS * text.scored - gain)
         if text.weight < 0:  # what this one loses is gained
             gain, loss = loss, gain

@@ -11,8 +11,9 @@ from gradindex.errors import InputError
 class Module:
     """One tracked linear map s = W a; with a bias, a 1 is appended to a as its last entry.
 
-    `layer` is the number of the block that it belongs to. `kind` is "mlp" (whatever isn't
-    attention), "attention", or "adapter" for LoRA's own maps.
+    `layer` is the number of the block that it belongs to, or, of a head, the one behind the last.
+    `kind` is "mlp" (whatever of a block isn't attention), "attention", "head" for what makes a
+    class or a value of whole texts, or "adapter" for LoRA's own maps.
 
     >>> Module("layers.0.mlp.up", layer=0, kind="mlp", d_out=8, d_in=2, bias=True).shape
     (8, 3)
@@ -41,15 +42,16 @@ class Module:
         return o * i
 
 
-KINDS = {"mlp": {"mlp"}, "attention": {"attention"}, "all": {"mlp", "attention"},
-         "adapter": {"adapter"}}
+KINDS = {"mlp": {"mlp"}, "attention": {"attention"}, "head": {"head"},
+         "all": {"mlp", "attention", "head"}, "adapter": {"adapter"}}
 
 
 def choose_modules(modules: Sequence[Module], choice: str, what: str) -> list[Module]:
     """The modules of some layers, of some kinds, or whose names match, in order.
 
-    `choice` is layers ("8-15", "0,2-4"); or "mlp" (all but attention), "attention", "all" (both),
-    "adapter" (lora_A and lora_B), several of these with commas; or a regular expression, searched
+    `choice` is layers ("8-15", "0,2-4"); or "mlp" (all of the blocks but attention), "attention",
+    "head" (of a classifier or reward model), "all" (of these), "adapter" (lora_A and lora_B),
+    several of these with commas; or a regular expression, searched
     in names. Raises InputError where none is chosen, and says with `what` what there was to choose.
 
     >>> modules = [Module(f"layers.{n}.mlp", n, "mlp", 4, 4, False) for n in range(4)]

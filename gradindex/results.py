@@ -15,10 +15,32 @@ UNSCORED = -100  # the label of a token that isn't scored, as in transformers
 SCHEMA = 2  # of the JSON of a result
 UNSURE = 2  # standard errors from zero, within which a group's total may be nothing
 UNITS = (
-    "Influence is I = ∇log p(completion | prompt)ᵀ (G+λI)⁻¹ ∇log p(sequence), {how} for this "
-    "index's EK-FAC curvature: positive means that one more copy of the sequence would make the "
-    "completion more likely, by I / N_train nats to first order."
+    "Influence is I = ∇{asked}ᵀ (G+λI)⁻¹ ∇{row}, {how} for this index's EK-FAC curvature: positive "
+    "means that one more copy of the sequence would make {effect}, by I / N_train {unit} to first "
+    "order."
 )
+# by task: what is asked about, what of a sequence, and what a copy of that does
+SAID = {
+    "causal": ("log p(completion | prompt)", "log p(sequence)", "the completion more likely"),
+    "classification": ("log p(label | text)", "log p(its label)", "the label more likely"),
+    "reward": ("log σ(r(chosen) − r(rejected))", "log σ(its pair)",
+               "the chosen answer more preferred"),
+    "preference": ("log σ(β log-ratio of chosen to rejected)", "log σ(its pair)",
+                   "the chosen answer more preferred"),
+}
+
+
+def units_of(task: str, exact: bool, unit: str = "nats") -> str:
+    """What influence means for a task, with its sign, in one sentence.
+
+    >>> units_of("classification", exact=True)[:60]
+    'Influence is I = ∇log p(label | text)ᵀ (G+λI)⁻¹ ∇log p(its l'
+    """
+    asked, row, effect = SAID[task]
+    if unit != "nats":
+        asked, effect = "r(answer)", "the answer's reward larger"
+    return UNITS.format(asked=asked, row=row, effect=effect, unit=unit,
+                        how="exact" if exact else "estimated by code")
 
 
 GENERIC = 0.25  # of the background queries: a sequence that comes up for as many is generic
@@ -32,6 +54,12 @@ class Query:
     `token_texts` [t] are their texts and `token_log_p` [t] log p in nats, 0 where not scored.
     `others` are further texts whose log p is added, each times its own `weight`: −1 for the
     completion that this one is compared with (`versus`), 1 for the members of an aggregate.
+
+    Of other tasks than next tokens `labels` are the texts' own tokens; what is asked about is all
+    of the row, whose log p in nats (of a single answer its reward) is `row_log_p`. `label` is the
+    number of a class and `label_name` its name; `border` is where the second text begins, and
+    `offset` what the difference of a pair's scores has to exceed. `unit` is that of `row_log_p`:
+    nats, or reward.
 
     >>> query = Query([7, 8, 9], [-100, 8, 9], token_log_p=[0.0, -1.0, -2.0], weight=0.5)
     >>> query.scored, query.log_p
@@ -49,6 +77,12 @@ class Query:
     notes: list[str] = field(default_factory=list)  # what the user should know of how it was read
     token_texts: list[str] = field(default_factory=list)
     token_log_p: list[float] = field(default_factory=list)
+    label: int | None = None
+    label_name: str | None = None
+    border: int | None = None
+    offset: float = 0.0
+    row_log_p: float | None = None
+    unit: str = "nats"
 
     @property
     def texts(self) -> list["Query"]:
@@ -57,8 +91,9 @@ class Query:
 
     @property
     def scored(self) -> int:
-        """How many tokens log p sums over."""
-        return sum(map(self.is_scored, range(len(self.labels))))
+        """How many predictions log p sums over: tokens, or of other tasks one."""
+        return 1 if self.row_log_p is not None else sum(
+            map(self.is_scored, range(len(self.labels))))
 
     def is_scored(self, position: int) -> bool:
         """Whether log p counts the token at a position of the text."""
@@ -76,7 +111,12 @@ class Query:
     @property
     def log_p(self) -> float:
         """Σ of log p(completion | prompt) in nats, each text times its weight."""
-        return float(sum(text.weight * sum(text.token_log_p) for text in self.texts))
+        return float(sum(text.weight * text.own_log_p for text in self.texts))
+
+    @property
+    def own_log_p(self) -> float:
+        """log p of this text alone in nats, without its weight."""
+        return sum(self.token_log_p) if self.row_log_p is None else self.row_log_p
 
 
 @dataclass
@@ -103,6 +143,10 @@ class Hit:
     is among the highest hundredth, or the lowest where `influence` is negative: 0.01 by chance. It
     is that of the build's damping and of all modules; None where the index has no background
     queries, or none but of equal sequences.
+
+    Of other tasks than next tokens: `label` is the name of the sequence's class, `border` the token
+    at which the second of its texts begins (of a pair the rejected). `log_p` is log p of all of the
+    sequence in nats, of its label or preference; None where it wasn't scored exactly.
 
     Origin: `start` and `end` are characters of the document's text (−1 where it came as tokens).
     `duplicates` are the ids of equal sequences; `near_duplicates` those of hits further down that
@@ -141,6 +185,9 @@ class Hit:
     percentile: float | None = None
     lexical: float | None = None
     generic_rate: float | None = None
+    label: str | None = None
+    border: int | None = None
+    log_p: float | None = None
     tokens: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     token_influence: list[float] = field(default_factory=list)
@@ -246,6 +293,7 @@ class Result:
     sample_influence: list[float] = field(default_factory=list)
     model: str = ""
     index: str = ""  # of its manifest's SHA-256, the first 16 digits
+    task: str = "causal"
     groups: list[Group] = field(default_factory=list)
     group_count: int = 0
     total: Group | None = None
@@ -253,7 +301,7 @@ class Result:
     @property
     def units(self) -> str:
         """What the numbers mean, with their sign, in one sentence."""
-        return UNITS.format(how="exact" if self.controls["rescore"] else "estimated by code")
+        return units_of(self.task, bool(self.controls["rescore"]), self.query.unit)
 
     @property
     def opponents(self) -> bool:

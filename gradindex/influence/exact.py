@@ -23,7 +23,7 @@ from gradindex.influence.preconditioned import Preconditioned, slices
 from gradindex.influence.split_batches import Splits, in_batches
 from gradindex.model.network import LanguageModel
 from gradindex.modules import Module
-from gradindex.objective import Batch
+from gradindex.objective.batch import Batch
 from gradindex.storage.records import Record
 from gradindex.transfers import Arriving, stacked_on_host
 
@@ -92,40 +92,42 @@ class Terms:
 
 
 class GradientSizes:
-    """Adds up two sizes of each sequence's gradient ∇m.
+    """Adds up three sizes of each sequence's gradient ∇m.
 
     `self_influence` is ∇mᵀ (G+λ)⁻¹ ∇m, which is ‖m̃‖² for m̃ = (G+λ)^−½ ∇m. `squared_step` is
     ‖(G+λ)⁻¹ ∇m‖², the squared change of parameters that adding m causes: I over its square root is
-    θ-RelatIF (Barshan et al. 2020, eq. 7).
+    θ-RelatIF (Barshan et al. 2020, eq. 7). `squared_norm` is ‖∇m‖².
 
     >>> m = Module("m", 0, "mlp", d_out=1, d_in=2, bias=False)
     >>> from gradindex.influence.curvature import Curvature
     >>> ekfac = {"m": Curvature(torch.eye(2), torch.eye(1), torch.tensor([[2.0, 4.0]]))}
     >>> sizes = GradientSizes(ekfac, damping=0.0)
     >>> sizes(m, a=torch.tensor([[[2.0, 4.0]]]), d=torch.ones(1, 1, 1))
-    >>> sizes.found().tolist()  # 4/2 + 16/4, 1² + 1²
-    [[6.0], [2.0]]
+    >>> sizes.found().tolist()  # 4/2 + 16/4, 1² + 1², 2² + 4²
+    [[6.0], [2.0], [20.0]]
     """
 
     def __init__(self, ekfac: Ekfac, damping: float):
         self._ekfac, self._damping = ekfac, damping
-        self._sums: dict[torch.device, Tensor] = {}  # float64 [2, b]
+        self._sums: dict[torch.device, Tensor] = {}  # float64 [3, b]
 
     def __call__(self, module: Module, a: Tensor, d: Tensor) -> None:
         c = self._ekfac[module.name]
         damped = c.damped(self._damping)
         if damped.device not in self._sums:
-            self._sums[damped.device] = damped.new_zeros(2, len(a), dtype=torch.float64)
-        self_influence, squared_step = self._sums[damped.device]
+            self._sums[damped.device] = damped.new_zeros(3, len(a), dtype=torch.float64)
+        self_influence, squared_step, squared_norm = self._sums[damped.device]
         rotate = rotator(module, a, d, c.eigenvectors_a, c.eigenvectors_s)
         # Here gradients are formed after all, [n, o, i]: some at a time, and changed in place.
         for rows in slices(module, len(a)):
-            part = rotate(rows).square_().div_(damped)
+            part = rotate(rows).square_()
+            squared_norm[rows] += part.sum((1, 2))  # which no rotation changes
+            part.div_(damped)
             self_influence[rows] += part.sum((1, 2))
             squared_step[rows] += part.div_(damped).sum((1, 2))
 
     def found(self) -> np.ndarray:
-        """`self_influence` and `squared_step` of every sequence: float64 [2, b]."""
+        """`self_influence`, `squared_step`, `squared_norm` of every sequence: float64 [3, b]."""
         sizes: np.ndarray = np.sum(Arriving(list(self._sums.values())).arrays(), axis=0)
         return sizes
 
@@ -133,17 +135,18 @@ class GradientSizes:
 def collect(
     model: LanguageModel, modules: list[Module], batch: Batch,
     *collectors: Callable[[Module, Tensor, Tensor], None], numbers: Tensor | None = None,
-) -> None:
+) -> Tensor:
     """One forward and backward pass of a batch, whose a and d every collector is called with.
 
-    With `numbers` [b, t], labels are drawn from the model, as for `backward`.
+    With `numbers` [b, t], labels are drawn from the model, as for `backward`, whose log p it
+    returns.
     """
     def each(module: Module, a: Tensor, d: Tensor) -> None:
         for collector in collectors:
             collector(module, a, d)
 
     with torch.no_grad():
-        backward(model, modules, batch, each, numbers)
+        return backward(model, modules, batch, each, numbers)
 
 
 @dataclass
@@ -167,14 +170,16 @@ class Rescorer:
 class Exact:
     """The exact scores of one sequence.
 
-    `influence` float64 [q] is its influence on each query. The rest is None unless `rescore` was
-    asked for it: the sizes of `GradientSizes`; `terms` [t, u], by token and module, which exist for
-    a single query only; and `by_module` float64 [q, u].
+    `influence` float64 [q] is its influence on each query, `log_p` its own log p in nats. The rest
+    is None unless `rescore` was asked for it: the sizes of `GradientSizes`; `terms` [t, u], by
+    token and module, which exist for a single query only; and `by_module` float64 [q, u].
     """
 
     influence: np.ndarray
+    log_p: float = 0.0
     self_influence: float | None = None
     squared_step: float | None = None
+    squared_norm: float | None = None
     terms: np.ndarray | None = None
     by_module: np.ndarray | None = None
 
@@ -212,7 +217,7 @@ def rescore(
             return _score_batch(by, preconditioned, [chunk[row] for row in rows], sizes, terms,
                                 by_module)
 
-        lengths, splits = [len(record.tokens) for record in chunk], Splits()
+        lengths, splits = by.model.lengths(chunk), Splits()
         for rows, scores in in_batches(lengths, by.batch_tokens, splits, run):
             yield [(first + row, exact) for row, exact in zip(rows, scores, strict=True)]
         by.halved += len(splits.halved)
@@ -249,8 +254,8 @@ def self_influence(
         return np.asarray(sizes.found()[0])
 
     squares = np.zeros(len(sequences))
-    lengths = [len(record.tokens) for record in sequences]
-    for rows, sizes in in_batches(lengths, by.batch_tokens, Splits(), run):
+    for rows, sizes in in_batches(
+            by.model.lengths(sequences), by.batch_tokens, Splits(), run):
         squares[rows] = sizes  # batches come in no order of the sequences
     return squares
 
@@ -261,15 +266,16 @@ def joined(parts: Sequence[Exact]) -> Exact:
     Parts, in the order of their modules, are what a search scores where memory doesn't hold the
     query's whole gradient.
 
-    >>> parts = [Exact(np.array([n]), n, n, np.array([[n]])) for n in (1.0, 2.0)]
+    >>> parts = [Exact(np.array([n]), -5.0, n, n, n, np.array([[n]])) for n in (1.0, 2.0)]
     >>> joined(parts)
-    Exact(influence=array([3.]), self_influence=3.0, squared_step=3.0, terms=array([[1., 2.]]),
-          by_module=None)
+    Exact(influence=array([3.]), log_p=-5.0, self_influence=3.0, squared_step=3.0,
+          squared_norm=3.0, terms=array([[1., 2.]]), by_module=None)
     """
     return Exact(
-        np.sum([part.influence for part in parts], axis=0),
+        np.sum([part.influence for part in parts], axis=0), parts[0].log_p,
         sum(part.self_influence or 0.0 for part in parts),
         sum(part.squared_step or 0.0 for part in parts),
+        sum(part.squared_norm or 0.0 for part in parts),
         np.concatenate([part.terms for part in parts if part.terms is not None], axis=1),
     )
 
@@ -284,24 +290,26 @@ def _score_batch(
     extra = [gradient_sizes] if sizes else []
     if terms:
         parts = Terms(preconditioned, batch)
-        collect(by.model, by.modules, batch, parts, *extra)
-        stacked = parts.stacked(by.modules)
+        log_p = collect(by.model, by.modules, batch, parts, *extra)
         # The score is the sum of the very terms that are shown, so that they add up to it. Padding
         # has none, and each is copied, or one hit would keep the whole batch's terms in memory.
         scores = [
-            Exact(by_token[: len(record.tokens)].sum(keepdims=True, dtype=np.float64)[0],
-                  terms=by_token[: len(record.tokens)].copy())
-            for record, by_token in zip(records, stacked, strict=True)
+            Exact(by_token.sum(keepdims=True, dtype=np.float64)[0], terms=by_token)
+            for by_token in (of_all[real] for of_all, real in
+                             zip(parts.stacked(by.modules), batch.real, strict=True))
         ]
     else:
         influences = Influences(preconditioned)
-        collect(by.model, by.modules, batch, influences, *extra)
+        log_p = collect(by.model, by.modules, batch, influences, *extra)
         scores = [Exact(column) for column in influences.total.T]
         if by_module:
             shares = influences.stacked(by.modules).swapaxes(0, 1)
             for exact, share in zip(scores, shares, strict=True):
                 exact.by_module = share
+    for exact, row_log_p in zip(scores, log_p.double().sum(1).tolist(), strict=True):
+        exact.log_p = row_log_p
     if sizes:
-        for exact, (size, step) in zip(scores, gradient_sizes.found().T.tolist(), strict=True):
-            exact.self_influence, exact.squared_step = size, step
+        for exact, (size, step, norm) in zip(
+                scores, gradient_sizes.found().T.tolist(), strict=True):
+            exact.self_influence, exact.squared_step, exact.squared_norm = size, step, norm
     return scores

@@ -17,7 +17,7 @@ from gradindex.model.identity import check_identity, tokenizer_digest
 from gradindex.model.load_tokenizer import load_tokenizer
 from gradindex.model.model_source import ModelSource
 from gradindex.model.network import LanguageModel
-from gradindex.objective import NextToken
+from gradindex.objective.objective import Objective, objective_of
 from gradindex.storage.integrity import CheckedFiles
 from gradindex.storage.layout import curvature_file
 from gradindex.storage.manifest import Manifest
@@ -36,7 +36,7 @@ class FittedModel:
         self._model_named = source.model is not None
         self._source = source.at_build(
             manifest.model["name"], manifest.model["revision"], manifest.model["tokenizer_name"],
-            manifest.plan.adapter)
+            manifest.plan.adapter, manifest.task)
         self._model: LanguageModel | None = None
         self._tokenizer: Any | None = None
         self._tokenizer_read = False
@@ -123,9 +123,9 @@ class FittedModel:
             ) from None
 
     @property
-    def objective(self) -> NextToken:
+    def objective(self) -> Objective:
         """What the model is trained for; the model itself isn't loaded for it."""
-        return NextToken()
+        return objective_of(self._source.task, None)
 
     @property
     def allowance(self) -> Allowance:

@@ -24,7 +24,7 @@ from gradindex.model.fused_experts import ExpertMap, pack
 from gradindex.model.network import LanguageModel
 from gradindex.model.probe import is_in_order
 from gradindex.modules import Module
-from gradindex.objective import Batch
+from gradindex.objective.batch import Batch
 
 Each = Callable[[Module, Tensor, Tensor], None]
 
@@ -40,7 +40,7 @@ def backward(
     several times has the inputs of its runs one behind the other, an expert only those that were
     routed to it, padded with zeros: [b, m, i], see `Batch.positions`. With `numbers` [b, t] in
     [0, 1), labels drawn from the model take the places of the targets.
-    Returns log p of each position's target, or label, in nats: [b, t].
+    Returns log p in nats: of each position's target, or label, [b, t]; or of each row, [b, 1].
     Where its output has no part in the logits, d is zero; runs under `torch.no_grad` don't count.
     Raises BatchTooLargeError where memory runs out, and InputError for a module that runs on
     anything but [b, t, i] or [b·t, i] (axes of size 1 beside), that returns anything but a tensor,
@@ -63,12 +63,14 @@ class _Run:
     """One run of a module, d being there once the backward pass has reached it.
 
     For an expert, a is [n, i], and `token_numbers` int64 [n], on the host, are those of its inputs
-    among the batch's b·t tokens. `outputs` is the shape of what it gave.
+    among the batch's b·t tokens. Of what ran once a text, `at` int64 [b, n] is where in their rows
+    the texts begin. `outputs` is the shape of what it gave.
     """
 
     a: Tensor
     token_numbers: np.ndarray | None
     outputs: torch.Size
+    at: np.ndarray | None = None
     d: Tensor | None = None
 
 
@@ -96,7 +98,7 @@ def _backward(
                 token_numbers: Any = args[1]
                 run = _Run(a, token_numbers, output.shape)
             else:
-                run = _Run(_by_sequence(module, a, batch), None, output.shape)
+                run = _run_of(module, a, output.shape, batch)
             runs.setdefault(module.name, []).append(run)
             first = not output.requires_grad  # of the tracked modules: the graph begins here
             if first:
@@ -106,7 +108,7 @@ def _backward(
         return hook
 
     def receive(module: Module, run: _Run, d: Tensor) -> None:
-        run.d = d if run.token_numbers is not None else d.reshape(*batch.tokens.shape, -1)
+        run.d = d if run.token_numbers is not None else d.reshape(*run.a.shape[:2], -1)
         # A shared map's gradient is the sum over its runs, and its square is not the sum of theirs:
         # it is handed over when all have arrived. Popped, so that memory holds few modules at once.
         if all(earlier.d is not None for earlier in runs[module.name]):
@@ -162,39 +164,44 @@ def _check_all_ran(model: LanguageModel, modules: Sequence[Module], ran: set[str
             )
 
 
-def _by_sequence(module: Module, a: Tensor, batch: Batch) -> Tensor:
-    """A module's inputs as [b, t, i], given as that or flattened: [b·t, i].
+def _run_of(module: Module, a: Tensor, outputs: torch.Size, batch: Batch) -> _Run:
+    """A run with the module's inputs by row, [b, n, i]: one a token, or one a text.
 
-    Raises InputError for any other shape.
+    They are given as the network has them, [b, t, i], or flattened, [b·t, i]; or [b, i] of whole
+    texts. Raises InputError for any other shape.
     """
     # Blocks of a mixture of experts flatten the batch, some attentions see an axis of one head.
     # Anything else mixes sequences or positions in an order that can't be known, and a wrong guess
     # would give wrong scores without a word.
-    shape = (batch.tokens.shape[0], batch.tokens.shape[1])
-    if a.shape[:-1].numel() != shape[0] * shape[1] or not is_in_order(a.shape[:-1], shape):
-        raise InputError(
-            f"module {module.name} ran on something else than [batch, token, feature] (its input: "
-            f"{tuple(a.shape)}, the batch: {tuple(batch.tokens.shape)}); its per-sequence gradient "
-            "is undefined. Leave it out with --modules REGEX."
-        )
-    return a.reshape(*shape, -1)
+    rows, m = batch.real.shape
+    shape = rows * batch.texts, m // batch.texts
+    if is_in_order(a.shape[:-1], shape):
+        return _Run(a.reshape(rows, m, -1), None, outputs)
+    if is_in_order(a.shape[:-1], (shape[0], 1)):
+        return _Run(a.reshape(rows, batch.texts, -1), None, outputs, batch.starts())
+    raise InputError(
+        f"module {module.name} ran on something else than [batch, token, feature] (its input: "
+        f"{tuple(a.shape)}, the batch: {shape}); its per-sequence gradient is undefined. Leave it "
+        "out with --modules REGEX."
+    )
 
 
 def _joined(module: Module, runs: list[_Run], batch: Batch) -> tuple[Tensor, Tensor]:
     """a [b, m, i] and d [b, m, o] of all runs of a module, one behind the other.
 
     Where m isn't t, or the inputs aren't in the order of tokens, `batch.positions` says which token
-    each belongs to.
+    each belongs to; what runs once a text belongs to its first.
     """
-    shape = (batch.tokens.shape[0], batch.tokens.shape[1])
-    if len(runs) == 1 and runs[0].token_numbers is None:
+    shape = (batch.real.shape[0], batch.real.shape[1])
+    if len(runs) == 1 and runs[0].token_numbers is None and runs[0].at is None:
         assert runs[0].d is not None
         return runs[0].a, runs[0].d
     a_parts, d_parts, positions = [], [], []
     for run in runs:
         assert run.d is not None
         if run.token_numbers is None:
-            a, d, at = run.a, run.d, np.broadcast_to(np.arange(shape[1]), shape)
+            a, d, at = run.a, run.d, np.broadcast_to(np.arange(shape[1]), shape) \
+                if run.at is None else run.at
         else:
             a = run.a
             if module.d_in > a.shape[-1]:  # a bias is a column of W here: it counts where a token

@@ -19,7 +19,7 @@ from gradindex.influence.curvature import Curvature, Ekfac
 from gradindex.influence.gradients import apply_inputs, backward, gradient
 from gradindex.model.network import LanguageModel
 from gradindex.modules import Module
-from gradindex.objective import Batch
+from gradindex.objective.batch import Batch
 
 Gradients = dict[str, Tensor]  # [q, o, i] by module name, a row a query
 Arrays = dict[str, np.ndarray | tuple[np.ndarray, np.ndarray]]  # whole, or L and R, by module name
@@ -156,6 +156,10 @@ class Whole:
             scores += p_rows.flatten(1) @ gradient(module, a, d_rows).flatten(1).T
         return scores
 
+    def matrices(self) -> Tensor:
+        """P, [q, o, i]."""
+        return self.p
+
     def arrays(self) -> np.ndarray:
         """P as NumPy's array, to be sent to another process: [q, o, i]."""
         return self.p.cpu().numpy()
@@ -208,6 +212,10 @@ class LowRank:
         return torch.cat([
             _low_rank_terms(module, a, d, *factors).sum(-1)
             for factors in zip(left.split(most), right.split(most), strict=True)])
+
+    def matrices(self) -> Tensor:
+        """L R, [q, o, i]."""
+        return self.left @ self.right
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
         """L and R as NumPy's arrays, to be sent to another process: [q, o, r] and [q, r, i]."""

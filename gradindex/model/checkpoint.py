@@ -19,7 +19,7 @@ from gradindex.errors import InputError
 from gradindex.model.config import is_quantised
 from gradindex.model.load_adapter import check_adapter
 from gradindex.model.load_errors import readable_errors
-from gradindex.model.model_source import ModelSource
+from gradindex.model.model_source import ModelSource, auto_class
 from gradindex.model.saved_files import Shapes, tensor_shapes
 from gradindex.progress import shares
 
@@ -54,24 +54,25 @@ def check_checkpoint(source: ModelSource) -> list[str]:
         return []
     network, loading = matched
     # asked again when the weights are loaded: here it costs nothing, and comes before the data
-    check_loading(source.name, network, loading)
+    check_loading(source, network, loading)
     return _left_out(network, shapes)
 
 
-def check_loading(name: str, network: Any, loading: dict[str, Any]) -> None:
-    """Raise InputError unless the weights of model `name` and its network are one to one.
+def check_loading(source: ModelSource, network: Any, loading: dict[str, Any]) -> None:
+    """Raise InputError unless the weights of a model and its network are one to one.
 
     `loading` is what transformers says of loading them.
     """
-    loaded, owners = type(network).__name__, getattr(network.config, "architectures", None) or []
+    name, loaded = source.name, type(network).__name__
+    owners = getattr(network.config, "architectures", None) or []
     dropped = [key for key in loading["unexpected_keys"] if not _is_left_out(key, network.config)]
     users = [] if owners or not dropped else _users(network, dropped)
     if lacking := loading["missing_keys"]:  # transformers would fill them with random numbers
         saved = f" They were saved by {', '.join(owners)}." if set(owners) - {loaded} else \
             f" They are those of {' or '.join(users)}." if users else ""
         raise InputError(
-            f"the weights of {name} lack {_tensors(lacking)}.{saved} Expected a complete causal "
-            f"language model ({loaded}), as save_pretrained writes it."
+            f"the weights of {name} lack {_tensors(lacking)}.{saved} Expected "
+            f"{source.task.model} as a whole ({loaded}), as save_pretrained writes it."
         )
     if loading.get("mismatched_keys"):
         tensor, found, expected = sorted(loading["mismatched_keys"])[0]
@@ -85,12 +86,15 @@ def check_loading(name: str, network: Any, loading: dict[str, Any]) -> None:
         whose = "They are a value head's, as TRL's AutoModelForCausalLMWithValueHead saves it: " \
                 "save the model inside by itself (its pretrained_model.save_pretrained)."
     elif set(owners) - {loaded}:
-        whose = f"They belong to {', '.join(owners)} (architectures in config.json). Give the " \
-                "language model alone, as save_pretrained writes it, if it was trained as one."
+        whose = f"They belong to {', '.join(owners)} (architectures in config.json). Give " \
+                f"{source.task.model} alone, as save_pretrained writes it, if it was trained as " \
+                "one."
     elif users:
-        whose = f"They are used by {' or '.join(users)} (config.json names no architectures), " \
-                "which has a head for something else than the next token. Expected a causal " \
-                "language model, such as the one that it was trained from."
+        tasks = " or ".join(sorted({task for user in users for task in tasks_of(user)}))
+        whose = f"They are used by {' or '.join(users)} (config.json names no architectures)" + (
+            f", which --task {tasks} indexes." if tasks else
+            f", which has another head. Expected {source.task.model}, such as the one that it was "
+            "trained from.")
     else:
         whose = f"config.json names no other class (architectures: {', '.join(owners) or 'none'}" \
                 "), so they were saved along with it, or config.json was changed. Put the right " \
@@ -146,21 +150,38 @@ def _entries(shape: tuple[int, ...]) -> int:
 # ---- its class
 
 
-def check_class(source: ModelSource, config: Any) -> None:
-    """Raise InputError for a model that isn't, or wasn't saved as, a causal language model."""
+def class_names(source: ModelSource, config: Any) -> list[str]:
+    """The names of a model's classes: an object's own, or those that its config.json names."""
     # an object's own class, whatever it was loaded from
     model = getattr(source.model, "_orig_mod", source.model)
     inside = model.get_base_model() if hasattr(model, "get_base_model") else model
-    owners = [type(inside).__name__] if source.is_object else \
+    return [type(inside).__name__] if source.is_object else \
         getattr(config, "architectures", None) or []
+
+
+def tasks_of(class_name: str) -> list[str]:
+    """The tasks that a class of transformers may have been trained for."""
+    if class_name in _OF_TEXTS:
+        return ["classification", "reward"]
+    causal: Collection[str] = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return ["causal", "preference"] if class_name in causal else []
+
+
+def check_class(source: ModelSource, config: Any) -> None:
+    """Raise InputError for a model that isn't, or wasn't saved as, one of the source's task."""
+    owners, task = class_names(source, config), source.task
     where = "" if source.is_object else " (architectures in its config.json)"
+    if not task.is_causal:
+        _check_of_texts(source, config, owners, where)
+        return
     for found in owners:
         if found in _OTHER_TASKS:
+            tasks = " or ".join(tasks_of(found))
             raise InputError(
                 f"the model {source.name} is a {found}{where}, which says something else of a text "
-                "than its next token: a class, a value or a place. Expected a causal language "
-                "model, such as the one that it was trained from."
-            )
+                "than its next token: a class, a value or a place. " + (
+                    f"Index it with --task {tasks}." if tasks else "Expected a causal language "
+                    "model, such as the one that it was trained from."))
         if found in _HEADLESS:  # tied embeddings would be its head, though nothing was trained so
             raise InputError(
                 f"the model {source.name} is a {found}{where}, which has no head that says a next "
@@ -178,9 +199,51 @@ def check_class(source: ModelSource, config: Any) -> None:
         )
 
 
+def _check_of_texts(source: ModelSource, config: Any, owners: list[str], where: str) -> None:
+    """Raise InputError for what is no classifier of texts, or no reward model."""
+    task = source.task
+    for found in owners:
+        # a base with an adapter that brings the head is looked at when both are loaded
+        if found not in _OF_TEXTS and not _own_code(config):
+            tasks = " or ".join(tasks_of(found))
+            raise InputError(
+                f"the model {source.name} is a {found}{where}, which has no head that gives whole "
+                f"texts a class or a value. Expected {task.model} "
+                "(AutoModelForSequenceClassification), as save_pretrained writes it"
+                + (f"; to index this one: --task {tasks}." if tasks else "."))
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(
+            f"the model {source.name} is an encoder-decoder ({config.model_type}), which reads a "
+            f"text twice. Expected {task.model} that reads it once, such as BERT or Llama with a "
+            "head.")
+    if not source.is_object and not _own_code(config) and \
+            type(config) not in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise InputError(
+            f"the model {source.name} is {' '.join(owners) or 'a model'} of type "
+            f"{config.model_type!r}, which transformers has no classifier of texts for "
+            f"(AutoModelForSequenceClassification). Expected {task.model}.")
+    kind, count = getattr(config, "problem_type", None), config.num_labels
+    if kind == "multi_label_classification" or (kind == "regression" and \
+            task.name == "classification"):
+        said = {"regression": "a number"}.get(kind, "several labels")
+        raise InputError(
+            f"the model {source.name} gives a text {said} (problem_type {kind} in its "
+            "config.json); expected one label of several classes, of which one is right.")
+    if task.name == "reward" and count != 1:
+        raise InputError(
+            f"the model {source.name} has {count} outputs (num_labels in its config.json); a "
+            "reward model has one. A classifier is indexed with --task classification.")
+    if task.name == "classification" and count < 2:
+        raise InputError(
+            f"the model {source.name} has one output (num_labels in its config.json), which is a "
+            "value and no class; expected two classes or more. A reward model is indexed with "
+            "--task reward; regression can't be.")
+
+
 def _own_code(config: Any) -> bool:
     """Whether a model's class isn't one of transformers', but comes with it."""
-    return "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    own = getattr(config, "auto_map", None) or {}
+    return "AutoModelForCausalLM" in own or "AutoModelForSequenceClassification" in own
 
 
 def _causal_class(config: Any) -> str | None:
@@ -203,6 +266,7 @@ _OTHER_TASKS = _classes(*(f"MODEL_FOR_{task}" for task in (
     "SEQUENCE_CLASSIFICATION", "TOKEN_CLASSIFICATION", "QUESTION_ANSWERING", "MULTIPLE_CHOICE",
     "NEXT_SENTENCE_PREDICTION", "IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION")))
 _HEADLESS = _classes("MODEL")
+_OF_TEXTS = _classes("MODEL_FOR_SEQUENCE_CLASSIFICATION")
 
 
 def _users(network: Any, tensors: Collection[str]) -> list[str]:
@@ -235,7 +299,7 @@ def _match(
     try:
         with readable_errors(source.name), torch.device("meta"):
             config = copy.deepcopy(config)  # in which a model notes what it chose
-            kind = type(transformers.AutoModelForCausalLM.from_config(config))
+            kind = type(auto_class(source.task).from_config(config))
             network, loading = kind.from_pretrained(
                 None, config=config, state_dict=empty, device_map={"": "meta"},
                 output_loading_info=True, ignore_mismatched_sizes=True)

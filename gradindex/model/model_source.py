@@ -20,6 +20,13 @@ from gradindex.model.devices import DTYPES, check_dtype, device_called, dtype_ca
 from gradindex.model.load_errors import readable_errors
 from gradindex.model.quantised import quantised_dtype
 from gradindex.model.saved_files import WEIGHTS, check_folder, check_path, weight_files
+from gradindex.task import CAUSAL, Task
+
+
+def auto_class(task: Task) -> Any:
+    """The class of transformers by which models of a task are loaded."""
+    return transformers.AutoModelForCausalLM if task.is_causal else \
+        transformers.AutoModelForSequenceClassification
 
 
 @dataclass
@@ -33,7 +40,8 @@ class ModelSource:
     The model is to run on `device` ("auto", "cpu", "cuda", "cuda:N"), or with the `device_map`
     "auto" on all GPUs together, and `max_memory` bytes may be used there at most [all there is].
     `adapter_name` is which of several adapters is meant: of a folder's or hub id's, or of a
-    PeftModel's [the one in the folder itself, or those that run].
+    PeftModel's [the one in the folder itself, or those that run]. `task` is what it was trained
+    for, which decides as what it is loaded.
     """
 
     model: Any = None
@@ -44,6 +52,7 @@ class ModelSource:
     max_memory: int | None = None
     adapter_name: str | None = None
     device_map: str | None = None
+    task: Task = CAUSAL
 
     def __post_init__(self) -> None:
         """Raises InputError for an object that is no model of transformers or peft, and a device
@@ -78,12 +87,17 @@ class ModelSource:
         return self.model is not None and not isinstance(self.model, (str, Path))
 
     def at_build(
-        self, name: str, revision: str | None, tokenizer: str | None, adapter: str | None
+        self, name: str, revision: str | None, tokenizer: str | None, adapter: str | None,
+        task: Task,
     ) -> "ModelSource":
-        """This source, with the model and adapter that an index was built with where it names none.
+        """This source for an index's task, with the model and adapter of its build where it names
+        none.
         """
+        if task != self.task:
+            return replace(self, task=task).at_build(name, revision, tokenizer, adapter, task)
         if adapter is not None and self.adapter_name is None:
-            return replace(self, adapter_name=adapter).at_build(name, revision, tokenizer, None)
+            return replace(self, adapter_name=adapter).at_build(
+                name, revision, tokenizer, None, task)
         if self.model is not None:
             return self
         return replace(self, model=name if revision is None else f"{name}@{revision}",

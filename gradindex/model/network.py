@@ -1,4 +1,4 @@
-"""A causal language model, loaded.
+"""A model, loaded: a causal language model, or one that says something of whole texts.
 
 Its identity is a digest of its weights, never its path (`identity.py`). Parameters never require a
 gradient: `influence/gradients.py` differentiates with respect to the outputs of modules only.
@@ -15,7 +15,7 @@ import transformers
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from gradindex.errors import ResourceError
+from gradindex.errors import InputError, ResourceError
 from gradindex.model import fused_experts
 from gradindex.model.adapters import adapter_facts, quiet_dora, run_alone
 from gradindex.model.checkpoint import check_class, check_loading
@@ -25,19 +25,20 @@ from gradindex.model.linear_maps import identity_of, maps_by_weight
 from gradindex.model.load_adapter import load_adapter, unwrapped
 from gradindex.model.load_errors import readable_errors
 from gradindex.model.load_tokenizer import load_tokenizer
-from gradindex.model.model_source import ModelSource
+from gradindex.model.model_source import ModelSource, auto_class
 from gradindex.model.own_copy import own_copy
 from gradindex.model.quantised import as_dequantised
 from gradindex.model.soft_cap import soft_cap
 from gradindex.modules import Module
-from gradindex.objective import Batch, NextToken, Scored
+from gradindex.objective.batch import Batch, Row
+from gradindex.objective.objective import Objective, objective_of
 
 EXPERTS = "gradindex"  # what our way of running fused experts is called in transformers
 
 
 @dataclass
 class LanguageModel:
-    """A loaded causal language model, its tokenizer (or None), and where both came from.
+    """A loaded model, its tokenizer (or None), and where both came from.
 
     Making one changes the network: fused experts get submodules, and are run one by one.
     """
@@ -45,7 +46,7 @@ class LanguageModel:
     network: Any
     tokenizer: Any | None
     source: ModelSource
-    objective: NextToken = field(init=False)
+    objective: Objective = field(init=False)
 
     # Hooks sit on the network itself, which two of these may share: a second thread's pass would
     # be heard by the first one's.
@@ -56,7 +57,9 @@ class LanguageModel:
         ALL_EXPERTS_FUNCTIONS.register(EXPERTS, fused_experts.forward)
         for fused in fused_experts.open_experts(self.network):
             fused.config._experts_implementation = EXPERTS  # type: ignore[union-attr]
-        self.objective = NextToken(soft_cap(self.network))
+        task = self.source.task
+        self.objective = objective_of(
+            task, self.network, soft_cap(self.network) if task.is_causal else None)
 
     @classmethod
     def load(cls, source: ModelSource, dtype: str = "auto") -> Self:
@@ -89,8 +92,10 @@ class LanguageModel:
             if adapter_facts(network) or dtype_of(network) != wanted:
                 _cast(network, wanted)
         quiet_dora(network)
-        network = network.eval().requires_grad_(False)
-        return cls(network, load_tokenizer(source), source)
+        network, tokenizer = network.eval().requires_grad_(False), load_tokenizer(source)
+        if not source.task.is_causal:
+            _settle_padding(source, network, tokenizer)
+        return cls(network, tokenizer, source)
 
     def sharing(self, name: str) -> list[nn.Module]:
         """The modules that share the weight of the one of this name, itself among them."""
@@ -136,9 +141,13 @@ class LanguageModel:
         """The dtype of sums, curvature and scores: float32, or float64 for a float64 model."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
-    def batch(self, texts: Sequence[Scored]) -> Batch:
-        """Texts, or records, as a batch on this model's device."""
-        return self.objective.batch(texts, self.device)
+    def batch(self, rows: Sequence[Row]) -> Batch:
+        """Rows as a batch on this model's device."""
+        return self.objective.batch(rows, self.device)
+
+    def lengths(self, rows: Sequence[Row]) -> list[int]:
+        """How many padded tokens each row takes in a batch by itself."""
+        return [self.objective.length(row) for row in rows]
 
     def continuation(self, tokens: list[int], length: int) -> list[int]:
         """The token ids with which the model itself goes on, greedily: at most `length` of them.
@@ -174,14 +183,26 @@ def _read(source: ModelSource, device: torch.device, dtype: torch.dtype) -> Any:
             options = {"device_map": source.device_map}
         source.weight_files()  # for the reason where one is missing or damaged
         with readable_errors(source.name):
-            network, loading = transformers.AutoModelForCausalLM.from_pretrained(
+            network, loading = auto_class(source.task).from_pretrained(
                 source.name, dtype=dtype, **options, **source.arguments, output_loading_info=True,
                 use_safetensors=None if source.allow_pickle else True,
                 ignore_mismatched_sizes=True,  # which `check_loading` refuses
             )
-        check_loading(source.name, network, loading)
+        check_loading(source, network, loading)
         _check_spread(source, network)
     return network
+
+
+def _settle_padding(source: ModelSource, network: Any, tokenizer: Any) -> None:
+    """Tell a network which token is padding, as its trainers did. Raises InputError for none."""
+    text = network.config.get_text_config()
+    if text.pad_token_id is None:  # without, it would take the last token of a batch's longest text
+        text.pad_token_id = getattr(tokenizer, "pad_token_id", None)
+    if text.pad_token_id is None:
+        raise InputError(
+            f"neither the configuration of {source.name} nor its tokenizer names a token for "
+            "padding, and texts of a batch are padded. Set pad_token_id in config.json to the one "
+            "of its training (often the end token).")
 
 
 def _is_spread(network: Any, source: ModelSource) -> bool:

@@ -1,11 +1,11 @@
 """Small passes through a network: what runs in it, and may its gradients be taken as we take them?
 
-Taken for granted afterwards, and so tried here before any data are read: the network is causal and
-computes each sequence of a batch by itself, or padding and neighbours would have a part in every
-score; and a map's gradient is Σ d aᵀ of what a hook on it sees, its inputs standing one for each
-token in the order of the tokens. A map whose weight is used without calling it (Mamba's dt_proj),
-or in a pass of its own that hooks don't hear (reversible layers), fails that, by autograd on its
-weight.
+Taken for granted afterwards, and so tried here before any data are read: the network is causal (but
+where it says something of whole texts) and computes each sequence of a batch by itself, or padding
+and neighbours would have a part in every score; and a map's gradient is Σ d aᵀ of what a hook on it
+sees, its inputs standing one for each token in the order of the tokens, or one for each whole text.
+A map whose weight is used without calling it (Mamba's dt_proj), or in a pass of its own that hooks
+don't hear (reversible layers), fails that, by autograd on its weight.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +23,9 @@ from gradindex.model.config import context_length, vocabulary_size
 from gradindex.model.devices import dtype_of
 from gradindex.model.fused_experts import ExpertMap
 from gradindex.model.linear_maps import address, form, holder, stored
+from gradindex.objective.batch import Text
+from gradindex.objective.classes import WholeTexts
+from gradindex.task import CAUSAL, Task
 
 SHAPES = ((2, 5), (3, 11))  # sequences and tokens of the passes: no two numbers are alike
 LONG = (2, 300)  # of one more, where a map has no influence in the short ones
@@ -63,22 +67,24 @@ class _Heard:
         self.d = d.detach().flatten(0, -2)
 
 
-def probe(network: Any, maps: Sequence[Sequence[nn.Module]]) -> Probe:
+def probe(
+    network: Any, maps: Sequence[Sequence[nn.Module]], task: Task = CAUSAL
+) -> Probe:
     """Run small passes. `maps` are the network's linear maps, those that share a weight together.
 
-    Raises InputError unless the network gives logits for tokens alone, is causal, and keeps the
-    sequences of a batch apart, as gradients tell. Where the weights aren't in memory (on the device
-    "meta"), every module counts as called, and nothing is left out.
+    Raises InputError unless the network gives logits for tokens alone, is causal where its task is,
+    and keeps the sequences of a batch apart, as gradients tell. Where the weights aren't in memory
+    (on the device "meta"), every module counts as called, and nothing is left out.
     """
     if next(network.parameters()).device.type == "meta":
         return Probe(list(network.modules()))
     found = Probe([])
     with in_evaluation(network), _own_gradients(network, maps):
-        passes = [_Pass(network, maps, *size) for size in SHAPES]
+        passes = [_Pass(network, maps, task, *size) for size in SHAPES]
         silent = set.intersection(*(one.silent for one in passes))
         if silent:  # of some parts the influence begins far behind, as of compressed context
             most = context_length(network.config) or LONG[1]
-            passes.append(_Pass(network, maps, LONG[0], min(LONG[1], most)))
+            passes.append(_Pass(network, maps, task, LONG[0], min(LONG[1], most)))
             silent &= passes[-1].silent
     found.called = list(dict.fromkeys(module for one in passes for module in one.called))
     found.left_out = dict.fromkeys(silent, NO_INFLUENCE)
@@ -93,12 +99,14 @@ class _Pass:
     `silent` are the maps that run without influence on the logits.
     """
 
-    def __init__(self, network: Any, maps: Sequence[Sequence[nn.Module]], b: int, t: int):
+    def __init__(
+        self, network: Any, maps: Sequence[Sequence[nn.Module]], task: Task, b: int, t: int
+    ):
         self.called: dict[nn.Module, None] = {}
         self.silent: set[nn.Module] = set()
         self.left_out: dict[nn.Module, str] = {}
         self._runs: dict[nn.Module, list[_Heard]] = {}
-        self._shape, self._maps = (b, t), maps
+        self._shape, self._maps, self._task = (b, t), maps, task
         self._embedded: list[Tensor] = []
         tokens = some_tokens(network, b, t)
         handles = [module.register_forward_hook(self._call) for module in network.modules()]
@@ -107,15 +115,15 @@ class _Pass:
         handles.append(network.get_input_embeddings().register_forward_hook(self._embed))
         try:
             with torch.enable_grad():
-                logits = _logits(network, tokens)[:, :-1].float()
+                logits = _logits(network, tokens, task).float()
         finally:
             for handle in handles:  # or they would hear what a backward pass computes again
                 handle.remove()
         with torch.enable_grad(), _readable(
                 network, "backward", "has a gradient in evaluation mode"):
-            log_p = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
-            self._check_order(network, log_p[0, :EARLIER].sum())
-            self._check_gradients(log_p.sum())
+            said = _some_of(logits, tokens, task)
+            self._check_order(network, said[0, :EARLIER].sum())
+            self._check_gradients(said.sum())
         self._runs.clear()
 
     def _call(self, module: nn.Module, _: Any, __: Any) -> None:
@@ -136,9 +144,12 @@ class _Pass:
         if isinstance(linear, ExpertMap):
             numbers: Tensor | None = args[1]
         else:
-            whole = a.shape[:-1].numel() == self._shape[0] * self._shape[1] and is_in_order(
-                a.shape[:-1], self._shape)
-            numbers = torch.arange(len(a.flatten(0, -2)), device=a.device) if whole else None
+            b, t = self._shape
+            numbers = None
+            if is_in_order(a.shape[:-1], (b, t)):
+                numbers = torch.arange(b * t, device=a.device)
+            elif not self._task.is_causal and is_in_order(a.shape[:-1], (b, 1)):
+                numbers = torch.arange(0, b * t, t, device=a.device)  # one a text
         run = _Heard(a.flatten(0, -2), numbers, output)
         output.register_hook(run.receive)
         self._runs[linear].append(run)
@@ -146,8 +157,9 @@ class _Pass:
     def _check_order(self, network: Any, earlier: Tensor) -> None:
         """What `earlier` says of the first sequence may depend on its first tokens alone.
 
-        Raises InputError where other tokens' embeddings have a part in it; a map whose outputs for
-        others have one has its inputs in another order, and is left out.
+        Of a whole text it may depend on all of the text. Raises InputError where other tokens'
+        embeddings have a part in it; a map whose outputs for others have one has its inputs in
+        another order, and is left out.
         """
         runs = [(linear, run) for linear, runs in self._runs.items() for run in runs]
         wanted = [*self._embedded, *(run.output for _, run in runs)]
@@ -160,14 +172,15 @@ class _Pass:
             limit = NOTHING * sizes.max()
             if sizes[1:].max() > limit:
                 raise _mixing(network)
-            if sizes[0, EARLIER:].max() > limit:
+            if self._task.is_causal and sizes[0, EARLIER:].max() > limit:
                 raise _not_causal(network)
         for (linear, run), d in zip(runs, gradients[len(self._embedded):], strict=True):
             if run.token_numbers is None:
                 self.left_out[linear] = SCATTERED
             elif d is not None and d.numel():
                 sizes = d.flatten(0, -2).abs().amax(-1)
-                later = torch.as_tensor(run.token_numbers >= EARLIER, device=sizes.device)
+                own = EARLIER if self._task.is_causal else t
+                later = torch.as_tensor(run.token_numbers >= own, device=sizes.device)
                 if (sizes[later] > NOTHING * sizes.max()).any():
                     self.left_out[linear] = SCATTERED
 
@@ -261,22 +274,39 @@ def some_tokens(network: Any, b: int, t: int, first: int = 0) -> Tensor:
     return ((count // 2 + numbers) % count).view(b, t)
 
 
-def _logits(network: Any, tokens: Tensor) -> Tensor:
-    """The logits [b, t, v] of a pass. Raises InputError where the network has none, or fails."""
+def _some_of(logits: Tensor, tokens: Tensor, task: Task) -> Tensor:
+    """Numbers that logits say of the tokens of each text: log p [b, t − 1] of each next one; or of
+    whole texts, the log of one class, or a value, [b, 1].
+    """
+    if task.is_causal:
+        return logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
+    return logits.log_softmax(-1)[:, :1] if logits.shape[1] > 1 else logits
+
+
+def _logits(network: Any, tokens: Tensor, task: Task) -> Tensor:
+    """The logits of a pass: [b, t, v], or of whole texts [b, c].
+
+    Raises InputError where the network has none, or fails.
+    """
     with _readable(network, f"forward over {len(tokens)} × {tokens.shape[1]} tokens",
                    "gives logits for token ids alone, whatever their number"):
-        logits = getattr(network(input_ids=tokens, use_cache=False), "logits", None)
-    if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != tokens.shape:
+        told = {"use_cache": False} if task.is_causal else {}
+        logits = getattr(network(input_ids=tokens, **told), "logits", None)
+    prefix = tokens.shape if task.is_causal else tokens.shape[:1]
+    if not isinstance(logits, Tensor) or logits.shape[:-1] != prefix:
         given = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        expected = "[batch, token, vocabulary]" if task.is_causal else "[batch, output]"
         raise InputError(
             f"{type(network).__name__} gave {given} for tokens {list(tokens.shape)}; expected "
-            "logits [batch, token, vocabulary]. Give a causal language model of text."
+            f"logits {expected}. Give {task.model}{' of text' * task.is_causal}."
         )
     return logits
 
 
-def check_logits(network: Any) -> None:
+def check_logits(network: Any, task: Task = CAUSAL) -> None:
     """Raise InputError where logits depend on chance, on other sequences, or on later tokens.
+
+    Of whole texts it is padding that they may not depend on.
 
     What makes them so may have no gradient: experts that take a number of a batch's tokens, say.
     Networks in half precision pass: where they round, a router of theirs may choose otherwise.
@@ -289,10 +319,12 @@ def check_logits(network: Any) -> None:
         # A rounding can turn what a router chooses, though not time and again.
         for first in (0, b * t, 2 * b * t):
             tokens = some_tokens(network, b, t, first)
-            together = _logits(network, tokens)
-            again = _same(together, _logits(network, tokens))
-            apart = _same(together, torch.cat([_logits(network, row[None]) for row in tokens]))
-            shorter = _same(together[:, :-1], _logits(network, tokens[:, :-1]))
+            together = _logits(network, tokens, task)
+            again = _same(together, _logits(network, tokens, task))
+            apart = _same(together, torch.cat(
+                [_logits(network, row[None], task) for row in tokens]))
+            shorter = _same(together[:, :-1], _logits(network, tokens[:, :-1], task)) \
+                if task.is_causal else _is_padded(network, tokens, task)
             if again and apart and shorter:
                 return
     if not again:
@@ -301,12 +333,29 @@ def check_logits(network: Any) -> None:
             "logits the second time, in evaluation mode. Expected a model whose logits depend on "
             "the tokens alone; turn off in its configuration what is random."
         )
+    if apart and not task.is_causal:
+        raise InputError(
+            f"{type(network).__name__} says something else of a text where it is padded behind, in "
+            "a batch with a longer one, though it is told which tokens are real. Expected a model "
+            "that leaves padding out by its attention_mask and its pad_token_id.")
     raise _not_causal(network) if apart else _mixing(network)
 
 
+def _is_padded(network: Any, tokens: Tensor, task: Task) -> bool:
+    """Whether a shorter text comes out of a batch with padding as it does by itself."""
+    rows = [Text(row, np.ones(len(row), dtype=bool))
+            for row in (tokens[0].cpu().numpy(), tokens[1, :-2].cpu().numpy())]
+    reader = WholeTexts.of(network)
+    said = reader.outputs(network, reader.batch(rows, np.zeros(2), tokens.device))
+    return _same(said[1:], _logits(network, tokens[1:, :-2], task))
+
+
 def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether logits are the same but for rounding, measured by how far they are spread."""
-    spread = (one - one.mean(-1, keepdim=True)).abs().max()
+    """Whether logits are the same but for rounding, measured by how far they are spread.
+
+    A single output is measured by its size.
+    """
+    spread = (one - one.mean(-1, keepdim=True) if one.shape[-1] > 1 else one).abs().max()
     # of what isn't finite nothing can be told
     return not bool((one - other).abs().max() > 1e-3 * spread)
 

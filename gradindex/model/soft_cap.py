@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from gradindex.model.probe import in_evaluation, some_tokens
-from gradindex.objective import SOFT_CAP, bounded, uncapped
+from gradindex.objective.next_token import SOFT_CAP, bounded, uncapped
 
 
 def soft_cap(network: Any) -> float | None:

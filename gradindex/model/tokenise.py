@@ -20,13 +20,19 @@ class Tokenised:
 
     `tokens` int32 [n] are token ids, `scored` bool [n] says for which of them training counted the
     prediction, `spans` int64 [n, 2] are their first character and the one behind their last.
-    `unshown` is what a chat says and its template doesn't write, in words, one a kind.
+    `unshown` is what a chat says and its template doesn't write, in words, one a kind; `border`,
+    `label` and `offset` are what a task has besides (`objective/batch.py`), and `longer` says that
+    the text was cut.
     """
 
     tokens: np.ndarray
     scored: np.ndarray
     spans: np.ndarray
     unshown: tuple[str, ...] = ()
+    border: int | None = None
+    label: int | None = None
+    offset: float = 0.0
+    longer: bool = False
 
 
 def encode(tokenizer: Any, text: str) -> Tokenised:

@@ -28,8 +28,9 @@ from gradindex.model.linear_maps import (
 )
 from gradindex.model.probe import Probe, check_logits, probe
 from gradindex.modules import Module, choose_modules
+from gradindex.task import CAUSAL, Task
 
-TRACKABLE = ("attention", "linear maps", "experts")  # what a choice of modules can add
+TRACKABLE = ("attention", "linear maps", "experts", "head")  # what a choice of modules can add
 SMALL_PARTS = ("embeddings", "LM head", "norms")  # never tracked, as in Grosse et al. 2023
 NOT_RUN = "parts that a short text doesn't run"  # towers of vision and audio, further heads
 
@@ -40,9 +41,11 @@ _ATTENTION = re.compile(r"(^|[._])(self_?)?att(ention|n)?s?([._]|$)", re.IGNOREC
 class Anatomy:
     """What is known of a network before any choice.
 
-    That is what small passes tell, the parts of adapters, the blocks, the maps that can be tracked.
+    That is what small passes tell, the parts of adapters, the blocks, the maps that can be tracked;
+    and its task.
     """
 
+    task: Task
     probe: Probe
     parts: Parts
     blocks: list[TransformerBlock]
@@ -52,18 +55,19 @@ class Anatomy:
 def tracked_modules(
     network: nn.Module, choice: str = "mlp", anatomy: Anatomy | None = None
 ) -> list[Module]:
-    """The linear maps of the transformer blocks to take gradients of, in model order.
+    """The linear maps of a network to take gradients of, in model order.
 
     `choice` is one of `choose_modules`; "mlp" as in Grosse et al. 2023, §5. Embeddings and the LM
-    head lie outside the blocks and are never tracked. Every fused expert has a module for each of
-    its maps, "….experts.down_proj_5". Maps that share a weight are one module, with a bias if they
-    and no others share that too.
+    head lie outside the transformer blocks and are never tracked; the maps behind the blocks of a
+    model that says something of whole texts are its "head". Every fused expert has a module for
+    each of its maps, "….experts.down_proj_5". Maps that share a weight are one module, with a bias
+    if they and no others share that too.
     `anatomy` is what `examine` gave of the network [examined now].
     Raises InputError where nothing matches, where an adapter is chosen and none runs that has maps,
     and where the network isn't causal, mixes the sequences of a batch, or fails in a small pass.
     """
     anatomy = anatomy or examine(network)  # small passes, of which a caller may have made some
-    check_logits(network)
+    check_logits(network, anatomy.task)
     if not anatomy.maps:
         homes = ", ".join(list(_shares(network, [], anatomy))[:5])
         raise InputError(
@@ -94,12 +98,26 @@ def _left_out(network: nn.Module, anatomy: Anatomy) -> str:
     return f" {len(names)} maps can't be tracked, such as {names[0]}.{fix}" if names else ""
 
 
-def examine(network: nn.Module) -> Anatomy:
+def examine(network: nn.Module, task: Task = CAUSAL) -> Anatomy:
     """Run small passes through a network, and find its blocks and maps. Raises InputError."""
     sharing = maps_by_weight(network)
-    found = probe(network, list(sharing.values()))
+    found = probe(network, list(sharing.values()), task)
     parts, blocks = _readable_parts(network, found), find_blocks(network, found.called)
-    return Anatomy(found, parts, blocks, _linear_maps(network, parts, found, blocks))
+    head = [] if task.is_causal else _head(network, found, blocks)
+    return Anatomy(task, found, parts, blocks,
+                   _linear_maps(network, parts, found, [*blocks, *head]))
+
+
+def _head(
+    network: nn.Module, found: Probe, blocks: list[TransformerBlock]
+) -> list[TransformerBlock]:
+    """The linear maps that run behind the blocks: a pooler's, a classifier's. Each is a part."""
+    order = {module: place for place, module in enumerate(found.called)}
+    # a module is through when its parts are
+    through = max(order[block.module] for block in blocks if block.module in order)
+    layer = max(block.layer for block in blocks) + 1
+    return [TransformerBlock(name, layer, module) for name, module in network.named_modules()
+            if is_linear(module) and order.get(module, 0) > through]
 
 
 def _readable_parts(network: nn.Module, found: Probe) -> Parts:
@@ -165,10 +183,10 @@ def _linear_maps(
             # put beside them before, and counts as one of them.
             if bias and isinstance(linear, fused_experts.ExpertMap):
                 d_in, bias = d_in + 1, False
-            kind = "adapter" if linear in parts.lora else \
+            kind = "adapter" if linear in parts.lora else "head" if block.module is linear else \
                 "attention" if _is_attention(f"{_from_list(block.name)}.{name}") else "mlp"
-            modules.append(
-                Module(f"{block.name}.{name}", block.layer, kind, d_out, d_in, bias))
+            modules.append(Module(
+                ".".join(filter(None, (block.name, name))), block.layer, kind, d_out, d_in, bias))
     return modules
 
 
@@ -222,6 +240,8 @@ class _Kinds:
         self._in_blocks = {
             module: name for block in anatomy.blocks
             for name, module in block.module.named_modules(prefix=_from_list(block.name))}
+        self._heads = {network.get_submodule(module.name)
+                       for module in anatomy.maps if module.kind == "head"}
         sharing = maps_by_weight(network)
         self._trackable = {
             holder(one) for module in anatomy.maps
@@ -242,6 +262,8 @@ class _Kinds:
         if "norm" in class_name.lower():
             return "norms"
         fused = fused_experts.is_fused(module)
+        if module in self._heads:
+            return "head"
         if is_linear_class(module) and module not in self._in_blocks:
             return "linear maps outside the blocks" if module in self._body else "LM head"
         if not fused and not is_linear(module):

@@ -37,6 +37,7 @@ class CorpusSettings:
     With `truncate` a document is cut at the sequence length, and what is behind is left out. `rows`
     is the known form of records that was named, `columns` are the names of a table without a
     header, `chat_template` the text of the template that takes the place of the tokenizer's own.
+    `labels` are the names of a classifier's classes, in the model's order.
     """
 
     # An append reads by the settings of the build. So whatever decides what a sequence is belongs
@@ -56,13 +57,21 @@ class CorpusSettings:
     rows: str | None = None
     columns: tuple[str, ...] = ()
     chat_template: str | None = None
+    task: str = "causal"
+    text_b_field: str | None = None
+    label_field: str | None = None
+    chosen_field: str | None = None
+    rejected_field: str | None = None
+    margin_field: str | None = None
+    labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(CorpusSettings):
     """The settings of the corpus, and everything else that was chosen for a build.
 
-    `bits` and `batch_tokens` are None where the build is to choose them by what it measures.
+    `bits` and `batch_tokens` are None where the build is to choose them by what it measures. Of
+    preference pairs, `beta` is β.
     """
 
     model: str
@@ -82,6 +91,7 @@ class Plan(CorpusSettings):
     segment_size: Rows
     seed: Count
     tokenizer: str | None
+    beta: Positive
 
     @property
     def corpus(self) -> CorpusSettings:
@@ -93,7 +103,7 @@ class Plan(CorpusSettings):
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain JSON types, in one flat object."""
         return {**asdict(self), "keep_fields": list(self.keep_fields),
-                "columns": list(self.columns)}
+                "columns": list(self.columns), "labels": list(self.labels)}
 
     def out_of_bounds(self) -> str | None:
         """What of the plan no manifest may hold, or None."""

@@ -169,7 +169,10 @@ def _mismatch(record: Record, row: np.void, manifest: Manifest) -> str | None:
     if record.id != row["id"] or (digest_of(record) != row["digest"]).any():
         return f"has another sequence {row['id']} than {layout.ROWS.name}"
     # On a GPU, a token beyond the table of embeddings leaves the process unable to go on.
-    if len(record.tokens) > manifest.sequence_length or record.tokens.min() < 0 or \
+    n = len(record.tokens)
+    longest = n if not manifest.task.of_pairs or record.border is None else \
+        max(record.border, n - record.border)
+    if longest > manifest.sequence_length or record.tokens.min() < 0 or \
             record.tokens.max() >= manifest.vocabulary:
         return f"has a sequence {record.id} that is too long or outside the vocabulary"
     return None

@@ -28,6 +28,7 @@ from gradindex.storage.files import FileFacts, atomic_write
 from gradindex.storage.integrity import CheckedFiles, damaged, read_inside
 from gradindex.storage.os_errors import OF_THE_PATH, refusals
 from gradindex.storage.upgrades import FORMAT, OLDEST, downgrade, upgrade
+from gradindex.task import Task
 from gradindex.version import VERSION
 
 # Bounds of what a stranger's manifest may claim: memory is taken by these numbers.
@@ -139,7 +140,7 @@ class Manifest:
     dtype: str
     device: str
     threads: Annotated[int, pydantic.Field(gt=0, le=1 << 16)]
-    task: str  # text, completion, messages or tokens
+    kind: str  # of records: text, completion, messages, tokens, labelled or pairs
     vocabulary: Annotated[int, pydantic.Field(gt=0, le=1 << 24)]  # token ids are below it
     sequence_length: Annotated[int, pydantic.Field(gt=0, le=1 << 24)]
     documents: Count
@@ -167,6 +168,11 @@ class Manifest:
     deleted_file: Annotated[str, pydantic.Field(pattern=layout.DELETED_FORM)] | None
     quarantined: Count
     files: dict[str, FileFacts]  # by relative name
+
+    @property
+    def task(self) -> Task:
+        """What the model was trained for."""
+        return Task(self.plan.task, self.plan.beta)
 
     @property
     def layers(self) -> list[int]:
@@ -319,7 +325,8 @@ def _check(index: Path, manifest: Manifest) -> None:
     deleted = None if manifest.deleted_file is None else (manifest.deleted_file, manifest.deleted)
     bounds = layout.most_bytes(
         manifest.modules, {segment.name: segment.rows for segment in manifest.segments},
-        manifest.code["length"], manifest.sequence_length, manifest.next_id,
+        manifest.code["length"], manifest.sequence_length * (1 + manifest.task.of_pairs),
+        manifest.next_id,
         None if manifest.background is None else manifest.background["queries"], deleted)
     for name, most in bounds.items():
         if manifest.files[name].size > most:

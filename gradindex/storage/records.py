@@ -2,8 +2,9 @@
 
 One file per segment, written once in key order in one transaction (the same records give the same
 bytes), then only read. Key: row in the segment, 4 bytes big-endian. Value: CRC-32 of the rest,
-length of the JSON, number of tokens (three little-endian uint32), JSON (id and parts), token ids
-(little-endian int32), loss mask (one bit a token).
+length of the JSON, number of tokens (three little-endian uint32), JSON (id and parts; of a row with
+two texts the border, of a classifier the label, of a pair the offset), token ids (little-endian
+int32), loss mask (one bit a token).
 
 liblmdb trusts what it maps: a damaged or hostile file can end the process. So a file is audited
 page by page, outside liblmdb, before it is opened (`audit`).
@@ -12,6 +13,7 @@ page by page, outside liblmdb, before it is opened (`audit`).
 import contextlib
 import errno
 import json
+import math
 import os
 import struct
 import threading
@@ -59,12 +61,22 @@ class Part:
 @dataclass
 class Record:
     """A sequence: its id, token ids int32 [n], which of them were scored bool [n], and its parts.
+
+    `border`, `label` and `offset` are what a task has besides (`objective/batch.py`).
     """
 
     id: int
     tokens: np.ndarray
     scored: np.ndarray
     parts: list[Part]
+    border: int | None = None
+    label: int | None = None
+    offset: float = 0.0
+
+    def task_facts(self) -> dict[str, int | float]:
+        """What the task has of the sequence besides its tokens; nothing of a text alone."""
+        facts = {"border": self.border, "label": self.label, "offset": self.offset or None}
+        return {name: value for name, value in facts.items() if value is not None}
 
 
 def write(path: Path, records: Iterable[Record]) -> FileFacts:
@@ -194,7 +206,8 @@ def _open(path: Path, **arguments: Any) -> lmdb.Environment:
 def _pack(record: Record) -> bytes:
     """A record as a value, laid out as the module says."""
     about = json.dumps(
-        {"id": record.id, "parts": [asdict(part) for part in record.parts]},
+        {"id": record.id, "parts": [asdict(part) for part in record.parts],
+         **record.task_facts()},
         ensure_ascii=False, separators=(",", ":"),
     ).encode("utf-8", errors="surrogatepass")  # a user's JSON may hold lone surrogates
     body = about + record.tokens.astype("<i4").tobytes() + np.packbits(record.scored).tobytes()
@@ -218,7 +231,8 @@ def _unpack(value: bytes | None, path: Path, row: int) -> Record:
         tokens = np.frombuffer(value, dtype="<i4", count=n, offset=start).astype(np.int32)
         mask = np.frombuffer(value, dtype=np.uint8, offset=start + 4 * n)
         scored = np.unpackbits(mask, count=n).astype(bool)
-        record = Record(about["id"], tokens, scored, [Part(**part) for part in about["parts"]])
+        record = Record(about.pop("id"), tokens, scored,
+                        [Part(**part) for part in about.pop("parts")], **about)
         _check(record)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedIndexError(
@@ -231,6 +245,11 @@ def _check(record: Record) -> None:
     """Raise ValueError for a record that no writer of ours writes."""
     if type(record.id) is not int or not record.parts or not len(record.tokens):
         raise ValueError("no id, no part or no token")
+    border, label, offset = record.border, record.label, record.offset
+    if (border is not None and not (type(border) is int and 0 < border < len(record.tokens))) or \
+            (label is not None and not (type(label) is int and label >= 0)) or \
+            type(offset) is not float or not math.isfinite(offset):
+        raise ValueError("a border, label or offset that can't be")
     for part in record.parts:
         numbers = (part.document, part.row, part.start, part.end, part.token)
         if any(type(number) is not int for number in numbers) or \

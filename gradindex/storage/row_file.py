@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,12 +14,12 @@ from gradindex.storage.os_errors import memory_ran_out
 from gradindex.storage.records import Record
 
 # A row: its id; ‖v‖, NaN where the sequence is quarantined; and the first 128 bits of the SHA-256
-# of its tokens and loss mask, equal for equal sequences.
+# of its tokens, loss mask and what its task has besides, equal for equal sequences.
 ROW = np.dtype([("id", "<i8"), ("norm", "<f4"), ("digest", "<u8", (2,))])
 
 
 def digest_of(record: Record) -> np.ndarray:
-    """uint64 [2]: the same for sequences of equal tokens and mask, and for no others.
+    """uint64 [2]: the same for sequences of equal tokens, mask and task facts, and for no others.
 
     >>> record = Record(7, np.array([5, 6], np.int32), np.array([True, True]), [])
     >>> again = Record(8, np.array([5, 6], np.int32), np.array([True, True]), [])
@@ -27,6 +28,8 @@ def digest_of(record: Record) -> np.ndarray:
     [True, False]
     """
     content = record.tokens.astype("<i4").tobytes() + record.scored.astype(np.uint8).tobytes()
+    if facts := record.task_facts():
+        content += json.dumps(facts).encode()
     return np.frombuffer(hashlib.sha256(content).digest()[:16], dtype="<u8")
 
 

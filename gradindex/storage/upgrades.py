@@ -7,7 +7,7 @@ of its own format's content, so what newer formats added has to be taken out aga
 from collections.abc import Callable
 from typing import Any
 
-FORMAT = 5
+FORMAT = 6
 OLDEST = 1  # that is read
 
 Content = dict[str, Any]  # of a manifest's JSON
@@ -16,6 +16,9 @@ Content = dict[str, Any]  # of a manifest's JSON
 NEW_IN_4: Content = {"truncate": False, "rows": None, "columns": [], "chat_template": None,
                      "adapter": None}
 NEW_IN_5: Content = {"eigen_dtype": "float64"}  # on a host, as all were decomposed until then
+NEW_IN_6: Content = {"task": "causal", "text_b_field": None, "label_field": None,
+                     "chosen_field": None, "rejected_field": None, "margin_field": None,
+                     "labels": [], "beta": 0.1}
 
 
 def _to_2(content: Content) -> None:
@@ -48,6 +51,15 @@ def _to_5(content: Content) -> None:
     _add_to_plan(content, NEW_IN_5, "formats 1 to 4")
 
 
+def _to_6(content: Content) -> None:
+    """Formats 1 to 5 were of causal models, and called the kind of their records their task."""
+    _add_to_plan(content, NEW_IN_6, "formats 1 to 5")
+    if "kind" in content:
+        raise ValueError("formats 1 to 5 have no kind")
+    if "task" in content:
+        content["kind"] = content.pop("task")
+
+
 def _add_to_plan(content: Content, new: Content, before: str) -> None:
     """Add entries to a plan of the formats `before`, which have none of them."""
     plan = content.get("plan")
@@ -75,9 +87,17 @@ def _from_5(content: Content) -> None:
         del content["plan"][name]
 
 
+def _from_6(content: Content) -> None:
+    for name in NEW_IN_6:
+        del content["plan"][name]
+    if "kind" in content:
+        content["task"] = content.pop("kind")
+
+
 # from this version
-_UP: dict[int, Callable[[Content], None]] = {1: _to_2, 2: _to_3, 3: _to_4, 4: _to_5}
-_DOWN: dict[int, Callable[[Content], None]] = {5: _from_5, 4: _from_4, 3: _from_3, 2: _from_2}
+_UP: dict[int, Callable[[Content], None]] = {1: _to_2, 2: _to_3, 3: _to_4, 4: _to_5, 5: _to_6}
+_DOWN: dict[int, Callable[[Content], None]] = {
+    6: _from_6, 5: _from_5, 4: _from_4, 3: _from_3, 2: _from_2}
 
 
 def newest_plan(plan: Content) -> Content:
@@ -86,7 +106,7 @@ def newest_plan(plan: Content) -> Content:
     >>> newest_plan({"bits": 64})["truncate"]
     False
     """
-    return {"covariance_blocks": 1, **NEW_IN_4, **NEW_IN_5, **plan}
+    return {"covariance_blocks": 1, **NEW_IN_4, **NEW_IN_5, **NEW_IN_6, **plan}
 
 
 def upgrade(content: Content) -> None:
@@ -106,7 +126,7 @@ def upgrade(content: Content) -> None:
 def downgrade(content: Content) -> None:
     """Take out of a manifest's content, in place, what its own `format` doesn't have.
 
-    >>> plan = {"covariance_blocks": 1, **NEW_IN_4, **NEW_IN_5}
+    >>> plan = {"covariance_blocks": 1, **NEW_IN_4, **NEW_IN_5, **NEW_IN_6}
     >>> content = {"format": 2, "plan": plan, "background": None}
     >>> downgrade(content)
     >>> content

@@ -1,23 +1,15 @@
-"""What is scored: which predictions of a sequence count, and what outputs say of them.
-
-An objective is what a kind of model is trained for. Gradients, curvature, codes, storage and search
-know of it only what stands here: how sequences become a batch, how a batch becomes outputs, how
-outputs become log p and its gradient, which labels the curvature draws, and what part of a sequence
-is asked about where it serves as a query. Another kind of model is another class like `NextToken`;
-which one it is, is said where data are read (`corpus.py`), where a model is loaded (`network.py`)
-and where an index is opened without its model (`fitted_model.py`).
-"""
+"""Causal language models: log p of each next token, its gradient, and the labels it draws."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gradindex.modules import Module
+from gradindex.objective.batch import AnyRow, Batch, Row, halves, padded
 from gradindex.results import UNSCORED
 from gradindex.transfers import to_device
 
@@ -26,92 +18,6 @@ from gradindex.transfers import to_device
 LOGITS_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 26}
 SOFT_CAP = "final_logit_softcapping"  # what transformers calls the cap in a configuration
 RUN = 64  # labels that are summed up before one of them is drawn
-
-
-class Scored(Protocol):
-    """A text to be scored: its token ids, int32 [n], and which of them count, bool [n]."""
-
-    @property
-    def tokens(self) -> np.ndarray: ...
-
-    @property
-    def scored(self) -> np.ndarray: ...
-
-
-class Text(NamedTuple):
-    """A text that isn't indexed, such as a query's: `tokens` int32 [n], `scored` bool [n]."""
-
-    tokens: np.ndarray
-    scored: np.ndarray
-
-
-@dataclass
-class Batch:
-    """Sequences padded on the right, as a model takes them; `Batch.of` makes one.
-
-    `tokens` int64 [b, t] are token ids; `targets` int64 [b, t] what each position is to predict, or
-    UNSCORED, `unscored` int64 [n] the numbers of the latter among all b·t. `real` bool
-    [b, t], on the host, is false for padding. `positions` int64 [b, m], by name, are of modules
-    that don't see every token once, in order: fused experts, and maps that run more than once. They
-    say at which position of its sequence each of the module's m inputs stands, −1 for padding.
-    """
-
-    tokens: Tensor
-    targets: Tensor
-    unscored: Tensor
-    real: np.ndarray
-    positions: dict[str, Tensor] = field(default_factory=dict)
-    # the numbers of real inputs among all of a module's, "" being those that have no positions; of
-    # what has only real ones, none
-    _real_inputs: dict[str, Tensor] = field(default_factory=dict)
-
-    @classmethod
-    def of(
-        cls, tokens: np.ndarray, targets: np.ndarray, real: np.ndarray, device: torch.device
-    ) -> "Batch":
-        """The batch of these arrays [b, t] on a device.
-
-        >>> tokens, real = np.array([[5, 6, 0]]), np.array([[True, True, False]])
-        >>> batch = Batch.of(tokens, np.array([[6, UNSCORED, UNSCORED]]), real, torch.device("cpu"))
-        >>> batch.unscored
-        tensor([1, 2])
-        """
-        # Numbers that the host finds: a GPU that finds them in a mask keeps the host waiting.
-        unscored = to_device(np.flatnonzero(targets == UNSCORED), device)
-        batch = cls(to_device(tokens, device), to_device(targets, device), unscored, real)
-        batch._note_real("", real)
-        return batch
-
-    def set_positions(self, name: str, positions: np.ndarray) -> None:
-        """Note at which position each of a module's inputs stands, int64 [b, m]; −1 for padding."""
-        self.positions[name] = to_device(positions, self.tokens.device)
-        self._note_real(name, np.take_along_axis(self.real, positions.clip(min=0), 1)
-                        & (positions >= 0))
-
-    def _note_real(self, name: str, real: np.ndarray) -> None:
-        if not real.all():
-            self._real_inputs[name] = to_device(np.flatnonzero(real), self.tokens.device)
-
-    def real_inputs(self, module: Module, a: Tensor) -> Tensor:
-        """Those of a module's inputs a [b, m, i] that are of real tokens: [n, i]."""
-        real = self._real_inputs.get(module.name if module.name in self.positions else "")
-        # picking rows out copies them, which a batch without padding can do without
-        inputs = a.flatten(0, 1)
-        return inputs if real is None else inputs.index_select(0, real.to(a.device))
-
-    def by_position(self, module: Module, terms: Tensor) -> Tensor:
-        """Terms of a module's inputs, [b, m], added up by the position of each: [b, t].
-
-        >>> batch = Batch.of(*np.ones((3, 1, 3), dtype=np.int64), torch.device("cpu"))
-        >>> batch.set_positions("expert", np.array([[2, 2, -1]]))
-        >>> batch.by_position(Module("expert", 0, "mlp", 1, 1, False), torch.tensor([[1, 2, 0]]))
-        tensor([[0, 0, 3]])
-        """
-        positions = self.positions.get(module.name)
-        if positions is None:
-            return terms
-        return terms.new_zeros(self.tokens.shape).scatter_add_(
-            1, positions.clamp(min=0).to(terms.device), terms)  # the terms of padding are zero
 
 
 @dataclass
@@ -148,51 +54,66 @@ class NextToken:
         targets[:-1] = np.where(scored[1:], tokens[1:], UNSCORED)
         return targets
 
-    def later_half(self, scored: np.ndarray) -> np.ndarray:
-        """The mask, bool [n], of a sequence that serves as a query: what of it is the completion.
+    def predictions(self, row: Row) -> int:
+        """How many log p are added up for a row; one with none has no gradient."""
+        return int(self.counted(row.scored).sum())
 
-        That is the later half of the tokens that its own mask `scored` bool [n] counts.
+    def length(self, row: Row) -> int:
+        """How many padded tokens a row takes in a batch by itself."""
+        return len(row.tokens)
 
-        >>> NextToken().later_half(np.array([True, True, True, True, True])).tolist()
+    def as_query(self, record: AnyRow) -> AnyRow:
+        """A sequence that serves as a query: of its later half given the first.
+
+        That is the later half of the tokens that its own mask counts; what was said before is
+        context, not target.
+
+        >>> from gradindex.storage.records import Record
+        >>> record = Record(7, np.arange(5, dtype=np.int32), np.ones(5, dtype=bool), [])
+        >>> NextToken().as_query(record).scored.tolist()
         [False, False, False, True, True]
         """
-        numbers = np.flatnonzero(self.counted(scored))
-        later = np.zeros(len(scored), dtype=bool)
+        numbers = np.flatnonzero(self.counted(record.scored))
+        later = np.zeros(len(record.scored), dtype=bool)
         later[numbers[len(numbers) // 2 :]] = True
-        return later
+        told: Any = record  # a dataclass, as indexed sequences are
+        asked: AnyRow = replace(told, scored=later)
+        return asked
 
-    def batch(self, texts: Sequence[Scored], device: torch.device) -> Batch:
-        """Texts as one batch, padded on the right to the longest of them."""
-        shape = len(texts), max(len(text.tokens) for text in texts)
+    def batch(self, rows: Sequence[Row], device: torch.device, texts: int = 1) -> Batch:
+        """Rows as one batch, padded on the right; of pairs, each row has two `texts`."""
         # Any token id serves as padding: a causal model (`model/probe.py`) keeps real positions
         # from seeing it, and its output gradients are zero.
-        tokens, targets = np.zeros(shape, np.int64), np.full(shape, UNSCORED, np.int64)
-        real = np.zeros(shape, dtype=bool)
-        for row, text in enumerate(texts):
-            stretch = row, slice(len(text.tokens))
-            tokens[stretch], targets[stretch] = text.tokens, self.targets(text.tokens, text.scored)
-            real[stretch] = True
-        return Batch.of(tokens, targets, real, device)
+        tokens, real = padded(rows, texts)
+        targets = np.full(tokens.shape, UNSCORED, np.int64)
+        for number, row in enumerate(rows):
+            targets[number, real[number]] = self.targets(row.tokens, row.scored) if texts == 1 \
+                else np.concatenate([self.targets(*part) for part in zip(
+                    halves(row.tokens, row.border), halves(row.scored, row.border), strict=True)])
+        batch = Batch.of(tokens, targets, real, device, texts)
+        # numbers that the host finds: a GPU that finds them in a mask keeps the host waiting
+        batch.unscored = to_device(np.flatnonzero(targets == UNSCORED), device)
+        return batch
 
     def outputs(self, network: Any, batch: Batch) -> Tensor:
         """Logits [b, t, v]: what the network says of each position's next token, before the cap."""
         # No attention mask: the network is causal, so no real position depends on the padding, and
         # with a mask another attention kernel would run, which rounds otherwise.
         with uncapped(network) if self.soft_cap else contextlib.nullcontext():
-            logits: Tensor = network(input_ids=batch.tokens, use_cache=False).logits
+            logits: Tensor = network(
+                input_ids=batch.by_text(batch.tokens), use_cache=False).logits
         return logits
 
     def label_numbers(
-        self, batch: Batch, texts: Sequence[Scored], draw: Callable[[int, int], np.ndarray]
+        self, batch: Batch, draw: Callable[[int, int], np.ndarray]
     ) -> Tensor:
         """The random numbers in [0, 1) that draw a label at each position: float64 [b, t].
 
-        `draw(row, count)` gives those of one text, [count]; padding has 0.
+        `draw(row, count)` gives those of one row, [count]; padding has 0.
         """
-        numbers = np.zeros(tuple(batch.tokens.shape))
-        for row, text in enumerate(texts):
-            count = len(text.tokens)
-            numbers[row, :count] = draw(row, count)
+        numbers = np.zeros(batch.real.shape)
+        for row, real in enumerate(batch.real):
+            numbers[row, real] = draw(row, int(real.sum()))
         return to_device(numbers, batch.tokens.device)
 
     def log_p(
@@ -205,17 +126,10 @@ class NextToken:
         """
         # a model that is spread over devices gives its outputs on the last of them
         there = outputs.device
+        assert batch.unscored is not None
         return log_probability(
             outputs, batch.targets.to(there), batch.unscored.to(there),
             None if numbers is None else numbers.to(there), self.soft_cap)
-
-    def by_token(self, log_p: Sequence[float], count: int) -> list[float]:
-        """log p of each of a text's `count` tokens in nats, from that of each position.
-
-        >>> NextToken().by_token([-1.5, -0.5, 0.0], count=3)
-        [0.0, -1.5, -0.5]
-        """
-        return [0.0, *log_p[: count - 1]]
 
 
 @contextlib.contextmanager

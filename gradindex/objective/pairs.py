@@ -1,0 +1,146 @@
+"""Pairs of texts of which one was preferred: log σ(z), z the difference of their scores.
+
+A reward model's score of a text is its output r: z = r(chosen) − r(rejected) − margin. A policy
+that learned preferences directly has β log π(text): z = β (log π(chosen) − log π(rejected) − what
+the reference makes of that). A row's gradient is that of both texts with their weights, ±σ(−z).
+
+Where curvature is fitted nothing is drawn: which text is preferred has two outcomes, and
+√(σ(z) σ(−z)) ∇z has the Fisher's second moments exactly.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradindex.objective.batch import AnyRow, Batch, Row
+from gradindex.objective.classes import WholeTexts
+from gradindex.objective.next_token import NextToken
+from gradindex.transfers import to_device
+
+
+class _Pairs:
+    """What rows of two texts have in common, whatever scores the texts."""
+
+    def length(self, row: Row) -> int:
+        """How many padded tokens a row takes in a batch by itself: both texts are as long.
+
+        >>> from gradindex.objective.batch import Text
+        >>> Reward(WholeTexts()).length(Text(np.arange(5), np.ones(5, bool), border=2))
+        6
+        """
+        n, border = len(row.tokens), row.border
+        return n if border is None else 2 * max(border, n - border)
+
+    def as_query(self, record: AnyRow) -> AnyRow:
+        """A sequence that serves as a query: of its own preference."""
+        return record
+
+    def label_numbers(self, batch: Batch, draw: Callable[[int, int], np.ndarray]) -> Tensor:
+        """None are needed: what is given to `log_p` says that the curvature's gradient is meant."""
+        return torch.zeros(0, device=batch.tokens.device)
+
+
+@dataclass
+class Reward(_Pairs):
+    """Reward models: log σ(r(chosen) − r(rejected) − margin); of one text, r itself."""
+
+    reader: WholeTexts
+
+    def predictions(self, row: Row) -> int:
+        """One: a row is one comparison."""
+        return 1
+
+    def batch(self, rows: Sequence[Row], device: torch.device) -> Batch:
+        """Rows as one batch, each text padded on the right; all are pairs, or all single texts."""
+        return self.reader.batch(rows, _offsets(rows), device, _texts(rows))
+
+    def outputs(self, network: Any, batch: Batch) -> Tensor:
+        """Rewards [b · texts, 1]."""
+        return self.reader.outputs(network, batch)
+
+    def log_p(
+        self, outputs: Tensor, batch: Batch, numbers: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """log σ(z) [b, 1] in nats, and its gradient [b · texts, 1] by the outputs.
+
+        Of single texts it is the reward, in its own units. With `numbers` the gradient is the
+        curvature's, √(σ(z) σ(−z)) times that of z.
+
+        >>> batch = Batch.of(*np.ones((3, 1, 2), np.int64), torch.device("cpu"), texts=2)
+        >>> batch.targets = torch.zeros(1, dtype=torch.float64)
+        >>> rewards = torch.tensor([[1.0986], [0.0]])  # a difference of log 3: σ is ¾
+        >>> log_p, gradient = Reward(WholeTexts()).log_p(rewards, batch)
+        >>> log_p.exp(), gradient
+        (tensor([[0.7500]]), tensor([[ 0.2500],
+                [-0.2500]]))
+        """
+        wide = torch.float64 if outputs.dtype == torch.float64 else torch.float32
+        scores = outputs.detach().to(wide).view(-1, batch.texts)
+        found, weights = _preference(scores, batch.targets.to(outputs.device), numbers)
+        return found, weights.view(outputs.shape).to(outputs.dtype)
+
+
+@dataclass
+class Preference(_Pairs):
+    """Policies that learned preferences directly (DPO): log σ(β (log π(c) − log π(r) − offset)).
+
+    The offset is what the reference makes of the same difference. Of one text, the reward
+    that training gave it but for the reference's constant part: β log π.
+    """
+
+    policy: NextToken
+    beta: float
+
+    def predictions(self, row: Row) -> int:
+        """One: a row is one comparison."""
+        return 1
+
+    def batch(self, rows: Sequence[Row], device: torch.device) -> Batch:
+        """Rows as one batch, each text padded on the right; all are pairs, or all single texts."""
+        batch = self.policy.batch(rows, device, _texts(rows))
+        batch.offsets = to_device(_offsets(rows), device)
+        return batch
+
+    def outputs(self, network: Any, batch: Batch) -> Tensor:
+        """Logits [b · texts, t, v]."""
+        return self.policy.outputs(network, batch)
+
+    def log_p(
+        self, outputs: Tensor, batch: Batch, numbers: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """log σ(z) [b, 1] in nats, and its gradient [b · texts, t, v] by the outputs.
+
+        Of single texts it is β log π. The gradient takes the memory of the outputs. With `numbers`
+        it is the curvature's, √(σ(z) σ(−z)) times that of z.
+        """
+        assert batch.offsets is not None
+        token_log_p, gradient = self.policy.log_p(outputs, batch)
+        scores = self.beta * token_log_p.view(len(batch.real), batch.texts, -1).sum(-1)
+        found, weights = _preference(
+            scores, self.beta * batch.offsets.to(outputs.device), numbers)
+        return found, gradient.mul_((self.beta * weights).flatten()[:, None, None])
+
+
+def _texts(rows: Sequence[Row]) -> int:
+    return 1 if rows[0].border is None else 2
+
+
+def _offsets(rows: Sequence[Row]) -> np.ndarray:
+    return np.array([row.offset for row in rows])
+
+
+def _preference(
+    scores: Tensor, offsets: Tensor, numbers: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """log σ(z) [b, 1] of scores [b, 2], and its gradient by them; of [b, 1], the scores."""
+    if scores.shape[1] == 1:
+        return scores, torch.ones_like(scores)
+    z = scores[:, :1] - scores[:, 1:] - offsets[:, None].to(scores.dtype)
+    log_p = torch.nn.functional.logsigmoid(z)
+    weight = torch.sigmoid(-z) if numbers is None else (
+        torch.sigmoid(z) * torch.sigmoid(-z)).sqrt()
+    return log_p, torch.cat([weight, -weight], 1)
