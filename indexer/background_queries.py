@@ -13,7 +13,7 @@ from gradindex.progress import Progress
 from gradindex.storage.background_file import BackgroundQueries, thresholds
 from gradindex.storage.code_index import CodeIndex
 from gradindex.storage.row_file import digest_of
-from indexer.calibrate import later_half_vectors
+from indexer.calibrate import own_query_vectors
 from indexer.fit.units import Read
 
 BACKGROUND_QUERIES = 64
@@ -37,7 +37,7 @@ def make_background_queries(
     records = read([ids[number] for number in choose(
         Stream.BACKGROUND_QUERIES, seed, len(ids), BACKGROUND_QUERIES)])
     progress.start("background", len(records), "queries")
-    vectors = np.stack([unit_vector(vector) for vector in later_half_vectors(
+    vectors = np.stack([unit_vector(vector) for vector in own_query_vectors(
         model, codes, ekfac, records, batch_tokens, progress.update)])
     progress.finish()
     sample = [ids[number] for number in choose(

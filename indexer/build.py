@@ -323,7 +323,7 @@ def _manifest(fitted: FittedBuild, measured: MeasuredBuild, state: BuildState) -
             tokenizer=plan.tokenizer, tokenizer_name=request.tokenizer_name,
         ),
         dtype=plan.dtype, device=plan.device, threads=state.threads,
-        task=request.task, vocabulary=vocabulary_size(model.network.config),
+        kind=request.task, vocabulary=vocabulary_size(model.network.config),
         sequence_length=plan.sequence_length,
         documents=corpus.documents, sequences=run.count - measured.quarantined,
         tokens=corpus.tokens, scored_tokens=corpus.scored_tokens, skipped=corpus.skipped,

@@ -8,7 +8,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -27,12 +27,14 @@ from gradindex.progress import Progress
 from gradindex.ray_cluster import WITH_RAY, check_address, load_ray
 from gradindex.storage.build_plan import MOST_BLOCKS, CorpusSettings, Plan
 from gradindex.storage.os_errors import refusals
+from gradindex.task import Task
 from indexer import defaults
 from indexer.read.corpus import Corpus
 from indexer.read.discover import discover
 from indexer.read.sources import token_file_width
 from indexer.shards import Shard, parse_shard
 from indexer.state import RequestFacts
+from indexer.tasks import choose_task, class_names
 
 
 @dataclass
@@ -66,6 +68,14 @@ def make_request(
     prompt_field: str | None = None,
     completion_field: str | None = None,
     messages_field: str | None = None,
+    task: str | None = None,
+    text_b_field: str | None = None,
+    label_field: str | None = None,
+    labels: Iterable[str] = (),
+    chosen_field: str | None = None,
+    rejected_field: str | None = None,
+    margin_field: str | None = None,
+    beta: float = defaults.BETA,
     rows: str | None = None,
     columns: Iterable[str] = (),
     id_field: str | None = None,
@@ -75,7 +85,7 @@ def make_request(
     truncate: bool = False,
     limit: int | None = None,
     strict: bool = False,
-    modules: str = defaults.MODULES,
+    modules: str | None = None,
     fit_sequences: int = defaults.FIT_SEQUENCES,
     fit_labels: str = defaults.LABELS[0],
     covariance_blocks: int = defaults.COVARIANCE_BLOCKS,
@@ -107,6 +117,9 @@ def make_request(
     progress = progress or Progress()
     source = ModelSource(model, tokenizer, device, trust_remote_code, allow_pickle,
                          parse_bound(max_memory), adapter, device_map)
+    chosen_task = Task(choose_task(source, task, data), beta)
+    source = replace(source, task=chosen_task)
+    progress.say(f"task: {chosen_task.name}")
     for line in check_checkpoint(source):
         progress.say(line)
     config = source.load_config()
@@ -118,6 +131,9 @@ def make_request(
         messages_field=messages_field, id_field=id_field, keep_fields=tuple(keep_fields),
         limit=limit, truncate=truncate, rows=rows, columns=tuple(columns),
         chat_template=read_chat_template(chat_template),
+        task=chosen_task.name, text_b_field=text_b_field, label_field=label_field,
+        chosen_field=chosen_field, rejected_field=rejected_field, margin_field=margin_field,
+        labels=class_names(config, tuple(labels), chosen_task),
     )
     check_numbers(fit_sequences=fit_sequences, covariance_blocks=covariance_blocks,
                   batch_tokens=batch_tokens, damping=damping, segment_size=segment_size,
@@ -134,7 +150,7 @@ def make_request(
 
     # 3) the data: found, of one kind, and digested, so that other content is another plan
     corpus = open_corpus(data, source, config, settings, strict)
-    if corpus.task == "messages" and not marks_answers(corpus.tokenizer):
+    if corpus.kind == "messages" and not marks_answers(corpus.tokenizer):
         progress.say("chats: the chat template has no {% generation %} marks, so the assistant's "
                      "words are found turn by turn; if training used another template, give it "
                      "with --chat-template")
@@ -149,18 +165,20 @@ def make_request(
     plan = Plan(
         **asdict(settings), model=source.name, revision=source.revision, adapter=adapter,
         data=corpus.data_facts(),
-        modules=modules, fit_sequences=fit_sequences, fit_labels=fit_labels,
+        modules=modules or (
+            defaults.MODULES if chosen_task.is_causal else defaults.MODULES_OF_TEXTS),
+        fit_sequences=fit_sequences, fit_labels=fit_labels,
         covariance_blocks=covariance_blocks,
         eigen_dtype=_eigen_dtype(eigen_dtype, chosen_device), damping=damping,
         bits=_code_length(bits),
         dtype=str(chosen_dtype).removeprefix("torch."), device=chosen_device.type,
         batch_tokens=batch_tokens, segment_size=segment_size, seed=seed,
-        tokenizer=tokenizer_digest(corpus.tokenizer),
+        tokenizer=tokenizer_digest(corpus.tokenizer), beta=beta,
     )
     if wrong := plan.out_of_bounds():  # else hours of work would end in front of the manifest
         raise InputError(f"this can't be built: {wrong}.")
     tokenizer_name = anywhere(str(tokenizer)) if isinstance(tokenizer, (str, Path)) else None
-    facts = RequestFacts(corpus.task, train_sequences, max_bad, tokenizer_name)
+    facts = RequestFacts(corpus.kind, train_sequences, max_bad, tokenizer_name)
     return BuildRequest(index, source, corpus, plan, dtype, facts, progress, share, ray,
                         ray_workers)
 

@@ -9,7 +9,7 @@ when the index is verified.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -133,7 +133,7 @@ def calibrate(
     progress.start("calibrate", len(pairs.queries), "queries")
     errors, weights = [], []
     for vector, truth in zip(
-            later_half_vectors(model, codes, ekfac, pairs.queries, batch_tokens, progress.update),
+            own_query_vectors(model, codes, ekfac, pairs.queries, batch_tokens, progress.update),
             pairs.influence, strict=True):
         # everything in units of the error that is expected at c = 1
         scale = score_error(1.0, float(np.linalg.norm(vector)), norms, len(vector))
@@ -168,7 +168,7 @@ def exact_influence(
     sample: list[Record], batch_tokens: int, allowance: Allowance,
     done: Callable[[int], object] = lambda _: None,
 ) -> Iterator[PairScores]:
-    """Exact influence of each sampled sequence on each query, a sequence's later half.
+    """Exact influence of each sampled sequence on each query, a sequence that serves as one.
 
     For as many queries at a time as memory holds; `done` is told of every pass of a sequence.
     Raises ResourceError where memory doesn't hold one sequence.
@@ -193,7 +193,7 @@ def exact_influence(
                     influences, partial(codes.add, part))
             return influences.total, part.float().cpu().numpy()
 
-        lengths = [len(record.tokens) for record in sample]
+        lengths = model.lengths(sample)
         for rows, (scores, part) in in_batches(lengths, batch_tokens, Splits(), run):
             influence[:, rows], vectors[rows] = scores, part
             done(len(rows))
@@ -208,24 +208,18 @@ def stacked_queries(model: LanguageModel, modules: list[Module], allowance: Allo
     return min(CALIBRATION_QUERIES, max(1, room // each))
 
 
-def later_half(model: LanguageModel, record: Record) -> Record:
-    """A record as a query: of its later half given the first."""
-    # what was said before is context, not target
-    return replace(record, scored=model.objective.later_half(record.scored))
-
-
-def later_half_vectors(
+def own_query_vectors(
     model: LanguageModel, codes: Codes, ekfac: Ekfac, records: list[Record], batch_tokens: int,
     done: Callable[[int], object] = lambda _: None,
 ) -> np.ndarray:
-    """The vectors [q, K] of records' later halves as queries; `done` is told of every record."""
+    """The vectors [q, K] of records that serve as queries; `done` is told of every record."""
     vectors = np.zeros((len(records), codes.settings.length), dtype=np.float32)
 
     def run(rows: list[int]) -> np.ndarray:
-        batch = model.batch([later_half(model, records[row]) for row in rows])
+        batch = model.batch([model.objective.as_query(records[row]) for row in rows])
         return query_vectors(model, codes, ekfac, batch).float().cpu().numpy()
 
-    lengths = [len(record.tokens) for record in records]
+    lengths = model.lengths(records)
     for rows, part in in_batches(lengths, batch_tokens, Splits(), run):
         vectors[rows] = part
         done(len(rows))
@@ -235,9 +229,9 @@ def later_half_vectors(
 def prepare_query(
     model: LanguageModel, codes: Codes, ekfac: Ekfac, record: Record
 ) -> tuple[np.ndarray, Preconditioned]:
-    """The vector [K] of a record's later half as a query, and its preconditioned gradient."""
+    """The vector [K] of a record that serves as a query, and its preconditioned gradient."""
     coordinates, _ = query_coordinates(model, codes.modules, ekfac, model.batch(
-        [later_half(model, record)]), codes.settings.damping)
+        [model.objective.as_query(record)]), codes.settings.damping)
     vectors, squares, preconditioned = codes.empty(1), codes.empty(1)[:, 0], Preconditioned({})
     prepare(codes, ekfac, coordinates, codes.settings.damping, vectors, squares, preconditioned)
     return vectors[0].float().cpu().numpy(), preconditioned

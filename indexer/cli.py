@@ -38,6 +38,17 @@ _MAX_BAD = click.option(
 @click.option("--completion-field", metavar="NAME", help="Field of the completion [completion].")
 @click.option("--messages-field", metavar="NAME", help="Field of chat messages, or of turns (from, "
               "value) [messages].")
+@click.option("--task", type=click.Choice(defaults.TASKS), help="What the model was trained for "
+              "[as its class tells].")
+@click.option("--text-b-field", metavar="NAME", help="Field of the second of two texts.")
+@click.option("--label-field", metavar="NAME", help="Field of a text's class [label].")
+@click.option("--labels", metavar="A,B", help="Names of the classes, in the model's order [its "
+              "config.json's].")
+@click.option("--chosen-field", metavar="NAME", help="Field of the preferred answer [chosen].")
+@click.option("--rejected-field", metavar="NAME", help="Field of the other answer [rejected].")
+@click.option("--margin-field", metavar="NAME", help="Field of a pair's margin [margin].")
+@click.option("--beta", type=float, default=defaults.BETA, show_default=True,
+              help="β of preference pairs.")
 @click.option("--chat-template", type=click.Path(path_type=Path), metavar="FILE",
               help="Jinja template that training rendered chats by [the tokenizer's own].")
 @click.option("--rows", metavar="FORM", help="Form of the records, where their fields don't tell: "
@@ -53,9 +64,10 @@ _MAX_BAD = click.option(
               "do [a longer one becomes several windows].")
 @click.option("--limit", type=int, help="Read only the first documents.")
 @click.option("--strict", is_flag=True, help="Stop at the first row that can't be used.")
-@click.option("--modules", default=defaults.MODULES, show_default=True, metavar="RANGE|KINDS|REGEX",
-              help="Linear modules to track: layers (8-15), mlp (all but attention), attention, "
-                   "all (both), adapter (LoRA's own), several with commas; else names that match.")
+@click.option("--modules", metavar="RANGE|KINDS|REGEX",
+              help="Linear modules to track: layers (8-15), mlp (all of the blocks but attention), "
+                   "attention, head (of a classifier or reward model), all, adapter (LoRA's own), "
+                   "several with commas; else names that match [mlp; with a head mlp,head].")
 @click.option("--fit-sequences", type=int, default=defaults.FIT_SEQUENCES, show_default=True,
               help="Sequences to fit the curvature on.")
 @click.option("--fit-labels", type=click.Choice(defaults.LABELS), default=defaults.LABELS[0],
@@ -125,6 +137,7 @@ def build(
     from indexer.dry_run.estimate import estimate
 
     quiet_transformers()
+    others["labels"] = tuple(name.strip() for name in (others["labels"] or "").split(",") if name)
     others["keep_fields"] = tuple(name.strip() for name in (keep_fields or "").split(",")
                                   if name.strip())
     others["columns"] = tuple(name.strip() for name in columns.split(",")) if columns else ()

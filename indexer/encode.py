@@ -178,7 +178,7 @@ def encode_batches(
         return Arriving([encode_batch(model, codes, [records[row] for row in rows]).float()])
 
     before: tuple[list[int], Arriving] | None = None
-    lengths = [len(record.tokens) for record in records]
+    lengths = model.lengths(records)
     for under_way in in_batches(lengths, batch_tokens, splits, run):
         if before is not None:
             yield before[0], before[1].arrays()[0]

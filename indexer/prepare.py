@@ -27,7 +27,7 @@ from gradindex.model.tracked import (
     untracked,
 )
 from gradindex.modules import Module
-from gradindex.objective import Text
+from gradindex.objective.batch import Text
 from gradindex.progress import Progress, shares, size
 from gradindex.storage import layout
 from gradindex.storage.build_plan import Plan
@@ -70,7 +70,7 @@ def load_model(
     torch.set_num_threads(state.threads)
     progress.say(f"model: loading {source.name} as {plan.dtype} on {plan.device}")
     model = LanguageModel.load(source, dtype)
-    anatomy = examine(model.network)
+    anatomy = examine(model.network, model.source.task)
     tracked = tracked_modules(model.network, plan.modules, anatomy)
     check_bits(plan.bits, tracked)
     if model.device.type == "cuda":
@@ -190,7 +190,7 @@ def describe_modules(
     kinds: dict[str, int] = {}
     for module in tracked:
         # the module's own name without its layer; experts count as one kind
-        kind = re.sub(r"_\d+$", "_*", module.name.split(f".{module.layer}.", 1)[1])
+        kind = re.sub(r"_\d+$", "_*", module.name.split(f".{module.layer}.", 1)[-1])
         kinds[kind] = kinds.get(kind, 0) + 1
     rest = shares({f"{what} (not chosen)" if what in TRACKABLE else what: share
                    for what, share in untracked_shares.items()})

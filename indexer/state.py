@@ -39,7 +39,7 @@ Threads = Annotated[int, pydantic.Field(gt=0, le=1 << 16)]
 class RequestFacts:
     """The part of a build's request that goes into the manifest without affecting the codes."""
 
-    task: str
+    task: str  # the kind of the records, by its name in the first format
     train_sequences: int | None
     max_bad: float
     tokenizer_name: str | None

@@ -172,12 +172,12 @@ def estimate(request: BuildRequest) -> Estimate:
         check_identity(model, asdict(state.model))
     identify(model)  # digests the weights, as a build does
     loading = time.perf_counter() - start
-    anatomy = examine(model.network)
+    anatomy = examine(model.network, model.source.task)
     tracked = tracked_modules(model.network, plan.modules, anatomy)
     check_bits(plan.bits, tracked)
 
     # 3) text → lengths
-    data = _read_data(request)
+    data = _read_data(request, model)
     ingest.report_read(data.facts, plan.sequence_length, progress)
     ingest.warn_few(data.facts.sequences, progress)
     width = model.accumulate.itemsize
@@ -276,7 +276,7 @@ class _ReadData:
     seconds: float
 
 
-def _read_data(request: BuildRequest) -> _ReadData:
+def _read_data(request: BuildRequest, model: LanguageModel) -> _ReadData:
     """Read the data, or what can be read in READING seconds. Raises InputError as a build would."""
     corpus, most = request.corpus, request.plan.segment_size
     lengths: list[int] = []
@@ -286,7 +286,7 @@ def _read_data(request: BuildRequest) -> _ReadData:
     request.progress.start("read", 0, "sequences")
     start, share = time.perf_counter(), 1.0
     for record in corpus.sequences():
-        lengths.append(len(record.tokens))
+        lengths.append(model.objective.length(record))
         sizes.append(records.value_bytes(record))
         if len(sample) < most:
             sample.append(record)

@@ -40,7 +40,7 @@ def batch_bytes(
     identities = {(shape, device): identity(*shape, like[device])
                   for shape, device in {kinds[name] for name in squares}}
     vectors = {name: identities[kinds[name]] for name in squares}
-    plan = plan_batches([len(record.tokens) for record in sample], settings.batch_tokens)
+    plan = plan_batches(model.lengths(sample), settings.batch_tokens)
     forget_peak(model.devices)
     base = used(model.devices)
     with torch.no_grad():

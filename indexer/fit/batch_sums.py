@@ -15,7 +15,7 @@ from gradindex.influence.gradients import backward
 from gradindex.influence.preconditioned import slices
 from gradindex.model.network import LanguageModel
 from gradindex.modules import Module
-from gradindex.objective import Batch
+from gradindex.objective.batch import Batch
 from gradindex.storage.records import Record
 
 # adds a batch, and the numbers that draw its labels, to sums by name
@@ -104,4 +104,4 @@ def fit_batch(
     if labels != "model":
         return batch, None
     return batch, model.objective.label_numbers(
-        batch, records, lambda row, count: uniforms(stream, seed, records[row].id, count))
+        batch, lambda row, count: uniforms(stream, seed, records[row].id, count))

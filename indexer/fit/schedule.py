@@ -24,7 +24,7 @@ from gradindex.influence import curvature
 from gradindex.influence.curvature import Curvature, Ekfac
 from gradindex.memory import Allowance, return_freed
 from gradindex.model.network import LanguageModel
-from gradindex.model.tracked import untracked
+from gradindex.model.tracked import examine, untracked
 from gradindex.modules import Module
 from gradindex.progress import Progress
 from gradindex.storage import layout
@@ -284,6 +284,7 @@ class Fit:
             if path.name not in (*files, FIT_NOTES):
                 path.unlink()
         folder.notes.files, folder.notes.saved, folder.notes.partitions = files, {}, []
-        folder.notes.untracked = {what: round(share, 6) for what, share
-                                  in untracked(self.model.network, fitted).items()}
+        network, task = self.model.network, self.model.source.task
+        rest = untracked(network, fitted, examine(network, task))
+        folder.notes.untracked = {what: round(share, 6) for what, share in rest.items()}
         folder.notes.write(folder.path)

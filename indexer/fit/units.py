@@ -16,7 +16,7 @@ from gradindex.influence.gradients import why_not_finite
 from gradindex.influence.split_batches import Splits, in_batches
 from gradindex.memory import return_freed
 from gradindex.model.network import LanguageModel
-from gradindex.objective import Batch
+from gradindex.objective.batch import Batch
 from gradindex.progress import Progress
 from gradindex.storage.records import Record
 from gradindex.storage.tensors import write_tensors
@@ -161,7 +161,7 @@ class FitUnits:
             add(tensors, *self._batch([records[row] for row in rows], stream))
             return True
 
-        lengths = [len(record.tokens) for record in records]
+        lengths = self.model.lengths(records)
         for rows, added in in_batches(lengths, self.folder.settings.batch_tokens, splits, run):
             if not added:
                 self.progress.update(-done)

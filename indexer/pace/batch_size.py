@@ -43,8 +43,8 @@ def choose_batch_tokens(
     whole process may take [what there is]. Raises ResourceError where memory doesn't hold one
     sequence.
     """
-    smallest = max(SMALLEST, max(len(record.tokens) for record in sample))
-    each = held_bytes_a_token(model, modules, _batch_of(sample, SMALLEST))
+    smallest = max(SMALLEST, *model.lengths(sample))
+    each = held_bytes_a_token(model, modules, _batch_of(model, sample, SMALLEST))
     most = MOST * (available_on(model.devices) if bound is None else bound)
     if smallest <= USUAL and USUAL * each <= min(LITTLE, most):
         return USUAL
@@ -111,7 +111,7 @@ def _throughputs(
 ) -> Iterator[tuple[int, float]]:
     """Padded tokens a second of batches of each size, as far as memory holds them."""
     for size in sizes:
-        records, taken = _batch_of(sample, size), list[float]()
+        records, taken = _batch_of(model, sample, size), list[float]()
         try:
             while len(taken) < REPEATS and sum(taken) < QUICK:
                 taken.append(seconds_of_pass(model, modules, records))
@@ -120,7 +120,7 @@ def _throughputs(
             if size == sizes[0]:
                 raise
             return
-        yield size, len(records) * max(len(record.tokens) for record in records) / min(taken)
+        yield size, len(records) * max(model.lengths(records)) / min(taken)
 
 
 def seconds_of_pass(
@@ -135,10 +135,10 @@ def seconds_of_pass(
     return time.perf_counter() - start
 
 
-def _batch_of(sample: list[Record], size: int) -> list[Record]:
+def _batch_of(model: LanguageModel, sample: list[Record], size: int) -> list[Record]:
     """A batch of `size` padded tokens, from the middle of those that a long run would have."""
     # few sequences are repeated, until they fill several batches
-    times = -(-4 * size // sum(len(record.tokens) for record in sample))
+    times = -(-4 * size // sum(model.lengths(sample)))
     many = sample * max(1, times)
-    plan = plan_batches([len(record.tokens) for record in many], size)
+    plan = plan_batches(model.lengths(many), size)
     return [many[row] for row in plan[len(plan) // 2]]

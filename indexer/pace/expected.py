@@ -40,8 +40,7 @@ def stages_left(
         return {}
     sample = run.records(prepared.settings.ids[: prepared.settings.block])
     ahead = Ahead.of(model, tracked, plan, prepared.allowance,
-                     [len(record.tokens) for record in sample], run.count, state.batch_tokens,
-                     settled.bits)
+                     model.lengths(sample), run.count, state.batch_tokens, settled.bits)
     pace = measure_pace(model, tracked, sample, ahead, plan, progress)
     seconds = stage_seconds(pace, ahead, plan)
     seconds["encode"] *= unsealed

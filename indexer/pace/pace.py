@@ -31,7 +31,7 @@ from gradindex.model.config import vocabulary_size
 from gradindex.model.devices import wait_for
 from gradindex.model.network import LanguageModel
 from gradindex.modules import Module
-from gradindex.objective import Batch
+from gradindex.objective.batch import Batch
 from gradindex.progress import Progress
 from gradindex.storage import token_file
 from gradindex.storage.build_plan import Plan
@@ -126,8 +126,8 @@ def measure_pace(
     drawing = precondition_seconds = 0.0
     most = transient = 0  # bytes
     progress.start("pace", 0, "pieces of work timed")
-    for number, records in enumerate(_two_batches(sample, batch_tokens)):
-        tokens = len(records) * max(len(record.tokens) for record in records)
+    for number, records in enumerate(_two_batches(model, sample, batch_tokens)):
+        tokens = len(records) * max(model.lengths(records))
         shapes.append((tokens, len(records)))
         forget_peak(model.devices)
         seen: dict[tuple[int, int], list[_Seen]] = {}
@@ -161,9 +161,11 @@ def measure_pace(
     )
 
 
-def _two_batches(sample: list[Record], batch_tokens: int) -> Iterator[list[Record]]:
+def _two_batches(
+    model: LanguageModel, sample: list[Record], batch_tokens: int
+) -> Iterator[list[Record]]:
     """The batches at a quarter and at three quarters of the padded tokens of a sample."""
-    lengths = [len(record.tokens) for record in sample]
+    lengths = model.lengths(sample)
     plan = plan_batches(lengths, batch_tokens)
     padded = np.array([lengths[batch[0]] * len(batch) for batch in plan])
     middle = (np.cumsum(padded) - padded / 2) / padded.sum()

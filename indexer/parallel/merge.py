@@ -13,6 +13,7 @@ from gradindex.storage.integrity import refuse_links
 from gradindex.storage.locks import only_writer
 from gradindex.storage.manifest import exists as index_exists
 from gradindex.storage.os_errors import disk_errors
+from gradindex.task import Task
 from indexer.build import commit_index, fit_curvature, measure_codes, settle_codes
 from indexer.prepare import load_model, prepare_build
 from indexer.read import ingest
@@ -49,7 +50,8 @@ def merge(
         else:
             _refuse_unfinished(folder, state)
             plan = state.plan
-            source_now = source.at_build(plan.model, plan.revision, None, plan.adapter)
+            source_now = source.at_build(
+                plan.model, plan.revision, None, plan.adapter, Task(plan.task, plan.beta))
             model_now, tracked = load_model(source_now, plan.dtype, state, progress)
             prepared = prepare_build(folder, model_now, tracked, state, progress)
             # steps 4 to 6 are done, so the curvature is only read; 7 and 8 are what is left

@@ -8,6 +8,7 @@ from typing import Any
 from gradindex.errors import InputError
 from gradindex.model.messages import is_messages, is_quoted
 from gradindex.storage.build_plan import CorpusSettings
+from gradindex.task import TASKS
 from indexer.read.known_forms import (
     BESIDE_MESSAGES,
     PREFERENCE_LABELS,
@@ -24,8 +25,9 @@ from indexer.read.known_forms import (
 )
 from indexer.read.rows import BadRowError, Columns, Row
 from indexer.read.sources import DataSource, read_source, shown_files
+from indexer.read.task_forms import task_form, unsuitable
 
-# task: the fields it needs, by their default names
+# kind: the fields it needs, by their default names
 NEEDED_FIELDS = {
     "text": ("text",), "completion": ("prompt", "completion"), "messages": ("messages",),
 }
@@ -43,13 +45,14 @@ def field_names(settings: CorpusSettings, given: bool = False) -> dict[str, str]
 class ChosenForms:
     """The forms of some sources' records.
 
-    `task` is what they come to: text, completion, messages or tokens. `forms` has each source's by
-    its name, None where fields are named or there are no records; `unread` are the fields that it
-    has no use for, `others` the forms that its records have as well, `seen` all fields of the rows
-    that were read, `chats` whether there was one among rows whose fields are named.
+    `kind` is what they come to: text, completion, messages, tokens, labelled or pairs. `forms` has
+    each source's by its name, None where fields are named or there are no records; `unread` are the
+    fields that it has no use for, `others` the forms that its records have as well, `seen` all
+    fields of the rows that were read, `chats` whether there was one among rows whose fields are
+    named.
     """
 
-    task: str
+    kind: str
     sources: list[DataSource]
     forms: dict[str, Form | None]
     unread: dict[str, list[str]]
@@ -61,36 +64,39 @@ class ChosenForms:
     @classmethod
     def of(cls, sources: list[DataSource], settings: CorpusSettings) -> "ChosenForms":
         """Look at the first record of every source. Raises InputError for what has no form."""
-        chosen = cls(_named_task(settings), sources,
+        next_token = settings.task == "causal"
+        chosen = cls(_named_kind(settings) if next_token else "", sources,
                      {source.name: None for source in sources}, {}, {}, settings)
-        kinds = {source.kind for source in sources}
-        if kinds == {"npy"}:
-            chosen.task = "tokens"
-        elif "npy" in kinds:
+        files = {source.kind for source in sources}
+        if not next_token:
+            _check_records(sources, settings)
+        elif files == {"npy"}:
+            chosen.kind = "tokens"
+        elif "npy" in files:
             raise InputError(
                 "the data holds token files (.npy) and text; an index takes one kind. Give one."
             )
-        if chosen.task:
+        if chosen.kind:
             return chosen
-        # by task: where it was seen first
-        tasks: dict[str, str] = {}
+        # by kind: where it was seen first
+        kinds: dict[str, str] = {}
         for source in sources:
             if source.holds_records:
                 form = chosen._choose(source)
-                task = form.task if form else None
+                kind = form.kind if form else None
             else:
-                task = "text"
-            if task:
-                tasks.setdefault(task, source.name)
-        if len(tasks) > 1:
-            kinds_found = ", ".join(f"{task} ({name})" for task, name in tasks.items())
+                kind = "text"
+            if kind:
+                kinds.setdefault(kind, source.name)
+        if len(kinds) > 1:
+            shown = ", ".join(f"{kind} ({name})" for kind, name in kinds.items())
             raise InputError(
-                f"the data holds records of several kinds: {kinds_found}; an index takes one. Give "
+                f"the data holds records of several kinds: {shown}; an index takes one. Give "
                 "one of them, or name a form (--rows) or fields that all have.")
-        if settings.rows and "text" in tasks and not any(one.holds_records for one in sources):
+        if settings.rows and "text" in kinds and not any(one.holds_records for one in sources):
             raise InputError(f"--rows {settings.rows} is a form of records; the data holds texts "
-                             f"({tasks['text']}), each one document. Leave it out.")
-        chosen.task = next(iter(tasks), named_form(settings.rows).task if settings.rows else "text")
+                             f"({kinds['text']}), each one document. Leave it out.")
+        chosen.kind = next(iter(kinds), named_form(settings.rows).kind if settings.rows else "text")
         return chosen
 
     def _choose(self, source: DataSource) -> Form | None:
@@ -98,27 +104,39 @@ class ChosenForms:
         first, names = _first_record(source, self.settings)
         if first is None:
             return None
-        form = named_form(self.settings.rows) if self.settings.rows else form_of(names)
-        if self.settings.rows is None:
-            refuse_preferences(source.name, first, form)
-        if form is not None and not set(form.needs) <= set(names):
-            raise lacking(source.name, form, names)
+        task = self.settings.task
+        form = self._form_of(source, first, names) if task == "causal" else \
+            task_form(task, names, self.settings)
         if form is None:
-            raise unknown_fields(source.name, first, source.kind == "csv")
+            raise unsuitable(source.name, task, names) if task != "causal" else \
+                unknown_fields(source.name, first, source.kind == "csv")
         if source.kind in ("json", "jsonl") and holds_columns(first, form) and _is_alone(source):
             raise columns_for_records(source.name, form)
         self.forms[source.name] = form
         used = self._used(source)
         self.unread[source.name] = [name for name in names if name not in used]
-        self.others[source.name] = other_forms(form, names)
+        self.others[source.name] = other_forms(form, names) if task == "causal" else []
+        return form
+
+    def _form_of(
+        self, source: DataSource, first: dict[str, Any], names: list[str]
+    ) -> Form | None:
+        """The form of records of next tokens, by name or as their first one tells."""
+        named = self.settings.rows
+        form = named_form(named) if named else form_of(names)
+        if named is None:
+            refuse_preferences(source.name, first, form)
+        if form is not None and not set(form.needs) <= set(names):
+            raise lacking(source.name, form, names)
         return form
 
     def standard(self, source: DataSource, content: dict[str, Any]) -> dict[str, Any]:
-        """A row with the fields of its task, under the names of the settings. Raises BadRowError.
+        """A row with the fields of its kind, under the names of the settings. Raises BadRowError.
         """
         form, read = self.forms[source.name], content
         if form is not None:
-            if self.settings.rows is None and form.task != "text":
+            if self.settings.task == "causal" and self.settings.rows is None and \
+                    form.kind != "text":
                 refuse_unlearned(content)
             read = form.read(content)
         elif not self.chats:
@@ -180,22 +198,38 @@ class ChosenForms:
                 for line, names in by_form.items()]
 
 
-def _named_task(settings: CorpusSettings) -> str:
-    """The task whose fields are named; empty for none. Raises InputError for two."""
+def _named_kind(settings: CorpusSettings) -> str:
+    """The kind whose fields are named; empty for none. Raises InputError for two."""
     given = field_names(settings, given=True)
-    tasks = [task for task, needed in NEEDED_FIELDS.items() if set(needed) & set(given)]
-    if len(tasks) > 1:
+    kinds = [kind for kind, needed in NEEDED_FIELDS.items() if set(needed) & set(given)]
+    if len(kinds) > 1:
         raise InputError(
             "--text-field, --prompt-field/--completion-field and --messages-field exclude each "
             "other; give one kind."
         )
-    if tasks and settings.rows:
+    if kinds and settings.rows:
         raise InputError(
             f"--rows {settings.rows} and fields that are named exclude each other: a form has "
             "fields of its own. Give one.")
     if settings.rows:
         named_form(settings.rows)
-    return tasks[0] if tasks else ""
+    return kinds[0] if kinds else ""
+
+
+def _check_records(sources: list[DataSource], settings: CorpusSettings) -> None:
+    """Raise InputError for files without records, which hold neither labels nor pairs."""
+    texts = [source.name for source in sources if not source.holds_records]
+    if texts:
+        raise InputError(
+            f"{texts[0]} holds no records; expected {TASKS[settings.task]} in each, as JSON lines, "
+            "Parquet or a table.")
+    if settings.rows:
+        raise InputError(f"--rows {settings.rows} is a form of records of next tokens, and the "
+                         f"task is {settings.task}. Leave it out.")
+    beside = [name for name in ("completion", "messages") if getattr(settings, f"{name}_field")]
+    if beside:
+        raise InputError(f"--{beside[0]}-field has no use with --task {settings.task}; a row is "
+                         f"{TASKS[settings.task]}. Leave it out.")
 
 
 def _is_alone(source: DataSource) -> bool:

@@ -16,9 +16,11 @@ from gradindex.errors import InputError
 from gradindex.model import tokenise
 from gradindex.model.chat_template import check_chat_template, with_chat_template
 from gradindex.model.messages import TOLD_BESIDE_PROMPTS
-from gradindex.objective import NextToken
+from gradindex.model.task_rows import RowError, encode_labelled, encode_preferred
+from gradindex.objective.objective import objective_of
 from gradindex.storage.build_plan import CorpusSettings, DataFacts
 from gradindex.storage.records import Part, Record
+from gradindex.task import Task
 from indexer.read.choose_form import ChosenForms, field_names
 from indexer.read.conversations import encode_conversation, encode_exchange, holds_messages
 from indexer.read.discover import discover
@@ -32,7 +34,7 @@ from indexer.read.sources import (
     read_source,
     shown_files,
 )
-from indexer.read.windows import packed, truncated, windows
+from indexer.read.windows import packed, spanned, truncated, windows
 
 KEPT_EXAMPLES = 20  # bad rows remembered with file and line; all are counted
 
@@ -70,10 +72,14 @@ class Corpus:
         vocabulary: int, end_token: int | None = None, strict: bool = False,
     ):
         self.settings, self.strict = settings, strict
-        self.objective = NextToken()
+        self.objective = objective_of(Task(settings.task), None)
         self.tokenizer = with_chat_template(tokenizer, settings.chat_template)
         self.vocabulary = vocabulary
         self.end_token = end_token
+        self._of_pairs = Task(settings.task).of_pairs
+        if settings.task != "causal" and (settings.pack or settings.truncate):
+            raise InputError(f"--pack and --truncate say how texts of next tokens are cut; with "
+                             f"--task {settings.task} a row is one sequence. Leave them out.")
         if settings.pack and settings.truncate:
             raise InputError("--pack joins documents and cuts nothing off, --truncate does; give "
                              "one.")
@@ -91,16 +97,16 @@ class Corpus:
             shown = ", ".join(str(item) for item in items) or "nothing"
             raise InputError(f"no data files were found in {shown}; expected {DATA_FORMS}.")
         self.forms = ChosenForms.of(self.sources, settings)
-        self.task = self.forms.task
+        self.kind = self.forms.kind
         self.notes = [*found.notes(), *self.forms.notes()]  # to be said before anything is read
-        if self.task != "tokens" and tokenizer is None:
+        if self.kind != "tokens" and tokenizer is None:
             raise InputError(
                 "the model has no tokenizer, so text can't be read. Give --tokenizer, or token "
                 "files (.npy)."
             )
-        if self.task == "messages":
+        if self.kind == "messages":
             check_chat_template(self.tokenizer, self._fields()["messages"])
-        if settings.pack and self.task != "tokens" and end_token is None:
+        if settings.pack and self.kind != "tokens" and end_token is None:
             raise InputError(
                 "--pack joins documents with the end token, but the tokenizer has none. Use "
                 "--no-pack, or a tokenizer with an eos_token."
@@ -115,8 +121,11 @@ class Corpus:
         """How many documents were longer than a sequence, and what became of them; None for none.
         """
         settings = self.settings
-        if not self.longer or settings.pack or self.task == "tokens":
+        if not self.longer or settings.pack or self.kind == "tokens":
             return None
+        if settings.task != "causal":
+            return (f"{self.longer:,} of {self.facts.documents:,} rows are longer than "
+                    f"{settings.sequence_length} tokens: cut there, as trainers do (--seq-len)")
         done = "cut there, what is behind is left out" if settings.truncate else (
             "cut into windows; --truncate drops what is behind, as trainers do")
         verb = "is" if self.longer == 1 else "are"
@@ -153,7 +162,13 @@ class Corpus:
         facts = self.facts = CorpusFacts()  # another reading counts anew
         self.longer, self._unshown = 0, {}
         length, documents = self.settings.sequence_length, self._documents()
-        if self.settings.pack and self.task != "tokens":
+        if self.settings.task != "causal":  # a row is one sequence, and cut already
+            for part, one in documents:
+                yield self._count(Record(
+                    facts.sequences, one.tokens, one.scored, [spanned(part, one.spans)],
+                    one.border, one.label, one.offset))
+            return
+        if self.settings.pack and self.kind != "tokens":
             assert self.end_token is not None  # as checked at the start
             cut = packed(documents, length, self.end_token)
         elif self.settings.truncate:
@@ -161,14 +176,18 @@ class Corpus:
         else:
             cut = windows(documents, length)
         for tokens, scored, parts in cut:
-            if not (counted := int(self.objective.counted(scored).sum())):
+            record = Record(facts.sequences, tokens, scored, parts)
+            if not self.objective.predictions(record):
                 # its gradient would be 0
                 self._skip_unscored(parts[0])
                 continue
-            yield Record(facts.sequences, tokens, scored, parts)
-            facts.sequences += 1
-            facts.tokens += len(tokens)
-            facts.scored_tokens += counted
+            yield self._count(record)
+
+    def _count(self, record: Record) -> Record:
+        self.facts.sequences += 1
+        self.facts.tokens += len(record.tokens)
+        self.facts.scored_tokens += self.objective.predictions(record)
+        return record
 
     # ---- rows → documents
 
@@ -181,7 +200,7 @@ class Corpus:
                 tokenised = self._tokenised(self.forms.standard(source, content))
                 _check_tokens(tokenised, self.vocabulary)
                 user_id, fields = self._metadata(content)
-            except BadRowError as bad:
+            except (BadRowError, RowError) as bad:
                 self._skip(f"{source.name}:{row}", str(bad))
                 continue
             except InputError as error:  # the whole data's fault: a template that can't be used
@@ -192,8 +211,9 @@ class Corpus:
                 what = part.split(" (")[0]  # in brackets is which message
                 first, count = self._unshown.get(what, (f"{source.name}:{row}", 0))
                 self._unshown[what] = first, count + 1
-            self.longer += len(tokenised.tokens) > self.settings.sequence_length
-            self._learned = bool(self.objective.counted(tokenised.scored).any())
+            self.longer += tokenised.longer or \
+                len(tokenised.tokens) > self.settings.sequence_length * (1 + self._of_pairs)
+            self._learned = self.objective.predictions(tokenised) > 0
             yield Part(number, source.name, row, -1, -1, 0, user_id, fields), tokenised
             if self.facts.documents == self.settings.limit:
                 return
@@ -215,7 +235,7 @@ class Corpus:
         place = f"{part.source}:{part.row}"
         if self.settings.truncate:
             self._skip(place, "no scored token before the cut")
-        elif self._learned or self.settings.pack or self.task == "tokens":
+        elif self._learned or self.settings.pack or self.kind == "tokens":
             self.facts.skip("sequence without a scored token")
         else:  # windows are cut of the last document that was read
             self._skip(place, "sequence without a scored token (its first token is never "
@@ -233,16 +253,22 @@ class Corpus:
         Raises BadRowError.
         """
         fields = self._fields()
-        if self.task == "tokens":
+        if self.kind == "labelled":
+            return encode_labelled(self.tokenizer, content, self.settings.labels,
+                                   self.settings.sequence_length)
+        if self.kind == "pairs":
+            return encode_preferred(self.tokenizer, content, Task(self.settings.task),
+                                    self.settings.sequence_length)
+        if self.kind == "tokens":
             tokens = content["tokens"].astype(np.int64)
             n = len(tokens)  # all are scored, and of no text
             return tokenise.Tokenised(tokens, np.ones(n, bool), np.full((n, 2), -1))
-        if self.task == "text":
+        if self.kind == "text":
             document = _string(content, fields["text"])
             if not document.strip():
                 raise BadRowError("empty text")
             return tokenise.encode(self.tokenizer, document)
-        if self.task == "messages":
+        if self.kind == "messages":
             return encode_conversation(self.tokenizer, content, fields["messages"])
         # a prompt and a completion
         if holds_messages(content, fields["prompt"], fields["completion"]):

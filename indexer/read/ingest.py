@@ -141,7 +141,7 @@ def check_read(corpus: Corpus) -> None:
             "tokens.", *skipped, *facts.examples[:3]]))
     # a misspelt name would otherwise give an index that lacks the field, noticed too late
     absent = set(corpus.settings.keep_fields) - corpus.fields_seen
-    if absent and corpus.task != "tokens":
+    if absent and corpus.kind != "tokens":
         raise InputError(
             f"--keep-fields: no record has a field {sorted(absent)[0]!r}; found "
             f"{', '.join(sorted(corpus.fields_seen)) or 'none'}."

@@ -38,14 +38,14 @@ Content = dict[str, Any]
 
 @dataclass(frozen=True)
 class Form:
-    """A form of records: `task` is the standard form that `standard` turns one into.
+    """A form of records: `kind` is the standard form that `standard` turns one into.
 
     A record has all of the fields `needs`, and may have those of `takes`; where one of `lost` isn't
     empty, the form has no place for it. `said` is what people are told.
     """
 
     name: str
-    task: str
+    kind: str
     needs: tuple[str, ...]
     said: str
     standard: Callable[[Content], Content]
@@ -60,12 +60,12 @@ class Form:
                 raise BadRowError(f"missing field {name!r}" + (
                     f" (a record of the form {other.name})" if other else ""))
         lost = [name for name in self.lost if has_value(content.get(name))]
-        if lost and not (self.task == "messages" and all(
+        if lost and not (self.kind == "messages" and all(
                 _is_told(content[self.needs[0]], content[name]) for name in lost)):
             raise BadRowError(
                 f"field {lost[0]!r} has no place in the form {self.name} (" + (
                     f"put it into the messages; --messages-field {self.needs[0]} leaves it out)"
-                    if self.task == "messages" else "name the fields to leave it out, with "
+                    if self.kind == "messages" else "name the fields to leave it out, with "
                     "--prompt-field and --completion-field, or give messages)"))
         return {**content, **self.standard(content)}
 
@@ -190,7 +190,7 @@ def refuse_preferences(name: str, content: Content, form: Form | None) -> None:
             f"{name} holds preferences (chosen, rejected), which are learned as pairs; expected "
             "texts whose every next token was learned. To index the chosen ones as if they had "
             f"been: {_of_the_chosen(content)}.")
-    if form is None or form.task == "text":
+    if form is None or form.kind == "text":
         return
     for label in PREFERENCE_LABELS:
         if _is_yes_or_no(content.get(label)):
@@ -297,7 +297,7 @@ _BY_PANDAS = ("python -c \"import pandas; pandas.read_json('OLD.json').to_json('
 
 def holds_columns(content: Content, form: Form) -> bool:
     """Whether what should be a record has the values of many in each field that it needs."""
-    return all(_is_column(content[field], form.task == "messages") for field in form.needs)
+    return all(_is_column(content[field], form.kind == "messages") for field in form.needs)
 
 
 def columns_for_records(name: str, form: Form) -> InputError:

@@ -32,7 +32,7 @@ def windows(documents: Iterable[Document], length: int) -> Iterator[Window]:
     for document, tokenised in documents:
         for start in range(0, len(tokenised.tokens), length):
             cut = slice(start, start + length)
-            part = _stretch(document, tokenised.spans[cut], token=0)
+            part = spanned(document, tokenised.spans[cut], token=0)
             yield tokenised.tokens[cut], tokenised.scored[cut], [part]
 
 
@@ -40,7 +40,7 @@ def truncated(documents: Iterable[Document], length: int) -> Iterator[Window]:
     """A document at a time, its first `length` tokens."""
     for document, tokenised in documents:
         cut = slice(length)
-        part = _stretch(document, tokenised.spans[cut], token=0)
+        part = spanned(document, tokenised.spans[cut], token=0)
         yield tokenised.tokens[cut], tokenised.scored[cut], [part]
 
 
@@ -60,7 +60,7 @@ def packed(documents: Iterable[Document], length: int, end_token: int) -> Iterat
         while done < len(tokenised.tokens):
             cut = slice(done, done + length - len(tokens))
             # a window remembers of which part of a document each of its tokens is
-            parts.append(_stretch(document, tokenised.spans[cut], token=len(tokens)))
+            parts.append(spanned(document, tokenised.spans[cut], token=len(tokens)))
             tokens.extend(tokenised.tokens[cut].tolist())
             scored.extend(tokenised.scored[cut].tolist())
             done = cut.stop
@@ -71,7 +71,7 @@ def packed(documents: Iterable[Document], length: int, end_token: int) -> Iterat
         yield np.array(tokens, np.int32), np.array(scored), parts
 
 
-def _stretch(part: Part, spans: np.ndarray, token: int) -> Part:
+def spanned(part: Part, spans: np.ndarray, token: int = 0) -> Part:
     """The part of a document that some of its tokens cover; special tokens cover nothing."""
     covering = spans[spans[:, 1] > spans[:, 0]]
     spans = covering if len(covering) else spans

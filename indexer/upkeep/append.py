@@ -87,9 +87,9 @@ def _append(
     _ = fitted.tokenizer  # refused here, before anything is read, if it is another
     corpus = open_corpus(data, fitted.source, fitted.config, replace(plan.corpus, limit=limit),
                          strict)
-    if corpus.task != manifest.task:
+    if corpus.kind != manifest.kind:
         raise InputError(
-            f"the data holds {corpus.task}, the index was built on {manifest.task}; append the "
+            f"the data holds {corpus.kind}, the index was built on {manifest.kind}; append the "
             "same kind, or build another index."
         )
     for note in corpus.notes:
@@ -217,7 +217,7 @@ def _token_sizes(fitted: FittedModel, records: list[Record]) -> np.ndarray:
     sizes = self_influence(by, records, lambda batch: fit_batch(
         model, batch, "model", manifest.code["seed"], Stream.DRIFT_LABELS))
     # per token, or longer documents would look like other ones
-    counted = [model.objective.counted(record.scored).sum() for record in records]
+    counted = [model.objective.predictions(record) for record in records]
     return sizes / np.maximum(1, counted)
 
 

@@ -25,7 +25,7 @@ from gradindex.storage.manifest import load as load_manifest
 from gradindex.storage.records import Record
 from gradindex.terminal import shell_word
 from indexer.background_queries import unit_vector
-from indexer.calibrate import exact_influence, later_half_vectors
+from indexer.calibrate import exact_influence, own_query_vectors
 from indexer.encode import encode_batches
 from indexer.upkeep.damage import find_damage, read_background_queries, sound_records
 from indexer.upkeep.rebuild import rebuild as rebuild_segments
@@ -268,7 +268,7 @@ def _compare_background_queries(
     rows = np.searchsorted(contents.rows["id"], queries.ids[numbers])
     within = 10 * SAME_SCORE[manifest.dtype] + 1e-3  # stored in float16
     records = contents.records(rows)
-    vectors = later_half_vectors(
+    vectors = own_query_vectors(
         fitted.model, fitted.codes, fitted.ekfac, records, manifest.batch_tokens)
     for number, record, vector in zip(numbers, records, vectors, strict=True):
         stored = queries.vectors[number].astype(np.float64)

@@ -1,0 +1,43 @@
+"""Which task a build is for: as it was said, or as the model's class and the data tell."""
+
+from typing import Any
+
+from gradindex.errors import InputError
+from gradindex.model import checkpoint
+from gradindex.model.model_source import ModelSource
+from gradindex.task import TASKS, Task
+
+
+def choose_task(source: ModelSource, asked: str | None, data: Any) -> str:
+    """The task that was asked for, or the only one that the model's class leaves.
+
+    Raises InputError for a task that there isn't.
+    """
+    if asked is not None:
+        if asked not in TASKS:
+            raise InputError(f"--task {asked}: expected one of {', '.join(TASKS)}.")
+        return asked
+    config = source.load_config()
+    of_texts = any("reward" in checkpoint.tasks_of(name)
+                   for name in checkpoint.class_names(source, config))
+    if not of_texts:
+        return "causal"
+    return "reward" if config.num_labels == 1 else "classification"
+
+
+def class_names(config: Any, given: tuple[str, ...], task: Task) -> tuple[str, ...]:
+    """The names of a classifier's classes: as given, or as its configuration has them.
+
+    Raises InputError for names that aren't as many as the classes, or not all different.
+    """
+    if task.name != "classification":
+        if given:
+            raise InputError(f"--labels names a classifier's classes; the task is {task.name}. "
+                             "Leave it out.")
+        return ()
+    count = config.num_labels
+    names = given or tuple(str(config.id2label[number]) for number in range(count))
+    if len(names) != count or len(set(names)) != count:
+        raise InputError(f"--labels {','.join(names)}: the model has {count} classes; expected as "
+                         "many names, each once, in its order.")
+    return names
