@@ -212,7 +212,7 @@ def rescore(index: Path, id_source: str, ranked: bool, **flags: Any) -> int:
       gradindex search train.index -p "2 +" -c " 2" --format jsonl |
         gradindex rescore train.index -p "2 +" -c " 3" --ids -
     """
-    from gradindex.results import UNITS
+    from gradindex.results import units_of
     from search.ask.make_query import make_query
     from search.ask.settings import settle
     from search.show.data_files import json_lines
@@ -222,6 +222,7 @@ def rescore(index: Path, id_source: str, ranked: bool, **flags: Any) -> int:
     question = read_question(take_question(flags), id_source)
     searcher, progress = open_searcher(index, flags)
     settings = settle(controls, searcher.manifest)
+    units = units_of(searcher.manifest.task.name, exact=True)
     places = searcher.known(read_ids(id_source))
     progress.say(LOADING)
     query = make_query(searcher.snapshot, question)
@@ -231,12 +232,12 @@ def rescore(index: Path, id_source: str, ranked: bool, **flags: Any) -> int:
         if ranked:
             scored += hits
         else:
-            click.echo(json_lines(hits, UNITS.format(how="exact")), nl=False)
+            click.echo(json_lines(hits, units), nl=False)
         progress.update(len(hits))
     progress.finish()
     if ranked:
         scored.sort(key=lambda hit: ranked_by(hit, settings.normalize), reverse=True)
-        click.echo(json_lines(scored, UNITS.format(how="exact")), nl=False)
+        click.echo(json_lines(scored, units), nl=False)
     return 0
 
 

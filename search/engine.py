@@ -18,7 +18,7 @@ from gradindex.model.network import LanguageModel
 from gradindex.results import Comparison, Hit, Query, Result
 from gradindex.storage.manifest import Manifest
 from search.ask.controls import ControlArguments, Controls
-from search.ask.keywords import SearchArguments, split, with_keywords
+from search.ask.keywords import QuestionOptions, SearchArguments, split, with_keywords
 from search.ask.make_query import aggregate, make_query
 from search.ask.question import Question
 from search.ask.settings import Settings, settle
@@ -175,20 +175,16 @@ class Searcher:
         """Like `rescore` for the places that `known` gives, a chunk at a time."""
         return rescore_named(self.snapshot, query, places, settings, self.batch_tokens)
 
+    @with_keywords
     def make_query(
-        self, prompt: str | None = None, completion: str | None = None,
-        token_ids: Sequence[int] | None = None, labels: Sequence[int] | None = None,
-        messages: list[dict[str, Any]] | None = None, versus: str | None = None,
-        score_on: str | None = None, id: Any = None, tools: list[Any] | None = None,
-        chat_template_kwargs: dict[str, Any] | None = None,
+        self, prompt: str | None = None, completion: str | None = None, *, id: Any = None,
+        **arguments: Unpack[QuestionOptions],
     ) -> Query:
         """Tokenise and check a query, without the model unless it is to continue the prompt.
 
         Raises InputError for a query that can't be scored.
         """
-        return make_query(self.snapshot, Question(
-            prompt, completion, token_ids, labels, messages, tools, chat_template_kwargs, versus,
-            score_on, id))
+        return make_query(self.snapshot, Question(prompt, completion, id=id, **arguments))
 
     def known(self, ids: Iterable[Any]) -> list[int]:
         """The places of sequences' ids. Raises InputError where there is no such sequence."""

@@ -90,8 +90,18 @@ QUESTION_FLAGS = [
                  help="Another completion: explain log p of -c minus log p of this."),
     click.option("--score-on", metavar="RANGE",
                  help="Score these tokens of the completion only: 0-2, or 5."),
+    click.option("--text", metavar="TEXT", help="Text whose class is explained (classification)."),
+    click.option("--text-b", metavar="TEXT", help="The second of two texts."),
+    click.option("--label", metavar="NAME", help="Its class, by name or number [the model's own]."),
+    click.option("--versus-label", metavar="NAME",
+                 help="Another class: explain log p of --label minus log p of this."),
+    click.option("--chosen", metavar="TEXT", help="Preferred answer to -p (reward, preference)."),
+    click.option("--rejected", metavar="TEXT", help="The answer that it was preferred to."),
+    click.option("--response", metavar="TEXT", help="One answer to -p, whose reward is explained."),
 ]
-TEXTS = ("prompt", "completion", "versus")  # of a question, which may stand in a file
+# of a question, which may stand in a file
+TEXTS = ("prompt", "completion", "versus", "text", "text_b", "chosen", "rejected", "response")
+NAMES = ("label", "versus_label")
 
 
 # ---- what the flags say
@@ -113,7 +123,7 @@ def take_controls(flags: dict[str, Any]) -> Controls:
 
 def take_question(flags: dict[str, Any]) -> dict[str, Any]:
     """The flags that say what is asked, by name, which are taken out of a command's flags."""
-    return {name: flags.pop(name) for name in (*TEXTS, "messages", "score_on")}
+    return {name: flags.pop(name) for name in (*TEXTS, *NAMES, "messages", "score_on")}
 
 
 def read_question(flags: dict[str, Any], id_source: str | None = None) -> Question:
@@ -121,23 +131,24 @@ def read_question(flags: dict[str, Any], id_source: str | None = None) -> Questi
 
     `id_source` is where ids are read, for standard input has one reader.
     """
-    texts, messages = {name: flags[name] for name in TEXTS}, flags["messages"]
+    texts, messages = {name: flags.get(name) for name in TEXTS}, flags["messages"]
     if messages is not None:
         if any(text is not None for text in texts.values()):
-            raise click.UsageError("--messages and -p, -c, --versus exclude each other; give one "
-                                   "query.")
+            raise click.UsageError("--messages and what else says a query (-p, -c, --versus, …) "
+                                   "exclude each other; give one query.")
         try:
             chat = json.loads(read_text(messages, f"--messages {messages}"))
         except ValueError as error:
             raise click.UsageError(f"--messages {messages} is not valid JSON: {error}.") from None
         return _chat_question(chat, messages, flags["score_on"])
-    if flags["prompt"] is None and flags["completion"] is None:
+    if not any(text is not None for text in texts.values()):
         raise click.UsageError('give the query: -p "PROMPT" -c " COMPLETION", or --messages FILE, '
-                               "or --queries FILE.")
+                               "or --queries FILE; of a classifier --text, of pairs --chosen and "
+                               "--rejected.")
     if [*texts.values(), id_source].count("-") > 1:
-        raise click.UsageError("only one of -p, -c, --versus and --ids can be standard input, -.")
-    return Question(read_argument(flags["prompt"]), read_argument(flags["completion"]),
-                    versus=read_argument(flags["versus"]), score_on=flags["score_on"])
+        raise click.UsageError("only one of a query's texts and --ids can be standard input, -.")
+    given: dict[str, Any] = {name: read_argument(text) for name, text in texts.items()}
+    return Question(**given, **{name: flags.get(name) for name in (*NAMES, "score_on")})
 
 
 def _chat_question(content: Any, path: Path, score_on: str | None) -> Question:

@@ -30,6 +30,14 @@ class QuestionOptions(TypedDict, total=False):
     chat_template_kwargs: dict[str, Any] | None
     versus: str | None
     score_on: str | None
+    text: str | None
+    text_b: str | None
+    label: str | int | None
+    versus_label: str | int | None
+    chosen: Any
+    rejected: Any
+    response: Any
+    margin: float | None
 
 
 class SearchArguments(QuestionOptions, ControlArguments, total=False):

@@ -16,6 +16,7 @@ from gradindex.model.messages import MessagesError, read_chat, shown_content
 from gradindex.modules import numbers_in
 from gradindex.results import UNSCORED, Query
 from search.ask.question import Question, as_versus
+from search.ask.task_query import check_task, task_query
 
 CONTINUATION = 32  # tokens at most, where no completion is given
 
@@ -26,6 +27,11 @@ def make_query(fitted: FittedModel, question: Question) -> Query:
     Raises InputError where it can't be scored: nothing predicted, too long (it is never cut),
     token ids outside the vocabulary.
     """
+    check_task(fitted.manifest.task.name, question)
+    if fitted.manifest.task.name != "causal":
+        query = task_query(fitted, question)
+        query.id = question.id
+        return query
     question.check()
     query = _one_text(fitted, question)
     query.id = question.id

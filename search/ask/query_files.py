@@ -20,11 +20,16 @@ from search.ask.make_query import make_query
 from search.ask.question import Question
 from search.ask.settings import Settings
 
-FIELDS: dict[str, type] = {
-    "prompt": str, "completion": str, "messages": list, "tools": list,
-    "chat_template_kwargs": dict, "token_ids": list, "labels": list, "versus": str, "score_on": str,
+FIELDS: dict[str, tuple[type, ...]] = {
+    "prompt": (str, list), "completion": (str,), "messages": (list,), "tools": (list,),
+    "chat_template_kwargs": (dict,), "token_ids": (list,), "labels": (list,), "versus": (str,),
+    "score_on": (str,), "text": (str,), "text_b": (str,), "label": (str, int),
+    "versus_label": (str, int), "chosen": (str, list), "rejected": (str, list),
+    "response": (str, list), "margin": (int, float),
 }
-KINDS = {"str": "text", "list": "a list", "dict": "an object"}  # as errors call them
+# as errors call them
+KINDS: dict[type, str] = {
+    str: "text", list: "a list", dict: "an object", int: "a number", float: "a number"}
 OPENING = b'{"asked": "'  # of every line of results
 
 
@@ -79,13 +84,16 @@ def _parse(line: bytes, number: int) -> Question:
     unknown = [name for name in query if name not in (*FIELDS, "id")]
     if unknown:
         raise ValueError(f"unknown field {unknown[0]!r}; expected some of {', '.join(FIELDS)}, id")
-    if not query.keys() & {"prompt", "completion", "messages", "token_ids"}:
-        raise ValueError("expected a prompt and a completion, messages, or token_ids")
+    if not query.keys() & {"prompt", "completion", "messages", "token_ids", "text", "chosen",
+                           "response"}:
+        raise ValueError("expected a prompt and a completion, messages, or token_ids; of a "
+                         "classifier a text, of pairs chosen and rejected")
     for name, value in query.items():
         if name == "id":
             _check_id(value)
         elif not isinstance(value, FIELDS[name]):
-            raise ValueError(f"field {name!r} is not {KINDS[FIELDS[name].__name__]}")
+            expected = " or ".join(dict.fromkeys(KINDS[kind] for kind in FIELDS[name]))
+            raise ValueError(f"field {name!r} is not {expected}")
     return Question(**{"id": number, **query})
 
 

@@ -1,4 +1,4 @@
-"""What a query asks: its nine arguments, carried whole from whoever asks to the tokenizer."""
+"""What a query asks: its arguments, carried whole from whoever asks to the tokenizer."""
 
 import contextlib
 import json
@@ -21,6 +21,11 @@ class Question:
     them in training. `versus` is another completion of the prompt, whose log p is taken off.
     `score_on` ("0-2", "5") names the tokens of the completion that are scored, from 0, both ends
     included [all]. `id` is what the user calls the question; it is handed back as `Query.id`.
+
+    Of an index of another task. Classification: `text` (and `text_b`) with a `label`, by name or
+    number [the model's own]; `versus_label` is another label, whose log p is taken off. Reward and
+    preference: `prompt` with `chosen` and `rejected` (and `margin`), texts or messages; or with one
+    `response`, whose reward is explained.
     """
 
     prompt: str | None = None
@@ -33,6 +38,14 @@ class Question:
     versus: str | None = None
     score_on: str | None = None
     id: Any = None
+    text: str | None = None
+    text_b: str | None = None
+    label: str | int | None = None
+    versus_label: str | int | None = None
+    chosen: Any = None
+    rejected: Any = None
+    response: Any = None
+    margin: float | None = None
 
     def given(self) -> dict[str, Any]:
         """The arguments that were given, by name; the id is none of them."""

@@ -243,7 +243,7 @@ def _result(
         layers=sorted({module.layer for module in settings.modules}),
         controls=settings.facts(), seconds={}, warnings=warnings,
         model=model_name(snapshot.manifest), index=snapshot.digest, groups=groups,
-        group_count=count, total=total,
+        group_count=count, total=total, task=snapshot.manifest.task.name,
     )
 
 

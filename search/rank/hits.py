@@ -39,7 +39,9 @@ def make_hit(
         end=first.end, user_id=first.user_id, fields=first.fields,
         parts=[asdict(part) for part in record.parts], tokens=tokens,
         token_ids=token_ids, duplicates=snapshot.copies(place),
-        lexical=snapshot.tables.wording.overlap(asked, token_ids),
+        lexical=snapshot.tables.wording.overlap(asked, token_ids), border=record.border,
+        label=None if record.label is None else snapshot.manifest.plan.labels[record.label],
+        log_p=None if exact is None else exact.log_p,
     )
     if exact is None:
         return hit

@@ -1,6 +1,6 @@
 """The gradients of queries, preconditioned: each as a code's vector, and in full or of low rank."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,7 +19,7 @@ from gradindex.influence.preconditioned import (
 from gradindex.influence.split_batches import Splits, in_batches
 from gradindex.memory import LOW_RANK
 from gradindex.modules import Module
-from gradindex.objective import Text
+from gradindex.objective.batch import Text
 from gradindex.results import UNSCORED, Query
 from search.ask.controls import LARGEST_IN_FULL
 from search.ask.settings import Settings
@@ -133,24 +133,41 @@ def coordinates_of(
     }
 
     def run(rows: list[int]) -> tuple[Gradients, Tensor]:
-        batch = snapshot.model.batch([
-            Text(np.array(text.tokens, np.int32), np.array(text.labels) != UNSCORED)
-            for _, text in (texts[row] for row in rows)])
+        batch = snapshot.model.batch([as_row(text) for _, text in (texts[row] for row in rows)])
         with torch.no_grad():
             return query_coordinates(
                 snapshot.model, modules, snapshot.ekfac, batch, damping)
 
-    lengths, most = [len(text.tokens) for _, text in texts], _at_once(snapshot, modules)
+    lengths = snapshot.model.lengths([as_row(text) for _, text in texts])
+    most = _at_once(snapshot, modules)
     for rows, (coordinates, log_p) in in_batches(lengths, batch_tokens, Splits(), run, most):
         members = [texts[row] for row in rows]
         for (_, text), terms in zip(members, log_p.tolist(), strict=True):
-            text.token_log_p = snapshot.objective.by_token(terms, len(text.tokens))
+            if snapshot.manifest.task.name == "causal":
+                text.token_log_p = by_token(terms, len(text.tokens))
+            else:
+                [text.row_log_p] = terms
         numbers = torch.tensor([number for number, _ in members], device=snapshot.model.device)
         # a query's texts may be in several batches: each adds its part, −1 times that of a versus
         for name, c in coordinates.items():
             weights = c.new_tensor([text.weight for _, text in members])
             total[name].index_add_(0, numbers.to(c.device), c * weights[:, None, None])
     return total
+
+
+def as_row(text: Query) -> Text:
+    """A text of a query as an objective reads it."""
+    return Text(np.array(text.tokens, np.int32), np.array(text.labels) != UNSCORED, text.border,
+                text.label, text.offset)
+
+
+def by_token(log_p: Sequence[float], count: int) -> list[float]:
+    """log p of each of a text's `count` tokens in nats, from that of each position.
+
+    >>> by_token([-1.5, -0.5, 0.0], count=3)  # a position predicts the next one
+    [0.0, -1.5, -0.5]
+    """
+    return [0.0, *log_p[: count - 1]]
 
 
 def _groups(

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from gradindex.errors import InputError
 from gradindex.flags import options
 from search.query_flags import INDEX_FLAGS, RAY_FLAGS, open_searcher
 
@@ -41,6 +42,11 @@ def view(
     # before anything is opened: a token that can be guessed is refused at once
     token = token_for(host, os.environ.get("GRADINDEX_TOKEN"))
     searcher, progress = open_searcher(index, flags)
+    if searcher.manifest.task.name != "causal":
+        raise InputError(
+            f"the page asks with a prompt and a completion; {index} is of the task "
+            f"{searcher.manifest.task.name}. Ask it with gradindex search (-o answer.html shows "
+            "the answer as a page), or in Python.")
     socket = listening.listen(host, port)
     port = socket.getsockname()[1]
     address = f"http://{bracketed(host)}:{port}/"

@@ -53,7 +53,7 @@ CSV_COLUMNS = (
     "rank", "id", "influence", "nats", "exact", "percentile", "lexical", "generic_rate", "cosine",
     "relatif", "self_influence", "code_score", "code_rank", "tfidf_rank", "source", "row",
     "document", "start", "end", "user_id", "duplicates", "near_duplicates", "near",
-    "layer_influence", "kind_influence", "text", "units",
+    "label", "log_p", "layer_influence", "kind_influence", "text", "units",
 )
 
 

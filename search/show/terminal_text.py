@@ -46,11 +46,9 @@ def _heading(result: Result, width: int) -> list[str]:
         lines += _query_lines(text, "versus " if text.weight < 0 else "plus   ", width)
     if len(query.others) > MOST_TEXTS:
         lines.append(f"       and {len(query.others) - MOST_TEXTS} more texts")
-    scored = sum(text.scored for text in query.texts)
-    tokens = "token" if scored == 1 else "tokens"
+    said = visible(wording.asked_of(result)).replace(" scored,", " scored⟧,")
     lines += [f"       {line}" for line in _wrap(
-        f"⟦{scored} {tokens} scored⟧, {wording.logarithm(query)} = {query.log_p:.2f} nats",
-        width - 7)]
+        "⟦" * said.count("⟧") + said, width - 7)]
     return [*lines, *_wrap(wording.counted(result), width), *_wrap(wording.how(result), width)]
 
 
@@ -77,7 +75,8 @@ def _hit_lines(rank: int, hit: Hit, result: Result, width: int, color: bool) -> 
         influence = f"\x1b[{PLUS if hit.influence >= 0 else MINUS}m{influence}\x1b[0m"
     # only our own letters may hold colour codes: what comes from data goes through `visible`
     head = f"{rank:>3}  {by}{about}{influence}  {wording.nats(hit, result)}"
-    notes = [wording.percentile(hit, result), wording.rank_before(hit)]
+    notes = [visible(wording.said_of(hit)), wording.percentile(hit, result),
+             wording.rank_before(hit)]
     if hit.tfidf_rank is not None:
         notes.append(f"TF-IDF rank {hit.tfidf_rank}")
     notes.append(wording.overlap(hit))
@@ -92,7 +91,9 @@ def _hit_lines(rank: int, hit: Hit, result: Result, width: int, color: bool) -> 
         lines += [f"     {line}" for line in _wrap(
             f"layers {first}–{last} {layer_strip(hit.layer_influence)}" + f"  {shares}" * bool(
                 shares), width - 5)]
-    lines += [f"     {line}" for line in _wrap(_window(hit, color), width - 5)]
+    for name, first, last in wording.texts_of(hit, result):
+        text = f"{name}: " * bool(name) + _window(hit, color, first, last)
+        lines += [f"     {line}" for line in _wrap(text, width - 5)]
     if hit.fields:
         fields = ", ".join(f"{name}={value}" for name, value in hit.fields.items())
         lines.append(f"     {_clip(fields, width - 5)}")
@@ -104,11 +105,11 @@ def _clip(text: str, width: int) -> str:
     return shown if len(shown) <= width else shown[: width - 1] + "…"
 
 
-def _window(hit: Hit, color: bool) -> str:
-    """The strongest stretch of the text, its strong tokens marked with their sign."""
+def _window(hit: Hit, color: bool, begin: int, end: int) -> str:
+    """The strongest stretch of a text of a hit, its strong tokens marked with their sign."""
     # each hit by itself: beside one strong hit the others would have no mark at all
     strongest = wording.strongest([hit])
-    first, last = wording.window(hit)
+    first, last = wording.window(hit, begin=begin, end=end)
     shown = []
     for position in range(first, last):
         piece = visible(hit.tokens[position])
@@ -116,7 +117,7 @@ def _window(hit: Hit, color: bool) -> str:
         if abs(value) >= MARKED * strongest:
             piece = _mark(piece, value > 0, color)
         shown.append(piece)
-    return "…" * (first > 0) + "".join(shown) + "…" * (last < len(hit.tokens))
+    return "…" * (first > begin) + "".join(shown) + "…" * (last < end)
 
 
 def _mark(piece: str, positive: bool, color: bool) -> str:

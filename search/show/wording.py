@@ -24,10 +24,16 @@ class Mark:
     meaning: str
 
 
-def window(hit: Hit, size: int = WINDOW) -> tuple[int, int]:
-    """First and last + 1 of the tokens with the most absolute influence among `size` in a row."""
+def window(
+    hit: Hit, size: int = WINDOW, begin: int = 0, end: int | None = None
+) -> tuple[int, int]:
+    """First and last + 1 of the tokens with the most absolute influence among `size` in a row.
+
+    They are chosen from token `begin` to `end` [all].
+    """
     # a sum that slides along, so that it takes time n and not n times the window
-    strength = [abs(value) for value in hit.token_influence] or [0.0] * len(hit.tokens)
+    values = hit.token_influence or [0.0] * len(hit.tokens)
+    strength = [abs(value) for value in values[begin:end]]
     total = sum(strength[:size])
     best, start = total, 0
     for first in range(1, max(1, len(strength) - size + 1)):
@@ -35,7 +41,13 @@ def window(hit: Hit, size: int = WINDOW) -> tuple[int, int]:
         # clearly more, or rounding would move the window from machine to machine
         if total > best * (1 + 1e-9):
             best, start = total, first
-    return start, min(start + size, len(strength))
+    return begin + start, begin + min(start + size, len(strength))
+
+
+def is_cut(hit: Hit, result: Result) -> bool:
+    """Whether the windows of a hit's texts leave some of it out."""
+    return any(window(hit, begin=first, end=last) != (first, last)
+               for _, first, last in texts_of(hit, result))
 
 
 def strongest(hits: list[Hit]) -> float:
@@ -137,8 +149,40 @@ def unsure(groups: list[Group]) -> int:
 
 def logarithm(query: Query) -> str:
     """The name of what was differentiated: log p, or a difference or sum of several."""
-    return {(): "log p", (-1.0,): "log p − log p(versus)"}.get(
+    if query.unit != "nats":
+        return {(): "reward", (-1.0,): "reward(chosen) − reward(rejected)"}.get(
+            tuple(text.weight for text in query.others), "weighted sum of rewards")
+    one = "log p" if query.label_name is None else f"log p({query.label_name})"
+    versus = "versus" if not query.others or query.others[0].label_name is None else \
+        query.others[0].label_name
+    return {(): one, (-1.0,): f"{one} − log p({versus})"}.get(
         tuple(text.weight for text in query.others), "weighted sum of log p")
+
+
+def asked_of(result: Result) -> str:
+    """What was asked about, and what the model says of it."""
+    query = result.query
+    value = f"{logarithm(query)} = {query.log_p:.2f}"
+    if result.task == "causal":
+        scored = sum(text.scored for text in query.texts)
+        return f"{scored} token{'s' * (scored != 1)} scored, {value} nats"
+    own = " (the model's own label)" if query.generated else ""
+    return value + (" nats" if query.unit == "nats" else "") + own
+
+
+def said_of(hit: Hit) -> str:
+    """The label of a hit, and its own log p; empty for next tokens."""
+    parts = [f"label {hit.label}"] if hit.label is not None else []
+    if hit.log_p is not None and (parts or hit.border is not None):
+        parts.append(f"its log p {hit.log_p:.2f}")
+    return ", ".join(parts)
+
+
+def texts_of(hit: Hit, result: Result) -> list[tuple[str, int, int]]:
+    """The texts of a hit: what each is, and its first and last + 1 token."""
+    if hit.border is None or result.task not in ("reward", "preference"):
+        return [("", 0, len(hit.tokens))]
+    return [("chosen", 0, hit.border), ("rejected", hit.border, len(hit.tokens))]
 
 
 def how(result: Result) -> str:
@@ -188,7 +232,7 @@ def unsigned(value: float) -> str:
 def nats(of: Hit | Group, result: Result, unit: str = " nats") -> str:
     """What one more copy would add in nats, or the words that stand for it."""
     if of.nats is not None:
-        return f"{number(of.nats)}{unit}"
+        return f"{number(of.nats)}{unit if result.query.unit == 'nats' else ' reward' * bool(unit)}"
     return of.no_nats or in_words(result.train_sequences_given)
 
 

@@ -15,9 +15,8 @@ from gradindex.influence.exact import Rescorer, rescore
 from gradindex.influence.preconditioned import Preconditioned
 from gradindex.modules import Module
 from gradindex.progress import Progress
-from gradindex.results import UNSCORED, Query
-from search.ask.make_query import make_query
-from search.ask.question import Question
+from gradindex.results import Query
+from search.ask.task_query import query_of_row
 from search.rank.query_gradient import QueryGradient
 from search.rank.ranking import best
 from search.rank.snapshot import Snapshot
@@ -63,11 +62,9 @@ def own_queries(snapshot: Snapshot, count: int) -> tuple[list[Query], list[int]]
     for first in range(0, len(places), count):
         next_places = places[first : first + count].tolist()
         for place, record in zip(next_places, snapshot.records(next_places), strict=True):
-            scored = snapshot.objective.later_half(record.scored)
-            if scored.any() and len(queries) < count:
-                labels = np.where(scored, record.tokens, UNSCORED).tolist()
-                queries.append(make_query(snapshot, Question(
-                    token_ids=record.tokens.tolist(), labels=labels, id=record.id)))
+            asked = snapshot.objective.as_query(record)
+            if snapshot.objective.predictions(asked) and len(queries) < count:
+                queries.append(query_of_row(snapshot, record))
                 chosen.append(place)
         if len(queries) == count:
             break

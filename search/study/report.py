@@ -11,7 +11,7 @@ import numpy as np
 from markupsafe import Markup
 
 from gradindex.modules import Module
-from gradindex.results import UNITS, Query
+from gradindex.results import Query, units_of
 from gradindex.storage.background_file import ONE_IN
 from gradindex.storage.layout import code_bytes
 from gradindex.storage.manifest import model_name
@@ -45,7 +45,7 @@ def render_report(survey: Survey) -> str:
         found=survey, manifest=survey.manifest, version=VERSION,
         style=Markup(style),  # ours; escaping it would change what the digest is of
         policy=html.policy(style),
-        units=UNITS.format(how="exact"), model=model_name(survey.manifest),
+        units=units_of(survey.manifest.task.name, exact=True), model=model_name(survey.manifest),
         code_bytes=code_bytes(survey.manifest.code["length"]),
         limits={"bars": MOST_BARS, "tails": MOST_TAILS, "rows": MOST_ROWS, "top": TOP_BY_CODE,
                 "generic": 1 / ONE_IN, "fewest": FEWEST_IN_TAIL, "rejected": REJECTED,

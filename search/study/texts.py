@@ -95,7 +95,7 @@ def read_texts(snapshot: Snapshot, progress: Progress) -> TextSurvey:
     progress.start("records", len(snapshot), "sequences")
     for place, record in enumerate(_records(snapshot, range(len(snapshot)))):
         lengths[place] = len(record.tokens)
-        scored += int(snapshot.objective.counted(record.scored).sum())
+        scored += snapshot.objective.predictions(record)
         starts = [part.token for part in record.parts] + [len(record.tokens)]
         tokens = [end - start for start, end in pairwise(starts)]
         documents = [part.document for part in record.parts]
