@@ -58,8 +58,8 @@ def main(queries: int, cache: Path, **size: object) -> None:
 
     records = snapshot.records(range(len(snapshot)))
     here = replace(work, model=snapshot.model, ekfac=snapshot.ekfac)
-    later_half = snapshot.model.objective.later_half
-    halves = [replace(record, scored=later_half(record.scored))
+    as_query = snapshot.model.objective.as_query
+    halves = [as_query(record)
               for record in snapshot.contents.records(background.ids)]
     damping = snapshot.manifest.damping
     asked = [coordinates_of(here, some, damping) for some in (halves, work.queries)]

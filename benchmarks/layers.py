@@ -36,7 +36,8 @@ from gradindex.model.model_source import ModelSource
 from gradindex.model.network import EXPERTS, LanguageModel
 from gradindex.model.tracked import tracked_modules
 from gradindex.modules import Module
-from gradindex.objective import Batch, NextToken, Text
+from gradindex.objective.batch import Batch, Text
+from gradindex.objective.next_token import NextToken
 from indexer.fit.batch_sums import add_covariances
 
 MIXTURE = dict(vocab_size=4096, hidden_size=256, intermediate_size=512, num_hidden_layers=4,

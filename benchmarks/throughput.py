@@ -33,7 +33,7 @@ from gradindex.model.model_source import ModelSource
 from gradindex.model.network import LanguageModel
 from gradindex.model.tracked import tracked_modules
 from gradindex.modules import Module
-from gradindex.objective import Batch, Text
+from gradindex.objective.batch import Batch, Text
 from gradindex.storage.code_index import CodeIndex
 from gradindex.storage.records import Part, Record
 from indexer.encode import encode_batch

@@ -18,7 +18,7 @@ import gradindex
 from gradindex.demo.small_model import train_tokenizer
 from gradindex.model.model_source import ModelSource
 from gradindex.model.network import LanguageModel
-from gradindex.objective import Text
+from gradindex.objective.batch import Text
 from gradindex.results import Result
 from indexer import background_queries, calibrate
 from search.engine import Searcher

@@ -22,7 +22,8 @@ from gradindex.model.config import context_length
 from gradindex.model.load_tokenizer import load_tokenizer
 from gradindex.model.model_source import ModelSource
 from gradindex.model.network import LanguageModel
-from gradindex.objective import NextToken, Text
+from gradindex.objective.batch import Text
+from gradindex.objective.next_token import NextToken
 from gradindex.storage import records
 from gradindex.storage.locks import only_writer
 from indexer import build as build_module
@@ -385,7 +386,7 @@ def test_default_arguments():
         "damping", "bits", "dtype",
         "device", "batch_tokens", "segment_size", "train_sequences", "strict", "limit",
         "trust_remote_code", "allow_pickle")} == {
-        "seq_len": None, "pack": False, "modules": "mlp", "fit_sequences": 4096,
+        "seq_len": None, "pack": False, "modules": None, "fit_sequences": 4096,
         "fit_labels": "model", "covariance_blocks": 1, "damping": 0.1, "bits": None,
         "dtype": "auto", "device": "auto",
         "batch_tokens": None, "segment_size": 4096, "train_sequences": None, "strict": False,
@@ -401,7 +402,7 @@ def test_default_plan(model_folder, data_file, index_folder):
         "pack": False, "modules": "mlp", "fit_sequences": 4096, "fit_labels": "model",
         "damping": 0.1, "seed": 0, "limit": None, "dtype": "float32", "device": "cpu"}
     assert index.manifest.fit["sequences"] == len(index)  # all, where there are fewer than 4,096
-    assert index.manifest.train_sequences is None and index.manifest.task == "text"
+    assert index.manifest.train_sequences is None and index.manifest.kind == "text"
 
 
 def test_default_dtype_is_float32_on_a_cpu_and_the_checkpoints_own_on_a_gpu(

@@ -7,7 +7,7 @@ import gradindex
 from gradindex.storage import manifest
 from indexer import build as build_module
 from indexer import calibrate
-from indexer.calibrate import draw_pairs, later_half, later_half_vectors, prepare_query
+from indexer.calibrate import draw_pairs, own_query_vectors, prepare_query
 from support.indexes import SMALL, files_of
 
 
@@ -44,7 +44,7 @@ def test_the_anchors_are_what_a_search_finds(model_folder, data_file, tmp_path, 
         (query, other) for query in queries for other in sample[:calibrate.ANCHORS_EACH]]
     for query, other, score in anchors:
         [record] = index.snapshot.records([query])
-        asked = later_half(index.model, record)
+        asked = index.model.objective.as_query(record)
         labels = np.where(asked.scored, asked.tokens, -100).tolist()
         [hit] = index.rescore(token_ids=asked.tokens.tolist(), labels=labels, ids=[other])
         assert hit.influence == pytest.approx(score, rel=1e-4)
@@ -54,7 +54,7 @@ def test_vectors_alone_are_those_of_prepared_queries(index_folder):
     snapshot = gradindex.open(index_folder).snapshot
     _ = snapshot.codes
     records = snapshot.records([3, 11, 7])
-    found = later_half_vectors(snapshot.model, snapshot.codes, snapshot.ekfac, records, 60)
+    found = own_query_vectors(snapshot.model, snapshot.codes, snapshot.ekfac, records, 60)
     for vector, record in zip(found, records, strict=True):
         expected, _ = prepare_query(snapshot.model, snapshot.codes, snapshot.ekfac, record)
         np.testing.assert_allclose(vector, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())

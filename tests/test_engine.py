@@ -19,7 +19,7 @@ from gradindex.errors import DamagedIndexError, IndexMismatchError, InputError
 from gradindex.first_order import room, within
 from gradindex.influence.exact import chunk_ends, exact_scores
 from gradindex.influence.preconditioned import Preconditioned, precondition, query_coordinates
-from gradindex.objective import Text
+from gradindex.objective.batch import Text
 from gradindex.results import Result
 from gradindex.storage import records
 from search.ask.controls import Controls
@@ -374,8 +374,8 @@ def test_damage_is_found_on_opening(index_folder, tmp_path):
     with pytest.raises(DamagedIndexError, match=r"records\.lmdb is missing"):
         gradindex.open(broken)
     content = (index_folder / "manifest.json").read_text()
-    (broken / "manifest.json").write_text(content.replace('"format": 5', '"format": 9'))
-    with pytest.raises(IndexMismatchError, match=r"has format 9; .* reads formats 1 to 5. Run `"):
+    (broken / "manifest.json").write_text(content.replace('"format": 6', '"format": 9'))
+    with pytest.raises(IndexMismatchError, match=r"has format 9; .* reads formats 1 to 6. Run `"):
         gradindex.open(broken)
     with pytest.raises(InputError, match="no index"):
         gradindex.open(tmp_path)

@@ -12,7 +12,7 @@ import gradindex
 from gradindex.errors import InputError
 from gradindex.influence.preconditioned import query_coordinates
 from gradindex.modules import numbers_in
-from gradindex.objective import Text
+from gradindex.objective.batch import Text
 from search.ask.controls import Controls
 from search.ask.query_files import ResultsFile, make_queries, read_queries
 from search.ask.question import Question

@@ -18,7 +18,8 @@ from search.engine import Searcher
 from search.serve.request import SearchRequest
 
 QUESTION = {"prompt", "completion", "token_ids", "labels", "messages", "tools",
-            "chat_template_kwargs", "versus", "score_on"}
+            "chat_template_kwargs", "versus", "score_on", "text", "text_b", "label", "versus_label",
+            "chosen", "rejected", "response", "margin"}
 BY_NAME = {"prompt", "completion", "id"}  # not among the options
 
 

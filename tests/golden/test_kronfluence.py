@@ -19,7 +19,7 @@ from gradindex.influence.preconditioned import Preconditioned, precondition, que
 from gradindex.model.model_source import ModelSource
 from gradindex.model.network import LanguageModel
 from gradindex.model.tracked import tracked_modules
-from gradindex.objective import Text
+from gradindex.objective.batch import Text
 from gradindex.progress import Progress
 from indexer.fit.notes import FitSettings
 from indexer.fit.schedule import fit

@@ -113,7 +113,7 @@ def test_fit_and_influence_are_those_of_covariances_without_what_is_between(
         backward(model, modules, model.batch([sequence]), each)
     names = [module.name for module in modules]
     gradients = [sequence_gradient(model.network, names, torch.from_numpy(ids).long(),
-                                   labels_of(ids, scored)) for ids, scored in sequences]
+                                   labels_of(ids, scored)) for ids, scored, *_ in sequences]
     expected = np.zeros(len(sequences))
     for module in modules:
         found = ekfac[module.name]

@@ -24,7 +24,7 @@ from gradindex.influence.preconditioned import (
 from gradindex.memory import Allowance
 from gradindex.model.tracked import tracked_modules
 from gradindex.modules import Module
-from gradindex.objective import Text
+from gradindex.objective.batch import Text
 from gradindex.progress import Progress, stderr_progress
 from gradindex.storage.files import facts_of
 from gradindex.storage.layout import module_file
@@ -89,7 +89,7 @@ def test_fit_equals_dense_averages(make_model, sequences, tmp_path):
     gradients = [
         sequence_gradient(model.network, [m.name for m in modules],
                           torch.from_numpy(ids).long(), labels_of(ids, scored))
-        for ids, scored in sequences
+        for ids, scored, *_ in sequences
     ]
     for module in modules:
         found = ekfac[module.name]
@@ -143,7 +143,7 @@ def test_exact_influence_and_its_terms(family, make_model, sequences, tmp_path, 
     q = sequence_gradient(model.network, names, torch.from_numpy(query_ids).long(),
                           labels_of(query_ids, query_scored))
     totals = []
-    for row, (ids, scored) in enumerate(sequences):
+    for row, (ids, scored, *_) in enumerate(sequences):
         m = sequence_gradient(model.network, names, torch.from_numpy(ids).long(),
                               labels_of(ids, scored))
         for place, name in enumerate(names):
@@ -175,7 +175,7 @@ def test_sizes_and_query_norms(family, make_model, sequences, tmp_path, block, m
     ekfac = fitted(model, modules, sequences, tmp_path)
     collector = GradientSizes(ekfac, 0.03)
     collect(model, modules, model.batch(sequences), collector)
-    for row, (ids, scored) in enumerate(sequences):
+    for row, (ids, scored, *_) in enumerate(sequences):
         m = sequence_gradient(model.network, [module.name for module in modules],
                               torch.from_numpy(ids).long(), labels_of(ids, scored))
         squared, step = 0.0, 0.0

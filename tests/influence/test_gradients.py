@@ -12,7 +12,8 @@ from gradindex.influence.gradients import apply_inputs, backward, gradient
 from gradindex.influence.split_batches import plan_batches
 from gradindex.model.tracked import tracked_modules
 from gradindex.modules import Module
-from gradindex.objective import Text, log_probability, sample_labels
+from gradindex.objective.batch import Text
+from gradindex.objective.next_token import log_probability, sample_labels
 from support.gradients import unscored
 from support.models import labels_of
 from support.reference import log_likelihood, sequence_gradient
@@ -33,7 +34,7 @@ def test_gradients_equal_torch_func(family, make_model, sequences):
     modules = tracked_modules(model.network, "all")
     names = [module.name for module in modules]
     found, log_p = by_hooks(model, modules, model.batch(sequences))
-    for row, (ids, scored) in enumerate(sequences):
+    for row, (ids, scored, *_) in enumerate(sequences):
         tokens, labels = torch.from_numpy(ids).long(), labels_of(ids, scored)
         truth = sequence_gradient(model.network, names, tokens, labels)
         for module in modules:
@@ -49,7 +50,7 @@ def test_gradients_equal_torch_func_to_float64_precision(make_model, sequences):
     model = make_model("gpt2")
     modules = tracked_modules(model.network, "all")
     found, _ = by_hooks(model, modules, model.batch(sequences))
-    for row, (ids, scored) in enumerate(sequences):
+    for row, (ids, scored, *_) in enumerate(sequences):
         truth = sequence_gradient(model.network, [module.name for module in modules],
                                   torch.from_numpy(ids).long(), labels_of(ids, scored))
         for module in modules:

@@ -7,12 +7,13 @@ import transformers
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradindex import objective
 from gradindex.influence.gradients import backward, gradient
 from gradindex.model.model_source import ModelSource
 from gradindex.model.network import LanguageModel
 from gradindex.model.tracked import tracked_modules
-from gradindex.objective import Text, log_probability, sample_labels
+from gradindex.objective import next_token
+from gradindex.objective.batch import Text
+from gradindex.objective.next_token import log_probability, sample_labels
 from support.gradients import unscored
 from support.models import labels_of
 from support.reference import log_likelihood
@@ -121,7 +122,7 @@ class Copies(TorchDispatchMode):
 
 @pytest.mark.parametrize("cap, copies", [(4.0, 1), (None, 1)])
 def test_no_more_than_one_tensor_of_the_logits_size(cap, copies, monkeypatch):
-    monkeypatch.setitem(objective.LOGITS_AT_ONCE, "cpu", 1200)  # two positions at a time
+    monkeypatch.setitem(next_token.LOGITS_AT_ONCE, "cpu", 1200)  # two positions at a time
     model = capped_model(final_logit_softcapping=cap)
     modules = tracked_modules(model.network)
     random = np.random.default_rng(0)
@@ -136,6 +137,6 @@ def test_no_more_than_one_tensor_of_the_logits_size(cap, copies, monkeypatch):
         seen.append(copies.most)
 
     largest(batch)
-    monkeypatch.setattr(model, "objective", objective.NextToken())  # the network's own way
+    monkeypatch.setattr(model, "objective", next_token.NextToken())  # the network's own way
     largest(batch)
     assert seen[0] == copies and (seen[1] > 2 if cap else seen[1] == 1)

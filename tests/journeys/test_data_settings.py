@@ -79,7 +79,7 @@ def test_a_form_holds_for_appends(model_folder, tmp_path, said, few_queries):
     assert said.getvalue().startswith("rows: alpaca (instruction, output), read as Alpaca's prompt")
     gradindex.append(out, [{**row, "input": "green"} for row in rows])
     found = gradindex.open(out)
-    assert (found.manifest.task, found.manifest.plan.rows) == ("completion", "alpaca")
+    assert (found.manifest.kind, found.manifest.plan.rows) == ("completion", "alpaca")
     assert found.manifest.documents == 16
     with pytest.raises(InputError, match=r"--rows alpaca needs the fields instruction and output"):
         gradindex.append(out, [{"text": "a b c"}])

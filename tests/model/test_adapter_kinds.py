@@ -77,7 +77,7 @@ def drawn(wrapped: Any, seed: int = 3) -> Any:
 def check(model: LanguageModel, modules: list[Any], texts: list[Any]) -> None:
     """Assert that what hooks read of a batch is autograd's, alone."""
     found, _ = captured(model, modules, model.batch(texts))
-    for row, (tokens, scored) in enumerate(texts):
+    for row, (tokens, scored, *_) in enumerate(texts):
         if not scored[1:].any():
             continue
         maps = [model.network.get_submodule(module.name) for module in modules]

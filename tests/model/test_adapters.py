@@ -78,7 +78,7 @@ def test_gradients_equal_autograds(family, sequences):
              lambda module, a, d: found.update({module.name: gradient(module, a, d)}))
     # GPT-2 computes in float64 throughout; the others round rotary angles to float32.
     exact = dict(rtol=1e-8, atol=1e-10) if family == "gpt2" else dict(rtol=1e-5, atol=1e-6)
-    for row, (ids, scored) in enumerate(sequences):
+    for row, (ids, scored, *_) in enumerate(sequences):
         truth = sequence_gradient(model.network, names, torch.from_numpy(ids).long(),
                                   labels_of(ids, scored))
         for module in modules:
@@ -180,7 +180,7 @@ def test_choices_that_cannot_be_had():
         target_modules=["dense_h_to_4h"], feedforward_modules=[]))
     with pytest.raises(InputError, match="adapter is IA3, which has no linear map of its own"):
         tracked_modules(ia3, "mlp,adapter")
-    with pytest.raises(InputError, match="nor some of mlp, attention, all, adapter"):
+    with pytest.raises(InputError, match="nor some of mlp, attention, head, all, adapter"):
         tracked_modules(ia3, "mlp,(")
     prompt = peft.get_peft_model(random_network("gpt_neox"), peft.PromptTuningConfig(
         task_type="CAUSAL_LM", num_virtual_tokens=2))

@@ -14,7 +14,7 @@ from gradindex.model.fused_experts import ExpertMap
 from gradindex.model.model_source import ModelSource
 from gradindex.model.network import LanguageModel
 from gradindex.model.tracked import parameter_share, tracked_modules, untracked
-from gradindex.objective import Text
+from gradindex.objective.batch import Text
 from support.families import (
     CHANGES,
     FAMILIES,

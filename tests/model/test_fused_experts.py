@@ -57,7 +57,7 @@ def test_experts_have_exact_gradients(mixture, sequences):
     found, _ = captured(model, modules, model.batch(sequences))
     mixture.config._experts_implementation = "eager"
     assert found.keys() == {module.name for module in modules}
-    for row, (ids, scored) in enumerate(sequences):
+    for row, (ids, scored, *_) in enumerate(sequences):
         for module in modules:
             torch.testing.assert_close(found[module.name][row],
                                        dense(mixture, module, ids, scored), rtol=1e-9, atol=1e-10)
@@ -159,7 +159,7 @@ def test_experts_of_two_blocks_that_share_their_tensors(mixture, sequences, bias
     assert len(modules) == 2 * first.num_experts and {m.layer for m in modules} == {0}
     found, _ = captured(model, modules, model.batch(sequences))
     with_bias = first.has_bias and biases
-    for row, (ids, scored) in enumerate(sequences):
+    for row, (ids, scored, *_) in enumerate(sequences):
         for module in modules:
             truth = dense(mixture, module, ids, scored)[:, :module.shape[1]]
             assert found[module.name].shape[2] == module.d_in and not module.bias
@@ -196,7 +196,7 @@ def test_lora_on_the_experts_parameters(monkeypatch, sequences):
     assert sum(rest.values()) + parameter_share(model.network, modules) == pytest.approx(1)
 
     found, _ = captured(model, modules, model.batch(sequences[:2]))
-    for row, (ids, scored) in enumerate(sequences[:2]):
+    for row, (ids, scored, *_) in enumerate(sequences[:2]):
         experts = {name: part for name, part in inside.named_parameters()
                    if name.endswith(("gate_up_proj", "down_proj"))}
         for part in experts.values():

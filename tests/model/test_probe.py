@@ -48,7 +48,7 @@ def check_gradients(network, names, sequences):
     modules = [one for one in tracked_modules(network) if one.name.endswith(names)]
     assert modules
     found, _ = captured(model, modules, model.batch(sequences))
-    for row, (ids, scored) in enumerate(sequences):
+    for row, (ids, scored, *_) in enumerate(sequences):
         truth = sequence_gradient(network, [module.name for module in modules],
                                   torch.from_numpy(ids).long(), labels_of(ids, scored))
         for module in modules:

@@ -41,7 +41,7 @@ def test_a_map_that_sees_flattened_tokens(monkeypatch, sequences):
     assert sum("shared_expert.down_proj" in name for name in names) == 2
     assert sum("shared_expert_gate" in name for name in names) == 2
     found, _ = captured(model, modules, model.batch(sequences))
-    for row, (ids, scored) in enumerate(sequences):
+    for row, (ids, scored, *_) in enumerate(sequences):
         truth = sequence_gradient(untouched, names, torch.from_numpy(ids).long(),
                                   labels_of(ids, scored))
         for module in modules:
@@ -95,7 +95,7 @@ def test_a_shared_weight_under_two_biases(make_model, sequences):
     modules = tracked_modules(network, "c_fc")
     assert [(m.name, m.shape) for m in modules] == [("transformer.h.0.mlp.c_fc", (20, 12))]
     found, _ = captured(model, modules, model.batch(sequences))
-    for row, (ids, scored) in enumerate(sequences):
+    for row, (ids, scored, *_) in enumerate(sequences):
         wanted = [first.weight.requires_grad_(), second.weight.requires_grad_()]
         loss = log_likelihood(network, torch.from_numpy(ids).long(), labels_of(ids, scored))
         truth = sum(torch.autograd.grad(loss, wanted)).T
@@ -117,7 +117,7 @@ def test_a_bias_shared_under_two_weights(make_model, sequences):
     modules = tracked_modules(network, "dense_h_to_4h")
     assert [module.shape for module in modules] == [(20, 12)] * 2
     found, _ = captured(model, modules, model.batch(sequences))
-    for row, (ids, scored) in enumerate(sequences):
+    for row, (ids, scored, *_) in enumerate(sequences):
         wanted = [first.weight.requires_grad_(), second.weight.requires_grad_()]
         loss = log_likelihood(network, torch.from_numpy(ids).long(), labels_of(ids, scored))
         for module, truth in zip(modules, torch.autograd.grad(loss, wanted), strict=True):
@@ -168,7 +168,7 @@ def test_blocks_that_run_several_times(make_model, sequences):
 
 def check_shared(network, modules, found, sequences):
     """G of every sequence against autograd on the shared parameters."""
-    for row, (ids, scored) in enumerate(sequences):
+    for row, (ids, scored, *_) in enumerate(sequences):
         for module in modules:
             own = network.get_submodule(module.name)
             wanted = [own.weight.requires_grad_(), own.bias.requires_grad_()]
@@ -238,7 +238,7 @@ def test_a_linear_subclass_with_a_forward_of_its_own_is_named(make_model, sequen
     assert sum(left.values()) + parameter_share(network, modules) == pytest.approx(1)
     found, _ = captured(model, modules, model.batch(sequences))
     names = [module.name for module in modules if module.name.endswith("down_proj")]
-    for row, (ids, scored) in enumerate(sequences):
+    for row, (ids, scored, *_) in enumerate(sequences):
         truth = sequence_gradient(network, names, torch.from_numpy(ids).long(),
                                   labels_of(ids, scored))
         torch.testing.assert_close(found[names[1]][row], truth[names[1]], rtol=1e-5, atol=1e-8)
@@ -300,7 +300,7 @@ def test_maps_whose_weight_is_used_without_calling_them(family, monkeypatch, seq
         pytest.approx(dt_proj / every)
     assert sum(left.values()) + parameter_share(network, modules) == pytest.approx(1)
     found, _ = captured(model, modules, model.batch(sequences))
-    for row, (ids, scored) in enumerate(sequences):
+    for row, (ids, scored, *_) in enumerate(sequences):
         truth = sequence_gradient(network, names, torch.from_numpy(ids).long(),
                                   labels_of(ids, scored))
         for name in names:

@@ -18,7 +18,7 @@ from gradindex.influence.split_batches import Splits
 from gradindex.model.model_source import ModelSource
 from gradindex.model.network import LanguageModel
 from gradindex.model.tracked import tracked_modules
-from gradindex.objective import Text
+from gradindex.objective.batch import Text
 from indexer.encode import encode_batches
 from indexer.fit.batch_sums import add_covariances, add_eigenvalues, fit_batch
 from support.models import MIXTURES, SIZES, random_network

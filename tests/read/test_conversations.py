@@ -85,7 +85,7 @@ def test_prompts_and_completions_may_be_messages(store):
             {"prompt": CHAT[:3], "completion": CHAT[3:]}]
     tokenizer = byte_tokenizer(template=PLAIN_TEMPLATE)
     made = make_corpus(store(rows), tokenizer=tokenizer, sequence_length=99)
-    assert made.task == "completion"
+    assert made.kind == "completion"
     assert scored_texts(made.sequences()) == [" yes <|end|>\n", "no<|end|>\n"]
     with pytest.raises(InputError, match=r"field prompt.*no chat template.*--chat-template"):
         read(rows)

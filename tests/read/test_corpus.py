@@ -54,7 +54,7 @@ PAIR = {"prompt": "hello", "completion": " world"}
 def test_fields_are_recognised_or_named(row, flags, task, found, tmp_path):
     tokenizer = byte_tokenizer(template=PLAIN_TEMPLATE)
     made = make_corpus([row], tokenizer=tokenizer, sequence_length=99, **flags)
-    assert made.task == task
+    assert made.kind == task
     assert decoded(made.sequences()) == [found]
     parquet = tmp_path / "data.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), parquet)

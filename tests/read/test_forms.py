@@ -295,7 +295,7 @@ def test_texts_have_no_form(tmp_path):
     with pytest.raises(InputError, match=r"--rows content is a form of records; .* holds texts"):
         corpus(tmp_path / "a.txt", rows="content")
     (tmp_path / "a.jsonl").touch()
-    assert corpus(tmp_path / "a.jsonl", rows="alpaca").task == "completion"
+    assert corpus(tmp_path / "a.jsonl", rows="alpaca").kind == "completion"
 
 
 # ---- truncated

@@ -7,9 +7,9 @@ from indexer.fit.schedule import fit
 
 
 def records_of(sequences):
-    """The records of (ids, scored) sequences, a document each."""
-    return [Record(n, ids, scored, [Part(n, "x", n + 1, 0, 1, 0)])
-            for n, (ids, scored) in enumerate(sequences)]
+    """The records of texts, a document each."""
+    return [Record(n, text[0], text[1], [Part(n, "x", n + 1, 0, 1, 0)], *text[2:])
+            for n, text in enumerate(sequences)]
 
 
 def fitted(model, modules, sequences, folder, labels="data", block=2, allowance=None, most=None):

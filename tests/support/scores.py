@@ -5,7 +5,7 @@ import torch
 
 from gradindex.influence.exact import Terms, collect, exact_scores
 from gradindex.influence.preconditioned import Preconditioned, precondition, query_coordinates
-from gradindex.objective import Text
+from gradindex.objective.batch import Text
 from search.ask.controls import Controls
 from search.ask.settings import settle
 from search.rank.query_gradient import form_gradients

@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from gradindex.objective import NextToken, Text
+from gradindex.objective.batch import Text
+from gradindex.objective.next_token import NextToken
 from gradindex.results import UNSCORED
+from gradindex.storage.records import Record
+from search.rank.query_gradient import by_token
 
 TOKENS = np.array([5, 6, 7, 8], np.int32)
 
@@ -28,7 +31,8 @@ def test_a_token_is_predicted_one_position_before_it(scored, counted, targets):
     ([1, 0, 0, 0], [0, 0, 0, 0]),
 ])
 def test_a_sequence_is_asked_about_its_later_half(scored, later):
-    assert NextToken().later_half(np.array(scored, bool)).astype(int).tolist() == later
+    record = Record(0, TOKENS, np.array(scored, bool), [])
+    assert NextToken().as_query(record).scored.astype(int).tolist() == later
 
 
 def test_a_batch_is_padded_on_the_right():
@@ -43,9 +47,9 @@ def test_numbers_that_draw_labels_are_those_of_each_text():
     texts = [Text(TOKENS, np.ones(4, bool)), Text(TOKENS[:2], np.ones(2, bool))]
     objective = NextToken()
     batch = objective.batch(texts, torch.device("cpu"))
-    numbers = objective.label_numbers(batch, texts, lambda row, count: np.full(count, row + 0.5))
+    numbers = objective.label_numbers(batch, lambda row, count: np.full(count, row + 0.5))
     assert numbers.tolist() == [[0.5] * 4, [1.5, 1.5, 0.0, 0.0]]
 
 
 def test_log_p_of_a_token_stands_one_position_before_it():
-    assert NextToken().by_token([-1.0, -2.0, 0.0], 3) == [0.0, -1.0, -2.0]
+    assert by_token([-1.0, -2.0, 0.0], 3) == [0.0, -1.0, -2.0]

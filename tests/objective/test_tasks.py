@@ -1,0 +1,220 @@
+"""Gradients of every task's rows, and of their curvature, against autograd on plain passes."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import logsigmoid
+
+from gradindex.influence.gradients import backward, gradient
+from gradindex.model.tracked import examine, tracked_modules
+from gradindex.objective.batch import Text
+from support.task_models import FAMILIES, VOCABULARY, model_of, network_of_texts, policy
+
+LENGTHS = (7, 4, 9, 5)
+
+
+def texts(lengths, seed=0):
+    """Token ids without those that stand for padding."""
+    random = np.random.default_rng(seed)
+    return [random.integers(3, VOCABULARY, n).astype(np.int32) for n in lengths]
+
+
+def labelled(classes):
+    return [Text(tokens, np.ones(len(tokens), bool), label=number % classes)
+            for number, tokens in enumerate(texts(LENGTHS))]
+
+
+def pairs(first=0):
+    """Pairs whose answers, of unlike lengths, are scored from a place on."""
+    rows = []
+    for number, (one, other) in enumerate(
+            zip(texts(LENGTHS), texts(LENGTHS[::-1], seed=1), strict=True)):
+        scored = [np.arange(len(part)) >= first for part in (one, other)]
+        rows.append(Text(np.concatenate([one, other]), np.concatenate(scored), len(one),
+                         offset=0.2 * number - 0.3))
+    return rows
+
+
+def found(model, modules, rows, numbers=None):
+    """log p [b], and each module's gradients [b, o, i], from one pass of all rows together."""
+    gradients = {}
+
+    def each(module, a, d):
+        gradients[module.name] = gradient(module, a, d)
+
+    with torch.no_grad():
+        log_p = backward(model, modules, model.batch(rows), each, numbers)
+    return log_p.sum(1), gradients
+
+
+def plain(network, modules, value):
+    """The gradient [o, i] of a value by each module's weight and bias, by autograd."""
+    maps = [network.get_submodule(module.name) for module in modules]
+    parameters = [one for linear in maps for one in (linear.weight, linear.bias) if one is not None]
+    for one in parameters:
+        one.requires_grad_()
+    try:
+        parts = dict(zip(map(id, parameters), torch.autograd.grad(
+            value(), parameters, allow_unused=True), strict=True))
+    finally:
+        for one in parameters:
+            one.requires_grad_(False)
+    gradients = {}
+    for module, linear in zip(modules, maps, strict=True):
+        weight = parts[id(linear.weight)]
+        weight = torch.zeros_like(linear.weight) if weight is None else weight
+        weight = weight if isinstance(linear, torch.nn.Linear) else weight.T  # Conv1D
+        gradients[module.name] = weight if linear.bias is None else torch.cat(
+            [weight, parts[id(linear.bias)][:, None]], 1)
+    return gradients
+
+
+def one_by_one(network, tokens):
+    """What a network says of a text alone, without padding or a mask."""
+    return network(input_ids=torch.from_numpy(tokens.astype(np.int64))[None]).logits
+
+
+def everything(network, task):
+    anatomy = examine(network, model_of(network, task).source.task)
+    modules = tracked_modules(network, "all", anatomy)
+    return modules
+
+
+def compare(model, modules, rows, value):
+    log_p, gradients = found(model, modules, rows)
+    for number, row in enumerate(rows):
+        expected = plain(model.network, modules, lambda row=row: value(row))
+        torch.testing.assert_close(log_p[number], value(row).detach(), rtol=1e-9, atol=1e-12)
+        for name, part in expected.items():
+            torch.testing.assert_close(gradients[name][number], part, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_of_labels(family, classes):
+    network = network_of_texts(family, classes)
+    model = model_of(network, "classification")
+    modules = everything(network, "classification")
+    heads = {module.name for module in modules if module.kind == "head"}
+    assert heads == {
+        "bert": {"bert.pooler.dense", "classifier"},
+        "roberta": {"classifier.dense", "classifier.out_proj"},
+        "distilbert": {"pre_classifier", "classifier"},
+        "deberta": {"pooler.dense", "classifier"},
+        "modernbert": {"head.dense", "classifier"},
+        "llama": {"score"}, "gpt2": {"score"}}[family]
+
+    def value(row):
+        return one_by_one(network, row.tokens).log_softmax(-1)[0, row.label]
+
+    compare(model, modules, labelled(classes), value)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_gradients_of_rewards(family):
+    network = network_of_texts(family, 1)
+    model, modules = model_of(network, "reward"), everything(network, "reward")
+
+    def value(row):
+        one, other = (one_by_one(network, part)[0, 0]
+                      for part in np.split(row.tokens, [row.border]))
+        return logsigmoid(one - other - row.offset)
+
+    compare(model, modules, pairs(), value)
+    single = [Text(tokens, np.ones(len(tokens), bool)) for tokens in texts(LENGTHS)]
+    compare(model, modules, single, lambda row: one_by_one(network, row.tokens)[0, 0])
+
+
+def answer_log_p(network, tokens, scored):
+    logits = one_by_one(network, tokens)[0, :-1].log_softmax(-1)
+    targets = torch.from_numpy(tokens[1:].astype(np.int64))
+    each = logits.gather(-1, targets[:, None])[:, 0]
+    return (each * torch.from_numpy(scored[1:])).sum()
+
+
+def test_gradients_of_preferences():
+    network = policy()
+    model, modules = model_of(network, "preference"), everything(network, "preference")
+    assert not any(module.kind == "head" for module in modules)
+
+    def value(row):
+        parts = zip(np.split(row.tokens, [row.border]), np.split(row.scored, [row.border]),
+                    strict=True)
+        one, other = (answer_log_p(network, *part) for part in parts)
+        return logsigmoid(0.3 * (one - other - row.offset))
+
+    compare(model, modules, pairs(first=2), value)
+    single = [Text(tokens, np.arange(len(tokens)) >= 2) for tokens in texts(LENGTHS)]
+    compare(model, modules, single,
+            lambda row: 0.3 * answer_log_p(network, row.tokens, row.scored))
+
+
+def expected_square(network, modules, log_p_of):
+    """Σ over outcomes of p times the squared gradient of its log p."""
+    total = {}
+    for outcome in log_p_of:
+        p = outcome().exp().detach()
+        for name, part in plain(network, modules, outcome).items():
+            total[name] = total.get(name, 0) + p * part.square()
+    return total
+
+
+@pytest.mark.parametrize("task", ["classification", "reward", "preference"])
+def test_the_curvature_of_two_outcomes_is_exact(task):
+    """Nothing is drawn: one gradient has the squares that both outcomes have on average."""
+    network = policy() if task == "preference" else network_of_texts(
+        "bert", 2 if task == "classification" else 1)
+    model, modules = model_of(network, task), everything(network, task)
+    rows = labelled(2) if task == "classification" else pairs(first=2)
+    batch = model.batch(rows)
+    numbers = model.objective.label_numbers(batch, lambda row, count: np.zeros(count))
+    _, gradients = found(model, modules, rows, numbers)
+
+    def difference(row):
+        if task == "classification":
+            logits = one_by_one(network, row.tokens)[0]
+            return logits[1] - logits[0]
+        parts = zip(np.split(row.tokens, [row.border]), np.split(row.scored, [row.border]),
+                    strict=True)
+        if task == "reward":
+            one, other = (one_by_one(network, tokens)[0, 0] for tokens, _ in parts)
+            return one - other - row.offset
+        one, other = (answer_log_p(network, tokens, scored) for tokens, scored in parts)
+        return 0.3 * (one - other - row.offset)
+
+    for number, row in enumerate(rows):
+        expected = expected_square(network, modules, [
+            lambda row=row: logsigmoid(difference(row)),
+            lambda row=row: logsigmoid(-difference(row))])
+        for name, square in expected.items():
+            torch.testing.assert_close(gradients[name][number].square(), square, rtol=1e-8,
+                                       atol=1e-9 * float(square.max()))
+
+
+def test_of_three_classes_a_label_is_drawn_from_the_softmax():
+    network = network_of_texts("bert", 3)
+    model, modules = model_of(network, "classification"), everything(network, "classification")
+    rows = labelled(3)[:1]
+    p = one_by_one(network, rows[0].tokens)[0].softmax(-1)
+    ends = [0.0, *p.cumsum(-1).tolist()]
+    for label in range(3):
+        middle = torch.tensor([(ends[label] + ends[label + 1]) / 2], dtype=torch.float64)
+        drawn = found(model, modules, rows, middle)[1]
+        given = found(model, modules, [rows[0]._replace(label=label)])[1]
+        for name in drawn:
+            torch.testing.assert_close(drawn[name], given[name])
+
+
+def test_two_sentences_are_told_apart():
+    """BERT is told which tokens are of the second; without a border all are of the first."""
+    network = network_of_texts("bert", 2)
+    model = model_of(network, "classification")
+    [tokens] = texts([8])
+    row = Text(tokens, np.ones(8, bool), border=5, label=1)
+    types = torch.tensor([[0, 0, 0, 0, 0, 1, 1, 1]])
+    plainly = network(input_ids=torch.from_numpy(tokens.astype(np.int64))[None],
+                      token_type_ids=types).logits.log_softmax(-1)[0, 1]
+    others = [Text(texts([11], 3)[0], np.ones(11, bool), label=0)]
+    assert found(model, [], [row, *others])[0][0].item() == pytest.approx(plainly.item(), rel=1e-9)
+    alone = found(model, [], [row._replace(border=None)])[0][0].item()
+    assert alone != pytest.approx(plainly.item(), rel=1e-3)
