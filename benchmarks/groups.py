@@ -46,7 +46,7 @@ from gradindex.storage.code_index import CodeIndex
 from gradindex.storage.layout import code_bytes
 from gradindex.storage.records import Record
 from search.engine import Searcher
-from search.rank.group_totals import Grouping, chosen_signs, make_grouping, read_grouping
+from search.rank.grouping import Grouping, chosen_signs, make_grouping, read_grouping
 from search.rank.query_gradient import coordinates_of
 from search.rank.ranking import CodeRanking
 from search.rank.recall import inclusion_probability

@@ -14,8 +14,6 @@ from pathlib import Path
 
 import gradindex
 
-SURE = 2  # standard errors from zero
-
 
 def main() -> None:
     """Say which groups spoke for a completion, and how sure that is."""
@@ -31,15 +29,14 @@ def main() -> None:
     index = gradindex.open(given.index)
     result = index.search(prompt=given.prompt, completion=given.completion, group_by=given.by)
 
-    # A group's total is over all of its sequences in the index, found or not. Its standard error is
-    # honest for a group you had in mind. Those listed first are there for their size, and so for
-    # their error, too: take a total within two standard errors of zero for nothing.
-    sure = [group for group in result.groups
-            if abs(group.influence) > SURE * group.standard_error]
-    print(f"of {result.group_count:,} groups {len(result.groups)} are looked at; the totals of "
-          f"{len(sure)} are more than {SURE} standard errors from zero")
+    # A group's total is over all of its sequences in the index, found or not, and large where the
+    # group is. So groups come in order of z: by how many standard errors the total is above that of
+    # as many sequences of the whole index. Take a group within two of them for one like all others.
+    sure = [group for group in result.groups if not group.unsure]
+    print(f"of {result.group_count:,} groups {len(result.groups)} are looked at; {len(sure)} are "
+          "more than two standard errors from the index's mean")
     for group in sure[:10]:
-        print(f"  {group.influence:+14,.0f} ± {group.standard_error:,.0f}  "
+        print(f"  z {group.z:+6.1f}  {group.influence:+14,.0f} ± {group.standard_error:,.0f}  "
               f"{group.sequences:,} sequences, {len(group.hits)} hits  {group.value}")
 
     # A sequence that is among the highest hundredth for a quarter of the index's own background

@@ -13,7 +13,8 @@ from gradindex.terminal import json_text
 
 UNSCORED = -100  # the label of a token that isn't scored, as in transformers
 SCHEMA = 2  # of the JSON of a result
-UNSURE = 2  # standard errors from zero, within which a group's total may be nothing
+UNSURE = 2  # standard errors from the index's mean, within which a group may be like all others
+FEW_IN_GROUP = 5  # sequences: smaller groups come after the others
 UNITS = (
     "Influence is I = ∇{asked}ᵀ (G+λI)⁻¹ ∇{row}, {how} for this index's EK-FAC curvature: positive "
     "means that one more copy of the sequence would make {effect}, by I / N_train {unit} to first "
@@ -244,6 +245,11 @@ class Group:
     holds for a group that you had in mind before: those at the top of a list are there for their
     size, and so for their error too (on average about one standard error of it, see
     benchmarks/RESULTS.md).
+    `excess` is `influence` less what as many sequences of the index have on average, and `z` that
+    over `excess_error`, its standard error by the spread between sequences and by the code: how
+    many standard errors the group is from the index's mean (the formula is in
+    `search/rank/group_excess.py`). `unsure` marks a |z| below 2, as chance brings about. All of
+    these are None or False of the whole index, which is the mean.
     `hits` are the ids of the result's hits in the group, in the result's order. The `value` None is
     that of documents without the field.
     """
@@ -255,6 +261,10 @@ class Group:
     standard_error: float
     nats: float | None
     no_nats: str | None = None
+    excess: float | None = None
+    excess_error: float | None = None
+    z: float | None = None
+    unsure: bool = False
 
 
 @dataclass
@@ -268,9 +278,10 @@ class Result:
     `exact_influence` are the exact scores of all that was rescored for the shortlist, most positive
     first (opponents: most negative first), equal sequences once: the tail of their distribution.
     `sample_influence` are those of the random sample.
-    With `group_by`, `groups` are the 100 with the largest total (in size; of opponents, the most
-    negative) and every other one with a hit, in that order, out of `group_count`. `total` is the
-    group of all sequences that were searched, its value None.
+    With `group_by`, `groups` are the 100 first and every other one with a hit, out of
+    `group_count`: largest `z` first (of opponents, the most negative), those of fewer than five
+    sequences after the others. `total` is the group of all sequences that were searched, its value
+    None.
     """
 
     query: Query

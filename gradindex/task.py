@@ -10,6 +10,12 @@ TASKS = {
     "preference": "a prompt with a chosen and a rejected answer",
 }
 BETA = 0.1  # of preference pairs, as trainers have it
+# fields that a build can derive of pairs, by name, and what each is; lengths in tokens
+LENGTH_DIFFERENCE, LONGER_CHOSEN = "length-difference", "longer-chosen"
+DERIVED = {
+    LENGTH_DIFFERENCE: "tokens of the chosen answer less those of the rejected",
+    LONGER_CHOSEN: "whether the chosen answer has more tokens (of equal ones: no)",
+}
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from indexer.read.discover import discover
 from indexer.read.sources import token_file_width
 from indexer.shards import Shard, parse_shard
 from indexer.state import RequestFacts
-from indexer.tasks import choose_task, class_names
+from indexer.tasks import choose_task, class_names, derived_fields
 
 
 @dataclass
@@ -80,6 +80,7 @@ def make_request(
     columns: Iterable[str] = (),
     id_field: str | None = None,
     keep_fields: Iterable[str] = (),
+    derive: Iterable[str] = (),
     seq_len: int | None = None,
     pack: bool = False,
     truncate: bool = False,
@@ -134,6 +135,7 @@ def make_request(
         task=chosen_task.name, text_b_field=text_b_field, label_field=label_field,
         chosen_field=chosen_field, rejected_field=rejected_field, margin_field=margin_field,
         labels=class_names(config, tuple(labels), chosen_task),
+        derive=derived_fields(derive, keep_fields, chosen_task),
     )
     check_numbers(fit_sequences=fit_sequences, covariance_blocks=covariance_blocks,
                   batch_tokens=batch_tokens, damping=damping, segment_size=segment_size,

@@ -1,11 +1,12 @@
 """Which task a build is for: as it was said, or as the model's class and the data tell."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from gradindex.errors import InputError
 from gradindex.model import checkpoint
 from gradindex.model.model_source import ModelSource
-from gradindex.task import TASKS, Task
+from gradindex.task import DERIVED, TASKS, Task
 
 
 def choose_task(source: ModelSource, asked: str | None, data: Any) -> str:
@@ -40,4 +41,25 @@ def class_names(config: Any, given: tuple[str, ...], task: Task) -> tuple[str, .
     if len(names) != count or len(set(names)) != count:
         raise InputError(f"--labels {','.join(names)}: the model has {count} classes; expected as "
                          "many names, each once, in its order.")
+    return names
+
+
+def derived_fields(given: Iterable[str], keep_fields: Iterable[str], task: Task) -> tuple[str, ...]:
+    """The fields to derive, each once. Raises InputError for one that can't be.
+
+    >>> derived_fields(["longer-chosen", "longer-chosen"], ["annotator"], Task("reward"))
+    ('longer-chosen',)
+    """
+    if isinstance(given, str):
+        raise InputError(f"derive={given!r}: expected a list of names.")
+    names = tuple(dict.fromkeys(given))
+    for name in names:
+        if name not in DERIVED:
+            raise InputError(f"--derive {name}: expected one or more of {', '.join(DERIVED)}.")
+        if not task.of_pairs:
+            raise InputError(f"--derive {name} is for pairs of a chosen and a rejected answer; the "
+                             f"task is {task.name}. Leave it out.")
+        if name in keep_fields:
+            raise InputError(f"--derive {name} and --keep-fields {name} would have one name for two "
+                             "fields. Leave one out, or call the data's field something else.")
     return names

@@ -87,7 +87,8 @@ def test_the_questions_are_those_of_the_demo():
 def test_a_source_is_audited(example, folder, tmp_path):
     shown = example("audit_source.py", folder / "index", "--by", "module", "--sample", "all",
                     "--prompt", PROMPT, "--completion", COMPLETION)
-    assert "of 5 groups 5 are looked at; the totals of 5 are more than 2" in shown
+    [sure] = re.findall(r"of 5 groups 5 are looked at; (\d) are more than two standard", shown)
+    assert len(re.findall(r"^  z +[+-]\d+\.\d  ", shown, re.MULTILINE)) == int(sure)
     assert "of the 20 hits come up whatever is asked" in shown
     assert "hill" in shown and (tmp_path / "report.html").read_text().startswith("<!doctype html>")
 

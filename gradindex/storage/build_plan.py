@@ -37,7 +37,8 @@ class CorpusSettings:
     With `truncate` a document is cut at the sequence length, and what is behind is left out. `rows`
     is the known form of records that was named, `columns` are the names of a table without a
     header, `chat_template` the text of the template that takes the place of the tokenizer's own.
-    `labels` are the names of a classifier's classes, in the model's order.
+    `labels` are the names of a classifier's classes, in the model's order. `derive` are the fields
+    that are made of a row and stand beside its kept ones, of `task.DERIVED`.
     """
 
     # An append reads by the settings of the build. So whatever decides what a sequence is belongs
@@ -64,6 +65,12 @@ class CorpusSettings:
     rejected_field: str | None = None
     margin_field: str | None = None
     labels: tuple[str, ...] = ()
+    derive: tuple[str, ...] = ()
+
+    @property
+    def record_fields(self) -> tuple[str, ...]:
+        """The names of the fields that every record carries, kept and derived."""
+        return (*self.keep_fields, *self.derive)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +110,8 @@ class Plan(CorpusSettings):
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain JSON types, in one flat object."""
         return {**asdict(self), "keep_fields": list(self.keep_fields),
-                "columns": list(self.columns), "labels": list(self.labels)}
+                "columns": list(self.columns), "labels": list(self.labels),
+                "derive": list(self.derive)}
 
     def out_of_bounds(self) -> str | None:
         """What of the plan no manifest may hold, or None."""

@@ -23,6 +23,7 @@ from gradindex.storage.records import Part, Record
 from gradindex.task import Task
 from indexer.read.choose_form import ChosenForms, field_names
 from indexer.read.conversations import encode_conversation, encode_exchange, holds_messages
+from indexer.read.derived import derived
 from indexer.read.discover import discover
 from indexer.read.known_forms import BESIDE_MESSAGES
 from indexer.read.rows import BadRowError, Row
@@ -200,6 +201,7 @@ class Corpus:
                 tokenised = self._tokenised(self.forms.standard(source, content))
                 _check_tokens(tokenised, self.vocabulary)
                 user_id, fields = self._metadata(content)
+                fields |= derived(self.settings.derive, tokenised)
             except (BadRowError, RowError) as bad:
                 self._skip(f"{source.name}:{row}", str(bad))
                 continue

@@ -7,6 +7,7 @@ from typing import Any
 from gradindex.errors import InputError
 from gradindex.modules import Module, choose_modules
 from gradindex.storage.manifest import Manifest
+from gradindex.task import DERIVED
 from search.ask.controls import (
     CONTROLS,
     DEFAULT_HITS,
@@ -22,6 +23,7 @@ from search.ask.controls import (
 
 SMALLEST_SHORTLIST = 16  # where one that grows begins, or with twice the hits
 GROUPINGS = ("document", "source")  # besides the fields that were kept
+LABEL = "label"  # a row's class; a kept field of that name comes before it
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def settle(controls: Controls, manifest: Manifest) -> Settings:
         time_limit=controls.time_limit or math.inf, rank=controls.rank,
         train_sequences=controls.train_sequences or manifest.train_sequences or manifest.next_id,
         train_sequences_given=bool(controls.train_sequences or manifest.train_sequences),
-        group_by=_grouping(controls.group_by, manifest.plan.keep_fields),
+        group_by=_grouping(controls.group_by, manifest),
     )
 
 
@@ -100,13 +102,26 @@ def bounded(settings: Settings, total: int) -> Settings:
                    most=min(settings.most, total))
 
 
-def _grouping(by: str | None, fields: tuple[str, ...]) -> str | None:
+def groupings(manifest: Manifest) -> list[str]:
+    """What groups of an index can be made by."""
+    label = (LABEL,) if manifest.task.name == "classification" else ()
+    return list(dict.fromkeys((*GROUPINGS, *label, *manifest.plan.record_fields)))
+
+
+def _grouping(by: str | None, manifest: Manifest) -> str | None:
     """What groups are made by. Raises InputError for a field that was not kept."""
-    if by is None or by in (*GROUPINGS, *fields):
+    known, fields = groupings(manifest), manifest.plan.record_fields
+    if by is None or by in known:
         return by
+    if by in list(DERIVED):  # of Python it may be anything
+        raise InputError(f"--group-by {by}: the index has no such field; build it with --derive "
+                         f"{by}." if manifest.task.of_pairs else
+                         f"--group-by {by} is of pairs of a chosen and a rejected answer; the "
+                         f"index's task is {manifest.task.name}.")
     available = f"kept were {', '.join(fields)}" if fields else \
         "none was kept; build with --keep-fields for more"
-    raise InputError(f"--group-by {by}: expected {', '.join(GROUPINGS)} or a field that was "
+    named = [name for name in known if name not in fields]
+    raise InputError(f"--group-by {by}: expected {', '.join(named)} or a field that was "
                      f"kept at the build ({available}).")
 
 

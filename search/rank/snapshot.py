@@ -25,7 +25,7 @@ from gradindex.storage.manifest import load as load_manifest
 from gradindex.storage.records import Record
 from gradindex.terminal import shell_word
 from search.rank.coverage import Coverage, LostError
-from search.rank.group_totals import Grouping, read_grouping
+from search.rank.grouping import Grouping, read_grouping
 from search.rank.ranking import CodeRanking, Ranking
 from search.rank.side_tables import SideTables, random_sample
 

@@ -19,6 +19,7 @@ from gradindex.model import tokenise
 from gradindex.results import Comparison, Result
 from gradindex.storage.manifest import model_name
 from search.ask.controls import CONTROLS
+from search.ask.settings import groupings
 from search.serve.jobs import BusyError, SearchJob
 from search.serve.reception import Reception, changes_of, retry_after
 from search.serve.request import TOKEN_FIELDS, SearchRequest, from_form, whole_number
@@ -51,7 +52,7 @@ class Pages:
             "sequences": len(searcher),
             "model": model_name(manifest), "train_sequences": reception.jobs.train_sequences,
             "damping": f"{manifest.damping:g}",
-            "fields": ["document", "source", *manifest.plan.keep_fields],
+            "fields": groupings(manifest),
             "warning": "" if snapshot.coverage.whole else str(snapshot.coverage),
         }
         self.examples = self._examples()

@@ -55,22 +55,32 @@ CSV_COLUMNS = (
     "document", "start", "end", "user_id", "duplicates", "near_duplicates", "near",
     "label", "log_p", "layer_influence", "kind_influence", "text", "units",
 )
+# of the hit's group, where groups were asked for: fields of a Group behind "group_"
+GROUP_COLUMNS = ("value", "z", "unsure", "sequences", "influence", "standard_error", "excess",
+                 "excess_error")
 
 
 def csv_table(result: Result) -> str:
-    """A table with a row a hit; text that a spreadsheet would run as a formula is defused."""
+    """A table with a row a hit; text that a spreadsheet would run as a formula is defused.
+
+    With groups each hit has its own's totals beside it: of a packed sequence's the first in order.
+    """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     # hits may have different fields: a column for each that any of them has
     fields = sorted({name for hit in result for name in hit.fields})
-    writer.writerow([*CSV_COLUMNS, *(_defuse(f"field:{name}") for name in fields)])
+    groups = {hit: asdict(group) for group in reversed(result.groups) for hit in group.hits}
+    columns = GROUP_COLUMNS if result.total is not None else ()
+    writer.writerow([*CSV_COLUMNS, *(f"group_{name}" for name in columns),
+                     *(_defuse(f"field:{name}") for name in fields)])
     for rank, hit in enumerate(result.hits, 1):
         content = {**asdict(hit), "rank": rank, "units": result.units}
         if hit.nats is None:  # an empty cell would leave open why
             content["nats"] = wording.nats(hit, result)
         for name in ("duplicates", "near_duplicates", "layer_influence"):
             content[name] = " ".join(map(str, content[name]))
-        own = [_plain(hit.fields.get(name)) for name in fields]
+        own = [_plain(groups[hit.id][name]) for name in columns]
+        own += [_plain(hit.fields.get(name)) for name in fields]
         writer.writerow([_defuse(value) for value in
                          (*(_plain(content[name]) for name in CSV_COLUMNS), *own)])
     return out.getvalue()

@@ -7,14 +7,14 @@ visible. What is shown of a hit is in `wording.py`.
 import re
 import shutil
 
-from gradindex.results import UNSURE, Group, Hit, Query, Result
+from gradindex.results import Group, Hit, Query, Result
 from gradindex.terminal import visible
 from search.show import wording
 
 MOST_TEXTS = 3  # of a query's further texts, shown
 MARKED = 0.25  # a token is marked from this share of the strongest token's influence on
 PLUS, MINUS = "1;94", "1;33"  # ANSI: bold, bright blue or yellow
-TABLE = 72  # columns that a table of groups needs, with something of their names
+TABLE = 76  # columns that a table of groups needs, with something of their names
 BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -151,15 +151,11 @@ def group_lines(result: Result, width: int) -> list[str]:
         return []
     by = visible(str(result.controls["group_by"]))
     groups = result.groups[: wording.GROUPS_SHOWN]
-    said = [f"total influence by {by}, ± its standard error, {wording.GROUP_ORDER}:"]
-    if width < TABLE:
-        lines = [*_wrap(said[0], width), *_narrow_group_lines(result, groups, by, width)]
-    else:
-        lines = [*said, *_group_table(result, groups, by)]
-    if unsure := wording.unsure(groups):
-        doubt = (f"{unsure} of the {len(groups)} shown are within {UNSURE} ± of zero: chance may "
-                 "have put them here")
-        lines += _wrap(doubt, width) if width < TABLE else [doubt]
+    said = f"total influence by {by}, ± the code's error, {wording.GROUP_ORDER}"
+    lines = _wrap(said, width)
+    lines += _narrow_group_lines(result, groups, by, width) if width < TABLE else \
+        _group_table(result, groups, by)
+    lines += [line for note in wording.group_notes(groups) for line in _wrap(note, width)]
     return [line if len(line) <= width else line[: width - 1] + "…" for line in lines]
 
 
@@ -171,7 +167,9 @@ def _narrow_group_lines(result: Result, groups: list[Group], by: str, width: int
     shown = [(group, wording.group_name(group, by)) for group in groups]
     for group, name in [*shown, (result.total, f"all {result.group_count:,} together" + (
             f", {more:,} more among them" if more else ""))]:
-        numbers = f"{wording.number(group.influence)} ± {wording.unsigned(group.standard_error)}"
+        z = wording.standard_errors(group)
+        numbers = f"z {z}, " * bool(z) + \
+            f"{wording.number(group.influence)} ± {wording.unsigned(group.standard_error)}"
         lines.append(_clip(name, width))
         lines += [f"  {line}" for line in _wrap(
             f"{numbers}, {wording.nats(group, result)}, {group.sequences:,} sequences, "
@@ -182,18 +180,18 @@ def _narrow_group_lines(result: Result, groups: list[Group], by: str, width: int
 def _group_table(result: Result, groups: list[Group], by: str) -> list[str]:
     """Groups a line each."""
     assert result.total is not None
-    lines = [f"{'influence':>14} {'±':>9} {'nats':>18} {'sequences':>10} {'hits':>5}  {by}"]
+    lines = [f"{'z':>7} {'influence':>12} {'±':>9} {'nats':>18} {'sequences':>9} {'hits':>4}  {by}"]
     lines += [_group_line(group, visible(wording.group_name(group, by)), result)
               for group in groups]
     if result.group_count > len(groups):
-        lines.append(f"{'':>60}  and {result.group_count - len(groups):,} more")
+        lines.append(f"{'':>64}  and {result.group_count - len(groups):,} more")
     return [*lines, _group_line(result.total, f"all {result.group_count:,} together", result)]
 
 
 def _group_line(group: Group, name: str, result: Result) -> str:
-    return (f"{wording.number(group.influence):>14} {wording.unsigned(group.standard_error):>9} "
-            f"{wording.nats(group, result, ''):>18} {group.sequences:>10,} {len(group.hits):>5}  "
-            f"{name}")
+    return (f"{wording.standard_errors(group):>7} {wording.number(group.influence):>12} "
+            f"{wording.unsigned(group.standard_error):>9} {wording.nats(group, result, ''):>18} "
+            f"{group.sequences:>9,} {len(group.hits):>4}  {name}")
 
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")

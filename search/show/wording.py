@@ -5,14 +5,14 @@ from dataclasses import dataclass
 
 from gradindex.first_order import in_words, room
 from gradindex.progress import duration
-from gradindex.results import UNSURE, Group, Hit, Query, Result
+from gradindex.results import FEW_IN_GROUP, UNSURE, Group, Hit, Query, Result
 from gradindex.terminal import json_text
 
 WINDOW = 48  # tokens of text shown around the strongest of them
 SHADES = 7  # shades of a sign
 LITTLE_OVERLAP = 0.1
 GROUPS_SHOWN = 20  # shown at once
-GROUP_ORDER = f"the surest first (by size less {UNSURE} ±)"
+GROUP_ORDER = "by z: standard errors from the index's mean"
 
 
 @dataclass(frozen=True)
@@ -142,9 +142,20 @@ def group_name(group: Group, by: str) -> str:
     return group.value if isinstance(group.value, str) else json_text(group.value)
 
 
-def unsure(groups: list[Group]) -> int:
-    """How many totals are so near to zero, for their errors, that they may be nothing."""
-    return sum(abs(group.influence) < UNSURE * group.standard_error for group in groups)
+def standard_errors(group: Group) -> str:
+    """How far a group is from the index's mean, with a ? where chance may be why; or nothing."""
+    return "" if group.z is None else f"{group.z:+.1f}{'?' * group.unsure}"
+
+
+def group_notes(groups: list[Group]) -> list[str]:
+    """What to know of the groups shown: who of them is there by chance, or few."""
+    notes, unsure = [], sum(group.unsure for group in groups)
+    if unsure:
+        notes.append(f"? {unsure} of the {len(groups)} shown {'is' if unsure == 1 else 'are'} within "
+                     f"{UNSURE} standard errors of the index's mean: chance may have put them here")
+    if few := sum(group.sequences < FEW_IN_GROUP for group in groups):
+        notes.append(f"groups of fewer than {FEW_IN_GROUP} sequences ({few} of these) come last")
+    return notes
 
 
 def logarithm(query: Query) -> str:

@@ -16,7 +16,8 @@ from gradindex.influence.codes import score_error
 from gradindex.terminal import visible
 from search.ask.controls import Controls
 from search.ask.settings import settle
-from search.rank.group_totals import GROUPS_KEPT, Grouping, total_groups
+from search.rank.group_totals import GROUPS_KEPT, total_groups
+from search.rank.grouping import Grouping
 from search.rank.query_gradient import form_gradients
 from search.rank.ranking import CodeRanking
 from search.rank.shortlist import Shortlist
@@ -64,7 +65,10 @@ def noise_of(index, question):
 
 
 def reference(index, estimate, variance, shares):
-    """{value: (total, standard error, sequences)}, and the same of the whole, a sum at a time."""
+    """{value: (total, standard error, sequences, excess, its error)}, a sum at a time.
+
+    The same of the whole, which has no excess.
+    """
     # row i of the identity asks for coordinate i of what every code stands for
     identity = np.eye(index.manifest.code["length"], dtype=np.float32)
     codes = index.snapshot.code_scores(identity).T.astype(np.float64)
@@ -78,23 +82,67 @@ def reference(index, estimate, variance, shares):
         independent = sum(w**2 * one for w, one in zip(weight, variance, strict=True))
         totals[value] = (total, math.sqrt((joined**2).sum() / apart * independent),
                          sum(w > 0 for w in weight))
+        if value != "whole":
+            totals[value] += excess_of_weights(np.array(weight), estimate, variance, codes)
     return totals
+
+
+def excess_of_weights(weight, estimate, variance, codes):
+    """A group's excess and its standard error, with every sequence's own coefficient."""
+    n, part = len(weight), sum(weight) / len(weight)
+    coefficients = weight - part
+    low, high = np.quantile(estimate, [0.025, 0.975])
+    typical = np.var([min(max(one, low), high) for one in estimate])
+    summed = (codes.sum(0) ** 2).sum() / (codes**2).sum()
+    common = (n - summed) / (n - 1)  # the code's part of a spread
+    spread = 0.0
+    for inside in (weight > 0, weight == 0):
+        if inside.any():
+            own, many = estimate[inside], inside.sum()
+            around = sum((one - own.mean()) ** 2 for one in own)
+            part_of_code = common
+            if weight[inside].all():
+                together = ((weight[:, None] * codes).sum(0) ** 2).sum()
+                alike = together / (weight[:, None]**2 * codes**2).sum()
+                part_of_code = (8 * common + max(0, many - alike)) / (7 + many)
+            spread += (8 * typical + around) / (7 + many) * (coefficients[inside]**2).sum()
+            spread -= part_of_code * (coefficients[inside]**2 * variance[inside]).sum()
+    independent = (coefficients**2 * variance).sum()
+    joined = ((coefficients[:, None] * codes).sum(0) ** 2).sum()
+    apart = (coefficients[:, None]**2 * codes**2).sum()
+    ratio = joined / apart if part < 1 else 1.0
+    error = math.sqrt(max(0.0, spread) + independent * ratio)
+    return sum(estimate * weight) - estimate.sum() / n * sum(weight), error
 
 
 def assert_equal_to(result, expected):
     whole = expected.pop("whole")
     assert {group.value for group in result.groups} == set(expected)
     assert result.group_count == len(expected)
-    scale = max(abs(total) for total, _, _ in expected.values())
-    for group, (total, error, count) in [
-            *((group, expected[group.value]) for group in result.groups), (result.total, whole)]:
+    scale = max(abs(own[0]) for own in expected.values())
+    for group, own in [*((group, expected[group.value]) for group in result.groups),
+                       (result.total, whole)]:
+        total, error, count = own[:3]
         assert group.influence == pytest.approx(total, rel=1e-3, abs=1e-4 * scale)
         assert group.standard_error == pytest.approx(error, rel=1e-3, abs=1e-6 * scale)
         assert group.sequences == count
         assert group.nats is None  # N_train was not given
+        if own[3:]:
+            excess, error = own[3:]
+            assert group.excess == pytest.approx(excess, rel=1e-3, abs=1e-4 * scale)
+            assert group.excess_error == pytest.approx(error, rel=2e-3, abs=1e-6 * scale)
+            assert group.z == (pytest.approx(group.excess / error, rel=2e-3) if error > 1e-6 * scale else 0)
+            assert group.unsure == (abs(group.z) < 2)
     assert result.total.value is None and result.total.hits == [hit.id for hit in result]
-    certain = [abs(group.influence) - 2 * group.standard_error for group in result.groups]
-    assert certain == sorted(certain, reverse=True)
+    assert (result.total.excess, result.total.z, result.total.unsure) == (None, None, False)
+    assert_in_order(result)
+
+
+def assert_in_order(result):
+    """By z, most of what is looked for first; groups of few after the others."""
+    sign = -1 if result.opponents else 1
+    order = [(group.sequences < 5, -sign * group.z) for group in result.groups]
+    assert order == sorted(order)
 
 
 def estimates(index, truth, codes, noise, length):
@@ -152,9 +200,10 @@ def test_totals_where_all_is_exact(index):
                    if group is result.total or group.value in share]
             assert group.influence == pytest.approx(sum(own), rel=1e-3)
             assert group.standard_error == 0 and group.sequences == len(own)
-        order = [group.influence if opponents else -abs(group.influence)
-                 for group in result.groups]
-        assert order == sorted(order), sign
+            assert math.isfinite(group.z or 0)
+        assert_in_order(result)
+        assert result.groups[0].z * sign > 0 and all(
+            group.excess_error > 0 for group in result.groups)
 
 
 @pytest.mark.parametrize("controls", [
@@ -243,13 +292,13 @@ def test_unknown_fields_are_refused_before_the_model(index_folder, tmp_path):
 
 
 @pytest.mark.parametrize("opponents", [False, True])
-def test_the_best_groups_are_kept_and_those_with_hits(opponents):
+def test_the_first_groups_are_kept_and_those_with_hits(opponents):
     random = np.random.default_rng(5)
     influence = random.standard_normal(300)
     sign = -1.0 if opponents else 1.0
     grouping = Grouping(list(range(300)), np.arange(300), np.arange(300), np.ones(300),
-                        np.full(300, 2.0), 3.0)
-    order = np.argsort(influence if opponents else -np.abs(influence))
+                        np.full(300, 2.0), np.ones(300), 3.0)
+    order = np.argsort(-sign * influence)
     last = int(order[-1])
     groups, total = total_groups(grouping, sign * influence, np.full(300, 0.25), sign,
                                  {7: last, 8: int(order[3])}, lambda total: (total / 100, None))
@@ -259,17 +308,6 @@ def test_the_best_groups_are_kept_and_those_with_hits(opponents):
     assert groups[0].standard_error == pytest.approx(math.sqrt(2 * 0.25))
     assert total.influence == pytest.approx(influence.sum())
     assert total.standard_error == pytest.approx(math.sqrt(3 * 300 * 0.25))
-
-
-@pytest.mark.parametrize("sign, order", [(1.0, [2, 1, 0, 3]), (-1.0, [1, 3, 2, 0])])
-def test_groups_come_in_order_of_what_is_certain(sign, order):
-    """+28,576 ± 9,001 after +20,000 ± 100: a total of which less is known comes later."""
-    influence = np.array([28_576.0, -15_000.0, 20_000.0, 300.0])
-    errors = np.array([14_001.0, 100.0, 100.0, 400.0])
-    grouping = Grouping(list(range(4)), np.arange(4), np.arange(4), np.ones(4), np.ones(4), 1.0)
-    groups, _ = total_groups(
-        grouping, sign * influence, errors**2, sign, {}, lambda _: (None, None))
-    assert [group.value for group in groups] == order
 
 
 @pytest.mark.parametrize("by_norm, listed", [(False, 0), (True, 0), (False, 60)])
@@ -303,29 +341,31 @@ def test_estimates_have_no_bias_and_the_variance_they_say(by_norm, listed):
 def test_group_lines(index):
     result = index.search(**QUESTION, **SHORT, group_by="document")
     lines = group_lines(result, 100)
-    assert len(lines) == 2 + wording.GROUPS_SHOWN + 2
+    assert len(lines) == 2 + wording.GROUPS_SHOWN + 4
     first, total = result.groups[0], result.total
     assert lines[2].split() == [
-        f"{first.influence:+.3g}", f"{first.standard_error:.3g}",
+        wording.standard_errors(first), f"{first.influence:+.3g}", f"{first.standard_error:.3g}",
         *wording.nats(first, result, "").split(), str(first.sequences),
         str(len(first.hits)), first.value]
-    assert lines[-2].split() == ["and", "20", "more"]
-    assert lines[-1].split()[-5:] == [str(total.sequences), "5", "all", "40", "together"]
+    assert lines[-4].split() == ["and", "20", "more"]
+    assert lines[-3].split()[-5:] == [str(total.sequences), "5", "all", "40", "together"]
+    unsure = sum(abs(one.z) < 2 for one in result.groups[:wording.GROUPS_SHOWN])
+    assert lines[-1] == "groups of fewer than 5 sequences (20 of these) come last"
+    assert unsure and lines[-2].startswith(f"? {unsure} of the 20 shown are within 2 standard")
+    assert sum("? " in line for line in lines[2:-4]) == unsure
     result.groups[0].value = hostile = "\x1b[2J\nnext\u202e"
     result.groups[1].value = None
     lines = group_lines(result, 100)
     assert lines[2].endswith(f"  {visible(hostile)}") and lines[3].endswith("  no document")
-    narrow = group_lines(result, 75)
-    assert [line.removesuffix("…") for line in narrow] == [
-        line[: 74 if len(line) > 75 else 75] for line in lines]
+    narrow = group_lines(result, 78)
+    assert [line for line in narrow if "no document" in line] == [lines[3][:78]]
     assert all(character.isprintable() for line in lines for character in line)
+    assert max(map(len, narrow)) <= 78
     assert group_lines(index.search(**QUESTION, **SHORT), 100) == []
-    result = index.search(**QUESTION, k=5, rescore=False, group_by="document")
-    for group in result.groups[3:5]:
-        group.standard_error = abs(group.influence)
-    unsure = sum(abs(one.influence) < 2 * one.standard_error
-                 for one in result.groups[:wording.GROUPS_SHOWN])
-    assert unsure >= 2 and group_lines(result, 100)[-1].startswith(f"{unsure} of the 20 shown are ")
+    for group in result.groups:
+        group.unsure = False
+        group.sequences = 5
+    assert group_lines(result, 100)[-1].endswith("all 40 together")
 
 
 def test_the_flag(index_folder):
@@ -347,6 +387,7 @@ def test_group_lines_on_a_narrow_terminal(index):
         text = " ".join(" ".join(lines).split())
         for group in result.groups:
             hits = "1 hit" if len(group.hits) == 1 else f"{len(group.hits)} hits"
-            assert f"{group.value} {wording.number(group.influence)} ± " in text
+            z = wording.standard_errors(group)
+            assert f"{group.value} z {z}, {wording.number(group.influence)} ± " in text
             assert f"{group.sequences:,} sequences, {hits}" in text
         assert f"all {result.group_count} together" in text

@@ -323,9 +323,10 @@ def test_totals_by_field(visit):
     for place in range(rows.count()):
         group, cells = result.groups[place], rows.nth(place).locator("td")
         assert cells.nth(0).inner_text() == html.visible_lines(group.value)
-        assert cells.nth(1).inner_text() == wording.number(group.influence)
-        assert cells.nth(2).inner_text() == wording.unsigned(group.standard_error)
-        assert cells.nth(5).inner_text().split() == [str(one) for one in group.hits[:8]] + \
+        assert cells.nth(1).inner_text() == wording.standard_errors(group)
+        assert cells.nth(2).inner_text() == wording.number(group.influence)
+        assert cells.nth(3).inner_text() == wording.unsigned(group.standard_error)
+        assert cells.nth(6).inner_text().split() == [str(one) for one in group.hits[:8]] + \
             ["…"] * (len(group.hits) > 8)
 
 

@@ -165,9 +165,14 @@ SHAPES: dict[str, dict[str, Any]] = {
     "indexer.fit.batch_sums.fit_batch": {"return": (None, None)},
     "indexer.fit.running_sums.Sums.zeros": {"return": "n m"},
     "indexer.fit.running_sums.Sums.totals": {"return": ("n m", None)},
-    "search.rank.group_totals.Grouping.total": {"values": "N", "return": "G"},
-    "search.rank.group_totals.make_grouping": {"entries": "3 _", "signs": "N _", "steps": "N"},
-    "search.rank.group_totals.chosen_signs": {"return": ("n _", "n")},
+    "search.rank.grouping.Grouping.total": {"values": "N", "return": "G"},
+    "search.rank.grouping.Grouping.parts": {"return": "G"},
+    "search.rank.grouping.Grouping.excess_of_squares": {"values": "N", "return": "G"},
+    "search.rank.grouping.in_quarters": {"numbers": "n", "return": ("_", "n")},
+    "search.rank.grouping.make_grouping": {"entries": "3 _", "signs": "N _", "steps": "N"},
+    "search.rank.grouping.chosen_signs": {"return": ("n _", "n")},
+    "search.rank.group_excess.excess_of": {
+        "estimate": "N", "variance": "N", "return": ("G", "G", "G")},
     "search.rank.group_totals.total_groups": {"estimate": "N", "variance": "N"},
     "search.rank.ranking.CodeRanking.__init__": {"scores": "N", "norms": "N"},
     "search.rank.ranking.CodeRanking.best": {"return": ("n", "n")},
@@ -214,7 +219,8 @@ LEFT_OUT = {  # of the modules below, and why
 MODULES = (  # and those of the folders among them
     "gradindex.influence", "gradindex.objective", "gradindex.storage.background_file",
     "gradindex.storage.code_index", "gradindex.storage.row_file", "gradindex.storage.token_file",
-    "indexer.calibrate", "indexer.encode", "indexer.fit", "search.rank.group_totals",
+    "indexer.calibrate", "indexer.encode", "indexer.fit", "search.rank.group_excess",
+    "search.rank.group_totals", "search.rank.grouping",
     "search.rank.ranking", "search.rank.recall", "search.rank.shortlist", "search.rank.snapshot",
 )
 
