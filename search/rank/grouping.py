@@ -15,6 +15,7 @@ import numpy as np
 
 from gradindex import draws
 from gradindex.draws import Stream
+from gradindex.storage import layout
 from gradindex.storage.code_index import CodeIndex
 from gradindex.storage.contents import Contents
 from gradindex.storage.records import Part, Record
@@ -23,6 +24,7 @@ from search.ask.settings import LABEL
 
 COORDINATES = 2048  # of the K, for spreads: standard errors are then right to 2 %
 UNPACKED = 1024  # codes held unpacked at once
+LONGEST = 1 << 31  # tokens that an answer may have
 
 
 @dataclass
@@ -107,6 +109,9 @@ def read_grouping(contents: Contents, codes: Sequence[CodeIndex], by: str) -> Gr
         entries.append(np.array(of_segment, dtype=np.float64).reshape(-1, 3).T)
     made = np.concatenate(entries, axis=1)
     if by == LENGTH_DIFFERENCE and by in plan.derive:
+        if any(type(value) is not int or abs(value) > LONGEST for value in values):
+            raise contents.files.damaged(layout.MANIFEST, f"says that records have {by}, which "
+                                         "some have not, or as no number of tokens")
         values, made[0] = in_quarters(values, made[0].astype(np.int64))
     signs, steps = chosen_signs(codes, contents.manifest.code["length"])
     return make_grouping(values, made, signs[contents.places], steps[contents.places])
