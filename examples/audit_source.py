@@ -32,12 +32,13 @@ def main() -> None:
     # A group's total is over all of its sequences in the index, found or not, and large where the
     # group is. So groups come in order of z: by how many standard errors the total is above that of
     # as many sequences of the whole index. Take a group within two of them for one like all others.
-    sure = [group for group in result.groups if not group.unsure]
-    print(f"of {result.group_count:,} groups {len(result.groups)} are looked at; {len(sure)} are "
-          "more than two standard errors from the index's mean")
-    for group in sure[:10]:
-        print(f"  z {group.z:+6.1f}  {group.influence:+14,.0f} ± {group.standard_error:,.0f}  "
-              f"{group.sequences:,} sequences, {len(group.hits)} hits  {group.value}")
+    sure = sum(not group.unsure for group in result.groups)
+    print(f"of {result.group_count:,} groups {len(result.groups)} are looked at; {sure} are more "
+          "than two standard errors from the index's mean")
+    for group in result.groups[:10]:
+        print(f"  z {group.z:+5.1f}{'?' if group.unsure else ' '}  {group.influence:+14,.0f} ± "
+              f"{group.standard_error:,.0f}  {group.sequences:,} sequences, {len(group.hits)} hits  "
+              f"{group.value}")
 
     # A sequence that is among the highest hundredth for a quarter of the index's own background
     # queries says little about this one.

@@ -58,8 +58,8 @@ _MAX_BAD = click.option(
 @click.option("--id-field", metavar="NAME", help="Field with your own id, shown in results.")
 @click.option("--keep-fields", metavar="A,B", help="Fields to carry into results.")
 @click.option("--derive", metavar="A,B", help="Fields to make of each pair and carry into results: "
-              "length-difference (tokens of the chosen less the rejected answer), longer-chosen (true "
-              "or false; of equal lengths false).")
+              "length-difference (tokens of the chosen answer less the rejected), longer-chosen "
+              "(true or false; of equal lengths false).")
 @click.option("--seq-len", type=int,
               help=f"Tokens a sequence [the model's context, at most {defaults.LONGEST}].")
 @click.option("--pack/--no-pack", default=False, help="Join documents with the end token [no].")

@@ -60,6 +60,6 @@ def derived_fields(given: Iterable[str], keep_fields: Iterable[str], task: Task)
             raise InputError(f"--derive {name} is for pairs of a chosen and a rejected answer; the "
                              f"task is {task.name}. Leave it out.")
         if name in keep_fields:
-            raise InputError(f"--derive {name} and --keep-fields {name} would have one name for two "
-                             "fields. Leave one out, or call the data's field something else.")
+            raise InputError(f"--derive {name} and --keep-fields {name} would be two fields of one "
+                             "name. Leave one out, or call the data's field something else.")
     return names

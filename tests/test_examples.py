@@ -88,7 +88,8 @@ def test_a_source_is_audited(example, folder, tmp_path):
     shown = example("audit_source.py", folder / "index", "--by", "module", "--sample", "all",
                     "--prompt", PROMPT, "--completion", COMPLETION)
     [sure] = re.findall(r"of 5 groups 5 are looked at; (\d) are more than two standard", shown)
-    assert len(re.findall(r"^  z +[+-]\d+\.\d  ", shown, re.MULTILINE)) == int(sure)
+    marks = re.findall(r"^  z +[+-]\d+\.\d(.)  ", shown, re.MULTILINE)
+    assert len(marks) == 5 and marks.count(" ") == int(sure)
     assert "of the 20 hits come up whatever is asked" in shown
     assert "hill" in shown and (tmp_path / "report.html").read_text().startswith("<!doctype html>")
 

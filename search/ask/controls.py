@@ -107,7 +107,8 @@ class Controls:
     rank: of the preconditioned gradients of many queries [exact while they fit in 2 GiB, else
     32]. train_sequences: N_train, which only scales `nats`; without it and
     the build's there are none.
-    group_by: also total influence by "document", "source", or a field that was kept at the build.
+    group_by: also total influence by "document", "source", a field that was kept or derived at the
+    build, or of a classifier "label"; in order of standard errors from the index's mean.
     """
 
     # None is what the index decides: `settings.settle` puts it in
@@ -150,9 +151,10 @@ class Controls:
     train_sequences: int | None = field(default=None, metadata=about(
         "On how many the model was trained: then nats are told [the build's].", bounds=ABOVE_ZERO))
     group_by: str | None = field(default=None, metadata=about(
-        "Also total the influence of all sequences by document, source or kept field.",
+        "Also total the influence of all sequences by document, source, kept or derived field, or "
+        "a classifier's label, in order of standard errors from the index's mean.",
         unit="document|source|FIELD", page=Bounds(letters=256),
-        api="document, source or a kept field."))
+        api="document, source, a kept or derived field, or a classifier's label."))
 
 
 class ControlArguments(TypedDict, total=False):

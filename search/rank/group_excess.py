@@ -81,7 +81,7 @@ def excess_of(
 
 def _around(sums: np.ndarray, squares: np.ndarray, count: np.ndarray) -> np.ndarray:
     """Σ (x − their mean)², from Σ x, Σ x² and how many they are."""
-    return np.maximum(squares - sums**2 / np.maximum(count, 1), 0.0)
+    return np.asarray(np.maximum(squares - sums**2 / np.maximum(count, 1), 0.0))
 
 
 def _typical(estimate: np.ndarray) -> float:

@@ -151,8 +151,9 @@ def group_notes(groups: list[Group]) -> list[str]:
     """What to know of the groups shown: who of them is there by chance, or few."""
     notes, unsure = [], sum(group.unsure for group in groups)
     if unsure:
-        notes.append(f"? {unsure} of the {len(groups)} shown {'is' if unsure == 1 else 'are'} within "
-                     f"{UNSURE} standard errors of the index's mean: chance may have put them here")
+        verb = "is" if unsure == 1 else "are"
+        notes.append(f"? {unsure} of the {len(groups)} shown {verb} within {UNSURE} standard "
+                     "errors of the index's mean: chance may have put them here")
     if few := sum(group.sequences < FEW_IN_GROUP for group in groups):
         notes.append(f"groups of fewer than {FEW_IN_GROUP} sequences ({few} of these) come last")
     return notes

@@ -118,7 +118,7 @@ def test_an_append_derives_the_same(built, rewarder, tmp_path):
 
 
 def test_data_with_groups(built, tmp_path):
-    out, rows = built
+    out, _ = built
     told = ["-p", ASKED["prompt"], "--chosen", ASKED["chosen"], "--rejected", ASKED["rejected"],
             "-k", 6, "--group-by", "longer-chosen"]
     shown = run("search", out, *told).stdout

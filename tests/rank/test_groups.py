@@ -131,7 +131,8 @@ def assert_equal_to(result, expected):
             excess, error = own[3:]
             assert group.excess == pytest.approx(excess, rel=1e-3, abs=1e-4 * scale)
             assert group.excess_error == pytest.approx(error, rel=2e-3, abs=1e-6 * scale)
-            assert group.z == (pytest.approx(group.excess / error, rel=2e-3) if error > 1e-6 * scale else 0)
+            z = group.excess / error if error > 1e-6 * scale else 0.0
+            assert group.z == pytest.approx(z, rel=2e-3)
             assert group.unsure == (abs(group.z) < 2)
     assert result.total.value is None and result.total.hits == [hit.id for hit in result]
     assert (result.total.excess, result.total.z, result.total.unsure) == (None, None, False)

@@ -71,7 +71,7 @@ def test_they_stand_beside_kept_fields():
      "classification"),
     (["length-difference"], [], "causal", "the task is causal. Leave it out"),
     (["length-difference", "longer-chosen"], ["longer-chosen"], "preference",
-     "--derive longer-chosen and --keep-fields longer-chosen would have one name"),
+     "--derive longer-chosen and --keep-fields longer-chosen would be two fields"),
     ("longer-chosen", [], "reward", "derive='longer-chosen': expected a list of names"),
     ([3], [], "reward", "--derive 3: expected one or more of"),
 ])
