@@ -98,6 +98,7 @@ def build(request: BuildRequest) -> ModelSource | None:
             state.corpus = ingest.write_records(request.corpus, empty, progress)
             state.save()
         ingest.report_read(state.corpus, state.plan.sequence_length, progress)
+        ingest.check_classes(state.corpus, state.plan, progress)
         ingest.warn_few(state.corpus.sequences, progress)
         prepared = prepare_build(index, model, tracked, state, progress, shard.of)
         with _share_of(request) as share:

@@ -27,7 +27,7 @@ from gradindex.progress import Progress
 from gradindex.ray_cluster import WITH_RAY, check_address, load_ray
 from gradindex.storage.build_plan import MOST_BLOCKS, CorpusSettings, Plan
 from gradindex.storage.os_errors import refusals
-from gradindex.task import Task
+from gradindex.task import TASKS, Task
 from indexer import defaults
 from indexer.read.corpus import Corpus
 from indexer.read.discover import discover
@@ -140,7 +140,13 @@ def make_request(
     check_numbers(fit_sequences=fit_sequences, covariance_blocks=covariance_blocks,
                   batch_tokens=batch_tokens, damping=damping, segment_size=segment_size,
                   limit=limit, train_sequences=train_sequences, max_bad=max_bad, wait=wait,
-                  ray_workers=ray_workers)
+                  ray_workers=ray_workers, beta=beta)
+    if beta != defaults.BETA and chosen_task.name != "preference":
+        raise InputError(f"--beta is of --task preference; the task is {chosen_task.name}. Leave "
+                         "it out.")
+    if chat_template is not None and chosen_task.name == "classification":
+        raise InputError("--chat-template is for chats; with --task classification a row is "
+                         f"{TASKS['classification']}. Leave it out.")
     if ray is not None:
         _check_ray(ray, model, shard)
         if device_map is not None:

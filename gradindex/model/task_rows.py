@@ -9,18 +9,22 @@ tokens of both part from the prompt's, and what is behind the sequence length is
 import math
 import re
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
 
 from gradindex.errors import InputError
 from gradindex.model.chat import encode_answer
-from gradindex.model.messages import MessagesError, is_messages, read_chat
+from gradindex.model.chat_template import check_chat_template
+from gradindex.model.messages import MessagesError, is_messages, is_quoted, read_chat
 from gradindex.model.rendering import ChatTemplateError
 from gradindex.model.tokenise import Tokenised, encode_pair, tokenize
+from gradindex.objective.batch import halves
 from gradindex.task import Task
 
 UNLABELLED = -1
+LARGEST = float(np.finfo(np.float32).max)  # of a number in a row: it has to stay one in float32
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")  # as TRL calls what a reference says
 
 
@@ -28,6 +32,7 @@ class RowError(InputError):
     """A row that can't be used, with the reason."""
 
 
+_NUMBER = re.compile(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*")
 _NUMBERED = re.compile(r"LABEL_\d+")  # what transformers calls classes without names
 
 
@@ -39,9 +44,8 @@ def label_number(value: Any, labels: Sequence[str]) -> int:
     >>> label_number("good", ["bad", "good"]), label_number(1.0, ["bad", "good"])
     (1, 1)
     """
-    if isinstance(value, np.generic):
-        value = value.item()
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    value = _plain(value)
+    if value is None:
         raise RowError("no label")
     if isinstance(value, str):
         # a class may be called "1", and then it is meant, not the second one
@@ -49,16 +53,38 @@ def label_number(value: Any, labels: Sequence[str]) -> int:
         if named is not None:
             return named
         value = float(value)
-    if not isinstance(value, (bool, int, float)) or not float(value).is_integer():
-        several = ": several labels" if isinstance(value, (list, np.ndarray)) else ""
-        raise RowError(f"a label that is no class (a {type(value).__name__}{several})")
-    number = int(value)
-    if number == UNLABELLED:
+    if not isinstance(value, (bool, int, float)) or value % 1 != 0:  # of infinity it is NaN
+        raise RowError(f"a label that is no class ({_kind(value)})")
+    if value == UNLABELLED:
         raise RowError("unlabelled (−1)")
-    if not 0 <= number < len(labels):
-        raise RowError(f"a label outside the model's classes (found {number}, expected 0 to "
+    if not 0 <= value < len(labels):
+        raise RowError(f"a label outside the model's classes (found {_shown(value)}, expected 0 to "
                        f"{len(labels) - 1})")
-    return number
+    return int(value)
+
+
+def _plain(value: Any) -> Any:
+    """A value as Python has it; None where it says nothing, as NaN and empty cells of tables do."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, Decimal):
+        value = None if value.is_nan() else float(value)
+    empty = isinstance(value, str) and not value.strip()
+    return None if empty or _is_nan(value) else value
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
+
+
+def _kind(value: Any) -> str:
+    several = ": several labels" if isinstance(value, (list, tuple, np.ndarray)) else ""
+    return f"{value:g}" if isinstance(value, float) else f"a {type(value).__name__}{several}"
+
+
+def _shown(value: Any) -> str:
+    # Python refuses to write integers of thousands of digits down
+    return "a huge number" if isinstance(value, int) and abs(value) > LARGEST else f"{value!r:.60}"
 
 
 def _named(name: str, labels: Sequence[str]) -> int | None:
@@ -83,10 +109,19 @@ def _named(name: str, labels: Sequence[str]) -> int | None:
 def encode_labelled(
     tokenizer: Any, content: dict[str, Any], labels: Sequence[str], length: int
 ) -> Tokenised:
-    """The tokens of a labelled text, or of two, at most `length` of them. Raises RowError."""
+    """The tokens of the `texts`, one or two, with their `label`; at most `length` of them.
+
+    Raises RowError.
+    """
     label = label_number(content["label"], labels)
-    texts = [_text(content, name) for name in ("text", "text_b") if content[name] is not None]
+    texts = [_text(text, name) for text, name in
+             zip(content["texts"], ("text", "text_b"), strict=False)]
     tokenised = encode_whole(tokenizer, *texts, length=length)
+    own = halves(tokenised.scored, tokenised.border or len(tokenised.tokens))
+    # tokenizers leave a text whole that they can't cut short enough
+    if len(tokenised.tokens) > length or not all(part.any() for part in own[: len(texts)]):
+        raise RowError("a text without a token of its own" + (
+            f" (of {length}; --seq-len)" if tokenised.longer else ""))
     tokenised.label = label
     return tokenised
 
@@ -131,18 +166,21 @@ def encode_preferred(
     for side in (chosen, rejected):
         longer |= len(side.tokens) > length
         if not side.scored[:length].any():
-            raise RowError(f"a prompt that fills the {length} tokens of a text")
+            raise RowError("a text without a token of its own" if task.name == "reward" else
+                           f"a prompt that fills the {length} tokens of a text")
         parts.append(Tokenised(side.tokens[:length], side.scored[:length], side.spans[:length]))
     if np.array_equal(parts[0].tokens, parts[1].tokens):
-        raise RowError("chosen and rejected are the same" if not longer else
-                          f"chosen and rejected differ only beyond {length} tokens")
+        same = str(content["chosen"]) == str(content["rejected"])
+        raise RowError(
+            f"chosen and rejected differ only beyond {length} tokens" if longer and not same else
+            "chosen and rejected are the same" + ("" if same else " (as tokens)"))
     tokens, scored, spans = (np.concatenate([getattr(part, name) for part in parts])
                              for name in ("tokens", "scored", "spans"))
     return Tokenised(
         tokens, scored, spans, tuple(dict.fromkeys((*chosen.unshown, *rejected.unshown))),
         border=len(parts[0].tokens), longer=longer,
         offset=number_in(content, "margin", 0.0) if task.name == "reward" else
-        number_in(content, REFERENCE[0]) - number_in(content, REFERENCE[1]))
+        _sum_of_log_p(content, REFERENCE[0]) - _sum_of_log_p(content, REFERENCE[1]))
 
 
 def encode_answered(tokenizer: Any, prompt: Any, response: Any, task: Task) -> Tokenised:
@@ -153,24 +191,32 @@ def encode_answered(tokenizer: Any, prompt: Any, response: Any, task: Task) -> T
                                  read_chat(response, name="response").messages)
         except (MessagesError, ChatTemplateError) as error:
             raise RowError(getattr(error, "reason", str(error))) from None
-    text = _ended(tokenizer, _text({"response": response}, "response"))
-    prompt = "" if prompt is None else _text({"prompt": prompt}, "prompt")
+    text = _ended(tokenizer, _text(response, "response"))
+    prompt = "" if prompt is None else _text(prompt, "prompt", empty=True)
     return encode_whole(tokenizer, prompt + text) if task.name == "reward" else \
         encode_pair(tokenizer, prompt, text)
 
 
 def number_in(content: dict[str, Any], name: str, missing: float | None = None) -> float:
     """The number in a field of a pair, `missing` where it has none. Raises RowError."""
-    value = content.get(name)
-    if isinstance(value, np.generic):
-        value = value.item()
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    value = _plain(content.get(name))
+    if value is None:
         if missing is None:
             raise RowError(f"missing field {name!r} (what the reference says of the answer)")
         return missing
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise RowError(f"field {name!r} is no number ({value!r:.60})")
+    if isinstance(value, str) and _NUMBER.fullmatch(value):  # in tables every value is text
+        value = float(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > LARGEST:
+        raise RowError(f"field {name!r} is no number ({_shown(value)})")
     return float(value)
+
+
+def _sum_of_log_p(content: dict[str, Any], name: str) -> float:
+    """What a reference says of an answer. Raises RowError."""
+    found = number_in(content, name)
+    if found > 0:  # a loss, most likely
+        raise RowError(f"field {name!r} is no sum of log p (found {found:g}, expected 0 or less)")
+    return found
 
 
 def _answers(
@@ -178,6 +224,8 @@ def _answers(
 ) -> tuple[Tokenised, Tokenised]:
     """Chosen and rejected with their prompt, each whole; of a policy, answers are scored."""
     prompt, sides = content["prompt"], [content["chosen"], content["rejected"]]
+    if _is_nan(prompt):  # as tables have it for none
+        prompt = None
     chats = [is_messages(side) for side in sides]
     if prompt is not None:
         chats.append(is_messages(prompt))
@@ -185,10 +233,14 @@ def _answers(
         raise RowError("of prompt, chosen and rejected some are texts and some messages")
     if all(chats):
         return _chats(tokenizer, content, prompt, sides)
-    texts = [_text(content, name) for name in ("chosen", "rejected")]
-    prompt = "" if prompt is None else _text(content, "prompt")
-    if not prompt:
+    for name in ("prompt", "chosen", "rejected"):
+        if is_quoted(content[name]):  # which would be read with its brackets
+            raise RowError(f"{name} is messages as JSON text (write them as a list)")
+    texts = [_text(content[name], name) for name in ("chosen", "rejected")]
+    if prompt is None:
         prompt, texts = without_common(texts)
+    else:
+        prompt = _text(prompt, "prompt", empty=True)
     texts = [_ended(tokenizer, text) for text in texts]
     if task.name == "reward":
         one, other = (encode_whole(tokenizer, prompt + text) for text in texts)
@@ -223,6 +275,7 @@ def without_common(texts: list[str]) -> tuple[str, list[str]]:
 def _chats(
     tokenizer: Any, content: dict[str, Any], prompt: Any, sides: list[Any]
 ) -> tuple[Tokenised, Tokenised]:
+    check_chat_template(tokenizer, "chosen")  # which is the tokenizer's fault, and no row's
     tools, options = content.get("tools"), content.get("chat_template_kwargs")
     try:
         whole = [read_chat(side, tools, options, name)
@@ -256,11 +309,13 @@ def _same_prompt(pairs: list[Tokenised]) -> tuple[Tokenised, Tokenised]:
     return pairs[0], pairs[1]
 
 
-def _text(content: dict[str, Any], name: str) -> str:
-    value = content[name]
+def _text(value: Any, name: str, empty: bool = False) -> str:
+    """A field of that name, if it's text, which may be `empty`. Raises RowError."""
+    if value is None or _is_nan(value):
+        raise RowError(f"no {name}")
     if not isinstance(value, str):
         raise RowError(f"{name} is not text (a {type(value).__name__})")
-    if not value.strip():
+    if not value.strip() and not empty:
         raise RowError(f"empty {name}")
     try:
         value.encode("utf-8")

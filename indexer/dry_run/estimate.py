@@ -180,6 +180,8 @@ def estimate(request: BuildRequest) -> Estimate:
     data = _read_data(request, model)
     ingest.report_read(data.facts, plan.sequence_length, progress)
     ingest.warn_few(data.facts.sequences, progress)
+    if data.share == 1:  # of data that are sorted a part may have one class
+        ingest.check_classes(data.facts, plan, progress)
     width = model.accumulate.itemsize
 
     # 4) batches and the stages' work on them

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 from gradindex.errors import InputError
@@ -23,9 +23,10 @@ from indexer.read.known_forms import (
     refuse_unlearned,
     unknown_fields,
 )
+from indexer.read.label_names import compare_names
 from indexer.read.rows import BadRowError, Columns, Row
 from indexer.read.sources import DataSource, read_source, shown_files
-from indexer.read.task_forms import task_form, unsuitable
+from indexer.read.task_forms import FIELDS, task_form, unsuitable
 
 # kind: the fields it needs, by their default names
 NEEDED_FIELDS = {
@@ -60,10 +61,12 @@ class ChosenForms:
     settings: CorpusSettings
     seen: dict[str, set[str]] = field(default_factory=dict)
     chats: bool = False
+    said_of_labels: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, sources: list[DataSource], settings: CorpusSettings) -> "ChosenForms":
         """Look at the first record of every source. Raises InputError for what has no form."""
+        _check_fields(settings)
         next_token = settings.task == "causal"
         chosen = cls(_named_kind(settings) if next_token else "", sources,
                      {source.name: None for source in sources}, {}, {}, settings)
@@ -108,11 +111,14 @@ class ChosenForms:
         form = self._form_of(source, first, names) if task == "causal" else \
             task_form(task, names, self.settings)
         if form is None:
-            raise unsuitable(source.name, task, names) if task != "causal" else \
+            raise unsuitable(source.name, task, names, self.settings) if task != "causal" else \
                 unknown_fields(source.name, first, source.kind == "csv")
         if source.kind in ("json", "jsonl") and holds_columns(first, form) and _is_alone(source):
             raise columns_for_records(source.name, form)
         self.forms[source.name] = form
+        if task == "classification":
+            if said := compare_names(source, form.needs[-1], self.settings.labels):
+                self.said_of_labels.append(said)
         used = self._used(source)
         self.unread[source.name] = [name for name in names if name not in used]
         self.others[source.name] = other_forms(form, names) if task == "causal" else []
@@ -195,7 +201,7 @@ class ChosenForms:
                 by_form.setdefault(line, []).append(name)
         # one form is the rule, and then there is no need to say whose it is
         return [line if len(by_form) == 1 else f"{line}; in {shown_files(names)}"
-                for line, names in by_form.items()]
+                for line, names in by_form.items()] + self.said_of_labels
 
 
 def _named_kind(settings: CorpusSettings) -> str:
@@ -226,10 +232,15 @@ def _check_records(sources: list[DataSource], settings: CorpusSettings) -> None:
     if settings.rows:
         raise InputError(f"--rows {settings.rows} is a form of records of next tokens, and the "
                          f"task is {settings.task}. Leave it out.")
-    beside = [name for name in ("completion", "messages") if getattr(settings, f"{name}_field")]
-    if beside:
-        raise InputError(f"--{beside[0]}-field has no use with --task {settings.task}; a row is "
-                         f"{TASKS[settings.task]}. Leave it out.")
+
+
+def _check_fields(settings: CorpusSettings) -> None:
+    """Raise InputError for fields that are named and that rows of the task don't have."""
+    foreign = [name for name in dict.fromkeys(chain(*FIELDS.values()))
+               if name not in FIELDS[settings.task] and getattr(settings, f"{name}_field")]
+    if foreign:
+        raise InputError(f"--{foreign[0].replace('_', '-')}-field has no use with --task "
+                         f"{settings.task}; a row is {TASKS[settings.task]}. Leave it out.")
 
 
 def _is_alone(source: DataSource) -> bool:

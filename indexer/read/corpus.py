@@ -44,14 +44,15 @@ KEPT_EXAMPLES = 20  # bad rows remembered with file and line; all are counted
 class CorpusFacts:
     """What was counted while a corpus was read.
 
-    `skipped` counts what was left out by reason; `examples` are the first of it, with file and
-    line.
+    `labels` counts a classifier's rows by the names of their classes, `skipped` what was left out
+    by reason; `examples` are the first of that, with file and line.
     """
 
     documents: int = 0
     sequences: int = 0
     tokens: int = 0
     scored_tokens: int = 0
+    labels: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)
     examples: list[str] = field(default_factory=list)
 
@@ -188,6 +189,9 @@ class Corpus:
         self.facts.sequences += 1
         self.facts.tokens += len(record.tokens)
         self.facts.scored_tokens += self.objective.predictions(record)
+        if record.label is not None:
+            name = self.settings.labels[record.label]
+            self.facts.labels[name] = self.facts.labels.get(name, 0) + 1
         return record
 
     # ---- rows → documents

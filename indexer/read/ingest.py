@@ -14,12 +14,14 @@ import numpy as np
 from gradindex.errors import InputError, ResourceError
 from gradindex.progress import Progress, size
 from gradindex.storage import code_index, layout, records, row_file, segments
+from gradindex.storage.build_plan import CorpusSettings
 from gradindex.storage.files import FileFacts, facts_of, make_folder
 from gradindex.storage.integrity import CheckedFiles
 from gradindex.storage.layout import PARTIAL, segment_folder
 from gradindex.storage.manifest import Segment
 from gradindex.storage.records import Record
 from gradindex.storage.segments import SegmentFacts, SegmentReader
+from gradindex.task import TASKS
 from indexer.read.corpus import Corpus, CorpusFacts
 
 FEW = 100  # sequences
@@ -136,9 +138,12 @@ def check_read(corpus: Corpus) -> None:
     facts = corpus.facts
     if not facts.sequences:
         skipped = [f"Skipped: {by_reason(facts.skipped)}."] if facts.skipped else []
+        task = corpus.settings.task
         raise InputError(" ".join([
             "the data holds no sequence with a token to predict; expected at least one text of two "
-            "tokens.", *skipped, *facts.examples[:3]]))
+            "tokens." if task == "causal" else
+            f"the data holds no row that can be used; expected rows of {TASKS[task]}.",
+            *skipped, *facts.examples[:3]]))
     # a misspelt name would otherwise give an index that lacks the field, noticed too late
     absent = set(corpus.settings.keep_fields) - corpus.fields_seen
     if absent and corpus.kind != "tokens":
@@ -174,6 +179,25 @@ def report_read(facts: CorpusFacts, length: int, progress: Progress) -> None:
         progress.say(f"skipped: {by_reason(facts.skipped)}")
         for example in facts.examples:
             progress.say(f"  {example}")
+
+
+def check_classes(facts: CorpusFacts, settings: CorpusSettings, progress: Progress) -> None:
+    """Say which classes of a classifier have no row. Raises InputError where all rows have one."""
+    if not settings.labels:
+        return
+    without = [name for name in settings.labels if name not in facts.labels]
+    if len(facts.labels) == 1:
+        [(name, count)] = facts.labels.items()
+        first = " --limit takes the first rows of the data, which may be sorted." * (
+            settings.limit is not None)
+        raise InputError(
+            f"all {count:,} rows are of one class, {name}: they are not what a classifier learned "
+            f"to tell it from {', '.join(without)[:200]} by, and every answer would be {name}. "
+            f"Give rows of every class.{first}")
+    if without:
+        progress.say(f"warning: no row is of the class {', '.join(without)}; found " + ", ".join(
+            f"{count:,} × {name}" for name, count in facts.labels.items()) + ". Give all that the "
+            "model was trained on, and see that the labels are those of its classes (--labels)")
 
 
 def warn_few(sequences: int, progress: Progress) -> None:

@@ -213,6 +213,38 @@ def text_rows(path: Path, name: str) -> Iterator[Row]:
                           "-f CP1252 -t UTF-8 OLD > NEW)")
 
 
+# ---- what `datasets` notes beside a table
+
+
+def noted_features(source: DataSource) -> dict[str, Any]:
+    """What `datasets` noted of a table's fields, by their names; empty where it noted nothing."""
+    content = source.content
+    if source.kind == "rows":
+        to_dict = getattr(getattr(content, "features", None), "to_dict", None)
+        return to_dict() if callable(to_dict) else {}
+    try:
+        noted = json.loads((_schema(source).metadata or {}).get(b"huggingface", b"{}"))
+        found = noted["info"]["features"]
+    except (OSError, ValueError, LookupError, TypeError, pyarrow.ArrowException):
+        return {}  # what is wrong with a file is said where it is read
+    return found if isinstance(found, dict) else {}
+
+
+def _schema(source: DataSource) -> pyarrow.Schema:
+    """The schema of a file of columns, an empty one of any other."""
+    path = source.content
+    if source.kind == "parquet":
+        return pyarrow.parquet.read_schema(path)
+    if source.kind == "arrow":
+        path = path / json.loads((path / "state.json").read_text())["_data_files"][0]["filename"]
+    elif source.kind != "ipc":
+        return pyarrow.schema([])
+    with pyarrow.OSFile(str(path)) as file:
+        is_file = file.read(6) == b"ARROW1"
+        file.seek(0)
+        return (pyarrow.ipc.open_file if is_file else pyarrow.ipc.open_stream)(file).schema
+
+
 # ---- tokens
 
 

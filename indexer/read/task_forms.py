@@ -13,6 +13,13 @@ TEXTS = (("text", "text_b"), ("sentence1", "sentence2"), ("premise", "hypothesis
          ("question1", "question2"), ("question", "sentence"), ("text",), ("sentence",),
          ("content",), ("review",))
 LABELS = ("label", "labels", "class", "target")
+# task: the fields that may be named
+FIELDS = {
+    "causal": ("text", "prompt", "completion", "messages"),
+    "classification": ("text", "text_b", "label"),
+    "reward": ("prompt", "chosen", "rejected", "margin"),
+    "preference": ("prompt", "chosen", "rejected"),
+}
 
 
 def task_form(task: str, names: Collection[Any], settings: CorpusSettings) -> Form | None:
@@ -20,7 +27,7 @@ def task_form(task: str, names: Collection[Any], settings: CorpusSettings) -> Fo
 
     >>> form = task_form("classification", ["sentence", "label"], CorpusSettings(128))
     >>> form.needs, form.standard({"sentence": "Good.", "label": 1})
-    (('sentence', 'label'), {'text': 'Good.', 'text_b': None, 'label': 1})
+    (('sentence', 'label'), {'texts': ['Good.'], 'label': 1})
     """
     if task == "classification":
         return _labelled(names, settings)
@@ -31,17 +38,20 @@ def task_form(task: str, names: Collection[Any], settings: CorpusSettings) -> Fo
 
 
 def _labelled(names: Collection[Any], settings: CorpusSettings) -> Form | None:
-    given = tuple(filter(None, (settings.text_field, settings.text_b_field)))
-    texts = given if settings.text_field else next(
-        (known + given for known in TEXTS if set(known) <= set(names)), None)
+    first, second = settings.text_field, settings.text_b_field
+    if first is None:
+        known = [texts for texts in TEXTS if set(texts) <= set(names) and (
+            second is None or len(texts) == 1)]
+        first, second = (*known[0], second)[:2] if known else (None, None)
     label = settings.label_field or next((name for name in LABELS if name in names), None)
-    if texts is None or label is None or not {*texts, label} <= set(names):
+    if first is None or label is None:
         return None
-    first, second = texts[0], texts[1] if len(texts) > 1 else None
+    texts = (first,) if second is None else (first, second)
+    if not {*texts, label} <= set(names):
+        return None
 
     def standard(content: Content) -> Content:
-        return {"text": content[first], "label": content[label],
-                "text_b": None if second is None else content[second]}
+        return {"texts": [content[name] for name in texts], "label": content[label]}
 
     return Form("labelled", "labelled", (*texts, label), "read as text and label" if second is None
                 else "read as two texts and a label", standard)
@@ -50,25 +60,34 @@ def _labelled(names: Collection[Any], settings: CorpusSettings) -> Form | None:
 def _pairs(names: Collection[Any], settings: CorpusSettings) -> Form | None:
     chosen, rejected = (getattr(settings, f"{name}_field") or name
                         for name in ("chosen", "rejected"))
-    margin = settings.margin_field or "margin"
-    prompt = settings.prompt_field or ("prompt" if "prompt" in names else None)
-    if not {chosen, rejected, prompt or chosen} <= set(names):
+    # these rows may have, and have to where they are named; a prompt, where the first row has one
+    prompt, margin = settings.prompt_field or "prompt", settings.margin_field or "margin"
+    needs = (prompt,) * bool(settings.prompt_field or prompt in names) + (
+        chosen, rejected) + (margin,) * bool(settings.margin_field)
+    if not set(needs) <= set(names):
         return None
+    numbers = {"margin": margin} if settings.task == "reward" else {
+        name: name for name in REFERENCE}
 
     def standard(content: Content) -> Content:
-        return {"prompt": None if prompt is None else content.get(prompt),
-                "chosen": content[chosen], "rejected": content[rejected],
-                "margin": content.get(margin),
-                **{name: content.get(name) for name in REFERENCE}}
+        return {"prompt": content.get(prompt), "chosen": content[chosen],
+                "rejected": content[rejected],
+                **{name: content.get(called) for name, called in numbers.items()}}
 
-    return Form("pairs", "pairs", tuple(filter(None, (prompt, chosen, rejected))),
-                "read as pairs of answers, the first preferred", standard,
-                (margin, *REFERENCE, "tools", "chat_template_kwargs"))
+    return Form("pairs", "pairs", needs, "read as pairs of answers, the first preferred", standard,
+                (prompt, *numbers.values(), "tools", "chat_template_kwargs"))
 
 
-def unsuitable(name: str, task: str, names: Collection[Any]) -> InputError:
+def unsuitable(
+    name: str, task: str, names: Collection[Any], settings: CorpusSettings
+) -> InputError:
     """What to say of records that have no form for a task."""
     shown = ", ".join(str(one)[:60] for one in names) or "none"
+    for role in FIELDS[task]:
+        called = getattr(settings, f"{role}_field")
+        if called and called not in names:
+            return InputError(f"--{role.replace('_', '-')}-field: the first record of {name} has "
+                              f"no field {called!r}; it has {shown}.")
     if task == "classification":
         return InputError(
             f"the first record of {name} has the fields {shown}; expected a text and its label. "
@@ -81,4 +100,4 @@ def unsuitable(name: str, task: str, names: Collection[Any]) -> InputError:
     return InputError(
         f"the first record of {name} has the fields {shown}; expected a chosen and a rejected "
         "answer, with the prompt that both follow or as whole dialogues. Name yours with "
-        "--prompt-field, --chosen-field and --rejected-field.")
+        "--prompt-field, --chosen-field and --rejected-field (and --margin-field).")
