@@ -5,13 +5,17 @@ leaves where it is) doesn't stop the host, and a copy from it need not either, i
 the numbers later. On a CPU all of this is nothing, and no number is copied.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 TILE = 1 << 28  # bytes that are on their way at once
+
+T = TypeVar("T")
+
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     """An array as a tensor on a device; the host doesn't wait.
@@ -46,6 +50,23 @@ class Arriving:
         while self._events:
             self._events.pop().synchronize()
         return [copy.numpy() for copy in self._copies]
+
+
+def as_they_arrive(
+    under_way: Iterable[tuple[T, Arriving]]
+) -> Iterator[tuple[T, list[np.ndarray]]]:
+    """Each item with its arrays: a device is at work on the next one's by then.
+
+    >>> list(as_they_arrive([("one", Arriving([torch.ones(1)]))]))
+    [('one', [array([1.], dtype=float32)])]
+    """
+    before: tuple[T, Arriving] | None = None
+    for item, arriving in under_way:
+        if before is not None:
+            yield before[0], before[1].arrays()
+        before = item, arriving
+    if before is not None:
+        yield before[0], before[1].arrays()
 
 
 def stacked_on_host(parts: Sequence[Tensor]) -> np.ndarray:

@@ -27,7 +27,7 @@ from gradindex.influence.curvature import Ekfac
 from gradindex.memory import return_freed
 from gradindex.model.config import vocabulary_size
 from gradindex.model.identity import check_identity, files_digest
-from gradindex.model.model_source import ModelSource
+from gradindex.model.model_source import ModelSource, anywhere
 from gradindex.model.network import LanguageModel
 from gradindex.model.tracked import parameter_share
 from gradindex.modules import Module
@@ -52,8 +52,9 @@ from gradindex.storage.os_errors import disk_errors
 from gradindex.storage.upgrades import FORMAT
 from gradindex.terminal import shell_word
 from gradindex.version import VERSION
+from indexer.ask_reference import ask_reference, may_stay, read_records
 from indexer.background_queries import make_background_queries
-from indexer.build_request import BuildRequest, anywhere
+from indexer.build_request import BuildRequest
 from indexer.calibrate import ExactPairs, calibrate, draw_pairs, exact_pairs, score_pairs
 from indexer.code_length import settle_bits
 from indexer.encode import encode_run, quarantined_of
@@ -95,11 +96,17 @@ def build(request: BuildRequest) -> ModelSource | None:
             if not (index / layout.SEGMENTS).is_dir():
                 make_folder(index / layout.SEGMENTS)
             empty = Run(index, 0, 0, 0, request.plan.segment_size)
-            state.corpus = ingest.write_records(request.corpus, empty, progress)
+            state.corpus = read_records(request.corpus, empty, progress)
             state.save()
         ingest.report_read(state.corpus, state.plan.sequence_length, progress)
         ingest.check_classes(state.corpus, state.plan, progress)
         ingest.warn_few(state.corpus.sequences, progress)
+        if request.reference is not None and shard.first:
+            run = Run(index, 0, 0, state.corpus.sequences, state.plan.segment_size)
+            stays = model if may_stay(model, run, request.reference, state.plan) else None
+            del model  # which makes way where memory doesn't hold both
+            ask_reference(run, request.reference, request.source, stays, state.plan, progress)
+            model = stays or _load_again(request, state)
         prepared = prepare_build(index, model, tracked, state, progress, shard.of)
         with _share_of(request) as share:
             if progress.shown and request.ray is None:  # how many workers there will be isn't known
@@ -129,6 +136,14 @@ def build(request: BuildRequest) -> ModelSource | None:
         # 8) the commit
         commit_index(index, fitted, measured, state, progress)
     return _source_to_open(request)
+
+
+def _load_again(request: BuildRequest, state: BuildState) -> LanguageModel:
+    """The model, after it made way. Raises IndexMismatchError where it changed meanwhile."""
+    request.progress.say(f"model: loading {request.source.name} again")
+    model = LanguageModel.load(request.source, request.dtype)
+    state.check_model(model)
+    return model
 
 
 def _source_to_open(request: BuildRequest) -> ModelSource | None:

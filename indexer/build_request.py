@@ -18,11 +18,11 @@ from gradindex.errors import InputError
 from gradindex.memory import parse_bound
 from gradindex.model.chat_template import marks_answers, read_chat_template
 from gradindex.model.checkpoint import check_checkpoint
-from gradindex.model.config import context_length, vocabulary_size
+from gradindex.model.config import context_length
 from gradindex.model.devices import has_fast_float64
 from gradindex.model.identity import tokenizer_digest
 from gradindex.model.load_tokenizer import load_tokenizer
-from gradindex.model.model_source import ModelSource
+from gradindex.model.model_source import ModelSource, anywhere
 from gradindex.progress import Progress
 from gradindex.ray_cluster import WITH_RAY, check_address, load_ray
 from gradindex.storage.build_plan import MOST_BLOCKS, CorpusSettings, Plan
@@ -32,6 +32,7 @@ from indexer import defaults
 from indexer.read.corpus import Corpus
 from indexer.read.discover import discover
 from indexer.read.sources import token_file_width
+from indexer.reference import Reference, choose_reference, identified, vocabulary_of
 from indexer.shards import Shard, parse_shard
 from indexer.state import RequestFacts
 from indexer.tasks import choose_task, class_names, derived_fields
@@ -54,6 +55,7 @@ class BuildRequest:
     shard: Shard
     ray: str | None
     ray_workers: int | None
+    reference: Reference | None
 
 
 def make_request(
@@ -76,6 +78,7 @@ def make_request(
     rejected_field: str | None = None,
     margin_field: str | None = None,
     beta: float = defaults.BETA,
+    reference: Any = None,
     rows: str | None = None,
     columns: Iterable[str] = (),
     id_field: str | None = None,
@@ -137,6 +140,8 @@ def make_request(
         labels=class_names(config, tuple(labels), chosen_task),
         derive=derived_fields(derive, keep_fields, chosen_task),
     )
+    asked = choose_reference(reference, source, as_list(data), settings, progress)
+    settings = replace(settings, reference=asked.facts if asked else None)
     check_numbers(fit_sequences=fit_sequences, covariance_blocks=covariance_blocks,
                   batch_tokens=batch_tokens, damping=damping, segment_size=segment_size,
                   limit=limit, train_sequences=train_sequences, max_bad=max_bad, wait=wait,
@@ -157,7 +162,7 @@ def make_request(
     _check_columns(columns)
 
     # 3) the data: found, of one kind, and digested, so that other content is another plan
-    corpus = open_corpus(data, source, config, settings, strict)
+    corpus = open_corpus(data, source, settings, asked, strict)
     if corpus.kind == "messages" and not marks_answers(corpus.tokenizer):
         progress.say("chats: the chat template has no {% generation %} marks, so the assistant's "
                      "words are found turn by turn; if training used another template, give it "
@@ -170,6 +175,10 @@ def make_request(
 
     # 4) the plan, with nothing left to be chosen; a resumed build compares it with the one it began
     chosen_device, chosen_dtype = source.resolve(dtype)
+    dtype_name = str(chosen_dtype).removeprefix("torch.")
+    if asked is not None:
+        asked = identified(asked, source, dtype_name, progress)
+        settings = replace(settings, reference=asked.facts)
     plan = Plan(
         **asdict(settings), model=source.name, revision=source.revision, adapter=adapter,
         data=corpus.data_facts(),
@@ -179,7 +188,7 @@ def make_request(
         covariance_blocks=covariance_blocks,
         eigen_dtype=_eigen_dtype(eigen_dtype, chosen_device), damping=damping,
         bits=_code_length(bits),
-        dtype=str(chosen_dtype).removeprefix("torch."), device=chosen_device.type,
+        dtype=dtype_name, device=chosen_device.type,
         batch_tokens=batch_tokens, segment_size=segment_size, seed=seed,
         tokenizer=tokenizer_digest(corpus.tokenizer), beta=beta,
     )
@@ -188,7 +197,7 @@ def make_request(
     tokenizer_name = anywhere(str(tokenizer)) if isinstance(tokenizer, (str, Path)) else None
     facts = RequestFacts(corpus.kind, train_sequences, max_bad, tokenizer_name)
     return BuildRequest(index, source, corpus, plan, dtype, facts, progress, share, ray,
-                        ray_workers)
+                        ray_workers, asked)
 
 
 Arguments = ParamSpec("Arguments")
@@ -217,12 +226,17 @@ def takes_arguments_of(
 
 
 def open_corpus(
-    data: Any, source: ModelSource, config: Any, settings: CorpusSettings, strict: bool = False
+    data: Any, source: ModelSource, settings: CorpusSettings, reference: Reference | None,
+    strict: bool = False,
 ) -> Corpus:
-    """The sequences of some data, cut as `settings` say. Raises InputError."""
+    """The sequences of some data, cut as `settings` say, that a reference can be asked about.
+
+    Raises InputError.
+    """
     tokenizer = load_tokenizer(source)
     return Corpus(
-        as_list(data), tokenizer, settings, vocabulary=vocabulary_size(config),
+        as_list(data), tokenizer, settings,
+        vocabulary=vocabulary_of(reference, source, settings.sequence_length),
         end_token=getattr(tokenizer, "eos_token_id", None), strict=strict,
     )
 
@@ -234,11 +248,6 @@ def as_list(data: Any) -> list[Any]:
     if isinstance(data, (list, tuple)) and data and all(isinstance(d, (str, Path)) for d in data):
         return list(data)
     return [data]  # a list of dictionaries is one source
-
-
-def anywhere(name: str) -> str:
-    """The absolute path of a folder; a hub id stays as it is."""
-    return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 def _sequence_length(seq_len: int | None, config: Any, data: list[Any]) -> int:

@@ -49,6 +49,9 @@ _MAX_BAD = click.option(
 @click.option("--margin-field", metavar="NAME", help="Field of a pair's margin [margin].")
 @click.option("--beta", type=float, default=defaults.BETA, show_default=True,
               help="β of preference pairs.")
+@click.option("--reference", metavar="MODEL", help="Model that preference pairs were compared with "
+              "in training, or its adapter: asked what it gives each answer [the data say; else an "
+              "adapter's own base].")
 @click.option("--chat-template", type=click.Path(path_type=Path), metavar="FILE",
               help="Jinja template that training rendered chats by [the tokenizer's own].")
 @click.option("--rows", metavar="FORM", help="Form of the records, where their fields don't tell: "
@@ -183,6 +186,8 @@ def merge(index: Path, **others: Any) -> None:
 @click.argument("index", type=click.Path(path_type=Path))
 @click.argument("data", nargs=-1)
 @options([*MODEL, MAX_MEMORY])
+@click.option("--reference", metavar="MODEL", help="Where the reference of preference pairs is "
+              "now, if it was moved.")
 @click.option("--limit", type=int, help="Read only the first documents.")
 @click.option("--strict", is_flag=True, help="Stop at the first row that can't be used.")
 @_MAX_BAD

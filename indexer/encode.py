@@ -29,7 +29,7 @@ from gradindex.storage.layout import CODES, ROWS, TOKENS, code_bytes
 from gradindex.storage.manifest import Segment
 from gradindex.storage.records import Record
 from gradindex.storage.segments import SegmentFacts
-from gradindex.transfers import Arriving
+from gradindex.transfers import Arriving, as_they_arrive
 from indexer.fit.quarantine import check_quarantine
 from indexer.read.ingest import Run, is_sealed
 from indexer.shards import Shard, Share
@@ -177,14 +177,9 @@ def encode_batches(
         # float32 for FAISS, whatever the model computes in
         return Arriving([encode_batch(model, codes, [records[row] for row in rows]).float()])
 
-    before: tuple[list[int], Arriving] | None = None
-    lengths = model.lengths(records)
-    for under_way in in_batches(lengths, batch_tokens, splits, run):
-        if before is not None:
-            yield before[0], before[1].arrays()[0]
-        before = under_way
-    if before is not None:
-        yield before[0], before[1].arrays()[0]
+    batches = in_batches(model.lengths(records), batch_tokens, splits, run)
+    for rows, [vectors] in as_they_arrive(batches):
+        yield rows, vectors
 
 
 def encode_batch(model: LanguageModel, codes: Codes, records: list[Record]) -> Tensor:

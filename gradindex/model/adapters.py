@@ -196,6 +196,28 @@ def run_alone(network: nn.Module, name: str) -> None:
             copy.set_adapter(name)
 
 
+@contextlib.contextmanager
+def without_adapters(network: nn.Module) -> Iterator[None]:
+    """Let a network run as its base alone for a while.
+
+    Raises InputError where an adapter is merged into the base's weights.
+    """
+    if merged := [name for name, layer in _adapter_layers(network) if layer.merged]:
+        raise InputError(f"an adapter is merged into {merged[0]}, so the base can't be run alone. "
+                         "Unmerge it (unmerge_adapter), or give the base itself.")
+    # transformers' own networks have a method of the second name, and so are none of them
+    parts: list[Any] = [part for part in network.modules()
+                        if hasattr(part, "enable_adapters") and not part.disable_adapters]
+    try:
+        for part in parts:
+            part.enable_adapters(False)
+        yield
+    finally:
+        for part in parts:
+            part.enable_adapters(True)
+        network.requires_grad_(False)  # which peft turns on again
+
+
 def quiet_dora(network: nn.Module) -> None:
     """Let DoRA's layers form lora_B·lora_A from the weights, in every pass.
 

@@ -19,7 +19,7 @@ from gradindex.model.config import is_quantised
 from gradindex.model.devices import DTYPES, check_dtype, device_called, dtype_called, dtype_of
 from gradindex.model.load_errors import readable_errors
 from gradindex.model.quantised import quantised_dtype
-from gradindex.model.saved_files import WEIGHTS, check_folder, check_path, weight_files
+from gradindex.model.saved_files import SAFE, WEIGHTS, check_folder, check_path, weight_files
 from gradindex.task import CAUSAL, Task
 
 
@@ -217,3 +217,27 @@ class ModelSource:
                 self.name, "config.json", revision=self.revision
             )
         return Path(str(config)).parent
+
+
+def anywhere(name: str) -> str:
+    """The absolute path of a folder; a hub id stays as it is."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
+def fetch_weights(source: ModelSource) -> None:
+    """See to it that a hub id's safetensors weights are on this machine, as a digest needs them.
+
+    Raises InputError where they can't be fetched.
+    """
+    if source.adapter is not None:
+        fetch_weights(source.base)
+    if source.is_object or source.adapter is not None or Path(source.name).is_dir():
+        return
+    place: dict[str, Any] = {"revision": source.revision}
+    hub = transformers.utils.hub
+    with readable_errors(source.name):
+        whole, shards = (hub.cached_file(
+            source.name, name, **place, _raise_exceptions_for_missing_entries=False)
+            for name in SAFE)
+        if whole is None and shards is not None:
+            hub.get_checkpoint_shard_files(source.name, shards, **place)

@@ -119,10 +119,19 @@ class Preference(_Pairs):
         """
         assert batch.offsets is not None
         token_log_p, gradient = self.policy.log_p(outputs, batch)
-        scores = self.beta * token_log_p.view(len(batch.real), batch.texts, -1).sum(-1)
+        scores = self.beta * _of_answers(token_log_p, batch).to(token_log_p.dtype)
         found, weights = _preference(
             scores, self.beta * batch.offsets.to(outputs.device), numbers)
         return found, gradient.mul_((self.beta * weights).flatten()[:, None, None])
+
+    def answers(self, network: Any, batch: Batch) -> Tensor:
+        """What a network gives each row's answers: Σ log p of their tokens, float64 [b, texts]."""
+        return _of_answers(self.policy.log_p(self.outputs(network, batch), batch)[0], batch)
+
+
+def _of_answers(token_log_p: Tensor, batch: Batch) -> Tensor:
+    """log p [b · texts, t] added up by text: float64 [b, texts]."""
+    return token_log_p.view(len(batch.real), batch.texts, -1).double().sum(-1)
 
 
 def _texts(rows: Sequence[Row]) -> int:

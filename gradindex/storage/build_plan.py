@@ -30,6 +30,20 @@ class DataFacts(TypedDict):
     sha256: str
 
 
+class ReferenceFacts(TypedDict):
+    """The model that gave the answers of preference pairs the log p which training compared with.
+
+    `own_base` says that it is the policy without its adapter, as which `name` is loaded. Else
+    `files` is the digest of its weight files, or of an object `tensors` that of its tensors.
+    """
+
+    name: str
+    revision: str | None
+    own_base: bool
+    files: str | None
+    tensors: str | None
+
+
 @dataclass(frozen=True)
 class CorpusSettings:
     """How documents are read and cut; lengths in tokens, `limit` in documents.
@@ -38,7 +52,8 @@ class CorpusSettings:
     is the known form of records that was named, `columns` are the names of a table without a
     header, `chat_template` the text of the template that takes the place of the tokenizer's own.
     `labels` are the names of a classifier's classes, in the model's order. `derive` are the fields
-    that are made of a row and stand beside its kept ones, of `task.DERIVED`.
+    that are made of a row and stand beside its kept ones, of `task.DERIVED`. `reference` is the
+    model that is asked what it gives the answers of preference pairs, where the data don't say it.
     """
 
     # An append reads by the settings of the build. So whatever decides what a sequence is belongs
@@ -66,6 +81,7 @@ class CorpusSettings:
     margin_field: str | None = None
     labels: tuple[str, ...] = ()
     derive: tuple[str, ...] = ()
+    reference: ReferenceFacts | None = None
 
     @property
     def record_fields(self) -> tuple[str, ...]:

@@ -175,8 +175,10 @@ def refuse_links(root: Path) -> None:
     # An index from a stranger could lead its reader's appends and deletions to files of the
     # reader's that have nothing to do with it. An index holds no links.
     for folder in (root, root / layout.SEGMENTS, root / layout.DELETED, root / layout.CURVATURE,
-                   root / layout.CURVATURE_PARTIAL,
-                   *root.glob(f"{layout.SEGMENTS}/*{layout.PARTIAL}")):
+                   root / layout.CURVATURE_PARTIAL, root / layout.REFERENCE_PARTIAL,
+                   root / layout.REFERENCE_PARTIAL / layout.SEGMENTS,
+                   *root.glob(f"{layout.SEGMENTS}/*{layout.PARTIAL}"),
+                   *root.glob(f"{layout.REFERENCE_PARTIAL}/{layout.SEGMENTS}/*{layout.PARTIAL}")):
         if not folder.is_dir():
             continue
         with os.scandir(folder) as entries:

@@ -7,7 +7,8 @@
     segments/NNNNNN/              a run of sequences (`segments.py`), see SEGMENT_FILES
 
 While something is being made: build.json or append.json, writer.json, a lock shard.N of each shard,
-curvature.partial/, segments/NNNNNN.partial/ and files that end in .tmp.
+curvature.partial/, reference.partial/ (sequences that a reference has yet to be asked about),
+segments/NNNNNN.partial/ and files that end in .tmp.
 """
 
 import unicodedata
@@ -29,6 +30,7 @@ DELETED_FORM = rf"^{DELETED}/\d{{6,12}}\.npy$"  # what names `deleted_file` give
 FIT = f"{CURVATURE}/fit.json"
 PARTIAL = ".partial"  # ends the name of a folder that isn't whole yet
 CURVATURE_PARTIAL = f"{CURVATURE}{PARTIAL}"
+REFERENCE_PARTIAL = f"reference{PARTIAL}"
 MARGIN = 1 << 16  # bytes of a file for what isn't counted
 
 

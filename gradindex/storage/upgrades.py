@@ -18,7 +18,7 @@ NEW_IN_4: Content = {"truncate": False, "rows": None, "columns": [], "chat_templ
 NEW_IN_5: Content = {"eigen_dtype": "float64"}  # on a host, as all were decomposed until then
 NEW_IN_6: Content = {"task": "causal", "text_b_field": None, "label_field": None,
                      "chosen_field": None, "rejected_field": None, "margin_field": None,
-                     "labels": [], "derive": [], "beta": 0.1}
+                     "labels": [], "derive": [], "reference": None, "beta": 0.1}
 
 
 def _to_2(content: Content) -> None:

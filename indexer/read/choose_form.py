@@ -7,6 +7,7 @@ from typing import Any
 
 from gradindex.errors import InputError
 from gradindex.model.messages import is_messages, is_quoted
+from gradindex.model.task_rows import REFERENCE
 from gradindex.storage.build_plan import CorpusSettings
 from gradindex.task import TASKS
 from indexer.read.known_forms import (
@@ -111,7 +112,7 @@ class ChosenForms:
         form = self._form_of(source, first, names) if task == "causal" else \
             task_form(task, names, self.settings)
         if form is None:
-            raise unsuitable(source.name, task, names, self.settings) if task != "causal" else \
+            raise unsuitable(source.name, names, self.settings) if task != "causal" else \
                 unknown_fields(source.name, first, source.kind == "csv")
         if source.kind in ("json", "jsonl") and holds_columns(first, form) and _is_alone(source):
             raise columns_for_records(source.name, form)
@@ -202,6 +203,23 @@ class ChosenForms:
         # one form is the rule, and then there is no need to say whose it is
         return [line if len(by_form) == 1 else f"{line}; in {shown_files(names)}"
                 for line, names in by_form.items()] + self.said_of_labels
+
+
+def say_references(sources: list[DataSource], settings: CorpusSettings) -> bool:
+    """Whether the data say what a reference gives the answers of their pairs.
+
+    Raises InputError where only some of them do.
+    """
+    found = {source.name: set(REFERENCE) <= set(_first_record(source, settings)[1])
+             for source in sources if source.holds_records}
+    if len(set(found.values())) > 1:
+        having, lacks = (next(name for name, has in found.items() if has is wanted)
+                         for wanted in (True, False))
+        raise InputError(
+            f"{having} says what a reference gives the answers ({' and '.join(REFERENCE)}), "
+            f"{lacks} doesn't; expected all of the data to, or none of them. Give them apart, or "
+            "take the fields out.")
+    return True in found.values()
 
 
 def _named_kind(settings: CorpusSettings) -> str:

@@ -32,9 +32,9 @@ def task_form(task: str, names: Collection[Any], settings: CorpusSettings) -> Fo
     if task == "classification":
         return _labelled(names, settings)
     # a policy's preferences mean nothing without what its reference made of them
-    if task == "preference" and not set(REFERENCE) <= set(names):
+    if task == "preference" and settings.reference is None and not set(REFERENCE) <= set(names):
         return None
-    return _pairs(names, settings)
+    return _pairs(names, settings, asked=task == "preference" and settings.reference is not None)
 
 
 def _labelled(names: Collection[Any], settings: CorpusSettings) -> Form | None:
@@ -57,7 +57,10 @@ def _labelled(names: Collection[Any], settings: CorpusSettings) -> Form | None:
                 else "read as two texts and a label", standard)
 
 
-def _pairs(names: Collection[Any], settings: CorpusSettings) -> Form | None:
+def _pairs(
+    names: Collection[Any], settings: CorpusSettings, asked: bool = False
+) -> Form | None:
+    """The form of pairs; `asked` says that a reference is asked for what it gives them."""
     chosen, rejected = (getattr(settings, f"{name}_field") or name
                         for name in ("chosen", "rejected"))
     # these rows may have, and have to where they are named; a prompt, where the first row has one
@@ -68,35 +71,50 @@ def _pairs(names: Collection[Any], settings: CorpusSettings) -> Form | None:
         return None
     numbers = {"margin": margin} if settings.task == "reward" else {
         name: name for name in REFERENCE}
+    if asked and set(REFERENCE) & set(names):
+        raise _said_twice(settings)
 
     def standard(content: Content) -> Content:
+        said = {name: content.get(called) for name, called in numbers.items()}
+        if asked:
+            if any(value is not None for value in said.values()):
+                raise _said_twice(settings)
+            said = dict.fromkeys(REFERENCE, 0.0)  # until it is asked
         return {"prompt": content.get(prompt), "chosen": content[chosen],
-                "rejected": content[rejected],
-                **{name: content.get(called) for name, called in numbers.items()}}
+                "rejected": content[rejected], **said}
 
     return Form("pairs", "pairs", needs, "read as pairs of answers, the first preferred", standard,
                 (prompt, *numbers.values(), "tools", "chat_template_kwargs"))
 
 
-def unsuitable(
-    name: str, task: str, names: Collection[Any], settings: CorpusSettings
-) -> InputError:
+def _said_twice(settings: CorpusSettings) -> InputError:
+    """What to say where the data have what a reference is to be asked for."""
+    assert settings.reference is not None
+    return InputError(
+        f"the data say what a reference gives the answers ({' and '.join(REFERENCE)}), and the "
+        f"reference {settings.reference['name']} is to be asked for the same (--reference; of an "
+        "append, that of its build). Leave one of them out.")
+
+
+def unsuitable(name: str, names: Collection[Any], settings: CorpusSettings) -> InputError:
     """What to say of records that have no form for a task."""
     shown = ", ".join(str(one)[:60] for one in names) or "none"
-    for role in FIELDS[task]:
+    for role in FIELDS[settings.task]:
         called = getattr(settings, f"{role}_field")
         if called and called not in names:
             return InputError(f"--{role.replace('_', '-')}-field: the first record of {name} has "
                               f"no field {called!r}; it has {shown}.")
-    if task == "classification":
+    if settings.task == "classification":
         return InputError(
             f"the first record of {name} has the fields {shown}; expected a text and its label. "
             "Name yours with --text-field (and --text-b-field) and --label-field.")
-    if task == "preference" and not set(REFERENCE) <= set(names):
+    # pairs are there, and only what a reference says of them is missing
+    if settings.task == "preference" and _pairs(names, settings) is not None:
         return InputError(
             f"the first record of {name} has the fields {shown}; expected chosen and rejected with "
             f"{' and '.join(REFERENCE)}, the sums of log p that the reference gives each answer, "
-            "as TRL's DPOTrainer adds them (precompute_ref_log_probs).")
+            "as TRL's DPOTrainer adds them (precompute_ref_log_probs). Name the model to ask for "
+            "them with --reference MODEL.")
     return InputError(
         f"the first record of {name} has the fields {shown}; expected a chosen and a rejected "
         "answer, with the prompt that both follow or as whole dialogues. Name yours with "

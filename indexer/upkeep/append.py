@@ -23,12 +23,14 @@ from gradindex.storage.contents import Contents
 from gradindex.storage.layout import APPEND
 from gradindex.storage.records import Record
 from indexer import defaults
+from indexer.ask_reference import ask_reference, drop_unasked, may_stay, read_records
 from indexer.build_request import check_numbers, open_corpus
 from indexer.encode import encode_run, quarantined_of
 from indexer.fit.batch_sums import fit_batch
 from indexer.read import ingest
 from indexer.read.corpus import CorpusFacts
 from indexer.read.ingest import Run
+from indexer.reference import reference_at_build
 from indexer.state import AppendPlan, AppendState, finished_append
 from indexer.upkeep.commit import commit_segments, writing
 
@@ -53,12 +55,14 @@ def append(
     allow_pickle: bool = False,
     max_memory: str | int | None = None,
     adapter: str | None = None,
+    reference: Any = None,
     progress: Progress | None = None,
 ) -> ModelSource | None:
     """Encode new documents into the index; resumable. Returns what opens the index.
 
-    Fields, lengths and settings are the build's; `model` says where its model is now. With
-    `discard` an unfinished append is dropped first; without data that is all (returns None).
+    Fields, lengths and settings are the build's; `model` says where its model is now, `reference`
+    where the reference of its preference pairs is. With `discard` an unfinished append is dropped
+    first; without data that is all (returns None).
     Raises InputError for unusable data, or other data than an unfinished append's;
     IndexMismatchError for another model or tokenizer; DamagedIndexError; ResourceError.
     """
@@ -71,22 +75,23 @@ def append(
         if data is None and not discard:
             raise InputError("no data given; expected files to append.")
         if data is not None:
-            fitted = FittedModel(contents.manifest, contents.files, source)
-            _append(contents, fitted, data, limit, strict, max_bad, progress)
+            # held by nothing here: it may have to make way for a reference
+            _append(contents, FittedModel(contents.manifest, contents.files, source), data,
+                    reference, limit, strict, max_bad, progress)
     return None if only_discard else replace(source, max_memory=None)
 
 
 def _append(
-    contents: Contents, fitted: FittedModel, data: Any, limit: int | None, strict: bool,
-    max_bad: float, progress: Progress,
+    contents: Contents, fitted: FittedModel, data: Any, asked: Any, limit: int | None,
+    strict: bool, max_bad: float, progress: Progress,
 ) -> None:
     """The journey of an append, in numbered steps; every step resumes."""
     index, manifest, plan = contents.root, contents.manifest, contents.manifest.plan
 
     # 1) what is asked for: other data, and all else as at the build
     _ = fitted.tokenizer  # refused here, before anything is read, if it is another
-    corpus = open_corpus(data, fitted.source, fitted.config, replace(plan.corpus, limit=limit),
-                         strict)
+    reference = reference_at_build(plan.reference, asked, fitted.source, manifest.dtype)
+    corpus = open_corpus(data, fitted.source, replace(plan.corpus, limit=limit), reference, strict)
     if corpus.kind != manifest.kind:
         raise InputError(
             f"the data holds {corpus.kind}, the index was built on {manifest.kind}; append the "
@@ -109,14 +114,21 @@ def _append(
     if state.corpus is None:
         corpus.documents_before = manifest.documents
         try:
-            state.corpus = ingest.write_records(corpus, run, progress)
+            state.corpus = read_records(corpus, run, progress)
         except InputError:  # data that can't be used leave nothing that had to be discarded
             state.path.unlink()
             ingest.remove_unsealed(index, run.number)
+            drop_unasked(run)
             raise
         state.save()
     run = replace(run, count=state.corpus.sequences)
     ingest.report_read(state.corpus, manifest.sequence_length, progress)
+    if reference is not None:
+        stays = may_stay(fitted.model, run, reference, plan)
+        if not stays:  # loaded again when it is used again
+            fitted = FittedModel(manifest, contents.files, fitted.source)
+        ask_reference(run, reference, fitted.source, fitted.model if stays else None, plan,
+                      progress)
     ingest.check_disk(run, manifest.code["length"], fit=0)
 
     # 3) every sequence → a code

@@ -119,9 +119,11 @@ def clean(index: Path, manifest: Manifest, progress: Progress) -> None:
     """
     (index / BUILD).unlink(missing_ok=True)
     shutil.rmtree(index / layout.CURVATURE_PARTIAL, ignore_errors=True)
+    appending = unfinished_append(index, manifest.next_id) is not None
+    if not appending:
+        shutil.rmtree(index / layout.REFERENCE_PARTIAL, ignore_errors=True)
     for leftover in (*index.glob(f"*{TEMPORARY}"), *index.glob(f"{layout.DELETED}/*{TEMPORARY}")):
         leftover.unlink()
-    appending = unfinished_append(index, manifest.next_id) is not None
     listed = {segment.name for segment in manifest.segments}
     never: list[Path] = []  # listed by any manifest
     old: list[Path] = []  # listed by an earlier one
