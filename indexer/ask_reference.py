@@ -84,18 +84,19 @@ def ask_reference(
     loaded, or gives an answer no finite number; ResourceError.
     """
     if waiting(run):
-        _make_way()
+        make_way()
         if reference.source is None:
             assert model is not None
             with without_adapters(model.network):
                 _ask(run, model, plan, policy.max_memory, progress)
         else:
-            _ask(run, _load(reference.source, plan, progress), plan, policy.max_memory, progress)
-        _make_way()
+            _ask(run, load_reference(reference.source, plan, progress), plan, policy.max_memory, progress)
+        make_way()
     drop_unasked(run)
 
 
-def _load(source: ModelSource, plan: Plan, progress: Progress) -> LanguageModel:
+def load_reference(source: ModelSource, plan: Plan, progress: Progress) -> LanguageModel:
+    """A reference, in the dtype of a plan where it has none of its own. Raises InputError."""
     progress.say(f"reference: loading {source.name}")
     quantised = is_quantised(source.load_config())  # such weights have a dtype of their own
     return LanguageModel.load(source, "auto" if quantised else plan.dtype)
@@ -199,7 +200,7 @@ def weight_bytes(source: ModelSource, dtype: str) -> int:
     return DTYPES[dtype].itemsize * sum(map(math.prod, tensor_shapes(files).values()))
 
 
-def _make_way() -> None:
+def make_way() -> None:
     """Give back the memory of a model that nothing holds any more."""
     gc.collect()
     return_freed()

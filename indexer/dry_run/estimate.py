@@ -24,6 +24,7 @@ from gradindex import draws
 from gradindex.draws import Stream
 from gradindex.influence import curvature
 from gradindex.memory import available, resident, return_freed
+from gradindex.model.adapters import without_adapters
 from gradindex.model.config import vocabulary_size
 from gradindex.model.identity import check_identity, identify
 from gradindex.model.network import LanguageModel
@@ -43,10 +44,12 @@ from gradindex.storage.files import bytes_in
 from gradindex.storage.integrity import refuse_links
 from gradindex.storage.manifest import exists as index_exists
 from gradindex.storage.records import Record
+from indexer.ask_reference import load_reference, make_way
 from indexer.background_queries import BACKGROUND_QUERIES
 from indexer.build_request import BuildRequest, make_request, takes_arguments_of
 from indexer.code_length import check_bits, choose_bits, shares_of, spreads
 from indexer.dry_run.most_memory import Held, Memory, most_memory
+from indexer.dry_run.reference_price import price
 from indexer.fit.batch_memory import available_on, used
 from indexer.fit.budget import budget, gpu_width
 from indexer.fit.notes import FitSettings
@@ -165,7 +168,16 @@ def estimate(request: BuildRequest) -> Estimate:
     state = BuildState.find(request.index, plan, progress)
     note = _note_on(request.index, state)
 
-    # 2) the model and its tracked modules
+    # 2) text → lengths first where a reference is run over them, and gone before the model comes
+    reference = request.reference
+    data, asked = None, None
+    if reference is not None and reference.source is not None:
+        data = _read_data(request)
+        asked = price(load_reference(reference.source, plan, progress), plan, data.sample,
+                      data.lengths, request.source.max_memory)
+        make_way()
+
+    # 3) the model and its tracked modules
     start = time.perf_counter()
     model = LanguageModel.load(request.source, request.dtype)
     if state is not None and state.model is not None and state.corpus is not None:
@@ -176,15 +188,18 @@ def estimate(request: BuildRequest) -> Estimate:
     tracked = tracked_modules(model.network, plan.modules, anatomy)
     check_bits(plan.bits, tracked)
 
-    # 3) text → lengths
-    data = _read_data(request, model)
+    # 4) text → lengths
+    data = data or _read_data(request)
+    if reference is not None and asked is None:
+        with without_adapters(model.network):
+            asked = price(model, plan, data.sample, data.lengths, request.source.max_memory)
     ingest.report_read(data.facts, plan.sequence_length, progress)
     ingest.warn_few(data.facts.sequences, progress)
     if data.share == 1:  # of data that are sorted a part may have one class
         ingest.check_classes(data.facts, plan, progress)
     width = model.accumulate.itemsize
 
-    # 4) batches and the stages' work on them
+    # 5) batches and the stages' work on them
     batch_tokens = plan.batch_tokens or choose_batch_tokens(
         model, tracked, data.sample, request.source.max_memory, progress)
     settings = FitSettings([], plan.fit_labels, min(plan.segment_size, BLOCK_SEQUENCES),
@@ -206,6 +221,7 @@ def estimate(request: BuildRequest) -> Estimate:
         "start": (loading, 0),
         "read": (data.seconds + ahead.count * WRITE_RECORD
                  + disk["records"] * (1 / WRITING + 2 / pace.hashing), 0),
+        **({"reference": (asked.seconds, ahead.count)} if asked else {}),
         **{name: (seconds, passed.get(name, 0))
            for name, seconds in stage_seconds(pace, ahead, plan).items()},
     }
@@ -213,8 +229,11 @@ def estimate(request: BuildRequest) -> Estimate:
         ahead.partitions, plan.covariance_blocks, width, allowance.curvature,
         min(plan.segment_size, ahead.count), max(data.lengths), ahead.code, ahead.together,
         pace.batch + pace.kept, gpu), host, device)
+    if asked is not None:
+        memory = Memory(max(memory.host, asked.memory.host), max(memory.device,
+                                                                 asked.memory.device))
 
-    # 5) what there is of it; what an unfinished build has written is a part of what it needs
+    # 6) what there is of it; what an unfinished build has written is a part of what it needs
     existing = bytes_in(request.index)
     folder = next(path for path in (request.index, *request.index.absolute().parents)
                   if path.is_dir())
@@ -233,7 +252,8 @@ def estimate(request: BuildRequest) -> Estimate:
         disk_free=shutil.disk_usage(folder).free + existing, place=str(folder),
         memory=memory,
         memory_free=Memory(available(), 0 if device is None else available_on(model.devices)),
-        memory_parts=needs.parts | {f"a batch of {batch_tokens:,} tokens": pace.batch},
+        memory_parts=needs.parts | {f"a batch of {batch_tokens:,} tokens": pace.batch} | (
+            {"reference": asked.weights} if asked and reference and reference.source else {}),
         threads=torch.get_num_threads(), device=str(model.device),
         codes=_codes(rough.cosines(), plan.bits, ahead, tracked), note=note,
     )
@@ -278,7 +298,7 @@ class _ReadData:
     seconds: float
 
 
-def _read_data(request: BuildRequest, model: LanguageModel) -> _ReadData:
+def _read_data(request: BuildRequest) -> _ReadData:
     """Read the data, or what can be read in READING seconds. Raises InputError as a build would."""
     corpus, most = request.corpus, request.plan.segment_size
     lengths: list[int] = []
@@ -288,7 +308,7 @@ def _read_data(request: BuildRequest, model: LanguageModel) -> _ReadData:
     request.progress.start("read", 0, "sequences")
     start, share = time.perf_counter(), 1.0
     for record in corpus.sequences():
-        lengths.append(model.objective.length(record))
+        lengths.append(corpus.objective.length(record))
         sizes.append(records.value_bytes(record))
         if len(sample) < most:
             sample.append(record)
