@@ -31,15 +31,20 @@ SAID = {
 }
 
 
-def units_of(task: str, exact: bool, unit: str = "nats") -> str:
-    """What influence means for a task, with its sign, in one sentence.
+def units_of(task: str, exact: bool, query: "Query | None" = None) -> str:
+    """What influence on a query means, with its sign, in one sentence.
+
+    Without one, the query is a row of the task's data.
 
     >>> units_of("classification", exact=True)[:60]
     'Influence is I = ∇log p(label | text)ᵀ (G+λI)⁻¹ ∇log p(its l'
     """
     asked, row, effect = SAID[task]
-    if unit != "nats":
-        asked, effect = "r(answer)", "the answer's reward larger"
+    unit = "nats" if query is None else query.unit
+    if query is not None and unit != "nats" and any(text.weight < 0 for text in query.others):
+        asked, unit = "[r(chosen) − r(rejected)]", "units of reward"
+    elif unit != "nats":
+        asked, effect, unit = "r(answer)", "the answer's reward larger", "units of reward"
     return UNITS.format(asked=asked, row=row, effect=effect, unit=unit,
                         how="exact" if exact else "estimated by code")
 
@@ -312,7 +317,7 @@ class Result:
     @property
     def units(self) -> str:
         """What the numbers mean, with their sign, in one sentence."""
-        return units_of(self.task, bool(self.controls["rescore"]), self.query.unit)
+        return units_of(self.task, bool(self.controls["rescore"]), self.query)
 
     @property
     def opponents(self) -> bool:

@@ -222,10 +222,10 @@ def rescore(index: Path, id_source: str, ranked: bool, **flags: Any) -> int:
     question = read_question(take_question(flags), id_source)
     searcher, progress = open_searcher(index, flags)
     settings = settle(controls, searcher.manifest)
-    units = units_of(searcher.manifest.task.name, exact=True)
     places = searcher.known(read_ids(id_source))
     progress.say(LOADING)
     query = make_query(searcher.snapshot, question)
+    units = units_of(searcher.manifest.task.name, exact=True, query=query)
     progress.start("exact", len(places), "sequences")
     scored: list[Hit] = []
     for hits in searcher.rescore_stream(query, places, settings):

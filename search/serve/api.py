@@ -14,6 +14,7 @@ from starlette.routing import Route
 
 from gradindex.errors import InputError
 from gradindex.model import tokenise
+from search.ask.task_query import EXAMPLES
 from search.serve.jobs import SearchJob
 from search.serve.openapi import openapi
 from search.serve.reception import Reception, changes_of, retry_after
@@ -56,8 +57,8 @@ class Api:
     async def search(self, request: Request) -> Response:
         """Start a search; its result is at the URL of the answer."""
         search = SearchRequest.model_validate(await _body(request), strict=True)
-        if not search.prompt and not search.completion:
-            raise InputError("give a prompt, a completion, or both.")
+        if not search.asks:
+            raise InputError(f"give a query: {EXAMPLES[self.reception.task]}.")
         job = await self.reception.submit(search)
         return JSONResponse(_state(job), status_code=202)
 
@@ -67,6 +68,9 @@ class Api:
         if body.keys() - {"prompt", "completion"}:
             raise InputError("expected prompt and completion, and nothing else.")
         search = SearchRequest.model_validate(body, strict=True)
+        if self.reception.task != "causal":
+            raise InputError("tokens are those of a completion; an index of the task "
+                             f"{self.reception.task} has none.")
         tokens = await self.reception.aside(self.reception.tokens_of, search)
         return JSONResponse({"tokens": [piece for piece, _ in tokens]})
 
@@ -111,7 +115,8 @@ class Api:
             "id": record.id, "text": "".join(pieces), "tokens": pieces,
             "token_ids": record.tokens.tolist(), "scored": record.scored.tolist(),
             "parts": [asdict(part) for part in record.parts],
-            "duplicates": snapshot.copies(place),
+            "duplicates": snapshot.copies(place), "border": record.border,
+            "label": None if record.label is None else snapshot.manifest.plan.labels[record.label],
         }
 
     def _job(self, request: Request) -> SearchJob:

@@ -6,7 +6,6 @@ from typing import Any
 
 import click
 
-from gradindex.errors import InputError
 from gradindex.flags import options
 from search.query_flags import INDEX_FLAGS, RAY_FLAGS, open_searcher
 
@@ -25,6 +24,9 @@ def view(
 ) -> int:
     """Search in a local web page.
 
+    Its form asks what the index's task asks: a prompt and a completion, a text and a label, or a
+    prompt and its answers.
+
     Off the loopback everybody is asked for a token, as the password of any user: the one in
     GRADINDEX_TOKEN, or a new one that is printed. The page shows training text to who has it.
 
@@ -42,11 +44,6 @@ def view(
     # before anything is opened: a token that can be guessed is refused at once
     token = token_for(host, os.environ.get("GRADINDEX_TOKEN"))
     searcher, progress = open_searcher(index, flags)
-    if searcher.manifest.task.name != "causal":
-        raise InputError(
-            f"the page asks with a prompt and a completion; {index} is of the task "
-            f"{searcher.manifest.task.name}. Ask it with gradindex search (-o answer.html shows "
-            "the answer as a page), or in Python.")
     socket = listening.listen(host, port)
     port = socket.getsockname()[1]
     address = f"http://{bracketed(host)}:{port}/"

@@ -54,7 +54,7 @@ def openapi() -> dict[str, Any]:
     return {
         "openapi": "3.1.0",
         "info": {"title": "gradindex", "version": gradindex.__version__,
-                 "description": "Which training sequences made this language model say that?"},
+                 "description": "Which training sequences made this model say that?"},
         "components": {"schemas": schemas},
         "paths": {
             "/api/search": {"post": route(
@@ -104,6 +104,9 @@ def _schemas() -> dict[str, Any]:
         "id": {"type": "integer"}, "text": {"type": "string"}, "token_ids": numbers,
         "tokens": {"type": "array", "items": {"type": "string"}}, "duplicates": numbers,
         "scored": {"type": "array", "items": {"type": "boolean"}},
+        "border": {"type": ["integer", "null"],
+                   "description": "at which token the second of two texts begins"},
+        "label": {"type": ["string", "null"]},
         "parts": {"type": "array", "items": {"type": "object"}}}}
     return schemas
 

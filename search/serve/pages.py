@@ -15,19 +15,18 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from gradindex.errors import InputError
-from gradindex.model import tokenise
 from gradindex.results import Comparison, Result
 from gradindex.storage.manifest import model_name
 from search.ask.controls import CONTROLS
 from search.ask.settings import groupings
+from search.serve.examples import examples
 from search.serve.jobs import BusyError, SearchJob
 from search.serve.reception import Reception, changes_of, retry_after
-from search.serve.request import TOKEN_FIELDS, SearchRequest, from_form, whole_number
+from search.serve.request import ASKING, TOKEN_FIELDS, SearchRequest, from_form, whole_number
 from search.show import html, plots, wording
 from search.show.output_forms import render_form
 from search.study.tail import Tail, upper_tail
 
-EXAMPLES = 3
 QUICK = 0.4  # seconds that a page waits, for a search that is over at once
 TYPES = {"json": "application/json", "csv": "text/csv; charset=utf-8",
          "parquet": "application/vnd.apache.parquet", "html": "text/html; charset=utf-8"}
@@ -54,8 +53,9 @@ class Pages:
             "damping": f"{manifest.damping:g}",
             "fields": groupings(manifest),
             "warning": "" if snapshot.coverage.whole else str(snapshot.coverage),
+            "task": manifest.task.name, "labels": manifest.plan.labels,
         }
-        self.examples = self._examples()
+        self.examples = examples(searcher)
         self.static = {name: html.asset(name).encode() for name in STATIC} | {
             "style.css": html.style().encode()}
 
@@ -66,23 +66,6 @@ class Pages:
             Route("/map/{job}/{hit}", self.map),
             Route("/download/{name}", self.download), Route("/static/{name}", self.asset),
         ]
-
-    def _examples(self) -> list[SearchRequest]:
-        """A few queries from the training text: the first half of a sequence and what follows."""
-        snapshot = self.reception.searcher.snapshot
-        if snapshot.tokenizer is None:
-            return []
-        examples = []
-        for record in snapshot.records(snapshot.random_sample()[:12]):
-            pieces = tokenise.pieces(snapshot.tokenizer, record.tokens.tolist())
-            middle = len(pieces) // 2
-            prompt = "".join(pieces[max(0, middle - 16) : middle])
-            completion = "".join(pieces[middle : middle + 6])
-            # half a character would come back from the form as another one
-            if prompt.strip() and completion.strip() and \
-                    tokenise.UNDECODED not in prompt + completion:
-                examples.append(SearchRequest(prompt=prompt, completion=completion))
-        return examples[:EXAMPLES]
 
     # ---- a search
 
@@ -95,7 +78,7 @@ class Pages:
             # without JavaScript the ticked tokens come one by one: they are made one field
             if any(name in TOKEN_FIELDS for name, _ in fields):
                 return RedirectResponse(search.url(), 303)  # an address fit to be shared
-            if search.prompt or search.completion:
+            if search.asks:
                 on_hold = not request.state.trusted
                 if not on_hold:
                     job = self._shown(search, fields) or await self.reception.submit(search)
@@ -129,7 +112,7 @@ class Pages:
         content: dict[str, object] = {
             "about": self.about, "examples": self.examples, "result": None, "comparison": None,
             "advanced": bool(search.given().keys()
-                             - {"prompt", "completion", "score_on", "opponents", "k"}),
+                             - {*(ASKING - {"versus", "compare"}), "opponents", "k"}),
             "scale": 1.0, "tail": None, "scatter": None, "pairs": [],
         }
         if isinstance(result, Comparison):

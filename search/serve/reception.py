@@ -14,6 +14,7 @@ from gradindex.results import UNSCORED
 from search.ask.make_query import make_query
 from search.ask.question import Question
 from search.ask.settings import Settings, settle
+from search.ask.task_query import EXAMPLES, check_task
 from search.engine import Searcher
 from search.serve.jobs import Jobs, SearchJob
 from search.serve.request import SearchRequest
@@ -48,6 +49,9 @@ class Reception:
 
     def _check(self, request: SearchRequest) -> Settings:
         """What the search's controls mean here. Raises InputError for what can't be."""
+        if request.compare and self.task != "causal":
+            raise InputError("compare sets two completions side by side; an index of the task "
+                             f"{self.task} has none. Ask with {EXAMPLES[self.task]}.")
         if request.compare and (request.versus or not request.rescore):
             raise InputError("a comparison is of two completions, scored exactly: it can't go with "
                              "versus or rescore=false.")
@@ -55,9 +59,17 @@ class Reception:
         controls = replace(request.controls(), train_sequences=self.jobs.train_sequences)
         settings = settle(controls, self.searcher.manifest)
         for question in request.questions():
-            if question.completion is not None:  # a continuation needs the model: later
+            check_task(self.task, question)
+            if self.task == "causal":
+                question.check()
+            if not _of_model(question, self.task):
                 make_query(self.searcher.snapshot, question)
         return settings
+
+    @property
+    def task(self) -> str:
+        """What the index's model was trained for."""
+        return self.searcher.manifest.task.name
 
     def tokens_of(self, request: SearchRequest) -> list[tuple[str, bool]]:
         """The completion's tokens, and which are scored; none where it can't be tokenised."""
@@ -80,6 +92,16 @@ class Reception:
         if job is None:
             raise HTTPException(404, "There is no such result any more. Search again.")
         return job
+
+
+def _of_model(question: Question, task: str) -> bool:
+    """Whether the model has to say a part of the question: a continuation, or its own label.
+
+    That takes a while, and so is left to the worker.
+    """
+    if task == "causal":
+        return question.completion is None
+    return task == "classification" and question.text is not None and question.label is None
 
 
 def changes_of(job: SearchJob) -> tuple[asyncio.Event, Callable[[], None]]:

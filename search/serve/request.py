@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import shlex
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 from urllib.parse import urlencode
 
@@ -24,6 +25,13 @@ from search.ask.question import Question
 LONGEST_TEXT = 65_536  # characters
 MOST_NUMBERS = 100_000  # in the ranges of a field
 TOKEN_FIELDS = ("score", "scored_of")  # of the form: which tokens are ticked, of which completion
+# fields that say what is asked, with the flags of `gradindex search`; labels are no texts, which
+# could be a file's name (@FILE)
+TEXTS = {"prompt": "-p", "completion": "-c", "versus": "--versus", "text": "--text",
+         "text_b": "--text-b", "chosen": "--chosen", "rejected": "--rejected",
+         "response": "--response"}
+NAMES = {"score_on": "--score-on", "label": "--label", "versus_label": "--versus-label"}
+ASKING = {*TEXTS, *NAMES, "compare"}
 
 
 def _few_numbers(text: str) -> str:
@@ -65,6 +73,19 @@ class SearchRequest(pydantic.BaseModel):
                     "chooses of both, by number.")] = ""
     score_on: Annotated[str, Numbers, pydantic.Field(
         max_length=4096, description="Tokens of the completion to score, such as 0-2,5.")] = ""
+    text: Annotated[FormText, pydantic.Field(
+        description="The text whose label is explained, of a classifier.")] = ""
+    text_b: Annotated[FormText, pydantic.Field(description="The second of two texts.")] = ""
+    label: Annotated[FormText | int, pydantic.Field(
+        description="Its label, by name or number; empty: the model's own.")] = ""
+    versus_label: Annotated[FormText | int, pydantic.Field(
+        description="Another label: explain log p(label) − log p(versus_label).")] = ""
+    chosen: Annotated[FormText, pydantic.Field(
+        description="The answer to the prompt that is preferred, of a model of pairs.")] = ""
+    rejected: Annotated[FormText, pydantic.Field(
+        description="The answer that it is preferred to.")] = ""
+    response: Annotated[FormText, pydantic.Field(
+        description="One answer to the prompt, whose reward is explained.")] = ""
     k: Annotated[int, _of_page("k")] | None = DEFAULTS.k
     shortlist: Annotated[int, _of_page("shortlist")] | Literal["all"] | None = None
     recall: Annotated[float, _of_page("recall")] | None = DEFAULTS.recall
@@ -86,13 +107,26 @@ class SearchRequest(pydantic.BaseModel):
         content = json.dumps([digest, self.given()], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
+    @property
+    def asks(self) -> bool:
+        """Whether anything is asked, be it a part of a question only."""
+        return not ASKING.isdisjoint(self.given())
+
+    @property
+    def title(self) -> str:
+        """What is asked about, in a line's room."""
+        label = f" → {self.label}" if self.text and self.label != "" else ""
+        answer = f" {self.chosen or self.response}".rstrip()
+        return f"{self.prompt or self.text}{self.completion}{label or answer}"[:60]
+
     def questions(self) -> list[Question]:
-        """What is asked about; two for a comparison."""
-        prompt, score_on = self.prompt, self.score_on or None
-        first = Question(prompt, self.completion or None, versus=self.versus or None,
-                         score_on=score_on)
-        return [first, Question(prompt, self.compare, score_on=score_on)] if self.compare else \
-            [first]
+        """What is asked about, whichever task it is a question of; two for a comparison."""
+        said = {name: value for name in (*TEXTS, *NAMES)
+                if (value := getattr(self, name)) != ""}
+        # a completion may stand alone, and then the prompt is an empty one
+        alone = {"prompt": ""} if self.completion or self.compare else {}
+        first = Question(**alone | said)
+        return [first, replace(first, completion=self.compare)] if self.compare else [first]
 
     def controls(self) -> Controls:
         """How to search. What isn't a field here is the server's to say, or can't be asked."""
@@ -112,10 +146,12 @@ class SearchRequest(pydantic.BaseModel):
     def command(self, path: str, train_sequences: int | None = None) -> str:
         """The same as a command line; of a comparison, its first side."""
         # what is a flag's default is left out, so that the command says what was meant
-        parts = ["gradindex", "search", _quoted(path), "-p", _text(self.prompt)]
-        for flag, value in (("-c", self.completion), ("--versus", self.versus)):
-            parts += [flag, _text(value)] * bool(value)
-        parts += ["--score-on", self.score_on] * bool(self.score_on)
+        parts = ["gradindex", "search", _quoted(path)]
+        question = self.questions()[0].given()
+        for name, flag in TEXTS.items():
+            parts += [flag, _text(question[name])] if name in question else []
+        for name, flag in NAMES.items():
+            parts += [flag, _quoted(str(question[name]))] if name in question else []
         parts += [flag_of("k"), str(self.k)] * (self.k is not None)
         parts += [flag_of("opponents")] * self.opponents + [flag_of("rescore")] * (not self.rescore)
         for name in ("shortlist", "recall", "damping", "modules", "normalize", "candidates",

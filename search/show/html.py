@@ -17,7 +17,7 @@ from markupsafe import Markup, escape
 from gradindex.results import Hit, Query, Result
 from gradindex.terminal import visible, visible_lines
 from gradindex.version import VERSION
-from search.show import wording
+from search.show import task_words, wording
 
 MOST_CELLS = 200_000  # of token × layer maps in a self-contained file
 
@@ -46,8 +46,8 @@ def environment(**filters: Callable[..., object]) -> jinja2.Environment:
 def _environment() -> jinja2.Environment:
     made = environment(number=wording.number, unsigned=wording.unsigned, one_line=visible,
                        as_is=_as_is)
-    made.globals.update(wording=wording, runs=runs, layer_bars=layer_bars, columns=columns,
-                        query=query, version=VERSION)
+    made.globals.update(wording=wording, words=task_words, runs=runs, layer_bars=layer_bars,
+                        columns=columns, query=query, version=VERSION)
     return made
 
 
@@ -115,6 +115,8 @@ def runs(hit: Hit, scale: float, first: int = 0, last: int | None = None) -> Ite
     for (tint, _), members in groupby(positions, key):
         run = list(members)
         text = "".join(hit.tokens[position] for position in run)
+        if run[0] == first == hit.border:  # the space between two texts is in neither
+            text = text.removeprefix(" ")
         border = " border" if run[0] in starts else ""
         yield text, _tint(tint) + border, wording.number(values[run[0]]) if tint else ""
 
@@ -123,10 +125,14 @@ def _tint(shade: int) -> str:
     return f"p{shade}" if shade > 0 else f"n{-shade}" if shade < 0 else ""
 
 
-def query(text: Query) -> Iterator[tuple[str, bool, int]]:
-    """A query's text as (piece, scored, number of the piece among the completion's tokens)."""
+def query(text: Query, first: int = 0, last: int | None = None) -> Iterator[
+        tuple[str, bool, int]]:
+    """Tokens first to last − 1 of a query as (piece, scored, number among those that are scored).
+    """
     number = -1
-    for position, piece in enumerate(text.token_texts):
+    for position, piece in list(enumerate(text.token_texts))[first:last]:
+        if position == first == text.border:  # the space between two texts is in neither
+            piece = piece.removeprefix(" ")
         scored = text.is_scored(position)
         number += scored
         yield piece, scored, number
@@ -151,12 +157,18 @@ def layer_bars(hit: Hit, layers: list[int]) -> Markup:
         f'<path class="axis" d="M0 {high}H{width}"/>{"".join(bars)}</svg>')
 
 
-def columns(hit: Hit, layers: list[int]) -> Iterator[tuple[str, Markup, str]]:
-    """A hit's token × layer map: each token, its column of layers, and what they are in words."""
+def columns(
+    hit: Hit, layers: list[int], first: int = 0, last: int | None = None
+) -> Iterator[tuple[str, Markup, str]]:
+    """A hit's token × layer map: each token, its column of layers, and what they are in words.
+
+    They are tokens first to last − 1, on the scale of all.
+    """
     top = max((abs(value) for row in hit.token_layer_influence for value in row),
               default=0.0) or 1.0
     high = 5
-    for token, values in zip(hit.tokens, hit.token_layer_influence, strict=True):
+    shown = slice(first, last)
+    for token, values in zip(hit.tokens[shown], hit.token_layer_influence[shown], strict=True):
         cells = "".join(
             f'<rect class="{_tint(shade)}" y="{row * high}" width="100%" height="{high}"/>'
             for row, value in enumerate(values) if (shade := wording.shade(value, top)))

@@ -7,9 +7,9 @@ visible. What is shown of a hit is in `wording.py`.
 import re
 import shutil
 
-from gradindex.results import Group, Hit, Query, Result
+from gradindex.results import Group, Hit, Result
 from gradindex.terminal import visible
-from search.show import wording
+from search.show import task_words, wording
 
 MOST_TEXTS = 3  # of a query's further texts, shown
 MARKED = 0.25  # a token is marked from this share of the strongest token's influence on
@@ -40,27 +40,33 @@ def render_terminal(
 
 def _heading(result: Result, width: int) -> list[str]:
     """The query, and how it was searched for."""
-    query = result.query
-    lines = _query_lines(query, "query: ", width)
-    for text in query.others[:MOST_TEXTS]:
-        lines += _query_lines(text, "versus " if text.weight < 0 else "plus   ", width)
-    if len(query.others) > MOST_TEXTS:
-        lines.append(f"       and {len(query.others) - MOST_TEXTS} more texts")
-    said = visible(wording.asked_of(result)).replace(" scored,", " scored⟧,")
+    first = [id(text) for text in result.query.texts[: MOST_TEXTS + 1]]
+    lines = [line for asked in task_words.texts_of_query(result) if id(asked.text) in first
+             for line in _query_lines(asked, width)]
+    if len(result.query.others) > MOST_TEXTS:
+        lines.append(f"       and {len(result.query.others) - MOST_TEXTS} more texts")
+    said = visible(task_words.asked_of(result)).replace(" scored,", " scored⟧,")
     lines += [f"       {line}" for line in _wrap(
         "⟦" * said.count("⟧") + said, width - 7)]
     return [*lines, *_wrap(wording.counted(result), width), *_wrap(wording.how(result), width)]
 
 
-def _query_lines(query: Query, label: str, width: int) -> list[str]:
-    """The text with what is scored in ⟦brackets⟧."""
+def _query_lines(asked: task_words.Asked, width: int) -> list[str]:
+    """A text, what is scored of it in ⟦brackets⟧ where it isn't all, and its label."""
     shown, inside = "", False
-    for position, piece in enumerate(query.token_texts):
-        scored = query.is_scored(position)
-        shown += ("⟦" if scored else "⟧") * (scored != inside) + visible(piece)
+    for position in range(asked.first, asked.last):
+        scored = asked.marked and asked.text.is_scored(position)
+        shown += ("⟦" if scored else "⟧") * (scored != inside)
+        shown += visible(asked.text.token_texts[position])
         inside = scored
-    own = " (the model's own continuation)" if query.generated else ""
-    return _wrap(label + shown + "⟧" * inside + own, width)
+    if asked.first:  # the space between two texts is in neither
+        shown = shown.removeprefix(" ")
+    own = " (the model's own continuation)" * (asked.text.generated and asked.label is None)
+    name = asked.name if asked.name in ("versus", "plus") else f"{asked.name}:"
+    lines = _wrap(f"{name:<6} {shown}" + "⟧" * inside + own, width)
+    if asked.label is not None:
+        lines += _wrap(f"label: {visible(asked.label)}", width)
+    return lines
 
 
 def _hit_lines(rank: int, hit: Hit, result: Result, width: int, color: bool) -> list[str]:
@@ -75,7 +81,7 @@ def _hit_lines(rank: int, hit: Hit, result: Result, width: int, color: bool) -> 
         influence = f"\x1b[{PLUS if hit.influence >= 0 else MINUS}m{influence}\x1b[0m"
     # only our own letters may hold colour codes: what comes from data goes through `visible`
     head = f"{rank:>3}  {by}{about}{influence}  {wording.nats(hit, result)}"
-    notes = [visible(wording.said_of(hit)), wording.percentile(hit, result),
+    notes = [visible(task_words.said_of(hit, result)), wording.percentile(hit, result),
              wording.rank_before(hit)]
     if hit.tfidf_rank is not None:
         notes.append(f"TF-IDF rank {hit.tfidf_rank}")
@@ -91,7 +97,7 @@ def _hit_lines(rank: int, hit: Hit, result: Result, width: int, color: bool) -> 
         lines += [f"     {line}" for line in _wrap(
             f"layers {first}–{last} {layer_strip(hit.layer_influence)}" + f"  {shares}" * bool(
                 shares), width - 5)]
-    for name, first, last in wording.texts_of(hit, result):
+    for name, first, last in task_words.texts_of(hit, result):
         text = f"{name}: " * bool(name) + _window(hit, color, first, last)
         lines += [f"     {line}" for line in _wrap(text, width - 5)]
     if hit.fields:
@@ -113,6 +119,8 @@ def _window(hit: Hit, color: bool, begin: int, end: int) -> str:
     shown = []
     for position in range(first, last):
         piece = visible(hit.tokens[position])
+        if position == begin == hit.border:  # the space between two texts is in neither
+            piece = piece.removeprefix(" ")
         value = hit.token_influence[position] if hit.token_influence else 0.0
         if abs(value) >= MARKED * strongest:
             piece = _mark(piece, value > 0, color)
@@ -142,7 +150,7 @@ def _sentence(result: Result, color: bool) -> str:
     sentence = wording.meaning(result)
     if not result.controls["rescore"]:
         return sentence
-    return f"{sentence} In the text, {marks}; a token's share belongs to predicting what follows."
+    return f"{sentence} In the text, {marks}; {task_words.share_means(result)}."
 
 
 def group_lines(result: Result, width: int) -> list[str]:
@@ -180,7 +188,8 @@ def _narrow_group_lines(result: Result, groups: list[Group], by: str, width: int
 def _group_table(result: Result, groups: list[Group], by: str) -> list[str]:
     """Groups a line each."""
     assert result.total is not None
-    lines = [f"{'z':>7} {'influence':>12} {'±':>9} {'nats':>18} {'sequences':>9} {'hits':>4}  {by}"]
+    lines = [f"{'z':>7} {'influence':>12} {'±':>9} {result.query.unit:>18} {'sequences':>9} "
+             f"{'hits':>4}  {by}"]
     lines += [_group_line(group, visible(wording.group_name(group, by)), result)
               for group in groups]
     if result.group_count > len(groups):
@@ -190,8 +199,9 @@ def _group_table(result: Result, groups: list[Group], by: str) -> list[str]:
 
 def _group_line(group: Group, name: str, result: Result) -> str:
     return (f"{wording.standard_errors(group):>7} {wording.number(group.influence):>12} "
-            f"{wording.unsigned(group.standard_error):>9} {wording.nats(group, result, ''):>18} "
-            f"{group.sequences:>9,} {len(group.hits):>4}  {name}")
+            f"{wording.unsigned(group.standard_error):>9} "
+            f"{wording.nats(group, result, named=False):>18} {group.sequences:>9,} "
+            f"{len(group.hits):>4}  {name}")
 
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from gradindex.first_order import in_words, room
 from gradindex.progress import duration
-from gradindex.results import FEW_IN_GROUP, UNSURE, Group, Hit, Query, Result
+from gradindex.results import FEW_IN_GROUP, UNSURE, Group, Hit, Result
 from gradindex.terminal import json_text
+from search.show.task_words import texts_of
 
 WINDOW = 48  # tokens of text shown around the strongest of them
 SHADES = 7  # shades of a sign
@@ -159,44 +160,6 @@ def group_notes(groups: list[Group]) -> list[str]:
     return notes
 
 
-def logarithm(query: Query) -> str:
-    """The name of what was differentiated: log p, or a difference or sum of several."""
-    if query.unit != "nats":
-        return {(): "reward", (-1.0,): "reward(chosen) − reward(rejected)"}.get(
-            tuple(text.weight for text in query.others), "weighted sum of rewards")
-    one = "log p" if query.label_name is None else f"log p({query.label_name})"
-    versus = "versus" if not query.others or query.others[0].label_name is None else \
-        query.others[0].label_name
-    return {(): one, (-1.0,): f"{one} − log p({versus})"}.get(
-        tuple(text.weight for text in query.others), "weighted sum of log p")
-
-
-def asked_of(result: Result) -> str:
-    """What was asked about, and what the model says of it."""
-    query = result.query
-    value = f"{logarithm(query)} = {query.log_p:.2f}"
-    if result.task == "causal":
-        scored = sum(text.scored for text in query.texts)
-        return f"{scored} token{'s' * (scored != 1)} scored, {value} nats"
-    own = " (the model's own label)" if query.generated else ""
-    return value + (" nats" if query.unit == "nats" else "") + own
-
-
-def said_of(hit: Hit) -> str:
-    """The label of a hit, and its own log p; empty for next tokens."""
-    parts = [f"label {hit.label}"] if hit.label is not None else []
-    if hit.log_p is not None and (parts or hit.border is not None):
-        parts.append(f"its log p {hit.log_p:.2f}")
-    return ", ".join(parts)
-
-
-def texts_of(hit: Hit, result: Result) -> list[tuple[str, int, int]]:
-    """The texts of a hit: what each is, and its first and last + 1 token."""
-    if hit.border is None or result.task not in ("reward", "preference"):
-        return [("", 0, len(hit.tokens))]
-    return [("chosen", 0, hit.border), ("rejected", hit.border, len(hit.tokens))]
-
-
 def how(result: Result) -> str:
     """What the numbers depend on besides the query: order, modules, layers, damping."""
     controls, layers = result.controls, result.layers
@@ -227,8 +190,13 @@ def meaning(result: Result) -> str:
     """Units and sign in a sentence, and what N_train is."""
     if result.train_sequences_given:
         return f"{result.units} N_train = {result.train_sequences:,}."
-    return (f"{result.units} N_train is unknown, so nats are left out: give --train-sequences if "
-            "the model was trained on this data.")
+    return (f"{result.units} N_train is unknown, so {unit(result)} are left out: give "
+            "--train-sequences if the model was trained on this data.")
+
+
+def unit(result: Result) -> str:
+    """What one more copy is counted in: nats, or units of reward."""
+    return "nats" if result.query.unit == "nats" else "units of reward"
 
 
 def number(value: float) -> str:
@@ -241,17 +209,19 @@ def unsigned(value: float) -> str:
     return f"{value:.3g}" if abs(value) < 999.5 else f"{value:,.0f}"
 
 
-def nats(of: Hit | Group, result: Result, unit: str = " nats") -> str:
-    """What one more copy would add in nats, or the words that stand for it."""
+def nats(of: Hit | Group, result: Result, named: bool = True) -> str:
+    """What one more copy would add in nats or reward, or the words that stand for it."""
+    name = result.query.unit
     if of.nats is not None:
-        return f"{number(of.nats)}{unit if result.query.unit == 'nats' else ' reward' * bool(unit)}"
-    return of.no_nats or in_words(result.train_sequences_given)
+        return number(of.nats) + f" {name}" * named
+    said = of.no_nats or in_words(result.train_sequences_given)
+    return said if name == "nats" else said.replace("nats", name)
 
 
 def nats_room(result: Result) -> str:
     """The largest gain and loss of log p, for a page whose numbers become exact in place."""
-    gain, loss = room(result.query)
-    return f"{gain} {loss}"
+    # as JavaScript writes what has no end
+    return " ".join("Infinity" if math.isinf(end) else str(end) for end in room(result.query))
 
 
 def recall_statement(result: Result) -> str:

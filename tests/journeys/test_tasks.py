@@ -173,7 +173,8 @@ def test_a_policy_says_which_pairs_taught_a_preference(tmp_path):
     index = gradindex.build(model, data, tmp_path / "index", task="preference", beta=0.2, **SMALL)
     asked = {"prompt": "why was it", "chosen": " a great film", "rejected": " an awful film"}
     result = index.search(**asked, k=20)
-    assert result.query.unit == "reward" and "r(answer)" in result.units
+    assert result.query.unit == "reward" and "∇[r(chosen) − r(rejected)]" in result.units
+    assert "∇r(answer)" in index.search(prompt="why was it", response=" a great film").units
     record = index.snapshot.records([0])[0]
     assert record.offset == -5.0 + 6.0 and 0 < record.border < len(record.tokens)
     missing = written(tmp_path / "bare.jsonl", [

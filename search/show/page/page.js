@@ -125,8 +125,8 @@
   // as wording.nats says it of a saved result
   function nats(value, about) {
     const [change, [gain, loss]] = [value / Number(about.scale), about.room.split(" ").map(Number)];
-    if (about.known !== "1") return "nats unknown";
-    return change > gain || change < -loss ? "beyond first order" : shown(change) + " nats";
+    if (about.known !== "1") return `${about.unit} unknown`;
+    return change > gain || change < -loss ? "beyond first order" : `${shown(change)} ${about.unit}`;
   }
 
   function becomeExact(id, value) {
@@ -225,7 +225,7 @@
   function live() {
     const ask = one("form.ask");
     if (!ask) return;
-    const box = one(".scored", ask);
+    const box = one(".scored", ask); // only where there is a completion
     let timer = 0, latest = 0;
     const refresh = async () => {
       const mine = ++latest;
@@ -249,7 +249,7 @@
       one(".of", box).value = completion;
       box.hidden = !found.tokens.length;
     };
-    for (const name of ["prompt", "completion"]) ask.elements[name].addEventListener("input", () => {
+    if (box) for (const name of ["prompt", "completion"]) ask.elements[name].addEventListener("input", () => {
       clearTimeout(timer);
       timer = setTimeout(refresh, 250);
     });
@@ -262,7 +262,7 @@
         if (field.tagName === "SELECT" && field.options[0].selected) field.disabled = true;
       }
       const checks = all("[name=score]", ask);
-      if (checks.every((check) => check.checked)) for (const field of [...checks, one(".of", box)]) field.disabled = true;
+      if (box && checks.every((check) => check.checked)) for (const field of [...checks, one(".of", box)]) field.disabled = true;
       setTimeout(() => { for (const field of [...ask.elements]) field.disabled = false; }, 500);
     });
   }
@@ -291,7 +291,7 @@
     const cards = all(".hit").filter((card) => card.offsetParent);
     const at = cards.indexOf(document.activeElement.closest ? document.activeElement.closest(".hit") : null);
     const go = (place) => { if (cards[place]) { cards[place].focus(); cards[place].scrollIntoView({ block: "nearest" }); } };
-    if (event.key === "/") { const prompt = one("#prompt"); if (prompt) { prompt.focus(); event.preventDefault(); } }
+    if (event.key === "/") { const first = one("form.ask textarea"); if (first) { first.focus(); event.preventDefault(); } }
     else if (event.key === "f") { const text = one(".filters [name=text]"); if (text) { text.focus(); event.preventDefault(); } }
     else if (event.key === "j") go(Math.min(cards.length - 1, at + 1));
     else if (event.key === "k") go(Math.max(0, at - 1));
