@@ -60,9 +60,10 @@ _MAX_BAD = click.option(
               "header.")
 @click.option("--id-field", metavar="NAME", help="Field with your own id, shown in results.")
 @click.option("--keep-fields", metavar="A,B", help="Fields to carry into results.")
-@click.option("--derive", metavar="A,B", help="Fields to make of each pair and carry into results: "
-              "length-difference (tokens of the chosen answer less the rejected), longer-chosen "
-              "(true or false; of equal lengths false).")
+@click.option("--derive", multiple=True, metavar="A,B",
+              help="Fields to make of each pair and carry into results: length-difference (tokens "
+                   "of the chosen answer less the rejected), longer-chosen (true or false; of "
+                   "equal lengths false).")
 @click.option("--seq-len", type=int,
               help=f"Tokens a sequence [the model's context, at most {defaults.LONGEST}].")
 @click.option("--pack/--no-pack", default=False, help="Join documents with the end token [no].")
@@ -145,8 +146,8 @@ def build(
     quiet_transformers()
     others["labels"] = tuple(name.strip() for name in (others["labels"] or "").split(",") if name)
     others["keep_fields"], others["derive"] = (
-        tuple(name.strip() for name in (given or "").split(",") if name.strip())
-        for given in (keep_fields, others["derive"]))
+        tuple(name.strip() for name in given.split(",") if name.strip())
+        for given in (keep_fields or "", ",".join(others["derive"])))
     others["columns"] = tuple(name.strip() for name in columns.split(",")) if columns else ()
     if dry_run:
         needs = estimate(model, list(data), progress=stderr_progress(), **others)

@@ -7,22 +7,23 @@ The excess of a group is its total less what as many sequences have on average,
 with share 0 for the sequences of others. A large group has a large total whatever it is; its excess
 is 0 but for chance where its sequences are like the others. How large chance makes it is
 
-    SE² = s² Σ_own (share_m − f)² + r² Σ_others f² − the code's part of that + its variance of E
+    SE² = s² Σ_own (share_m − f)² + r² Σ_others f² + the code's variance of E
 
-s² is the spread of influence between the group's sequences, r² that between the others. The Î that
-they are estimated from differ by the code's errors, of variance σ_m², as well. Those are taken off
-again, though never more than there is, and put in as what they are in sum: errors of like sequences
-are alike, and in E much of what all have in common takes itself away. In the spread of n sequences
-they are Σ σ_m² (n − the group's `spread`) / (n − 1): what they have in common moves all alike, and
-spreads nothing. Where all is exact only the spread of influence is left. For shares of 1, s² = r²
-and no code this is n (1 − n/N) s², the variance of a sum drawn without replacement.
+s² is the spread of influence between the group's sequences, r² that between the others. For shares
+of 1, s² = r² and no code this is n (1 − n/N) s², the variance of a sum drawn without replacement.
+In the code's part errors are summed as they are: those of like sequences are alike, and much of
+what all have in common takes itself away in E.
 
 A few sequences don't tell their spread, and influence has heavy tails: with one of its far members
 in it a group of five would lead by the spread of the whole index, and one without by its own. So
 both are drawn towards the spread w² of the index without its tails (its outermost twentieth put at
 their border), which counts as PRIOR sequences more:
 
-    s² = (PRIOR w² + Σ_own (Î_m − mean of own)²) / (PRIOR + n − 1)
+    s² = (PRIOR w² + Σ_own (Î_m − mean of own)² − the code's part of that) / (PRIOR + n − 1)
+
+That part is Σ_own σ_m² (1 − the group's `spread` / n), σ_m² being the variance of Î_m's error: what
+errors have in common moves all alike, and spreads nothing. Of w² the code has the same share as of
+the index's variance. Where all is exact only the spread of influence is left.
 
 Of groups made at random |E| is beyond 2 SE about one time in twenty, whether of 5, 20 or 500, and
 whether influence is Gaussian or as t with two degrees of freedom (`tests/rank/test_excess.py`).
@@ -59,29 +60,36 @@ def excess_of(
     f = grouping.parts(total)
     excess = grouping.total(away)
 
-    # 1) the spread between sequences, of the group's and of the others
+    # 1) the spread between sequences, of the group's and of the others, without the code's part
+    others = total - count
     sums, squares = grouping.total(away, power=0), grouping.total(away**2, power=0)
-    prior = PRIOR * _typical(estimate)
-    own = (prior + _around(sums, squares, count)) / (PRIOR + count - 1)
-    rest = (prior + _around(away.sum() - sums, (away**2).sum() - squares, total - count)) / (
-        PRIOR + total - count - 1)
-    spread = own * grouping.excess_of_squares(np.ones(total), others=False) + \
-        rest * f**2 * (total - count)
+    code, code_of_all = grouping.total(variance, power=0), float(variance.sum())
+    alike = grouping.whole_spread / total  # of all sequences, so of any other large part of them
+    index = float((away**2).sum())
+    prior = _typical(estimate) * max(0.0, 1 - (1 - alike) * code_of_all / index) if index else 0.0
+    own = _spread(prior, sums, squares, count, code, grouping.spread / np.maximum(count, 1))
+    rest = _spread(
+        prior, away.sum() - sums, index - squares, others, np.maximum(code_of_all - code, 0.0),
+        np.maximum(alike, 1 / np.maximum(others, 1)))
 
-    # 2) the code's error: its part of that spread, and what it is in E
-    of_own = grouping.excess_of_squares(variance, others=False)
-    of_all = grouping.excess_of_squares(variance)
-    in_rest = max(0.0, total - grouping.whole_spread) / max(1, total - 1)
-    in_own = (PRIOR * in_rest + np.maximum(count - grouping.spread, 0.0)) / (PRIOR + count - 1)
-    spread -= in_own * of_own + in_rest * (of_all - of_own)
-    error = np.sqrt(np.maximum(spread, 0.0) + grouping.excess_spread * of_all)
+    # 2) how much of it is in E, and the code's error of E
+    error = np.sqrt(own * grouping.excess_of_squares(np.ones(total), others=False)
+                    + rest * f**2 * others
+                    + grouping.excess_spread * grouping.excess_of_squares(variance))
     real = error > NOTHING * np.abs(estimate).max()
     return excess, error, np.divide(excess, error, out=np.zeros(len(error)), where=real)
 
 
-def _around(sums: np.ndarray, squares: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """Σ (x − their mean)², from Σ x, Σ x² and how many they are."""
-    return np.asarray(np.maximum(squares - sums**2 / np.maximum(count, 1), 0.0))
+def _spread(
+    prior: float, sums: np.ndarray, squares: np.ndarray, count: np.ndarray, code: np.ndarray,
+    alike: np.ndarray,
+) -> np.ndarray:
+    """s² [G] of `count` sequences from Σ Î and Σ Î², drawn towards `prior`; 0 at least.
+
+    `code` is Σ σ_m², `alike` the part of it that moves all of them alike.
+    """
+    around = squares - sums**2 / np.maximum(count, 1) - code * np.maximum(1 - alike, 0.0)
+    return np.asarray(np.maximum(PRIOR * prior + around, 0.0) / (PRIOR + count - 1))
 
 
 def _typical(estimate: np.ndarray) -> float:

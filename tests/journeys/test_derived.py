@@ -56,7 +56,8 @@ def built(rewarder, tmp_path_factory):
             for n, row in enumerate(answers(24))]
     out = folder / "index"
     run("build", rewarder, written(folder / "pairs.jsonl", rows), "-o", out, *FLAGS,
-        "--keep-fields", "annotator", "--derive", "length-difference, longer-chosen")
+        "--keep-fields", "annotator", "--derive", "length-difference", "--derive",
+        " longer-chosen,")
     return out, rows
 
 

@@ -74,6 +74,21 @@ def test_codes_errors_count_once(alike):
     assert 0.9 < np.std(z) < 1.1
 
 
+@pytest.mark.parametrize("size", [5, 20, 500])
+@pytest.mark.parametrize("share", [0.3, 3.0])
+def test_codes_that_err_by_very_different_amounts(share, size):
+    """As those of large and small gradients do, and much more than influence differs."""
+    random = np.random.default_rng(size)
+    z = []
+    while len(z) < 2400:
+        scale = np.exp(0.8 * random.standard_normal(SEQUENCES))
+        influence = scale * random.standard_t(3, SEQUENCES)
+        noise = share * scale
+        z += excess_of(groups_of(random.permutation(SEQUENCES) // size),
+                       influence + noise * random.standard_normal(SEQUENCES), noise**2)[2].tolist()
+    assert 0.02 < np.mean(np.abs(z) > 2) < 0.075 and np.abs(z).max() < 6.5
+
+
 def test_a_planted_group_leads_where_a_larger_one_has_a_larger_total():
     random = np.random.default_rng(0)
     influence = 1.0 + random.standard_t(3, SEQUENCES)

@@ -94,24 +94,24 @@ def excess_of_weights(weight, estimate, variance, codes):
     low, high = np.quantile(estimate, [0.025, 0.975])
     typical = np.var([min(max(one, low), high) for one in estimate])
     summed = (codes.sum(0) ** 2).sum() / (codes**2).sum()
-    common = (n - summed) / (n - 1)  # the code's part of a spread
+    away = estimate - estimate.mean()
+    typical *= max(0.0, 1 - (1 - summed / n) * variance.sum() / (away**2).sum())
     spread = 0.0
     for inside in (weight > 0, weight == 0):
         if inside.any():
             own, many = estimate[inside], inside.sum()
-            around = sum((one - own.mean()) ** 2 for one in own)
-            part_of_code = common
+            alike = max(1, summed * many / n)
             if weight[inside].all():
                 together = ((weight[:, None] * codes).sum(0) ** 2).sum()
                 alike = together / (weight[:, None]**2 * codes**2).sum()
-                part_of_code = (8 * common + max(0, many - alike)) / (7 + many)
-            spread += (8 * typical + around) / (7 + many) * (coefficients[inside]**2).sum()
-            spread -= part_of_code * (coefficients[inside]**2 * variance[inside]).sum()
+            around = sum((one - own.mean()) ** 2 for one in own)
+            around -= variance[inside].sum() * max(0.0, 1 - alike / many)
+            spread += max(0.0, 8 * typical + around) / (7 + many) * (coefficients[inside]**2).sum()
     independent = (coefficients**2 * variance).sum()
     joined = ((coefficients[:, None] * codes).sum(0) ** 2).sum()
     apart = (coefficients[:, None]**2 * codes**2).sum()
     ratio = joined / apart if part < 1 else 1.0
-    error = math.sqrt(max(0.0, spread) + independent * ratio)
+    error = math.sqrt(spread + independent * ratio)
     return sum(estimate * weight) - estimate.sum() / n * sum(weight), error
 
 
