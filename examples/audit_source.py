@@ -37,8 +37,8 @@ def main() -> None:
           "than two standard errors from the index's mean")
     for group in result.groups[:10]:
         print(f"  z {group.z:+5.1f}{'?' if group.unsure else ' '}  {group.influence:+14,.0f} ± "
-              f"{group.standard_error:,.0f}  {group.sequences:,} sequences, {len(group.hits)} hits  "
-              f"{group.value}")
+              f"{group.standard_error:,.0f}  {group.sequences:,} sequences, {len(group.hits)} hits"
+              f"  {group.value}")
 
     # A sequence that is among the highest hundredth for a quarter of the index's own background
     # queries says little about this one.
