@@ -32,6 +32,7 @@ COMMANDS = {
     "view": "search.serve.cli:view",
     "export": "search.show.cli:export",
     "report": "search.study.cli:report",
+    "audit": "search.study.cli:audit",
     "merge": "indexer.cli:merge",
     "verify": "indexer.cli:verify",
     "append": "indexer.cli:append",

@@ -48,6 +48,7 @@ class Stream(Enum):
     HALF_INTERVALS = 0, 11
     DRY_RUN_SAMPLE = 0, 12
     DEMO_BATCHES = 0, 13  # in which order the demo's model is trained
+    AUDIT_CLASSES = 0, 20  # whose gradients are added up where not all are
     GROUP_COORDINATES = 0, 0, "K"  # keyed by K in the place of the seed
 
 

@@ -215,6 +215,7 @@ def rescore(index: Path, id_source: str, ranked: bool, **flags: Any) -> int:
     from gradindex.results import units_of
     from search.ask.make_query import make_query
     from search.ask.settings import settle
+    from search.rank.named import rescore_named
     from search.show.data_files import json_lines
     from search.show.wording import ranked_by
 
@@ -228,7 +229,7 @@ def rescore(index: Path, id_source: str, ranked: bool, **flags: Any) -> int:
     units = units_of(searcher.manifest.task.name, exact=True, query=query)
     progress.start("exact", len(places), "sequences")
     scored: list[Hit] = []
-    for hits in searcher.rescore_stream(query, places, settings):
+    for hits in rescore_named(searcher.snapshot, query, places, settings, searcher.batch_tokens):
         if ranked:
             scored += hits
         else:

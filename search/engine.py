@@ -9,7 +9,8 @@ other, each sequence's gradient formed once for all of them.
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Unpack
 
@@ -27,6 +28,10 @@ from search.rank.query_gradient import form_gradients
 from search.rank.query_track import Track
 from search.rank.session import Session
 from search.rank.snapshot import Snapshot
+from search.study.audit_defaults import MOST_EXACT
+
+if TYPE_CHECKING:
+    from search.study.audited import Audit
 
 LARGEST_GROUP = 64  # queries of one session
 LARGEST_SCORES = 1 << 27  # code scores held at once, of all queries of a session
@@ -136,7 +141,7 @@ class Searcher:
         for mine, theirs, query in zip(scores, scores[::-1], queries, strict=True):
             # what only the other side shows has been scored for it alone
             places = self.known(sorted(set(theirs) - set(mine)))
-            for hits in self.rescore_stream(query, places, settings):
+            for hits in rescore_named(self.snapshot, query, places, settings, self.batch_tokens):
                 mine.update((hit.id, hit.influence) for hit in hits)
         first, second = scores
         return Comparison(results, {hit: (first[hit], second[hit]) for hit in first})
@@ -167,13 +172,29 @@ class Searcher:
         places = self.known(ids)
         settings = settle(controls, self.manifest)
         query = make_query(self.snapshot, question)
-        return [hit for hits in self.rescore_stream(query, places, settings) for hit in hits]
+        return [hit for hits in rescore_named(self.snapshot, query, places, settings,
+                                              self.batch_tokens) for hit in hits]
 
-    def rescore_stream(
-        self, query: Query, places: list[int], settings: Settings
-    ) -> Iterator[list[Hit]]:
-        """Like `rescore` for the places that `known` gives, a chunk at a time."""
-        return rescore_named(self.snapshot, query, places, settings, self.batch_tokens)
+    def audit(
+        self, against: "str | Path | Iterable[Query | Mapping[str, Any]] | None" = None,
+        truth: str | None = None, exact: int | None = MOST_EXACT, damping: float | None = None,
+        modules: str | None = None,
+    ) -> "Audit":
+        """Every sequence with what marks it as corrupted, most suspect first.
+
+        `against` are queries that are known to be right, as for `search_many`, or a file of them:
+        then sequences are ranked by their harm to these. `truth` is a kept field that says what is
+        corrupted, by which each signal is measured. At most `exact` sequences are scored exactly
+        (None: all), those that are likeliest by their codes. Interrupted (Ctrl-C) while scoring, it
+        returns what is exact so far. Raises InputError for what can't be audited so.
+        """
+        # late: what measures signals takes a second to import, which no search needs
+        from search.study.audit import audit
+        from search.study.trusted import trusted_queries
+
+        settings = settle(Controls(damping=damping, modules=modules), self.manifest)
+        trusted = None if against is None else trusted_queries(self.snapshot, against)
+        return audit(self.snapshot, settings, self.batch_tokens, trusted, exact, truth=truth)
 
     @with_keywords
     def make_query(

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from gradindex.progress import Progress
     from search.ask.query_files import QueryFile
     from search.engine import Searcher
+    from search.show.table_files import Sink
 
 Flag = Callable[[Any], Any]  # a decorator of click's
 
@@ -224,10 +225,10 @@ def _without_newline(text: str) -> str:
     return text.removesuffix("\n").removesuffix("\r") if text.endswith("\n") else text
 
 
-def sample_size(text: str) -> int | None:
-    """How many sequences --sample asks for, None for all. Raises UsageError."""
+def sample_size(text: str, flag: str = "--sample") -> int | None:
+    """How many sequences a flag asks for, None for all. Raises UsageError."""
     if text != "all" and not (text.isdecimal() and int(text)):
-        raise click.UsageError(f"--sample {text}: expected a number above 0, or all.")
+        raise click.UsageError(f"{flag} {text}: expected a number above 0, or all.")
     return None if text == "all" else int(text)
 
 
@@ -269,18 +270,24 @@ def check_outputs(outputs: dict[str, Path | None], inputs: list[Path | None]) ->
             raise click.UsageError(f"{flag} {path}: that file is read here; give another.")
 
 
-def write_output(output: Path, content: str | bytes) -> None:
-    """A file is replaced as a whole; anything else (a device, a pipe) is written to."""
+def write_output(output: Path, content: "str | bytes | Callable[[Sink], object]") -> None:
+    """A file is replaced as a whole; anything else (a device, a pipe) is written to.
+
+    `content` may be a function that is called with what takes it.
+    """
     from gradindex.storage.files import atomic_write
     from gradindex.storage.os_errors import refusals
 
     output = output.resolve()  # or a link would be replaced by a file
     raw = content.encode() if isinstance(content, str) else content
-    if output.exists() and not output.is_file():
-        with refusals(output, "written"):
-            output.write_bytes(raw)
-    else:
+    if not output.exists() or output.is_file():
         atomic_write(output, raw)
+    else:
+        with refusals(output, "written"), output.open("wb") as file:
+            if isinstance(raw, bytes):
+                file.write(raw)
+            else:
+                raw(file)
 
 
 def may_color() -> bool:

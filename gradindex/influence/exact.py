@@ -200,14 +200,15 @@ def chunk_ends(count: int) -> list[int]:
 
 
 def rescore(
-    by: Rescorer, preconditioned: Preconditioned, sequences: Sequence[Record],
+    by: Rescorer, preconditioned: Preconditioned | None, sequences: Sequence[Record],
     sizes: bool = False, terms: bool = False, by_module: bool = False, one_chunk: bool = False,
 ) -> Iterator[list[tuple[int, Exact]]]:
     """Score sequences exactly, and yield each batch as pairs (position in `sequences`, scores).
 
     Within a chunk (`chunk_ends`) batches come in no order of the sequences; chunks come in order.
     With `one_chunk` all are one. `sizes`, `terms` and `by_module` say which parts of `Exact` are
-    wanted. Raises ResourceError where memory doesn't hold one sequence.
+    wanted; without queries there are log p and sizes alone. Raises ResourceError where memory
+    doesn't hold one sequence.
     """
     first = 0
     for end in [len(sequences)] if one_chunk else chunk_ends(len(sequences)):
@@ -281,14 +282,17 @@ def joined(parts: Sequence[Exact]) -> Exact:
 
 
 def _score_batch(
-    by: Rescorer, preconditioned: Preconditioned, records: list[Record], sizes: bool, terms: bool,
-    by_module: bool,
+    by: Rescorer, preconditioned: Preconditioned | None, records: list[Record], sizes: bool,
+    terms: bool, by_module: bool,
 ) -> list[Exact]:
     """The scores of one batch of sequences, in their order; see `rescore`."""
     batch = by.model.batch(records)
     gradient_sizes = GradientSizes(by.ekfac, by.damping)
     extra = [gradient_sizes] if sizes else []
-    if terms:
+    if preconditioned is None:
+        log_p = collect(by.model, by.modules, batch, *extra)
+        scores = [Exact(np.zeros(0)) for _ in records]
+    elif terms:
         parts = Terms(preconditioned, batch)
         log_p = collect(by.model, by.modules, batch, parts, *extra)
         # The score is the sum of the very terms that are shown, so that they add up to it. Padding

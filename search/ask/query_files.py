@@ -41,8 +41,10 @@ class QueryFile:
     problems: list[str] = field(default_factory=list)
 
 
-def read_queries(path: Path) -> QueryFile:
+def read_queries(path: Path, flag: str = "--queries") -> QueryFile:
     """Read JSON lines: prompt and completion (or messages, tools, …), versus, score_on, id.
+
+    `flag` is what named the file, for messages.
 
     A line that can't be used becomes a problem; the others are kept. Raises InputError where the
     file can't be read.
@@ -50,7 +52,7 @@ def read_queries(path: Path) -> QueryFile:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise InputError(f"--queries {path}: {error.strerror}. A JSON lines file is read "
+        raise InputError(f"{flag} {path}: {error.strerror}. A JSON lines file is read "
                          "there.") from None
     query_file = QueryFile()
     # not splitlines(): JSON text may hold U+2028 and the like, which end no line of the file
@@ -67,7 +69,7 @@ def read_queries(path: Path) -> QueryFile:
             query_file.problems.append(f"{path}:{number}: {error}")
     # problems alone are told one by one; a file of blank lines would end in silence
     if not query_file.questions and not query_file.problems:
-        raise InputError(f"--queries {path} holds no query; expected JSON lines with a prompt and "
+        raise InputError(f"{flag} {path} holds no query; expected JSON lines with a prompt and "
                          "a completion.")
     return query_file
 

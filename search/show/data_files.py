@@ -15,8 +15,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from gradindex.errors import InputError
 from gradindex.results import Hit, Result
-from gradindex.terminal import json_text, visible_lines
+from gradindex.terminal import json_text
 from search.show import wording
+from search.show.table_files import defuse, plain
 
 
 def read_result(path: Path, number: int | None = None) -> Result:
@@ -72,32 +73,18 @@ def csv_table(result: Result) -> str:
     groups = {hit: asdict(group) for group in reversed(result.groups) for hit in group.hits}
     columns = GROUP_COLUMNS if result.total is not None else ()
     writer.writerow([*CSV_COLUMNS, *(f"group_{name}" for name in columns),
-                     *(_defuse(f"field:{name}") for name in fields)])
+                     *(defuse(f"field:{name}") for name in fields)])
     for rank, hit in enumerate(result.hits, 1):
         content = {**asdict(hit), "rank": rank, "units": result.units}
         if hit.nats is None:  # an empty cell would leave open why
             content["nats"] = wording.nats(hit, result)
         for name in ("duplicates", "near_duplicates", "layer_influence"):
             content[name] = " ".join(map(str, content[name]))
-        own = [_plain(groups[hit.id][name]) for name in columns]
-        own += [_plain(hit.fields.get(name)) for name in fields]
-        writer.writerow([_defuse(value) for value in
-                         (*(_plain(content[name]) for name in CSV_COLUMNS), *own)])
+        own = [plain(groups[hit.id][name]) for name in columns]
+        own += [plain(hit.fields.get(name)) for name in fields]
+        writer.writerow([defuse(value) for value in
+                         (*(plain(content[name]) for name in CSV_COLUMNS), *own)])
     return out.getvalue()
-
-
-def _plain(value: Any) -> Any:
-    """A number or text as it is, anything else as JSON."""
-    return json_text(value) if isinstance(value, (dict, list)) else value
-
-
-def _defuse(value: Any) -> Any:
-    """A cell that no spreadsheet takes for a formula, and no terminal obeys."""
-    if not isinstance(value, str):
-        return value
-    # spreadsheets run what begins so, and show what stands behind an apostrophe
-    value = visible_lines(value)
-    return f"'{value}" if value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
 def parquet(result: Result) -> bytes:

@@ -154,6 +154,30 @@ def scatter(
     return _svg(title, description, parts, HEIGHT)
 
 
+def curves(
+    lines: Mapping[str, tuple[Values, Values]], title: str, x_label: str, y_label: str,
+) -> str:
+    """A line through the points (xs, ys) of each name, at most four, told apart by colour.
+
+    Both axes are of shares, and a dashed line says where the two are equal.
+    """
+    x, y = Axis.of([0, 1], whole=True), Axis.of([0, 1])
+    parts = [*_axes(x, y, x_label, y_label),
+             _line("plot-mark", _x(x, 0), _y(y, 0), _x(x, 1), _y(y, 1))]
+    for number, (name, (own_xs, own_ys)) in enumerate(lines.items()):
+        kind = f"plot-line-{'abcd'[number % 4]}"
+        points = " ".join(f"{_x(x, one):.1f},{_y(y, other):.1f}"
+                          for one, other in zip(own_xs, own_ys, strict=True))
+        # names stand in the lower right, where a line that rises early leaves room
+        at = HEIGHT - BOTTOM - 10 - 17 * (len(lines) - 1 - number)
+        parts.append(_g(name, f'<polyline class="{kind}" points="{points}"/>'
+                        + _line(kind, WIDTH - 150, at - 4, WIDTH - 132, at - 4)
+                        + _text("plot-note", WIDTH - 127, at, "start", name)))
+    middles = [(f"{name} at a half", short(float(np.interp(0.5, *pair))))
+               for name, pair in lines.items()]
+    return _svg(title, _listed(title, middles), parts, HEIGHT)
+
+
 def strip(
     rows: Mapping[str, Values], columns: Sequence[int], title: str,
     form: Callable[[float], str] | None = None, what: str = "layer",

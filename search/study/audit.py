@@ -1,211 +1,291 @@
 """An audit: every sequence with what marks it as corrupted, or as harmful to a trusted set.
 
-Of every sequence: its self-influence ‖m̃‖² (large for what the model can only have learned by heart,
-such as a wrong label), its loss −log p, the size of its gradient, the fields that were kept; of a
-classifier's the mean influence of the other sequences of each class on it. What others of its own
-class say against a label is the strongest sign that it is wrong.
+Of every sequence: its self-influence ‖m̃‖² (large for what the model can only have learned by
+heart, such as a wrong label), its loss −log p, the size of its gradient, the fields that were kept;
+of a classifier's the mean influence of the other sequences of each class on it (`class_means.py`),
+whose own class speaks against a wrong label; and with a trusted set minus the mean influence on it.
 
-The influence of all sequences of a class is one query, the sum of their gradients. So an audit is
-two passes over the sequences, whatever their number.
+The work is two passes over the sequences for a classifier, one for others: in parts of the modules
+and of the classes where memory doesn't hold all of them at once. Records are never all in memory.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from gradindex import draws
+from gradindex.draws import Stream
 from gradindex.errors import InputError
-from gradindex.influence.exact import Exact, Rescorer, collect, rescore
-from gradindex.influence.gradients import gradient
-from gradindex.influence.preconditioned import Gradients, Preconditioned, precondition
-from gradindex.influence.split_batches import Splits, in_batches
+from gradindex.influence.exact import Exact, Rescorer, rescore
+from gradindex.influence.preconditioned import Preconditioned, precondition
 from gradindex.modules import Module
 from gradindex.progress import Progress
 from gradindex.results import Query
 from gradindex.storage.records import Record
+from gradindex.storage.row_file import digest_of
+from search.ask.controls import LARGEST_IN_FULL
+from search.ask.make_query import aggregate
 from search.ask.settings import Settings
-from search.rank.query_gradient import form_gradients
+from search.rank.query_gradient import as_row, coordinates_of, form_gradients, together
+from search.rank.ray_search import SharedSnapshot
 from search.rank.snapshot import Snapshot
+from search.study.audit_defaults import MOST_EXACT
+from search.study.audit_rows import RowFacts, read_rows
+from search.study.audited import Audit
+from search.study.class_means import add_classes, as_queries, empty_sums, others_means
+from search.study.texts import RECORDS_HELD
 
-MOST_EXACT = 20_000  # sequences whose self-influence is exact, unless all are
-AT_ONCE = 4096  # records held together
-INSPECTED = (0.05, 0.1, 0.2, 0.3)  # shares of which is said how much they find
-
-
-@dataclass
-class Audit:
-    """What was found of every sequence that was scored, by place.
-
-    `suspicion` [n] is what is ranked by, largest first: see `ranked_by`. `self_influence`, `loss`
-    (in nats) and `gradient_norm` [n] are exact; `by_class` [n, classes] is the mean influence of
-    the other sequences of each class on it, and `harm` [n] minus the mean influence on trusted
-    queries, each None where there is none. `total` sequences are in the index.
-    """
-
-    places: list[int]
-    records: list[Record]
-    total: int
-    task: str
-    labels: tuple[str, ...]
-    self_influence: np.ndarray
-    loss: np.ndarray
-    gradient_norm: np.ndarray
-    by_class: np.ndarray | None
-    harm: np.ndarray | None
-    ranked_by: str
-    suspicion: np.ndarray
-    texts: list[str] = field(default_factory=list)
-
-    @property
-    def order(self) -> np.ndarray:
-        """The numbers of the sequences, most suspect first; of equal ones the first of the data."""
-        return np.argsort(-self.suspicion, kind="stable")
-
-    def signals(self) -> dict[str, np.ndarray]:
-        """What may tell corrupted sequences, by name, each larger for more suspect ones."""
-        found = {"self-influence": self.self_influence, "loss": self.loss,
-                 "gradient norm": self.gradient_norm}
-        if self.by_class is not None:
-            found |= {"own class": -self._own_class(), "least class": -self.by_class.min(1)}
-        return found | ({} if self.harm is None else {"harm": self.harm})
-
-    def _own_class(self) -> np.ndarray:
-        assert self.by_class is not None
-        own = np.array([record.label for record in self.records])
-        return np.asarray(self.by_class[np.arange(len(own)), own])
-
-
-class ClassSums:
-    """Adds up a batch's gradients by class: [classes, o, i] by module name."""
-
-    def __init__(self, sums: Gradients, labels: Tensor):
-        self._sums, self._labels = sums, labels
-
-    def __call__(self, module: Module, a: Tensor, d: Tensor) -> None:
-        total = self._sums[module.name]
-        for label in self._labels.unique().tolist():  # one product a class, and no gradient a row
-            rows = self._labels == label
-            one = (a[rows].flatten(0, 1)[None], d[rows].flatten(0, 1)[None])
-            total[label] += gradient(module, *(part.to(total.dtype) for part in one))[0]
+SCORING = 2.0  # what a token takes to score, of what it takes to be added up by class, about
 
 
 def audit(
-    snapshot: Snapshot, settings: Settings, batch_tokens: int, trusted: list[Query] | None,
-    exact: int | None, progress: Progress,
+    snapshot: Snapshot, settings: Settings, batch_tokens: int, trusted: list[Query] | None = None,
+    exact: int | None = MOST_EXACT, progress: Progress | None = None, truth: str | None = None,
 ) -> Audit:
     """Audit the sequences of an index, against `trusted` queries or by themselves.
 
-    At most `exact` are scored [all up to MOST_EXACT; beyond, those with the largest stored norms].
-    Raises InputError for an index without sequences that can be scored.
+    At most `exact` are scored [None: all]: those with the largest stored norms, against a trusted
+    set those that their codes find most harmful. `truth` is the kept field that says what is
+    corrupted. A KeyboardInterrupt while sequences are scored ends that, and the rest of them has
+    the code's estimates alone. Raises InputError for what can't be audited.
     """
-    places = _chosen(snapshot, exact)
-    by = Rescorer(snapshot.model, settings.modules, snapshot.ekfac, settings.damping, batch_tokens)
-    task, labels = snapshot.manifest.task.name, snapshot.manifest.plan.labels
-    records = [record for part in _parts(snapshot, places) for record in part]
-    passes = 2 if task == "classification" else 1
-    progress.start("audit", passes * len(records), "sequences")
-    queries, counts = Preconditioned({}), np.zeros(0)
-    if task == "classification":
-        sums, counts = _class_sums(by, records, len(labels), progress)
-        queries = Preconditioned(_preconditioned(by, sums))
-    if trusted is not None:
-        _, asked = form_gradients(snapshot, trusted, settings, batch_tokens)
-        queries = _beside(queries, asked, by) if counts.size else asked
-    found = _score(by, queries, records, progress, empty=not (counts.size or trusted))
-    progress.finish()
-    influence = np.stack([one.influence for one in found]) if counts.size or trusted else \
-        np.zeros((len(found), 0))
-    own = np.array([one.self_influence for one in found])
-    by_class = _others(influence[:, : len(counts)], own, records, counts) if counts.size else None
-    harm = -influence[:, len(counts):].mean(1) if trusted is not None else None
-    norms = np.sqrt(np.array([one.squared_norm for one in found], dtype=np.float64))
-    name, suspicion = _ranked(own, by_class, harm, records)
-    return Audit(places, records, len(snapshot), task, labels, own,
-                 -np.array([one.log_p for one in found]), norms, by_class, harm, name, suspicion)
+    progress = progress or Progress()
+    if isinstance(snapshot, SharedSnapshot):
+        raise InputError("an audit scores in this process: it can't go with ray. Open the index "
+                         "without it.")
+    if exact is not None and exact < 1:
+        raise InputError(f"--exact {exact}: expected a number above 0, or all.")
+    if trusted is not None and not trusted:
+        raise InputError("--against: no query can be used; nothing to audit against.")
+
+    # 1) what the sequences are: every record is read once, and the truth is checked
+    rows = read_rows(snapshot, truth, progress)
+
+    # 2) who is scored, and whose gradients are added up by class
+    whole = aggregate(trusted) if trusted else None
+    by_code = None if whole is None else _harm_by_code(snapshot, whole, settings, batch_tokens) / \
+        len(trusted or [])
+    likely = snapshot.norms if by_code is None else by_code
+    most = len(snapshot) if exact is None else min(exact, len(snapshot))
+    order = np.argsort(-likely, kind="stable")[:most]  # most suspect first: an end may come early
+    summed = _added_up(snapshot, rows, most)
+
+    # 3) the passes
+    passes = _Passes(snapshot, settings, batch_tokens, rows, order, summed, whole, progress)
+    passes.run()
+
+    # 4) what follows
+    done = np.sort(order[passes.done])
+    found = passes.of(done)
+    by_class, cosines = _class_means(snapshot, rows, done, found, summed)
+    return Audit(
+        snapshot, settings, rows, done, found.self_influence, -found.log_p, found.predictions,
+        np.sqrt(found.squared_norm), by_class, cosines, len(summed),
+        harm=None if trusted is None else -found.on_trusted / len(trusted), harm_by_code=by_code,
+        trusted=len(trusted or []), trusted_inside=_inside(snapshot, trusted or []),
+        interrupted=passes.interrupted)
 
 
-def _chosen(snapshot: Snapshot, exact: int | None) -> list[int]:
-    most = MOST_EXACT if exact is None else exact
-    if not len(snapshot):
-        raise InputError("the index has no sequence to audit.")
-    if len(snapshot) <= most:
-        return list(range(len(snapshot)))
-    return sorted(np.argsort(-snapshot.norms, kind="stable")[:most].tolist())
-
-
-def _parts(snapshot: Snapshot, places: Sequence[int]) -> Iterator[list[Record]]:
-    for first in range(0, len(places), AT_ONCE):
-        yield snapshot.records(places[first : first + AT_ONCE])
-
-
-def _class_sums(
-    by: Rescorer, records: list[Record], classes: int, progress: Progress
-) -> tuple[Gradients, np.ndarray]:
-    """The sum of the gradients of each class, [classes, o, i] by module, and how many there are."""
-    model = by.model
-    sums = {module.name: torch.zeros(classes, *module.shape, dtype=model.accumulate,
-                                     device=model.device_of(module)) for module in by.modules}
-
-    def run(rows: list[int]) -> int:
-        batch = model.batch([records[row] for row in rows])
-        collect(model, by.modules, batch, ClassSums(sums, batch.targets))
-        return len(rows)
-
-    for rows, _ in in_batches(model.lengths(records), by.batch_tokens, Splits(), run):
-        progress.update(len(rows))
-    return sums, np.bincount([record.label or 0 for record in records], minlength=classes)
-
-
-def _preconditioned(by: Rescorer, sums: Gradients) -> Gradients:
-    return precondition(by.ekfac, {
-        name: by.ekfac[name].coordinates(g, by.damping) for name, g in sums.items()})
-
-
-def _beside(one: Preconditioned, other: Preconditioned, by: Rescorer) -> Preconditioned:
-    """The queries of both; those of low rank as the matrices that they stand for."""
-    return Preconditioned({
-        module.name: torch.cat([one.of(module).matrices(), other.of(module).matrices()])
-        for module in by.modules})
-
-
-def _score(
-    by: Rescorer, queries: Preconditioned, records: list[Record], progress: Progress, empty: bool
-) -> list[Exact]:
-    found: list[Exact | None] = [None] * len(records)
-    if empty:  # nothing is asked, and sizes are wanted all the same
-        queries = Preconditioned({module.name: torch.zeros(
-            1, *module.shape, dtype=by.model.accumulate, device=by.model.device_of(module))
-            for module in by.modules})
-    for batch in rescore(by, queries, records, sizes=True, one_chunk=True):
-        for number, exact in batch:
-            found[number] = exact
-        progress.update(len(batch))
-    return [exact for exact in found if exact is not None]
-
-
-def _others(
-    influence: np.ndarray, own: np.ndarray, records: list[Record], counts: np.ndarray
+def _harm_by_code(
+    snapshot: Snapshot, whole: Query, settings: Settings, batch_tokens: int
 ) -> np.ndarray:
-    """The mean influence of the *other* sequences of each class, [n, classes]."""
-    labels = np.array([record.label for record in records])
-    rows = np.arange(len(labels))
-    total, others = influence.copy(), np.broadcast_to(counts, influence.shape).astype(float).copy()
-    total[rows, labels] -= own  # a sequence says nothing of itself
-    others[rows, labels] -= 1
-    means: np.ndarray = np.divide(total, others, out=np.zeros_like(total), where=others > 0)
-    return means
+    """Minus the influence on the sum of trusted queries, as codes know it: float64 [N]."""
+    [gradient], _ = form_gradients(
+        snapshot, [whole], replace(settings, rescore=False), batch_tokens)
+    return np.asarray(-snapshot.code_scores(gradient.vector[None])[0], dtype=np.float64)
 
 
-def _ranked(
-    own: np.ndarray, by_class: np.ndarray | None, harm: np.ndarray | None, records: list[Record]
-) -> tuple[str, np.ndarray]:
-    """What sequences are ranked by, and its value, larger for more suspect ones."""
-    if harm is not None:
-        return "harm", harm
-    if by_class is None:
-        return "self-influence", own
-    labels = np.array([record.label for record in records])
-    own_class: np.ndarray = by_class[np.arange(len(labels)), labels]
-    return "own class", -own_class
+def _added_up(snapshot: Snapshot, rows: RowFacts, most: int) -> np.ndarray:
+    """The places of a classifier's sequences that are added up by class, ascending: int64 [n].
+
+    All of them, or where not all are scored as many, drawn at random, of each class alike.
+    """
+    classes = len(snapshot.manifest.plan.labels)
+    if snapshot.manifest.task.name != "classification":
+        return np.zeros(0, np.int64)
+    if most == len(snapshot):
+        return np.flatnonzero(rows.labels >= 0)
+    each, seed = -(-most // classes), snapshot.manifest.code["seed"]
+    members = [np.flatnonzero(rows.labels == label) for label in range(classes)]
+    return np.sort(np.concatenate([
+        mine[draws.choose(Stream.AUDIT_CLASSES, seed, len(mine), each)] for mine in members]))
+
+
+def _inside(snapshot: Snapshot, trusted: Sequence[Query]) -> int:
+    """How many trusted queries are sequences of the index, token by token."""
+    ours = {tuple(digest) for digest in
+            snapshot.contents.rows["digest"][snapshot.contents.places].tolist()} if trusted else ()
+    found = 0
+    for query in trusted:
+        text = as_row(query)
+        record = Record(0, text.tokens, text.scored, [], text.border, text.label, text.offset)
+        found += not query.others and tuple(digest_of(record).tolist()) in ours
+    return found
+
+
+def _class_means(
+    snapshot: Snapshot, rows: RowFacts, places: np.ndarray, found: "Scores", summed: np.ndarray
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """The mean influence of the others of each class, and their mean cosine: [n, c]."""
+    if not len(summed):
+        return None, None
+    labels = rows.labels[places]
+    counts = np.bincount(rows.labels[summed], minlength=len(snapshot.manifest.plan.labels))
+    own = np.where(np.isin(places, summed), found.self_influence, np.nan)
+    means = others_means(found.on_classes, own, labels, counts)
+    weights = _reciprocal(snapshot.norms[places])
+    cosines = others_means(found.on_weighted, own * weights, labels, counts)
+    return means, cosines * _reciprocal(np.sqrt(found.self_influence))[:, None]
+
+
+def _reciprocal(values: np.ndarray) -> np.ndarray:
+    """1 / values, and 0 for 0."""
+    return np.asarray(np.divide(1.0, values, out=np.zeros(len(values)), where=values > 0))
+
+
+@dataclass
+class Scores:
+    """What the passes add up of sequences, float64 [n] each but for [n, classes] of classes."""
+
+    log_p: np.ndarray
+    predictions: np.ndarray
+    self_influence: np.ndarray
+    squared_norm: np.ndarray
+    on_trusted: np.ndarray
+    on_classes: np.ndarray
+    on_weighted: np.ndarray
+
+    @classmethod
+    def zeros(cls, n: int, classes: int) -> "Scores":
+        """Of n sequences, nothing yet."""
+        return cls(*(np.zeros(n) for _ in range(5)), *(np.zeros((n, classes)) for _ in range(2)))
+
+
+class _Passes:
+    """The passes over the sequences at `order`, whose scores they add up, first to last.
+
+    `summed` are the places that are added up by class, `trusted` is the sum of the trusted queries.
+    """
+
+    def __init__(
+        self, snapshot: Snapshot, settings: Settings, batch_tokens: int, rows: RowFacts,
+        order: np.ndarray, summed: np.ndarray, trusted: Query | None, progress: Progress,
+    ):
+        self.snapshot, self.settings, self.batch_tokens = snapshot, settings, batch_tokens
+        self.rows, self.order, self.summed, self.trusted = rows, order, summed, trusted
+        self.progress, self.interrupted = progress, False
+        self.classes = len(snapshot.manifest.plan.labels) if len(summed) else 0
+        self.done = np.zeros(len(order), dtype=bool)
+        self.scores = Scores.zeros(len(order), self.classes)
+        self.weights = _reciprocal(snapshot.norms)
+
+    def of(self, places: np.ndarray) -> Scores:
+        """The scores of some places that are done."""
+        rank = np.zeros(len(self.snapshot), np.int64)
+        rank[self.order] = np.arange(len(self.order))
+        return Scores(*(values[rank[places]] for values in vars(self.scores).values()))
+
+    def run(self) -> None:
+        """Run all passes. An interrupt counts from the last pass on: before, no score is whole."""
+        parts = list(self._parts())
+        self.snapshot.load()
+        for number, (modules, first, last) in enumerate(parts):
+            model, ekfac = self.snapshot.model, self.snapshot.ekfac
+            by = Rescorer(model, modules, ekfac, self.settings.damping, self.batch_tokens)
+            left = len(parts) - number - 1
+            queries = self._queries(by, first, last, left)
+            try:
+                self._score(by, queries, first, last, left)
+            except KeyboardInterrupt:
+                if left or not self.done.any():
+                    raise
+                self.interrupted = True
+                self.progress.finish()
+
+    def _parts(self) -> Iterator[tuple[list[Module], int, int]]:
+        """Modules and classes (from the first to before the last) that are taken together."""
+        snapshot = self.snapshot
+        room = snapshot.allowance.part(1 / 4, LARGEST_IN_FULL) // snapshot.model.accumulate.itemsize
+        for modules in together(snapshot, self.settings.modules):
+            # of each class two sums, and a batch's part of them
+            at_once = max(1, room // (4 * sum(module.size for module in modules)))
+            for first in range(0, max(1, self.classes), at_once):
+                yield modules, first, min(self.classes, first + at_once)
+
+    def _queries(self, by: Rescorer, first: int, last: int, left: int) -> Preconditioned | None:
+        """The sums of these classes as queries, plain and weighted, and behind them the trusted."""
+        queries = []
+        if self.classes:
+            queries.append(self._class_queries(by, first, last, left))
+        if self.trusted is not None and not first:
+            coordinates = coordinates_of(
+                self.snapshot, [self.trusted], by.modules, by.damping, by.batch_tokens)
+            queries.append(Preconditioned(precondition(by.ekfac, coordinates)))
+        return Preconditioned.join(queries) if queries else None
+
+    def _class_queries(self, by: Rescorer, first: int, last: int, left: int) -> Preconditioned:
+        """A pass over the sequences of some classes, which adds their gradients up."""
+        labels = self.rows.labels
+        places = self.summed[(labels[self.summed] >= first) & (labels[self.summed] < last)]
+        follow = self._started("class means", places, SCORING * self._tokens(self.order) * (
+            1 + left) + left * self._tokens(self.summed))
+        sums = empty_sums(by, last - first)
+        for some, records in self._records(places):
+            add_classes(by, sums, records, self.weights[some], labels[some] - first, follow)
+        self.progress.finish()
+        return as_queries(by, sums)
+
+    def _score(
+        self, by: Rescorer, queries: Preconditioned | None, first: int, last: int, left: int
+    ) -> None:
+        """A pass over the sequences at `order`, which adds to their scores."""
+        follow = self._started("exact", self.order, left * (
+            self._tokens(self.order) + self._tokens(self.summed) / SCORING))
+        begun = 0
+        for _, records in self._records(self.order):
+            # sizes are those of the modules, once for all classes
+            for batch in rescore(by, queries, records, sizes=not first, one_chunk=True):
+                for number, exact in batch:
+                    self._add(begun + number, records[number], exact, first, last)
+                    self.done[begun + number] = not left
+                follow(sum(len(records[number].tokens) for number, _ in batch))
+            begun += len(records)
+        self.progress.finish()
+
+    def _add(self, number: int, record: Record, exact: Exact, first: int, last: int) -> None:
+        scores, influence, count = self.scores, exact.influence, last - first
+        scores.on_classes[number, first:last] += influence[:count]
+        scores.on_weighted[number, first:last] += influence[count : 2 * count]
+        scores.on_trusted[number] += influence[2 * count :].sum()
+        scores.log_p[number] = exact.log_p
+        scores.predictions[number] = self.snapshot.objective.predictions(record)
+        scores.self_influence[number] += exact.self_influence or 0.0
+        scores.squared_norm[number] += exact.squared_norm or 0.0
+
+    def _started(self, stage: str, places: np.ndarray, ahead: float) -> Callable[[int], None]:
+        """Begin a stage; what is given back is told of tokens that are done.
+
+        `ahead` is what comes after the stage, in tokens of it.
+        """
+        total = self._tokens(places)
+        self.progress.start(stage, total, "tokens")
+        done = 0
+
+        def follow(tokens: int) -> None:
+            nonlocal done
+            done += tokens
+            self.progress.update(tokens)
+            if self.progress.measured:
+                self.progress.say_expected(self.progress.seconds_each() * (total - done + ahead))
+
+        return follow
+
+    def _tokens(self, places: np.ndarray) -> int:
+        return int(self.rows.lengths[places].sum(dtype=np.int64))
+
+    def _records(self, places: np.ndarray) -> Iterator[tuple[np.ndarray, list[Record]]]:
+        """Some places and their records at a time."""
+        for first in range(0, len(places), RECORDS_HELD):
+            some = places[first : first + RECORDS_HELD]
+            yield some, self.snapshot.records(some.tolist())

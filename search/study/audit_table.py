@@ -1,82 +1,139 @@
-"""An audit as a table: a row a sequence, most suspect first, with its fields as columns."""
+"""An audit as a table: a row a sequence, most suspect first, with its kept fields as columns."""
 
-import csv
-import io
+import math
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 from gradindex.model import tokenise
-from gradindex.terminal import json_text, visible_lines
+from gradindex.storage.records import Record
+from gradindex.terminal import json_text
 from search.rank.snapshot import Snapshot
-from search.study.audit import Audit
+from search.show.table_files import Table
+from search.study.audit_rows import fields_of
+from search.study.audit_words import sentences
+from search.study.audited import Audit
+from search.study.texts import RECORDS_HELD
+from search.study.truth import INSPECTED
 
 
-def columns(audit: Audit) -> list[str]:
-    """The names of a table's columns, in order; fields that were kept are called as in the data."""
-    kept = sorted({name for record in audit.records for name in record.parts[0].fields})
-    own = ["rank", "id", "suspicion", "self_influence", "loss", "gradient_norm",
-           *["harm"] * (audit.harm is not None), *["label"] * bool(audit.labels),
-           *[f"from_{label}" for label in audit.labels], "source", "row", "user_id", "text"]
-    # a field of the data never takes the place of a column of ours
-    return own + [name if name not in own else f"field_{name}" for name in kept]
+def table(audit: Audit) -> Table:
+    """The table of an audit, whose rows are made as they are read."""
+    own = _columns(audit)
+    names = field_names(audit)
+    fields = {names[name]: kind for name, kind in audit.rows.fields.items()}
+    return Table(own | fields, lambda: rows(audit), facts(audit))
 
 
-def rows(audit: Audit, snapshot: Snapshot) -> Iterator[dict[str, Any]]:
-    """A dictionary a sequence, most suspect first."""
-    names = columns(audit)
-    for rank, number in enumerate(audit.order.tolist(), 1):
-        record = audit.records[number]
-        part = record.parts[0]
-        row: dict[str, Any] = {
-            "rank": rank, "id": record.id, "suspicion": float(audit.suspicion[number]),
-            "self_influence": float(audit.self_influence[number]),
-            "loss": float(audit.loss[number]), "gradient_norm": float(audit.gradient_norm[number]),
-            "source": part.source, "row": part.row, "user_id": part.user_id,
-            "text": "".join(tokenise.pieces(snapshot.tokenizer, record.tokens.tolist())),
-        }
-        if audit.harm is not None:
-            row["harm"] = float(audit.harm[number])
-        if record.label is not None:
-            row["label"] = audit.labels[record.label]
-        if audit.by_class is not None:
-            row |= {f"from_{label}": float(value)
-                    for label, value in zip(audit.labels, audit.by_class[number], strict=True)}
-        for name, value in part.fields.items():
-            row[name if name in names and name not in row else f"field_{name}"] = value
-        yield row
+def facts(audit: Audit) -> dict[str, Any]:
+    """What is said of all of an audit, as plain JSON types."""
+    return {
+        "schema": 1, "sentences": sentences(audit), "task": audit.snapshot.manifest.task.name,
+        "sequences": len(audit), "exact": len(audit.places), "ranked_by": audit.ranked_by,
+        "damping": audit.settings.damping,
+        "modules": [module.name for module in audit.settings.modules],
+        "index": audit.snapshot.digest, "interrupted": audit.interrupted,
+        "truth": None if audit.rows.truth is None else audit.rows.truth.field,
+        "detections": [
+            {"signal": one.signal, "auroc": one.auroc, "average_precision": one.average_precision,
+             "found": dict(zip(map(str, INSPECTED), one.found, strict=True))}
+            for one in audit.detections],
+    }
 
 
-def as_csv(audit: Audit, snapshot: Snapshot) -> str:
-    """The table as CSV; what a spreadsheet would run as a formula is defused."""
-    out = io.StringIO()
-    names = columns(audit)
-    writer = csv.DictWriter(out, names, restval="", lineterminator="\n")
-    writer.writerow({name: _cell(name) for name in names})
-    for row in rows(audit, snapshot):
-        writer.writerow({name: _cell(value) for name, value in row.items()})
-    return out.getvalue()
+def _columns(audit: Audit) -> dict[str, type | None]:
+    """The columns of ours with their types, in order."""
+    causal, harm = audit.snapshot.manifest.task.name == "causal", audit.harm is not None
+    pairs = audit.snapshot.manifest.task.of_pairs
+    found: dict[str, type | None] = {"rank": int, "id": int, "suspicion": float, "exact": bool}
+    found |= dict.fromkeys(
+        ["self_influence", "self_influence_by_code", "loss", *["loss_per_token"] * causal,
+         "gradient_norm", *["harm", "harm_by_code"] * harm], float)
+    found |= {"label": str} if audit.labels else {}
+    for prefix in ("from", "cosine_from"):
+        found |= dict.fromkeys([f"{prefix}_{label}" for label in audit.labels], float)
+    found |= {"corrupted": bool} if audit.rows.truth is not None else {}
+    # an id of the user's may be text or a number
+    found |= {"source": str, "row": int, "user_id": None}
+    return found | dict.fromkeys(["chosen", "rejected"] if pairs else ["text"], str)
 
 
-def _cell(value: Any) -> Any:
-    value = json_text(value) if isinstance(value, (dict, list)) else value
-    if not isinstance(value, str):
-        return value
-    shown = visible_lines(value)
-    return f"'{shown}" if shown.startswith(("=", "+", "-", "@", "\t", "\r")) else shown
+def field_names(audit: Audit) -> dict[str, str]:
+    """What the columns of kept fields are called: as in the data, unless it is a name of ours."""
+    own = set(_columns(audit))
+    names = {}
+    for name in audit.rows.fields:
+        column = name
+        while column in own or (column != name and column in audit.rows.fields):
+            column = f"field:{column}"
+        names[name] = column
+    return names
 
 
-def as_parquet(audit: Audit, snapshot: Snapshot) -> bytes:
-    """The table as Parquet; fields whose values have no one type are JSON text."""
-    import pyarrow
-    import pyarrow.parquet
+def rows(audit: Audit, most: int | None = None) -> Iterator[dict[str, Any]]:
+    """A dictionary a sequence, most suspect first, of the first `most` [all]."""
+    snapshot, names = audit.snapshot, field_names(audit)
+    exact = np.full(len(audit), -1, np.int64)
+    exact[audit.places] = np.arange(len(audit.places))
+    order, estimates = audit.order[:most], audit.self_by_code
+    for first in range(0, len(order), RECORDS_HELD):
+        places = order[first : first + RECORDS_HELD].tolist()
+        for rank, (place, record) in enumerate(
+                zip(places, snapshot.records(places), strict=True), first + 1):
+            row = {"rank": rank, "id": record.id, "exact": bool(exact[place] >= 0),
+                   "self_influence_by_code": float(estimates[place]),
+                   **_about(audit, place, record), **_texts(snapshot, record)}
+            if audit.harm_by_code is not None:
+                row["harm_by_code"] = float(audit.harm_by_code[place])
+            if exact[place] >= 0:
+                row |= _scores(audit, int(exact[place]))
+            row |= {names[name]: value for name, value in fields_of(record).items()}
+            yield {name: _known(value) for name, value in row.items()}
 
-    found = {name: [row.get(name) for row in rows(audit, snapshot)] for name in columns(audit)}
-    arrays = {}
-    for name, values in found.items():
-        try:
-            arrays[name] = pyarrow.array(values)
-        except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError):
-            arrays[name] = pyarrow.array([json_text(value) for value in values])
-    out = pyarrow.BufferOutputStream()
-    pyarrow.parquet.write_table(pyarrow.table(arrays), out)
-    return bytes(out.getvalue())
+
+def _about(audit: Audit, place: int, record: Record) -> dict[str, Any]:
+    """What a sequence is, and whether it is known to be corrupted."""
+    part, truth = record.parts[0], audit.rows.truth
+    found: dict[str, Any] = {"source": part.source, "row": part.row, "user_id": part.user_id}
+    if audit.labels and record.label is not None:
+        found["label"] = audit.labels[record.label]
+    if truth is not None:
+        found["corrupted"] = bool(truth.corrupted[place]) if truth.known[place] else None
+    return found
+
+
+def _texts(snapshot: Snapshot, record: Record) -> dict[str, str]:
+    """A sequence's text, or of a pair both."""
+    pieces = tokenise.pieces(snapshot.tokenizer, record.tokens.tolist())
+    if not snapshot.manifest.task.of_pairs:
+        return {"text": "".join(pieces)}
+    return {"chosen": "".join(pieces[: record.border]),
+            "rejected": "".join(pieces[record.border :])}
+
+
+def _scores(audit: Audit, number: int) -> dict[str, Any]:
+    """The exact scores of a sequence."""
+    loss = float(audit.loss[number])
+    found = {"suspicion": float(audit.suspicion[number]), "loss": loss,
+             "self_influence": float(audit.self_influence[number]),
+             "gradient_norm": float(audit.gradient_norm[number])}
+    if audit.snapshot.manifest.task.name == "causal" and audit.predictions[number]:
+        found["loss_per_token"] = loss / float(audit.predictions[number])
+    if audit.harm is not None:
+        found["harm"] = float(audit.harm[number])
+    for prefix, means in (("from", audit.by_class), ("cosine_from", audit.cosines)):
+        if means is not None:
+            found |= {f"{prefix}_{label}": float(value)
+                      for label, value in zip(audit.labels, means[number], strict=True)}
+    return found
+
+
+def _known(value: Any) -> Any:
+    """A value, None for a number that isn't one."""
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def shown(value: Any) -> str:
+    """A kept value as people read it."""
+    return value if isinstance(value, str) else json_text(value)

@@ -1,12 +1,14 @@
-"""`gradindex eval`, `report`: flags → functions."""
+"""`gradindex eval`, `report`, `audit`: flags → functions."""
 
+import sys
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from gradindex.flags import options
-from gradindex.terminal import json_text
+from gradindex.terminal import json_text, visible_lines
 from search.query_flags import (
     INDEX_FLAGS,
     OUTPUT_FILE,
@@ -18,7 +20,11 @@ from search.query_flags import (
     take_controls,
     write_output,
 )
+from search.study.audit_defaults import MOST_EXACT
 from search.study.report_defaults import OWN_QUERIES, SCORED_SEQUENCES
+
+if TYPE_CHECKING:
+    from search.study.audited import Audit
 
 
 @click.command("eval")
@@ -119,3 +125,80 @@ def report(
     write_output(output, render_report(surveyed))
     progress.say(f"the report is in {output}")
     return 2 if query_file is not None and query_file.problems else 0
+
+
+@click.command()
+@options(INDEX_FLAGS)
+@click.option("--against", metavar="FILE", type=OUTPUT_FILE,
+              help="JSON lines of queries that are known to be right: rank by harm to them.")
+@click.option("--truth", metavar="FIELD",
+              help="A kept field that says what is corrupted (true, false), or a classifier's true "
+                   "label: measure how well each signal finds it.")
+@click.option("--exact", metavar="N|all", default=str(MOST_EXACT), show_default=True,
+              help="Score so many exactly, those that are likeliest by their codes.")
+@options(control_flags("damping", "modules"))
+@click.option("--format", "form", default="auto", show_default=True,
+              type=click.Choice(["auto", "json", "jsonl", "csv", "parquet", "html"]),
+              help="auto is what -o ends in, else text for people.")
+@click.option("-o", "--output", type=OUTPUT_FILE, help="Write the whole table, or a page (.html).")
+def audit(
+    index: Path, against: Path | None, truth: str | None, exact: str, form: str,
+    output: Path | None, **flags: Any,
+) -> int:
+    """Which training sequences are corrupted? Every one with what marks it, most suspect first.
+
+    Self-influence, loss, and of a classifier what the other sequences of each class say of it; or
+    the harm to a trusted set.
+
+    \b
+    Example:
+      gradindex audit train.index -o suspects.csv
+      gradindex audit train.index --against trusted.jsonl --truth flipped -o suspects.html
+    """
+    from search.ask import query_files
+    from search.ask.settings import settle
+    from search.study.audit import audit as make_audit
+    from search.study.audit_forms import form_of_name
+    from search.study.audit_rows import check_kept
+    from search.study.trusted import read_trusted
+
+    check_outputs({"-o": output}, [against])
+    if output is not None and form == "auto":
+        form = form_of_name(output)
+    count, controls = sample_size(exact, "--exact"), take_controls(flags)
+    searcher, progress = open_searcher(index, flags)
+    # everything that can be wrong is told before the model is loaded
+    settings = settle(controls, searcher.manifest)
+    if truth is not None:
+        check_kept(searcher.snapshot, truth)
+    query_file = None if against is None else read_trusted(against, searcher.manifest.task.name)
+    trusted = None
+    if query_file is not None:
+        trusted = query_files.make_queries(searcher.snapshot, query_file, set())
+        complain(query_file, progress)
+    try:
+        audited = make_audit(searcher.snapshot, settings, searcher.batch_tokens, trusted, count,
+                             progress, truth)
+    except KeyboardInterrupt:
+        progress.say("an audit is not gone on with: nothing was scored in full yet, and nothing is "
+                     "written. --exact N scores fewer.")
+        raise
+    _show_audit(audited, form, output)
+    return 130 if audited.interrupted else 2 if query_file is not None and query_file.problems \
+        else 0
+
+
+def _show_audit(audited: "Audit", form: str, output: Path | None) -> None:
+    """Write an audit, and print what is found."""
+    from search.study.audit_forms import put
+    from search.study.audit_text import render
+    from search.study.audit_words import detection_lines, sentences
+
+    if output is not None:
+        write_output(output, partial(put, audited, form))
+    if output is not None or form == "auto":
+        click.echo(render(audited))
+        return
+    for line in (*sentences(audited), *detection_lines(audited.detections)):
+        click.echo(visible_lines(line), err=True)
+    put(audited, form, sys.stdout.buffer)

@@ -1,0 +1,76 @@
+"""An audit as text for people, on a terminal."""
+
+import shutil
+import textwrap
+from typing import Any
+
+from gradindex.terminal import visible
+from search.show import wording
+from search.study.audit_defaults import SHOWN
+from search.study.audit_table import rows
+from search.study.audit_words import detection_lines, sentences, units
+from search.study.audited import Audit
+
+LEAST_TEXT = 24  # columns of a terminal
+LEFT = ("label", "corrupted")  # columns that begin at the left
+
+
+def render(audit: Audit, width: int | None = None) -> str:
+    """What was ranked by what, the first sequences, and how well that finds the corrupted."""
+    width = max(60, min(width or shutil.get_terminal_size((100, 24)).columns, 160))
+    lines = [line for sentence in sentences(audit)
+             for line in textwrap.wrap(visible(sentence), width)]
+    table = _table(audit, width)
+    lines += ["", *table, *(["…"] if len(audit) > SHOWN else [])]
+    if audit.detections:
+        lines += ["", *detection_lines(audit.detections)]
+    return "\n".join([*lines, "", *textwrap.wrap(units(audit), width)])
+
+
+def cells_of(audit: Audit, most: int) -> tuple[list[str], list[list[str]]]:
+    """The heads of a short table, and the cells of the first sequences; their text is last."""
+    other = [] if audit.ranked_by == "self-influence" else ["self-influence"]
+    truth = [] if audit.rows.truth is None else ["corrupted"]
+    heads = ["rank", "id", audit.ranked_by, *other, "loss", *["label"] * bool(audit.labels), *truth]
+    return [*heads, "text"], [
+        [*_cells(audit, row, heads), _text(row)] for row in rows(audit, most)]
+
+
+def _table(audit: Audit, width: int) -> list[str]:
+    """The first sequences, one a line."""
+    heads, found = cells_of(audit, SHOWN)
+    cells = [heads, *found]
+    wide = [max(map(len, column)) for column in list(zip(*cells, strict=True))[:-1]]
+    lines = []
+    for line in cells:
+        *others, text = line
+        shown = "  ".join(f"{cell:<{size}}" if head in LEFT else f"{cell:>{size}}"
+                          for head, cell, size in zip(heads, others, wide, strict=False))
+        room = max(LEAST_TEXT, width - len(shown) - 2)
+        lines.append(f"{shown}  {text if len(text) <= room else text[: room - 1] + '…'}".rstrip())
+    return lines
+
+
+def _cells(audit: Audit, row: dict[str, Any], heads: list[str]) -> list[str]:
+    """What the columns say of a sequence; what codes estimate has a ~."""
+    by_code = "harm_by_code" if audit.harm is not None else "self_influence_by_code"
+    found = {
+        "rank": f"{row['rank']:,}", "id": str(row["id"]),
+        audit.ranked_by: wording.number(row["suspicion"]) if row["exact"] else
+        f"~{wording.number(row[by_code])}" if audit.ranked_by in ("harm", "self-influence") else "",
+        "self-influence": wording.unsigned(row["self_influence"]) if row["exact"] else
+        f"~{wording.unsigned(row['self_influence_by_code'])}",
+        "loss": wording.unsigned(row["loss"]) if row["exact"] else "",
+        "label": visible(row.get("label", "")),
+        "corrupted": {True: "yes", False: "no", None: ""}[row.get("corrupted")],
+    }
+    if audit.ranked_by == "self-influence":
+        found["self-influence"] = found["self-influence"].lstrip("+")
+    return [found[head] for head in heads]
+
+
+def _text(row: dict[str, Any]) -> str:
+    """A sequence's text as one line; of a pair both."""
+    if "text" in row:
+        return visible(row["text"])
+    return f"{visible(row['chosen'])} ▸ {visible(row['rejected'])}"
