@@ -13,7 +13,7 @@ from gradindex.terminal import visible, visible_lines
 from gradindex.version import VERSION
 from search.show import html, plots, wording
 from search.study.audit_defaults import EXCERPT, LISTED, SHOWN
-from search.study.audit_table import field_names, rows, shown
+from search.study.audit_table import field_names, rows, shown, text_columns
 from search.study.audit_text import cells_of
 from search.study.audit_words import percent, sentences, units
 from search.study.audited import RIVALS, Audit
@@ -103,8 +103,8 @@ def _item(audit: Audit, row: dict[str, Any]) -> dict[str, Any]:
     tags = [row["label"]] if row.get("label") is not None else []
     tags += ["corrupted"] if row.get("corrupted") else []
     names = field_names(audit)
-    facts = [(name, wording.number(row[name])) for name in row
-             if name.startswith("from_") and row[name] is not None and audit.labels]
+    facts = [(f"from {label}", wording.number(row[f"from_{label}"]))
+             for label in audit.labels if row[f"from_{label}"] is not None]
     facts += [(name, shown(row[column])) for name, column in names.items()
               if row.get(column) is not None]
     score = "not scored exactly"
@@ -113,8 +113,7 @@ def _item(audit: Audit, row: dict[str, Any]) -> dict[str, Any]:
         facts = [("loss", wording.unsigned(row["loss"])),
                  ("self-influence", wording.unsigned(row["self_influence"])), *facts]
     return {"row": row, "score": score, "tags": tags, "facts": facts,
-            "texts": [_excerpt(row[name]) for name in ("text", "chosen", "rejected")
-                      if name in row]}
+            "texts": [_excerpt(row[name]) for name in text_columns(audit)]}
 
 
 def _excerpt(text: str) -> str:

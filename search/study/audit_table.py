@@ -20,10 +20,14 @@ from search.study.truth import INSPECTED
 
 def table(audit: Audit) -> Table:
     """The table of an audit, whose rows are made as they are read."""
-    own = _columns(audit)
+    return Table(columns(audit), lambda: rows(audit), facts(audit))
+
+
+def columns(audit: Audit) -> dict[str, type | None]:
+    """The columns with the type that all values of each have, in order."""
     names = field_names(audit)
     fields = {names[name]: kind for name, kind in audit.rows.fields.items()}
-    return Table(own | fields, lambda: rows(audit), facts(audit))
+    return _own_columns(audit) | fields
 
 
 def facts(audit: Audit) -> dict[str, Any]:
@@ -42,10 +46,9 @@ def facts(audit: Audit) -> dict[str, Any]:
     }
 
 
-def _columns(audit: Audit) -> dict[str, type | None]:
+def _own_columns(audit: Audit) -> dict[str, type | None]:
     """The columns of ours with their types, in order."""
     causal, harm = audit.snapshot.manifest.task.name == "causal", audit.harm is not None
-    pairs = audit.snapshot.manifest.task.of_pairs
     found: dict[str, type | None] = {"rank": int, "id": int, "suspicion": float, "exact": bool}
     found |= dict.fromkeys(
         ["self_influence", "self_influence_by_code", "loss", *["loss_per_token"] * causal,
@@ -56,12 +59,17 @@ def _columns(audit: Audit) -> dict[str, type | None]:
     found |= {"corrupted": bool} if audit.rows.truth is not None else {}
     # an id of the user's may be text or a number
     found |= {"source": str, "row": int, "user_id": None}
-    return found | dict.fromkeys(["chosen", "rejected"] if pairs else ["text"], str)
+    return found | dict.fromkeys(text_columns(audit), str)
+
+
+def text_columns(audit: Audit) -> list[str]:
+    """The columns that hold texts of ours: one, or of pairs two."""
+    return ["chosen", "rejected"] if audit.snapshot.manifest.task.of_pairs else ["text"]
 
 
 def field_names(audit: Audit) -> dict[str, str]:
     """What the columns of kept fields are called: as in the data, unless it is a name of ours."""
-    own = set(_columns(audit))
+    own = set(_own_columns(audit))
     names = {}
     for name in audit.rows.fields:
         column = name
@@ -72,8 +80,11 @@ def field_names(audit: Audit) -> dict[str, str]:
 
 
 def rows(audit: Audit, most: int | None = None) -> Iterator[dict[str, Any]]:
-    """A dictionary a sequence, most suspect first, of the first `most` [all]."""
-    snapshot, names = audit.snapshot, field_names(audit)
+    """A dictionary by column for each sequence, most suspect first, of the first `most` [all].
+
+    What isn't known of a sequence is None.
+    """
+    snapshot, names, wanted = audit.snapshot, field_names(audit), columns(audit)
     exact = np.full(len(audit), -1, np.int64)
     exact[audit.places] = np.arange(len(audit.places))
     order, estimates = audit.order[:most], audit.self_by_code
@@ -89,7 +100,7 @@ def rows(audit: Audit, most: int | None = None) -> Iterator[dict[str, Any]]:
             if exact[place] >= 0:
                 row |= _scores(audit, int(exact[place]))
             row |= {names[name]: value for name, value in fields_of(record).items()}
-            yield {name: _known(value) for name, value in row.items()}
+            yield {name: _known(row.get(name)) for name in wanted}
 
 
 def _about(audit: Audit, place: int, record: Record) -> dict[str, Any]:

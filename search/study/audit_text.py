@@ -7,7 +7,7 @@ from typing import Any
 from gradindex.terminal import visible
 from search.show import wording
 from search.study.audit_defaults import SHOWN
-from search.study.audit_table import rows
+from search.study.audit_table import rows, text_columns
 from search.study.audit_words import detection_lines, sentences, units
 from search.study.audited import Audit
 
@@ -32,8 +32,10 @@ def cells_of(audit: Audit, most: int) -> tuple[list[str], list[list[str]]]:
     other = [] if audit.ranked_by == "self-influence" else ["self-influence"]
     truth = [] if audit.rows.truth is None else ["corrupted"]
     heads = ["rank", "id", audit.ranked_by, *other, "loss", *["label"] * bool(audit.labels), *truth]
+    texts = text_columns(audit)
     return [*heads, "text"], [
-        [*_cells(audit, row, heads), _text(row)] for row in rows(audit, most)]
+        [*_cells(audit, row, heads), " ▸ ".join(visible(row[name]) for name in texts)]
+        for row in rows(audit, most)]
 
 
 def _table(audit: Audit, width: int) -> list[str]:
@@ -61,16 +63,9 @@ def _cells(audit: Audit, row: dict[str, Any], heads: list[str]) -> list[str]:
         "self-influence": wording.unsigned(row["self_influence"]) if row["exact"] else
         f"~{wording.unsigned(row['self_influence_by_code'])}",
         "loss": wording.unsigned(row["loss"]) if row["exact"] else "",
-        "label": visible(row.get("label", "")),
+        "label": visible(row.get("label") or ""),
         "corrupted": {True: "yes", False: "no", None: ""}[row.get("corrupted")],
     }
     if audit.ranked_by == "self-influence":
         found["self-influence"] = found["self-influence"].lstrip("+")
     return [found[head] for head in heads]
-
-
-def _text(row: dict[str, Any]) -> str:
-    """A sequence's text as one line; of a pair both."""
-    if "text" in row:
-        return visible(row["text"])
-    return f"{visible(row['chosen'])} ▸ {visible(row['rejected'])}"

@@ -24,7 +24,8 @@ def sentences(audit: Audit) -> list[str]:
 
 def ranking(audit: Audit) -> str:
     """What sequences are ranked by."""
-    trusted = f" of {audit.trusted:,} queries" if audit.harm is not None else ""
+    queries = "query" if audit.trusted == 1 else "queries"
+    trusted = f" of {audit.trusted:,} {queries}" if audit.harm is not None else ""
     return (f"{len(audit):,} sequences, most suspect first, by {audit.ranked_by}: "
             f"{MEANINGS[audit.ranked_by]}{trusted}.")
 

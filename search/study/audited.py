@@ -17,7 +17,7 @@ from search.study.truth import Detection, detection
 
 # what sequences are ranked by where no trusted set is given, by task: what the benchmark of
 # corrupted labels finds best
-RANKED_BY = {"classification": "own class"}
+RANKED_BY = {"classification": "least class, cosine"}
 OTHERWISE = "self-influence"
 RIVALS = ("loss", "gradient norm", "self-confidence")
 CHANCE = "random"
@@ -43,6 +43,8 @@ MEANINGS = {
     "self-confidence": "how unlikely the model finds what it was to teach: 1 − p, of several "
                        "predictions their geometric mean",
     "harm": "minus its mean influence on the trusted set",
+    "harm, cosine": "minus its mean influence on the trusted set over ‖m̃‖, the root of its "
+                    "self-influence",
 }
 
 
@@ -125,6 +127,9 @@ class Audit:
                           _against(means, self.rows.labels[self.places]).items()}
         if self.harm is not None:
             found["harm"] = self.harm
+            found["harm, cosine"] = np.divide(
+                self.harm, np.sqrt(self.self_influence), out=np.zeros_like(self.harm),
+                where=self.self_influence > 0)
         confidence = np.exp(-self.loss / np.maximum(1, self.predictions))
         return found | {"loss": self.loss, "gradient norm": self.gradient_norm,
                         "self-confidence": 1 - confidence}
