@@ -65,7 +65,7 @@ def read_rows(snapshot: Snapshot, truth: str | None, progress: Progress) -> RowF
 
 def check_kept(snapshot: Snapshot, truth: str) -> None:
     """Raise InputError for a field that the index doesn't keep."""
-    kept = snapshot.manifest.plan.keep_fields
+    kept = snapshot.manifest.plan.record_fields
     if truth not in kept:
         available = f"kept were {', '.join(kept)}" if kept else "none was kept"
         raise InputError(f"--truth {truth}: expected a field that was kept at the build "
