@@ -156,10 +156,6 @@ class Whole:
             scores += p_rows.flatten(1) @ gradient(module, a, d_rows).flatten(1).T
         return scores
 
-    def matrices(self) -> Tensor:
-        """P, [q, o, i]."""
-        return self.p
-
     def arrays(self) -> np.ndarray:
         """P as NumPy's array, to be sent to another process: [q, o, i]."""
         return self.p.cpu().numpy()
@@ -212,10 +208,6 @@ class LowRank:
         return torch.cat([
             _low_rank_terms(module, a, d, *factors).sum(-1)
             for factors in zip(left.split(most), right.split(most), strict=True)])
-
-    def matrices(self) -> Tensor:
-        """L R, [q, o, i]."""
-        return self.left @ self.right
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
         """L and R as NumPy's arrays, to be sent to another process: [q, o, r] and [q, r, i]."""
