@@ -278,10 +278,10 @@ def write_output(output: Path, content: "str | bytes | Callable[[Sink], object]"
     from gradindex.storage.files import atomic_write
     from gradindex.storage.os_errors import refusals
 
-    output = output.resolve()  # or a link would be replaced by a file
     raw = content.encode() if isinstance(content, str) else content
+    # asked of the name that was given: /dev/stdout leads to a pipe, which has none of its own
     if not output.exists() or output.is_file():
-        atomic_write(output, raw)
+        atomic_write(output.resolve(), raw)  # or a link would be replaced by a file
     else:
         with refusals(output, "written"), output.open("wb") as file:
             if isinstance(raw, bytes):

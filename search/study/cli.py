@@ -196,9 +196,11 @@ def _show_audit(audited: "Audit", form: str, output: Path | None) -> None:
 
     if output is not None:
         write_output(output, partial(put, audited, form))
-    if output is not None or form == "auto":
+    # what isn't a file may be standard output itself, which has the data then
+    if form == "auto" or (output is not None and output.is_file()):
         click.echo(render(audited))
         return
     for line in (*sentences(audited), *detection_lines(audited.detections)):
         click.echo(visible_lines(line), err=True)
-    put(audited, form, sys.stdout.buffer)
+    if output is None:
+        put(audited, form, sys.stdout.buffer)

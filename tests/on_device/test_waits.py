@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,6 +21,7 @@ from gradindex.model.network import LanguageModel
 from gradindex.model.tracked import tracked_modules
 from gradindex.objective.batch import Text
 from indexer.encode import encode_batches
+from search.study.class_means import add_classes
 from indexer.fit.batch_sums import add_covariances, add_eigenvalues, fit_batch
 from support.models import MIXTURES, SIZES, random_network
 from support.pretend.ledger import LEDGER
@@ -66,10 +68,16 @@ def batch_works(texts: list[Text], family: str, **sizes: Any) -> dict[str, Calla
     by = Rescorer(model, modules, ekfac, 0.1, 4096)
     labels = partial(fit_batch, model, records, "model", 0)
 
-    def rescored(queries: Preconditioned, **wanted: bool) -> None:
+    def rescored(queries: Preconditioned | None, **wanted: bool) -> None:
         list(rescore(by, queries, records, one_chunk=True, **wanted))
 
+    def class_sums() -> None:
+        sums = {m.name: torch.zeros(4, *m.shape, device=DEVICE) for m in modules}
+        slots = np.arange(len(records)) % 2
+        add_classes(by, sums, records, np.ones(len(records)), slots, lambda tokens: None)
+
     return {
+        "class sums": class_sums,
         "covariance": lambda: add_covariances(
             model, modules, squares, *labels(Stream.COVARIANCE_LABELS)),
         "eigenvalues": lambda: add_eigenvalues(
@@ -79,6 +87,7 @@ def batch_works(texts: list[Text], family: str, **sizes: Any) -> dict[str, Calla
         "rescore two": lambda: rescored(two),
         "rescore with terms and sizes": lambda: rescored(one, terms=True, sizes=True),
         "rescore by module": lambda: rescored(two, by_module=True, sizes=True),
+        "sizes alone": lambda: rescored(None, sizes=True),
     }
 
 

@@ -4,6 +4,7 @@ import base64
 import csv
 import hashlib
 import json
+import os
 import re
 import shutil
 from html.parser import HTMLParser
@@ -138,6 +139,21 @@ def test_to_standard_output_and_for_people(folder, found, tmp_path):
     first = found.to_list()[0]
     assert re.search(rf"^ +1 +{first['id']} ", shown.stdout, re.MULTILINE)
     assert "\x1b" not in shown.stdout
+
+
+def test_a_link_to_a_pipe_is_written_to(folder, found, tmp_path):
+    """As /dev/stdout is: the pipe has no name of its own."""
+    reader, writer = os.pipe()
+    (tmp_path / "out").symlink_to(f"/proc/self/fd/{writer}")
+    shown = run(folder / "i", "--exact", 1, "--format", "csv", "-o", tmp_path / "out")
+    os.close(writer)
+    with os.fdopen(reader) as file:
+        assert len(list(csv.DictReader(file))) == 30
+    assert shown.stdout == "" and "1 of 30 were scored exactly" in shown.stderr
+    assert (tmp_path / "out").is_symlink()
+    (tmp_path / "link.csv").symlink_to(tmp_path / "real.csv")
+    run(folder / "i", "--exact", 1, "-o", tmp_path / "link.csv")
+    assert (tmp_path / "link.csv").is_symlink() and (tmp_path / "real.csv").is_file()
 
 
 def test_against_a_file_of_trusted_queries(folder):

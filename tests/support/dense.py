@@ -11,9 +11,10 @@ from support.reference import ekfac_matrix, log_likelihood
 
 def log_p_of(network: Any, task: str, record: Any) -> torch.Tensor:
     """The log p of a sequence, read alone and without a mask."""
-    tokens = torch.from_numpy(record.tokens.astype(np.int64))
+    there = next(network.parameters()).device
+    tokens = torch.from_numpy(record.tokens.astype(np.int64)).to(there)
     if task == "causal":
-        labels = torch.where(torch.from_numpy(record.scored), tokens, -100)
+        labels = torch.where(torch.from_numpy(record.scored).to(there), tokens, -100)
         return log_likelihood(network, tokens, labels)
     if task == "classification":
         return network(input_ids=tokens[None]).logits.log_softmax(-1)[0, record.label]
@@ -39,7 +40,7 @@ def gradients_of(index: Any, record: Any, task: str) -> tuple[float, dict[str, t
         weight = weight if isinstance(linear, torch.nn.Linear) else weight.T  # Conv1D
         if linear.bias is not None:
             weight = torch.cat([weight, next(parts)[:, None]], 1)
-        found[name] = weight.flatten()
+        found[name] = weight.flatten().cpu()
     return value.item(), found
 
 
@@ -51,7 +52,8 @@ def gram(index: Any, records: list[Any], task: str) -> tuple[np.ndarray, np.ndar
         c = index.snapshot.ekfac[module.name]
         g = torch.stack([gradients[module.name] for _, gradients in found])
         damping = index.manifest.damping * c.eigenvalues.mean().item()
-        matrix = ekfac_matrix(c.eigenvectors_s, c.eigenvectors_a, c.eigenvalues, damping)
+        matrix = ekfac_matrix(*(part.cpu() for part in (
+            c.eigenvectors_s, c.eigenvectors_a, c.eigenvalues)), damping)
         influence += (g @ torch.linalg.solve(matrix, g.T)).numpy()
         squares += g.square().sum(1).numpy()
     return influence, np.array([log_p for log_p, _ in found]), np.sqrt(squares)
