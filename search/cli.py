@@ -9,6 +9,7 @@ from gradindex.flags import options, read_ids
 from gradindex.terminal import json_text, visible_lines
 from search.query_flags import (
     INDEX_FLAGS,
+    INPUT_FILE,
     OUTPUT_FILE,
     QUESTION_FLAGS,
     RAY_FLAGS,
@@ -25,7 +26,7 @@ from search.query_flags import (
 
 if TYPE_CHECKING:
     from gradindex.progress import Progress
-    from gradindex.results import Hit, Result
+    from gradindex.results import Hit, Query, Result
     from search.ask.controls import Controls
     from search.engine import SearchStage
 
@@ -38,8 +39,9 @@ LOADING = "loading the model and the index, then the query's gradient"
 @options(QUESTION_FLAGS)
 @options(control_flags("normalize", "damping", "modules", "k", "shortlist", "recall", "rescore",
                        "opponents", "candidates", "group_by", "time_limit"))
-@click.option("--queries", type=OUTPUT_FILE, metavar="FILE",
-              help="JSON lines with prompt, completion, id: search for all of them together.")
+@click.option("--queries", type=INPUT_FILE, metavar="FILE",
+              help="JSON lines or a table (.csv, .parquet) with prompt, completion, id, or rows of "
+                   "data of another task: search for all of them together.")
 @click.option("--aggregate", type=click.Choice(["sum"]),
               help="With --queries: one search, for the sum of their log p. It sums first: "
                    "--normalize goes by the sum's own gradient.")
@@ -121,8 +123,8 @@ def _search_many(
     if form in ("csv", "parquet", "html") and not aggregated:
         raise click.UsageError(f"--format {form} holds one query's hits; with --queries take json.")
     # a line that can't be used is told and left out: the others are worth their time
-    query_file = query_files.read_queries(path)
     searcher, progress = open_searcher(index, flags)
+    query_file = query_files.read_queries(path, settings=searcher.manifest.plan.corpus)
     settings = settle(controls, searcher.manifest)
     progress.say(LOADING)
     if aggregated:
@@ -168,10 +170,11 @@ class _Follower:
         if stage.name == "gradient" and stage.query is not None and not self._count:
             query = stage.query
             if query.generated:
-                progress.say(f"the model continues: {query.completion!r}")
+                progress.say(f"the model continues: {query.completion!r}" if query.label is None
+                             else f"the model's own label: {query.label_name}")
             difference = ", a difference" if any(text.weight < 0 for text in query.others) else ""
-            progress.say(f"gradient of {sum(text.scored for text in query.texts)} scored tokens, "
-                         f"log p = {query.log_p:.2f} nats{difference}")
+            progress.say(f"{_gradient_of(query)} = {query.log_p:.2f}"
+                         f"{' nats' * (query.unit == 'nats')}{difference}")
         elif stage.name == "approximate" and stage.total:
             if self._running:
                 progress.finish()
@@ -192,6 +195,16 @@ class _Follower:
                 self._running = False
             if last and self._count:
                 progress.say(f"{self._answered} queries answered")
+
+
+def _gradient_of(query: "Query") -> str:
+    """What was differentiated, and of how much."""
+    if query.row_log_p is None:
+        return f"gradient of {sum(text.scored for text in query.texts)} scored tokens, log p"
+    if query.unit != "nats":
+        return "gradient of the reward"
+    several = query.label_name is None or query.others
+    return "gradient of log p" + ("" if several else f"({query.label_name})")
 
 
 @click.command()

@@ -59,6 +59,7 @@ def _refuse_stray(_: click.Context, __: click.Parameter, words: tuple[str, ...])
 
 # ---- flags that several commands have, in the order in which their help shows them
 
+INPUT_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 OUTPUT_FILE = click.Path(dir_okay=False, path_type=Path)
 INDEX_FLAGS = [
     click.argument("index", type=click.Path(path_type=Path)),
@@ -247,7 +248,9 @@ def open_searcher(index: Path, flags: dict[str, Any]) -> tuple["Searcher", "Prog
 
 
 def complain(query_file: "QueryFile", progress: "Progress") -> None:
-    """Say which lines of a file of queries are left out, and why."""
+    """Say which lines of a file of queries are left out, and why; and what of them isn't read."""
+    if query_file.unread:
+        progress.say(f"queries: not read: {', '.join(query_file.unread)}")
     for problem in query_file.problems:
         progress.say(f"left out: {problem}")
 

@@ -25,7 +25,8 @@ DOORS = {  # library: the files that it enters through
     "faiss": {"gradindex/storage/code_index.py"},
     "safetensors": {"gradindex/model/saved_files.py"},
     "pyarrow": {"indexer/read/compressed.py", "indexer/read/sources.py",
-                "search/show/data_files.py", "search/show/table_files.py"},
+                "search/ask/query_tables.py", "search/show/data_files.py",
+                "search/show/table_files.py"},
     "jinja2": {"search/show/html.py"},
     "starlette": {f"search/serve/{name}.py" for name in
                   ("api", "guard", "pages", "reception", "server")},

@@ -114,7 +114,7 @@ def encode_labelled(
     Raises RowError.
     """
     label = label_number(content["label"], labels)
-    texts = [_text(text, name) for text, name in
+    texts = [text_of(text, name) for text, name in
              zip(content["texts"], ("text", "text_b"), strict=False)]
     tokenised = encode_whole(tokenizer, *texts, length=length)
     own = halves(tokenised.scored, tokenised.border or len(tokenised.tokens))
@@ -186,13 +186,14 @@ def encode_preferred(
 def encode_answered(tokenizer: Any, prompt: Any, response: Any, task: Task) -> Tokenised:
     """The tokens of one answer to a prompt, as one of a pair has them. Raises RowError."""
     if is_messages(response):
+        check_chat_template(tokenizer, "response")
         try:
             return encode_answer(tokenizer, read_chat(prompt, name="prompt"),
                                  read_chat(response, name="response").messages)
         except (MessagesError, ChatTemplateError) as error:
             raise RowError(getattr(error, "reason", str(error))) from None
-    text = _ended(tokenizer, _text(response, "response"))
-    prompt = "" if prompt is None else _text(prompt, "prompt", empty=True)
+    text = _ended(tokenizer, text_of(response, "response"))
+    prompt = "" if prompt is None else text_of(prompt, "prompt", empty=True)
     return encode_whole(tokenizer, prompt + text) if task.name == "reward" else \
         encode_pair(tokenizer, prompt, text)
 
@@ -236,11 +237,11 @@ def _answers(
     for name in ("prompt", "chosen", "rejected"):
         if is_quoted(content[name]):  # which would be read with its brackets
             raise RowError(f"{name} is messages as JSON text (write them as a list)")
-    texts = [_text(content[name], name) for name in ("chosen", "rejected")]
+    texts = [text_of(content[name], name) for name in ("chosen", "rejected")]
     if prompt is None:
         prompt, texts = without_common(texts)
     else:
-        prompt = _text(prompt, "prompt", empty=True)
+        prompt = text_of(prompt, "prompt", empty=True)
     texts = [_ended(tokenizer, text) for text in texts]
     if task.name == "reward":
         one, other = (encode_whole(tokenizer, prompt + text) for text in texts)
@@ -309,7 +310,7 @@ def _same_prompt(pairs: list[Tokenised]) -> tuple[Tokenised, Tokenised]:
     return pairs[0], pairs[1]
 
 
-def _text(value: Any, name: str, empty: bool = False) -> str:
+def text_of(value: Any, name: str, empty: bool = False) -> str:
     """A field of that name, if it's text, which may be `empty`. Raises RowError."""
     if value is None or _is_nan(value):
         raise RowError(f"no {name}")

@@ -6,13 +6,9 @@ from typing import Any
 from gradindex.errors import InputError
 from gradindex.model.task_rows import REFERENCE
 from gradindex.storage.build_plan import CorpusSettings
+from gradindex.task import label_field, text_fields
 from indexer.read.known_forms import Content, Form
 
-# what data sets call a text, or two; and its label
-TEXTS = (("text", "text_b"), ("sentence1", "sentence2"), ("premise", "hypothesis"),
-         ("question1", "question2"), ("question", "sentence"), ("text",), ("sentence",),
-         ("content",), ("review",))
-LABELS = ("label", "labels", "class", "target")
 # task: the fields that may be named
 FIELDS = {
     "causal": ("text", "prompt", "completion", "messages"),
@@ -38,22 +34,15 @@ def task_form(task: str, names: Collection[Any], settings: CorpusSettings) -> Fo
 
 
 def _labelled(names: Collection[Any], settings: CorpusSettings) -> Form | None:
-    first, second = settings.text_field, settings.text_b_field
-    if first is None:
-        known = [texts for texts in TEXTS if set(texts) <= set(names) and (
-            second is None or len(texts) == 1)]
-        first, second = (*known[0], second)[:2] if known else (None, None)
-    label = settings.label_field or next((name for name in LABELS if name in names), None)
-    if first is None or label is None:
-        return None
-    texts = (first,) if second is None else (first, second)
-    if not {*texts, label} <= set(names):
+    texts = text_fields(names, settings.text_field, settings.text_b_field)
+    label = label_field(names, settings.label_field)
+    if texts is None or label is None:
         return None
 
     def standard(content: Content) -> Content:
         return {"texts": [content[name] for name in texts], "label": content[label]}
 
-    return Form("labelled", "labelled", (*texts, label), "read as text and label" if second is None
+    return Form("labelled", "labelled", (*texts, label), "read as text and label" if len(texts) == 1
                 else "read as two texts and a label", standard)
 
 

@@ -7,6 +7,7 @@ answered there, so a killed run goes on.
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,21 @@ from typing import Any
 from gradindex.errors import InputError
 from gradindex.influence.fitted_model import FittedModel
 from gradindex.results import Query, Result
+from gradindex.storage.build_plan import CorpusSettings
 from gradindex.storage.os_errors import refusals
+from gradindex.task import label_field, text_fields
 from gradindex.terminal import json_text
 from search.ask.make_query import make_query
+from search.ask.query_tables import TABLES, QueryRow, table_rows
 from search.ask.question import Question
 from search.ask.settings import Settings
 
 FIELDS: dict[str, tuple[type, ...]] = {
     "prompt": (str, list), "completion": (str,), "messages": (list,), "tools": (list,),
     "chat_template_kwargs": (dict,), "token_ids": (list,), "labels": (list,), "versus": (str,),
-    "score_on": (str,), "text": (str,), "text_b": (str,), "label": (str, int),
-    "versus_label": (str, int), "chosen": (str, list), "rejected": (str, list),
-    "response": (str, list), "margin": (int, float),
+    "score_on": (str,), "text": (str,), "text_b": (str,), "label": (str, int, float),
+    "versus_label": (str, int, float), "chosen": (str, list), "rejected": (str, list),
+    "response": (str, list), "margin": (int, float, str),
 }
 # as errors call them
 KINDS: dict[type, str] = {
@@ -35,36 +39,38 @@ OPENING = b'{"asked": "'  # of every line of results
 
 @dataclass
 class QueryFile:
-    """The questions of a file by id (a line's own, else its number), and what was wrong in it."""
+    """The questions of a file by id (a line's own, else its number), and what was wrong in it.
+
+    `origins` say where in the file each stands, `unread` which fields of rows of data are no part
+    of a question.
+    """
 
     questions: dict[Any, Question] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    origins: dict[Any, str] = field(default_factory=dict)
+    unread: list[str] = field(default_factory=list)
 
 
-def read_queries(path: Path, flag: str = "--queries") -> QueryFile:
-    """Read JSON lines: prompt and completion (or messages, tools, …), versus, score_on, id.
+def read_queries(
+    path: Path, flag: str = "--queries", settings: CorpusSettings | None = None
+) -> QueryFile:
+    """Read queries from JSON lines, or a table (CSV, TSV, Parquet), a row each.
 
-    `flag` is what named the file, for messages.
-
-    A line that can't be used becomes a problem; the others are kept. Raises InputError where the
-    file can't be read.
+    `flag` is what named the file, for messages. A row has a prompt and completion (or messages,
+    tools, …), versus, score_on, id; or is one of the data of another task, whose fields are called
+    as the `settings` of the build have them, or as usual. One that can't be used becomes a problem;
+    the others are kept. Raises InputError where the file can't be read.
     """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{flag} {path}: {error.strerror}. A JSON lines file is read "
-                         "there.") from None
     query_file = QueryFile()
-    # not splitlines(): JSON text may hold U+2028 and the like, which end no line of the file
-    for number, line in enumerate(content.split(b"\n"), 1):
-        if not line.strip():
-            continue
+    for number, row in _rows(path, flag):
         try:
-            question = _parse(line, number)
+            question, unread = _question(row, number, settings)
             if question.id in query_file.questions:
                 raise ValueError(f"the id {question.id!r} was there before (a line without an id "
                                  "has its number)")
             query_file.questions[question.id] = question
+            query_file.origins[question.id] = f"{path}:{number}"
+            query_file.unread += [name for name in unread if name not in query_file.unread]
         except ValueError as error:
             query_file.problems.append(f"{path}:{number}: {error}")
     # problems alone are told one by one; a file of blank lines would end in silence
@@ -74,15 +80,43 @@ def read_queries(path: Path, flag: str = "--queries") -> QueryFile:
     return query_file
 
 
-def _parse(line: bytes, number: int) -> Question:
-    """What a line asks; without an id of its own it has its number. Raises ValueError."""
+def _rows(path: Path, flag: str) -> Iterator[tuple[int, QueryRow]]:
+    """The rows of a file that aren't blank, with their numbers from 1."""
+    if path.suffix.lower() in TABLES:
+        yield from table_rows(path, flag)
+        return
     try:
-        query = json.loads(line.decode("utf-8"))
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{flag} {path}: {error.strerror}. A JSON lines file is read "
+                         "there.") from None
+    # not splitlines(): JSON text may hold U+2028 and the like, which end no line of the file
+    for number, line in enumerate(content.split(b"\n"), 1):
+        if line.strip():
+            yield number, _parse(line)
+
+
+def _parse(line: bytes) -> QueryRow:
+    """The object of a line."""
+    try:
+        row = json.loads(line.decode("utf-8"))
     # brackets without end make the parser recurse until Python stops it
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"not JSON in UTF-8 ({error})") from None
-    if not isinstance(query, dict):
-        raise ValueError("expected an object with a prompt and a completion")
+    except (ValueError, RecursionError) as error:
+        return ValueError(f"not JSON in UTF-8 ({error})")
+    return row if isinstance(row, dict) else ValueError(
+        "expected an object with a prompt and a completion")
+
+
+def _question(
+    row: QueryRow, number: int, settings: CorpusSettings | None
+) -> tuple[Question, list[str]]:
+    """What a row asks, and which of its fields are no part of that. Raises ValueError.
+
+    Without an id of its own it has its number.
+    """
+    if isinstance(row, ValueError):
+        raise row
+    query, unread = _of_data(row, settings or CorpusSettings(1, task=""))
     unknown = [name for name in query if name not in (*FIELDS, "id")]
     if unknown:
         raise ValueError(f"unknown field {unknown[0]!r}; expected some of {', '.join(FIELDS)}, id")
@@ -96,7 +130,37 @@ def _parse(line: bytes, number: int) -> Question:
         elif not isinstance(value, FIELDS[name]):
             expected = " or ".join(dict.fromkeys(KINDS[kind] for kind in FIELDS[name]))
             raise ValueError(f"field {name!r} is not {expected}")
-    return Question(**{"id": number, **query})
+    return Question(**{"id": number, **query}), unread
+
+
+def _of_data(row: dict[str, Any], settings: CorpusSettings) -> tuple[dict[str, Any], list[str]]:
+    """A row of data of another task as a question, and its fields that are no part of one.
+
+    Any other row is as it was.
+    """
+    fields: dict[str, str] = {}  # of a question: as the row calls them
+    if settings.task in ("", "classification"):
+        texts = text_fields(row, settings.text_field, settings.text_b_field)
+        label = label_field(row, settings.label_field)
+        if texts:
+            fields = dict(zip(("text", "text_b"), texts, strict=False))
+        if texts and label:
+            fields["label"] = label
+        elif not row.keys() <= {*(texts or ()), "id", "versus_label"}:  # a label that is misspelt?
+            fields = {}
+    if settings.task != "classification" and not fields:
+        called = {name: getattr(settings, f"{name}_field", None) or name
+                  for name in ("chosen", "rejected", "prompt", "margin")}
+        if called["chosen"] in row and called["rejected"] in row:
+            fields = {name: field for name, field in called.items() if field in row}
+    if not fields or settings.task == "causal":
+        return row, []
+    if settings.task == "preference":  # as in training
+        fields.pop("margin", None)
+    fields |= {name: name for name in ("versus_label", "id") if name in row}
+    # a value that is missing is none that was given: the model's own label, no margin
+    question = {name: row[field] for name, field in fields.items() if row[field] is not None}
+    return question, [name for name in row if name not in fields.values()]
 
 
 def _check_id(value: Any) -> None:
@@ -124,7 +188,8 @@ def make_queries(fitted: FittedModel, query_file: QueryFile, done: set[Any]) -> 
         try:
             queries.append(make_query(fitted, question))
         except InputError as error:
-            query_file.problems.append(f"query {question.id!r}: {error}")
+            query_file.problems.append(
+                f"{query_file.origins[question.id]}: query {question.id!r}: {error}")
     return queries
 
 

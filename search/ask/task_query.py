@@ -15,6 +15,7 @@ from gradindex.model.task_rows import (
     encode_preferred,
     encode_whole,
     label_number,
+    text_of,
 )
 from gradindex.model.tokenise import Tokenised
 from gradindex.objective.batch import Text
@@ -22,6 +23,7 @@ from gradindex.results import UNSCORED, Query
 from gradindex.storage.records import Record
 from search.ask.question import Question
 
+UNBOUNDED = 1 << 30  # tokens: how long a query may be is seen afterwards
 # by task, the fields of a question
 ASKED = {
     "causal": {"prompt", "completion", "token_ids", "labels", "messages", "tools",
@@ -76,9 +78,10 @@ def _labelled(fitted: FittedModel, question: Question) -> Query:
     names = fitted.manifest.plan.labels
     if question.text is None:
         raise InputError(f"a query has a text: {EXAMPLES['classification']}.")
-    query = _query(fitted, encode_whole(fitted.tokenizer, question.text, question.text_b))
-    query.prompt = question.text if question.text_b is None else \
-        f"{question.text}\n{question.text_b}"
+    texts = [text_of(text, name) for name, text in (
+        ("text", question.text), ("text_b", question.text_b)) if text is not None]
+    query = _query(fitted, encode_whole(fitted.tokenizer, *texts))
+    query.prompt = "\n".join(texts)
     query.generated = question.label is None
     query.label = _predicted(fitted, query) if question.label is None else \
         label_number(question.label, names)
@@ -105,14 +108,18 @@ def _predicted(fitted: FittedModel, query: Query) -> int:
 
 def _preferred(fitted: FittedModel, question: Question) -> Query:
     task, both = fitted.manifest.task, (question.chosen, question.rejected)
-    longest = context_length(fitted.config) or 1 << 30
     if question.response is not None:
         if both != (None, None):
             raise InputError("--response asks about one answer, --chosen and --rejected about two; "
                              "give one kind.")
+        if question.margin is not None:
+            raise InputError("--margin goes with --chosen and --rejected, of which it is taken "
+                             "off the difference. Leave it out.")
         return _answer(fitted, question.prompt, question.response)
     if None in both:
         raise InputError(f"a query has a chosen and a rejected answer: {EXAMPLES[task.name]}.")
+    if question.chosen == question.rejected:
+        raise InputError("--rejected is --chosen itself: there is nothing to compare.")
     if task.name == "preference":  # what a reference says of a query is a constant beside these
         query = _answer(fitted, question.prompt, question.chosen)
         query.others = [_answer(fitted, question.prompt, question.rejected)]
@@ -120,7 +127,7 @@ def _preferred(fitted: FittedModel, question: Question) -> Query:
         return query
     content = {"prompt": question.prompt, "chosen": question.chosen,
                "rejected": question.rejected, "margin": question.margin}
-    query = _query(fitted, encode_preferred(fitted.tokenizer, content, task, longest))
+    query = _query(fitted, encode_preferred(fitted.tokenizer, content, task, UNBOUNDED))
     query.prompt, query.completion = _shown(question.prompt), _shown(question.chosen)
     return query
 

@@ -125,12 +125,13 @@ def coordinates_of(
     batch_tokens: int,
 ) -> Gradients:
     """C_u [q, o, i] of each query, the weighted sum over its texts; sets their token_log_p."""
-    texts = [(number, text) for number, query in enumerate(queries) for text in query.texts]
     total: Gradients = {
         module.name: torch.zeros(len(queries), *module.shape, dtype=snapshot.model.accumulate,
                                  device=snapshot.model.device_of(module))
         for module in modules
     }
+
+    texts: list[tuple[int, Query]]
 
     def run(rows: list[int]) -> tuple[Gradients, Tensor]:
         batch = snapshot.model.batch([as_row(text) for _, text in (texts[row] for row in rows)])
@@ -138,20 +139,24 @@ def coordinates_of(
             return query_coordinates(
                 snapshot.model, modules, snapshot.ekfac, batch, damping)
 
-    lengths = snapshot.model.lengths([as_row(text) for _, text in texts])
     most = _at_once(snapshot, modules)
-    for rows, (coordinates, log_p) in in_batches(lengths, batch_tokens, Splits(), run, most):
-        members = [texts[row] for row in rows]
-        for (_, text), terms in zip(members, log_p.tolist(), strict=True):
-            if snapshot.manifest.task.name == "causal":
-                text.token_log_p = by_token(terms, len(text.tokens))
-            else:
-                [text.row_log_p] = terms
-        numbers = torch.tensor([number for number, _ in members], device=snapshot.model.device)
-        # a query's texts may be in several batches: each adds its part, −1 times that of a versus
-        for name, c in coordinates.items():
-            weights = c.new_tensor([text.weight for _, text in members])
-            total[name].index_add_(0, numbers.to(c.device), c * weights[:, None, None])
+    every = [(number, text) for number, query in enumerate(queries) for text in query.texts]
+    # a batch has pairs, or answers by themselves
+    for paired in (False, True):
+        texts = [one for one in every if (one[1].border is not None) == paired]
+        lengths = snapshot.model.lengths([as_row(text) for _, text in texts])
+        for rows, (coordinates, log_p) in in_batches(lengths, batch_tokens, Splits(), run, most):
+            members = [texts[row] for row in rows]
+            for (_, text), terms in zip(members, log_p.tolist(), strict=True):
+                if snapshot.manifest.task.name == "causal":
+                    text.token_log_p = by_token(terms, len(text.tokens))
+                else:
+                    [text.row_log_p] = terms
+            numbers = torch.tensor([number for number, _ in members], device=snapshot.model.device)
+            # a query's texts may be in several batches: each adds its part, −1 times a versus's
+            for name, c in coordinates.items():
+                weights = c.new_tensor([text.weight for _, text in members])
+                total[name].index_add_(0, numbers.to(c.device), c * weights[:, None, None])
     return total
 
 

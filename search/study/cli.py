@@ -11,6 +11,7 @@ from gradindex.flags import options
 from gradindex.terminal import json_text, visible_lines
 from search.query_flags import (
     INDEX_FLAGS,
+    INPUT_FILE,
     OUTPUT_FILE,
     check_outputs,
     complain,
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
 
 @click.command("eval")
 @options(INDEX_FLAGS)
-@click.option("--queries", required=True, metavar="FILE", type=OUTPUT_FILE,
-              help="JSON lines with prompt and completion.")
+@click.option("--queries", required=True, metavar="FILE", type=INPUT_FILE,
+              help="As for search: JSON lines or a table.")
 @click.option("--sample", metavar="N|all", default="all", show_default=True,
               help="Score so many random sequences exactly.")
 @options(control_flags("damping", "modules"))
@@ -57,8 +58,8 @@ def evaluate(
         raise click.UsageError(f"--plot {plot}: expected a name that ends in .png, .svg or .pdf.")
     controls = take_controls(flags)
     count = sample_size(sample)
-    query_file = query_files.read_queries(queries)
     searcher, progress = open_searcher(index, flags)
+    query_file = query_files.read_queries(queries, settings=searcher.manifest.plan.corpus)
     # everything that can be wrong is told before the model is loaded
     settings = settle(controls, searcher.manifest)
     evaluation.check_sample(count, searcher.manifest)
@@ -86,8 +87,8 @@ def evaluate(
 
 @click.command()
 @options(INDEX_FLAGS)
-@click.option("--queries", metavar="FILE", type=OUTPUT_FILE,
-              help="JSON lines with prompt and completion "
+@click.option("--queries", metavar="FILE", type=INPUT_FILE,
+              help="As for search: JSON lines or a table "
                    f"[{OWN_QUERIES} of the index's own sequences].")
 @click.option("--sample", metavar="N|all",
               help=f"Score so many random sequences exactly [{SCORED_SEQUENCES}].")
@@ -113,9 +114,10 @@ def report(
 
     check_outputs({"-o": output}, [queries])
     count = SCORED_SEQUENCES if sample is None else sample_size(sample)
-    query_file = None if queries is None else query_files.read_queries(queries)
     controls = take_controls(flags)
     searcher, progress = open_searcher(index, flags)
+    query_file = None if queries is None else query_files.read_queries(
+        queries, settings=searcher.manifest.plan.corpus)
     settings = settle(controls, searcher.manifest)
     ready = None
     if query_file is not None:
