@@ -117,9 +117,9 @@ class ChosenForms:
         if source.kind in ("json", "jsonl") and holds_columns(first, form) and _is_alone(source):
             raise columns_for_records(source.name, form)
         self.forms[source.name] = form
-        if task == "classification":
-            if said := compare_names(source, form.needs[-1], self.settings.labels):
-                self.said_of_labels.append(said)
+        if task == "classification" and (
+                said := compare_names(source, form.needs[-1], self.settings.labels)):
+            self.said_of_labels.append(said)
         used = self._used(source)
         self.unread[source.name] = [name for name in names if name not in used]
         self.others[source.name] = other_forms(form, names) if task == "causal" else []

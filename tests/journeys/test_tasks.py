@@ -11,21 +11,16 @@ import gradindex
 from gradindex.cli import main_group
 from gradindex.errors import InputError
 from support.task_models import (
+    NAMES,
+    SMALL,
     answers,
     network_of_texts,
     policy,
     save,
     sentences,
     tokenizer_of_texts,
+    written,
 )
-
-SMALL = {"bits": 512, "fit_sequences": 24, "batch_tokens": 64, "segment_size": 10, "seq_len": 16}
-NAMES = {"id2label": {0: "negative", 1: "positive"}, "label2id": {"negative": 0, "positive": 1}}
-
-
-def written(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def trained(network, tokenizer, rows):

@@ -1,5 +1,7 @@
-"""Tiny models of other tasks than the next token, with random weights."""
+"""Tiny models of other tasks than the next token, with random weights, and data for them."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +12,8 @@ from gradindex.model.network import LanguageModel
 from gradindex.task import Task
 
 VOCABULARY = 40
+SMALL = {"bits": 512, "fit_sequences": 24, "batch_tokens": 64, "segment_size": 10, "seq_len": 16}
+NAMES = {"id2label": {0: "negative", 1: "positive"}, "label2id": {"negative": 0, "positive": 1}}
 ENCODER = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2,
            "num_attention_heads": 2, "intermediate_size": 24, "max_position_embeddings": 32,
            "pad_token_id": 0, "hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.3}
@@ -118,3 +122,9 @@ def save(folder: Any, network: Any, tokenizer: Any) -> str:
     network.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def written(path: Path, rows: list[Any]) -> Path:
+    """Rows in a file of JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

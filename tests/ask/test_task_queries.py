@@ -1,0 +1,187 @@
+"""Queries of other tasks than the next token: files of rows, and what can't be asked."""
+
+import csv
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+import gradindex
+from gradindex.errors import InputError
+from gradindex.storage.build_plan import CorpusSettings
+from search.ask.query_files import make_queries, read_queries
+from search.ask.question import Question
+from support.task_models import (
+    NAMES,
+    SMALL,
+    answers,
+    network_of_texts,
+    policy,
+    save,
+    sentences,
+    tokenizer_of_texts,
+    written,
+)
+
+CLASSES = CorpusSettings(16, task="classification", labels=("negative", "positive"))
+
+
+def asked(path, settings, *, unread=()):
+    """The questions of a file, without their ids where these are their numbers."""
+    found = read_queries(path, settings=settings)
+    assert found.problems == [] and found.unread == list(unread)
+    return [question.given() for question in found.questions.values()]
+
+
+@pytest.fixture(scope="module")
+def indexes(tmp_path_factory):
+    """An index of a classifier, of a reward model, and of a policy."""
+    import torch
+
+    folder, tokenizer = tmp_path_factory.mktemp("indexes"), tokenizer_of_texts()
+    ended = tokenizer_of_texts()
+    ended.eos_token = "[SEP]"
+    models = {
+        "classification": save(folder / "c", network_of_texts("bert", 2, torch.float32, **NAMES),
+                               tokenizer),
+        "reward": save(folder / "r", network_of_texts("bert", 1, torch.float32), tokenizer),
+        "preference": save(folder / "p", policy(torch.float32), ended)}
+    rows = {"classification": sentences(30), "reward": answers(12), "preference": answers(12)}
+    return {task: gradindex.build(model, written(folder / f"{task}.jsonl", rows[task]),
+                                  folder / task, task=task, **SMALL)
+            for task, model in models.items()}
+
+
+# ---- files
+
+
+def tables(folder, rows):
+    """The same rows as JSON lines, CSV, TSV and Parquet."""
+    paths = [written(folder / "rows.jsonl", rows)]
+    for name, separator in (("rows.csv", ","), ("semicolons.csv", ";"), ("rows.tsv", "\t")):
+        with (folder / name).open("w", newline="") as file:
+            table = csv.DictWriter(file, list(rows[0]), delimiter=separator)
+            table.writeheader()
+            table.writerows(rows)
+        paths.append(folder / name)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "rows.parquet")
+    return [*paths, folder / "rows.parquet"]
+
+
+def test_rows_of_labelled_texts_are_queries(tmp_path):
+    rows = [{"sentence": "good film", "label": "positive", "idx": "a"},
+            {"sentence": "bad; very, \"bad\"", "label": "0", "idx": "b"}]
+    for path in tables(tmp_path, rows):
+        assert asked(path, CLASSES, unread=["idx"]) == [
+            {"text": "good film", "label": "positive"},
+            {"text": "bad; very, \"bad\"", "label": "0"}]
+    path = written(tmp_path / "two.jsonl", [
+        {"premise": "good", "hypothesis": "bad", "label": 1, "versus_label": 0, "id": "x"},
+        {"sentence": "good"}, {"text": "good", "label": None}])
+    found = read_queries(path, settings=CLASSES)
+    assert list(found.questions) == ["x", 2, 3] and found.problems == found.unread == []
+    assert found.questions["x"] == Question(
+        text="good", text_b="bad", label=1, versus_label=0, id="x")
+    assert found.questions[2].given() == {"text": "good"} == found.questions[3].given()
+
+
+def test_fields_are_called_as_the_build_has_them(tmp_path):
+    named = CorpusSettings(16, task="classification", text_field="body", label_field="stars")
+    path = written(tmp_path / "rows.jsonl", [{"body": "good", "stars": 1},
+                                             {"text": "bad", "label": 0}])
+    assert asked(path, named) == [{"text": "good", "label": 1}, {"text": "bad", "label": 0}]
+    pairs = CorpusSettings(16, task="reward", chosen_field="win", rejected_field="lose",
+                           prompt_field="ask", margin_field="gap")
+    path = written(tmp_path / "pairs.jsonl", [
+        {"ask": "why", "win": "good", "lose": "bad", "gap": 0.5, "who": 1},
+        {"prompt": "why", "response": "good"}])
+    assert asked(path, pairs, unread=["who"]) == [
+        {"prompt": "why", "chosen": "good", "rejected": "bad", "margin": 0.5},
+        {"prompt": "why", "response": "good"}]
+
+
+def test_rows_of_pairs_are_queries(tmp_path):
+    [row] = answers(1)
+    taken = {name: row[name] for name in ("prompt", "chosen", "rejected")}
+    for path in tables(tmp_path, [row]):
+        [found] = asked(path, CorpusSettings(16, task="reward"),
+                        unread=["ref_chosen_logps", "ref_rejected_logps"])
+        assert {**found, "margin": float(found["margin"])} == {**taken, "margin": 0.0}
+        [found] = asked(path, CorpusSettings(16, task="preference"),
+                        unread=["margin", "ref_chosen_logps", "ref_rejected_logps"])
+        assert found == taken
+
+
+def test_rows_that_cannot_be_asked_are_said_with_their_place(indexes, tmp_path):
+    path = written(tmp_path / "rows.jsonl", [
+        {"sentence": "good", "label": "positive"}, {"sentence": "good", "lable": 1},
+        {"sentence": "good", "label": [1]}, {"sentence": "good", "label": "nope"},
+        {"sentence": " ", "label": 1}, {"sentence": "good " * 40, "label": 1},
+        {"sentence": "good", "label": -1}, {"prompt": "good", "completion": " film"}])
+    found = read_queries(path, settings=CLASSES)
+    assert found.problems == [
+        f"{path}:2: unknown field 'sentence'; expected some of " + found.problems[0].split(
+            "some of ")[1], f"{path}:3: field 'label' is not text or a number"]
+    made = make_queries(indexes["classification"].snapshot, found, set())
+    assert [(query.id, query.label_name) for query in made] == [(1, "positive")]
+    for number, reason in [(4, "outside the model's classes"), (5, "empty text"),
+                           (6, "42 tokens, more than the model's context of 32"),
+                           (7, "unlabelled"), (8, "--prompt has no use with an index of")]:
+        [problem] = [one for one in found.problems if one.startswith(f"{path}:{number}: query")]
+        assert reason in problem
+    table = tmp_path / "rows.csv"
+    table.write_bytes(b"text,label\ngood,1\ngood\nb\xffd,1\n,1\n")
+    found = read_queries(table, settings=CLASSES)
+    assert list(found.questions) == [1] and [one.split(": ")[0] for one in found.problems] == [
+        f"{table}:{number}" for number in (2, 3, 4)]
+    for name, content in (("a.csv", b"text,text\n1,2\n"), ("a.parquet", b"text"),
+                          ("b.csv", b'text\n"open\n')):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=f"--queries .*{name} can't be read as a table"):
+            read_queries(tmp_path / name)
+
+
+# ---- questions
+
+
+@pytest.mark.parametrize("task, question, reason", [
+    ("classification", {"text": "\ud800"}, "a lone surrogate in text"),
+    ("classification", {"text": 5}, "text is not text"),
+    ("classification", {"text": "good", "text_b": 4}, "text_b is not text"),
+    ("classification", {"text": "good", "text_b": " "}, "empty text_b"),
+    ("classification", {"text": "good", "label": 10**400}, "found a huge number"),
+    ("classification", {"text": "good", "label": 1, "versus_label": "positive"}, "nothing to comp"),
+    ("reward", {"prompt": "why", "response": " good", "margin": 1.0}, "--margin goes with"),
+    ("reward", {"prompt": "why", "chosen": " good", "rejected": " bad", "margin": float("inf")},
+     "'margin' is no number"),
+    ("reward", {"prompt": "why", "chosen": " good" * 40, "rejected": " bad"}, "43 tokens, more"),
+    ("reward", {"prompt": "why", "chosen": " good", "rejected": " good"}, "nothing to compare"),
+    ("preference", {"prompt": "why", "chosen": " good", "rejected": " good"}, "nothing to compare"),
+    ("preference", {"prompt": [{"role": "user", "content": "why"}],
+                    "response": [{"role": "assistant", "content": "so"}]}, "no chat template"),
+])
+def test_questions_that_cannot_be_asked(task, question, reason, indexes):
+    with pytest.raises(InputError, match=reason):
+        indexes[task].search(**question)
+
+
+@pytest.mark.parametrize("task", ["reward", "preference"])
+def test_pairs_and_single_answers_share_a_session(task, indexes):
+    index, prompt = indexes[task], "why was it"
+    pair = {"prompt": prompt, "chosen": " a great film", "rejected": " an awful plot"}
+    several = [pair, {"prompt": prompt, "response": " so great"}, pair,
+               {"prompt": prompt, "response": " an awful plot"}]
+    together = list(index.search_many(several, k=12))
+    for question, found in zip(several, together, strict=True):
+        alone = index.search(**question, k=12)
+        assert found.query.log_p == pytest.approx(alone.query.log_p, abs=1e-5)
+        assert found.query.unit == alone.query.unit
+        scores = {hit.id: hit.influence for hit in alone}
+        np.testing.assert_allclose([hit.influence for hit in found],
+                                   [scores[hit.id] for hit in found], rtol=1e-3, atol=1e-3)
+    [total] = index.search_many(several, aggregated=True, k=12)
+    for hit in total:
+        assert hit.influence == pytest.approx(sum(
+            {one.id: one.influence for one in found}[hit.id] for found in together),
+            rel=1e-3, abs=1e-2)
