@@ -33,6 +33,7 @@ from gradindex.storage import layout
 from gradindex.storage.build_plan import Plan
 from gradindex.storage.files import bytes_in
 from gradindex.storage.records import Record
+from gradindex.task import Task
 from indexer.code_length import FEWEST, check_bits
 from indexer.fit.batch_memory import batch_bytes
 from indexer.fit.budget import disk_bytes, gpu_width, held_bytes, partitions
@@ -100,9 +101,8 @@ def _check_gpu(model: LanguageModel, tracked: list[Module], plan: Plan) -> None:
 
     On a host one can't tell: memory that is short there is found elsewhere, slowly.
     """
-    tokens = np.zeros(plan.sequence_length, dtype=np.int32)
     with torch.no_grad():
-        backward(model, tracked, model.batch([Text(tokens, np.ones(len(tokens), dtype=bool))]),
+        backward(model, tracked, model.batch([_longest_row(model.source.task, plan)]),
                  lambda *_: None)
     needed = held_bytes(tracked, plan.covariance_blocks, model.accumulate.itemsize,
                         gpu_width(model.device, plan.eigen_dtype))
@@ -113,6 +113,13 @@ def _check_gpu(model: LanguageModel, tracked: list[Module], plan: Plan) -> None:
             f"{size(free)} are free beside the model. Fit them in parts (--max-memory "
             f"{max(1, (model.bytes + free) // 10**9)}GB), or use fewer --modules, or "
             f"--covariance-blocks {2 * plan.covariance_blocks}.")
+
+
+def _longest_row(task: Task, plan: Plan) -> Text:
+    """A row as long as any: of pairs, both texts are as long."""
+    tokens = np.zeros(plan.sequence_length * (1 + task.of_pairs), dtype=np.int32)
+    return Text(tokens, np.ones(len(tokens), dtype=bool),
+                border=plan.sequence_length if task.of_pairs else None, label=0)
 
 
 def prepare_build(

@@ -1,7 +1,6 @@
 """The host waits for the device a few times a batch, however many maps a model has."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,40 +17,35 @@ from gradindex.influence.preconditioned import Preconditioned
 from gradindex.influence.split_batches import Splits
 from gradindex.model.model_source import ModelSource
 from gradindex.model.network import LanguageModel
-from gradindex.model.tracked import tracked_modules
+from gradindex.model.tracked import examine, tracked_modules
 from gradindex.objective.batch import Text
+from gradindex.storage.records import Record
+from gradindex.task import Task
 from indexer.encode import encode_batches
 from search.study.class_means import add_classes
 from indexer.fit.batch_sums import add_covariances, add_eigenvalues, fit_batch
 from support.models import MIXTURES, SIZES, random_network
 from support.pretend.ledger import LEDGER
+from support.task_models import network_of_texts
 
 MOST = 6  # waits a batch
 DEVICE = torch.device("cuda")
 
 
-@dataclass
-class Sequence:
-    """What a batch's work needs of a record."""
-
-    id: int
-    text: Text
-
-    @property
-    def tokens(self):
-        return self.text.tokens
-
-    @property
-    def scored(self):
-        return self.text.scored
-
-
 def batch_works(texts: list[Text], family: str, **sizes: Any) -> dict[str, Callable[[], object]]:
-    """The work of each stage on one batch of a random model's, by name."""
-    network = random_network(family, torch.float32, **sizes).to(DEVICE)
-    model = LanguageModel(network.requires_grad_(False), None, ModelSource(network))
-    modules = tracked_modules(model.network, "all")
-    records: Any = [Sequence(number, text) for number, text in enumerate(texts)]
+    """The work of each stage on one batch of a random language model's, by name."""
+    return works_of(random_network(family, torch.float32, **sizes), texts)
+
+
+def works_of(
+    network: Any, texts: list[Text], task: str = "causal"
+) -> dict[str, Callable[[], object]]:
+    """The work of each stage on one batch of a network's, by name."""
+    network = network.to(DEVICE).requires_grad_(False)
+    model = LanguageModel(network, None, ModelSource(network, task=Task(task)))
+    modules = tracked_modules(network, "all", examine(network, model.source.task))
+    records = [Record(number, text.tokens, text.scored, [], text.border, text.label, text.offset)
+               for number, text in enumerate(texts)]
 
     def eye(n: int) -> torch.Tensor:
         return torch.eye(n, device=DEVICE)
@@ -127,3 +121,20 @@ def test_nothing_of_size_is_reckoned_in_float64(sequences):
     for name, work in batch_works(texts, "llama").items():
         waits(work)
         assert max(LEDGER.wide.values(), default=0) <= tokens, (name, LEDGER.wide)
+
+
+@pytest.mark.parametrize("task, outputs", [
+    ("classification", 2), ("classification", 3), ("reward", 1)])
+def test_whole_texts_wait_no_more(sequences, task, outputs):
+    """However many maps there are, and however many rows."""
+    rows = [Text(text.tokens[:12], text.scored[:12], 5 if task == "reward" else None,
+                 number % 2 if task == "classification" else None, 0.5 * (task == "reward"))
+            for number, text in enumerate(sequences)]
+    one, deep, wide = (
+        works_of(network_of_texts("bert", outputs, torch.float32, num_hidden_layers=layers,
+                                  vocab_size=1000), texts, task)
+        for layers, texts in ((1, rows), (3, rows), (1, rows * 2)))
+    for name, work in one.items():
+        least = waits(work)
+        assert least <= MOST, (name, LEDGER.waits)
+        assert waits(deep[name]) == waits(wide[name]) == least, (name, LEDGER.waits)
