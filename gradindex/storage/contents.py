@@ -175,8 +175,8 @@ def _mismatch(record: Record, row: np.void, manifest: Manifest) -> str | None:
     if longest > manifest.sequence_length or record.tokens.min() < 0 or \
             record.tokens.max() >= manifest.vocabulary:
         return f"has a sequence {record.id} that is too long or outside the vocabulary"
-    task, label = manifest.task, record.label
-    labelled = label is not None and label < len(manifest.plan.labels)
-    if labelled != (task.name == "classification") or (task.of_pairs and record.border is None):
+    task, label, labels = manifest.task, record.label, manifest.plan.labels
+    labelled = label is None if not labels else label is not None and label < len(labels)
+    if not labelled or (task.of_pairs and record.border is None):
         return f"has a sequence {record.id} that is no row of the task {task.name}"
     return None
