@@ -90,7 +90,8 @@ def ask_reference(
             with without_adapters(model.network):
                 _ask(run, model, plan, policy.max_memory, progress)
         else:
-            _ask(run, load_reference(reference.source, plan, progress), plan, policy.max_memory, progress)
+            _ask(run, load_reference(reference.source, plan, progress), plan, policy.max_memory,
+                 progress)
         make_way()
     drop_unasked(run)
 

@@ -1,10 +1,13 @@
 """Which task a build is for: as it was said, or as the model's class and the data tell."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from gradindex.errors import InputError
 from gradindex.model import checkpoint
+from gradindex.model.adapters import OF_TEXTS
+from gradindex.model.load_adapter import check_adapter
 from gradindex.model.model_source import ModelSource
 from gradindex.task import DERIVED, TASKS, Task
 
@@ -18,9 +21,16 @@ def choose_task(source: ModelSource, asked: str | None, data: Any) -> str:
         if asked not in TASKS:
             raise InputError(f"--task {asked}: expected one of {', '.join(TASKS)}.")
         return asked
-    config = source.load_config()
-    of_texts = any("reward" in checkpoint.tasks_of(name)
-                   for name in checkpoint.class_names(source, config))
+    adapter = source.adapter
+    if adapter is not None and adapter.task_type == OF_TEXTS:
+        # its head is known by its weights, which are fetched here
+        source = replace(source, task=Task("classification"))
+        check_adapter(source)
+        config, of_texts = source.load_config(), True
+    else:
+        config = source.load_config()
+        of_texts = any("reward" in checkpoint.tasks_of(name)
+                       for name in checkpoint.class_names(source, config))
     if not of_texts:
         return "causal"
     return "reward" if config.num_labels == 1 else "classification"

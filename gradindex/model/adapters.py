@@ -16,15 +16,34 @@ from typing import Any
 from torch import Tensor, nn
 
 from gradindex.errors import InputError
+from gradindex.model.saved_files import check_weights, tensor_shapes
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 OWN = "the adapter's"  # what its untracked parameters are called, with their kind behind
+OF_TEXTS = "SEQ_CLS"  # what peft calls the task of saying something of whole texts
 IDLE = "adapters, and originals of trained copies, that don't run"
 DORA = "DoraLinearVariant"  # what peft calls DoRA of a linear map
 
 # What an adapter computes depends on its other settings, such as lora_alpha, but not on these.
 _INCIDENTAL = ("base_model_name_or_path", "revision", "inference_mode", "peft_version")
+
+
+# what transformers calls the last map of a head that says something of whole texts
+_HEADS = ("score", "classifier", "out_proj", "logits_proj")
+_PREFIX = "base_model.model."  # what peft puts before the names of a network's tensors
+
+
+@dataclass(frozen=True)
+class BroughtHead:
+    """A head that comes with an adapter, which its base lacks or has another of.
+
+    `tensors` are the names of all tensors that the adapter has of the network itself, `outputs` how
+    many the head gives; None where no tensor tells.
+    """
+
+    tensors: frozenset[str]
+    outputs: int | None
 
 
 @dataclass(frozen=True)
@@ -34,6 +53,24 @@ class Adapter:
     folder: Path
     base: str
     settings: dict[str, Any]
+
+    @property
+    def task_type(self) -> str | None:
+        """What peft calls the task that it was trained for; None where it doesn't say."""
+        return self.settings.get("task_type")
+
+    @property
+    def head(self) -> BroughtHead | None:
+        """The head of whole texts that it brings, None for an adapter of another task."""
+        file = self.folder / WEIGHTS
+        if self.task_type != OF_TEXTS or not file.exists():
+            return None
+        check_weights(file)
+        shapes = {name.removeprefix(_PREFIX): shape
+                  for name, shape in tensor_shapes([file]).items()}
+        last = [shape[0] for name, shape in shapes.items()
+                if name.endswith(".weight") and name.split(".")[-2] in _HEADS and len(shape) == 2]
+        return BroughtHead(frozenset(shapes), last[0] if len(set(last)) == 1 else None)
 
     @contextlib.contextmanager
     def explain_base(self) -> Iterator[None]:

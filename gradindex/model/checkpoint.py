@@ -67,20 +67,23 @@ def check_loading(source: ModelSource, network: Any, loading: dict[str, Any]) ->
     owners = getattr(network.config, "architectures", None) or []
     dropped = [key for key in loading["unexpected_keys"] if not _is_left_out(key, network.config)]
     users = [] if owners or not dropped else _users(network, dropped)
-    if lacking := loading["missing_keys"]:  # transformers would fill them with random numbers
+    brought: Collection[str] = () if source.head is None else source.head.tensors
+    if lacking := set(loading["missing_keys"]) - set(brought):
+        # transformers would fill them with random numbers
         saved = f" They were saved by {', '.join(owners)}." if set(owners) - {loaded} else \
             f" They are those of {' or '.join(users)}." if users else ""
         raise InputError(
             f"the weights of {name} lack {_tensors(lacking)}.{saved} Expected "
             f"{source.task.model} as a whole ({loaded}), as save_pretrained writes it."
         )
-    if loading.get("mismatched_keys"):
-        tensor, found, expected = sorted(loading["mismatched_keys"])[0]
+    mismatched = [key for key in loading.get("mismatched_keys") or () if key[0] not in brought]
+    if mismatched:
+        tensor, found, expected = sorted(mismatched)[0]
         raise InputError(
             f"the weights of {name} don't fit its config.json: {tensor} is {list(found)}, expected "
             f"{list(expected)}. Put the config.json there that was saved with these weights."
         )
-    if not dropped:
+    if not dropped or source.head is not None:  # of another head, as in training
         return
     if any("v_head" in key for key in dropped):
         whose = "They are a value head's, as TRL's AutoModelForCausalLMWithValueHead saves it: " \
@@ -203,8 +206,8 @@ def _check_of_texts(source: ModelSource, config: Any, owners: list[str], where: 
     """Raise InputError for what is no classifier of texts, or no reward model."""
     task = source.task
     for found in owners:
-        # a base with an adapter that brings the head is looked at when both are loaded
-        if found not in _OF_TEXTS and not _own_code(config):
+        # a base under an adapter that brings the head may have been saved with any, or none
+        if found not in _OF_TEXTS and not _own_code(config) and source.head is None:
             tasks = " or ".join(tasks_of(found))
             raise InputError(
                 f"the model {source.name} is a {found}{where}, which has no head that gives whole "

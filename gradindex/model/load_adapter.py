@@ -8,14 +8,15 @@ import torch
 import transformers
 
 from gradindex.errors import InputError
-from gradindex.model.adapters import CONFIG, WEIGHTS, Adapter
+from gradindex.model.adapters import CONFIG, OF_TEXTS, WEIGHTS, Adapter
 from gradindex.model.load_errors import readable_errors
 from gradindex.model.model_source import ModelSource
 from gradindex.model.probe import in_evaluation, some_tokens
 from gradindex.model.saved_files import check_weights
 
 # Tasks of adapters over a base with another head; the others leave the head of the base.
-_OTHER_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
+_OTHER_TASKS = ("TOKEN_CLS", "QUESTION_ANS", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
+_OF_TOKENS = "CAUSAL_LM"
 # What these do is done around the network for each text, by peft's wrapper, and not in its layers.
 _AROUND = {"XLORA": "X-LoRA mixes adapters anew for each text",
            "POLY": "Poly mixes adapters by a task's number"}
@@ -25,12 +26,14 @@ def check_adapter(source: ModelSource) -> None:
     """Raise InputError for an adapter whose kind can't be used, or whose weights aren't there."""
     adapter = source.adapter
     assert adapter is not None
-    settings = adapter.settings
-    if (task := settings.get("task_type")) in _OTHER_TASKS:
+    kind, task = adapter.task_type, source.task
+    if kind in (*_OTHER_TASKS, OF_TEXTS if task.is_causal else _OF_TOKENS):
+        others = {OF_TEXTS: "classification or reward", _OF_TOKENS: "causal or preference"}
         raise InputError(
-            f"the adapter {adapter.folder} was trained for another task (task_type {task}) than "
-            "saying the next token. Expected one of a causal language model (CAUSAL_LM)."
-        )
+            f"the adapter {adapter.folder} was trained for another task (task_type {kind}) than "
+            + ("saying the next token" if task.is_causal else "saying something of whole texts")
+            + f". Expected one of {task.model} ({_OF_TOKENS if task.is_causal else OF_TEXTS})"
+            + (f"; to index this one: --task {others[kind]}." if kind in others else "."))
     if why := _around_network(_config(source, adapter)):
         raise InputError(f"the adapter {adapter.folder} can't be used: {why}, which the network "
                          "inside runs without. Expected an adapter of layers, such as LoRA.")
@@ -51,7 +54,10 @@ def load_adapter(network: Any, source: ModelSource) -> Any:
     with readable_errors(source.name, adapter), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about its own calls of transformers
         config = peft.PeftConfig.from_pretrained(**place)
-        wrapped = peft.PeftModel(network, config, name, autocast_adapter_dtype=False)
+        # earlier ones don't list their heads among what they bring; this class does
+        of_texts = adapter.task_type == OF_TEXTS
+        wrapped = (peft.PeftModelForSequenceClassification if of_texts else peft.PeftModel)(
+            network, config, name, autocast_adapter_dtype=False)
         loaded = wrapped.load_adapter(
             place.pop("pretrained_model_name_or_path"), name, **place,
             torch_device=str(network.device), autocast_adapter_dtype=False)
@@ -63,9 +69,9 @@ def load_adapter(network: Any, source: ModelSource) -> Any:
                 f"the weights of the adapter {adapter.folder} {wrong} {len(names)} "
                 f"tensor{'s' * (len(names) > 1)}: {', '.join(sorted(names)[:5])}. " + (
                     f"Its base {adapter.base}, as a {type(network).__name__}, has no such modules: "
-                    "the adapter was trained on another base, or with another head (of a reward "
-                    f"model or classifier). Name the base of a causal language model in {CONFIG} "
-                    "(base_model_name_or_path), and give an adapter that was trained as one."
+                    "the adapter was trained on another base, or with another head. Name the base "
+                    f"of {source.task.model} in {CONFIG} (base_model_name_or_path), and give an "
+                    "adapter that was trained as one."
                     if homeless else
                     f"Expected a complete adapter, the one that its {CONFIG} describes, on the "
                     f"base that it was trained on; found {adapter.base}.")

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from gradindex.errors import InputError
-from gradindex.model.adapters import CONFIG, Adapter, adapter_file, read_adapter
+from gradindex.model.adapters import CONFIG, Adapter, BroughtHead, adapter_file, read_adapter
 from gradindex.model.config import is_quantised
 from gradindex.model.devices import DTYPES, check_dtype, device_called, dtype_called, dtype_of
 from gradindex.model.load_errors import readable_errors
@@ -41,7 +41,8 @@ class ModelSource:
     "auto" on all GPUs together, and `max_memory` bytes may be used there at most [all there is].
     `adapter_name` is which of several adapters is meant: of a folder's or hub id's, or of a
     PeftModel's [the one in the folder itself, or those that run]. `task` is what it was trained
-    for, which decides as what it is loaded.
+    for, which decides as what it is loaded. Of an adapter's base, `head` is the one that comes with
+    the adapter.
     """
 
     model: Any = None
@@ -53,6 +54,7 @@ class ModelSource:
     adapter_name: str | None = None
     device_map: str | None = None
     task: Task = CAUSAL
+    head: BroughtHead | None = None
 
     def __post_init__(self) -> None:
         """Raises InputError for an object that is no model of transformers or peft, and a device
@@ -150,7 +152,8 @@ class ModelSource:
     def base(self) -> "ModelSource":
         """The model under the adapter. Raises InputError where that is an adapter itself."""
         assert self.adapter is not None
-        base = replace(self, model=self.adapter.base, tokenizer=None, adapter_name=None)
+        base = replace(self, model=self.adapter.base, tokenizer=None, adapter_name=None,
+                       head=None if self.task.is_causal else self.adapter.head)
         if base.adapter is not None:
             raise InputError(
                 f"the base of the adapter {self.name}, {base.name}, is itself an adapter; expected "
@@ -168,7 +171,14 @@ class ModelSource:
                 return self.base.load_config()
         check_folder(Path(self.name))
         with readable_errors(self.name):
-            return transformers.AutoConfig.from_pretrained(self.name, **self.arguments)
+            return transformers.AutoConfig.from_pretrained(
+                self.name, **self.arguments, **self.outputs)
+
+    @property
+    def outputs(self) -> dict[str, int]:
+        """How many outputs the head has, as transformers' loaders take it; nothing by default."""
+        told = None if self.head is None else self.head.outputs
+        return {} if told is None else {"num_labels": told}
 
     def resolve(self, dtype: str) -> tuple[torch.device, torch.dtype]:
         """The device and dtype to load the model with; `dtype` is a name of DTYPES, or "auto".

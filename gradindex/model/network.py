@@ -184,7 +184,8 @@ def _read(source: ModelSource, device: torch.device, dtype: torch.dtype) -> Any:
         source.weight_files()  # for the reason where one is missing or damaged
         with readable_errors(source.name):
             network, loading = auto_class(source.task).from_pretrained(
-                source.name, dtype=dtype, **options, **source.arguments, output_loading_info=True,
+                source.name, dtype=dtype, **options, **source.arguments, **source.outputs,
+                output_loading_info=True,
                 use_safetensors=None if source.allow_pickle else True,
                 ignore_mismatched_sizes=True,  # which `check_loading` refuses
             )
