@@ -65,7 +65,9 @@ def _lists(network: Any) -> Iterator[tuple[str, dict[str, nn.Module]]]:
     found: list[str] = []
     for name, module in network.named_modules():
         members = dict(module.named_children())
+        # copies that an adapter trains in full take the place of what isn't a list
         if isinstance(module, _LISTS) and module is not head and \
+                not name.endswith(".modules_to_save") and \
                 not any(name.startswith(f"{outer}.") for outer in found) and \
                 any(map(_is_block, members.values())) and not _is_parts(module):
             found.append(name)

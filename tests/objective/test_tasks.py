@@ -1,6 +1,7 @@
 """Gradients of every task's rows, and of their curvature, against autograd on plain passes."""
 
 import numpy as np
+import peft
 import pytest
 import torch
 from torch.nn.functional import logsigmoid
@@ -9,6 +10,9 @@ from gradindex.influence.gradients import backward, gradient
 from gradindex.model.tracked import examine, tracked_modules
 from gradindex.objective.batch import Text
 from support.task_models import FAMILIES, VOCABULARY, model_of, network_of_texts, policy
+
+pytestmark = pytest.mark.filterwarnings(  # peft asks transformers by an old name
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 LENGTHS = (7, 4, 9, 5)
 
@@ -86,7 +90,7 @@ def compare(model, modules, rows, value):
         expected = plain(model.network, modules, lambda row=row: value(row))
         torch.testing.assert_close(log_p[number], value(row).detach(), rtol=1e-9, atol=1e-12)
         for name, part in expected.items():
-            torch.testing.assert_close(gradients[name][number], part, rtol=1e-8, atol=1e-10)
+            torch.testing.assert_close(gradients[name][number], part, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("classes", [2, 3])
@@ -218,3 +222,82 @@ def test_two_sentences_are_told_apart():
     assert found(model, [], [row, *others])[0][0].item() == pytest.approx(plainly.item(), rel=1e-9)
     alone = found(model, [], [row._replace(border=None)])[0][0].item()
     assert alone != pytest.approx(plainly.item(), rel=1e-3)
+
+
+# ---- adapters
+
+TARGETS = {"bert": ["query", "intermediate.dense"], "roberta": ["query", "intermediate.dense"],
+           "distilbert": ["q_lin", "lin1"], "deberta": ["query_proj", "intermediate.dense"],
+           "modernbert": ["Wqkv", "Wi"], "llama": ["q_proj", "gate_proj"],
+           "gpt2": ["c_attn", "c_fc"]}
+
+
+def adapted(network, family, **settings):
+    """The network inside a PeftModel whose adapter and head matter, with its maps tracked."""
+    wrapped = peft.get_peft_model(network, peft.LoraConfig(**{
+        "task_type": "SEQ_CLS", "r": 2, "lora_alpha": 3, "target_modules": TARGETS[family],
+        "fan_in_fan_out": family == "gpt2", **settings}), autocast_adapter_dtype=False)
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.3 * torch.randn_like(parameter))
+            elif "modules_to_save" in name:
+                parameter.mul_(1.5)
+    return wrapped.to(torch.float64).eval().requires_grad_(False).get_base_model()
+
+
+def all_maps(network, task):
+    """Every map that can be tracked, of base, head and adapter."""
+    modules = tracked_modules(
+        network, "all,adapter", examine(network, model_of(network, task).source.task))
+    assert any(module.kind == "adapter" for module in modules)
+    return modules
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_of_labels_under_an_adapter(family):
+    """The copy of the head that was trained is the head; what it stands for doesn't run."""
+    network = adapted(network_of_texts(family, 3), family)
+    model, modules = model_of(network, "classification"), all_maps(network, "classification")
+    heads = {module.name for module in modules if module.kind == "head"}
+    copy = "modules_to_save.default"
+    assert heads == {
+        "bert": {"bert.pooler.dense", f"classifier.{copy}"},
+        "roberta": {f"classifier.{copy}.dense", f"classifier.{copy}.out_proj"},
+        "distilbert": {f"pre_classifier.{copy}", f"classifier.{copy}"},
+        "deberta": {"pooler.dense", f"classifier.{copy}"},
+        "modernbert": {"head.dense", f"classifier.{copy}"},
+        "llama": {f"score.{copy}"}, "gpt2": {f"score.{copy}"}}[family]
+    assert not any("original_module" in module.name for module in modules)
+
+    def value(row):
+        return one_by_one(network, row.tokens).log_softmax(-1)[0, row.label]
+
+    compare(model, modules, labelled(3), value)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_gradients_of_rewards_under_an_adapter(family):
+    network = adapted(network_of_texts(family, 1), family)
+    model, modules = model_of(network, "reward"), all_maps(network, "reward")
+
+    def value(row):
+        one, other = (one_by_one(network, part)[0, 0]
+                      for part in np.split(row.tokens, [row.border]))
+        return logsigmoid(one - other - row.offset)
+
+    compare(model, modules, pairs(), value)
+
+
+def test_gradients_of_preferences_under_an_adapter():
+    network = adapted(policy(), "gpt2", task_type="CAUSAL_LM")
+    model, modules = model_of(network, "preference"), all_maps(network, "preference")
+
+    def value(row):
+        parts = zip(np.split(row.tokens, [row.border]), np.split(row.scored, [row.border]),
+                    strict=True)
+        one, other = (answer_log_p(network, *part) for part in parts)
+        return logsigmoid(0.3 * (one - other - row.offset))
+
+    compare(model, modules, pairs(first=2), value)
