@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,12 +14,15 @@ from gradindex.errors import InputError
 from gradindex.model.identity import tensors_digest
 from gradindex.model.model_source import ModelSource
 from gradindex.model.network import LanguageModel
-from gradindex.model.tracked import parameter_share, tracked_modules
+from gradindex.model.tracked import examine, parameter_share, tracked_modules
+from gradindex.objective.batch import Text
+from gradindex.task import Task
 from support.documents import small_documents
 from support.gradients import captured
 from support.indexes import SMALL
 from support.models import random_network
 from support.needed import library
+from support.task_models import answers, network_of_texts, sentences, tokenizer_of_texts
 
 
 @pytest.fixture(params=[8, 4], scope="module")
@@ -169,3 +173,67 @@ def test_an_adapter_over_a_quantised_base(quantised, sequences, tmp_path):
         (hit.influence for hit in result), reverse=True) and result[0].influence > 0
     found = gradindex.verify(tmp_path / "index", str(tmp_path / "adapter"))
     assert found.sound, found.findings
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers by an old name
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("outputs, task", [(2, "classification"), (1, "reward")])
+def test_a_quantised_base_of_whole_texts(bits, outputs, task, tmp_path):
+    """A classifier's and a reward model's gradients, and those of an adapter with its own head."""
+    library("bitsandbytes")
+    peft = library("peft")
+    from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
+
+    network = network_of_texts("llama", outputs, torch.float32, hidden_size=64,
+                               intermediate_size=128)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(0.05)
+    tokenizer = tokenizer_of_texts()
+    network.save_pretrained(tmp_path / "whole")
+    settings = BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4,
+                                  bnb_4bit_quant_type="nf4")
+    packed = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "whole", quantization_config=settings)
+    packed.save_pretrained(tmp_path / "packed")
+    tokenizer.save_pretrained(tmp_path / "packed")
+    wrapped = peft.get_peft_model(
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "packed"),
+        peft.LoraConfig(r=2, target_modules=["q_proj", "gate_proj"], task_type="SEQ_CLS"))
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                parameter.copy_(0.3 * torch.randn_like(parameter))
+    wrapped.save_pretrained(tmp_path / "adapter")
+
+    rows = [Text(np.arange(4, 9, dtype=np.int32), np.ones(5, bool), label=0),
+            Text(np.arange(9, 18, dtype=np.int32), np.ones(9, bool), label=1)]
+    if task == "reward":
+        rows = [Text(np.arange(4, 16, dtype=np.int32), np.ones(12, bool), border=5, offset=0.1)]
+    whole = dequantised(network, LanguageModel.load(ModelSource(
+        str(tmp_path / "packed"), device="cpu", task=Task(task))).network)
+    whole.save_pretrained(tmp_path / "dequantised")
+    adapted = peft.PeftModel.from_pretrained(whole, tmp_path / "adapter")
+    for folder, same, choice in (("packed", tmp_path / "dequantised", "all,head"),
+                                 ("adapter", adapted, "all,head,adapter")):
+        model = LanguageModel.load(ModelSource(
+            str(tmp_path / folder), device="cpu", task=Task(task)))
+        expected_of = LanguageModel.load(ModelSource(
+            same if folder == "adapter" else str(same), device="cpu", task=Task(task)))
+        modules = tracked_modules(model.network, choice, examine(model.network, Task(task)))
+        assert {module.kind for module in modules} >= {"head", "mlp"}
+        batch = model.batch(rows)
+        found, log_p = captured(model, modules, batch)
+        expected, truth = captured(expected_of, modules, batch)
+        torch.testing.assert_close(log_p, truth, rtol=1e-4, atol=1e-4)
+        for module in modules:
+            wanted = expected[module.name]
+            assert (found[module.name] - wanted).norm() < 1e-4 * wanted.norm(), module.name
+    data = sentences(12) if task == "classification" else answers(12)
+    index = gradindex.build(str(tmp_path / "adapter"), data, tmp_path / "index", bits=512,
+                            seq_len=16, modules="head,adapter", labels=(
+                                ["negative", "positive"] if task == "classification" else ()))
+    assert index.manifest.task.name == task  # as the adapter's weights tell
+    assert {module.kind for module in index.manifest.modules} == {"head", "adapter"}
