@@ -23,6 +23,7 @@ from gradindex.model.devices import has_fast_float64
 from gradindex.model.identity import tokenizer_digest
 from gradindex.model.load_tokenizer import load_tokenizer
 from gradindex.model.model_source import ModelSource, anywhere
+from gradindex.model.network import padding_token
 from gradindex.progress import Progress
 from gradindex.ray_cluster import WITH_RAY, check_address, load_ray
 from gradindex.storage.build_plan import MOST_BLOCKS, CorpusSettings, Plan
@@ -172,6 +173,8 @@ def make_request(
                          "none of the data is called so. Call a table that, or leave it out.")
     for note in corpus.notes:
         progress.say(note)
+    if not chosen_task.is_causal:
+        padding_token(source, config, corpus.tokenizer)  # here, before the weights are loaded
 
     # 4) the plan, with nothing left to be chosen; a resumed build compares it with the one it began
     chosen_device, chosen_dtype = source.resolve(dtype)

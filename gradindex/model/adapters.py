@@ -63,13 +63,15 @@ class Adapter:
     def head(self) -> BroughtHead | None:
         """The head of whole texts that it brings, None for an adapter of another task."""
         file = self.folder / WEIGHTS
-        if self.task_type != OF_TEXTS or not file.exists():
+        if self.task_type not in (OF_TEXTS, None) or not file.exists():
             return None
         check_weights(file)
         shapes = {name.removeprefix(_PREFIX): shape
                   for name, shape in tensor_shapes([file]).items()}
         last = [shape[0] for name, shape in shapes.items()
                 if name.endswith(".weight") and name.split(".")[-2] in _HEADS and len(shape) == 2]
+        if self.task_type is None and not last:
+            return None
         return BroughtHead(frozenset(shapes), last[0] if len(set(last)) == 1 else None)
 
     @contextlib.contextmanager

@@ -67,14 +67,19 @@ def check_loading(source: ModelSource, network: Any, loading: dict[str, Any]) ->
     owners = getattr(network.config, "architectures", None) or []
     dropped = [key for key in loading["unexpected_keys"] if not _is_left_out(key, network.config)]
     users = [] if owners or not dropped else _users(network, dropped)
+    tasks = " or ".join(sorted({task for user in users for task in tasks_of(user)}))
     brought: Collection[str] = () if source.head is None else source.head.tensors
     if lacking := set(loading["missing_keys"]) - set(brought):
         # transformers would fill them with random numbers
         saved = f" They were saved by {', '.join(owners)}." if set(owners) - {loaded} else \
-            f" They are those of {' or '.join(users)}." if users else ""
+            f" They are those of {' or '.join(users)}, and hold {_tensors(dropped)} instead" + (
+                f", which --task {tasks} indexes." if tasks else ".") if users else ""
         raise InputError(
-            f"the weights of {name} lack {_tensors(lacking)}.{saved} Expected "
-            f"{source.task.model} as a whole ({loaded}), as save_pretrained writes it."
+            f"the weights of {name} lack {_tensors(lacking)}.{saved} " + (
+                f"Expected {source.task.model} as a whole ({loaded}), as save_pretrained writes it."
+                if source.head is None else "Nor are they among the adapter's, so they were random "
+                "numbers in its training. Expected a base that has them, or an adapter that was "
+                "saved with them (modules_to_save).")
         )
     mismatched = [key for key in loading.get("mismatched_keys") or () if key[0] not in brought]
     if mismatched:
@@ -93,7 +98,6 @@ def check_loading(source: ModelSource, network: Any, loading: dict[str, Any]) ->
                 f"{source.task.model} alone, as save_pretrained writes it, if it was trained as " \
                 "one."
     elif users:
-        tasks = " or ".join(sorted({task for user in users for task in tasks_of(user)}))
         whose = f"They are used by {' or '.join(users)} (config.json names no architectures)" + (
             f", which --task {tasks} indexes." if tasks else
             f", which has another head. Expected {source.task.model}, such as the one that it was "
@@ -182,7 +186,7 @@ def check_class(source: ModelSource, config: Any) -> None:
             tasks = " or ".join(tasks_of(found))
             raise InputError(
                 f"the model {source.name} is a {found}{where}, which says something else of a text "
-                "than its next token: a class, a value or a place. " + (
+                f"than its next token: a class, a value or a place.{_at_odds(source, config)} " + (
                     f"Index it with --task {tasks}." if tasks else "Expected a causal language "
                     "model, such as the one that it was trained from."))
         if found in _HEADLESS:  # tied embeddings would be its head, though nothing was trained so
@@ -211,7 +215,7 @@ def _check_of_texts(source: ModelSource, config: Any, owners: list[str], where: 
             tasks = " or ".join(tasks_of(found))
             raise InputError(
                 f"the model {source.name} is a {found}{where}, which has no head that gives whole "
-                f"texts a class or a value. Expected {task.model} "
+                f"texts a class or a value.{_at_odds(source, config)} Expected {task.model} "
                 "(AutoModelForSequenceClassification), as save_pretrained writes it"
                 + (f"; to index this one: --task {tasks}." if tasks else "."))
     if getattr(config, "is_encoder_decoder", False):
@@ -289,6 +293,24 @@ def _users(network: Any, tensors: Collection[str]) -> list[str]:
 
 
 # ---- its tensors
+
+
+def _at_odds(source: ModelSource, config: Any) -> str:
+    """Which tensors of another class's model its task lacks and drops, as a sentence to go on with.
+    """
+    if source.is_object or is_quantised(config) or _own_code(config):
+        return ""
+    with contextlib.suppress(InputError):  # of files that can't be read, too: the class says enough
+        files = source.weight_files()
+        if files and files[0].suffix == ".safetensors" and (
+                matched := _match(source, config, tensor_shapes(files))):
+            network, loading = matched
+            wrong = {"lack": loading["missing_keys"], "drop": [
+                key for key in loading["unexpected_keys"] if not _is_left_out(key, network.config)]}
+            said = " and ".join(f"{what} {_tensors(names)}"
+                                for what, names in wrong.items() if names)
+            return f" As a {type(network).__name__} it would {said}." if said else ""
+    return ""
 
 
 def _match(

@@ -19,7 +19,7 @@ from gradindex.errors import InputError, ResourceError
 from gradindex.model import fused_experts
 from gradindex.model.adapters import adapter_facts, quiet_dora, run_alone
 from gradindex.model.checkpoint import check_class, check_loading
-from gradindex.model.config import is_quantised
+from gradindex.model.config import is_quantised, vocabulary_size
 from gradindex.model.devices import check_room, dtype_of
 from gradindex.model.linear_maps import identity_of, maps_by_weight
 from gradindex.model.load_adapter import load_adapter, unwrapped
@@ -94,7 +94,9 @@ class LanguageModel:
         quiet_dora(network)
         network, tokenizer = network.eval().requires_grad_(False), load_tokenizer(source)
         if not source.task.is_causal:
-            _settle_padding(source, network, tokenizer)
+            # without, a decoder would take the last token of a batch's longest text
+            network.config.get_text_config().pad_token_id = padding_token(
+                source, network.config, tokenizer)
         return cls(network, tokenizer, source)
 
     def sharing(self, name: str) -> list[nn.Module]:
@@ -194,16 +196,26 @@ def _read(source: ModelSource, device: torch.device, dtype: torch.dtype) -> Any:
     return network
 
 
-def _settle_padding(source: ModelSource, network: Any, tokenizer: Any) -> None:
-    """Tell a network which token is padding, as its trainers did. Raises InputError for none."""
-    text = network.config.get_text_config()
-    if text.pad_token_id is None:  # without, it would take the last token of a batch's longest text
-        text.pad_token_id = getattr(tokenizer, "pad_token_id", None)
-    if text.pad_token_id is None:
+def padding_token(source: ModelSource, config: Any, tokenizer: Any) -> int:
+    """The token id that stands for padding in whole texts: the model's, or its tokenizer's.
+
+    Raises InputError where neither names one that the model has.
+    """
+    named = config.get_text_config().pad_token_id
+    if named is None or named < 0:  # −1 in configurations of the first Llama, for none
+        named = getattr(tokenizer, "pad_token_id", None)
+    if named is None:
         raise InputError(
             f"neither the configuration of {source.name} nor its tokenizer names a token for "
             "padding, and texts of a batch are padded. Set pad_token_id in config.json to the one "
             "of its training (often the end token).")
+    if named >= (vocabulary := vocabulary_size(config)):
+        raise InputError(
+            f"the token for padding of {source.name} is {named}, and it has {vocabulary} tokens, "
+            f"numbered to {vocabulary - 1}: the token was added to the tokenizer and not to the "
+            "model. Set pad_token_id in config.json to the one of its training (often the end "
+            "token).")
+    return int(named)
 
 
 def _is_spread(network: Any, source: ModelSource) -> bool:

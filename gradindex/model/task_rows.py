@@ -126,6 +126,19 @@ def encode_labelled(
     return tokenised
 
 
+def missing_tokens(tokenizer: Any, task: Task, two_texts: bool) -> list[str]:
+    """What is to be said of special tokens that training may have used, and a tokenizer lacks."""
+    lines = []
+    if task.of_pairs and not tokenizer.eos_token:
+        lines.append("answers: the tokenizer has no end token, so answers that are plain text end "
+                     "without one; where training put one behind them, set its eos_token")
+    if two_texts and tokenizer.num_special_tokens_to_add(pair=True) <= \
+            tokenizer.num_special_tokens_to_add(pair=False):
+        lines.append("texts: the tokenizer puts no token between two texts, so the second follows "
+                     "the first at once; where training put one there, give the tokenizer that did")
+    return lines
+
+
 def encode_whole(
     tokenizer: Any, text: str, text_b: str | None = None, *, length: int | None = None
 ) -> Tokenised:

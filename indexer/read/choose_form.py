@@ -176,6 +176,12 @@ class ChosenForms:
     def _see(self, source: DataSource, names: Iterable[Any]) -> None:
         self.seen.setdefault(source.name, set()).update(map(str, names))
 
+    @property
+    def two_texts(self) -> bool:
+        """Whether records have two texts and a label."""
+        return any(form is not None and form.kind == "labelled" and len(form.needs) > 2
+                   for form in self.forms.values())
+
     def unread_later(self) -> list[str]:
         """Fields of the records that were read so far that have no use, and that no note said."""
         found: set[str] = set()

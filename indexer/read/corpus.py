@@ -16,7 +16,12 @@ from gradindex.errors import InputError
 from gradindex.model import tokenise
 from gradindex.model.chat_template import check_chat_template, with_chat_template
 from gradindex.model.messages import TOLD_BESIDE_PROMPTS
-from gradindex.model.task_rows import RowError, encode_labelled, encode_preferred
+from gradindex.model.task_rows import (
+    RowError,
+    encode_labelled,
+    encode_preferred,
+    missing_tokens,
+)
 from gradindex.objective.objective import objective_of
 from gradindex.storage.build_plan import CorpusSettings, DataFacts
 from gradindex.storage.records import Part, Record
@@ -106,6 +111,8 @@ class Corpus:
                 "the model has no tokenizer, so text can't be read. Give --tokenizer, or token "
                 "files (.npy)."
             )
+        if self.kind in ("labelled", "pairs"):
+            self.notes += missing_tokens(tokenizer, Task(settings.task), self.forms.two_texts)
         if self.kind == "messages":
             check_chat_template(self.tokenizer, self._fields()["messages"])
         if settings.pack and self.kind != "tokens" and end_token is None:

@@ -241,8 +241,11 @@ def test_what_cannot_be_used_says_its_true_reason(tmp_path):
     reward = peft.PeftModel(random_network("llama"), lora(task_type="SEQ_CLS"))
     reward.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
     reward.save_pretrained(tmp_path / "reward")
-    with pytest.raises(InputError, match=r"trained for another task \(task_type SEQ_CLS\)"):
-        make_request(str(tmp_path / "reward"), tmp_path / "tokens.npy", tmp_path / "i")
+    for task, message in (("causal", r"trained for another task \(task_type SEQ_CLS\)"),
+                          (None, r"lack 1 tensor \(score\.weight\).*base of the adapter")):
+        with pytest.raises(InputError, match=message):
+            make_request(str(tmp_path / "reward"), tmp_path / "tokens.npy", tmp_path / "i",
+                         task=task)
 
 
 def saved_on(base, config, folder):
