@@ -9,8 +9,8 @@ import transformers
 from tokenizers.processors import TemplateProcessing
 
 from gradindex.errors import InputError
-from gradindex.progress import Progress
 from indexer.build_request import make_request
+from support.references import Said
 from support.task_models import (
     FAMILIES,
     answers,
@@ -136,17 +136,6 @@ def test_no_token_for_padding(family, tmp_path):
     model = saved(tmp_path / "outside", network, pad_token_id=40)
     with pytest.raises(InputError, match=r"padding of .* is 40, and it has 40 tokens"):
         asked(model, "classification", labels=LABELS)
-
-
-class Said(Progress):
-    """What was said, in a list."""
-
-    def __init__(self):
-        super().__init__()
-        self.lines = []
-
-    def say(self, line):
-        self.lines.append(line)
 
 
 def test_tokenizers_without_end_or_separator(tmp_path):
