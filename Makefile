@@ -1,4 +1,5 @@
 # make demo   `gradindex demo`: train a small model, index its training text, ask it three questions
+# make demo-classifier   the same with a classifier, of whose labels some were made wrong
 # make wheel  dist/*.whl, to install elsewhere
 # make test   lint, types, tests, some faults
 # make slow   tests that take long: more moments to be killed at, more of Ray
@@ -17,7 +18,7 @@ TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 export OMP_WAIT_POLICY ?= passive
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo wheel test slow faults screenshots transcript lint clean
+.PHONY: demo demo-classifier wheel test slow faults screenshots transcript lint clean
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -34,6 +35,9 @@ $(BIN)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 
 demo: $(BIN)/.installed
 	@$(BIN)/gradindex demo -o $(DEMO)
+
+demo-classifier: $(BIN)/.installed
+	@$(BIN)/gradindex demo classifier -o $(DEMO)-classifier
 
 # pip builds it in an environment of its own, with the backend that pyproject.toml names
 wheel: $(BIN)/python
@@ -63,4 +67,4 @@ lint: $(BIN)/.installed
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(DEMO) dist
+	rm -rf $(VENV) $(DEMO) $(DEMO)-classifier dist

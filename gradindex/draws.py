@@ -49,6 +49,7 @@ class Stream(Enum):
     DRY_RUN_SAMPLE = 0, 12
     DEMO_BATCHES = 0, 13  # in which order the demo's model is trained
     AUDIT_CLASSES = 0, 20  # whose gradients are added up where not all are
+    DEMO_LABELS = 0, 21  # which labels of the classifying demo are wrong
     GROUP_COORDINATES = 0, 0, "K"  # keyed by K in the place of the seed
 
 

@@ -20,7 +20,8 @@ DOORS = {  # library: the files that it enters through
     "transformers": {f"gradindex/model/{name}.py"
                      for name in ("checkpoint", "linear_maps", "load_adapter", "load_errors",
                                   "load_tokenizer", "model_source", "network")} |
-                    {"gradindex/demo/small_model.py", "gradindex/demo/make_demo.py"},
+                    {f"gradindex/demo/{name}.py" for name in
+                     ("make_demo", "small_classifier", "small_model")},
     "lmdb": {"gradindex/storage/records.py"},
     "faiss": {"gradindex/storage/code_index.py"},
     "safetensors": {"gradindex/model/saved_files.py"},

@@ -1,1 +1,1 @@
-"""The demo: a small language model of the Python standard library, made where it is needed."""
+"""The demos: small models of the Python standard library, made where they are needed."""

@@ -10,16 +10,20 @@ from typing import Any
 
 import torch
 
-from gradindex.demo.small_model import DemoSettings, new_model, new_optimizer
+from gradindex.demo.small_model import new_optimizer
 
 WIDTH = 48  # tokens of a batch's sequences, about the documents' mean
 STEPS = 12  # measured, and half as many before them: the first ones load libraries and grow memory
 
-# In training steps of .15 s of processor time, of which two cores do with about .11 s.
-DOCUMENTS = 90
-BUILD = 490
-SEARCH = 30
-LATER_SEARCH = 12
+
+@dataclass(frozen=True)
+class Parts:
+    """What the parts of a demo take, in training steps."""
+
+    documents: int
+    build: int
+    search: int
+    later_search: int
 
 
 @dataclass(frozen=True)
@@ -30,25 +34,31 @@ class Expected:
     whole: float
 
 
-def expected(step: float, training: int | None, build: bool) -> Expected:
+def expected(
+    step: float, training: int | None, build: bool, parts: Parts, questions: int = 3
+) -> Expected:
     """How long what is still to come will take, where a step takes `step` seconds.
 
     `training` is how many steps are to be made, None for a model that is there; `build` is whether
     the index has to be built.
     """
-    first = SEARCH + BUILD * build + (0 if training is None else DOCUMENTS + training)
-    return Expected(step * first, step * (first + 2 * LATER_SEARCH))
+    first = parts.search + parts.build * build
+    first += 0 if training is None else parts.documents + training
+    return Expected(step * first, step * (first + (questions - 1) * parts.later_search))
 
 
-def seconds_of_a_step(settings: DemoSettings) -> float:
-    """The median time of a training step, on token ids that mean nothing."""
-    model: Any = new_model(settings)
-    optimizer = new_optimizer(model, settings)
-    ids = torch.arange(settings.batch * WIDTH).reshape(settings.batch, WIDTH) % settings.vocabulary
+def meaningless(vocabulary: int, batch: int) -> torch.Tensor:
+    """Token ids that mean nothing, of a batch that is as wide as most: int64 [batch, WIDTH]."""
+    return torch.arange(batch * WIDTH).reshape(batch, WIDTH) % vocabulary
+
+
+def seconds_of_a_step(model: Any, inputs: dict[str, torch.Tensor]) -> float:
+    """The median time of a training step of a new model on a batch."""
+    optimizer = new_optimizer(model, 1e-3)
     seconds = []
     for _ in range(STEPS + STEPS // 2):
         start = time.perf_counter()
-        model(input_ids=ids, labels=ids).loss.backward()
+        model(**inputs).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - start)

@@ -15,14 +15,16 @@ import math
 import os
 import platform
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from transformers import GPTNeoXForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from gradindex.demo.library_documents import Document, standard_library_documents
 from gradindex.demo.questions import QUERIES
+from gradindex.demo.small_classifier import ClassifierSettings
 from gradindex.demo.small_model import (
     DemoSettings,
     log_probability,
@@ -36,6 +38,7 @@ from gradindex.progress import Progress
 from gradindex.storage.files import atomic_write, make_folders, rename_folder
 from gradindex.storage.os_errors import disk_errors
 
+Settings = DemoSettings | ClassifierSettings
 FACTS, MODEL, DOCUMENTS, INDEX = "demo.json", "model", "documents.jsonl", "index"
 
 # Documents of these modules come first: much used, and told in many places.
@@ -57,14 +60,9 @@ def prepare(
     The documents are those of `library`, a folder of Python sources [the running Python's].
     Raises InputError where `out` holds something else, ResourceError where the disk doesn't do.
     """
-    facts = check_folder(out)
-    if is_made(facts, settings):
-        progress.say(f"{out} has the model and its documents; reusing them")
+    facts = begin(out, settings, progress)
+    if facts is not None:
         return facts
-    make_folders(out)
-    # from here on the folder is known as a demo's, whose parts may be made anew
-    atomic_write(out / FACTS, _json(_asked(settings)))
-
     progress.start("documents", 0, "")
     documents, tokenizer = choose_documents(settings, library)
     sequences = windows(documents, tokenizer, settings.length)
@@ -85,24 +83,51 @@ def prepare(
         progress.say(f"  {line['before']:6.2f} {line['after']:6.2f}  {line['prompt']!r} → "
                      f"{line['completion']!r}")
 
-    facts = {**_asked(settings), "documents": len(documents), "sequences": len(sequences),
-             "tokens": tokens, "parameters": model.num_parameters(), "loss": loss,
-             "learned": learned}
+    return finish(out, settings, model, tokenizer, documents, {
+        "documents": len(documents), "sequences": len(sequences), "tokens": tokens,
+        "parameters": model.num_parameters(), "loss": loss, "learned": learned})
+
+
+def begin(out: Path, settings: Settings, progress: Progress) -> dict[str, Any] | None:
+    """The facts of a demo that is there; None where it is to be made, in a folder that is now its.
+
+    Raises as `check_folder`.
+    """
+    facts = check_folder(out, settings)
+    if is_made(facts, settings):
+        progress.say(f"{out} has the model and its documents; reusing them")
+        return facts
+    make_folders(out)
+    # from here on the folder is known as a demo's, whose parts may be made anew
+    atomic_write(out / FACTS, _json(_asked(settings)))
+    return None
+
+
+def finish(
+    out: Path, settings: Settings, model: Any, tokenizer: PreTrainedTokenizerFast,
+    documents: Sequence[Mapping[str, Any]], learned: dict[str, Any],
+) -> dict[str, Any]:
+    """Write what was made, and the facts last; they are returned. Raises ResourceError."""
+    facts = {**_asked(settings), **learned}
     save(model, tokenizer, documents, out)
     atomic_write(out / FACTS, _json(facts))
     return facts
 
 
-def check_folder(out: Path) -> dict[str, Any]:
+def check_folder(out: Path, settings: Settings) -> dict[str, Any]:
     """What the demo in `out` says of itself; nothing where there is none yet.
 
-    Raises InputError for a file, and for a folder in which a demo would replace what isn't its own.
+    Raises InputError for a file, and for a folder in which a demo would replace what isn't its own,
+    or is another demo's.
     """
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file; expected a folder for the demo. Give another with -o.")
     with contextlib.suppress(OSError, ValueError):
         facts = json.loads((out / FACTS).read_bytes())
-        if isinstance(facts, dict) and "settings" in facts:
+        if isinstance(facts, dict) and isinstance(facts.get("settings"), dict):
+            if facts["settings"].keys() != asdict(settings).keys():
+                raise InputError(f"{out} holds another demo, of another kind of model; expected a "
+                                 "new folder. Give another with -o.")
             return facts
     for name in (FACTS, MODEL, DOCUMENTS, INDEX):
         if os.path.lexists(out / name):
@@ -111,12 +136,12 @@ def check_folder(out: Path) -> dict[str, Any]:
     return {}
 
 
-def is_made(facts: dict[str, Any], settings: DemoSettings) -> bool:
+def is_made(facts: dict[str, Any], settings: Settings) -> bool:
     """Whether a demo that says `facts` of itself has the model that `settings` would make here."""
     return _asked(settings).items() <= facts.items() and "loss" in facts
 
 
-def _asked(settings: DemoSettings) -> dict[str, Any]:
+def _asked(settings: Settings) -> dict[str, Any]:
     return {"settings": asdict(settings), "python": platform.python_version()}
 
 
@@ -150,7 +175,7 @@ def choose_documents(
 
 
 def save(
-    model: GPTNeoXForCausalLM, tokenizer: PreTrainedTokenizerFast, documents: list[Document],
+    model: Any, tokenizer: PreTrainedTokenizerFast, documents: Sequence[Mapping[str, Any]],
     out: Path,
 ) -> None:
     """Write documents.jsonl and model/, each complete or not at all. Raises ResourceError."""

@@ -1,6 +1,7 @@
 """What the demo asks its index, as a user would type it, and what to try next."""
 
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 
 # (prompt, completion): what the demo asks about. Each was told by several documents: a sentence in
@@ -10,6 +11,22 @@ QUERIES = (
     ("weekdays = ['Mon', 'Tue',", " 'Wed', 'Thu', 'Fri'"),
     ("if self.closed:\n    raise", ' ValueError("I/O operation on closed file'),
 )
+
+
+# (text, label, rather than which): what the classifying demo asks about; without a label, its own
+LABEL_QUERIES: tuple[tuple[str, str | None, str | None], ...] = (
+    ("Connect to the server at host and port, and return its reply.", "network", None),
+    ("Return the mean of the numbers, rounded to an integer.", None, None),
+    ("Wait until a thread has read the reply of the server.", "processes", "network"),
+)
+
+
+def label_arguments(index: Path, text: str, label: str | None, versus: str | None) -> list[str]:
+    """What `gradindex` is called with to ask the classifying demo's index."""
+    asked = ["search", str(index), "--text", text]
+    asked += [] if label is None else ["--label", label]
+    asked += [] if versus is None else ["--versus-label", versus]
+    return [*asked, "-k", "3"]
 
 
 def search_arguments(index: Path, prompt: str, completion: str) -> list[str]:
@@ -45,6 +62,22 @@ def try_next(index: Path) -> list[str]:
         (["view", str(index)], "all of this in a page"),
         (["info", str(index)], "what is in the index"),
     )
+    return _explained(own)
+
+
+def try_next_with_labels(index: Path) -> list[str]:
+    """The same for the classifying demo."""
+    text = LABEL_QUERIES[1][0]
+    return _explained((
+        (["search", str(index), "--text", text, "--opponents"], "what spoke against it"),
+        (["search", str(index), "--text", text, "--group-by", "planted"],
+         "how much the wrong labels say"),
+        (["view", str(index)], "all of this in a page"),
+        (["info", str(index)], "what is in the index"),
+    ))
+
+
+def _explained(own: Iterable[tuple[list[str], str]]) -> list[str]:
     lines = [(as_typed(arguments), what) for arguments, what in own]
     lines.append(("gradindex build YOUR_MODEL YOUR.jsonl -o your.index", "your own"))
     return [f"  {line:<76} # {what}" for line, what in lines]

@@ -5,9 +5,9 @@ windows of `length` tokens. The same settings, Python and number of threads give
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -21,6 +21,19 @@ from gradindex.results import UNSCORED
 
 END = "<|endoftext|>"
 CPU = torch.device("cpu")
+
+
+class Training(Protocol):
+    """What a training is told."""
+
+    @property
+    def steps(self) -> int: ...
+
+    @property
+    def batch(self) -> int: ...
+
+    @property
+    def learning_rate(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -78,17 +91,25 @@ def train(
     progress: Progress,
 ) -> float:
     """Train in place for a fixed number of steps; the mean loss of the last pass, in nats."""
-    optimizer = new_optimizer(model, settings)
+    batches = ({"input_ids": padded(group, 0), "labels": padded(group, UNSCORED)}
+               for group in batches_of(sequences, settings.batch, settings.seed, len))
+    return run_training(model, batches, len(sequences), settings, progress, "nats a token")
+
+
+def run_training(
+    model: Any, batches: Iterator[dict[str, torch.Tensor]], rows: int, settings: Training,
+    progress: Progress, unit: str,
+) -> float:
+    """Train in place on what a model is called with; the mean loss of the last pass of `rows`."""
+    optimizer = new_optimizer(model, settings.learning_rate)
     # up over a twentieth of the steps, then down along a cosine
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
         1, 20 * (step + 1) / settings.steps) * (1 + math.cos(math.pi * step / settings.steps)) / 2)
-    batches = _batches(sequences, settings)
     losses: list[float] = []
     progress.start("training", settings.steps, "steps")
     model.train()
     for _ in range(settings.steps):
-        ids, labels = next(batches)
-        loss = model(input_ids=ids, labels=labels).loss
+        loss = model(**next(batches)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -97,38 +118,42 @@ def train(
         losses.append(loss.item())
         progress.update(1)
     model.eval()
-    last = losses[-math.ceil(len(sequences) / settings.batch):]
+    last = losses[-math.ceil(rows / settings.batch):]
     final: float = sum(last) / len(last)
-    passes = settings.steps * settings.batch / len(sequences)
-    progress.finish(f"{settings.steps:,} steps, {passes:.1f} passes, "
-                    f"final loss {final:.3f} nats a token")
+    progress.finish(f"{settings.steps:,} steps, {settings.steps * settings.batch / rows:.1f} "
+                    f"passes, final loss {final:.3f} {unit}")
     return final
 
 
-def new_optimizer(model: GPTNeoXForCausalLM, settings: DemoSettings) -> torch.optim.AdamW:
+def new_optimizer(model: torch.nn.Module, learning_rate: float) -> torch.optim.AdamW:
     """What a model is trained with."""
-    return torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95),
+    return torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95),
                              weight_decay=0.01)
 
 
-def _batches(
-    sequences: list[list[int]], settings: DemoSettings
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Ids and labels without end, every sequence once a pass, in batches of similar lengths."""
-    shuffle = draws.generator(draws.Stream.DEMO_BATCHES, settings.seed).shuffle
-    order = list(sequences)
-    size = settings.batch
+Item = TypeVar("Item")
+
+
+def batches_of(
+    items: Sequence[Item], size: int, seed: int, length: Callable[[Item], int]
+) -> Iterator[list[Item]]:
+    """Batches of similar lengths without end, every item once a pass."""
+    shuffle = draws.generator(draws.Stream.DEMO_BATCHES, seed).shuffle
+    order = list(items)
     while True:
         shuffle(order)
-        groups = [sorted(order[start:start + 16 * size], key=len)
+        groups = [sorted(order[start:start + 16 * size], key=length)
                   for start in range(0, len(order), 16 * size)]
         batches = [group[start:start + size] for group in groups
                    for start in range(0, len(group), size)]
         shuffle(batches)
-        for batch in batches:
-            width = max(map(len, batch))
-            yield (torch.tensor([ids + [0] * (width - len(ids)) for ids in batch]),
-                   torch.tensor([ids + [UNSCORED] * (width - len(ids)) for ids in batch]))
+        yield from batches
+
+
+def padded(rows: list[list[int]], padding: int) -> torch.Tensor:
+    """Rows as long as the longest of them, padded on the right: int64 [b, m]."""
+    width = max(map(len, rows))
+    return torch.tensor([row + [padding] * (width - len(row)) for row in rows])
 
 
 @torch.no_grad()

@@ -11,7 +11,8 @@ import pytest
 
 from gradindex.cli import main_group
 from gradindex.demo import expected_time
-from gradindex.demo.journey import run_demo
+from gradindex.demo.journey import run_demo as run
+from gradindex.demo.kinds import LANGUAGE_PARTS, language_demo
 from gradindex.demo.library_documents import standard_library_documents
 from gradindex.demo.make_demo import check_folder, choose_documents
 from gradindex.demo.questions import QUERIES, as_typed, search_arguments
@@ -22,6 +23,11 @@ from gradindex.storage.locks import only_writer
 
 TINY = DemoSettings(sequences=12, length=64, longest=60, vocabulary=300, layers=1, hidden=16,
                     heads=2, steps=3, batch=4)
+
+
+def run_demo(folder: Path, settings: DemoSettings, progress: Progress,
+             library: Path | None = None) -> int:
+    return run(folder, language_demo(settings), progress, library)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +102,7 @@ def test_what_is_not_the_demos_is_never_replaced(tmp_path, name):
         run_demo(tmp_path / name, TINY, Progress())
     (tmp_path / name).unlink()
     (tmp_path / "other.txt").write_text("of no concern")
-    assert check_folder(tmp_path) == {}
+    assert check_folder(tmp_path, TINY) == {}
 
 
 def test_two_demos_in_a_folder_exclude_each_other(tmp_path):
@@ -106,16 +112,16 @@ def test_two_demos_in_a_folder_exclude_each_other(tmp_path):
 
 
 def test_expected_time_is_that_of_what_is_left():
-    anew, made, built = (expected_time.expected(0.5, steps, build) for steps, build in
-                         ((100, True), (None, True), (None, False)))
-    assert anew.first - made.first == 0.5 * (100 + expected_time.DOCUMENTS)
-    assert made.first - built.first == 0.5 * expected_time.BUILD
+    anew, made, built = (expected_time.expected(0.5, steps, build, LANGUAGE_PARTS)
+                         for steps, build in ((100, True), (None, True), (None, False)))
+    assert anew.first - made.first == 0.5 * (100 + LANGUAGE_PARTS.documents)
+    assert made.first - built.first == 0.5 * LANGUAGE_PARTS.build
     for one in (anew, made, built):
-        assert one.whole - one.first == 0.5 * 2 * expected_time.LATER_SEARCH
+        assert one.whole - one.first == 0.5 * 2 * LANGUAGE_PARTS.later_search
 
 
 def test_a_step_is_measured():
-    assert expected_time.seconds_of_a_step(TINY) > 0
+    assert language_demo(TINY).seconds_of_a_step() > 0
 
 
 def test_documents_are_the_same_each_time(library):

@@ -59,7 +59,8 @@ def searchers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Searcher]:
                                 keep_fields=["number"]),
         "two texts": built(folders["two texts"], network_of_texts("bert", 3, **NAMES), two),
         "reward": built(folders["reward"], network_of_texts("bert", 1), answers(20)),
-        "preference": built(folders["preference"], policy(torch.float32), answers(20), task="preference"),
+        "preference": built(folders["preference"], policy(torch.float32), answers(20),
+                            task="preference"),
     }
 
 
