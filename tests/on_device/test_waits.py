@@ -22,8 +22,8 @@ from gradindex.objective.batch import Text
 from gradindex.storage.records import Record
 from gradindex.task import Task
 from indexer.encode import encode_batches
-from search.study.class_means import add_classes
 from indexer.fit.batch_sums import add_covariances, add_eigenvalues, fit_batch
+from search.study.class_means import add_classes
 from support.models import MIXTURES, SIZES, random_network
 from support.pretend.ledger import LEDGER
 from support.task_models import network_of_texts
