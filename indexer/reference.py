@@ -118,7 +118,7 @@ def _check_tokens(name: str, policy: dict[str, int], reference: dict[str, int]) 
     Tokens that were added to one of them may be missing in the other.
     """
     theirs = {number: token for token, number in reference.items()}
-    for token, number in policy.items():
+    for token, number in sorted(policy.items(), key=lambda known: known[1]):
         if theirs.get(number, token) != token:
             raise InputError(
                 f"the reference {name} has another tokenizer than the policy: token {number} is "

@@ -46,6 +46,15 @@ class BroughtHead:
     outputs: int | None
 
 
+def told_of_head(head: BroughtHead | None) -> dict[str, int]:
+    """What transformers' loaders are told of a head that comes with an adapter.
+
+    >>> told_of_head(BroughtHead(frozenset(), 3)), told_of_head(None)
+    ({'num_labels': 3}, {})
+    """
+    return {} if head is None or head.outputs is None else {"num_labels": head.outputs}
+
+
 @dataclass(frozen=True)
 class Adapter:
     """A saved adapter: its folder, its base model (`name` or `name@revision`), other settings."""

@@ -14,7 +14,14 @@ import torch
 import transformers
 
 from gradindex.errors import InputError
-from gradindex.model.adapters import CONFIG, Adapter, BroughtHead, adapter_file, read_adapter
+from gradindex.model.adapters import (
+    CONFIG,
+    Adapter,
+    BroughtHead,
+    adapter_file,
+    read_adapter,
+    told_of_head,
+)
 from gradindex.model.config import is_quantised
 from gradindex.model.devices import DTYPES, check_dtype, device_called, dtype_called, dtype_of
 from gradindex.model.load_errors import readable_errors
@@ -172,13 +179,7 @@ class ModelSource:
         check_folder(Path(self.name))
         with readable_errors(self.name):
             return transformers.AutoConfig.from_pretrained(
-                self.name, **self.arguments, **self.outputs)
-
-    @property
-    def outputs(self) -> dict[str, int]:
-        """How many outputs the head has, as transformers' loaders take it; nothing by default."""
-        told = None if self.head is None else self.head.outputs
-        return {} if told is None else {"num_labels": told}
+                self.name, **self.arguments, **told_of_head(self.head))
 
     def resolve(self, dtype: str) -> tuple[torch.device, torch.dtype]:
         """The device and dtype to load the model with; `dtype` is a name of DTYPES, or "auto".

@@ -17,7 +17,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from gradindex.errors import InputError, ResourceError
 from gradindex.model import fused_experts
-from gradindex.model.adapters import adapter_facts, quiet_dora, run_alone
+from gradindex.model.adapters import adapter_facts, quiet_dora, run_alone, told_of_head
 from gradindex.model.checkpoint import check_class, check_loading
 from gradindex.model.config import is_quantised, vocabulary_size
 from gradindex.model.devices import check_room, dtype_of
@@ -186,7 +186,8 @@ def _read(source: ModelSource, device: torch.device, dtype: torch.dtype) -> Any:
         source.weight_files()  # for the reason where one is missing or damaged
         with readable_errors(source.name):
             network, loading = auto_class(source.task).from_pretrained(
-                source.name, dtype=dtype, **options, **source.arguments, **source.outputs,
+                source.name, dtype=dtype, **options, **source.arguments,
+                **told_of_head(source.head),
                 output_loading_info=True,
                 use_safetensors=None if source.allow_pickle else True,
                 ignore_mismatched_sizes=True,  # which `check_loading` refuses

@@ -122,6 +122,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gradindex.objective.pairs.Reward.outputs": {"return": "r 1"},
     "gradindex.objective.pairs.Reward.log_p": {"outputs": "r 1", "return": ("b 1", "r 1")},
     "gradindex.objective.pairs.Preference.outputs": {"return": "r t v"},
+    "gradindex.objective.pairs.Preference.answers": {"return": "b _"},
     "gradindex.objective.pairs.Preference.log_p":
         {"outputs": "r t v", "return": ("b 1", "r t v")},
     "gradindex.storage.background_file.BackgroundQueries.rates":
