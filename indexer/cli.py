@@ -23,6 +23,12 @@ from gradindex.flags import (
 from gradindex.terminal import json_text, shell_word, visible_lines
 from indexer import defaults
 
+# by task, what may be asked first
+FIRST_QUERY = {
+    "causal": '-p "PROMPT" -c " COMPLETION"', "classification": '--text "TEXT"',
+    "reward": '-p "PROMPT" --response " ANSWER"',
+    "preference": '-p "PROMPT" --response " ANSWER"',
+}
 _MAX_BAD = click.option(
     "--max-bad", type=float, default=defaults.MAX_BAD, show_default=True, metavar="SHARE",
     help="Sequences that may be left out since their gradient is not finite (ten may, unless they "
@@ -154,10 +160,11 @@ def build(
         click.echo(visible_lines("\n".join(needs.lines())))
         return ResourceError.exit_code if needs.lacking else 0
     request = make_request(model, list(data), progress=stderr_progress(), **others)
-    if run(request) is None:  # a shard has no index to search yet
+    built = run(request)
+    if built is None:  # a shard has no index to search yet
         return 0
-    click.echo(visible_lines(f'next: gradindex search {shell_word(others["out"])} -p "PROMPT" '
-                             '-c " COMPLETION"'), err=True)
+    click.echo(visible_lines(f'next: gradindex search {shell_word(others["out"])} '
+                             f'{FIRST_QUERY[built.task.name]}'), err=True)
     return 0
 
 

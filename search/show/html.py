@@ -18,6 +18,7 @@ from gradindex.results import Hit, Query, Result
 from gradindex.terminal import visible, visible_lines
 from gradindex.version import VERSION
 from search.show import task_words, wording
+from search.show.task_words import texts_apart
 
 MOST_CELLS = 200_000  # of token × layer maps in a self-contained file
 
@@ -103,7 +104,7 @@ def _digest(text: str) -> str:
 def runs(hit: Hit, scale: float, first: int = 0, last: int | None = None) -> Iterator[
         tuple[str, str, str]]:
     """Text of tokens first to last − 1 as (text, class, influence); untinted neighbours joined."""
-    values = hit.token_influence or [0.0] * len(hit.tokens)
+    values, tokens = hit.token_influence or [0.0] * len(hit.tokens), texts_apart(hit)
     positions = range(first, len(hit.tokens) if last is None else last)
     # where another document begins a run ends, for a border is drawn there
     starts = {part.get("token", 0) for part in hit.parts} - {0}
@@ -114,9 +115,7 @@ def runs(hit: Hit, scale: float, first: int = 0, last: int | None = None) -> Ite
 
     for (tint, _), members in groupby(positions, key):
         run = list(members)
-        text = "".join(hit.tokens[position] for position in run)
-        if run[0] == first == hit.border:  # the space between two texts is in neither
-            text = text.removeprefix(" ")
+        text = "".join(tokens[position] for position in run)
         border = " border" if run[0] in starts else ""
         yield text, _tint(tint) + border, wording.number(values[run[0]]) if tint else ""
 
@@ -130,9 +129,7 @@ def query(text: Query, first: int = 0, last: int | None = None) -> Iterator[
     """Tokens first to last − 1 of a query as (piece, scored, number among those that are scored).
     """
     number = -1
-    for position, piece in list(enumerate(text.token_texts))[first:last]:
-        if position == first == text.border:  # the space between two texts is in neither
-            piece = piece.removeprefix(" ")
+    for position, piece in list(enumerate(texts_apart(text)))[first:last]:
         scored = text.is_scored(position)
         number += scored
         yield piece, scored, number
@@ -168,7 +165,8 @@ def columns(
               default=0.0) or 1.0
     high = 5
     shown = slice(first, last)
-    for token, values in zip(hit.tokens[shown], hit.token_layer_influence[shown], strict=True):
+    for token, values in zip(texts_apart(hit)[shown], hit.token_layer_influence[shown],
+                             strict=True):
         cells = "".join(
             f'<rect class="{_tint(shade)}" y="{row * high}" width="100%" height="{high}"/>'
             for row, value in enumerate(values) if (shade := wording.shade(value, top)))

@@ -124,6 +124,14 @@ def texts_of(hit: Hit, result: Result) -> list[tuple[str, int, int]]:
     return _parts(hit.border, len(hit.tokens), names)
 
 
+def texts_apart(row: Query | Hit) -> list[str]:
+    """The texts of tokens, without the space with which decoding parts a row's two texts."""
+    pieces = list(row.token_texts if isinstance(row, Query) else row.tokens)
+    if row.border is not None and row.border < len(pieces):
+        pieces[row.border] = pieces[row.border].removeprefix(" ")
+    return pieces
+
+
 def share_means(result: Result) -> str:
     """What the share of a token is a share of, where it stands."""
     if result.task == "causal":

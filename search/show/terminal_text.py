@@ -53,14 +53,12 @@ def _heading(result: Result, width: int) -> list[str]:
 
 def _query_lines(asked: task_words.Asked, width: int) -> list[str]:
     """A text, what is scored of it in ⟦brackets⟧ where it isn't all, and its label."""
-    shown, inside = "", False
+    shown, inside, tokens = "", False, task_words.texts_apart(asked.text)
     for position in range(asked.first, asked.last):
         scored = asked.marked and asked.text.is_scored(position)
         shown += ("⟦" if scored else "⟧") * (scored != inside)
-        shown += visible(asked.text.token_texts[position])
+        shown += visible(tokens[position])
         inside = scored
-    if asked.first:  # the space between two texts is in neither
-        shown = shown.removeprefix(" ")
     own = " (the model's own continuation)" * (asked.text.generated and asked.label is None)
     name = asked.name if asked.name in ("versus", "plus") else f"{asked.name}:"
     lines = _wrap(f"{name:<6} {shown}" + "⟧" * inside + own, width)
@@ -116,11 +114,9 @@ def _window(hit: Hit, color: bool, begin: int, end: int) -> str:
     # each hit by itself: beside one strong hit the others would have no mark at all
     strongest = wording.strongest([hit])
     first, last = wording.window(hit, begin=begin, end=end)
-    shown = []
+    shown, tokens = [], task_words.texts_apart(hit)
     for position in range(first, last):
-        piece = visible(hit.tokens[position])
-        if position == begin == hit.border:  # the space between two texts is in neither
-            piece = piece.removeprefix(" ")
+        piece = visible(tokens[position])
         value = hit.token_influence[position] if hit.token_influence else 0.0
         if abs(value) >= MARKED * strongest:
             piece = _mark(piece, value > 0, color)

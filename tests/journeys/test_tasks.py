@@ -98,6 +98,7 @@ def test_the_command_line_classifies(classifier, tmp_path):
     run("build", classifier, data, "-o", tmp_path / "other", *flags, "--dry-run")
     said = run("build", classifier, data, "-o", out, *flags).stderr
     assert "task: classification" in said and "text and label" in said
+    assert said.endswith(f'next: gradindex search {out} --text "TEXT"\n')
     shown = " ".join(run(
         "search", out, "--text", "a great plot", "--label", "positive", "-k", 2).stdout.split())
     assert "log p(positive) = " in shown and "its log p" in shown

@@ -109,7 +109,8 @@ def test_what_is_asked_is_answered_as_python_answers(
 
 def test_the_form_follows_the_task(servers: dict[str, Running]) -> None:
     for name, fields in (
-        ("classification", {"text", "text_b", "label", "versus_label"}),
+        ("classification", {"text", "label", "versus_label"}),
+        ("two texts", {"text", "text_b", "label", "versus_label"}),
         ("reward", {"prompt", "chosen", "rejected", "response"}),
         ("preference", {"prompt", "chosen", "rejected", "response"}),
     ):
