@@ -195,7 +195,8 @@ def test_parts_of_modules_and_of_classes_add_up(classified, monkeypatch):
     monkeypatch.setattr(Progress, "start", lambda self, stage, *rest, **more: stages.append(stage))
     same(classified.audit(against=ASKED), expected)
     parts = 3 * len(classified.manifest.modules)
-    assert stages == ["records", *["class means", "exact"] * parts]
+    assert stages == ["records", *(f"{stage} {part}/{parts}" for part in range(1, parts + 1)
+                                   for stage in ("class means", "exact"))]
 
 
 def test_a_batch_that_runs_out_of_memory_is_not_added_up_twice(classified, monkeypatch):
