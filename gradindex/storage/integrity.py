@@ -113,18 +113,18 @@ class CheckedFiles:
             finally:
                 os.close(descriptor)
 
-    def path(self, name: str, audit: Callable[[Path], None] | None = None) -> Path:
+    def path(self, name: str, check: Callable[[Path], None] | None = None) -> Path:
         """The path of a checked file, for libraries that open files themselves.
 
-        `audit` is called with the path where the content is new: at first, or touched since.
+        `check` is called with the path where the content is new: at first, or touched since.
         """
         descriptor = self._open(name)
         try:
             identity = _identity(descriptor)
             if self._known.get(name) != identity:
                 self._digest(name, descriptor)
-                if audit is not None:
-                    audit(self.root / name)
+                if check is not None:
+                    check(self.root / name)
                 self._known[name] = identity
         finally:
             os.close(descriptor)

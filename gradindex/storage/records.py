@@ -6,8 +6,8 @@ length of the JSON, number of tokens (three little-endian uint32), JSON (id and 
 two texts the border, of a classifier the label, of a pair the offset), token ids (little-endian
 int32), loss mask (one bit a token).
 
-liblmdb trusts what it maps: a damaged or hostile file can end the process. So a file is audited
-page by page, outside liblmdb, before it is opened (`audit`).
+liblmdb trusts what it maps: a damaged or hostile file can end the process. So a file is checked
+page by page, outside liblmdb, before it is opened (`check_pages`).
 """
 
 import contextlib
@@ -166,7 +166,7 @@ def _lmdb_errors(path: Path) -> Iterator[None]:
         raise refused from error
 
 
-def audit(path: Path) -> None:
+def check_pages(path: Path) -> None:
     """Check every page of a file of records, without liblmdb.
 
     Raises DamagedIndexError, and ResourceError where the system refuses to read it.
@@ -184,7 +184,7 @@ def audit(path: Path) -> None:
 
 
 def read(path: Path, rows: Sequence[int]) -> list[Record]:
-    """The records of some rows, in that order, of a file that was written here or audited.
+    """The records of some rows, in that order, of a file that was written here or checked.
 
     Raises DamagedIndexError, and ResourceError where the system refuses to read it.
     """

@@ -113,8 +113,8 @@ class SegmentReader:
 
     def records(self, rows: Sequence[int]) -> list[Record]:
         """The records of some rows, in that order."""
-        # audited page by page before liblmdb, which trusts what it maps, sees it
-        return records.read(self.files.path(self.name(layout.RECORDS), records.audit), rows)
+        # checked page by page before liblmdb, which trusts what it maps, sees it
+        return records.read(self.files.path(self.name(layout.RECORDS), records.check_pages), rows)
 
     def _read(self, file: SegmentFile) -> bytes:
         return self.files.read(self.name(file))

@@ -145,7 +145,7 @@ def sound_records(contents: Contents, name: str) -> list[Record]:
     rows = next((one.rows for one in contents.manifest.segments if one.name == name), 0)
     try:
         # without rows.npy, which may be what is damaged: each record has a checksum of its own
-        path = contents.files.path(layout.segment_file(name, layout.RECORDS), records.audit)
+        path = contents.files.path(layout.segment_file(name, layout.RECORDS), records.check_pages)
         return records.read(path, range(rows))
     except DamagedIndexError:
         return []

@@ -26,17 +26,19 @@ def every_plot(label: str) -> list[str]:
         plots.tail([1.0, 2, 3], plots.Law(1.5, 2.5, 0.5), label, label, label),
         plots.scatter([1, 2], [3, 4], label, label, label, diagonal=True),
         plots.strip({label: [0.1, -0.2]}, [0, 1], label, what=label),
+        plots.curves({label: ([0, 1], [0, 1]), "b": ([0, 1], [1, 1])}, label, label, label),
     ]
 
 
-@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("number", range(6))
 def test_text_is_escaped_and_nothing_is_styled_inline(number):
     svg = every_plot(HOSTILE)[number]
     root = parse(svg)  # well-formed
     assert "<script" not in svg and "<b " not in svg
     assert "\u202e" not in svg and "\x1b" not in svg and "\\u202e" in svg
     for element in root.iter():
-        assert element.tag in ("svg", "title", "g", "rect", "line", "circle", "text")
+        assert element.tag in ("svg", "title", "g", "rect", "line", "circle", "text",
+                               "polyline")
         assert not {"style", "href", "onload"} & set(element.attrib)
     assert root.get("role") == "img" and HOSTILE[:3] in root.get("aria-label")
     assert next(root.iter("title")).text.startswith(HOSTILE[:3])
@@ -147,3 +149,15 @@ def test_bins_hold_every_value():
     counts, edges = plots.bins(np.arange(1000), 40)
     assert set(counts.tolist()) == {25} and set(np.diff(edges).tolist()) == {25.0}
     assert plots.bins([7], 40)[0].tolist() == [1]
+
+
+def test_curves_go_through_their_points():
+    svg = plots.curves({"ours": ([0, 0.25, 1], [0, 1, 1]), "theirs": ([0, 1], [0, 1])}, "found",
+                       "inspected", "found")
+    ours, theirs = (one.get("points") for one in parse(svg).iter() if one.tag == "polyline")
+    ours = [tuple(map(float, pair.split(","))) for pair in ours.split()]
+    theirs = [tuple(map(float, pair.split(","))) for pair in theirs.split()]
+    assert ours[0] == theirs[0] and ours[2] == theirs[1]
+    assert ours[1] == pytest.approx((0.75 * ours[0][0] + 0.25 * ours[2][0], ours[2][1]), abs=0.06)
+    label = parse(svg).get("aria-label")
+    assert "ours at a half 1" in label and "theirs at a half 0.5" in label
