@@ -173,7 +173,7 @@ def audit(
     settings = settle(controls, searcher.manifest)
     if truth is not None:
         check_kept(searcher.snapshot, truth)
-    query_file = None if against is None else read_trusted(against, searcher.manifest.task.name)
+    query_file = None if against is None else read_trusted(against, searcher.manifest.plan)
     trusted = None
     if query_file is not None:
         trusted = query_files.make_queries(searcher.snapshot, query_file, set())

@@ -6,6 +6,7 @@ from typing import Any
 
 from gradindex.errors import InputError
 from gradindex.results import Query
+from gradindex.storage.build_plan import Plan
 from search.ask.make_query import make_query
 from search.ask.query_files import QueryFile, make_queries, read_queries
 from search.ask.question import Question
@@ -15,12 +16,12 @@ from search.rank.snapshot import Snapshot
 FLAG = "--against"
 
 
-def read_trusted(path: Path, task: str) -> QueryFile:
+def read_trusted(path: Path, plan: Plan) -> QueryFile:
     """The questions of a file, of which those that leave their answer to the model are problems."""
-    query_file = read_queries(path, FLAG)
+    query_file = read_queries(path, FLAG, plan.corpus)
     for name, question in list(query_file.questions.items()):
-        if (why := _unanswered(question, task)) is not None:
-            query_file.problems.append(f"query {name!r}: {why}")
+        if (why := _unanswered(question, plan.task)) is not None:
+            query_file.problems.append(f"{query_file.origins[name]}: query {name!r}: {why}")
             del query_file.questions[name]
     return query_file
 
@@ -30,7 +31,7 @@ def trusted_queries(
 ) -> list[Query]:
     """The queries of a file or of a list. Raises InputError for one that can't be used."""
     if isinstance(against, (str, Path)):
-        query_file = read_trusted(Path(against), snapshot.manifest.task.name)
+        query_file = read_trusted(Path(against), snapshot.manifest.plan)
         queries = make_queries(snapshot, query_file, set())
         if query_file.problems:
             raise InputError(f"{FLAG}: {query_file.problems[0]}.")

@@ -198,6 +198,13 @@ def test_fields_that_a_task_or_the_data_lack(task, given, message):
         corpus([[{**LABELLED, **PAIR}]], task, **given)
 
 
+@pytest.mark.parametrize("given", [{"pack": True}, {"truncate": True}])
+@pytest.mark.parametrize("task", ["classification", "reward", "preference"])
+def test_how_texts_of_next_tokens_are_cut_is_refused(task, given):
+    with pytest.raises(InputError, match=f"--pack and --truncate .* --task {task} a row is one"):
+        corpus([[{**LABELLED, **PAIR}]], task, **given)
+
+
 def test_the_second_text_that_is_named():
     row = {"text": "good", "text_b": "film", "note": "bad", "label": 1}
     [both], _ = read([row], text_b_field="note")
