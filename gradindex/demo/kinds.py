@@ -24,8 +24,8 @@ from gradindex.progress import Progress
 
 # in training steps of .15 s of processor time, of which two cores do with about .11 s
 LANGUAGE_PARTS = Parts(documents=90, build=490, search=30, later_search=12)
-# in training steps of .075 s
-CLASSIFIER_PARTS = Parts(documents=180, build=600, search=60, later_search=24)
+# in training steps of .054 s of processor time
+CLASSIFIER_PARTS = Parts(documents=150, build=450, search=75, later_search=60)
 
 
 @dataclass(frozen=True)

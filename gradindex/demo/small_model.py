@@ -15,6 +15,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerF
 
 from gradindex import draws
 from gradindex.demo.library_documents import Document
+from gradindex.errors import InputError
 from gradindex.model.tokenise import encode_pair
 from gradindex.progress import Progress
 from gradindex.results import UNSCORED
@@ -100,7 +101,13 @@ def run_training(
     model: Any, batches: Iterator[dict[str, torch.Tensor]], rows: int, settings: Training,
     progress: Progress, unit: str,
 ) -> float:
-    """Train in place on what a model is called with; the mean loss of the last pass of `rows`."""
+    """Train in place on what a model is called with; the mean loss of the last pass of `rows`.
+
+    Raises InputError where there are none.
+    """
+    if not rows:  # of what there is nothing, batches would be looked for without end
+        raise InputError("Python's standard library has no text here to train the demo's model on; "
+                         "expected its sources. Run gradindex with a Python that has them.")
     optimizer = new_optimizer(model, settings.learning_rate)
     # up over a twentieth of the steps, then down along a cosine
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(

@@ -17,7 +17,7 @@ from gradindex.demo.small_model import DemoSettings
 from gradindex.errors import InputError
 from gradindex.progress import Progress
 
-TINY = ClassifierSettings(texts=24, planted=0.25, length=64, vocabulary=300, layers=1, hidden=16,
+TINY = ClassifierSettings(texts=24, planted=0.25, length=128, vocabulary=500, layers=1, hidden=16,
                           heads=2, steps=3, batch=4)
 
 
@@ -83,6 +83,13 @@ def test_a_folder_of_the_other_demo_is_left_alone(made, library):
     with pytest.raises(InputError, match="holds another demo, of another kind of model"):
         run_demo(made, language_demo(DemoSettings()), Progress(), library)
     assert (made / "demo.json").read_text() == facts and (made / "index").is_dir()
+
+
+def test_a_library_without_sources_is_refused(tmp_path):
+    (tmp_path / "library" / "pydoc_data").mkdir(parents=True)
+    (tmp_path / "library" / "pydoc_data" / "topics.py").write_text("topics = {}\n")
+    with pytest.raises(InputError, match="no text here to train"):
+        run_demo(tmp_path / "demo", classifier_demo(TINY), Progress(), tmp_path / "library")
 
 
 def test_a_step_is_measured():
