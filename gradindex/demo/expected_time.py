@@ -17,7 +17,7 @@ STEPS = 12  # measured, and half as many before them: the first ones load librar
 
 
 @dataclass(frozen=True)
-class Parts:
+class DemoParts:
     """What the parts of a demo take, in training steps."""
 
     documents: int
@@ -35,7 +35,7 @@ class Expected:
 
 
 def expected(
-    step: float, training: int | None, build: bool, parts: Parts, questions: int = 3
+    step: float, training: int | None, build: bool, parts: DemoParts, questions: int = 3
 ) -> Expected:
     """How long what is still to come will take, where a step takes `step` seconds.
 

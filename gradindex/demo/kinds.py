@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from gradindex.demo.expected_time import Parts, meaningless, seconds_of_a_step
+from gradindex.demo.expected_time import DemoParts, meaningless, seconds_of_a_step
 from gradindex.demo.make_classifier import prepare_classifier
 from gradindex.demo.make_demo import Settings, prepare
 from gradindex.demo.questions import (
@@ -23,9 +23,9 @@ from gradindex.demo.small_model import DemoSettings, new_model
 from gradindex.progress import Progress
 
 # in training steps of .15 s of processor time, of which two cores do with about .11 s
-LANGUAGE_PARTS = Parts(documents=90, build=490, search=30, later_search=12)
+LANGUAGE_PARTS = DemoParts(documents=90, build=490, search=30, later_search=12)
 # in training steps of .054 s of processor time
-CLASSIFIER_PARTS = Parts(documents=150, build=450, search=75, later_search=60)
+CLASSIFIER_PARTS = DemoParts(documents=150, build=450, search=75, later_search=60)
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Demo:
     """
 
     settings: Settings
-    parts: Parts
+    parts: DemoParts
     prepare: Callable[[Path, Progress, Path | None], dict[str, Any]]
     seconds_of_a_step: Callable[[], float]
     build_flags: tuple[str, ...]

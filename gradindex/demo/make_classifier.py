@@ -45,6 +45,7 @@ def prepare_classifier(
 
     model = new_classifier(settings)
     loss = train_classifier(model, tokenizer, documents, settings, progress)
+    # of what it didn't see, and of what it was told wrongly
     own = own_labels(model, tokenizer, [one["text"] for one in others])
     right = sum(label == one["family"] for label, one in zip(own, others, strict=True))
     believed = own_labels(model, tokenizer, [one["text"] for one in wrong])

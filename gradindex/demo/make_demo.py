@@ -70,6 +70,7 @@ def prepare(
     progress.finish(f"{len(documents):,} of the standard library, {len(sequences):,} sequences, "
                     f"{tokens:,} tokens")
 
+    # what is asked in the end must have been learned, or the answers would mean nothing
     model = new_model(settings)
     before = [log_probability(model, tokenizer, *query) for query in QUERIES]
     loss = train(model, sequences, settings, progress)
