@@ -145,7 +145,7 @@ def test_the_form_follows_the_task(servers: dict[str, Running]) -> None:
     ("classification", {**CLASS, "text": "so good " * 40}, "more than the model's context"),
     ("reward", {"prompt": "why"}, "a query has a chosen and a rejected answer"),
     ("reward", {**PAIR, "response": " good"}, "give one kind"),
-    ("reward", {**PAIR, "rejected": PAIR["chosen"]}, "chosen and rejected are the same"),
+    ("reward", {**PAIR, "rejected": PAIR["chosen"]}, "--rejected is --chosen itself"),
     ("reward", CLASS, "--text has no use"),
     ("preference", {**PAIR, "versus": " a"}, "--versus has no use"),
     ("preference", {"chosen": " a great film"}, "a query has a chosen and a rejected answer"),
