@@ -72,6 +72,8 @@ def try_next_with_labels(index: Path) -> list[str]:
         (["search", str(index), "--text", text, "--opponents"], "what spoke against it"),
         (["search", str(index), "--text", text, "--group-by", "planted"],
          "how much the wrong labels say"),
+        (["audit", str(index), "--truth", "planted", "-o", "suspects.html"],
+         "whose labels look wrong, and how many of them are"),
         (["view", str(index)], "all of this in a page"),
         (["info", str(index)], "what is in the index"),
     ))
