@@ -180,8 +180,8 @@ def make_queries(fitted: FittedModel, query_file: QueryFile, done: set[Any]) -> 
                   if question.id not in done]
     if unanswered:
         _ = fitted.tokenizer  # what is wrong with it is no query's fault
-    if any(question.prompt is not None and question.completion is None
-           for question in unanswered):
+    if any(question.prompt is not None and not {"completion", "chosen", "response"} & set(
+            question.given()) for question in unanswered):
         _ = fitted.model  # which continues a prompt
     queries = []
     for question in unanswered:

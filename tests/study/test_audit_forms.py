@@ -52,7 +52,7 @@ def folder(tmp_path_factory):
                     keep_fields=list(FIELDS), id_field="number", **SMALL)
     (made / "trusted.jsonl").write_text(
         json.dumps({"text": "a good film", "label": "positive"}) + "\n"
-        + json.dumps({"text": "a bad film", "label": 0, "id": "bad"}) + "\n")
+        + json.dumps({"sentence": "a bad film", "label": 0, "id": "bad"}) + "\n")
     return made
 
 
