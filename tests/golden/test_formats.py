@@ -16,6 +16,9 @@ from search.study.describe import describe, summary
 GOLDEN = Path(__file__).parent
 FORMATS = (1, 2, 3, 4, 5, 6)
 QUESTION = {"prompt": "The apple number", "completion": " 8 grows"}
+QUESTIONS = {  # by task, of the indexes of format 6 and later that are of others
+    "classification": {"text": "a great plot", "label": "positive"},
+    "preference": {"prompt": "why was it", "chosen": " great", "rejected": " so bad"}}
 
 
 @pytest.fixture(params=FORMATS, ids="format {}".format)
@@ -33,9 +36,21 @@ def test_every_format_is_there():
 
 
 def test_it_answers_as_when_it_was_written(golden):
+    answers_as_before(golden, QUESTION)
+
+
+@pytest.mark.parametrize("task", QUESTIONS)
+@pytest.mark.parametrize("number", FORMATS[5:])
+def test_other_tasks_answer_as_when_they_were_written(number, task):
+    folder = GOLDEN / f"format-{number}" / task
+    answers_as_before(folder, QUESTIONS[task])
+    assert gradindex.verify(folder / "index", str(folder / "model")).sound
+
+
+def answers_as_before(golden, question):
     index = gradindex.open(golden / "index", model=str(golden / "model"))
     expected = json.loads((golden / "answer.json").read_text())
-    found = index.search(**QUESTION, shortlist="all", k=10)
+    found = index.search(**question, shortlist="all", k=10)
     assert len(found) == len(expected) == 10
     for hit, was in zip(found, expected, strict=True):
         for name in ("id", "text", "user_id", "fields", "duplicates"):
