@@ -40,10 +40,8 @@ from benchmarks.encoder import (
 from gradindex.progress import Progress, duration, stderr_progress
 
 TRUSTED, FITTED = 50, 2048
-# minus the mean cosine with the other sequences, whatever their class
-ALL = "all others, cosine"
 FLIPPED = 0.1
-REMOVED = (ALL, "self-influence", "loss", "random")  # which tenth is taken out
+REMOVED = ("all others, cosine", "self-influence", "loss", "random")  # which tenth is taken out
 
 
 @dataclass
@@ -123,10 +121,7 @@ def audit(
                    for n in data.trusted]
         found = index.audit(against=trusted)
         assert found.places.tolist() == list(range(len(rows)))
-        assert found.cosines is not None
-        others = np.bincount(labels, minlength=2) - np.eye(2)[labels]  # of each class, itself not
-        np.savez(kept, **found.signals(), **{
-            ALL: -(found.cosines * others).sum(1) / (len(rows) - 1)})
+        np.savez(kept, **found.signals())
     signals = dict(np.load(kept))
     signals["random"] = np.random.default_rng([4, seed]).random(len(labels))
     return Audited(signals, flipped, accuracy)

@@ -3,10 +3,11 @@
 Of every sequence: its self-influence ‖m̃‖² (large for what the model can only have learned by
 heart, such as a wrong label), its loss −log p, the size of its gradient, the fields that were kept;
 of a classifier's the mean influence of the other sequences of each class on it (`class_means.py`),
-whose own class speaks against a wrong label; and with a trusted set minus the mean influence on it.
+which speak against a wrong label, and of a pair that of all others; and with a trusted set minus
+the mean influence on it.
 
-The work is two passes over the sequences for a classifier, one for others: in parts of the modules
-and of the classes where memory doesn't hold all of them at once. Records are never all in memory.
+The work is two passes over the sequences, one for next tokens: in parts of the modules and of the
+classes where memory doesn't hold all of them at once. Records are never all in memory.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -97,12 +98,12 @@ def _harm_by_code(
 
 
 def _added_up(snapshot: Snapshot, rows: RowFacts, most: int) -> np.ndarray:
-    """The places of a classifier's sequences that are added up by class, ascending: int64 [n].
+    """The places of the sequences that are added up by class, ascending: int64 [n].
 
     All of them, or where not all are scored as many, drawn at random, of each class alike.
     """
-    classes = len(snapshot.manifest.plan.labels)
-    if snapshot.manifest.task.name != "classification":
+    classes = len(rows.classes)
+    if not classes:
         return np.zeros(0, np.int64)
     if most == len(snapshot):
         return np.flatnonzero(rows.labels >= 0)
@@ -133,7 +134,7 @@ def _class_means(
     if not len(summed):
         return None, None
     labels = rows.labels[places]
-    counts = np.bincount(rows.labels[summed], minlength=len(snapshot.manifest.plan.labels))
+    counts = np.bincount(rows.labels[summed], minlength=len(rows.classes))
     own = np.where(np.isin(places, summed), found.self_influence, np.nan)
     means = others_means(found.on_classes, own, labels, counts)
     weights = _reciprocal(snapshot.norms[places])
@@ -177,7 +178,7 @@ class _Passes:
         self.snapshot, self.settings, self.batch_tokens = snapshot, settings, batch_tokens
         self.rows, self.order, self.summed, self.trusted = rows, order, summed, trusted
         self.progress, self.interrupted, self.part = progress, False, ""
-        self.classes = len(snapshot.manifest.plan.labels) if len(summed) else 0
+        self.classes = len(rows.classes)
         self.done = np.zeros(len(order), dtype=bool)
         self.scores = Scores.zeros(len(order), self.classes)
         self.weights = _reciprocal(snapshot.norms)
@@ -231,7 +232,7 @@ class _Passes:
         """A pass over the sequences of some classes, which adds their gradients up."""
         labels = self.rows.labels
         places = self.summed[(labels[self.summed] >= first) & (labels[self.summed] < last)]
-        follow = self._started("class means", places, SCORING * self._tokens(self.order) * (
+        follow = self._started("what others say", places, SCORING * self._tokens(self.order) * (
             1 + left) + left * self._tokens(self.summed))
         sums = empty_sums(by, last - first)
         for some, records in self._records(places):

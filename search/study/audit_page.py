@@ -103,8 +103,8 @@ def _item(audit: Audit, row: dict[str, Any]) -> dict[str, Any]:
     tags = [row["label"]] if row.get("label") is not None else []
     tags += ["corrupted"] if row.get("corrupted") else []
     names = field_names(audit)
-    facts = [(f"from {label}", wording.number(row[f"from_{label}"]))
-             for label in audit.labels if row[f"from_{label}"] is not None]
+    facts = [(f"from {one}", wording.number(row[f"from_{one}"]))
+             for one in audit.rows.classes if row[f"from_{one}"] is not None]
     facts += [(name, shown(row[column])) for name, column in names.items()
               if row.get(column) is not None]
     score = "not scored exactly"

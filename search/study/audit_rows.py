@@ -14,18 +14,22 @@ from search.study.texts import RECORDS_HELD
 from search.study.truth import Truth, read_truth
 
 MOST_VALUES = 1000  # of a field that says what is corrupted
+PAIRS = "all"  # the one class of pairs
 LARGEST_WHOLE = 1 << 63  # beyond, a whole number has no type in a table
 
 
 @dataclass
 class RowFacts:
-    """Of every place: its `lengths` in tokens and its class (−1: none), int32 [N].
+    """Of every place: its `lengths` in tokens and the number of its class, int32 [N].
 
-    `fields` are those that were kept, by name, with the one type that their values have or None.
+    `classes` are their names: a classifier's; of pairs all are of one. Otherwise there are none,
+    and numbers are −1. `fields` are those that were kept, by name, with the one type that their
+    values have or None.
     """
 
     lengths: np.ndarray
     labels: np.ndarray
+    classes: tuple[str, ...] = ()
     fields: dict[str, type | None] = field(default_factory=dict)
     truth: Truth | None = None
 
@@ -38,28 +42,30 @@ def read_rows(snapshot: Snapshot, truth: str | None, progress: Progress) -> RowF
     if truth is not None:
         check_kept(snapshot, truth)
     total = len(snapshot)
-    facts = RowFacts(np.zeros(total, np.int32), np.full(total, -1, np.int32))
+    task, names = snapshot.manifest.task, snapshot.manifest.plan.labels
+    numbers = np.full(total, 0 if task.of_pairs else -1, np.int32)
+    facts = RowFacts(np.zeros(total, np.int32), numbers, (PAIRS,) if task.of_pairs else names)
     kinds: dict[str, set[type | None]] = {}
-    values, numbers = _Values(truth), np.full(total, -1, np.int32)
+    values, said = _Values(truth), np.full(total, -1, np.int32)
     progress.start("records", total, "sequences")
     for first in range(0, total, RECORDS_HELD):
         records = snapshot.records(range(first, min(total, first + RECORDS_HELD)))
         for place, record in enumerate(records, first):
             facts.lengths[place] = len(record.tokens)
-            facts.labels[place] = -1 if record.label is None else record.label
+            if record.label is not None:
+                facts.labels[place] = record.label
             # a table's columns, with their types, have to be known before its first row
             found = fields_of(record)
             for name, value in found.items():
                 kinds.setdefault(name, set()).add(_kind(value))
             if truth is not None:
-                numbers[place] = values.number(found.get(truth))
+                said[place] = values.number(found.get(truth))
         progress.update(len(records))
     progress.finish()
     facts.fields = {name: _one_kind(kinds[name]) for name in sorted(kinds)}
     if truth is not None:
-        labelled = facts.labels if snapshot.manifest.task.name == "classification" else None
-        facts.truth = read_truth(
-            truth, values.values, numbers, snapshot.manifest.plan.labels, labelled)
+        facts.truth = read_truth(truth, values.values, said, names,
+                                 facts.labels if task.name == "classification" else None)
     return facts
 
 

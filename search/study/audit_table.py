@@ -55,7 +55,7 @@ def _own_columns(audit: Audit) -> dict[str, type | None]:
          "gradient_norm", *["harm", "harm_by_code"] * harm], float)
     found |= {"label": str} if audit.labels else {}
     for prefix in ("from", "cosine_from"):
-        found |= dict.fromkeys([f"{prefix}_{label}" for label in audit.labels], float)
+        found |= dict.fromkeys([f"{prefix}_{name}" for name in audit.rows.classes], float)
     found |= {"corrupted": bool} if audit.rows.truth is not None else {}
     # an id of the user's may be text or a number
     found |= {"source": str, "row": int, "user_id": None}
@@ -135,8 +135,8 @@ def _scores(audit: Audit, number: int) -> dict[str, Any]:
         found["harm"] = float(audit.harm[number])
     for prefix, means in (("from", audit.by_class), ("cosine_from", audit.cosines)):
         if means is not None:
-            found |= {f"{prefix}_{label}": float(value)
-                      for label, value in zip(audit.labels, means[number], strict=True)}
+            found |= {f"{prefix}_{name}": float(value)
+                      for name, value in zip(audit.rows.classes, means[number], strict=True)}
     return found
 
 

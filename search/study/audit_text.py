@@ -12,6 +12,7 @@ from search.study.audit_words import detection_lines, sentences, units
 from search.study.audited import Audit
 
 LEAST_TEXT = 24  # columns of a terminal
+BETWEEN = " ▸ "  # the two texts of a pair
 LEFT = ("label", "corrupted")  # columns that begin at the left
 
 
@@ -31,10 +32,11 @@ def cells_of(audit: Audit, most: int) -> tuple[list[str], list[list[str]]]:
     """The heads of a short table, and the cells of the first sequences; their text is last."""
     other = [] if audit.ranked_by == "self-influence" else ["self-influence"]
     truth = [] if audit.rows.truth is None else ["corrupted"]
-    heads = ["rank", "id", audit.ranked_by, *other, "loss", *["label"] * bool(audit.labels), *truth]
+    heads = ["rank", "id", _short(audit.ranked_by), *other, "loss",
+             *["label"] * bool(audit.labels), *truth]
     texts = text_columns(audit)
     return [*heads, "text"], [
-        [*_cells(audit, row, heads), " ▸ ".join(visible(row[name]) for name in texts)]
+        [*_cells(audit, row, heads), BETWEEN.join(visible(row[name]) for name in texts)]
         for row in rows(audit, most)]
 
 
@@ -46,11 +48,18 @@ def _table(audit: Audit, width: int) -> list[str]:
     lines = []
     for line in cells:
         *others, text = line
+        parts = text.split(BETWEEN, 1)
         shown = "  ".join(f"{cell:<{size}}" if head in LEFT else f"{cell:>{size}}"
                           for head, cell, size in zip(heads, others, wide, strict=False))
-        room = max(LEAST_TEXT, width - len(shown) - 2)
-        lines.append(f"{shown}  {text if len(text) <= room else text[: room - 1] + '…'}".rstrip())
+        room = (max(LEAST_TEXT, width - len(shown) - 2) - len(BETWEEN)) // len(parts)
+        cut = [part if len(part) <= room else part[: room - 1] + "…" for part in parts]
+        lines.append(f"{shown}  {BETWEEN.join(cut)}".rstrip())
     return lines
+
+
+def _short(signal: str) -> str:
+    """What the column of a signal is called: what ranks sequences has been said above it."""
+    return signal if signal in ("harm", "self-influence") else "suspicion"
 
 
 def _cells(audit: Audit, row: dict[str, Any], heads: list[str]) -> list[str]:
@@ -58,7 +67,7 @@ def _cells(audit: Audit, row: dict[str, Any], heads: list[str]) -> list[str]:
     by_code = "harm_by_code" if audit.harm is not None else "self_influence_by_code"
     found = {
         "rank": f"{row['rank']:,}", "id": str(row["id"]),
-        audit.ranked_by: wording.number(row["suspicion"]) if row["exact"] else
+        _short(audit.ranked_by): wording.number(row["suspicion"]) if row["exact"] else
         f"~{wording.number(row[by_code])}" if audit.ranked_by in ("harm", "self-influence") else "",
         "self-influence": wording.unsigned(row["self_influence"]) if row["exact"] else
         f"~{wording.unsigned(row['self_influence_by_code'])}",

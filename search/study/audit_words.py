@@ -9,8 +9,8 @@ def sentences(audit: Audit) -> list[str]:
     """What an audit is and how its sequences are ranked, a sentence or two each."""
     said = [ranking(audit), scored(audit)]
     if audit.summed and audit.summed < len(audit):
-        said.append(f"What the classes say is the mean over {audit.summed:,} sequences, drawn at "
-                    "random from each class alike.")
+        said.append(f"What others say is the mean over {audit.summed:,} sequences, drawn at "
+                    f"random{' from each class alike' * (len(audit.rows.classes) > 1)}.")
     if audit.trusted_inside:
         said.append(f"{audit.trusted_inside:,} of the {audit.trusted:,} trusted queries are "
                     "sequences of this index, each of which helps itself: its harm says little.")

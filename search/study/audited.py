@@ -17,8 +17,8 @@ from search.study.truth import Detection, detection
 
 # what sequences are ranked by where no trusted set is given, by task: what the benchmark of
 # corrupted labels finds best
-RANKED_BY = {"classification": "least class, cosine"}
-OTHERWISE = "self-influence"
+RANKED_BY = {"causal": "self-influence"}
+OTHERWISE = "all others, cosine"
 RIVALS = ("loss", "gradient norm", "self-confidence")
 CHANCE = "random"
 
@@ -27,11 +27,14 @@ MEANINGS = {
     "self-influence": "what a sequence does for its own log p, large for what a model can only "
                       "have learned by heart",
     "self-influence per gradient": "self-influence over the gradient's squared length",
+    "all others": "how much all other sequences speak against it: minus their mean influence on it",
     "own class": "how much the other sequences of its own class speak against it: minus their mean "
                  "influence on it",
     "least class": "how much the class that speaks most against it does: minus the least of the "
                    "classes' mean influence on it",
     "best other class": "the best mean influence of another class on it less that of its own class",
+    "all others, cosine": "how much all other sequences speak against it: minus their mean cosine "
+                          "with it",
     "own class, cosine": "how much the other sequences of its own class speak against it: minus "
                          "their mean cosine with it",
     "least class, cosine": "how much the class that speaks most against it does: minus the least "
@@ -55,10 +58,10 @@ class Audit:
     `places` int64 [n], ascending, are those that were scored exactly, of all N; what follows is of
     these. `self_influence` is ‖m̃‖², `loss` −log p in nats, `predictions` how many tokens that is
     of (1 but for causal models), `gradient_norm` ‖∇m‖, all [n]. `by_class` [n, classes] is the mean
-    influence of the other sequences of each class, NaN where there are none, and `cosines` the mean
-    of that influence over both sizes, those of the others as the code knows them; both are over
-    `summed` sequences. `harm` [n] is minus the mean influence on the trusted set. Each is None
-    where there is none.
+    influence of the other sequences of each of `rows.classes`, NaN where there are none, and
+    `cosines` the mean of that influence over both sizes, those of the others as the code knows
+    them; both are over `summed` sequences. `harm` [n] is minus the mean influence on the trusted
+    set. Each is None where there is none.
 
     Of all N there are the code's estimates: `self_by_code`, and `harm_by_code`.
     """
@@ -89,7 +92,7 @@ class Audit:
     @property
     def labels(self) -> tuple[str, ...]:
         """The names of a classifier's classes."""
-        return self.snapshot.manifest.plan.labels if self.by_class is not None else ()
+        return self.snapshot.manifest.plan.labels
 
     @cached_property
     def self_by_code(self) -> np.ndarray:
@@ -121,10 +124,11 @@ class Audit:
         per_gradient = np.divide(self.self_influence, self.gradient_norm**2,
                                  out=np.zeros_like(self.loss), where=self.gradient_norm > 0)
         found = {"self-influence": self.self_influence, "self-influence per gradient": per_gradient}
+        counts = np.bincount(self.rows.labels.clip(min=0), minlength=len(self.rows.classes))
         for means, suffix in ((self.by_class, ""), (self.cosines, ", cosine")):
             if means is not None:
                 found |= {f"{name}{suffix}": values for name, values in
-                          _against(means, self.rows.labels[self.places]).items()}
+                          _against(means, self.rows.labels[self.places], counts).items()}
         if self.harm is not None:
             found["harm"] = self.harm
             found["harm, cosine"] = np.divide(
@@ -205,15 +209,27 @@ def _shown(name: str) -> Any:
     return importlib.import_module(f"search.study.{name}")
 
 
-def _against(means: np.ndarray, labels: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+def _against(
+    means: np.ndarray, labels: Sequence[int] | np.ndarray, counts: np.ndarray
+) -> dict[str, np.ndarray]:
     """What the classes' means [n, c] say against sequences of these classes: float64 [n] each.
 
-    A class without others says nothing.
+    `counts` [c] says how many sequences a class has, itself among them. A class without others says
+    nothing.
+
+    >>> said = _against(np.array([[-0.5, 0.25]]), [0], np.array([3, 4]))  # 2 · −.5 + 4 · .25 = 0
+    >>> {name: values.tolist() for name, values in said.items()}
+    {'all others': [-0.0], 'own class': [0.5], 'least class': [0.5], 'best other class': [0.75]}
     """
     said = np.nan_to_num(means)
     rows = np.arange(len(said))
     own = said[rows, labels]
+    # all of an index weigh alike, however many of each class were added up
+    total = (said * counts).sum(1) - own
+    everyone = {"all others": -total / max(1, counts.sum() - 1)}
+    if said.shape[1] == 1:
+        return everyone
     others = said.copy()
     others[rows, labels] = -np.inf
-    return {"own class": -own, "least class": -said.min(1), "best other class":
-            others.max(1) - own if said.shape[1] > 1 else -own}
+    return everyone | {"own class": -own, "least class": -said.min(1),
+                       "best other class": others.max(1) - own}

@@ -95,9 +95,24 @@ def test_sizes_and_losses_are_those_of_plain_gradients(index):
                             for record in records])
     np.testing.assert_allclose(signals["self-confidence"], 1 - np.exp(log_p / predictions),
                                rtol=1e-9)
-    if index.manifest.task.name != "classification":
+    if index.manifest.task.name == "causal":
         assert found.ranked_by == "self-influence" and found.by_class is None
         assert found.order.tolist() == np.argsort(-influence.diagonal()).tolist()
+
+
+def test_what_all_other_pairs_say(rewarded):
+    records = rewarded.snapshot.records(range(len(rewarded)))
+    influence, _, _ = gram(rewarded, records, "reward")
+    found, n = rewarded.audit(), len(records)
+    others = (influence.sum(1) - influence.diagonal()) / (n - 1)
+    np.testing.assert_allclose(found.by_class, others[:, None], rtol=1e-7, atol=1e-9)
+    np.testing.assert_allclose(found.signals()["all others"], -others, rtol=1e-7, atol=1e-9)
+    weighted = influence / rewarded.snapshot.norms  # of each of the others, as the code knows it
+    np.fill_diagonal(weighted, 0)
+    expected = -weighted.sum(1) / (n - 1) / np.sqrt(influence.diagonal())
+    assert found.ranked_by == "all others, cosine"
+    np.testing.assert_allclose(found.suspicion, expected, rtol=1e-6, atol=1e-9)
+    assert "cosine_from_all" in found.to_list()[0]
 
 
 def means_of_others(influence, labels, weights=None):
@@ -125,9 +140,12 @@ def test_classes_say_what_their_other_sequences_do(classified, truth):
     np.testing.assert_allclose(found.cosines, cosines, rtol=1e-7, atol=1e-9)
     for means, suffix in ((np.nan_to_num(expected), ""), (np.nan_to_num(cosines), ", cosine")):
         own = means[range(24), labels]
+        counts = np.bincount(labels) - np.eye(3)[labels]  # of the others
+        everyone = (means * counts).sum(1) / 23
         other = [max(np.delete(row, label)) for row, label in zip(means, labels, strict=True)]
-        for name, values in (("own class", -own), ("least class", -means.min(1)),
-                             ("best other class", other - own)):
+        for name, values in (
+                ("all others", -everyone), ("own class", -own), ("least class", -means.min(1)),
+                ("best other class", other - own)):
             np.testing.assert_allclose(found.signals()[name + suffix], values, rtol=1e-6,
                                        atol=1e-9)
     assert (found.suspicion == found.signals()[found.ranked_by]).all()

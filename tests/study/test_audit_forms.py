@@ -128,11 +128,11 @@ def test_to_standard_output_and_for_people(folder, found, tmp_path):
     shown = run(folder / "i", "--exact", 20, "--truth", "flipped", "--format", "jsonl")
     assert [json.loads(line)["id"] for line in shown.stdout.splitlines()] == [
         row["id"] for row in found.to_list()]
-    assert "most suspect first, by least class, cosine" in shown.stderr and "AUROC" in shown.stderr
+    assert "most suspect first, by all others, cosine" in shown.stderr and "AUROC" in shown.stderr
     shown = run(folder / "i", "--exact", 20, "--truth", "flipped", "-o", tmp_path / "a.csv")
     said = " ".join(shown.stdout.split())
     count = int(found.corrupted.sum())
-    for text in ("30 sequences, most suspect first, by least class, cosine",
+    for text in ("30 sequences, most suspect first, by all others, cosine",
                  "20 of 30 were scored exactly", "with the largest stored norms", "random",
                  f"{count} of 20 sequences that were scored exactly are", "self-confidence"):
         assert text in said, text
@@ -228,7 +228,7 @@ def test_pairs_show_both_answers(tmp_path):
                     keep_fields=["margin"], **SMALL)
     for form in ("csv", "html"):
         shown = run(tmp_path / "i", "-o", tmp_path / f"a.{form}")
-    assert "by self-influence" in shown.stdout and "▸" in shown.stdout
+    assert "by all others, cosine" in shown.stdout and "▸" in shown.stdout
     with (tmp_path / "a.csv").open(newline="") as file:
         cells = list(csv.DictReader(file))
     original = {f"{row['chosen'].strip()}": row for row in answers(8)}
