@@ -131,8 +131,8 @@ def report(
 
 @click.command()
 @options(INDEX_FLAGS)
-@click.option("--against", metavar="FILE", type=OUTPUT_FILE,
-              help="JSON lines of queries that are known to be right: rank by harm to them.")
+@click.option("--against", metavar="FILE", type=INPUT_FILE,
+              help="Queries that are known to be right, as for search: rank by harm to them.")
 @click.option("--truth", metavar="FIELD",
               help="A kept field that says what is corrupted (true, false), or a classifier's true "
                    "label: measure how well each signal finds it.")

@@ -304,7 +304,7 @@ def test_info(trained_index):
     (("rescore", "{index}", "-p", "-", "-c", "b", "--ids", "-"), 2, "can be standard input, -"),
     (("search", "{index}", "-p", "a", "-c", "b", "--rank", "3"), 2, "go with --queries"),
     (("rescore", "{index}", "-p", "a", "-c", "b", "--ids", "{far}"), 2, "no sequence has the id"),
-    (("eval", "{index}", "--queries", "nofile"), 2, "nofile: No such file"),
+    (("eval", "{index}", "--queries", "nofile"), 2, "File 'nofile' does not exist"),
     (("eval", "{index}", "--queries", "{text}", "--plot", "x.gif"), 2, "--plot x.gif: expected"),
     (("frobnicate",), 2, "No such command"),
 ])

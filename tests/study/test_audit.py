@@ -214,7 +214,7 @@ def test_parts_of_modules_and_of_classes_add_up(classified, monkeypatch):
     same(classified.audit(against=ASKED), expected)
     parts = 3 * len(classified.manifest.modules)
     assert stages == ["records", *(f"{stage} {part}/{parts}" for part in range(1, parts + 1)
-                                   for stage in ("class means", "exact"))]
+                                   for stage in ("what others say", "exact"))]
 
 
 def test_a_batch_that_runs_out_of_memory_is_not_added_up_twice(classified, monkeypatch):
@@ -307,7 +307,7 @@ def test_an_interrupt_while_scoring_keeps_what_is_exact(classified):
     assert len(found.to_list()) == len(found.order) == 24
     with pytest.raises(KeyboardInterrupt):
         audit(classified.snapshot, settings_of(classified), 64, progress=Interrupting(
-            "class means", 2))
+            "what others say", 2))
 
 
 def test_rows_are_read_in_pieces(classified, monkeypatch):
