@@ -134,7 +134,7 @@ def test_exact_influence_and_its_terms(family, make_model, sequences, tmp_path, 
     modules = tracked_modules(model.network, "all")
     ekfac = fitted(model, modules, sequences, tmp_path)
     names = [module.name for module in modules]
-    query_ids, query_scored = sequences[4]
+    query_ids, query_scored, *_ = sequences[4]
     batch = model.batch([sequences[4]])
     coordinates, log_p = query_coordinates(model, modules, ekfac, batch, 0.1)
     p = precondition(ekfac, coordinates)
@@ -168,7 +168,7 @@ def test_exact_influence_and_its_terms(family, make_model, sequences, tmp_path, 
 
 @pytest.mark.parametrize("block", [1, 1 << 26])
 def test_sizes_and_query_norms(family, make_model, sequences, tmp_path, block, monkeypatch):
-    """‖(G+λ)^−½ ∇m‖², ‖(G+λ)⁻¹ ∇m‖² and ‖q̃‖ against dense algebra, summed over modules."""
+    """‖(G+λ)^−½ ∇m‖², ‖(G+λ)⁻¹ ∇m‖², ‖∇m‖² and ‖q̃‖ against dense algebra, summed over modules."""
     monkeypatch.setattr("gradindex.influence.preconditioned.LARGEST_BLOCK", block)
     model = make_model(family)
     modules = tracked_modules(model.network, "all")
@@ -178,7 +178,7 @@ def test_sizes_and_query_norms(family, make_model, sequences, tmp_path, block, m
     for row, (ids, scored, *_) in enumerate(sequences):
         m = sequence_gradient(model.network, [module.name for module in modules],
                               torch.from_numpy(ids).long(), labels_of(ids, scored))
-        squared, step = 0.0, 0.0
+        squared, step, norm = 0.0, 0.0, 0.0
         for name, g in m.items():
             c = ekfac[name]
             dense = ekfac_matrix(c.eigenvectors_s, c.eigenvectors_a, c.eigenvalues,
@@ -186,7 +186,8 @@ def test_sizes_and_query_norms(family, make_model, sequences, tmp_path, block, m
             solved = torch.linalg.solve(dense, g.flatten())
             squared += float(g.flatten() @ solved)
             step += float(solved @ solved)
-        assert collector.found()[:, row] == pytest.approx([squared, step], rel=1e-4)
+            norm += float(g.square().sum())
+        assert collector.found()[:, row] == pytest.approx([squared, step, norm], rel=1e-4)
         coordinates, _ = query_coordinates(model, modules, ekfac,
                                            model.batch([Text(ids, scored)]), 0.03)
         [norm] = query_norms(ekfac, coordinates, 0.03)

@@ -42,7 +42,7 @@ def test_truncation_and_columns_hold_for_appends(
     gradindex.build(model_folder, table, out, truncate=True, columns=["n", "text"], id_field="n",
                     progress=progress, **FAST)
     lines = said.getvalue().splitlines()
-    assert lines[0] == "rows: text"
+    assert lines[:2] == ["task: causal", "rows: text"]
     assert "12 of 12 documents are longer than 8 tokens: cut there, what is behind is left out" \
         in lines
     assert any(line.startswith("warning: 12 sequences are few: ranks") for line in lines)
@@ -76,7 +76,8 @@ def test_a_form_holds_for_appends(model_folder, tmp_path, said, few_queries):
     out = tmp_path / "index"
     gradindex.build(model_folder, rows, out, rows="alpaca", progress=Progress(said),
                     **{**FAST, "seq_len": 60})
-    assert said.getvalue().startswith("rows: alpaca (instruction, output), read as Alpaca's prompt")
+    assert said.getvalue().startswith(
+        "task: causal\nrows: alpaca (instruction, output), read as Alpaca's prompt")
     gradindex.append(out, [{**row, "input": "green"} for row in rows])
     found = gradindex.open(out)
     assert (found.manifest.kind, found.manifest.plan.rows) == ("completion", "alpaca")

@@ -42,7 +42,8 @@ def test_a_large_one_gets_what_memory_allows(model, monkeypatch):
     """At two sizes that the bound leaves, both of which run."""
     monkeypatch.setattr(batch_size, "LITTLE", 0)
     modules, sample = tracked_modules(model.network), records_of([20, 30, 9] * 8)
-    each = held_bytes_a_token(model, modules, batch_size._batch_of(sample, batch_size.SMALLEST))
+    each = held_bytes_a_token(model, modules, batch_size._batch_of(
+        model, sample, batch_size.SMALLEST))
     ran = []
     real = batch_size.seconds_of_pass
     monkeypatch.setattr(batch_size, "seconds_of_pass", lambda *asked: ran.append(
@@ -66,9 +67,9 @@ def test_what_a_batch_holds_grows_as_its_tokens(model):
     assert least / 2 < found[0] < 40 * least
 
 
-def test_a_batch_is_one_of_those_of_a_long_run():
+def test_a_batch_is_one_of_those_of_a_long_run(model):
     sample = records_of([5, 9, 7])
-    batch = batch_size._batch_of(sample, 64)
+    batch = batch_size._batch_of(model, sample, 64)
     lengths = [len(record.tokens) for record in sample * 13]
     assert [len(record.tokens) for record in batch] in [
         [lengths[row] for row in rows] for rows in plan_batches(lengths, 64)]

@@ -244,7 +244,7 @@ def test_pairs_show_both_answers(tmp_path):
     (["--exact", "none"], "--exact none: expected a number above 0, or all"),
     (["--truth", "absent"], "--truth absent: expected a field that was kept at the build"),
     (["--truth", "note"], "--truth note holds"),
-    (["--against", "absent.jsonl"], "--against absent.jsonl: No such file"),
+    (["--against", "absent.jsonl"], "File 'absent.jsonl' does not exist"),
     (["--against", "empty.jsonl"], "--against empty.jsonl holds no query"),
     (["-o", "absent/a.csv"], "there is no folder"),
     (["--against", "trusted.jsonl", "-o", "trusted.jsonl"], "that file is read here"),
