@@ -122,7 +122,7 @@ def make_request(
     progress = progress or Progress()
     source = ModelSource(model, tokenizer, device, trust_remote_code, allow_pickle,
                          parse_bound(max_memory), adapter, device_map)
-    chosen_task = Task(choose_task(source, task, data), beta)
+    chosen_task = Task(choose_task(source, task, as_list(data)), beta)
     source = replace(source, task=chosen_task)
     progress.say(f"task: {chosen_task.name}")
     for line in check_checkpoint(source):
@@ -138,7 +138,7 @@ def make_request(
         chat_template=read_chat_template(chat_template),
         task=chosen_task.name, text_b_field=text_b_field, label_field=label_field,
         chosen_field=chosen_field, rejected_field=rejected_field, margin_field=margin_field,
-        labels=class_names(config, tuple(labels), chosen_task),
+        labels=class_names(config, labels, chosen_task),
         derive=derived_fields(derive, keep_fields, chosen_task),
     )
     asked = choose_reference(reference, source, as_list(data), settings, progress)

@@ -150,7 +150,8 @@ def build(
     from indexer.dry_run.estimate import estimate
 
     quiet_transformers()
-    others["labels"] = tuple(name.strip() for name in (others["labels"] or "").split(",") if name)
+    labels = others["labels"]
+    others["labels"] = () if labels is None else tuple(map(str.strip, labels.split(",")))
     others["keep_fields"], others["derive"] = (
         tuple(name.strip() for name in given.split(",") if name.strip())
         for given in (keep_fields or "", ",".join(others["derive"])))

@@ -10,10 +10,12 @@ from gradindex.model.adapters import OF_TEXTS
 from gradindex.model.load_adapter import check_adapter
 from gradindex.model.model_source import ModelSource
 from gradindex.task import DERIVED, TASKS, Task
+from indexer.read.choose_form import are_preferences
+from indexer.read.discover import discover
 
 
-def choose_task(source: ModelSource, asked: str | None, data: Any) -> str:
-    """The task that was asked for, or the only one that the model's class leaves.
+def choose_task(source: ModelSource, asked: str | None, data: list[Any]) -> str:
+    """The task that was asked for, or the only one that the model's class and the data leave.
 
     Raises InputError for a task that there isn't.
     """
@@ -32,15 +34,22 @@ def choose_task(source: ModelSource, asked: str | None, data: Any) -> str:
         of_texts = any("reward" in checkpoint.tasks_of(name)
                        for name in checkpoint.class_names(source, config))
     if not of_texts:
-        return "causal"
+        # only policies that learned preferences have what a reference gives the answers
+        return "preference" if are_preferences(discover(data).sources) else "causal"
     return "reward" if config.num_labels == 1 else "classification"
 
 
-def class_names(config: Any, given: tuple[str, ...], task: Task) -> tuple[str, ...]:
+def class_names(config: Any, given: Iterable[str], task: Task) -> tuple[str, ...]:
     """The names of a classifier's classes: as given, or as its configuration has them.
 
     Raises InputError for names that aren't as many as the classes, or not all different.
     """
+    if isinstance(given, str):
+        raise InputError(f"labels={given!r}: expected a list of names.")
+    given = tuple(given)
+    if not all(name.strip() for name in given):
+        raise InputError(f"--labels {','.join(given)}: a name is empty; expected a name for each "
+                         "class, in the model's order.")
     if task.name != "classification":
         if given:
             raise InputError(f"--labels names a classifier's classes; the task is {task.name}. "
@@ -48,6 +57,9 @@ def class_names(config: Any, given: tuple[str, ...], task: Task) -> tuple[str, .
         return ()
     count = config.num_labels
     names = given or tuple(str(config.id2label[number]) for number in range(count))
+    if not given and len(set(names)) != count:
+        raise InputError("the model's config.json calls two classes alike (id2label: "
+                         f"{', '.join(names)[:200]}). Name them in its order with --labels.")
     if len(names) != count or len(set(names)) != count:
         raise InputError(f"--labels {','.join(names)}: the model has {count} classes; expected as "
                          "many names, each once, in its order.")

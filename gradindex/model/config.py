@@ -2,6 +2,11 @@
 
 from typing import Any
 
+# whose positions begin behind the number of the padding token: RoBERTa, and who took it over
+OFFSET_POSITIONS = frozenset({
+    "camembert", "data2vec-text", "esm", "ibert", "longformer", "luke", "mluke", "mpnet", "roberta",
+    "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"})
+
 
 def context_length(config: Any) -> int | None:
     """The longest sequence that the model takes, in tokens; None where its configuration is silent.
@@ -9,10 +14,16 @@ def context_length(config: Any) -> int | None:
     >>> from transformers import GPT2Config
     >>> context_length(GPT2Config(n_positions=1024))
     1024
+    >>> from transformers import RobertaConfig
+    >>> context_length(RobertaConfig(max_position_embeddings=514))
+    512
     """
     text = config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}
-    lengths = [getattr(text, "max_position_embeddings", None)]
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions and text.model_type in OFFSET_POSITIONS:
+        positions -= (getattr(text, "pad_token_id", None) or 0) + 1
+    lengths = [positions]
     # Rotary scaling "longrope" (Phi-3) switches to other frequencies where a batch holds more than
     # the original length, for all its sequences. Up to that length a sequence's gradient doesn't
     # depend on its batch. ("dynamic" does so beyond the length itself, which is never reached.)

@@ -59,7 +59,8 @@ class LanguageModel:
             fused.config._experts_implementation = EXPERTS  # type: ignore[union-attr]
         task = self.source.task
         self.objective = objective_of(
-            task, self.network, soft_cap(self.network) if task.is_causal else None)
+            task, self.network, self.tokenizer,
+            soft_cap(self.network) if task.is_causal else None)
 
     @classmethod
     def load(cls, source: ModelSource, dtype: str = "auto") -> Self:

@@ -24,7 +24,7 @@ from gradindex.model.devices import dtype_of
 from gradindex.model.fused_experts import ExpertMap
 from gradindex.model.linear_maps import address, form, holder, stored
 from gradindex.objective.batch import Text
-from gradindex.objective.classes import WholeTexts
+from gradindex.objective.whole_texts import WholeTexts
 from gradindex.task import CAUSAL, Task
 
 SHAPES = ((2, 5), (3, 11))  # sequences and tokens of the passes: no two numbers are alike

@@ -114,8 +114,8 @@ def _head(
     """The linear maps that run behind the blocks: a pooler's, a classifier's. Each is a part."""
     order = {module: place for place, module in enumerate(found.called)}
     # a module is through when its parts are
-    through = max(order[block.module] for block in blocks if block.module in order)
-    layer = max(block.layer for block in blocks) + 1
+    through = max((order[block.module] for block in blocks if block.module in order), default=-1)
+    layer = max((block.layer for block in blocks), default=-1) + 1
     return [TransformerBlock(name, layer, module) for name, module in network.named_modules()
             if is_linear(module) and order.get(module, 0) > through]
 

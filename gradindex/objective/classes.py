@@ -1,6 +1,5 @@
 """Classifiers: log p(label | text), and its gradient."""
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,55 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradindex.objective.batch import AnyRow, Batch, Row, padded
+from gradindex.objective.batch import AnyRow, Batch, Row
 from gradindex.objective.next_token import sample_labels
+from gradindex.objective.pairs import deviation
+from gradindex.objective.whole_texts import WholeTexts
 from gradindex.transfers import to_device
-
-
-@dataclass
-class WholeTexts:
-    """How a network reads whole texts, both ways: by what padding, with which of its inputs.
-
-    `padding` is the token id that the network knows for padding. With `types` it is told which of
-    two sentences each token is of.
-    """
-
-    padding: int = 0
-    types: bool = False
-
-    @classmethod
-    def of(cls, network: Any) -> "WholeTexts":
-        """As a network takes them; its configuration names the token for padding."""
-        config = network.config
-        text = config.get_text_config()
-        return cls(
-            0 if text.pad_token_id is None else int(text.pad_token_id),
-            "token_type_ids" in inspect.signature(network.forward).parameters
-            and getattr(config, "type_vocab_size", 0) > 1)
-
-    def batch(
-        self, rows: Sequence[Row], targets: np.ndarray, device: torch.device, texts: int = 1
-    ) -> Batch:
-        """Rows with their targets [b] as one batch, padded on the right."""
-        tokens, real = padded(rows, texts, self.padding)
-        batch = Batch.of(tokens, targets, real, device, texts)
-        # without padding there is none, or another attention kernel would run
-        if not real.all():
-            batch.mask = to_device(real.astype(np.int64), device)
-        if self.types and texts == 1 and any(row.border is not None for row in rows):
-            types = np.zeros(tokens.shape, np.int64)
-            for number, row in enumerate(rows):
-                types[number, row.border or len(row.tokens) : len(row.tokens)] = 1
-            batch.types = to_device(types, device)
-        return batch
-
-    def outputs(self, network: Any, batch: Batch) -> Tensor:
-        """What the network says of each text: [b · texts, outputs]."""
-        told = {} if batch.mask is None else {"attention_mask": batch.by_text(batch.mask)}
-        if batch.types is not None:
-            told["token_type_ids"] = batch.types
-        logits: Tensor = network(input_ids=batch.by_text(batch.tokens), **told).logits
-        return logits
 
 
 @dataclass
@@ -106,17 +61,17 @@ class Classification:
         >>> objective = Classification(WholeTexts())
         >>> log_p, gradient = objective.log_p(logits, batch)
         >>> log_p.exp(), gradient
-        (tensor([[0.7500]]), tensor([[-0.2500,  0.2500]]))
+        (tensor([[0.7500]], dtype=torch.float64), tensor([[-0.2500,  0.2500]]))
         >>> objective.log_p(logits, batch, torch.zeros(1))[1]
         tensor([[-0.4330,  0.4330]])
         """
         labels = batch.targets.to(outputs.device)[:, None]
-        wide = torch.float64 if outputs.dtype == torch.float64 else torch.float32
-        log_p = outputs.detach().to(wide).log_softmax(-1)
+        # few numbers: of a label that is all but certain 1 − p would be lost in float32
+        log_p = outputs.detach().double().log_softmax(-1)
         p = log_p.exp()
         found = log_p.gather(1, labels)
         if numbers is not None and p.shape[1] == 2:
-            root = p.prod(1, keepdim=True).sqrt()
+            root = deviation(log_p[:, 1:] - log_p[:, :1])
             return found, torch.cat([-root, root], 1).to(outputs.dtype)
         if numbers is not None:
             labels = sample_labels(p, numbers.to(outputs.device))[:, None]

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from gradindex.objective.batch import AnyRow, Batch, Row
-from gradindex.objective.classes import Classification, WholeTexts
+from gradindex.objective.classes import Classification
 from gradindex.objective.next_token import NextToken
 from gradindex.objective.pairs import Preference, Reward
+from gradindex.objective.whole_texts import WholeTexts
 from gradindex.task import Task
 
 
@@ -41,7 +42,9 @@ class Objective(Protocol):
     ) -> tuple[Tensor, Tensor]: ...
 
 
-def objective_of(task: Task, network: Any, soft_cap: float | None = None) -> Objective:
+def objective_of(
+    task: Task, network: Any, tokenizer: Any = None, soft_cap: float | None = None
+) -> Objective:
     """The objective of a task; `network` is None where rows alone are looked at.
 
     >>> type(objective_of(Task("causal"), None)).__name__
@@ -51,5 +54,5 @@ def objective_of(task: Task, network: Any, soft_cap: float | None = None) -> Obj
         return NextToken(soft_cap)
     if task.name == "preference":
         return Preference(NextToken(soft_cap), task.beta)
-    reader = WholeTexts() if network is None else WholeTexts.of(network)
+    reader = WholeTexts() if network is None else WholeTexts.of(network, tokenizer)
     return Classification(reader) if task.name == "classification" else Reward(reader)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from gradindex.objective.batch import AnyRow, Batch, Row
-from gradindex.objective.classes import WholeTexts
 from gradindex.objective.next_token import NextToken
+from gradindex.objective.whole_texts import WholeTexts
 from gradindex.transfers import to_device
 
 
@@ -75,11 +75,10 @@ class Reward(_Pairs):
         >>> rewards = torch.tensor([[1.0986], [0.0]])  # a difference of log 3: σ is ¾
         >>> log_p, gradient = Reward(WholeTexts()).log_p(rewards, batch)
         >>> log_p.exp(), gradient
-        (tensor([[0.7500]]), tensor([[ 0.2500],
+        (tensor([[0.7500]], dtype=torch.float64), tensor([[ 0.2500],
                 [-0.2500]]))
         """
-        wide = torch.float64 if outputs.dtype == torch.float64 else torch.float32
-        scores = outputs.detach().to(wide).view(-1, batch.texts)
+        scores = outputs.detach().double().view(-1, batch.texts)
         found, weights = _preference(scores, batch.targets.to(outputs.device), numbers)
         return found, weights.view(outputs.shape).to(outputs.dtype)
 
@@ -119,10 +118,12 @@ class Preference(_Pairs):
         """
         assert batch.offsets is not None
         token_log_p, gradient = self.policy.log_p(outputs, batch)
-        scores = self.beta * _of_answers(token_log_p, batch).to(token_log_p.dtype)
+        # in float64: two sums of thousands of nats are taken off each other
+        scores = self.beta * _of_answers(token_log_p, batch)
         found, weights = _preference(
             scores, self.beta * batch.offsets.to(outputs.device), numbers)
-        return found, gradient.mul_((self.beta * weights).flatten()[:, None, None])
+        weights = (self.beta * weights).to(gradient.dtype)
+        return found, gradient.mul_(weights.flatten()[:, None, None])
 
     def answers(self, network: Any, batch: Batch) -> Tensor:
         """What a network gives each row's answers: Σ log p of their tokens, float64 [b, texts]."""
@@ -132,6 +133,17 @@ class Preference(_Pairs):
 def _of_answers(token_log_p: Tensor, batch: Batch) -> Tensor:
     """log p [b · texts, t] added up by text: float64 [b, texts]."""
     return token_log_p.view(len(batch.real), batch.texts, -1).double().sum(-1)
+
+
+def deviation(z: Tensor) -> Tensor:
+    """√(σ(z) σ(−z)), the standard deviation of an outcome of two whose log odds are z.
+
+    Times ∇z it is a gradient that has the Fisher's second moments without any drawing.
+
+    >>> deviation(torch.tensor([0.0, 1.0986123]))  # of ½ and ¾
+    tensor([0.5000, 0.4330])
+    """
+    return (torch.sigmoid(z) * torch.sigmoid(-z)).sqrt()
 
 
 def _texts(rows: Sequence[Row]) -> int:
@@ -145,11 +157,11 @@ def _offsets(rows: Sequence[Row]) -> np.ndarray:
 def _preference(
     scores: Tensor, offsets: Tensor, numbers: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """log σ(z) [b, 1] of scores [b, 2], and its gradient by them; of [b, 1], the scores."""
+    """log σ(z) [b, 1] of scores [b, 2] in float64, and its gradient by them; of [b, 1], the scores.
+    """
     if scores.shape[1] == 1:
         return scores, torch.ones_like(scores)
     z = scores[:, :1] - scores[:, 1:] - offsets[:, None].to(scores.dtype)
     log_p = torch.nn.functional.logsigmoid(z)
-    weight = torch.sigmoid(-z) if numbers is None else (
-        torch.sigmoid(z) * torch.sigmoid(-z)).sqrt()
+    weight = torch.sigmoid(-z) if numbers is None else deviation(z)
     return log_p, torch.cat([weight, -weight], 1)

@@ -28,7 +28,7 @@ from gradindex.storage.files import FileFacts, atomic_write
 from gradindex.storage.integrity import CheckedFiles, damaged, read_inside
 from gradindex.storage.os_errors import OF_THE_PATH, refusals
 from gradindex.storage.upgrades import FORMAT, OLDEST, downgrade, upgrade
-from gradindex.task import Task
+from gradindex.task import DERIVED, TASKS, Task
 from gradindex.version import VERSION
 
 # Bounds of what a stranger's manifest may claim: memory is taken by these numbers.
@@ -307,6 +307,11 @@ def _check(index: Path, manifest: Manifest) -> None:
         if not _MODULE_NAME.fullmatch(module.name) or not all(
                 0 < side <= LARGEST_SIDE for side in (module.d_out, module.d_in)):
             raise _wrong(index, f"names a module that can't be: {module.name[:80]!r}")
+    plan = manifest.plan
+    if plan.task not in TASKS or not set(plan.derive) <= set(DERIVED) or \
+            (plan.task == "classification") != bool(plan.labels):
+        raise _wrong(index, f"is of a task that can't be: {plan.task[:80]!r}, with the classes "
+                     f"{', '.join(plan.labels)[:80]!r}")
     names = [segment.name for segment in manifest.segments]
     numbers = [int(name) for name in names]
     if len(set(names)) < len(names) or any(

@@ -228,6 +228,14 @@ def say_references(sources: list[DataSource], settings: CorpusSettings) -> bool:
     return True in found.values()
 
 
+def are_preferences(sources: list[DataSource]) -> bool:
+    """Whether all data are pairs of answers, with what a reference gives each."""
+    wanted = {"chosen", "rejected", *REFERENCE}
+    return bool(sources) and all(
+        source.holds_records and wanted <= set(_first_record(source, CorpusSettings(1))[1])
+        for source in sources)
+
+
 def _named_kind(settings: CorpusSettings) -> str:
     """The kind whose fields are named; empty for none. Raises InputError for two."""
     given = field_names(settings, given=True)

@@ -188,8 +188,9 @@ def refuse_preferences(name: str, content: Content, form: Form | None) -> None:
             and not _ends_with_answer(content.get("messages")):
         raise InputError(
             f"{name} holds preferences (chosen, rejected), which are learned as pairs; expected "
-            "texts whose every next token was learned. To index the chosen ones as if they had "
-            f"been: {_of_the_chosen(content)}.")
+            "texts whose every next token was learned. Of a policy that learned pairs (DPO): "
+            "--task preference, with --reference MODEL where the data don't say what that gives "
+            f"the answers. To index the chosen ones as if learned: {_of_the_chosen(content)}.")
     if form is None or form.kind == "text":
         return
     for label in PREFERENCE_LABELS:

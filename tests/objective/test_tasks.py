@@ -8,7 +8,9 @@ from torch.nn.functional import logsigmoid
 
 from gradindex.influence.gradients import backward, gradient
 from gradindex.model.tracked import examine, tracked_modules
-from gradindex.objective.batch import Text
+from gradindex.objective.batch import Batch, Text
+from gradindex.objective.classes import Classification
+from gradindex.objective.whole_texts import WholeTexts
 from support.task_models import FAMILIES, VOCABULARY, model_of, network_of_texts, policy
 
 pytestmark = pytest.mark.filterwarnings(  # peft asks transformers by an old name
@@ -301,3 +303,14 @@ def test_gradients_of_preferences_under_an_adapter():
         return logsigmoid(0.3 * (one - other - row.offset))
 
     compare(model, modules, pairs(first=2), value)
+
+
+def test_a_label_that_is_all_but_certain_keeps_its_half_of_the_gradient():
+    """1 − p and p of the other class are one number, 4·10⁻⁸, which float32 can't tell from 1."""
+    objective = Classification(WholeTexts())
+    batch = Batch.of(np.ones((1, 2), np.int64), np.array([1]), np.ones((1, 2), bool),
+                     torch.device("cpu"))
+    log_p, gradient = objective.log_p(torch.tensor([[0.0, 17.0]]), batch)
+    odds = np.exp(-17.0)
+    assert log_p.item() == pytest.approx(-np.log1p(odds), rel=1e-9)
+    assert gradient.tolist()[0] == pytest.approx([-odds / (1 + odds), odds / (1 + odds)], rel=1e-6)

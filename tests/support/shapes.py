@@ -101,8 +101,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gradindex.objective.batch.Batch.by_position": {"terms": "b n", "return": "b m"},
     "gradindex.objective.batch.halves": {"array": "n", "return": ("x", "y")},
     "gradindex.objective.batch.padded": {"rows": "b", "return": ("b m", "b m")},
-    "gradindex.objective.classes.WholeTexts.batch": {"rows": "b", "targets": "b"},
-    "gradindex.objective.classes.WholeTexts.outputs": {"return": "r c"},
+    "gradindex.objective.whole_texts.WholeTexts.batch": {"rows": "b", "targets": "b"},
+    "gradindex.objective.whole_texts.WholeTexts.outputs": {"return": "r c"},
     "gradindex.objective.classes.Classification.outputs": {"return": "b c"},
     "gradindex.objective.classes.Classification.label_numbers": {"return": "b"},
     "gradindex.objective.classes.Classification.log_p":
@@ -119,6 +119,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         {"logits": "r t v", "targets": "b m", "unscored": "n", "uniforms": "b m",
          "return": ("b m", "r t v")},
     "gradindex.objective.next_token.sample_labels": {"p": "n v", "uniforms": "n", "return": "n"},
+    "gradindex.objective.pairs.deviation": {"z": "b 1", "return": "b 1"},
     "gradindex.objective.pairs.Reward.outputs": {"return": "r 1"},
     "gradindex.objective.pairs.Reward.log_p": {"outputs": "r 1", "return": ("b 1", "r 1")},
     "gradindex.objective.pairs.Preference.outputs": {"return": "r t v"},
