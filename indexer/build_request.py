@@ -36,7 +36,7 @@ from indexer.read.sources import token_file_width
 from indexer.reference import Reference, choose_reference, identified, vocabulary_of
 from indexer.shards import Shard, parse_shard
 from indexer.state import RequestFacts
-from indexer.tasks import choose_task, class_names, derived_fields
+from indexer.tasks import choose_task, class_names, derived_fields, said_of_names
 
 
 @dataclass
@@ -141,6 +141,8 @@ def make_request(
         labels=class_names(config, labels, chosen_task),
         derive=derived_fields(derive, keep_fields, chosen_task),
     )
+    if (said := said_of_names(config, settings.labels)) is not None:
+        progress.say(said)
     asked = choose_reference(reference, source, as_list(data), settings, progress)
     settings = replace(settings, reference=asked.facts if asked else None)
     check_numbers(fit_sequences=fit_sequences, covariance_blocks=covariance_blocks,

@@ -55,8 +55,9 @@ def class_names(config: Any, given: Iterable[str], task: Task) -> tuple[str, ...
             raise InputError(f"--labels names a classifier's classes; the task is {task.name}. "
                              "Leave it out.")
         return ()
-    count = config.num_labels
-    names = given or tuple(str(config.id2label[number]) for number in range(count))
+    # a configuration may call two alike; what is given takes the place of that
+    count, own = config.num_labels, own_names(config)
+    names = given or own
     if not given and len(set(names)) != count:
         raise InputError("the model's config.json calls two classes alike (id2label: "
                          f"{', '.join(names)[:200]}). Name them in its order with --labels.")
@@ -64,6 +65,20 @@ def class_names(config: Any, given: Iterable[str], task: Task) -> tuple[str, ...
         raise InputError(f"--labels {','.join(names)}: the model has {count} classes; expected as "
                          "many names, each once, in its order.")
     return names
+
+
+def own_names(config: Any) -> tuple[str, ...]:
+    """What a classifier's configuration calls its classes, in order."""
+    return tuple(str(config.id2label[number]) for number in range(config.num_labels))
+
+
+def said_of_names(config: Any, names: tuple[str, ...]) -> str | None:
+    """What to say of names that were given to classes which have the same in another order."""
+    own = own_names(config) if names else ()
+    if names == own or sorted(map(str.casefold, names)) != sorted(map(str.casefold, own)):
+        return None
+    return (f"warning: config.json calls the classes {','.join(own)}, and --labels calls them "
+            f"{','.join(names)}: with a wrong order every label is taken for another")
 
 
 def derived_fields(given: Iterable[str], keep_fields: Iterable[str], task: Task) -> tuple[str, ...]:

@@ -59,7 +59,7 @@ def _query_lines(asked: task_words.Asked, width: int) -> list[str]:
         shown += ("⟦" if scored else "⟧") * (scored != inside)
         shown += visible(tokens[position])
         inside = scored
-    own = " (the model's own continuation)" * (asked.text.generated and asked.label is None)
+    own = " (the model's own continuation)" * (asked.text.generated and asked.marked)
     name = asked.name if asked.name in ("versus", "plus") else f"{asked.name}:"
     lines = _wrap(f"{name:<6} {shown}" + "⟧" * inside + own, width)
     if asked.label is not None:

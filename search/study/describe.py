@@ -40,6 +40,8 @@ def describe(path: Path) -> dict[str, Any]:
         "digest": digest_of(manifest),
         "model": manifest.model, "dtype": manifest.dtype,
         "task": manifest.task.name, "kind": manifest.kind,
+        "labels": list(manifest.plan.labels), "beta": manifest.task.beta,
+        "reference": manifest.plan.reference, "derived": list(manifest.plan.derive),
         "documents": manifest.documents, "sequences": manifest.sequences,
         "sequence_length": manifest.sequence_length, "tokens": manifest.tokens,
         "scored_tokens": manifest.scored_tokens, "skipped": manifest.skipped,
@@ -94,6 +96,7 @@ def summary(about: dict[str, Any]) -> str:
         ("index", f"{about['index']}, format {about['format']}, commit {about['generation']}"),
         ("model", f"{model['name']}{revision}, weights {str(model['tensors'])[:12]}, "
                   f"{about['dtype']}"),
+        ("task", _task(about)),
         ("data", f"{about['documents']:,} documents from {sources}{more}"),
         ("sequences", f"{about['sequences']:,} of at most {about['sequence_length']} tokens in "
                       f"{about['segments']} segment{'s' * (about['segments'] != 1)}, "
@@ -110,8 +113,8 @@ def summary(about: dict[str, Any]) -> str:
         ("modules", f"{len(about['modules'])} linear maps in {len(about['layers'])} layers, "
                     f"{about['parameter_share']:.1%} of the parameters"),
         *([("not tracked", shares(about["untracked"]))] if about["untracked"] else []),
-        ("curvature", f"EK-FAC on {about['fit']['sequences']:,} sequences, labels of the "
-                      f"{about['fit']['labels']}, damping {about['damping']} × mean eigenvalue, "
+        ("curvature", f"EK-FAC on {about['fit']['sequences']:,} sequences, {_fitted_on(about)}, "
+                      f"damping {about['damping']} × mean eigenvalue, "
                       f"effective dimension {about['effective_dimension']:,.0f}"),
         ("codes", f"{code['length']:,} bits, {code['bytes']:,} bytes a sequence, "
                   f"error constant c = {about['calibration']['c']}, "
@@ -122,6 +125,27 @@ def summary(about: dict[str, Any]) -> str:
                  "index holds the text itself)"),
     ]
     return "\n".join(f"{name:<11} {visible(text)}" for name, text in rows)
+
+
+def _task(about: dict[str, Any]) -> str:
+    """What the model was trained for, with what belongs to that."""
+    parts = [about["task"]]
+    if about["labels"]:
+        parts.append(f"classes {', '.join(about['labels'])}")
+    if about["task"] == "preference":
+        of = about["reference"]["name"] if about["reference"] else "what the data say"
+        parts.append(f"β {about['beta']:g}, reference {of}")
+    if about["derived"]:
+        parts.append(f"derived {', '.join(about['derived'])}")
+    return "; ".join(parts)
+
+
+def _fitted_on(about: dict[str, Any]) -> str:
+    """What stood in the place of labels where the curvature was fitted."""
+    two = about["task"] in ("reward", "preference") or len(about["labels"]) == 2
+    if two and about["fit"]["labels"] == "model":
+        return "both outcomes by their chances"
+    return f"labels of the {about['fit']['labels']}"
 
 
 def _few(quarantined: dict[int, str]) -> str:

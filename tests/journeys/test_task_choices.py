@@ -1,6 +1,8 @@
 """Which task a build is for, and how a model reads texts, where nobody has said it."""
 
+import io
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +11,13 @@ import transformers
 import gradindex
 from gradindex.errors import DamagedIndexError, InputError
 from gradindex.model.config import context_length
+from gradindex.progress import Progress
 from gradindex.storage import layout, manifest, sealed_json
 from indexer.build_request import make_request
+from search.show.terminal_text import render_terminal
+from search.study.describe import describe, summary
 from support.task_models import (
+    NAMES,
     SMALL,
     answers,
     network_of_texts,
@@ -21,6 +27,8 @@ from support.task_models import (
     tokenizer_of_texts,
     written,
 )
+
+GOLDEN = Path(__file__).parent.parent / "golden"
 
 
 def ended_tokenizer():
@@ -106,3 +114,37 @@ def test_a_manifest_of_no_task_is_damage(tmp_path):
         (tmp_path / "i" / layout.MANIFEST).write_bytes(sealed_json.with_digest(changed))
         with pytest.raises(DamagedIndexError, match="a task that can't be"):
             manifest.load(tmp_path / "i")
+
+
+def test_names_in_another_order_are_said(tmp_path):
+    network = network_of_texts("bert", 2, **NAMES)
+    model, said = save(tmp_path / "model", network, tokenizer_of_texts()), io.StringIO()
+    for labels, warned in ((["positive", "negative"], True), (["negative", "positive"], False),
+                           (["bad", "good"], False), ([], False)):
+        said = io.StringIO()
+        make_request(model, [{"text": "good", "label": number % 2} for number in range(4)],
+                     tmp_path / "i", labels=labels, progress=Progress(said), **SMALL)
+        assert ("warning: config.json calls the classes negative,positive" in said.getvalue()) \
+            is warned
+
+
+def test_info_says_the_task_and_what_belongs_to_it():
+    lines = {task: dict(line.split(maxsplit=1) for line in summary(describe(
+        GOLDEN / "format-6" / task / "index")).splitlines() if " " in line)
+        for task in ("classification", "preference")}
+    assert lines["classification"]["task"] == "classification; classes negative, positive"
+    assert lines["preference"]["task"] == \
+        "preference; β 0.1, reference what the data say; derived longer-chosen"
+    for one in lines.values():
+        assert "both outcomes by their chances" in one["curvature"]
+
+
+def test_two_texts_of_a_query_are_no_continuation(tmp_path):
+    rows = [{"text": "good film", "text_b": "bad plot", "label": 1},
+            {"text": "bad film", "text_b": "good", "label": 0}]
+    index = gradindex.build(network_of_texts("bert", 2), rows, tmp_path / "i",
+                            tokenizer=tokenizer_of_texts(), **SMALL)
+    found = index.search(text="good film", text_b="bad")
+    assert found.query.generated
+    for shown in (render_terminal(found), found._repr_html_()):
+        assert "own continuation" not in shown and "model's own" in shown.replace("&#39;", "'")
