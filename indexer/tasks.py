@@ -17,7 +17,7 @@ from indexer.read.discover import discover
 def choose_task(source: ModelSource, asked: str | None, data: list[Any]) -> str:
     """The task that was asked for, or the only one that the model's class and the data leave.
 
-    Raises InputError for a task that there isn't.
+    Raises InputError for a task that there isn't, and for a regression.
     """
     if asked is not None:
         if asked not in TASKS:
@@ -36,7 +36,14 @@ def choose_task(source: ModelSource, asked: str | None, data: list[Any]) -> str:
     if not of_texts:
         # only policies that learned preferences have what a reference gives the answers
         return "preference" if are_preferences(discover(data).sources) else "causal"
-    return "reward" if config.num_labels == 1 else "classification"
+    if config.num_labels > 1:
+        return "classification"
+    if config.problem_type == "regression":
+        raise InputError(
+            "config.json says that the model gives a text a number (problem_type regression), "
+            "which is no task here. If it was trained on pairs, as a reward model, say --task "
+            "reward.")
+    return "reward"
 
 
 def class_names(config: Any, given: Iterable[str], task: Task) -> tuple[str, ...]:

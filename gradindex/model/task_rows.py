@@ -182,6 +182,9 @@ def encode_preferred(
             raise RowError("a text without a token of its own" if task.name == "reward" else
                            f"a prompt that fills the {length} tokens of a text")
         parts.append(Tokenised(side.tokens[:length], side.scored[:length], side.spans[:length]))
+    # a text's first token is predicted by nothing
+    if task.name == "preference" and not any(part.scored[1:].any() for part in parts):
+        raise RowError("answers of one token without a prompt, which no token before predicts")
     if np.array_equal(parts[0].tokens, parts[1].tokens):
         same = str(content["chosen"]) == str(content["rejected"])
         raise RowError(

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradindex.objective.batch import AnyRow, Batch, Row
+from gradindex.objective.batch import AnyRow, Batch, Row, halves
 from gradindex.objective.next_token import NextToken
 from gradindex.objective.whole_texts import WholeTexts
 from gradindex.transfers import to_device
@@ -95,8 +95,15 @@ class Preference(_Pairs):
     beta: float
 
     def predictions(self, row: Row) -> int:
-        """One: a row is one comparison."""
-        return 1
+        """One: a row is one comparison; 0 where no token of its texts is predicted.
+
+        >>> from gradindex.objective.batch import Text
+        >>> pair = Text(np.arange(2), np.ones(2, bool), border=1)  # of one token each
+        >>> Preference(NextToken(), 0.1).predictions(pair)
+        0
+        """
+        texts = (row.scored,) if row.border is None else halves(row.scored, row.border)
+        return int(any(self.policy.counted(scored).any() for scored in texts))
 
     def batch(self, rows: Sequence[Row], device: torch.device) -> Batch:
         """Rows as one batch, each text padded on the right; all are pairs, or all single texts."""

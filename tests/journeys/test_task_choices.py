@@ -64,6 +64,14 @@ def test_classes_that_the_model_calls_alike(tmp_path):
         make_request(model, sentences(4), tmp_path / "i", **SMALL)
 
 
+def test_a_regression_is_no_reward_model_unless_that_is_said(tmp_path):
+    network = network_of_texts("bert", 1, problem_type="regression")
+    model = save(tmp_path / "model", network, tokenizer_of_texts())
+    with pytest.raises(InputError, match=r"\(problem_type regression\).*--task reward"):
+        make_request(model, answers(4), tmp_path / "i", **SMALL)
+    assert make_request(model, answers(4), tmp_path / "i", task="reward", **SMALL).plan.labels == ()
+
+
 def test_robertas_read_fewer_tokens_than_they_have_positions(tmp_path):
     network = network_of_texts("roberta", 2, torch.float32)
     assert context_length(network.config) == 32  # of 34 positions

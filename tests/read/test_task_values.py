@@ -297,3 +297,15 @@ def test_one_class_only_and_classes_without_rows():
     found = corpus([[LABELLED, {"text": WORDS[1], "label": 0}, {"text": "good", "label": 1}]])
     list(found.sequences())
     assert found.facts.labels == {"positive": 2, "negative": 1}
+
+
+def test_answers_that_nothing_predicts_are_left_out():
+    bare = tokenizer_of_texts()
+    bare.backend_tokenizer.post_processor = None  # it begins and ends nothing
+    row = {"ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0}
+    rows = [{**row, "chosen": "good", "rejected": "bad"},
+            {**row, "chosen": "good film", "rejected": "bad"}]
+    found = Corpus([rows], bare, CorpusSettings(32, task="preference"), vocabulary=40)
+    assert len(list(found.sequences())) == 1
+    assert found.facts.skipped == {
+        "answers of one token without a prompt, which no token before predicts": 1}
