@@ -138,8 +138,7 @@ def collect(
 ) -> Tensor:
     """One forward and backward pass of a batch, whose a and d every collector is called with.
 
-    With `numbers` [b, t], labels are drawn from the model, as for `backward`, whose log p it
-    returns.
+    With `numbers`, gradients are the curvature's, as for `backward`, whose log p it returns.
     """
     def each(module: Module, a: Tensor, d: Tensor) -> None:
         for collector in collectors:

@@ -104,7 +104,9 @@ def label_compared(hit: Hit, result: Result) -> str:
     labels = {text.label_name for text in result.query.texts if text.weight > 0}
     if hit.label is None or len(labels) != 1 or None in labels:
         return ""
-    return "as asked" if hit.label in labels else "not the one asked about"
+    # without a label the model's own is what is asked about
+    same = "the model's own" if result.query.generated else "as asked"
+    return same if hit.label in labels else "not the one asked about"
 
 
 def said_of(hit: Hit, result: Result) -> str:

@@ -201,6 +201,8 @@ def _show_audit(audited: "Audit", form: str, output: Path | None) -> None:
     # what isn't a file may be standard output itself, which has the data then
     if form == "auto" or (output is not None and output.is_file()):
         click.echo(render(audited))
+        if output is not None:
+            click.echo(f"the whole table is in {visible_lines(str(output))}", err=True)
         return
     for line in (*sentences(audited), *detection_lines(audited.detections)):
         click.echo(visible_lines(line), err=True)
