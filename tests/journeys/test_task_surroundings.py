@@ -76,7 +76,8 @@ def built(models, tmp_path_factory):
     return {task: (folder / task, data[task]) for task in TASKS}
 
 
-@pytest.mark.parametrize("task", ["classification", "reward"])
+@pytest.mark.parametrize("task", [
+    "reward", pytest.param("classification", marks=pytest.mark.slow)])
 def test_shards_give_the_bytes_of_one_process(task, models, built, tmp_path):
     index, data = built[task]
 

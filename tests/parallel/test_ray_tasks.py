@@ -47,8 +47,8 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("task", [
-    "classification", pytest.param("reward", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["classification", "reward"])
 def test_a_build_and_its_searches_over_ray(task, cluster, one_thread, tmp_path):
     outputs, rows, questions = CASES[task]
     network = network_of_texts("bert", outputs, torch.float32, **(NAMES if outputs == 2 else {}))
