@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import processors
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 from gradindex import draws
 from gradindex.demo.labelled_documents import FAMILIES, LabelledDocument
-from gradindex.demo.small_model import CPU, batches_of, padded, run_training
+from gradindex.demo.small_model import CPU, batches_of, padded, run_training, trained_bytes
 from gradindex.progress import Progress
 
 SPECIAL = ["[PAD]", "[CLS]", "[SEP]"]
@@ -40,13 +40,7 @@ class ClassifierSettings:
 
 def train_tokenizer_of_texts(texts: list[str], settings: ClassifierSettings) -> Any:
     """A byte-level BPE tokenizer that puts a text between [CLS] and [SEP]."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=settings.vocabulary, special_tokens=SPECIAL, show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    ))
+    tokenizer = trained_bytes(texts, settings.vocabulary, SPECIAL)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
         special_tokens=[(name, SPECIAL.index(name)) for name in SPECIAL[1:]])

@@ -56,14 +56,20 @@ class DemoSettings:
 
 def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer that adds no special tokens by itself."""
+    return PreTrainedTokenizerFast(tokenizer_object=trained_bytes(texts, vocabulary, [END]),
+                                   bos_token=END, eos_token=END)
+
+
+def trained_bytes(texts: list[str], vocabulary: int, special: list[str]) -> Tokenizer:
+    """A byte-level BPE, whose first tokens are the special ones."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=[END], show_progress=False,
+        vocab_size=vocabulary, special_tokens=special, show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     ))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END)
+    return tokenizer
 
 
 def windows(documents: list[Document], tokenizer: Any, length: int) -> list[list[int]]:
