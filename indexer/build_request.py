@@ -28,7 +28,7 @@ from gradindex.progress import Progress
 from gradindex.ray_cluster import WITH_RAY, check_address, load_ray
 from gradindex.storage.build_plan import MOST_BLOCKS, CorpusSettings, Plan
 from gradindex.storage.os_errors import refusals
-from gradindex.task import TASKS, Task
+from gradindex.task import BETA, TASKS, Task
 from indexer import defaults
 from indexer.read.corpus import Corpus
 from indexer.read.discover import discover
@@ -78,7 +78,7 @@ def make_request(
     chosen_field: str | None = None,
     rejected_field: str | None = None,
     margin_field: str | None = None,
-    beta: float = defaults.BETA,
+    beta: float = BETA,
     reference: Any = None,
     rows: str | None = None,
     columns: Iterable[str] = (),
@@ -149,7 +149,7 @@ def make_request(
                   batch_tokens=batch_tokens, damping=damping, segment_size=segment_size,
                   limit=limit, train_sequences=train_sequences, max_bad=max_bad, wait=wait,
                   ray_workers=ray_workers, beta=beta)
-    if beta != defaults.BETA and chosen_task.name != "preference":
+    if beta != BETA and chosen_task.name != "preference":
         raise InputError(f"--beta is of --task preference; the task is {chosen_task.name}. Leave "
                          "it out.")
     if chat_template is not None and chosen_task.name == "classification":

@@ -20,6 +20,7 @@ from gradindex.flags import (
     read_ids,
     read_lines,
 )
+from gradindex.task import BETA, TASKS
 from gradindex.terminal import json_text, shell_word, visible_lines
 from indexer import defaults
 
@@ -44,7 +45,7 @@ _MAX_BAD = click.option(
 @click.option("--completion-field", metavar="NAME", help="Field of the completion [completion].")
 @click.option("--messages-field", metavar="NAME", help="Field of chat messages, or of turns (from, "
               "value) [messages].")
-@click.option("--task", type=click.Choice(defaults.TASKS), help="What the model was trained for "
+@click.option("--task", type=click.Choice(list(TASKS)), help="What the model was trained for "
               "[as its class tells].")
 @click.option("--text-b-field", metavar="NAME", help="Field of the second of two texts.")
 @click.option("--label-field", metavar="NAME", help="Field of a text's class [label].")
@@ -53,7 +54,7 @@ _MAX_BAD = click.option(
 @click.option("--chosen-field", metavar="NAME", help="Field of the preferred answer [chosen].")
 @click.option("--rejected-field", metavar="NAME", help="Field of the other answer [rejected].")
 @click.option("--margin-field", metavar="NAME", help="Field of a pair's margin [margin].")
-@click.option("--beta", type=float, default=defaults.BETA, show_default=True,
+@click.option("--beta", type=float, default=BETA, show_default=True,
               help="β of preference pairs.")
 @click.option("--reference", metavar="MODEL", help="Model that preference pairs were compared with "
               "in training, or its adapter: asked what it gives each answer [the data say; else an "

@@ -5,8 +5,6 @@ Nothing heavy is imported here, so that the command line can show its flags at o
 
 MODULES = "mlp"
 MODULES_OF_TEXTS = "mlp,head"  # of what says something of whole texts
-TASKS = ("causal", "classification", "reward", "preference")
-BETA = 0.1
 FIT_SEQUENCES = 4096
 LABELS = ("model", "data")  # whose labels the curvature is fitted on; the first is the default
 COVARIANCE_BLOCKS = 1
