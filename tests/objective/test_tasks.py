@@ -95,6 +95,35 @@ def compare(model, modules, rows, value):
             torch.testing.assert_close(gradients[name][number], part, rtol=1e-9, atol=1e-11)
 
 
+def label_log_p(network):
+    """log p of a row's label, by a plain pass."""
+    def value(row):
+        return one_by_one(network, row.tokens).log_softmax(-1)[0, row.label]
+
+    return value
+
+
+def reward_log_p(network):
+    """log σ of a pair's rewards, by plain passes."""
+    def value(row):
+        one, other = (one_by_one(network, part)[0, 0]
+                      for part in np.split(row.tokens, [row.border]))
+        return logsigmoid(one - other - row.offset)
+
+    return value
+
+
+def preference_log_p(network):
+    """log σ of a pair's β log π, by plain passes."""
+    def value(row):
+        parts = zip(np.split(row.tokens, [row.border]), np.split(row.scored, [row.border]),
+                    strict=True)
+        one, other = (answer_log_p(network, *part) for part in parts)
+        return logsigmoid(0.3 * (one - other - row.offset))
+
+    return value
+
+
 @pytest.mark.parametrize("classes", [2, 3])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_of_labels(family, classes):
@@ -110,10 +139,7 @@ def test_gradients_of_labels(family, classes):
         "modernbert": {"head.dense", "classifier"},
         "llama": {"score"}, "gpt2": {"score"}}[family]
 
-    def value(row):
-        return one_by_one(network, row.tokens).log_softmax(-1)[0, row.label]
-
-    compare(model, modules, labelled(classes), value)
+    compare(model, modules, labelled(classes), label_log_p(network))
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
@@ -121,12 +147,7 @@ def test_gradients_of_rewards(family):
     network = network_of_texts(family, 1)
     model, modules = model_of(network, "reward"), everything(network, "reward")
 
-    def value(row):
-        one, other = (one_by_one(network, part)[0, 0]
-                      for part in np.split(row.tokens, [row.border]))
-        return logsigmoid(one - other - row.offset)
-
-    compare(model, modules, pairs(), value)
+    compare(model, modules, pairs(), reward_log_p(network))
     single = [Text(tokens, np.ones(len(tokens), bool)) for tokens in texts(LENGTHS)]
     compare(model, modules, single, lambda row: one_by_one(network, row.tokens)[0, 0])
 
@@ -143,13 +164,7 @@ def test_gradients_of_preferences():
     model, modules = model_of(network, "preference"), everything(network, "preference")
     assert not any(module.kind == "head" for module in modules)
 
-    def value(row):
-        parts = zip(np.split(row.tokens, [row.border]), np.split(row.scored, [row.border]),
-                    strict=True)
-        one, other = (answer_log_p(network, *part) for part in parts)
-        return logsigmoid(0.3 * (one - other - row.offset))
-
-    compare(model, modules, pairs(first=2), value)
+    compare(model, modules, pairs(first=2), preference_log_p(network))
     single = [Text(tokens, np.arange(len(tokens)) >= 2) for tokens in texts(LENGTHS)]
     compare(model, modules, single,
             lambda row: 0.3 * answer_log_p(network, row.tokens, row.scored))
@@ -273,10 +288,7 @@ def test_gradients_of_labels_under_an_adapter(family):
         "llama": {f"score.{copy}"}, "gpt2": {f"score.{copy}"}}[family]
     assert not any("original_module" in module.name for module in modules)
 
-    def value(row):
-        return one_by_one(network, row.tokens).log_softmax(-1)[0, row.label]
-
-    compare(model, modules, labelled(3), value)
+    compare(model, modules, labelled(3), label_log_p(network))
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
@@ -284,25 +296,14 @@ def test_gradients_of_rewards_under_an_adapter(family):
     network = adapted(network_of_texts(family, 1), family)
     model, modules = model_of(network, "reward"), all_maps(network, "reward")
 
-    def value(row):
-        one, other = (one_by_one(network, part)[0, 0]
-                      for part in np.split(row.tokens, [row.border]))
-        return logsigmoid(one - other - row.offset)
-
-    compare(model, modules, pairs(), value)
+    compare(model, modules, pairs(), reward_log_p(network))
 
 
 def test_gradients_of_preferences_under_an_adapter():
     network = adapted(policy(), "gpt2", task_type="CAUSAL_LM")
     model, modules = model_of(network, "preference"), all_maps(network, "preference")
 
-    def value(row):
-        parts = zip(np.split(row.tokens, [row.border]), np.split(row.scored, [row.border]),
-                    strict=True)
-        one, other = (answer_log_p(network, *part) for part in parts)
-        return logsigmoid(0.3 * (one - other - row.offset))
-
-    compare(model, modules, pairs(first=2), value)
+    compare(model, modules, pairs(first=2), preference_log_p(network))
 
 
 def test_a_label_that_is_all_but_certain_keeps_its_half_of_the_gradient():

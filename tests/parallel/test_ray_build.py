@@ -48,15 +48,6 @@ def cluster():
 
 
 @pytest.fixture
-def one_thread():
-    """A worker takes as many cores as the build has threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
 def alone(model_folder, data_file, tmp_path, one_thread):
     """The files of an index built by one process."""
     gradindex.build(str(model_folder), data_file, tmp_path / "alone", **SMALL)

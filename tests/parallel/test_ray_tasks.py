@@ -38,15 +38,6 @@ def cluster():
         ray.shutdown()
 
 
-@pytest.fixture
-def one_thread():
-    """A worker takes as many cores as the build has threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["classification", "reward"])
 def test_a_build_and_its_searches_over_ray(task, cluster, one_thread, tmp_path):
