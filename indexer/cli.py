@@ -46,7 +46,7 @@ _MAX_BAD = click.option(
 @click.option("--messages-field", metavar="NAME", help="Field of chat messages, or of turns (from, "
               "value) [messages].")
 @click.option("--task", type=click.Choice(list(TASKS)), help="What the model was trained for "
-              "[as its class tells].")
+              "[as its class and the data tell].")
 @click.option("--text-b-field", metavar="NAME", help="Field of the second of two texts.")
 @click.option("--label-field", metavar="NAME", help="Field of a text's class [label].")
 @click.option("--labels", metavar="A,B", help="Names of the classes, in the model's order [its "
