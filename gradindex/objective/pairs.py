@@ -143,12 +143,13 @@ def _of_answers(token_log_p: Tensor, batch: Batch) -> Tensor:
 
 
 def deviation(z: Tensor) -> Tensor:
-    """√(σ(z) σ(−z)), the standard deviation of an outcome of two whose log odds are z.
+    """√(σ(z) σ(−z)) [b, 1], the standard deviation of an outcome of two whose log odds are z.
 
     Times ∇z it is a gradient that has the Fisher's second moments without any drawing.
 
-    >>> deviation(torch.tensor([0.0, 1.0986123]))  # of ½ and ¾
-    tensor([0.5000, 0.4330])
+    >>> deviation(torch.tensor([[0.0], [1.0986123]]))  # of ½ and ¾
+    tensor([[0.5000],
+            [0.4330]])
     """
     return (torch.sigmoid(z) * torch.sigmoid(-z)).sqrt()
 
