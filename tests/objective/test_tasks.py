@@ -1,4 +1,4 @@
-"""Gradients of every task's rows, and of their curvature, against autograd on plain passes."""
+"""Gradients of every task's rows, and of their curvature, against torch.func on plain passes."""
 
 import numpy as np
 import peft
@@ -53,25 +53,32 @@ def found(model, modules, rows, numbers=None):
     return log_p.sum(1), gradients
 
 
+class Valued(torch.nn.Module):
+    """A network, whose parameters `functional_call` replaces while a value is computed."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, value):
+        return value()
+
+
 def plain(network, modules, value):
-    """The gradient [o, i] of a value by each module's weight and bias, by autograd."""
-    maps = [network.get_submodule(module.name) for module in modules]
-    parameters = [one for linear in maps for one in (linear.weight, linear.bias) if one is not None]
-    for one in parameters:
-        one.requires_grad_()
-    try:
-        parts = dict(zip(map(id, parameters), torch.autograd.grad(
-            value(), parameters, allow_unused=True), strict=True))
-    finally:
-        for one in parameters:
-            one.requires_grad_(False)
+    """The gradient [o, i] of a value by each module's weight and bias, by torch.func."""
+    valued = Valued(network)
+    names = {"network." + module.name + part for module in modules for part in (".weight", ".bias")}
+    parameters = {name: parameter.detach() for name, parameter in valued.named_parameters()
+                  if name in names}
+    parts = torch.func.grad(
+        lambda values: torch.func.functional_call(valued, values, (value,)))(parameters)
     gradients = {}
-    for module, linear in zip(modules, maps, strict=True):
-        weight = parts[id(linear.weight)]
-        weight = torch.zeros_like(linear.weight) if weight is None else weight
-        weight = weight if isinstance(linear, torch.nn.Linear) else weight.T  # Conv1D
-        gradients[module.name] = weight if linear.bias is None else torch.cat(
-            [weight, parts[id(linear.bias)][:, None]], 1)
+    for module in modules:
+        weight = parts[f"network.{module.name}.weight"]
+        if not isinstance(network.get_submodule(module.name), torch.nn.Linear):
+            weight = weight.T  # Conv1D
+        bias = parts.get(f"network.{module.name}.bias")
+        gradients[module.name] = weight if bias is None else torch.cat([weight, bias[:, None]], 1)
     return gradients
 
 
