@@ -28,6 +28,7 @@ from search.show.data_files import csv_table, json_lines
 from search.show.html import render_html
 from search.show.terminal_text import render_terminal
 from search.study import describe
+from support.commands import run_here
 
 CATEGORIES = {"Cc", "Cf", "Co", "Cs", "Zl", "Zp"}
 OWN_COLORS = re.compile(r"\x1b\[(?:44;97;1|43;30;1|1;94|1;33|0)m")
@@ -245,13 +246,6 @@ def test_a_file_of_results(result, tmp_path):
 # ---- standard error
 
 
-def run(monkeypatch, capsys, *arguments):
-    """The command line in this process: exit code, standard output, standard error."""
-    monkeypatch.setattr(sys, "argv", ["gradindex", *arguments])
-    code = cli._run()
-    return code, *capsys.readouterr()
-
-
 BAD = "\x1b[2J\x9b\r\u202e\udcff"  # no \0, which no argument holds
 
 
@@ -263,27 +257,27 @@ BAD = "\x1b[2J\x9b\r\u202e\udcff"  # no \0, which no argument holds
     ("rescore", BAD, "-p", "a", "-c", "b", "--ids", "-"), ("eval", "x", "--queries", BAD),
     ("build", BAD, BAD, "-o", BAD),
 ])
-def test_bad_arguments(arguments, monkeypatch, capsys, tmp_path):
+def test_bad_arguments(arguments, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    code, printed, said = run(monkeypatch, capsys, *arguments)
-    assert (code, printed) == (2, "")
-    assert_inert(said)
-    assert r"\x1b[2J\x9b" in said
+    done = run_here(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert_inert(done.stderr)
+    assert r"\x1b[2J\x9b" in done.stderr
 
 
 @pytest.mark.parametrize("error, code", [
     (InputError, 2), (GradindexError, 1), (OSError, 1), (ImportError, 1),
     (click.ClickException, 1), (click.UsageError, 2), (click.BadParameter, 2),
 ])
-def test_errors(error, code, monkeypatch, capsys):
+def test_errors(error, code, monkeypatch):
     def fail(**_):
         raise error(f"first\n{ALL}")
 
     monkeypatch.setattr(cli, "main_group", fail)
-    found, printed, said = run(monkeypatch, capsys)
-    assert (found, printed) == (code, "")
-    assert_inert(said, keep="\n\t")
-    assert said.endswith(f"first\n{visible_lines(ALL)}\n")
+    done = run_here()
+    assert (done.returncode, done.stdout) == (code, "")
+    assert_inert(done.stderr, keep="\n\t")
+    assert done.stderr.endswith(f"first\n{visible_lines(ALL)}\n")
 
 
 def test_a_traceback():
@@ -338,13 +332,13 @@ def test_summary():
 
 
 @pytest.mark.parametrize("form", ["auto", "json"])
-def test_info(form, monkeypatch, capsys):
+def test_info(form, monkeypatch):
     monkeypatch.setattr(describe, "describe", lambda index: hostile_facts())
-    code, printed, _ = run(monkeypatch, capsys, "info", "x", "--format", form)
-    assert code == 0
-    assert_inert(printed)
+    done = run_here("info", "x", "--format", form)
+    assert done.returncode == 0
+    assert_inert(done.stdout)
     if form == "json":
-        assert json.loads(printed) == hostile_facts()
+        assert json.loads(done.stdout) == hostile_facts()
 
 
 # ---- strange surroundings
@@ -380,13 +374,14 @@ def test_a_folder_that_was_removed(tmp_path):
     (MemoryError(), 4, "out of memory; the bound is "),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 4, "out of memory;"),
 ])
-def test_what_the_system_refuses_has_an_exit_code(error, code, said, monkeypatch, capsys):
+def test_what_the_system_refuses_has_an_exit_code(error, code, said, monkeypatch):
     def fail(**_):
         raise error
 
     monkeypatch.setattr(cli, "main_group", fail)
-    found, printed, told = run(monkeypatch, capsys)
-    assert (found, printed) == (code, "")
+    done = run_here()
+    told = done.stderr
+    assert (done.returncode, done.stdout) == (code, "")
     assert told.startswith("gradindex: ") and said in told and told.count("\n") == 1
 
 

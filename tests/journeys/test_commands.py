@@ -1,4 +1,4 @@
-"""The commands as a user runs them: subprocesses on a small trained model, and what it means.
+"""The commands as a user runs them on a small trained model, and what it means.
 
 The model learns fictional facts, each told in several documents, and the same facts with the two
 phrases in the other order (the word-order experiment of Grosse et al. 2023, §5.3.4).
@@ -19,10 +19,10 @@ import pytest
 import gradindex
 from gradindex.demo.small_model import DemoSettings, new_model, train, train_tokenizer, windows
 from gradindex.progress import Progress
+from support.commands import COMMAND, run, run_here
 from support.waiting import HANG, LATE, heed_interrupts, struck
 
 ROOT = Path(__file__).parent.parent.parent
-COMMAND = [sys.executable, "-m", "gradindex"]
 
 FIRST = ("Zor", "Mel", "Quin", "Bra", "Tol", "Fen", "Gar", "Hul", "Iva", "Jor")
 LAST = ("pax", "dric", "vane", "lund", "mire", "tosk", "beck", "rell", "nash", "wick")
@@ -114,12 +114,6 @@ def trained_index(trained, tmp_path_factory):
     return out, done
 
 
-def run(*arguments, **options):
-    environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
-    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True,
-                          env=environment, timeout=HANG, **options)
-
-
 QUESTION = ("-p", "The first president of Velmora was", "-c", f" {facts()[1][1]}.")
 
 
@@ -163,26 +157,27 @@ def test_search_in_every_format(trained_index):
     assert "recall:" in people.stdout and "proponents: 3 of" in people.stdout
     assert "ranked by influence; 4 modules in layers 0 to 1" in people.stdout
     assert "exact:" in people.stderr and "expected: about" in people.stderr
-    as_json = run("search", index, *QUESTION, "-k", "3", "--format", "json")
+    as_json = run_here("search", index, *QUESTION, "-k", "3", "--format", "json")
     content = json.loads(as_json.stdout)
     assert len(as_json.stdout.splitlines()) == 1
     assert content["hits"][0]["fields"] == {"fact": "1", "order": "forwards"}
     assert content["hits"][0]["user_id"].startswith("doc-")
-    lines = run("search", index, *QUESTION, "-k", "3", "--format", "jsonl", "--shortlist", "50")
+    lines = run_here("search", index, *QUESTION, "-k", "3", "--format", "jsonl",
+                     "--shortlist", "50")
     assert [json.loads(line)["id"] for line in lines.stdout.splitlines()] == [
         hit["id"] for hit in content["hits"]]
     assert "recall: an estimated" in lines.stderr and "expected:" in lines.stderr
-    table = run("search", index, *QUESTION, "-k", "3", "--format", "csv")
+    table = run_here("search", index, *QUESTION, "-k", "3", "--format", "csv")
     assert table.stdout.splitlines()[0].startswith("rank,id,influence,nats,exact")
-    opponents = run("search", index, *QUESTION, "-k", "1", "--opponents", "--format", "json")
+    opponents = run_here("search", index, *QUESTION, "-k", "1", "--opponents", "--format", "json")
     assert json.loads(opponents.stdout)["hits"][0]["influence"] < 0
 
 
 def test_every_control_on_the_command_line(trained_index):
     index, _ = trained_index
-    done = run("search", index, *QUESTION, "-k", "3", "--recall", "0.9", "--damping", "0.01",
-               "--modules", "0-1", "--normalize", "cosine", "--candidates", "both", "--score-on",
-               "0-2", "--versus", f" {facts()[2][1]}.", "--format", "json")
+    done = run_here("search", index, *QUESTION, "-k", "3", "--recall", "0.9", "--damping", "0.01",
+                    "--modules", "0-1", "--normalize", "cosine", "--candidates", "both",
+                    "--score-on", "0-2", "--versus", f" {facts()[2][1]}.", "--format", "json")
     assert done.returncode == 0, done.stderr
     content = json.loads(done.stdout)
     controls = content["controls"]
@@ -191,7 +186,7 @@ def test_every_control_on_the_command_line(trained_index):
     assert content["recall"]["asked"] == 0.9 and content["recall"]["estimate"] >= 0.9
     assert content["query"]["scored"] == 3 and content["query"]["others"][0]["weight"] == -1
     assert content["hits"][0]["fields"] == {"fact": "1", "order": "forwards"}
-    rough = run("search", index, *QUESTION, "-k", "1", "--no-rescore", "--format", "json")
+    rough = run_here("search", index, *QUESTION, "-k", "1", "--no-rescore", "--format", "json")
     assert json.loads(rough.stdout)["hits"][0]["exact"] is False
 
 
@@ -203,7 +198,7 @@ def test_a_file_of_queries(trained_index, tmp_path):
                          "completion": f" {name}."}) for land, name in facts()[:3]]
     path.write_text("\n".join([*lines, "{", json.dumps({"prompt": "a", "completion": ""})]))
     arguments = ("search", index, "--queries", path, "-k", "2", "--shortlist", "60")
-    done = run(*arguments, "-o", out)
+    done = run_here(*arguments, "-o", out)
     assert (done.returncode, done.stdout) == (2, "")
     assert "queries.jsonl:4: not JSON" in done.stderr and "completion is empty" in done.stderr
     results = [json.loads(line) for line in out.read_text().splitlines()]
@@ -211,13 +206,13 @@ def test_a_file_of_queries(trained_index, tmp_path):
     for number, result in enumerate(results):
         assert {hit["fields"]["fact"] for hit in result["hits"]} == {str(number)}
     out.write_text(out.read_text()[:-100])
-    again = run(*arguments, "-o", out)
+    again = run_here(*arguments, "-o", out)
     assert "2 queries are answered in" in again.stderr
     assert [json.loads(line)["query"]["id"] for line in out.read_text().splitlines()] == [
         land for land, _ in facts()[:3]]
-    shown = run(*arguments)
+    shown = run_here(*arguments)
     assert shown.stdout.count("recall:") == 3
-    summed = run(*arguments, "--aggregate", "sum", "--format", "json")
+    summed = run_here(*arguments, "--aggregate", "sum", "--format", "json")
     assert len(json.loads(summed.stdout)["query"]["others"]) == 2
 
 
@@ -227,8 +222,8 @@ def test_eval_says_how_good_the_index_is(trained_index, tmp_path):
     path.write_text("".join(json.dumps({"prompt": f"The first president of {land} was",
                                         "completion": f" {name}."}) + "\n"
                             for land, name in facts()[:3]))
-    done = run("eval", index, "--queries", path, "--sample", "300", "-o", tmp_path / "eval.json",
-               "--plot", tmp_path / "eval.svg")
+    done = run_here("eval", index, "--queries", path, "--sample", "300",
+                    "-o", tmp_path / "eval.json", "--plot", tmp_path / "eval.svg")
     assert done.returncode == 0, done.stderr
     assert "3 queries, a random 300 of" in done.stdout and "NDCG@20" in done.stdout
     content = json.loads((tmp_path / "eval.json").read_text())
@@ -248,7 +243,7 @@ def test_search_pipes_into_rescore(trained_index):
         assert other["exact"] is True
     turned = "\n".join(search.stdout.splitlines()[::-1])
     for flags, value in (((), "influence"), (("--normalize", "cosine"), "cosine")):
-        ranked = run("rescore", index, *QUESTION, "--ids", "-", "--sort", *flags, input=turned)
+        ranked = run_here("rescore", index, *QUESTION, "--ids", "-", "--sort", *flags, input=turned)
         values = [json.loads(line)[value] for line in ranked.stdout.splitlines()]
         assert values == sorted(values, reverse=True) and len(values) == 4
 
@@ -257,10 +252,10 @@ def test_query_from_files_and_standard_input(trained_index, tmp_path):
     index, _ = trained_index
     (tmp_path / "prompt").write_text(QUESTION[1])
     common = ("--format", "json", "-k", "1", "--shortlist", "20")
-    direct = run("search", index, *QUESTION, *common)
-    from_file = run("search", index, "-p", f"@{tmp_path / 'prompt'}", *QUESTION[2:], *common,
-                    "-o", tmp_path / "result.json")
-    piped = run("search", index, "-p", "-", *QUESTION[2:], *common, input=QUESTION[1])
+    direct = run_here("search", index, *QUESTION, *common)
+    from_file = run_here("search", index, "-p", f"@{tmp_path / 'prompt'}", *QUESTION[2:], *common,
+                         "-o", tmp_path / "result.json")
+    piped = run_here("search", index, "-p", "-", *QUESTION[2:], *common, input=QUESTION[1])
     assert from_file.stdout == ""
     answers = [json.loads(text)["hits"] for text in
                (direct.stdout, (tmp_path / "result.json").read_text(), piped.stdout)]
@@ -318,9 +313,15 @@ def test_errors_are_one_message_and_an_exit_code(
              "{new}": tmp_path / "new", "{text}": tmp_path / "ids",
              "{far}": tmp_path / "far",
              "@{latin}": f"@{tmp_path / 'latin'}"}
-    done = run(*(names.get(argument, argument) for argument in arguments))
+    done = run_here(*(names.get(argument, argument) for argument in arguments))
     assert (done.returncode, done.stdout) == (code, "")
     assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_an_error_is_one_message_of_the_process(trained_index, model_folder):
+    done = run("search", trained_index[0], "-p", "a", "-c", "b", "--model", model_folder)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "is not the one the" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_model_and_index_moved_and_a_hub_id(trained, trained_index, tmp_path):
@@ -331,7 +332,7 @@ def test_model_and_index_moved_and_a_hub_id(trained, trained_index, tmp_path):
     references = snapshot.parent.parent / "refs"
     references.mkdir()
     (references / "v1").write_text("a" * 40)
-    moved = run("search", index, *QUESTION, "-k", "1", "--model", snapshot, "--format", "json")
+    moved = run_here("search", index, *QUESTION, "-k", "1", "--model", snapshot, "--format", "json")
     assert json.loads(moved.stdout)["hits"][0]["fields"]["fact"] == "1", moved.stderr
     environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     few = tmp_path / "few.jsonl"
@@ -346,8 +347,10 @@ def test_model_and_index_moved_and_a_hub_id(trained, trained_index, tmp_path):
 def test_killed_and_run_again(trained, tmp_path):
     """SIGKILL in the middle of the fit, then SIGTERM: the end is the uninterrupted index."""
     model, data = trained
-    arguments = ["build", str(model), str(data), "--segment-size", "64", "--bits", "2048", "-o"]
-    whole = run(*arguments, tmp_path / "whole")
+    some = tmp_path / "some.jsonl"
+    some.write_text("".join(data.read_text().splitlines(keepends=True)[:300]))
+    arguments = ["build", str(model), str(some), "--segment-size", "64", "--bits", "2048", "-o"]
+    whole = run_here(*arguments, tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
     environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
     out, before = tmp_path / "killed", tmp_path / "before"
@@ -366,7 +369,7 @@ def test_killed_and_run_again(trained, tmp_path):
         assert ended.returncode == code, ended.stderr
         shutil.rmtree(before)
     assert "goes on when the same command runs again" in ended.stderr
-    assert run(*arguments, out).returncode == 0
+    assert run_here(*arguments, out).returncode == 0
     for path in sorted((tmp_path / "whole").rglob("*")):
         if path.is_file():
             twin = out / path.relative_to(tmp_path / "whole")
