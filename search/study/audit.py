@@ -64,37 +64,53 @@ def audit(
     rows = read_rows(snapshot, truth, progress)
 
     # 2) who is scored, and whose gradients are added up by class
-    whole = aggregate(trusted) if trusted else None
-    by_code = None if whole is None else _harm_by_code(snapshot, whole, settings, batch_tokens) / \
-        len(trusted or [])
-    likely = snapshot.norms if by_code is None else by_code
+    sums: list[Query] = []
+    by_code: tuple[np.ndarray | None, np.ndarray | None] = (None, None)
+    if trusted:
+        sums, by_code = _sums(snapshot, trusted, settings, batch_tokens)
+    likely = snapshot.norms if by_code[1] is None else by_code[1]
     most = len(snapshot) if exact is None else min(exact, len(snapshot))
     order = np.argsort(-likely, kind="stable")[:most]  # most suspect first: an end may come early
     summed = _added_up(snapshot, rows, most)
 
     # 3) the passes
-    passes = _Passes(snapshot, settings, batch_tokens, rows, order, summed, whole, progress)
+    passes = _Passes(snapshot, settings, batch_tokens, rows, order, summed, sums, progress)
     passes.run()
 
     # 4) what follows
     done = np.sort(order[passes.done])
     found = passes.of(done)
     by_class, cosines = _class_means(snapshot, rows, done, found, summed)
+    harm = harm_cosine = None
+    if trusted:
+        harm, harm_cosine = (-found.on_trusted / len(trusted)).T
+        harm_cosine = harm_cosine * _reciprocal(np.sqrt(found.self_influence))
     return Audit(
         snapshot, settings, rows, done, found.self_influence, -found.log_p, found.predictions,
-        np.sqrt(found.squared_norm), by_class, cosines, len(summed),
-        harm=None if trusted is None else -found.on_trusted / len(trusted), harm_by_code=by_code,
+        np.sqrt(found.squared_norm), by_class, cosines, len(summed), harm, harm_cosine, *by_code,
         trusted=len(trusted or []), trusted_inside=_inside(snapshot, trusted or []),
         interrupted=passes.interrupted)
 
 
-def _harm_by_code(
-    snapshot: Snapshot, whole: Query, settings: Settings, batch_tokens: int
-) -> np.ndarray:
-    """Minus the influence on the sum of trusted queries, as codes know it: float64 [N]."""
-    [gradient], _ = form_gradients(
-        snapshot, [whole], replace(settings, rescore=False), batch_tokens)
-    return np.asarray(-snapshot.code_scores(gradient.vector[None])[0], dtype=np.float64)
+def _sums(
+    snapshot: Snapshot, trusted: list[Query], settings: Settings, batch_tokens: int
+) -> tuple[list[Query], tuple[np.ndarray, np.ndarray]]:
+    """The sum of trusted queries, and that of each over its own size ‖q̃‖; what codes know of both.
+
+    The latter are minus the mean influence on them and minus the mean cosine with them, float64 [N]
+    each.
+    """
+    gradients, _ = form_gradients(
+        snapshot, trusted, replace(settings, rescore=False), batch_tokens)
+    weights = _reciprocal(np.array([one.norm for one in gradients]))
+    alike = [replace(text, weight=text.weight * weight, others=[])
+             for query, weight in zip(trusted, weights.tolist(), strict=True)
+             for text in query.texts]
+    vectors = np.stack([one.vector for one in gradients])
+    harm, cosine = -snapshot.code_scores(np.stack(
+        [vectors.mean(0), (vectors * weights[:, None]).mean(0)]).astype(np.float32))
+    return [aggregate(trusted), aggregate(alike)], (
+        harm.astype(np.float64), cosine * _reciprocal(snapshot.norms))
 
 
 def _added_up(snapshot: Snapshot, rows: RowFacts, most: int) -> np.ndarray:
@@ -149,7 +165,11 @@ def _reciprocal(values: np.ndarray) -> np.ndarray:
 
 @dataclass
 class Scores:
-    """What the passes add up of sequences, float64 [n] each but for [n, classes] of classes."""
+    """What the passes add up of sequences, float64 [n] each.
+
+    Those of classes are [n, classes], and `on_trusted` is [n, 2]: on the sum of the trusted, and on
+    the sum of each of them over its size.
+    """
 
     log_p: np.ndarray
     predictions: np.ndarray
@@ -162,18 +182,20 @@ class Scores:
     @classmethod
     def zeros(cls, n: int, classes: int) -> "Scores":
         """Of n sequences, nothing yet."""
-        return cls(*(np.zeros(n) for _ in range(5)), *(np.zeros((n, classes)) for _ in range(2)))
+        return cls(np.zeros(n), np.zeros(n), np.zeros(n), np.zeros(n), np.zeros((n, 2)),
+                   np.zeros((n, classes)), np.zeros((n, classes)))
 
 
 class _Passes:
     """The passes over the sequences at `order`, whose scores they add up, first to last.
 
-    `summed` are the places that are added up by class, `trusted` is the sum of the trusted queries.
+    `summed` are the places that are added up by class, `trusted` are the two sums of the trusted
+    queries, if there are any.
     """
 
     def __init__(
         self, snapshot: Snapshot, settings: Settings, batch_tokens: int, rows: RowFacts,
-        order: np.ndarray, summed: np.ndarray, trusted: Query | None, progress: Progress,
+        order: np.ndarray, summed: np.ndarray, trusted: list[Query], progress: Progress,
     ):
         self.snapshot, self.settings, self.batch_tokens = snapshot, settings, batch_tokens
         self.rows, self.order, self.summed, self.trusted = rows, order, summed, trusted
@@ -222,9 +244,9 @@ class _Passes:
         queries = []
         if self.classes:
             queries.append(self._class_queries(by, first, last, left))
-        if self.trusted is not None and not first:
+        if self.trusted and not first:
             coordinates = coordinates_of(
-                self.snapshot, [self.trusted], by.modules, by.damping, by.batch_tokens)
+                self.snapshot, self.trusted, by.modules, by.damping, by.batch_tokens)
             queries.append(Preconditioned(precondition(by.ekfac, coordinates)))
         return Preconditioned.join(queries) if queries else None
 
@@ -261,7 +283,8 @@ class _Passes:
         scores, influence, count = self.scores, exact.influence, last - first
         scores.on_classes[number, first:last] += influence[:count]
         scores.on_weighted[number, first:last] += influence[count : 2 * count]
-        scores.on_trusted[number] += influence[2 * count :].sum()
+        if self.trusted and not first:
+            scores.on_trusted[number] += influence[2 * count :]
         scores.log_p[number] = exact.log_p
         scores.predictions[number] = self.snapshot.objective.predictions(record)
         scores.self_influence[number] += exact.self_influence or 0.0

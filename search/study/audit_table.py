@@ -52,7 +52,8 @@ def _own_columns(audit: Audit) -> dict[str, type | None]:
     found: dict[str, type | None] = {"rank": int, "id": int, "suspicion": float, "exact": bool}
     found |= dict.fromkeys(
         ["self_influence", "self_influence_by_code", "loss", *["loss_per_token"] * causal,
-         "gradient_norm", *["harm", "harm_by_code"] * harm], float)
+         "gradient_norm",
+         *["harm", "harm_by_code", "harm_cosine", "harm_cosine_by_code"] * harm], float)
     found |= {"label": str} if audit.labels else {}
     for prefix in ("from", "cosine_from"):
         found |= dict.fromkeys([f"{prefix}_{name}" for name in audit.rows.classes], float)
@@ -95,8 +96,9 @@ def rows(audit: Audit, most: int | None = None) -> Iterator[dict[str, Any]]:
             row = {"rank": rank, "id": record.id, "exact": bool(exact[place] >= 0),
                    "self_influence_by_code": float(estimates[place]),
                    **_about(audit, place, record), **_texts(snapshot, record)}
-            if audit.harm_by_code is not None:
-                row["harm_by_code"] = float(audit.harm_by_code[place])
+            for name in ("harm_by_code", "harm_cosine_by_code"):
+                if (by_code := getattr(audit, name)) is not None:
+                    row[name] = float(by_code[place])
             if exact[place] >= 0:
                 row |= _scores(audit, int(exact[place]))
             row |= {names[name]: value for name, value in fields_of(record).items()}
@@ -131,8 +133,9 @@ def _scores(audit: Audit, number: int) -> dict[str, Any]:
              "gradient_norm": float(audit.gradient_norm[number])}
     if audit.snapshot.manifest.task.name == "causal" and audit.predictions[number]:
         found["loss_per_token"] = loss / float(audit.predictions[number])
-    if audit.harm is not None:
-        found["harm"] = float(audit.harm[number])
+    for name in ("harm", "harm_cosine"):
+        if (harm := getattr(audit, name)) is not None:
+            found[name] = float(harm[number])
     for prefix, means in (("from", audit.by_class), ("cosine_from", audit.cosines)):
         if means is not None:
             found |= {f"{prefix}_{name}": float(value)

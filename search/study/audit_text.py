@@ -14,6 +14,8 @@ from search.study.audited import Audit
 LEAST_TEXT = 24  # columns of a terminal
 BETWEEN = " ▸ "  # the two texts of a pair
 LEFT = ("label", "corrupted")  # columns that begin at the left
+# signals whose name is short enough for a column, and the column of what codes know of them
+SHORT = {"harm, cosine": "harm_cosine_by_code", "self-influence": "self_influence_by_code"}
 
 
 def render(audit: Audit, width: int | None = None) -> str:
@@ -59,16 +61,16 @@ def _table(audit: Audit, width: int) -> list[str]:
 
 def _short(signal: str) -> str:
     """What the column of a signal is called: what ranks sequences has been said above it."""
-    return signal if signal in ("harm", "self-influence") else "suspicion"
+    return signal if signal in SHORT else "suspicion"
 
 
 def _cells(audit: Audit, row: dict[str, Any], heads: list[str]) -> list[str]:
     """What the columns say of a sequence; what codes estimate has a ~."""
-    by_code = "harm_by_code" if audit.harm is not None else "self_influence_by_code"
+    by_code = SHORT.get(audit.ranked_by)
     found = {
         "rank": f"{row['rank']:,}", "id": str(row["id"]),
         _short(audit.ranked_by): wording.number(row["suspicion"]) if row["exact"] else
-        f"~{wording.number(row[by_code])}" if audit.ranked_by in ("harm", "self-influence") else "",
+        f"~{wording.number(row[by_code])}" if by_code else "",
         "self-influence": wording.unsigned(row["self_influence"]) if row["exact"] else
         f"~{wording.unsigned(row['self_influence_by_code'])}",
         "loss": wording.unsigned(row["loss"]) if row["exact"] else "",

@@ -19,6 +19,7 @@ from search.study.truth import Detection, detection
 # corrupted labels finds best
 RANKED_BY = {"causal": "self-influence"}
 OTHERWISE = "all others, cosine"
+AGAINST = "harm, cosine"  # where one is given
 RIVALS = ("loss", "gradient norm", "self-confidence")
 CHANCE = "random"
 
@@ -46,8 +47,7 @@ MEANINGS = {
     "self-confidence": "how unlikely the model finds what it was to teach: 1 − p, of several "
                        "predictions their geometric mean",
     "harm": "minus its mean influence on the trusted set",
-    "harm, cosine": "minus its mean influence on the trusted set over ‖m̃‖, the root of its "
-                    "self-influence",
+    "harm, cosine": "minus its mean cosine with the trusted set",
 }
 
 
@@ -61,9 +61,10 @@ class Audit:
     influence of the other sequences of each of `rows.classes`, NaN where there are none, and
     `cosines` the mean of that influence over both sizes, those of the others as the code knows
     them; both are over `summed` sequences. `harm` [n] is minus the mean influence on the trusted
-    set. Each is None where there is none.
+    set, `harm_cosine` [n] minus the mean cosine: each influence over both sizes, ‖m̃‖ ‖q̃‖. Each is
+    None where there is none.
 
-    Of all N there are the code's estimates: `self_by_code`, and `harm_by_code`.
+    Of all N there are the code's estimates: `self_by_code`, `harm_by_code`, `harm_cosine_by_code`.
     """
 
     snapshot: Snapshot
@@ -78,7 +79,9 @@ class Audit:
     cosines: np.ndarray | None = None
     summed: int = 0
     harm: np.ndarray | None = None
+    harm_cosine: np.ndarray | None = None
     harm_by_code: np.ndarray | None = None
+    harm_cosine_by_code: np.ndarray | None = None
     trusted: int = 0
     trusted_inside: int = 0
     interrupted: bool = False
@@ -110,7 +113,7 @@ class Audit:
     @property
     def ranked_by(self) -> str:
         """The signal that sequences are ranked by."""
-        return "harm" if self.harm is not None else RANKED_BY.get(
+        return AGAINST if self.harm is not None else RANKED_BY.get(
             self.snapshot.manifest.task.name, OTHERWISE)
 
     @cached_property
@@ -129,11 +132,8 @@ class Audit:
             if means is not None:
                 found |= {f"{name}{suffix}": values for name, values in
                           _against(means, self.rows.labels[self.places], counts).items()}
-        if self.harm is not None:
-            found["harm"] = self.harm
-            found["harm, cosine"] = np.divide(
-                self.harm, np.sqrt(self.self_influence), out=np.zeros_like(self.harm),
-                where=self.self_influence > 0)
+        if self.harm is not None and self.harm_cosine is not None:
+            found |= {"harm": self.harm, "harm, cosine": self.harm_cosine}
         confidence = np.exp(-self.loss / np.maximum(1, self.predictions))
         return found | {"loss": self.loss, "gradient norm": self.gradient_norm,
                         "self-confidence": 1 - confidence}
@@ -147,7 +147,8 @@ class Audit:
         rest = np.ones(len(self), dtype=bool)
         rest[self.places] = False
         others = np.flatnonzero(rest)
-        estimates = self.self_by_code if self.harm_by_code is None else self.harm_by_code
+        estimates = self.self_by_code if self.harm_cosine_by_code is None else \
+            self.harm_cosine_by_code
         # stable: of equal ones the first of the data is first
         return np.concatenate([
             self.places[np.argsort(-self.suspicion, kind="stable")],

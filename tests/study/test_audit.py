@@ -159,12 +159,15 @@ def test_harm_is_minus_the_mean_influence_on_the_trusted(classified, truth):
     asked = [{"text": rows[place]["sentence"], "label": rows[place]["label"]} for place in (4, 7)]
     found = classified.audit(against=asked)
     np.testing.assert_allclose(found.harm, -influence[:, [4, 7]].mean(1), rtol=1e-7, atol=1e-8)
-    np.testing.assert_allclose(found.signals()["harm, cosine"],
-                               found.harm / np.sqrt(influence.diagonal()), rtol=1e-7, atol=1e-8)
-    assert found.ranked_by == "harm" and found.trusted == found.trusted_inside == 2
+    sizes = np.sqrt(influence.diagonal())
+    cosines = influence / np.outer(sizes, sizes)
+    np.testing.assert_allclose(found.harm_cosine, -cosines[:, [4, 7]].mean(1), rtol=1e-6, atol=1e-8)
+    assert found.suspicion is found.signals()["harm, cosine"] is found.harm_cosine
+    assert found.trusted == found.trusted_inside == 2
     assert found.by_class is not None
     # the codes' estimate is of the same: noise of so short codes has a known size
     assert np.corrcoef(found.harm_by_code, found.harm)[0, 1] > 0.5
+    assert np.corrcoef(found.harm_cosine_by_code, found.harm_cosine)[0, 1] > 0.5
     elsewhere = classified.audit(against=[{"text": "good end", "label": "good"}])
     assert elsewhere.trusted_inside == 0
 
@@ -194,7 +197,8 @@ def test_damping_and_modules_are_those_asked_for(classified):
 
 
 def same(found, expected):
-    for name in ("self_influence", "loss", "gradient_norm", "by_class", "cosines", "harm"):
+    for name in ("self_influence", "loss", "gradient_norm", "by_class", "cosines", "harm",
+                 "harm_cosine"):
         np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-9,
                                    atol=1e-9, err_msg=name)
     assert found.order.tolist() == expected.order.tolist()
@@ -279,9 +283,9 @@ def test_not_all_are_added_up_then_but_of_each_class_alike(classified, truth):
 
 def test_against_a_trusted_set_the_most_harmful_by_code_are_scored(classified):
     found = classified.audit(against=ASKED, exact=6)
-    best = np.argsort(-found.harm_by_code, kind="stable")[:6]
+    best = np.argsort(-found.harm_cosine_by_code, kind="stable")[:6]
     assert found.places.tolist() == sorted(best.tolist())
-    assert (np.diff(found.harm_by_code[found.order[6:]]) <= 0).all()
+    assert (np.diff(found.harm_cosine_by_code[found.order[6:]]) <= 0).all()
 
 
 class Interrupting(Progress):

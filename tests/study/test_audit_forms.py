@@ -160,11 +160,13 @@ def test_against_a_file_of_trusted_queries(folder):
     shown = run(folder / "i", "--against", folder / "trusted.jsonl", "--format", "json")
     whole = json.loads(shown.stdout)
     expected = gradindex.open(folder / "i").audit(against=folder / "trusted.jsonl")
-    assert whole["ranked_by"] == "harm"
+    assert whole["ranked_by"] == "harm, cosine"
     assert [row["id"] for row in whole["rows"]] == [row["id"] for row in expected.to_list()]
     for row, one in zip(whole["rows"], expected.to_list(), strict=True):
-        assert row["harm"] == row["suspicion"] == pytest.approx(one["harm"], rel=1e-5)
-        assert isinstance(row["harm_by_code"], float)
+        assert row["harm"] == pytest.approx(one["harm"], rel=1e-5)
+        assert row["harm_cosine"] == row["suspicion"] == pytest.approx(one["suspicion"], rel=1e-5)
+        assert -1 <= row["harm_cosine"] <= 1
+        assert {type(row[f"{name}_by_code"]) for name in ("harm", "harm_cosine")} == {float}
 
 
 def test_a_trusted_query_that_can_not_be_used_is_named(folder, tmp_path):
