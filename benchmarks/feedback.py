@@ -239,7 +239,7 @@ def print_retraining(
           "r(longer) − r(shorter) | less random's | accuracy | less random's |\n"
           "|---|---|---|---|---|---|")
     found = {}
-    for name in ("random", "harm", "loss", "length"):
+    for name in ("random", "harm, cosine", "loss"):
         removed = [np.random.default_rng([6, seed]).permutation(n)[:taken] if name == "random"
                    else np.argsort(-one.signals[name], kind="stable")[:taken]
                    for seed in range(count)]

@@ -41,7 +41,7 @@ from gradindex.progress import Progress, duration, stderr_progress
 
 TRUSTED, FITTED = 50, 2048
 FLIPPED = 0.1
-REMOVED = ("all others, cosine", "self-influence", "loss", "random")  # which tenth is taken out
+REMOVED = ("all others, cosine", "loss", "random")  # which tenth is taken out
 
 
 @dataclass
