@@ -236,7 +236,8 @@ def settle_codes(
         squares = curvature_bytes(fitted.modules, plan.covariance_blocks,
                                   prepared.model.accumulate.itemsize)
         settled.bits = settle_bits(
-            plan.bits, cosines, prepared.run.count, squares, fitted.modules, progress.say)
+            plan.bits, cosines, prepared.run.count, squares, fitted.modules, plan.task,
+            progress.say)
         ingest.check_disk(prepared.run, settled.bits, 0)
         settled.influence = [[score if np.isfinite(score) else None for score in scores]
                              for scores in pairs.influence.tolist()]
@@ -354,7 +355,7 @@ def _manifest(fitted: FittedBuild, measured: MeasuredBuild, state: BuildState) -
             labels=plan.fit_labels, left_out=notes.left_out),
         damping=plan.damping, code=CodeFacts(
             length=settings.length, width=settings.width, seed=settings.seed,
-            damping=settings.damping, narrow_exact=settings.narrow_exact,
+            damping=settings.damping, recipe=settings.recipe,
             digest=measured.codes.digest,
         ),
         calibration=measured.calibration, background=measured.background,

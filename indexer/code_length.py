@@ -157,10 +157,10 @@ def longest(modules: Sequence[Module], bits: int) -> int:
     return bits
 
 
-def describe(found: list[Spread], count: int, bits: int) -> str:
+def describe(found: list[Spread], count: int, bits: int, task: str) -> str:
     """What codes of K, 2 K and 4 K bits are expected to find, and what they take: a line."""
-    return (f"codes: {shares_of(found, count, bits)} (by queries of half a sequence; of short ones "
-            "fewer)")
+    asked = "half a sequence; of short ones fewer" if task == "causal" else "the data's own rows"
+    return f"codes: {shares_of(found, count, bits)} (by queries of {asked})"
 
 
 def shares_of(found: list[Spread], count: int, bits: int) -> str:
@@ -177,7 +177,7 @@ Say = Callable[[str], object]
 
 def settle_bits(
     asked: int | None, cosines: np.ndarray, count: int, curvature_bytes: int,
-    modules: Sequence[Module], say: Say,
+    modules: Sequence[Module], task: str, say: Say,
 ) -> int:
     """K, as asked for or chosen, said with what it is expected to find.
 
@@ -189,7 +189,7 @@ def settle_bits(
     bits = longest(modules, wanted)
     if bits < wanted:
         say(f"warning: codes get {bits:,} bits: the maps that have a gradient fill no more")
-    say(describe(found, count, bits))
+    say(describe(found, count, bits, task))
     share = mean_share(found, count, bits)
     if share < WANTED and asked is None:
         say(f"more bits would cost more than they find here: the gradients of this data have "

@@ -79,18 +79,22 @@ def test_no_more_bits_are_chosen_than_are_filled():
 def test_what_is_chosen_is_said():
     said = []
     cosines = 2e-5 * np.random.default_rng(0).standard_t(5.0, (4, 96))
-    assert settle_bits(None, cosines, 10_000, 0, MAPS, said.append) == 1 << 14
+    assert settle_bits(None, cosines, 10_000, 0, MAPS, "causal", said.append) == 1 << 14
     assert "10 scored" not in said[0] and said[0].startswith(
         "codes: of the true top 10, expected among the 100 scored exactly first: "
         "16,384 bits (20.6 MB) 1%, 32,768 bits (41 MB) 1%, 65,536 bits (82 MB) 1%")
     assert "have little in common" in said[1]
     said.clear()
-    assert settle_bits(512, cosines, 50, 0, MAPS, said.append) == 512
-    assert said == [describe(spreads(cosines), 50, 512)] and "512 bits" in said[0]
+    assert settle_bits(512, cosines, 50, 0, MAPS, "causal", said.append) == 512
+    assert said == [describe(spreads(cosines), 50, 512, "causal")] and "512 bits" in said[0]
+    assert said[0].endswith("(by queries of half a sequence; of short ones fewer)")
+    of_pairs = describe(spreads(cosines), 50, 512, "reward")
+    assert of_pairs.endswith("(by queries of the data's own rows)")
 
 
 def test_maps_that_turn_out_to_have_no_gradient_shorten_the_code():
     lora, said = [Module("0", 0, "adapter", 8, 64, False)], []
-    assert settle_bits(1024, np.zeros((2, 9)), 10, 0, lora, said.append) == 512
+    assert settle_bits(1024, np.zeros((2, 9)), 10, 0, lora, "causal", said.append) == 512
     assert said[0].startswith("warning: codes get 512 bits")
-    assert settle_bits(64, np.zeros((2, 9)), 10, 0, lora, said.append) == 64 and len(said) == 3
+    assert settle_bits(64, np.zeros((2, 9)), 10, 0, lora, "causal", said.append) == 64
+    assert len(said) == 3

@@ -21,12 +21,16 @@ far too many to store. It is estimated without bias in two steps that both sides
 FAISS then keeps the K signs and one scale (`code_index.py`). The error of the resulting score is
 Gaussian with sd σ = c ‖v_q‖ ‖v_m‖ / √K.
 
-The bucket of entry j of a module is (offset + j) mod K, its sign random. Signs alone make the
-sketch unbiased and the entries are mixed already, so buckets need not be random: contiguous pieces
-are added where a hash would scatter, and sums come out in the same order on every device.
+The bucket of entry j of a module is (offset + j + turn · ⌊j/K⌋) mod K, its sign random. Signs
+alone make the sketch unbiased and the entries are mixed already, so buckets need not be random:
+contiguous pieces are added where a hash would scatter, and sums come out in the same order on every
+device.
+Each time round they begin elsewhere (`turn`), or all entries of a bucket could have one factor in
+common, whose sign would be that of many bits.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -43,22 +47,30 @@ from gradindex.influence.curvature import Curvature, Ekfac
 from gradindex.influence.gradients import apply_inputs
 from gradindex.modules import Module
 
+# How codes are made. Indexes of before have the first, in which narrow sides are mixed as wide ones
+# are and both have as many coordinates as the narrower has dimensions, or the second, which whitens
+# by all entries of Λ alike, knows no side of few directions, and has no turn.
+RECIPES = (1, 2, 3)
+FEW = 8  # a side has few directions where they are less than an eighth of k
+LEAST_WIDTH, LARGEST_WIDTH = 32, 1024
+LEAST_ENERGY = 1e-6  # of a direction, in units of its Λ+λ
+GOLDEN = (5**0.5 - 1) / 2  # turned by so much of a circle, nothing soon comes near where it was
+
 
 @dataclass(frozen=True)
 class CodeSettings:
     """What decides a code besides the model.
 
     `length` is K, the bits a sequence; `width` is k, the mixed coordinates of each side of a
-    module; `damping` is λ in units of mean(Λ), here of the whitening alone. Without `narrow_exact`,
-    as in indexes of before, narrow sides are mixed as wide ones are, and both have as many
-    coordinates as the narrower has dimensions.
+    module; `damping` is λ in units of mean(Λ), here of the whitening alone; `recipe` is one of
+    RECIPES.
     """
 
     length: int
     width: int
     seed: int
     damping: float
-    narrow_exact: bool = True
+    recipe: int = RECIPES[-1]
 
     @classmethod
     def of(
@@ -67,30 +79,43 @@ class CodeSettings:
         """Those of K = `length` for so many modules."""
         return cls(length, default_width(length, len(modules)), seed, damping)
 
-    def sides(self, module: Module) -> tuple[int, int]:
+    def sides(
+        self, module: Module, directions: tuple[float, float] | None = None
+    ) -> tuple[int, int]:
         """k_S and k_A, the mixed coordinates of a module's output and input side.
 
         A side of no more than k dimensions has the power of two at or above them. The other then
         has as many as make the product k², or where that is as many as its dimensions or more, the
-        power of two at or above these:
+        power of two at or above these. The same where a side has more, but its energy lies in few
+        `directions` (`Whitened`; before the fit they aren't known): it has at least a quarter of k.
 
         >>> settings = CodeSettings(length=16384, width=64, seed=0, damping=0.1)
         >>> settings.sides(Module("wide", 0, "mlp", d_out=512, d_in=2048, bias=False))
         (64, 64)
         >>> settings.sides(Module("lora", 0, "adapter", d_out=2048, d_in=8, bias=False))
         (512, 8)
+        >>> pooler = Module("pooler", 0, "head", d_out=384, d_in=384, bias=False)
+        >>> settings.sides(pooler, directions=(2.0, 90.0))
+        (16, 256)
         """
         o, i = module.shape
         k = self.width
-        if not self.narrow_exact:
+        if self.recipe == 1:
             return min(k, o, i), min(k, o, i)
-        if min(o, i) > k:
+        few_s, few_a = directions or (k, k)
+        if min(o, i) <= k:
+            narrow, wide, turned = _power_of_two(min(o, i)), max(o, i), o > i
+        elif min(few_s, few_a) < k / FEW:
+            turned = few_a < few_s
+            narrow, wide = k // 4, o if turned else i
+        else:
             return k, k
-        narrow = _power_of_two(min(o, i))
         other = k * k // narrow
-        if other >= max(o, i):
-            other = _power_of_two(max(o, i))
-        return (narrow, other) if o <= i else (other, narrow)
+        if other >= wide:
+            other = _power_of_two(wide)
+            if min(o, i) > k:  # what the wide side doesn't need
+                narrow = min(k * k // other, _power_of_two(i if turned else o))
+        return (other, narrow) if turned else (narrow, other)
 
     def filled(self, modules: Sequence[Module]) -> int:
         """How many different numbers the codes of these modules are made of, at the most.
@@ -116,12 +141,13 @@ def default_length(sequence_length: int) -> int:
 
 
 def default_width(length: int, modules: int) -> int:
-    """k such that modules · k² ≈ 16 K: a multiple of 16 between 32 and 256.
+    """k such that modules · k² ≈ 16 K: a multiple of 16 between 32 and 1,024.
 
     >>> default_width(length=32768, modules=24)
     144
     """
-    return int(min(256, max(32, 16 * round((16 * length / modules) ** 0.5 / 16))))
+    return int(min(LARGEST_WIDTH, max(
+        LEAST_WIDTH, 16 * round((16 * length / modules) ** 0.5 / 16))))
 
 
 def _power_of_two(dimensions: int) -> int:
@@ -129,23 +155,58 @@ def _power_of_two(dimensions: int) -> int:
     return 1 << (dimensions - 1).bit_length()
 
 
-def whitening(curvature: Curvature, damping: float) -> tuple[Tensor, Tensor]:
-    """w_S [o] and w_A [i] with w_S w_Aᵀ nearest to (Λ+λ)^−½ by least squares in the logarithm.
+@dataclass
+class Whitened:
+    """Separable weights w_S [o] and w_A [i] of a module's eigen-coordinates, and what they leave.
+
+    `directions` are how many directions the energy of each side lies in once it is weighted:
+    (Σ e)² / Σ e² of its expected squares e.
+    """
+
+    w_s: Tensor
+    w_a: Tensor
+    directions: tuple[float, float]
+
+
+def whitening(curvature: Curvature, damping: float) -> Whitened:
+    """w_S w_Aᵀ near to (Λ+λ)^−½ where the energy is.
+
+    The error of a score is ‖v_q‖ ‖v_m‖ times some, and the squares of both are on average
+    Σ Λ/(Λ+λ) (r + 1/r) where r = (Λ+λ) w_S² w_A² should be 1. Of that sum each side is the least,
+    given the other: the output side given the mean over outputs, then the input side.
 
     >>> separable = Curvature(torch.eye(2), torch.eye(2), torch.tensor([[1.0, 4.0], [4.0, 16.0]]))
-    >>> w_s, w_a = whitening(separable, damping=0.0)
-    >>> torch.outer(w_s, w_a)
+    >>> whitened = whitening(separable, damping=0.0)
+    >>> torch.outer(whitened.w_s, whitened.w_a)
     tensor([[1.0000, 0.5000],
             [0.5000, 0.2500]])
+    >>> whitened.directions  # all of the same energy now
+    (2.0, 2.0)
     """
     # in float64, once a module: a few operations a number, on any card
+    damped = curvature.damped(damping).double()
+    # a little everywhere: where there is none at all, a weight is as good as any, but not its size
+    energy = curvature.eigenvalues.double().clamp(min=0) + LEAST_ENERGY * damped
+    inverse = energy / damped.square()
+    square_a = 1 / damped.mean(0)
+    # x makes b x + a / x least where it is √(a / b)
+    square_s = ((inverse @ (1 / square_a)) / (energy @ square_a)).sqrt()
+    square_a = ((inverse.T @ (1 / square_s)) / (energy.T @ square_s)).sqrt()
+    parts = square_s * (energy @ square_a), square_a * (energy.T @ square_s)
+    few_s, few_a = (float(part.sum().square() / part.square().sum()) for part in parts)
+    dtype = curvature.eigenvalues.dtype
+    return Whitened(square_s.sqrt().to(dtype), square_a.sqrt().to(dtype), (few_s, few_a))
+
+
+def _whitened_alike(curvature: Curvature, damping: float) -> Whitened:
+    """The separable weights of indexes of before: nearest to (Λ+λ)^−½ in all logarithms alike."""
     logarithm = -0.5 * curvature.damped(damping).double().log()
     # Row mean + column mean − mean: the mean is shared out evenly between the two factors.
     mean = logarithm.mean()
     w_s = (logarithm.mean(1) - mean / 2).exp()
     w_a = (logarithm.mean(0) - mean / 2).exp()
     dtype = curvature.eigenvalues.dtype
-    return w_s.to(dtype), w_a.to(dtype)
+    return Whitened(w_s.to(dtype), w_a.to(dtype), (math.inf, math.inf))
 
 
 @dataclass
@@ -187,6 +248,8 @@ class Codes:
     def __init__(self, modules: list[Module], ekfac: Ekfac, settings: CodeSettings):
         self.settings = settings
         self.modules = modules
+        # odd, so that a side of a power of two begins anew at no multiple of it
+        self._turn = int(GOLDEN * settings.length) | 1 if settings.recipe > 2 else 0
         self._projections: dict[str, _Projection] = {}
         digest = hashlib.sha256()
         offset = 0
@@ -205,7 +268,10 @@ class Codes:
     ) -> tuple[_Projection, bytes]:
         """The projection of one module, and the digest of the random numbers in it."""
         o, i = module.shape
-        k_s, k_a = self.settings.sides(module)
+        make = _whitened_alike if self.settings.recipe < 3 else whitening
+        whitened = make(curvature, self.settings.damping)
+        w_s, w_a = whitened.w_s, whitened.w_a
+        k_s, k_a = self.settings.sides(module, whitened.directions)
         like = curvature.eigenvalues
         # Each of the three has a stream of its own: equal matrices on both sides would correlate.
         drawn = {part: partial(draws.signs, self.settings.seed, f"{module.name}/{part}")
@@ -216,7 +282,6 @@ class Codes:
         # kept as int8, a quarter of float32: a query needs R itself beside P
         mix_s = torch.from_numpy(signs["output"]).view(k_s, o).to(like.device, torch.int8)
         mix_a = torch.from_numpy(signs["input"]).view(k_a, i).to(like.device, torch.int8)
-        w_s, w_a = whitening(curvature, self.settings.damping)
         projection = _Projection(
             mix_s, mix_a, w_s, w_a,
             project_s=right_transposed(_mixing(mix_s, like) * w_s, curvature.eigenvectors_s),
@@ -230,7 +295,7 @@ class Codes:
 
     def _mixing_signs(self, drawn: Callable[[int], np.ndarray], k: int, n: int) -> np.ndarray:
         """The ±1 of a side's R, row by row: [k · n]."""
-        if k < n or not self.settings.narrow_exact:
+        if k < n or self.settings.recipe == 1:
             return drawn(k * n)
         columns = hadamard(k, dtype=np.int8)[:, :n]  # see `sides`: k is a power of two then
         return np.asarray((columns * drawn(n)).ravel())
@@ -250,7 +315,7 @@ class Codes:
         mixed_d = d.to(projection.signs.dtype) @ projection.project_s.T
         # The outer product is formed of k mixed coordinates a side, never of o and i.
         x = torch.bmm(mixed_d.transpose(1, 2), mixed_a)
-        _sketch(vectors, x.flatten(1), projection.signs, projection.offset)
+        self._sketch(vectors, x.flatten(1), projection)
 
     def query_vectors(self, coordinates: dict[str, Tensor]) -> Tensor:
         """v_q [q, K] of queries, from their C_q [q, o, i] by module name.
@@ -269,25 +334,25 @@ class Codes:
         # the scores are unbiased however badly it fits (Λ+λ)^−½.
         x = _mixing(projection.mix_s, c) @ (c / torch.outer(projection.w_s, projection.w_a)) @ \
             _mixing(projection.mix_a, c).T
-        _sketch(vectors, x.flatten(1), projection.signs, projection.offset)
+        self._sketch(vectors, x.flatten(1), projection)
+
+    def _sketch(self, vectors: Tensor, x: Tensor, projection: _Projection) -> None:
+        """Add x [b, n] times its signs to vectors [b, K], each entry to its bucket."""
+        x, signs = x.to(vectors.device), projection.signs.to(vectors.device)
+        length, start = self.settings.length, projection.offset
+        for first in range(0, x.shape[1], length):  # n may be several times K: once round
+            last = min(first + length, x.shape[1])
+            # in two contiguous pieces at most: up to the last bucket, and from the first one on
+            middle = min(last, first + length - start)
+            for bucket, one, end in ((start, first, middle), (0, middle, last)):
+                vectors[:, bucket : bucket + end - one].addcmul_(x[:, one:end], signs[one:end])
+            start = (start + self._turn) % length
 
 
 def _mixing(signs: Tensor, like: Tensor) -> Tensor:
     """R [k, n] = signs / √k, in the dtype of `like`."""
     mixing: Tensor = signs.to(like.dtype) / len(signs) ** 0.5
     return mixing
-
-
-def _sketch(vectors: Tensor, x: Tensor, signs: Tensor, offset: int) -> None:
-    """Add x [b, n] times signs [n] to vectors [b, K]: entry j goes to bucket (offset + j) mod K."""
-    length, x, signs = vectors.shape[1], x.to(vectors.device), signs.to(vectors.device)
-    # In contiguous pieces, as many as it takes to go round: n may be several times K.
-    done = 0
-    while done < x.shape[1]:
-        start = (offset + done) % length
-        n = min(length - start, x.shape[1] - done)
-        vectors[:, start : start + n].addcmul_(x[:, done : done + n], signs[done : done + n])
-        done += n
 
 
 def score_error(c: float, query_norm: float, norms: np.ndarray, length: int) -> np.ndarray:

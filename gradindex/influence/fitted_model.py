@@ -167,7 +167,7 @@ class FittedModel:
             facts = self.manifest.code
             self._codes = Codes(self.manifest.modules, self.ekfac, CodeSettings(
                 facts["length"], facts["width"], facts["seed"], facts["damping"],
-                facts.get("narrow_exact", False)
+                facts["recipe"]
             ))
             # The random numbers aren't stored. Others than the build's would give scores that look
             # as good as any and mean nothing.

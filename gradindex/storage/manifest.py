@@ -15,7 +15,7 @@ import stat
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePath
-from typing import Annotated, Any, NotRequired
+from typing import Annotated, Any
 
 import pydantic
 from typing_extensions import TypedDict
@@ -64,16 +64,13 @@ class FitFacts(TypedDict):
 
 
 class CodeFacts(TypedDict):
-    """The settings of the codes (`CodeSettings`), and the digest of the random numbers drawn.
-
-    What was written before narrow sides were mixed exactly has no word of it.
-    """
+    """The settings of the codes (`CodeSettings`), and the digest of the random numbers drawn."""
 
     length: Annotated[int, pydantic.Field(gt=0, le=LARGEST_LENGTH, multiple_of=64)]
     width: Annotated[int, pydantic.Field(gt=0, le=4096)]
     seed: Annotated[int, pydantic.Field(ge=0, lt=1 << 63)]
     damping: Positive
-    narrow_exact: NotRequired[bool]
+    recipe: Annotated[int, pydantic.Field(ge=1, le=3)]
     digest: str
 
 

@@ -56,6 +56,13 @@ def _to_6(content: Content) -> None:
     _add_to_plan(content, NEW_IN_6, "formats 1 to 5")
     if "kind" in content:
         raise ValueError("formats 1 to 5 have no kind")
+    code = content.get("code")
+    if isinstance(code, dict):
+        if "recipe" in code:
+            raise ValueError("formats 1 to 5 have no recipe of codes")
+        if not isinstance(exact := code.pop("narrow_exact", False), bool):
+            raise ValueError("code.narrow_exact is neither true nor false")
+        code["recipe"] = 2 if exact else 1
     if "task" in content:
         content["kind"] = content.pop("task")
 

@@ -105,19 +105,42 @@ def test_the_sketch_keeps_every_entry_once(fitted_model):
     assert touched.sum() == sum(np.prod(wide.settings.sides(m)) for m in modules)
 
 
-def test_whitening_is_the_least_squares_separable_fit():
-    torch.manual_seed(0)
+def test_whitening_of_what_is_separable_is_exact():
     rows, columns = torch.rand(4, dtype=torch.float64), torch.rand(6, dtype=torch.float64)
     curvature = Curvature(torch.eye(6), torch.eye(4), torch.outer(rows, columns))
-    w_s, w_a = whitening(curvature, 0.0)  # exactly separable: the fit is exact
-    torch.testing.assert_close(torch.outer(w_s, w_a), torch.outer(rows, columns) ** -0.5)
-    curvature.eigenvalues = torch.rand(4, 6, dtype=torch.float64)
-    w_s, w_a = whitening(curvature, 0.1)
-    target = -0.5 * curvature.damped(0.1).log()
-    design = torch.cat([torch.kron(torch.eye(4), torch.ones(6, 1)),
-                        torch.kron(torch.ones(4, 1), torch.eye(6))], 1).double()
-    solution = torch.linalg.lstsq(design, target.flatten()[:, None], driver="gelsd").solution
-    torch.testing.assert_close(torch.outer(w_s, w_a).log().flatten(), (design @ solution)[:, 0])
+    whitened = whitening(curvature, 0.0)
+    torch.testing.assert_close(torch.outer(whitened.w_s, whitened.w_a),
+                               torch.outer(rows, columns) ** -0.5)
+    assert whitened.directions == pytest.approx((4, 6))
+
+
+def test_whitening_makes_both_sizes_small_where_the_energy_is():
+    """Σ Λ/(Λ+λ) (r + 1/r), written out; the input side's weights are the best beside the others."""
+    torch.manual_seed(0)
+    eigenvalues = torch.rand(5, 7, dtype=torch.float64) ** 6
+    eigenvalues[2], eigenvalues[:, 3] = 0, 0  # directions without any energy
+    curvature = Curvature(torch.eye(7), torch.eye(5), eigenvalues)
+    whitened = whitening(curvature, 0.1)
+    energy, damped = eigenvalues.numpy(), curvature.damped(0.1).numpy()
+
+    def size(w_s, w_a):
+        r = damped * np.outer(w_s**2, w_a**2)
+        return (energy / damped * (r + 1 / r)).sum()
+
+    w_s, w_a = whitened.w_s.numpy(), whitened.w_a.numpy()
+    least = size(w_s, w_a)
+    for place in (0, 1, 2, 4, 5, 6):
+        for factor in (0.9, 1.1):
+            other = w_a.copy()
+            other[place] *= factor
+            assert size(w_s, other) > least
+    logarithm = -0.5 * np.log(damped)
+    alike = size(np.exp(logarithm.mean(1) - logarithm.mean()), np.exp(logarithm.mean(0)))
+    assert 2 * (energy / damped).sum() < least < 0.9 * alike
+    # a direction without energy has weights of the others' size, whatever the gradients' unit is
+    assert 0.1 < w_s[2] / np.median(w_s) < 10 and 0.1 < w_a[3] / np.median(w_a) < 10
+    tiny = whitening(Curvature(torch.eye(7), torch.eye(5), 1e-30 * eigenvalues), 0.1)
+    assert torch.outer(tiny.w_s, tiny.w_a).numpy() == pytest.approx(1e15 * np.outer(w_s, w_a))
 
 
 def test_random_signs_are_fixed_for_ever():
@@ -245,8 +268,58 @@ def test_sides_of_narrow_maps():
         module = Module("m", 0, "mlp", o, i, False)
         assert settings.sides(module) == sides
         assert settings.filled([module]) == min(o, sides[0]) * min(i, sides[1])
-        before = CodeSettings(512, 32, 0, 0.1, narrow_exact=False)
+        before = CodeSettings(512, 32, 0, 0.1, recipe=1)
         assert before.sides(module) == (min(o, i, 32),) * 2
+
+
+def test_a_side_of_few_directions_leaves_its_coordinates_to_the_other():
+    settings = CodeSettings(1 << 14, 64, 0, 0.1)
+    pooler = Module("m", 0, "head", 100, 200, False)
+    assert settings.sides(pooler) == settings.sides(pooler, (8.0, 9.0)) == (64, 64)
+    assert settings.sides(pooler, (7.9, 50.0)) == (16, 256)  # of 200, exactly
+    assert settings.sides(pooler, (50.0, 7.9)) == (128, 32)  # the other way round
+    assert settings.sides(Module("m", 0, "head", 100, 2000, False), (2.0, 90.0)) == (16, 256)
+    narrow = Module("m", 0, "head", 2, 200, False)
+    assert settings.sides(narrow, (1.0, 90.0)) == settings.sides(narrow) == (2, 256)
+
+
+@pytest.mark.parametrize("bits, sides", [(4096, (128, 512)), (16384, (512, 512))])
+def test_codes_of_outer_products_of_one_direction_err_little(bits, sides):
+    """A classifier's head: one outer product a text, whose output side is nearly one direction.
+
+    The curvature isn't separable: a text's two sides have their sizes in common.
+    """
+    torch.manual_seed(0)
+    n, o, i = 800, 300, 320
+    module = Module("pooler", 0, "head", o, i, bias=False)
+    leading, others = torch.randn(o), torch.randn(3, o)
+    a = torch.randn(n, i) * torch.linspace(2, 0.1, i) + torch.randn(i)
+    d = (torch.randn(n, 1) * leading + 0.2 * torch.randn(n, 3) @ others) * (
+        0.05 + torch.rand(n, 1) ** 3)
+    q_a, q_s = (torch.linalg.eigh(x.T @ x / n).eigenvectors for x in (a, d))
+    squares = ((d @ q_s).square().T @ (a @ q_a).square()) / n
+    ekfac = {"pooler": Curvature(q_a, q_s, squares)}
+    coordinates = torch.einsum("bo,bi->boi", d[:8] @ q_s, a[:8] @ q_a) / (
+        ekfac["pooler"].damped(0.1))
+    truth = torch.einsum("qoi,bo,bi->qb", coordinates, d[8:] @ q_s, a[8:] @ q_a).numpy()
+    errors = {}
+    for recipe in (2, 3):
+        codes = Codes([module], ekfac, CodeSettings(
+            bits, 256 if recipe == 2 else default_width(bits, 1), 3, 0.1, recipe))
+        vectors = codes.empty(n - 8)
+        codes.add(vectors, module, a[8:, None], d[8:, None])
+        index = CodeIndex(bits)
+        index.add(index.encode(vectors.numpy()))
+        queries = codes.query_vectors({"pooler": coordinates}).numpy()
+        scores = np.stack([index.scores(query) for query in queries])
+        sizes = np.outer(np.linalg.norm(queries, axis=1), vectors.norm(dim=1).numpy())
+        errors[recipe] = np.sqrt(np.mean(((scores - truth) / sizes) ** 2) * bits)
+        if recipe == 3:
+            assert len(codes._projections["pooler"].mix_s) == sides[0]
+            assert len(codes._projections["pooler"].mix_a) == sides[1]
+            assert np.mean([np.corrcoef(one, other)[0, 1]
+                            for one, other in zip(scores, truth, strict=True)]) > 0.6
+    assert errors[3] < 2.2 and errors[3] < errors[2] / 2, errors
 
 
 def test_a_narrow_map_is_mixed_without_error():

@@ -39,7 +39,6 @@ SHAPES: dict[str, dict[str, Any]] = {
         {"c": "... o i", "q_a": "i _", "q_s": "o _", "return": "... o i"},
     "gradindex.influence.blockwise.rotated": {**AD, "q_a": "_ _", "q_s": "o _", "return": "b o _"},
     "gradindex.influence.blockwise.rotator": {**AD, "q_a": "_ _", "q_s": "o _"},
-    "gradindex.influence.codes.whitening": {"return": ("o", "i")},
     "gradindex.influence.codes.Codes.empty": {"rows": "b", "return": "b K"},
     "gradindex.influence.codes.Codes.add": {"vectors": "b K", **AD},
     "gradindex.influence.codes.Codes.query_vectors": {"coordinates": "q o i", "return": "q K"},
