@@ -60,9 +60,10 @@ def _to_6(content: Content) -> None:
     if isinstance(code, dict):
         if "recipe" in code:
             raise ValueError("formats 1 to 5 have no recipe of codes")
-        if not isinstance(exact := code.pop("narrow_exact", False), bool):
-            raise ValueError("code.narrow_exact is neither true nor false")
-        code["recipe"] = 2 if exact else 1
+        # said of what is mixed so, and else nothing
+        if code.get("narrow_exact", True) is not True:
+            raise ValueError("formats 1 to 5 say nothing else of narrow_exact than true")
+        code["recipe"] = 2 if code.pop("narrow_exact", False) else 1
     if "task" in content:
         content["kind"] = content.pop("task")
 
@@ -99,6 +100,8 @@ def _from_6(content: Content) -> None:
         del content["plan"][name]
     if "kind" in content:
         content["task"] = content.pop("kind")
+    if content.get("code", {}).pop("recipe", 1) == 2:
+        content["code"]["narrow_exact"] = True
 
 
 # from this version
