@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import click
@@ -31,6 +32,7 @@ from benchmarks.task_shortlists import print_shortlists
 from benchmarks.workload import PROMPT, Size, Workload, fit_on, make_workload
 from gradindex.draws import Stream, choose
 from gradindex.influence.codes import (
+    RECIPES,
     Codes,
     CodeSettings,
     default_length,
@@ -492,17 +494,22 @@ def options(function: Callable[..., None]) -> Callable[..., None]:
 @click.option("--model", help="A trained model in place of one that is trained here.")
 @click.option("--data", help="Its data, of which rows are drawn.")
 @click.option("--task", help="What it was trained for [as its class tells].")
+@click.option("--modules", help="Which of its maps [as a build chooses].")
+@click.option("--recipe", "recipes", multiple=True, type=int, default=RECIPES[-1:],
+              show_default=True, help="How its codes are made; 2 is as before.")
 @click.option("--rows", type=int, default=2048, show_default=True, help="So many are indexed.")
 def main(queries: int, bits: tuple[int, ...], controls: bool, fits: tuple[int, ...],
          baselines: bool, cache: Path, save: Path | None, model: str | None, data: str | None,
-         task: str | None, rows: int, **size: object) -> None:
+         task: str | None, modules: str | None, recipes: tuple[int, ...], rows: int,
+         **size: object) -> None:
     """Train, score exactly, compare shortlists, print tables."""
     begun = time.monotonic()
     progress = stderr_progress()
     if model is not None and data is not None:
-        for k in bits:
-            print_shortlists(model, data, task, rows, queries, Size(**size).length, k,  # type: ignore[arg-type]
-                             progress)
+        length = Size(**size).length  # type: ignore[arg-type]
+        for k, recipe in product(bits, recipes):
+            print_shortlists(
+                model, data, task, modules, rows, queries, length, k, recipe, progress)
         return
     work = make_workload(cache, Size(**size), queries, progress)  # type: ignore[arg-type]
     codes = {k: Codes(work.modules, work.ekfac,

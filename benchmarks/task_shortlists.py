@@ -3,18 +3,24 @@
 An index is built of some rows of the data, others of them are asked about, as they are labelled or
 preferred, every sequence is scored exactly, and shortlists by code, by TF-IDF and by both are
 compared with that: the share of the true top k in a shortlist, and what the recall statement claims
-of it. The model should have been trained on those rows; it isn't here.
+of it. The model should have been trained on those rows; it isn't here. Codes can be made by the
+recipe of before, too (`influence/codes.py`), whose sides had at most 256 coordinates.
 """
 
 import json
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
 import gradindex
 from gradindex.errors import InputError
+from gradindex.influence.codes import RECIPES, CodeSettings, default_width
+from gradindex.modules import Module
 from gradindex.progress import Progress
 from indexer.read.discover import discover
 from indexer.read.sources import read_source
@@ -34,16 +40,31 @@ def drawn_rows(data: str, count: int, seed: int) -> list[dict[str, Any]]:
     return [rows[number] for number in chosen]
 
 
+@contextmanager
+def codes_made_by(recipe: int) -> Iterator[None]:
+    """Codes are made by a recipe, the newest or the second, as they were then."""
+    if recipe == RECIPES[-1]:
+        yield
+        return
+
+    def of(length: int, modules: Sequence[Module], seed: int, damping: float) -> CodeSettings:
+        return CodeSettings(
+            length, min(256, default_width(length, len(modules))), seed, damping, recipe)
+
+    with patch.object(CodeSettings, "of", of):
+        yield
+
+
 def print_shortlists(
-    model: str, data: str, task: str | None, sequences: int, count: int, length: int,
-    bits: int, progress: Progress,
+    model: str, data: str, task: str | None, modules: str | None, sequences: int, count: int,
+    length: int, bits: int, recipe: int, progress: Progress,
 ) -> None:
     """Build of so many `sequences` with codes of K = `bits`, ask `count` queries, print a table."""
     rows = drawn_rows(data, sequences + count, seed=0)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, codes_made_by(recipe):
         index = gradindex.build(
             model, rows[:sequences], Path(folder) / "index", task=task, bits=bits, seq_len=length,
-            fit_sequences=min(sequences, 4096), progress=progress)
+            modules=modules, fit_sequences=min(sequences, 4096), progress=progress)
         asked = Path(folder) / "queries.jsonl"
         # under numbers of their own: a row's id may be anything
         asked.write_text("".join(json.dumps({**row, "id": number}) + "\n"
@@ -54,5 +75,7 @@ def print_shortlists(
             progress.say(problem)
         found = evaluate(index, queries, settle(Controls(), index.manifest), None,
                          lambda done, total: None)
-        print(f"task {index.manifest.task.name}, K = {bits:,}, {len(index):,} sequences\n"
+        print(f"\ntask {index.manifest.task.name}, modules {modules or 'by default'}, "
+              f"K = {bits:,}, recipe {recipe}, c = {index.manifest.calibration['c']}, "
+              f"{len(index):,} sequences\n"
               f"{table(found)}", flush=True)
