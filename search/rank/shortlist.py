@@ -211,7 +211,8 @@ class Shortlist:
         >>> estimate.round(2).tolist(), variance.round(2).tolist()
         ([6.6, 5.0, 0.5], [2.55, 4.0, 0.0])
         """
-        estimate, variance = scores.astype(np.float64), (self._noise * self.ranking.norms) ** 2
+        estimate = scores.astype(np.float64)
+        variance = (self._noise * self.ranking.norms.astype(np.float64)) ** 2
         places = np.asarray(counted, dtype=np.int64)
         mean, remaining = included_error(*self._in_order(places, influence), self.cutoff)
         certain = np.isin(places, self._certain)
