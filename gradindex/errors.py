@@ -2,6 +2,7 @@
 
 GradindexError            1   anything below, and failures with no better place
 ├── InputError            2   a flag, a file, a record or a query that can't be used
+│   └── BadRowError           a row of data alone, which who reads many leaves out and counts
 ├── IndexMismatchError    3   index and model (or tokenizer, or format) don't belong together
 ├── DamagedIndexError     3   a file of the index is missing or not what the manifest says
 └── ResourceError         4   the machine refuses: memory, disk, a right, a limit, a mount
@@ -27,6 +28,10 @@ class InputError(GradindexError):
     def __init__(self, message: str, argument: str | None = None):
         super().__init__(message)
         self.argument = argument
+
+
+class BadRowError(InputError):
+    """A row that can't be used, with the reason."""
 
 
 class IndexMismatchError(GradindexError):

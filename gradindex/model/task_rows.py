@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from gradindex.errors import InputError
+from gradindex.errors import BadRowError, InputError
 from gradindex.model.chat import encode_answer
 from gradindex.model.chat_template import check_chat_template
 from gradindex.model.messages import MessagesError, is_messages, is_quoted, read_chat
@@ -28,10 +28,6 @@ LARGEST = float(np.finfo(np.float32).max)  # of a number in a row: it has to sta
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")  # as TRL calls what a reference says
 
 
-class RowError(InputError):
-    """A row that can't be used, with the reason."""
-
-
 _NUMBER = re.compile(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*")
 _NUMBERED = re.compile(r"LABEL_\d+")  # what transformers calls classes without names
 
@@ -39,14 +35,14 @@ _NUMBERED = re.compile(r"LABEL_\d+")  # what transformers calls classes without 
 def label_number(value: Any, labels: Sequence[str]) -> int:
     """The number of a class, given by number or name.
 
-    Raises RowError for one that isn't there, InputError where the classes have no names.
+    Raises BadRowError for one that isn't there, InputError where the classes have no names.
 
     >>> label_number("good", ["bad", "good"]), label_number(1.0, ["bad", "good"])
     (1, 1)
     """
     value = _plain(value)
     if value is None:
-        raise RowError("no label")
+        raise BadRowError("no label")
     if isinstance(value, str):
         # a class may be called "1", and then it is meant, not the second one
         named = _named(value, labels)
@@ -54,12 +50,12 @@ def label_number(value: Any, labels: Sequence[str]) -> int:
             return named
         value = float(value)
     if not isinstance(value, (bool, int, float)) or value % 1 != 0:  # of infinity it is NaN
-        raise RowError(f"a label that is no class ({_kind(value)})")
+        raise BadRowError(f"a label that is no class ({_kind(value)})")
     if value == UNLABELLED:
-        raise RowError("unlabelled (−1)")
+        raise BadRowError("unlabelled (−1)")
     if not 0 <= value < len(labels):
-        raise RowError(f"a label outside the model's classes (found {_shown(value)}, expected 0 to "
-                       f"{len(labels) - 1})")
+        raise BadRowError(f"a label outside the model's classes (found {_shown(value)}, expected "
+                          f"0 to {len(labels) - 1})")
     return int(value)
 
 
@@ -102,8 +98,8 @@ def _named(name: str, labels: Sequence[str]) -> int | None:
             f"a row is labelled {name!r:.60}, and the model's config.json names none of its "
             f"{len(labels)} classes. Name them in its order: --labels "
             f"{names}{',…' * (len(labels) > 3)}.")
-    raise RowError(f"a label outside the model's classes (found {name!r:.60}, expected "
-                   f"{', '.join(labels)[:200]})")
+    raise BadRowError(f"a label outside the model's classes (found {name!r:.60}, expected "
+                      f"{', '.join(labels)[:200]})")
 
 
 def encode_labelled(
@@ -111,7 +107,7 @@ def encode_labelled(
 ) -> Tokenised:
     """The tokens of the `texts`, one or two, with their `label`; at most `length` of them.
 
-    Raises RowError.
+    Raises BadRowError.
     """
     label = label_number(content["label"], labels)
     texts = [text_of(text, name) for text, name in
@@ -120,7 +116,7 @@ def encode_labelled(
     own = halves(tokenised.scored, tokenised.border or len(tokenised.tokens))
     # tokenizers leave a text whole that they can't cut short enough
     if len(tokenised.tokens) > length or not all(part.any() for part in own[: len(texts)]):
-        raise RowError("a text without a token of its own" + (
+        raise BadRowError("a text without a token of its own" + (
             f" (of {length}; --seq-len)" if tokenised.longer else ""))
     tokenised.label = label
     return tokenised
@@ -168,10 +164,10 @@ def encode_whole(
 def encode_preferred(
     tokenizer: Any, content: dict[str, Any], task: Task, length: int
 ) -> Tokenised:
-    """The tokens of a pair, chosen and rejected one behind the other. Raises RowError."""
+    """The tokens of a pair, chosen and rejected one behind the other. Raises BadRowError."""
     (chosen, rejected), longer = _answers(tokenizer, content, task), False
     if task.name == "reward" and max(len(chosen.tokens), len(rejected.tokens)) > length:
-        raise RowError(f"a pair longer than {length} tokens (found "
+        raise BadRowError(f"a pair longer than {length} tokens (found "
                           f"{max(len(chosen.tokens), len(rejected.tokens))}, left out as in "
                           "training; --seq-len)")
     # cut before they are compared: training saw no more of them
@@ -179,15 +175,15 @@ def encode_preferred(
     for side in (chosen, rejected):
         longer |= len(side.tokens) > length
         if not side.scored[:length].any():
-            raise RowError("a text without a token of its own" if task.name == "reward" else
+            raise BadRowError("a text without a token of its own" if task.name == "reward" else
                            f"a prompt that fills the {length} tokens of a text")
         parts.append(Tokenised(side.tokens[:length], side.scored[:length], side.spans[:length]))
     # a text's first token is predicted by nothing
     if task.name == "preference" and not any(part.scored[1:].any() for part in parts):
-        raise RowError("answers of one token without a prompt, which no token before predicts")
+        raise BadRowError("answers of one token without a prompt, which no token before predicts")
     if np.array_equal(parts[0].tokens, parts[1].tokens):
         same = str(content["chosen"]) == str(content["rejected"])
-        raise RowError(
+        raise BadRowError(
             f"chosen and rejected differ only beyond {length} tokens" if longer and not same else
             "chosen and rejected are the same" + ("" if same else " (as tokens)"))
     tokens, scored, spans = (np.concatenate([getattr(part, name) for part in parts])
@@ -200,14 +196,14 @@ def encode_preferred(
 
 
 def encode_answered(tokenizer: Any, prompt: Any, response: Any, task: Task) -> Tokenised:
-    """The tokens of one answer to a prompt, as one of a pair has them. Raises RowError."""
+    """The tokens of one answer to a prompt, as one of a pair has them. Raises BadRowError."""
     if is_messages(response):
         check_chat_template(tokenizer, "response")
         try:
             return encode_answer(tokenizer, read_chat(prompt, name="prompt"),
                                  read_chat(response, name="response").messages)
         except (MessagesError, ChatTemplateError) as error:
-            raise RowError(getattr(error, "reason", str(error))) from None
+            raise BadRowError(getattr(error, "reason", str(error))) from None
     text = _ended(tokenizer, text_of(response, "response"))
     prompt = "" if prompt is None else text_of(prompt, "prompt", empty=True)
     return encode_whole(tokenizer, prompt + text) if task.name == "reward" else \
@@ -215,24 +211,25 @@ def encode_answered(tokenizer: Any, prompt: Any, response: Any, task: Task) -> T
 
 
 def number_in(content: dict[str, Any], name: str, missing: float | None = None) -> float:
-    """The number in a field of a pair, `missing` where it has none. Raises RowError."""
+    """The number in a field of a pair, `missing` where it has none. Raises BadRowError."""
     value = _plain(content.get(name))
     if value is None:
         if missing is None:
-            raise RowError(f"missing field {name!r} (what the reference says of the answer)")
+            raise BadRowError(f"missing field {name!r} (what the reference says of the answer)")
         return missing
     if isinstance(value, str) and _NUMBER.fullmatch(value):  # in tables every value is text
         value = float(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > LARGEST:
-        raise RowError(f"field {name!r} is no number ({_shown(value)})")
+        raise BadRowError(f"field {name!r} is no number ({_shown(value)})")
     return float(value)
 
 
 def _sum_of_log_p(content: dict[str, Any], name: str) -> float:
-    """What a reference says of an answer. Raises RowError."""
+    """What a reference says of an answer. Raises BadRowError."""
     found = number_in(content, name)
     if found > 0:  # a loss, most likely
-        raise RowError(f"field {name!r} is no sum of log p (found {found:g}, expected 0 or less)")
+        raise BadRowError(f"field {name!r} is no sum of log p (found {found:g}, expected 0 or "
+                          "less)")
     return found
 
 
@@ -247,12 +244,12 @@ def _answers(
     if prompt is not None:
         chats.append(is_messages(prompt))
     if any(chats) != all(chats):
-        raise RowError("of prompt, chosen and rejected some are texts and some messages")
+        raise BadRowError("of prompt, chosen and rejected some are texts and some messages")
     if all(chats):
         return _chats(tokenizer, content, prompt, sides)
     for name in ("prompt", "chosen", "rejected"):
         if is_quoted(content[name]):  # which would be read with its brackets
-            raise RowError(f"{name} is messages as JSON text (write them as a list)")
+            raise BadRowError(f"{name} is messages as JSON text (write them as a list)")
     texts = [text_of(content[name], name) for name in ("chosen", "rejected")]
     if prompt is None:
         prompt, texts = without_common(texts)
@@ -309,12 +306,12 @@ def _chats(
             asked = read_chat(prompt, tools, options, "prompt")
             answers = [chat.messages for chat in whole]
         if not asked.messages:
-            raise RowError("chosen and rejected have no message in common to begin with")
+            raise BadRowError("chosen and rejected have no message in common to begin with")
         return _same_prompt([encode_answer(tokenizer, asked, answer) for answer in answers])
     except MessagesError as error:
-        raise RowError(str(error)) from None
+        raise BadRowError(str(error)) from None
     except ChatTemplateError as error:
-        raise RowError(error.reason) from None
+        raise BadRowError(error.reason) from None
 
 
 def _same_prompt(pairs: list[Tokenised]) -> tuple[Tokenised, Tokenised]:
@@ -327,15 +324,15 @@ def _same_prompt(pairs: list[Tokenised]) -> tuple[Tokenised, Tokenised]:
 
 
 def text_of(value: Any, name: str, empty: bool = False) -> str:
-    """A field of that name, if it's text, which may be `empty`. Raises RowError."""
+    """A field of that name, if it's text, which may be `empty`. Raises BadRowError."""
     if value is None or _is_nan(value):
-        raise RowError(f"no {name}")
+        raise BadRowError(f"no {name}")
     if not isinstance(value, str):
-        raise RowError(f"{name} is not text (a {type(value).__name__})")
+        raise BadRowError(f"{name} is not text (a {type(value).__name__})")
     if not value.strip() and not empty:
-        raise RowError(f"empty {name}")
+        raise BadRowError(f"empty {name}")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise RowError(f"invalid UTF-8 (a lone surrogate in {name})") from None
+        raise BadRowError(f"invalid UTF-8 (a lone surrogate in {name})") from None
     return value

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any
 
-from gradindex.errors import InputError
+from gradindex.errors import BadRowError, InputError
 from gradindex.model.messages import is_messages, is_quoted
 from gradindex.model.task_rows import REFERENCE
 from gradindex.storage.build_plan import CorpusSettings
@@ -25,7 +25,7 @@ from indexer.read.known_forms import (
     unknown_fields,
 )
 from indexer.read.label_names import compare_names
-from indexer.read.rows import BadRowError, Columns, Row
+from indexer.read.rows import Columns, Row
 from indexer.read.sources import DataSource, read_source, shown_files
 from indexer.read.task_forms import FIELDS, task_form, unsuitable
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from gradindex.errors import BadRowError
 from gradindex.model.chat import encode_answer, encode_chat
 from gradindex.model.messages import (
     Chat,
@@ -13,7 +14,6 @@ from gradindex.model.messages import (
 )
 from gradindex.model.rendering import ChatTemplateError
 from gradindex.model.tokenise import Tokenised
-from indexer.read.rows import BadRowError
 
 
 def holds_messages(row: dict[str, Any], prompt: str, completion: str) -> bool:

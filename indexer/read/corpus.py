@@ -12,12 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from gradindex.errors import InputError
+from gradindex.errors import BadRowError, InputError
 from gradindex.model import tokenise
 from gradindex.model.chat_template import check_chat_template, with_chat_template
 from gradindex.model.messages import TOLD_BESIDE_PROMPTS
 from gradindex.model.task_rows import (
-    RowError,
     encode_labelled,
     encode_preferred,
     missing_tokens,
@@ -31,7 +30,7 @@ from indexer.read.conversations import encode_conversation, encode_exchange, hol
 from indexer.read.derived import derived
 from indexer.read.discover import discover
 from indexer.read.known_forms import BESIDE_MESSAGES
-from indexer.read.rows import BadRowError, Row
+from indexer.read.rows import Row
 from indexer.read.sources import (
     DATA_FORMS,
     DataSource,
@@ -213,7 +212,7 @@ class Corpus:
                 _check_tokens(tokenised, self.vocabulary)
                 user_id, fields = self._metadata(content)
                 fields |= derived(self.settings.derive, tokenised)
-            except (BadRowError, RowError) as bad:
+            except BadRowError as bad:
                 self._skip(f"{source.name}:{row}", str(bad))
                 continue
             except InputError as error:  # the whole data's fault: a template that can't be used

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gradindex.errors import InputError
+from gradindex.errors import BadRowError, InputError
 from indexer.read import rows
 from indexer.read.compressed import opened
-from indexer.read.rows import BadRowError, Row, as_object
+from indexer.read.rows import Row, as_object
 
 CHUNK = 1 << 16  # bytes read at once of a file whose objects span lines
 SPACE = " \t\n\r"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from gradindex.errors import InputError
+from gradindex.errors import BadRowError, InputError
 from gradindex.model.messages import (
     CHAT_FIELDS,
     TOLD_BESIDE,
@@ -21,7 +21,6 @@ from gradindex.model.messages import (
     led_by,
     read_chat,
 )
-from indexer.read.rows import BadRowError
 
 # fields that training reads beside a chat, and that stay as they are
 BESIDE_MESSAGES = ("tools", "chat_template_kwargs")

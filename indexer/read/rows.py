@@ -3,11 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
+from gradindex.errors import BadRowError
+
 LONGEST_LINE = 64 << 20  # bytes; a longer record is taken for damage
-
-
-class BadRowError(Exception):
-    """A row that can't be used, with the reason."""
 
 
 Row = dict[str, Any] | BadRowError

@@ -18,11 +18,11 @@ import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
 
-from gradindex.errors import InputError
+from gradindex.errors import BadRowError, InputError
 from gradindex.storage.files import digest_of_files
 from indexer.read.compressed import opened
 from indexer.read.json_rows import json_rows, jsonl_rows
-from indexer.read.rows import BadRowError, Columns, Row, as_object
+from indexer.read.rows import Columns, Row, as_object
 from indexer.read.tables import table_rows
 
 DATA_FORMS = (

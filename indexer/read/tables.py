@@ -12,11 +12,11 @@ from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
-from gradindex.errors import InputError
+from gradindex.errors import BadRowError, InputError
 from indexer.read import rows
 from indexer.read.compressed import bare_name, opened
 from indexer.read.known_forms import form_of
-from indexer.read.rows import BadRowError, Row
+from indexer.read.rows import Row
 
 SAMPLE = 1 << 18  # characters by which separator and quotes are told
 MOST_SWALLOWED = 20  # lines in one value, where a sample ends within quotes

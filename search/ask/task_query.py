@@ -5,12 +5,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from gradindex.errors import InputError
+from gradindex.errors import BadRowError, InputError
 from gradindex.influence.fitted_model import FittedModel
 from gradindex.model import tokenise
 from gradindex.model.config import context_length
 from gradindex.model.task_rows import (
-    RowError,
     encode_answered,
     encode_preferred,
     encode_whole,
@@ -58,7 +57,7 @@ def task_query(fitted: FittedModel, question: Question) -> Query:
         if fitted.manifest.task.name == "classification":
             return _labelled(fitted, question)
         return _preferred(fitted, question)
-    except RowError as error:
+    except BadRowError as error:
         raise InputError(f"the query can't be read: {error}.") from None
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from gradindex.errors import InputError
-from gradindex.model.task_rows import RowError, label_number
+from gradindex.model.task_rows import label_number
 from gradindex.terminal import json_text
 
 INSPECTED = (0.05, 0.1, 0.2, 0.3)  # shares of which is said how much they find
@@ -131,7 +131,7 @@ def _label(value: Any, labels: Sequence[str]) -> int | None:
         return None
     try:
         return label_number(value, labels)
-    except (RowError, InputError, ValueError):
+    except (InputError, ValueError):
         return None
 
 

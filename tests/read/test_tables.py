@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
-from gradindex.errors import InputError
-from indexer.read.rows import BadRowError
+from gradindex.errors import BadRowError, InputError
 from indexer.read.tables import table_rows
 from support.corpora import decoded, make_corpus, read
 

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from gradindex.errors import InputError
-from gradindex.model.task_rows import RowError, encode_preferred, label_number, without_common
+from gradindex.errors import BadRowError, InputError
+from gradindex.model.task_rows import encode_preferred, label_number, without_common
 from gradindex.storage.build_plan import CorpusSettings
 from gradindex.task import Task
 from indexer.read.corpus import Corpus
@@ -129,13 +129,13 @@ def test_answers_of_a_policy_begin_where_both_part_from_the_prompt():
     ({"chosen": "good", "rejected": "bad", "margin": "much"}, "'margin' is no number"),
 ])
 def test_pairs_that_cannot_be_used(content, reason):
-    with pytest.raises(RowError, match=reason):
+    with pytest.raises(BadRowError, match=reason):
         preferred(content, length=8)
 
 
 def test_a_pair_that_differs_only_beyond_the_context():
     same = " ".join(WORDS[:10])
-    with pytest.raises(RowError, match="differ only beyond 8 tokens"):
+    with pytest.raises(BadRowError, match="differ only beyond 8 tokens"):
         encode_preferred(TOKENIZER, {
             "prompt": None, "chosen": f"{same} good", "rejected": f"{same} bad",
             "ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0}, Task("preference"), 8)
