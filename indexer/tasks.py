@@ -32,7 +32,7 @@ def choose_task(source: ModelSource, asked: str | None, data: list[Any]) -> str:
     else:
         config = source.load_config()
         of_texts = any("reward" in checkpoint.tasks_of(name)
-                       for name in checkpoint.class_names(source, config))
+                       for name in checkpoint.architectures_of(source, config))
     if not of_texts:
         # only policies that learned preferences have what a reference gives the answers
         return "preference" if are_preferences(discover(data).sources) else "causal"

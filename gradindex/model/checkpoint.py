@@ -157,7 +157,7 @@ def _entries(shape: tuple[int, ...]) -> int:
 # ---- its class
 
 
-def class_names(source: ModelSource, config: Any) -> list[str]:
+def architectures_of(source: ModelSource, config: Any) -> list[str]:
     """The names of a model's classes: an object's own, or those that its config.json names."""
     # an object's own class, whatever it was loaded from
     model = getattr(source.model, "_orig_mod", source.model)
@@ -176,7 +176,7 @@ def tasks_of(class_name: str) -> list[str]:
 
 def check_class(source: ModelSource, config: Any) -> None:
     """Raise InputError for a model that isn't, or wasn't saved as, one of the source's task."""
-    owners, task = class_names(source, config), source.task
+    owners, task = architectures_of(source, config), source.task
     where = "" if source.is_object else " (architectures in its config.json)"
     if not task.is_causal:
         _check_of_texts(source, config, owners, where)
