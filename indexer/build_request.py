@@ -18,6 +18,7 @@ from gradindex.errors import InputError
 from gradindex.memory import parse_bound
 from gradindex.model.chat_template import marks_answers, read_chat_template
 from gradindex.model.checkpoint import check_checkpoint
+from gradindex.model.class_labels import called_by_numbers
 from gradindex.model.config import context_length
 from gradindex.model.devices import has_fast_float64
 from gradindex.model.identity import tokenizer_digest
@@ -165,11 +166,16 @@ def make_request(
     _check_columns(columns)
 
     # 3) the data: found, of one kind, and digested, so that other content is another plan
-    corpus = open_corpus(data, source, settings, asked, strict)
+    corpus = open_corpus(data, source, settings, asked, strict,
+                         settled=bool(labels) and called_by_numbers(settings.labels) is not None)
     if corpus.kind == "messages" and not marks_answers(corpus.tokenizer):
         progress.say("chats: the chat template has no {% generation %} marks, so the assistant's "
                      "words are found turn by turn; if training used another template, give it "
                      "with --chat-template")
+    if chat_template is not None and not corpus.forms.chats and \
+            corpus.kind in ("text", "tokens", "pairs"):
+        raise InputError("--chat-template is for chats, and the data hold " + (
+            "pairs of texts" if corpus.kind == "pairs" else corpus.kind) + ". Leave it out.")
     if settings.columns and not any(one.kind == "csv" for one in corpus.sources):
         raise InputError("--columns names the columns of a table without a header (.csv, .tsv); "
                          "none of the data is called so. Call a table that, or leave it out.")
@@ -232,17 +238,18 @@ def takes_arguments_of(
 
 def open_corpus(
     data: Any, source: ModelSource, settings: CorpusSettings, reference: Reference | None,
-    strict: bool = False,
+    strict: bool = False, settled: bool = True,
 ) -> Corpus:
     """The sequences of some data, cut as `settings` say, that a reference can be asked about.
 
-    Raises InputError.
+    `strict` and `settled` are those of Corpus. Raises InputError.
     """
     tokenizer = load_tokenizer(source)
     return Corpus(
         as_list(data), tokenizer, settings,
         vocabulary=vocabulary_of(reference, source, settings.sequence_length),
         end_token=getattr(tokenizer, "eos_token_id", None), strict=strict,
+        settled=settled,
     )
 
 

@@ -55,13 +55,19 @@ def has_chat_template(tokenizer: Any) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
 
 
-def check_chat_template(tokenizer: Any, field: str) -> None:
-    """Raise InputError where chat records meet a tokenizer without a chat template."""
+def check_chat_template(
+    tokenizer: Any, field: str,
+    as_text: str = "the records as text (--text-field) or as a prompt and a completion that are "
+                   "text",
+) -> None:
+    """Raise InputError where chat records meet a tokenizer without a chat template.
+
+    `as_text` is what may be given instead.
+    """
     if not has_chat_template(tokenizer):
         raise InputError(
             f"the records hold messages (field {field}) but the tokenizer has no chat template. "
-            "Give the one that training used with --chat-template FILE, or the records as text "
-            "(--text-field) or as a prompt and a completion that are text."
+            f"Give the one that training used with --chat-template FILE, or {as_text}."
         )
 
 

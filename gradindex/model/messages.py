@@ -27,6 +27,8 @@ OURS = {"add_generation_prompt", "conversation", "continue_final_message", "max_
         "tokenize", "tokenizer_kwargs", "tools", "truncation"}
 # fields of a row that hold a chat, in the order in which they are looked for
 CHAT_FIELDS = ("messages", "conversations", "conversation")
+# fields that training reads beside a chat, and that stay as they are
+BESIDE_MESSAGES = ("tools", "chat_template_kwargs")
 # fields beside a chat that are a part of what the model was told, and have no place in it there
 TOLD_BESIDE = ("system", "system_prompt", "system_message", "functions", "history")
 # and beside a prompt

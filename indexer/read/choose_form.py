@@ -6,12 +6,11 @@ from itertools import chain, islice
 from typing import Any
 
 from gradindex.errors import BadRowError, InputError
-from gradindex.model.messages import is_messages, is_quoted
+from gradindex.model.messages import BESIDE_MESSAGES, is_messages, is_quoted
 from gradindex.model.task_rows import REFERENCE
 from gradindex.storage.build_plan import CorpusSettings
 from gradindex.task import TASKS
 from indexer.read.known_forms import (
-    BESIDE_MESSAGES,
     PREFERENCE_LABELS,
     Form,
     columns_for_records,
@@ -24,10 +23,10 @@ from indexer.read.known_forms import (
     refuse_unlearned,
     unknown_fields,
 )
-from indexer.read.label_names import compare_names
+from indexer.read.label_names import class_names_of, compare_names
 from indexer.read.rows import Columns, Row
 from indexer.read.sources import DataSource, read_source, shown_files
-from indexer.read.task_forms import FIELDS, task_form, unsuitable
+from indexer.read.task_forms import FIELDS, check_prompt, holds_chats, task_form, unsuitable
 
 # kind: the fields it needs, by their default names
 NEEDED_FIELDS = {
@@ -51,7 +50,8 @@ class ChosenForms:
     each source's by its name, None where fields are named or there are no records; `unread` are the
     fields that it has no use for, `others` the forms that its records have as well, `seen` all
     fields of the rows that were read, `chats` whether there was one among rows whose fields are
-    named.
+    named, or among the first ones of pairs; `by_place` are the sources whose labels are numbers of
+    classes, as `datasets` noted.
     """
 
     kind: str
@@ -63,6 +63,7 @@ class ChosenForms:
     seen: dict[str, set[str]] = field(default_factory=dict)
     chats: bool = False
     said_of_labels: list[str] = field(default_factory=list)
+    by_place: set[str] = field(default_factory=set)
 
     @classmethod
     def of(cls, sources: list[DataSource], settings: CorpusSettings) -> "ChosenForms":
@@ -117,13 +118,25 @@ class ChosenForms:
         if source.kind in ("json", "jsonl") and holds_columns(first, form) and _is_alone(source):
             raise columns_for_records(source.name, form)
         self.forms[source.name] = form
-        if task == "classification" and (
-                said := compare_names(source, form.needs[-1], self.settings.labels)):
-            self.said_of_labels.append(said)
+        self._compare(source, form, first, names)
         used = self._used(source)
         self.unread[source.name] = [name for name in names if name not in used]
         self.others[source.name] = other_forms(form, names) if task == "causal" else []
         return form
+
+    def _compare(
+        self, source: DataSource, form: Form, first: dict[str, Any], names: list[str]
+    ) -> None:
+        """Look at what a source says of its labels, or at the first of its pairs."""
+        if self.settings.task == "classification":
+            theirs = class_names_of(source, form.needs[-1])
+            if theirs is not None:
+                self.by_place.add(source.name)
+                said = compare_names(source.name, form.needs[-1], theirs, self.settings.labels)
+                self.said_of_labels += [] if said is None else [said]
+        elif self.settings.task != "causal":
+            check_prompt(source.name, form, names, self.settings)
+            self.chats |= holds_chats(first, form)
 
     def _form_of(
         self, source: DataSource, first: dict[str, Any], names: list[str]
@@ -146,6 +159,8 @@ class ChosenForms:
                     form.kind != "text":
                 refuse_unlearned(content)
             read = form.read(content)
+            if form.kind == "labelled":
+                read["by_place"] = source.name in self.by_place
         elif not self.chats:
             self.chats = any(is_messages(content.get(name)) or is_quoted(content.get(name))
                              for name in field_names(self.settings, given=True).values())

@@ -15,8 +15,10 @@ import numpy as np
 from gradindex.errors import BadRowError, InputError
 from gradindex.model import tokenise
 from gradindex.model.chat_template import check_chat_template, with_chat_template
-from gradindex.model.messages import TOLD_BESIDE_PROMPTS
+from gradindex.model.class_labels import UNMARKED
+from gradindex.model.messages import BESIDE_MESSAGES, TOLD_BESIDE_PROMPTS
 from gradindex.model.task_rows import (
+    AS_TEXT,
     encode_labelled,
     encode_preferred,
     missing_tokens,
@@ -29,8 +31,8 @@ from indexer.read.choose_form import ChosenForms, field_names
 from indexer.read.conversations import encode_conversation, encode_exchange, holds_messages
 from indexer.read.derived import derived
 from indexer.read.discover import discover
-from indexer.read.known_forms import BESIDE_MESSAGES
-from indexer.read.rows import Row
+from indexer.read.label_names import note_label
+from indexer.read.rows import Row, said_of_lost
 from indexer.read.sources import (
     DATA_FORMS,
     DataSource,
@@ -48,8 +50,9 @@ KEPT_EXAMPLES = 20  # bad rows remembered with file and line; all are counted
 class CorpusFacts:
     """What was counted while a corpus was read.
 
-    `labels` counts a classifier's rows by the names of their classes, `skipped` what was left out
-    by reason; `examples` are the first of that, with file and line.
+    `labels` counts a classifier's rows by the names of their classes, `found` the labels as the
+    data have them, but for those that are known to be places; `skipped` what was left out by
+    reason; `examples` are the first of that, with file and line.
     """
 
     documents: int = 0
@@ -57,6 +60,7 @@ class CorpusFacts:
     tokens: int = 0
     scored_tokens: int = 0
     labels: dict[str, int] = field(default_factory=dict)
+    found: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)
     examples: list[str] = field(default_factory=list)
 
@@ -69,15 +73,16 @@ class Corpus:
     """The sequences of some data files, in order.
 
     `data` holds paths (see DATA_FORMS) or dictionaries in a list, a `datasets.Dataset` or the like.
-    `strict` stops at the first row that can't be used.
+    `strict` stops at the first row that can't be used, `settled` says that it is known how numbers
+    of classes are meant (`check_numbers`).
     Raises InputError for a path that can't be read, unsuitable fields, or a missing chat template.
     """
 
     def __init__(
         self, data: Iterable[Any], tokenizer: Any | None, settings: CorpusSettings,
-        vocabulary: int, end_token: int | None = None, strict: bool = False,
+        vocabulary: int, end_token: int | None = None, strict: bool = False, settled: bool = False,
     ):
-        self.settings, self.strict = settings, strict
+        self.settings, self.strict, self.settled = settings, strict, settled
         self.objective = objective_of(Task(settings.task), None)
         self.tokenizer = with_chat_template(tokenizer, settings.chat_template)
         self.vocabulary = vocabulary
@@ -95,6 +100,8 @@ class Corpus:
         self.facts = CorpusFacts()
         self._learned = False  # whether the document that was read last has a scored token
         self.longer = 0  # documents beyond the sequence length
+        self.rows = 0  # that were read
+        self.lost: dict[str, int] = {}  # of these left out, by reason; but not as unlabelled
         # what the template doesn't show of chats: from where on, and how often
         self._unshown: dict[str, tuple[str, int]] = {}
         self.documents_before = 0  # in the index already
@@ -114,6 +121,8 @@ class Corpus:
             self.notes += missing_tokens(tokenizer, Task(settings.task), self.forms.two_texts)
         if self.kind == "messages":
             check_chat_template(self.tokenizer, self._fields()["messages"])
+        elif self.kind == "pairs" and self.forms.chats:
+            check_chat_template(self.tokenizer, settings.chosen_field or "chosen", AS_TEXT)
         if settings.pack and self.kind != "tokens" and end_token is None:
             raise InputError(
                 "--pack joins documents with the end token, but the tokenizer has none. Use "
@@ -122,7 +131,8 @@ class Corpus:
 
     def said_of_rows(self) -> list[str]:
         """What is to be known of the rows that were read, a line each."""
-        lines = (self._cut_documents(), self._unread_fields(), self._unshown_parts())
+        lines = (said_of_lost(self.lost, self.rows), self._cut_documents(), self._unread_fields(),
+                 self._unshown_parts())
         return [line for line in lines if line]
 
     def _cut_documents(self) -> str | None:
@@ -168,7 +178,8 @@ class Corpus:
     def sequences(self) -> Iterator[Record]:
         """Every sequence in order, with ids from 0; `facts` are of what was read so far."""
         facts = self.facts = CorpusFacts()  # another reading counts anew
-        self.longer, self._unshown = 0, {}
+        self.longer = self.rows = 0
+        self.lost, self._unshown = {}, {}
         length, documents = self.settings.sequence_length, self._documents()
         if self.settings.task != "causal":  # a row is one sequence, and cut already
             for part, one in documents:
@@ -205,6 +216,7 @@ class Corpus:
     def _documents(self) -> Iterator[tuple[Part, tokenise.Tokenised]]:
         """Every document that can be used, as a part that isn't cut yet, and its tokens."""
         for source, row, content in self._rows():
+            self.rows += 1
             try:
                 if isinstance(content, BadRowError):
                     raise content
@@ -235,7 +247,10 @@ class Corpus:
         where = f"{place}: {reason}"
         if self.strict:
             raise InputError(f"{where}. Correct it, or leave out --strict to skip such rows.")
-        self.facts.skip(reason.split(" (")[0])  # what is in brackets differs from row to row
+        kind = reason.split(" (")[0]  # what is in brackets differs from row to row
+        self.facts.skip(kind)
+        if kind != UNMARKED:
+            self.lost[kind] = self.lost.get(kind, 0) + 1
         if len(self.facts.examples) < KEPT_EXAMPLES:
             self.facts.examples.append(where)
 
@@ -266,6 +281,8 @@ class Corpus:
         """
         fields = self._fields()
         if self.kind == "labelled":
+            if not content["by_place"]:
+                note_label(self.facts.found, content["label"])
             return encode_labelled(self.tokenizer, content, self.settings.labels,
                                    self.settings.sequence_length)
         if self.kind == "pairs":

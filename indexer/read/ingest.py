@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from gradindex.errors import InputError, ResourceError
+from gradindex.model.class_labels import FRACTION
 from gradindex.progress import Progress, size
 from gradindex.storage import code_index, layout, records, row_file, segments
 from gradindex.storage.build_plan import CorpusSettings
@@ -23,6 +24,7 @@ from gradindex.storage.records import Record
 from gradindex.storage.segments import SegmentFacts, SegmentReader
 from gradindex.task import TASKS
 from indexer.read.corpus import Corpus, CorpusFacts
+from indexer.read.label_names import advice, check_numbers
 
 FEW = 100  # sequences
 
@@ -121,6 +123,8 @@ def write_records(corpus: Corpus, run: Run, progress: Progress) -> CorpusFacts:
     check_read(corpus)
     for line in corpus.said_of_rows():
         progress.say(line)
+    if corpus.lost and (said := advice(corpus.facts.found, corpus.settings.labels)):
+        progress.say(f"labels: {said}")
     return corpus.facts
 
 
@@ -134,8 +138,18 @@ def write_partial(index: Path, segment: str, sequences: list[Record]) -> Path:
 
 
 def check_read(corpus: Corpus) -> None:
-    """Raise InputError where a corpus, read, gave nothing to index, or lacks a field to keep."""
-    facts = corpus.facts
+    """Raise InputError where a corpus, read, gave nothing to index, or lacks a field to keep.
+
+    And where a classifier's labels, all of them seen, were read wrongly.
+    """
+    facts, labels = corpus.facts, corpus.settings.labels
+    if labels:
+        check_numbers(facts.found, labels, corpus.settled)
+        if (fractions := facts.skipped.get(FRACTION, 0)) > facts.sequences:
+            raise InputError(
+                f"{fractions:,} labels are no whole numbers, {facts.sequences:,} are classes of "
+                "the model: such numbers are learned by a regression, which is no task here. "
+                "Expected the classes' names or numbers; name their field with --label-field.")
     if not facts.sequences:
         skipped = [f"Skipped: {by_reason(facts.skipped)}."] if facts.skipped else []
         task = corpus.settings.task
@@ -143,7 +157,8 @@ def check_read(corpus: Corpus) -> None:
             "the data holds no sequence with a token to predict; expected at least one text of two "
             "tokens." if task == "causal" else
             f"the data holds no row that can be used; expected rows of {TASKS[task]}.",
-            *skipped, *facts.examples[:3]]))
+            *skipped, *[f"{'; '.join(facts.examples[:3])}."] * bool(facts.examples),
+            advice(facts.found, labels)]).strip())
     # a misspelt name would otherwise give an index that lacks the field, noticed too late
     absent = set(corpus.settings.keep_fields) - corpus.fields_seen
     if absent and corpus.kind != "tokens":
@@ -193,7 +208,9 @@ def check_classes(facts: CorpusFacts, settings: CorpusSettings, progress: Progre
         raise InputError(
             f"all {count:,} rows are of one class, {name}: they are not what a classifier learned "
             f"to tell it from {', '.join(without)[:200]} by, and every answer would be {name}. "
-            f"Give rows of every class.{first}")
+            f"Give rows of every class.{first}"
+            + f" Skipped: {by_reason(facts.skipped)}." * bool(facts.skipped)
+            + f" {advice(facts.found, settings.labels)}".rstrip())
     if without:
         progress.say(f"warning: no row is of the class {', '.join(without)}; found " + ", ".join(
             f"{count:,} × {name}" for name, count in facts.labels.items()) + ". Give all that the "

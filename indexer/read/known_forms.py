@@ -10,6 +10,7 @@ from typing import Any
 
 from gradindex.errors import BadRowError, InputError
 from gradindex.model.messages import (
+    BESIDE_MESSAGES,
     CHAT_FIELDS,
     TOLD_BESIDE,
     TOLD_BESIDE_PROMPTS,
@@ -22,11 +23,8 @@ from gradindex.model.messages import (
     read_chat,
 )
 
-# fields that training reads beside a chat, and that stay as they are
-BESIDE_MESSAGES = ("tools", "chat_template_kwargs")
-
 # fields that hold the prompt of a preference
-_ASKED = ("prompt", "question", "instruction", "query", "problem", *CHAT_FIELDS, "input")
+ASKED = ("prompt", "question", "instruction", "query", "problem", *CHAT_FIELDS, "input")
 # fields that say of an answer whether it was to be learned (of TRL and of LLaMA-Factory)
 PREFERENCE_LABELS = ("label", "kto_tag")
 
@@ -61,11 +59,14 @@ class Form:
         lost = [name for name in self.lost if has_value(content.get(name))]
         if lost and not (self.kind == "messages" and all(
                 _is_told(content[self.needs[0]], content[name]) for name in lost)):
+            remedy = {
+                "messages": f"put it into the messages; --messages-field {self.needs[0]} leaves it "
+                            "out",
+                "pairs": f"put it into the prompt; --keep-fields {lost[0]} keeps it beside the pair"
+            }.get(self.kind, "name the fields to leave it out, with --prompt-field and "
+                             "--completion-field, or give messages")
             raise BadRowError(
-                f"field {lost[0]!r} has no place in the form {self.name} (" + (
-                    f"put it into the messages; --messages-field {self.needs[0]} leaves it out)"
-                    if self.kind == "messages" else "name the fields to leave it out, with "
-                    "--prompt-field and --completion-field, or give messages)"))
+                f"field {lost[0]!r} has no place in the form {self.name} ({remedy})")
         return {**content, **self.standard(content)}
 
 
@@ -225,7 +226,7 @@ def _ends_with_answer(messages: Any) -> bool:
 
 def _of_the_chosen(content: Content) -> str:
     """The flags by which the better answer of a preference is read, and what they leave out."""
-    asked = next((name for name in _ASKED if has_value(content.get(name))), None)
+    asked = next((name for name in ASKED if has_value(content.get(name))), None)
     try:
         told = any(message["role"] == "user" for message in read_chat(content["chosen"]).messages)
     except MessagesError:

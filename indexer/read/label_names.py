@@ -1,28 +1,130 @@
-"""Names of classes that a data set brings, against those of the model."""
+"""What a data set calls its classes, against what the model calls its own.
 
-from collections.abc import Sequence
+A row's label is read by itself (`gradindex/model/class_labels.py`). Whether that was the right
+reading, all labels together tell: numbers that count from 1 would each be taken for the next class.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
 
 from gradindex.errors import InputError
+from gradindex.model.class_labels import called_by_numbers, read_label, shown_label
 from indexer.read.sources import DataSource, noted_features
 
+SHOWN = 8  # labels in a message
+MOST_FOUND = 100  # different labels that are remembered
 
-def compare_names(source: DataSource, field: str, labels: Sequence[str]) -> str | None:
-    """What to say of the names that `datasets` noted for the numbers in a field; None for nothing.
 
-    Raises InputError where they are the model's `labels` in another order.
-    """
+def class_names_of(source: DataSource, field: str) -> list[str] | None:
+    """The names that `datasets` noted for the numbers in a field (ClassLabel); None for none."""
     feature = noted_features(source).get(field)
     found = feature.get("names") if isinstance(feature, dict) else None
     if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
         return None
+    return found
+
+
+def compare_names(
+    name: str, field: str, found: Sequence[str], labels: Sequence[str]
+) -> str | None:
+    """What to say of the names for the numbers in a field of a source; None for nothing.
+
+    Raises InputError where they are the model's `labels` in another order.
+    """
     theirs, ours = ([name.strip().casefold() for name in names] for names in (found, labels))
     if theirs == ours:
         return None
     of_data, of_model = ",".join(found)[:200], ",".join(labels)[:200]
     if sorted(theirs) == sorted(ours):
         raise InputError(
-            f"the numbers in {field} of {source.name} stand for {of_data}, those of the model's "
+            f"the numbers in {field} of {name} stand for {of_data}, those of the model's "
             f"config.json for {of_model}. Say with --labels in which order the model learned them: "
             f"--labels {of_data} if it was trained on these numbers.")
-    return (f"labels: the numbers in {field} stand for {of_data} in {source.name}, and for "
+    return (f"labels: the numbers in {field} stand for {of_data} in {name}, and for "
             f"{of_model} here; they are taken as numbers (--labels gives other names)")
+
+
+def note_label(found: dict[str, int], label: object) -> None:
+    """Count a label of the data among those that were `found`, as it is shown."""
+    shown = shown_label(label)
+    if shown is not None and (shown in found or len(found) < MOST_FOUND):
+        found[shown] = found.get(shown, 0) + 1
+
+
+def check_numbers(found: Mapping[str, int], labels: Sequence[str], settled: bool) -> None:
+    """Raise InputError where numbers among the labels `found` may have been read wrongly.
+
+    They were read as names where classes are called by numbers that aren't their places, and as
+    places from 0 on otherwise. `settled` says that it was said before that this is right.
+
+    >>> check_numbers({"0": 9, "1": 9}, ["bad", "good"], settled=False)
+    """
+    counts = {float(number): count for label, count in found.items()
+              if isinstance(number := read_label(label), (int, float))}
+    as_names, places = called_by_numbers(labels), set(map(float, range(len(labels))))
+    told = [number for number in as_names or _counted(labels) or () if number is not None]
+    if settled and not told:
+        return
+    # where the names tell nothing, labels may still count from 1, or from −1
+    for names in [set(told)] if told else [{at + 1 for at in places}, {at - 1 for at in places}]:
+        of_names, of_places = (sum(counts[number] for number in only & counts.keys())
+                               for only in (names - places, places - names))
+        if not told and -1.0 in names and (of_places or not names <= counts.keys()):
+            continue  # rows that are unlabelled
+        right, wrong = (of_names, of_places) if as_names else (of_places, of_names)
+        unsure = bool(told) and not right and not settled and bool(
+            counts.keys() & (names | places))
+        if wrong > right or unsure:
+            raise _refused(counts, labels, told or sorted(names))
+
+
+def _counted(labels: Sequence[str]) -> list[float] | None:
+    """The numbers in the names of classes that are counted by these, from 0 or 1, in another order.
+
+    >>> _counted(["1 star", "2 stars"]), _counted(["LABEL_0", "LABEL_1"]), _counted(["h1n1", "flu"])
+    ([1.0, 2.0], None, None)
+    """
+    digits = [re.findall(r"\d+", label) for label in labels]
+    if any(len(one) != 1 for one in digits):
+        return None
+    numbers, count = [float(one[0]) for one in digits], len(labels)
+    counted = sorted(numbers) in (list(range(count)), list(range(1, count + 1)))
+    return numbers if counted and numbers != list(range(count)) else None
+
+
+def _refused(
+    counts: Mapping[float, int], labels: Sequence[str], names: Sequence[float]
+) -> InputError:
+    """What to say of numbers that may be names, in the model's order, or places."""
+    by_name = ",".join(f"{number:g}" for number in names)
+    by_place = ",".join(map(str, range(len(labels))))
+    numbers = ", ".join(f"{number:g}" for number in sorted(counts)[:SHOWN])
+    return InputError(
+        f"the labels of the data are the numbers {numbers}{', …' * (len(counts) > SHOWN)}, the "
+        f"model's classes are {', '.join(labels)[:200]}, and a number may be meant as a name or as "
+        "a place among them, from 0 on. Say what the data call the classes, in the model's order: "
+        f"--labels {by_name} if {names[0]:g} means the first of them, --labels {by_place} if 0 "
+        "does.")
+
+
+def advice(found: Mapping[str, int], labels: Sequence[str]) -> str:
+    """What to do about labels of the data that are none of the model's; empty for nothing."""
+    numbers = called_by_numbers(labels) or list(map(float, range(len(labels))))
+    ours = {label.strip().casefold() for label in labels}
+    strange = [label for label in found if label.casefold() not in ours
+               and read_label(label) not in numbers]
+    if not strange:
+        return ""
+    theirs = sorted(found, key=_numbers_in_order)
+    shown = ", ".join(theirs[:SHOWN]) + ", …" * (len(theirs) > SHOWN)
+    example = f": --labels {','.join(theirs)} if {theirs[0]} is {labels[0]}" \
+        if len(theirs) == len(labels) else ""
+    return (f"The labels of the data are {shown}; the model's classes are "
+            f"{', '.join(labels)[:200]}. Where they are the same by other names, give those of the "
+            f"data in the model's order with --labels{example}.")
+
+
+def _numbers_in_order(label: str) -> float:
+    """By what labels are sorted for a message: numbers, and names as they came."""
+    number = read_label(label)
+    return number if isinstance(number, (int, float)) else float("inf")

@@ -4,10 +4,15 @@ from collections.abc import Collection
 from typing import Any
 
 from gradindex.errors import InputError
+from gradindex.model.messages import (
+    BESIDE_MESSAGES,
+    TOLD_BESIDE_PROMPTS,
+    read_chat,
+)
 from gradindex.model.task_rows import REFERENCE
 from gradindex.storage.build_plan import CorpusSettings
 from gradindex.task import label_field, text_fields
-from indexer.read.known_forms import Content, Form
+from indexer.read.known_forms import ASKED, Content, Form
 
 # task: the fields that may be named
 FIELDS = {
@@ -23,7 +28,7 @@ def task_form(task: str, names: Collection[Any], settings: CorpusSettings) -> Fo
 
     >>> form = task_form("classification", ["sentence", "label"], CorpusSettings(128))
     >>> form.needs, form.standard({"sentence": "Good.", "label": 1})
-    (('sentence', 'label'), {'texts': ['Good.'], 'label': 1})
+    (('sentence', 'label'), {'texts': ['Good.'], 'label': 1, 'called': ('sentence',)})
     """
     if task == "classification":
         return _labelled(names, settings)
@@ -40,7 +45,8 @@ def _labelled(names: Collection[Any], settings: CorpusSettings) -> Form | None:
         return None
 
     def standard(content: Content) -> Content:
-        return {"texts": [content[name] for name in texts], "label": content[label]}
+        return {"texts": [content[name] for name in texts], "label": content[label],
+                "called": texts}
 
     return Form("labelled", "labelled", (*texts, label), "read as text and label" if len(texts) == 1
                 else "read as two texts and a label", standard)
@@ -70,10 +76,35 @@ def _pairs(
                 raise _said_twice(settings)
             said = dict.fromkeys(REFERENCE, 0.0)  # until it is asked
         return {"prompt": content.get(prompt), "chosen": content[chosen],
-                "rejected": content[rejected], **said}
+                "rejected": content[rejected], **said,
+                "called": {"prompt": prompt, "chosen": chosen, "rejected": rejected, **numbers}}
 
     return Form("pairs", "pairs", needs, "read as pairs of answers, the first preferred", standard,
-                (prompt, *numbers.values(), "tools", "chat_template_kwargs"))
+                (prompt, *numbers.values(), *BESIDE_MESSAGES),
+                tuple(name for name in TOLD_BESIDE_PROMPTS
+                      if name not in (*needs, prompt, *numbers.values(), *settings.keep_fields)))
+
+
+def check_prompt(
+    name: str, form: Form, names: Collection[Any], settings: CorpusSettings
+) -> None:
+    """Raise InputError where answers of pairs have no prompt, and what looks like it isn't read."""
+    likely = [field for field in ASKED if field in names
+              and field not in (*form.needs, *settings.keep_fields)]
+    if form.kind == "pairs" and likely and not {"prompt", settings.prompt_field} & set(form.needs):
+        raise InputError(
+            f"the pairs of {name} have no prompt, but a field {likely[0]!r}, which looks like one. "
+            f"Name it with --prompt-field {likely[0]}, or, if the answers hold the whole dialogue, "
+            f"keep it beside them with --keep-fields {likely[0]}.")
+
+
+def holds_chats(content: Content, form: Form) -> bool:
+    """Whether the answers of a pair are messages."""
+    try:
+        answers = form.read(content)
+        return all(read_chat(answers[name]).messages for name in ("chosen", "rejected"))
+    except InputError:  # which is said where all rows are read
+        return False
 
 
 def _said_twice(settings: CorpusSettings) -> InputError:
@@ -94,9 +125,12 @@ def unsuitable(name: str, names: Collection[Any], settings: CorpusSettings) -> I
             return InputError(f"--{role.replace('_', '-')}-field: the first record of {name} has "
                               f"no field {called!r}; it has {shown}.")
     if settings.task == "classification":
+        looks = "" if not {"chosen", "rejected"} <= set(names) else (
+            " These are pairs of answers, which a reward model learns (--task reward, with one "
+            f"output; this model has {len(settings.labels)}), or a policy (--task preference).")
         return InputError(
-            f"the first record of {name} has the fields {shown}; expected a text and its label. "
-            "Name yours with --text-field (and --text-b-field) and --label-field.")
+            f"the first record of {name} has the fields {shown}; expected a text and its label."
+            f"{looks} Name yours with --text-field (and --text-b-field) and --label-field.")
     # pairs are there, and only what a reference says of them is missing
     if settings.task == "preference" and _pairs(names, settings) is not None:
         return InputError(
@@ -104,7 +138,12 @@ def unsuitable(name: str, names: Collection[Any], settings: CorpusSettings) -> I
             f"{' and '.join(REFERENCE)}, the sums of log p that the reference gives each answer, "
             "as TRL's DPOTrainer adds them (precompute_ref_log_probs). Name the model to ask for "
             "them with --reference MODEL.")
+    looks = ""
+    if text_fields(names) and label_field(names):
+        looks = " These are labelled texts, which a classifier learns (--task classification)" + (
+            "; a model with one output, as this is, learns numbers from them, a regression, which "
+            "is no task here." if settings.task == "reward" else ".")
     return InputError(
         f"the first record of {name} has the fields {shown}; expected a chosen and a rejected "
-        "answer, with the prompt that both follow or as whole dialogues. Name yours with "
+        f"answer, with the prompt that both follow or as whole dialogues.{looks} Name yours with "
         "--prompt-field, --chosen-field and --rejected-field (and --margin-field).")

@@ -8,13 +8,13 @@ import torch
 from gradindex.errors import BadRowError, InputError
 from gradindex.influence.fitted_model import FittedModel
 from gradindex.model import tokenise
+from gradindex.model.class_labels import label_number
 from gradindex.model.config import context_length
+from gradindex.model.row_values import text_of
 from gradindex.model.task_rows import (
     encode_answered,
     encode_preferred,
     encode_whole,
-    label_number,
-    text_of,
 )
 from gradindex.model.tokenise import Tokenised
 from gradindex.objective.batch import Text
@@ -91,7 +91,7 @@ def _labelled(fitted: FittedModel, question: Question) -> Query:
             raise InputError(f"--versus-label {question.versus_label} is the label itself: there "
                              "is nothing to compare.")
         query.others = [_labelled(fitted, Question(
-            text=question.text, text_b=question.text_b, label=other))]
+            text=question.text, text_b=question.text_b, label=names[other]))]
         query.others[0].weight = -1.0
     return query
 

@@ -12,7 +12,7 @@ import numpy as np
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from gradindex.errors import InputError
-from gradindex.model.task_rows import label_number
+from gradindex.model.class_labels import TRUTHS, label_number
 from gradindex.terminal import json_text
 
 INSPECTED = (0.05, 0.1, 0.2, 0.3)  # shares of which is said how much they find
@@ -128,6 +128,9 @@ def _mark(value: Any) -> bool | None:
 def _label(value: Any, labels: Sequence[str]) -> int | None:
     """The number of the class that a value names; None for what names none."""
     if not labels or isinstance(value, bool):
+        return None
+    # true and false are marks, unless classes are called so
+    if str(value).strip().lower() in TRUTHS.keys() - {label.casefold() for label in labels}:
         return None
     try:
         return label_number(value, labels)

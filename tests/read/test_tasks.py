@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from gradindex.errors import BadRowError, InputError
-from gradindex.model.task_rows import encode_preferred, label_number, without_common
+from gradindex.model.class_labels import label_number
+from gradindex.model.task_rows import encode_preferred, without_common
 from gradindex.storage.build_plan import CorpusSettings
 from gradindex.task import Task
 from indexer.read.corpus import Corpus
@@ -63,7 +64,7 @@ def test_the_longer_of_two_texts_is_cut_first():
 @pytest.mark.parametrize("label, reason", [
     (-1, "unlabelled"), (None, "no label"), (2, "a label outside the model's classes"),
     ("neutral", "a label outside the model's classes"), ([0, 1], "a label that is no class"),
-    (0.5, "a label that is no class"),
+    (0.5, "a label that is no whole number"),
 ])
 def test_labels_that_cannot_be_used_are_counted(label, reason):
     found = corpus([{"text": "good", "label": 1}, {"text": "bad film", "label": label}])
@@ -73,9 +74,9 @@ def test_labels_that_cannot_be_used_are_counted(label, reason):
 
 def test_names_of_classes():
     assert label_number(" Positive ", ["negative", "positive"]) == 1
-    assert label_number("1", ["1", "2"]) == 0  # it is called so
     assert label_number(True, ["no", "yes"]) == 1
-    with pytest.raises(InputError, match="--labels NAME0,NAME1,NAME2,…"):
+    with pytest.raises(BadRowError, match=r"of classes that have none .found 'good', expected 0 to "
+                       "4; a build's --labels names them"):
         label_number("good", [f"LABEL_{number}" for number in range(5)])
     with pytest.raises(InputError, match="expected a text and its label"):
         corpus([{"body": "good"}])
