@@ -134,7 +134,8 @@ def _add_offsets(
             part = records[rows[int(np.flatnonzero(~np.isfinite(sums).all(1))[0])]].parts[0]
             raise InputError(
                 f"{part.source}:{part.row}: the reference {model.source.name} gives its answers no "
-                "finite log p. Use another --dtype, or look at the reference's weights.")
+                f"finite log p in {str(model.dtype).removeprefix('torch.')}. Take the row out, or "
+                "look at the reference's weights; a new build may have another --dtype.")
         # in float64, as columns of a file would be read and taken off each other
         for row, (chosen, rejected) in zip(rows, sums.tolist(), strict=True):
             records[row].offset = chosen - rejected

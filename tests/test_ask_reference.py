@@ -36,7 +36,7 @@ from support.references import (
     told,
     written,
 )
-from support.task_models import policy
+from support.task_models import policy, save
 
 pytestmark = pytest.mark.filterwarnings(  # peft asks transformers by an old name
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -240,3 +240,19 @@ def test_the_command_line(models, tmp_path):
         "--reference", models[1], "--bits", "512", "--seq-len", "12", "--dry-run"])
     assert shown.exit_code == 0, shown.output
     assert "reference " in shown.stdout and f"reference: loading {models[1]}" in shown.stderr
+
+
+def test_an_append_whose_reference_fails_leaves_nothing(models, tmp_path):
+    """A row of which the reference says no number, the second of two."""
+    network = other_network(tie_word_embeddings=False)
+    read = tokenizer()
+    network.transformer.wte.weight[read.convert_tokens_to_ids("never")] = float("nan")
+    reference = save(tmp_path / "reference", network, read)
+    out, before = tmp_path / "index", bare(6)
+    gradindex.build(models[0], before[:4], out, reference=reference, **SMALL)
+    files = files_of(out)
+    with pytest.raises(InputError, match=r"the data given:2: the reference .* gives its answers no "
+                       r"finite log p in float32\. Take the row out, .* a new build may"):
+        gradindex.append(out, [before[4], {**before[5], "chosen": " never good"}])
+    assert {name: content for name, content in files_of(out).items()
+            if name != "writer.json"} == files

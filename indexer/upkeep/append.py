@@ -5,6 +5,8 @@ is one commit. Since the curvature stays, its eigenvalues may no longer be those
 that is measured, and said.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -113,22 +115,18 @@ def _append(
     run = Run(index, manifest.next_id, manifest.next_segment, 0, plan.segment_size)
     if state.corpus is None:
         corpus.documents_before = manifest.documents
-        try:
+        with _all_or_nothing(state, run):
             state.corpus = read_records(corpus, run, progress)
-        except InputError:  # data that can't be used leave nothing that had to be discarded
-            state.path.unlink()
-            ingest.remove_unsealed(index, run.number)
-            drop_unasked(run)
-            raise
         state.save()
     run = replace(run, count=state.corpus.sequences)
-    ingest.report_read(state.corpus, manifest.sequence_length, progress)
+    ingest.report_read(state.corpus, plan, progress)
     if reference is not None:
         stays = may_stay(fitted.model, run, reference, plan)
         if not stays:  # loaded again when it is used again
             fitted = FittedModel(manifest, contents.files, fitted.source)
-        ask_reference(run, reference, fitted.source, fitted.model if stays else None, plan,
-                      progress)
+        with _all_or_nothing(state, run):
+            ask_reference(run, reference, fitted.source, fitted.model if stays else None, plan,
+                          progress)
     ingest.check_disk(run, manifest.code["length"], fit=0)
 
     # 3) every sequence → a code
@@ -148,6 +146,18 @@ def _append(
     (index / APPEND).unlink()
     progress.say(f"index: {run.count:,} sequences appended, ids {run.first} to "
                  f"{run.first + run.count - 1}")
+
+
+@contextlib.contextmanager
+def _all_or_nothing(state: AppendState, run: Run) -> Iterator[None]:
+    """Let data that can't be used leave nothing of an append that had to be discarded."""
+    try:
+        yield
+    except InputError:
+        state.path.unlink()
+        ingest.remove_unsealed(run.index, run.number)
+        drop_unasked(run)
+        raise
 
 
 def _commit(
