@@ -148,7 +148,7 @@ def test_a_reward_model_says_which_pairs_taught_a_preference(rewarded):
     assert result.query.log_p == pytest.approx(-np.log1p(np.exp(other - one)), rel=1e-3)
     hit = result[0]
     assert hit.tokens[: hit.border][0] == hit.tokens[hit.border].strip() == "[CLS]"
-    assert "log σ(r(chosen) − r(rejected))" in result.units
+    assert "log σ(r(chosen) − r(rejected) − margin)" in result.units
     np.testing.assert_allclose(sum(hit.token_influence), hit.influence, rtol=1e-4, atol=1e-4)
     # the difference of both answers' own rewards goes the same way
     single = {name: rewarded.search(prompt="why was it", response=asked[name], k=20)
