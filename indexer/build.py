@@ -98,7 +98,7 @@ def build(request: BuildRequest) -> ModelSource | None:
             empty = Run(index, 0, 0, 0, request.plan.segment_size)
             state.corpus = read_records(request.corpus, empty, progress)
             state.save()
-        ingest.report_read(state.corpus, state.plan.sequence_length, progress)
+        ingest.report_read(state.corpus, state.plan, progress)
         ingest.check_classes(state.corpus, state.plan, progress)
         ingest.warn_few(state.corpus.sequences, progress)
         if request.reference is not None and shard.first:

@@ -193,7 +193,7 @@ def estimate(request: BuildRequest) -> Estimate:
     if reference is not None and asked is None:
         with without_adapters(model.network):
             asked = price(model, plan, data.sample, data.lengths, request.source.max_memory)
-    ingest.report_read(data.facts, plan.sequence_length, progress)
+    ingest.report_read(data.facts, plan, progress)
     ingest.warn_few(data.facts.sequences, progress)
     if data.share == 1:  # of data that are sorted a part may have one class
         ingest.check_classes(data.facts, plan, progress)
@@ -242,9 +242,8 @@ def estimate(request: BuildRequest) -> Estimate:
     return Estimate(
         model=f"{request.source.name}: {model.network.num_parameters() / 1e6:,.1f} M parameters in "
               f"{plan.dtype}; {modules}",
-        data=f"{facts.documents:,} documents → {facts.sequences:,} sequences of at most "
-             f"{plan.sequence_length} tokens, {facts.tokens:,} tokens"
-             + "".join(f"; {said}" for said in request.corpus.said_of_rows()),
+        data=ingest.amount(facts, plan) + "".join(
+            f"; {said}" for said in request.corpus.said_of_rows()),
         documents=facts.documents, sequences=facts.sequences, tokens=facts.tokens,
         read=data.share, stages=stages, disk=disk,
         # the fit's sums are gone before the first code is written

@@ -22,11 +22,12 @@ from gradindex.storage.layout import PARTIAL, segment_folder
 from gradindex.storage.manifest import Segment
 from gradindex.storage.records import Record
 from gradindex.storage.segments import SegmentFacts, SegmentReader
-from gradindex.task import TASKS
+from gradindex.task import TASKS, Task
 from indexer.read.corpus import Corpus, CorpusFacts
 from indexer.read.label_names import advice, check_numbers
 
 FEW = 100  # sequences
+FEW_CLASSES = 10  # that are counted one by one in a line
 
 
 @dataclass(frozen=True)
@@ -184,12 +185,30 @@ def remove_any(path: Path) -> None:
         path.unlink()
 
 
-def report_read(facts: CorpusFacts, length: int, progress: Progress) -> None:
+def amount(facts: CorpusFacts, settings: CorpusSettings) -> str:
+    """How much was read, in words.
+
+    >>> amount(CorpusFacts(40, 40, 960), CorpusSettings(14, task="reward"))
+    '40 pairs of texts of at most 14 tokens each, 960 tokens'
+    """
+    what, each = f"{facts.documents:,} documents → {facts.sequences:,} sequences", ""
+    if settings.task != "causal":  # a row is one sequence
+        of_pairs = Task(settings.task).of_pairs
+        what = f"{facts.sequences:,} {'pairs of texts' if of_pairs else 'labelled texts'}"
+        each = " each" * of_pairs
+    return f"{what} of at most {settings.sequence_length} tokens{each}, {facts.tokens:,} tokens"
+
+
+def report_read(facts: CorpusFacts, settings: CorpusSettings, progress: Progress) -> None:
     """Say what was read."""
-    progress.say(
-        f"data: {facts.documents:,} documents → {facts.sequences:,} sequences of at most "
-        f"{length} tokens, {facts.tokens:,} tokens, {facts.scored_tokens:,} scored"
-    )
+    more = ""
+    if settings.task == "causal":
+        more = f", {facts.scored_tokens:,} scored"
+    elif facts.labels:
+        counts = [f"{facts.labels[name]:,} × {name}" for name in settings.labels
+                  if name in facts.labels]
+        more = f": {', '.join(counts[:FEW_CLASSES])}" + ", …" * (len(counts) > FEW_CLASSES)
+    progress.say(f"data: {amount(facts, settings)}{more}")
     if facts.skipped:
         progress.say(f"skipped: {by_reason(facts.skipped)}")
         for example in facts.examples:

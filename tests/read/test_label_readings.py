@@ -11,8 +11,8 @@ from gradindex.errors import BadRowError, InputError
 from gradindex.model.class_labels import label_number
 from gradindex.progress import Progress
 from gradindex.storage.build_plan import CorpusSettings
-from indexer.read.corpus import Corpus
-from indexer.read.ingest import check_classes, check_read
+from indexer.read.corpus import Corpus, CorpusFacts
+from indexer.read.ingest import check_classes, check_read, report_read
 from support.task_models import tokenizer_of_texts
 
 WITHOUT = ("LABEL_0", "LABEL_1")
@@ -190,3 +190,19 @@ def test_many_rows_that_are_lost_are_warned_of():
     list(found.sequences())
     assert found.said_of_rows() == [
         "warning: 1 of 2 rows (50%) can't be used and are left out: 1 × empty text"]
+
+
+@pytest.mark.parametrize("settings, facts, line", [
+    ({"task": "classification", "labels": WORDS}, CorpusFacts(9, 9, 80, 9, {"good": 6, "bad": 3}),
+     "data: 9 labelled texts of at most 14 tokens, 80 tokens: 3 × bad, 6 × good"),
+    ({"task": "reward"}, CorpusFacts(40, 40, 960, 40),
+     "data: 40 pairs of texts of at most 14 tokens each, 960 tokens"),
+    ({"task": "preference"}, CorpusFacts(1, 1, 20, 1),
+     "data: 1 pairs of texts of at most 14 tokens each, 20 tokens"),
+    ({}, CorpusFacts(4, 6, 80, 74),
+     "data: 4 documents → 6 sequences of at most 14 tokens, 80 tokens, 74 scored"),
+])
+def test_what_was_read_is_said_in_the_tasks_words(settings, facts, line):
+    said = io.StringIO()
+    report_read(facts, CorpusSettings(14, **settings), Progress(said))
+    assert said.getvalue() == line + "\n"
