@@ -66,6 +66,8 @@ def check_loading(source: ModelSource, network: Any, loading: dict[str, Any]) ->
     name, loaded = source.name, type(network).__name__
     owners = getattr(network.config, "architectures", None) or []
     dropped = [key for key in loading["unexpected_keys"] if not _is_left_out(key, network.config)]
+    if source.head is not None:  # its base may have been saved with another head, as in training
+        dropped = [key for key in dropped if _is_of_body(key, network)]
     users = [] if owners or not dropped else _users(network, dropped)
     tasks = " or ".join(sorted({task for user in users for task in tasks_of(user)}))
     brought: Collection[str] = () if source.head is None else source.head.tensors
@@ -88,9 +90,12 @@ def check_loading(source: ModelSource, network: Any, loading: dict[str, Any]) ->
             f"the weights of {name} don't fit its config.json: {tensor} is {list(found)}, expected "
             f"{list(expected)}. Put the config.json there that was saved with these weights."
         )
-    if not dropped or source.head is not None:  # of another head, as in training
+    if not dropped:
         return
-    if any("v_head" in key for key in dropped):
+    if source.head is not None:
+        whose = "They are of the layers under the adapter and its head, which its training used " \
+                "if they were there: put the config.json there that was saved with these weights."
+    elif any("v_head" in key for key in dropped):
         whose = "They are a value head's, as TRL's AutoModelForCausalLMWithValueHead saves it: " \
                 "save the model inside by itself (its pretrained_model.save_pretrained)."
     elif set(owners) - {loaded}:
@@ -118,6 +123,12 @@ def _tensors(names: Collection[str]) -> str:
     """
     shown = ", ".join(sorted(names)[:5]) + ", …" * (len(names) > 5)
     return f"{len(names)} tensor{'s' * (len(names) > 1)} ({shown})"
+
+
+def _is_of_body(key: str, network: Any) -> bool:
+    """Whether a tensor belongs to a part that a network has under its head."""
+    name = key.removeprefix(f"{network.base_model_prefix}.")
+    return name.partition(".")[0] in dict(network.base_model.named_children())
 
 
 def _is_left_out(key: str, config: Any) -> bool:

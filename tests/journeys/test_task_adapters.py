@@ -131,6 +131,14 @@ def test_adapters_that_are_refused(tmp_path):
     for task, message in refusals:
         with pytest.raises(InputError, match=message):
             make_request(folder, sentences(4), "nowhere", task=task, **SMALL)
+    # of the base's own layers nothing may be dropped, as of its head
+    file = tmp_path / "llama" / "base" / "config.json"
+    config = file.read_text()
+    file.write_text(json.dumps({**json.loads(config), "num_hidden_layers": 1}))
+    with pytest.raises(InputError, match=r"hold 9 tensors \(model\.layers\.1\..*They are of the "
+                       r"layers under the adapter .*base of the adapter"):
+        make_request(folder, sentences(4), "nowhere", **SMALL)
+    file.write_text(config)
     with pytest.raises(InputError, match=r"lack 1 tensor \(score\.weight\).*base of the adapter"):
         make_request(without(folder, "score"), sentences(4), "nowhere", **SMALL)
 
