@@ -14,7 +14,7 @@ from gradindex.influence.codes import Codes, CodeSettings
 from gradindex.influence.curvature import Ekfac
 from gradindex.influence.gradients import backward
 from gradindex.memory import Allowance
-from gradindex.model.adapters import IDLE, OWN
+from gradindex.model.adapters import IDLE, OWN, untrained
 from gradindex.model.devices import free_on
 from gradindex.model.model_source import ModelSource
 from gradindex.model.network import LanguageModel
@@ -80,6 +80,10 @@ def load_model(
     layout.refuse_equal_files(state.path.parent, tracked)
     rest = untracked(model.network, tracked, anatomy)
     progress.say(f"modules: {describe_modules(model, tracked, rest)}")
+    for name, count in untrained(model.network).items():
+        progress.say(f"warning: the adapter {name} was never trained: B of its LoRA is 0 in all of "
+                     f"{count} layers, so it adds nothing to its base, and its A has no gradient. "
+                     "Give the adapter as training saved it")
     # what nobody chose to leave out, and is more than norms and the like
     lost = {what: share for what, share in rest.items()
             if what not in (*TRACKABLE, *SMALL_PARTS, IDLE)}

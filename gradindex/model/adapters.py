@@ -295,6 +295,22 @@ def adapter_facts(network: nn.Module) -> list[str]:
     ]
 
 
+def untrained(network: nn.Module) -> dict[str, int]:
+    """Of the running adapters those whose LoRA adds nothing, and in how many layers: B is 0 in all.
+
+    So each begins, and so does what training never reached.
+    """
+    layers: dict[str, list[bool]] = {}
+    for _, layer in _adapter_layers(network):
+        for name in sorted(_running(layer)):
+            for parts in (getattr(layer, "lora_B", {}), getattr(layer, "lora_embedding_B", {})):
+                if name in parts:
+                    part = parts[name]
+                    tensors = part.parameters() if isinstance(part, nn.Module) else [part]
+                    layers.setdefault(name, []).append(not any(map(Tensor.any, tensors)))
+    return {name: len(zero) for name, zero in layers.items() if all(zero)}
+
+
 def no_adapter(network: nn.Module) -> str:
     """Why a network has no adapter's map to track, in words for a message."""
     layers = [layer for _, layer in _adapter_layers(network)]

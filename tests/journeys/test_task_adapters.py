@@ -12,8 +12,12 @@ from safetensors.torch import load_file, save_file
 
 import gradindex
 from gradindex.errors import IndexMismatchError, InputError
+from gradindex.model.adapters import untrained
 from gradindex.model.network import LanguageModel
 from indexer.build_request import make_request
+from indexer.prepare import load_model
+from indexer.state import BuildState
+from support.references import Said
 from support.task_models import (
     FAMILIES,
     answers,
@@ -110,6 +114,27 @@ def test_an_adapter_as_older_ones_were_saved(tmp_path):
     assert index.manifest.plan.labels == plan.labels
     assert [module.name for module in index.manifest.modules if module.kind == "head"] == [
         "score.modules_to_save.default"]
+
+
+def test_an_adapter_that_was_never_trained(tmp_path):
+    """LoRA's B begins at 0: said where it is so in all layers, before anything is read."""
+    network = peft.get_peft_model(network_of_texts("bert", 2, torch.float32), peft.LoraConfig(
+        task_type="SEQ_CLS", r=2, target_modules=BASES["bert"][1], lora_bias=True))
+    assert untrained(network) == {"default": 4}
+    said = Said()
+    request = make_request(network, sentences(4), tmp_path, tokenizer=tokenizer_of_texts(),
+                           labels=["negative", "positive"], **SMALL)
+    load_model(request.source, request.dtype, BuildState.open(tmp_path, request.plan, said), said)
+    [line] = [line for line in said.lines if line.startswith("warning: the adapter")]
+    assert "default was never trained: B of its LoRA is 0 in all of 4 layers, so it adds" in line
+    *_, bias = (parameter for name, parameter in network.named_parameters()
+                if name.endswith("lora_B.default.bias"))
+    with torch.no_grad():
+        bias[3] = 0.5
+        assert untrained(network) == {}
+        bias[3] = 0.0
+    with network.disable_adapter():
+        assert untrained(network) == {}  # none runs
 
 
 def without(folder, *names):
