@@ -31,7 +31,7 @@ from indexer.read.choose_form import ChosenForms, field_names
 from indexer.read.conversations import encode_conversation, encode_exchange, holds_messages
 from indexer.read.derived import derived
 from indexer.read.discover import discover
-from indexer.read.label_names import note_label
+from indexer.read.label_names import advice, note_label
 from indexer.read.rows import Row, said_of_lost
 from indexer.read.sources import (
     DATA_FORMS,
@@ -131,8 +131,9 @@ class Corpus:
 
     def said_of_rows(self) -> list[str]:
         """What is to be known of the rows that were read, a line each."""
-        lines = (said_of_lost(self.lost, self.rows), self._cut_documents(), self._unread_fields(),
-                 self._unshown_parts())
+        to_do = advice(self.facts.found, self.settings.labels)
+        lines = (said_of_lost(self.lost, self.rows, to_do), self._cut_documents(),
+                 self._unread_fields(), self._unshown_parts())
         return [line for line in lines if line]
 
     def _cut_documents(self) -> str | None:

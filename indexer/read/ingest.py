@@ -124,8 +124,6 @@ def write_records(corpus: Corpus, run: Run, progress: Progress) -> CorpusFacts:
     check_read(corpus)
     for line in corpus.said_of_rows():
         progress.say(line)
-    if corpus.lost and (said := advice(corpus.facts.found, corpus.settings.labels)):
-        progress.say(f"labels: {said}")
     return corpus.facts
 
 

@@ -8,7 +8,12 @@ import re
 from collections.abc import Mapping, Sequence
 
 from gradindex.errors import InputError
-from gradindex.model.class_labels import called_by_numbers, read_label, shown_label
+from gradindex.model.class_labels import (
+    UNLABELLED,
+    called_by_numbers,
+    read_label,
+    shown_label,
+)
 from indexer.read.sources import DataSource, noted_features
 
 SHOWN = 8  # labels in a message
@@ -75,7 +80,7 @@ def check_numbers(found: Mapping[str, int], labels: Sequence[str], settled: bool
         unsure = bool(told) and not right and not settled and bool(
             counts.keys() & (names | places))
         if wrong > right or unsure:
-            raise _refused(counts, labels, told or sorted(names))
+            raise _refused(counts, labels, told or sorted(names), settled)
 
 
 def _counted(labels: Sequence[str]) -> list[float] | None:
@@ -93,23 +98,31 @@ def _counted(labels: Sequence[str]) -> list[float] | None:
 
 
 def _refused(
-    counts: Mapping[float, int], labels: Sequence[str], names: Sequence[float]
+    counts: Mapping[float, int], labels: Sequence[str], names: Sequence[float], settled: bool
 ) -> InputError:
     """What to say of numbers that may be names, in the model's order, or places."""
     by_name = ",".join(f"{number:g}" for number in names)
     by_place = ",".join(map(str, range(len(labels))))
     numbers = ", ".join(f"{number:g}" for number in sorted(counts)[:SHOWN])
+    more = ", …" * (len(counts) > SHOWN)
+    found = f"the labels of the data are the numbers {numbers}{more}, the model's classes are " \
+            f"{', '.join(labels)[:200]}, and a number "
+    if settled:
+        return InputError(
+            f"{found}is read as a name of these, as was said when they were named. Write the "
+            f"classes' names, or build an index with --labels {by_place} if the data's 0 means the "
+            "first of them.")
     return InputError(
-        f"the labels of the data are the numbers {numbers}{', …' * (len(counts) > SHOWN)}, the "
-        f"model's classes are {', '.join(labels)[:200]}, and a number may be meant as a name or as "
-        "a place among them, from 0 on. Say what the data call the classes, in the model's order: "
-        f"--labels {by_name} if {names[0]:g} means the first of them, --labels {by_place} if 0 "
-        "does.")
+        f"{found}may be meant as a name or as a place among them, from 0 on. Say what the data "
+        f"call the classes, in the model's order: --labels {by_name} if {names[0]:g} means the "
+        f"first of them, --labels {by_place} if 0 does.")
 
 
 def advice(found: Mapping[str, int], labels: Sequence[str]) -> str:
     """What to do about labels of the data that are none of the model's; empty for nothing."""
     numbers = called_by_numbers(labels) or list(map(float, range(len(labels))))
+    if len(found) != len(labels):  # else −1 may be one of two classes
+        numbers = [*numbers, UNLABELLED]
     ours = {label.strip().casefold() for label in labels}
     strange = [label for label in found if label.casefold() not in ours
                and read_label(label) not in numbers]
@@ -117,11 +130,11 @@ def advice(found: Mapping[str, int], labels: Sequence[str]) -> str:
         return ""
     theirs = sorted(found, key=_numbers_in_order)
     shown = ", ".join(theirs[:SHOWN]) + ", …" * (len(theirs) > SHOWN)
-    example = f": --labels {','.join(theirs)} if {theirs[0]} is {labels[0]}" \
+    example = f" {','.join(theirs)} if {theirs[0]} is {labels[0]}" \
         if len(theirs) == len(labels) else ""
     return (f"The labels of the data are {shown}; the model's classes are "
-            f"{', '.join(labels)[:200]}. Where they are the same by other names, give those of the "
-            f"data in the model's order with --labels{example}.")
+            f"{', '.join(labels)[:200]}. Where they are the same by other names, build with those "
+            f"of the data, in the model's order: --labels{example or ' A,B,…'}.")
 
 
 def _numbers_in_order(label: str) -> float:

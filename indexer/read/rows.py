@@ -24,11 +24,11 @@ def as_object(content: Any) -> Row:
     return BadRowError(f"not an object (a {type(content).__name__}{remedy})")
 
 
-def said_of_lost(lost: Mapping[str, int], rows: int) -> str | None:
+def said_of_lost(lost: Mapping[str, int], rows: int, advice: str = "") -> str | None:
     """What to say where many of the rows were `lost`, counted by reason; None for few.
 
-    >>> said_of_lost({"no label": 3}, 10)
-    "warning: 3 of 10 rows (30%) can't be used and are left out: 3 × no label"
+    >>> said_of_lost({"no label": 3}, 10, "Label them.")
+    "warning: 3 of 10 rows (30%) can't be used and are left out: 3 × no label. Label them."
     """
     count = sum(lost.values())
     if count <= NOTABLE * rows:
@@ -37,4 +37,4 @@ def said_of_lost(lost: Mapping[str, int], rows: int) -> str | None:
     why = ", ".join(f"{lost[reason]:,} × {reason}" for reason in reasons[:MOST_REASONS])
     more = ", …" * (len(reasons) > MOST_REASONS)
     return (f"warning: {count:,} of {rows:,} rows ({count / rows:.0%}) can't be used and are left "
-            f"out: {why}{more}")
+            f"out: {why}{more}" + (f". {advice}" if advice else ""))

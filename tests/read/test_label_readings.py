@@ -89,7 +89,8 @@ def test_what_is_settled_stays_so():
     assert read([1, 2, 2], STARS, settled=True) == [0, 1, 1]
     assert read([2, 3], WORDED, settled=True) == [2, 3]
     assert read([1, 1, 2, 3], WORDS, settled=True) == [1, 1, 2]  # the 3 is a stray one
-    with pytest.raises(InputError, match="may be meant as a name or as a place"):
+    with pytest.raises(InputError, match=r"is read as a name of these.*--labels 0,1,2,3,4 if the "
+                       "data's 0 means the first"):
         read([0, 1, 2], STARS, settled=True)
 
 
@@ -152,12 +153,13 @@ def test_one_label_by_name_is_a_bad_row():
 
 @pytest.mark.parametrize("labels, names, message", [
     (["good", "bad", "good"], WITHOUT, "are good, bad; the model's classes are LABEL_0, LABEL_1. "
-     "Where they are the same by other names, give those of the data in the model's order with "
-     "--labels: --labels good,bad if good is LABEL_0"),
+     "Where they are the same by other names, build with those of the data, in the model's order: "
+     "--labels good,bad if good is LABEL_0"),
     (["neg", "pos"], ("NEGATIVE", "POSITIVE"), "--labels neg,pos if neg is NEGATIVE"),
-    (["a", "b", "c"], ("NEGATIVE", "POSITIVE"), "a, b, c; .* with --labels.$"),
+    (["a", "b", "c"], ("NEGATIVE", "POSITIVE"), "a, b, c; .*: --labels A,B,…"),
     ([True, False], WORDS, "are true, false; the model's classes are bad, so, good"),
     ([7, "9", 8], WORDS, "--labels 7,8,9 if 7 is bad"),
+    ([-1, -1], WORDS, "2: unlabelled .−1.[.]$"),  # as a test set has it
 ])
 def test_labels_that_all_are_others_are_refused_with_advice(labels, names, message):
     with pytest.raises(InputError, match=f"no row that can be used.*{message}"):
@@ -184,7 +186,9 @@ def test_many_rows_that_are_lost_are_warned_of():
     [said] = found.said_of_rows()
     assert said == (
         "warning: 3 of 7 rows (43%) can't be used and are left out: 1 × a label outside the "
-        "model's classes, 1 × no label, 1 × a label that is no class")
+        "model's classes, 1 × no label, 1 × a label that is no class. The labels of the data are "
+        "-1, bad, good, so; the model's classes are bad, good. Where they are the same by other "
+        "names, build with those of the data, in the model's order: --labels A,B,….")
     found = Corpus([[{"text": "good film"}, {"text": ""}]], tokenizer_of_texts(),
                    CorpusSettings(32), vocabulary=40)
     list(found.sequences())
