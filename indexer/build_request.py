@@ -18,7 +18,7 @@ from gradindex.errors import InputError
 from gradindex.memory import parse_bound
 from gradindex.model.chat_template import marks_answers, read_chat_template
 from gradindex.model.checkpoint import check_checkpoint
-from gradindex.model.class_labels import called_by_numbers
+from gradindex.model.class_labels import is_number
 from gradindex.model.config import context_length
 from gradindex.model.devices import has_fast_float64
 from gradindex.model.identity import tokenizer_digest
@@ -167,7 +167,7 @@ def make_request(
 
     # 3) the data: found, of one kind, and digested, so that other content is another plan
     corpus = open_corpus(data, source, settings, asked, strict,
-                         settled=bool(labels) and called_by_numbers(settings.labels) is not None)
+                         settled=bool(labels) and any(map(is_number, settings.labels)))
     if corpus.kind == "messages" and not marks_answers(corpus.tokenizer):
         progress.say("chats: the chat template has no {% generation %} marks, so the assistant's "
                      "words are found turn by turn; if training used another template, give it "

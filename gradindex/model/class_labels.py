@@ -76,7 +76,7 @@ def read_label(value: Any) -> Any:
     if isinstance(value, bool):  # which tables write as text
         return str(value).lower()
     if isinstance(value, str):
-        if not _NUMBER.fullmatch(value):
+        if not is_number(value):
             text = value.strip()
             return text.lower() if text.lower() in TRUTHS else text
         number = float(value)
@@ -94,13 +94,18 @@ def shown_label(value: Any) -> str | None:
     return None
 
 
+def is_number(text: str) -> bool:
+    """Whether a text is a number, as tables have labels."""
+    return _NUMBER.fullmatch(text) is not None
+
+
 def called_by_numbers(labels: Sequence[str]) -> list[float | None] | None:
     """The numbers that classes are called, where one of these isn't the class's place; else None.
 
     >>> called_by_numbers(["1", "2", "none"]), called_by_numbers(["0", "1"])
     ([1.0, 2.0, None], None)
     """
-    numbers = [float(label) if _NUMBER.fullmatch(label) else None for label in labels]
+    numbers = [float(label) if is_number(label) else None for label in labels]
     apart = any(number not in (None, place) for place, number in enumerate(numbers))
     return numbers if apart else None
 

@@ -68,7 +68,7 @@ def check_numbers(found: Mapping[str, int], labels: Sequence[str], settled: bool
               if isinstance(number := read_label(label), (int, float))}
     as_names, places = called_by_numbers(labels), set(map(float, range(len(labels))))
     told = [number for number in as_names or _counted(labels) or () if number is not None]
-    if settled and not told:
+    if settled and not as_names:
         return
     # where the names tell nothing, labels may still count from 1, or from −1
     for names in [set(told)] if told else [{at + 1 for at in places}, {at - 1 for at in places}]:

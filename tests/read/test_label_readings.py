@@ -11,9 +11,10 @@ from gradindex.errors import BadRowError, InputError
 from gradindex.model.class_labels import label_number
 from gradindex.progress import Progress
 from gradindex.storage.build_plan import CorpusSettings
+from indexer.build_request import make_request
 from indexer.read.corpus import Corpus, CorpusFacts
 from indexer.read.ingest import check_classes, check_read, report_read
-from support.task_models import tokenizer_of_texts
+from support.task_models import network_of_texts, tokenizer_of_texts
 
 WITHOUT = ("LABEL_0", "LABEL_1")
 STARS = ("1", "2", "3", "4", "5")
@@ -88,10 +89,29 @@ def test_what_is_settled_stays_so():
     """As it was said, or in an index that more is appended to; unless the data say otherwise."""
     assert read([1, 2, 2], STARS, settled=True) == [0, 1, 1]
     assert read([2, 3], WORDED, settled=True) == [2, 3]
+    assert read([2, 3, 5], WORDED, settled=True) == [2, 3]
     assert read([1, 1, 2, 3], WORDS, settled=True) == [1, 1, 2]  # the 3 is a stray one
     with pytest.raises(InputError, match=r"is read as a name of these.*--labels 0,1,2,3,4 if the "
                        "data's 0 means the first"):
         read([0, 1, 2], STARS, settled=True)
+
+
+def test_every_advice_can_be_followed():
+    """Names that are given as numbers settle it, also where these are the places."""
+    network = network_of_texts("bert", 3)
+    rows = [{"text": "good film", "label": label} for label in (0, 1, 2, 3, 3, -1)]
+    asked = {"tokenizer": tokenizer_of_texts(), "seq_len": 16}
+    for given, settled in (((), False), (WORDS, False), (("0", "1", "2"), True),
+                           (("1", "2", "3"), True)):
+        found = make_request(network, rows, "nowhere", labels=given, **asked).corpus
+        assert found.settled is settled
+        numbers = [record.label for record in found.sequences()]
+        if settled:
+            check_read(found)
+            assert numbers == ([0, 1, 2] if given[0] == "0" else [0, 1, 2, 2])
+        else:  # more of what counts from 1 than from 0
+            with pytest.raises(InputError, match=r"--labels 1,2,3 if 1 means .* --labels 0,1,2 if"):
+                check_read(found)
 
 
 def test_numbers_of_a_data_set_that_names_them_are_places(tmp_path):
