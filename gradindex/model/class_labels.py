@@ -88,7 +88,8 @@ def shown_label(value: Any) -> str | None:
     """A label as it is shown, the same however it was written; None where it says nothing."""
     found = read_label(value)
     if isinstance(found, str):
-        return found[:60]
+        # half a character could be kept in no file
+        return found[:60].encode(errors="backslashreplace").decode()
     if isinstance(found, (int, float)):
         return shown(found) if abs(found) > 1e15 else f"{found:.15g}"
     return None

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 
 import pyarrow
 import pyarrow.parquet
@@ -184,6 +185,15 @@ def test_one_label_by_name_is_a_bad_row():
 def test_labels_that_all_are_others_are_refused_with_advice(labels, names, message):
     with pytest.raises(InputError, match=f"no row that can be used.*{message}"):
         read(labels, names)
+
+
+def test_labels_that_are_shown_can_be_kept():
+    found = corpus(["\ud800 x", "a" * 99, "1.50", True, 10**400, [1], None, ""], ("0", "1.5"))
+    assert len(list(found.sequences())) == 1
+    assert found.facts.found == {
+        "\\ud800 x": 1, "a" * 60: 1, "1.5": 1, "true": 1, "a huge number": 1}
+    assert json.loads(json.dumps(found.facts.found, ensure_ascii=False).encode()) == \
+        found.facts.found
 
 
 @pytest.mark.parametrize("labels, message", [
