@@ -21,6 +21,7 @@ from gradindex.storage.manifest import Manifest
 from search.ask.controls import ControlArguments, Controls
 from search.ask.keywords import QuestionOptions, SearchArguments, split, with_keywords
 from search.ask.make_query import aggregate, make_query
+from search.ask.naming import in_python
 from search.ask.question import Question
 from search.ask.settings import Settings, settle
 from search.rank.named import place_of, rescore_named
@@ -78,6 +79,7 @@ class Searcher:
     # ---- what is asked
 
     @with_keywords
+    @in_python()
     def search(
         self, prompt: str | None = None, completion: str | None = None,
         **arguments: Unpack[SearchArguments],
@@ -96,6 +98,7 @@ class Searcher:
         return drain(self.stages([query], settings, conclude_early=True))
 
     @with_keywords
+    @in_python()
     def search_many(
         self, queries: Iterable[Query | Mapping[str, Any]], aggregated: bool = False,
         **arguments: Unpack[ControlArguments],
@@ -113,6 +116,7 @@ class Searcher:
         return (stage.result for stage in stages if stage.result is not None)
 
     @with_keywords
+    @in_python()
     def compare(
         self, prompt: str, completions: Sequence[str], score_on: str | None = None,
         **arguments: Unpack[ControlArguments],
@@ -158,6 +162,7 @@ class Searcher:
         return max(1, min(LARGEST_GROUP, LARGEST_SCORES // len(self)))
 
     @with_keywords
+    @in_python()
     def rescore(
         self, prompt: str | None = None, completion: str | None = None, *, ids: Iterable[int],
         **arguments: Unpack[SearchArguments],
@@ -175,6 +180,7 @@ class Searcher:
         return [hit for hits in rescore_named(self.snapshot, query, places, settings,
                                               self.batch_tokens) for hit in hits]
 
+    @in_python()
     def audit(
         self, against: "str | Path | Iterable[Query | Mapping[str, Any]] | None" = None,
         truth: str | None = None, exact: int | None = MOST_EXACT, damping: float | None = None,
@@ -197,6 +203,7 @@ class Searcher:
         return audit(self.snapshot, settings, self.batch_tokens, trusted, exact, truth=truth)
 
     @with_keywords
+    @in_python()
     def make_query(
         self, prompt: str | None = None, completion: str | None = None, *, id: Any = None,
         **arguments: Unpack[QuestionOptions],

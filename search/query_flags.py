@@ -251,8 +251,8 @@ def complain(query_file: "QueryFile", progress: "Progress") -> None:
     """Say which lines of a file of queries are left out, and why; and what of them isn't read."""
     if query_file.unread:
         progress.say(f"queries: not read: {', '.join(query_file.unread)}")
-    for problem in query_file.problems:
-        progress.say(f"left out: {problem}")
+    for complaint in query_file.complaints():
+        progress.say(f"left out: {complaint}")
 
 
 # ---- what is written

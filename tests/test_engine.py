@@ -263,10 +263,10 @@ def test_defaults_shrink_with_the_index(index):
     assert len(result) == 20 and result.shortlist <= len(index)
     assert index.search(**QUESTION, k=len(index)).shortlist == len(index)
     for arguments, message in [
-        (dict(k=0), "-k 0: expected 1 to"), (dict(k=10**6), "expected 1 to"),
-        (dict(k=9, shortlist=8), "expected at least -k, 9"),
+        (dict(k=0), "^k 0: expected 1 to"), (dict(k=10**6), "expected 1 to"),
+        (dict(k=9, shortlist=8), "expected at least k, 9"),
         (dict(shortlist="most"), "expected a number or all"),
-        (dict(train_sequences=-3), "--train-sequences -3: expected a number above 0"),
+        (dict(train_sequences=-3), "^train_sequences -3: expected a number above 0"),
     ]:
         with pytest.raises(InputError, match=message):
             index.search(**QUESTION, **arguments)

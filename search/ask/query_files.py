@@ -20,9 +20,11 @@ from gradindex.storage.os_errors import refusals
 from gradindex.task import label_field, text_fields
 from gradindex.terminal import json_text
 from search.ask.make_query import make_query
+from search.ask.naming import as_arguments
 from search.ask.query_tables import TABLES, QueryRow, table_rows
 from search.ask.question import Question
 from search.ask.settings import Settings
+from search.ask.task_query import ASKED, check_task
 
 FIELDS: dict[str, tuple[type, ...]] = {
     "prompt": (str, list), "completion": (str,), "messages": (list,), "tools": (list,),
@@ -35,20 +37,56 @@ FIELDS: dict[str, tuple[type, ...]] = {
 KINDS: dict[type, str] = {
     str: "text", list: "a list", dict: "an object", int: "a number", float: "a number"}
 OPENING = b'{"asked": "'  # of every line of results
+NUMBERS_SHOWN, KINDS_SHOWN = 5, 3  # of rows that can't be used, of what is wrong with them
+
+
+@dataclass
+class Problem:
+    """A row of a file of queries that can't be used: its number, why, and its query's id if any."""
+
+    path: Path
+    number: int
+    why: str
+    query: Any = None
+
+    def __str__(self) -> str:
+        of = "" if self.query is None else f"query {self.query!r}: "
+        return f"{self.path}:{self.number}: {of}{self.why}"
 
 
 @dataclass
 class QueryFile:
-    """The questions of a file by id (a line's own, else its number), and what was wrong in it.
+    """The questions of a file by id (a row's own, else its number), and what was wrong in it.
 
-    `origins` say where in the file each stands, `unread` which fields of rows of data are no part
-    of a question.
+    `numbers` say in which row each stands, `unread` which fields of rows of data are no part of a
+    question.
     """
 
+    path: Path
     questions: dict[Any, Question] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-    origins: dict[Any, str] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    numbers: dict[Any, int] = field(default_factory=dict)
     unread: list[str] = field(default_factory=list)
+
+    def blame(self, name: Any, why: str) -> None:
+        """Note what is wrong with a question."""
+        # as the file calls what is wrong: by the names of fields
+        self.problems.append(Problem(self.path, self.numbers[name], as_arguments(why), name))
+
+    def complaints(self) -> list[str]:
+        """What is wrong, each thing once, with the rows that it is wrong with."""
+        alike: dict[str, list[Problem]] = {}
+        for problem in self.problems:
+            alike.setdefault(problem.why, []).append(problem)
+        return [str(some[0]) if len(some) == 1 else f"{_several(some)}: {why}"
+                for why, some in alike.items()]
+
+
+def _several(problems: list[Problem]) -> str:
+    """Where problems of one kind stand, the first few by number."""
+    numbers = ", ".join(str(problem.number) for problem in problems[:NUMBERS_SHOWN])
+    return f"{problems[0].path}: {len(problems):,} rows ({numbers}" + \
+        f"{', …' * (len(problems) > NUMBERS_SHOWN)})"
 
 
 def read_queries(
@@ -59,9 +97,9 @@ def read_queries(
     `flag` is what named the file, for messages. A row has a prompt and completion (or messages,
     tools, …), versus, score_on, id; or is one of the data of another task, whose fields are called
     as the `settings` of the build have them, or as usual. One that can't be used becomes a problem;
-    the others are kept. Raises InputError where the file can't be read.
+    the others are kept. Raises InputError where the file can't be read, or no row of it be used.
     """
-    query_file = QueryFile()
+    query_file = QueryFile(path)
     for number, row in _rows(path, flag):
         try:
             question, unread = _question(row, number, settings)
@@ -69,14 +107,24 @@ def read_queries(
                 raise ValueError(f"the id {question.id!r} was there before (a line without an id "
                                  "has its number)")
             query_file.questions[question.id] = question
-            query_file.origins[question.id] = f"{path}:{number}"
+            query_file.numbers[question.id] = number
             query_file.unread += [name for name in unread if name not in query_file.unread]
         except ValueError as error:
-            query_file.problems.append(f"{path}:{number}: {error}")
-    # problems alone are told one by one; a file of blank lines would end in silence
+            query_file.problems.append(Problem(path, number, str(error)))
+    task = "" if settings is None else settings.task
+    for name, question in list(query_file.questions.items() if task else ()):
+        try:
+            check_task(task, question)
+        except InputError as error:
+            del query_file.questions[name]
+            query_file.blame(name, str(error).rstrip("."))
     if not query_file.questions and not query_file.problems:
         raise InputError(f"{flag} {path} holds no query; expected JSON lines with a prompt and "
                          "a completion.")
+    # before a model is loaded, and not only said: the file may be one for another index
+    if not query_file.questions:
+        raise InputError(f"{flag}: no row of {path} can be used. "
+                         + "; ".join(query_file.complaints()[:KINDS_SHOWN]) + ".")
     return query_file
 
 
@@ -119,7 +167,8 @@ def _question(
     query, unread = _of_data(row, settings or CorpusSettings(1, task=""))
     unknown = [name for name in query if name not in (*FIELDS, "id")]
     if unknown:
-        raise ValueError(f"unknown field {unknown[0]!r}; expected some of {', '.join(FIELDS)}, id")
+        known = [name for name in FIELDS if settings is None or name in ASKED[settings.task]]
+        raise ValueError(f"unknown field {unknown[0]!r}; expected some of {', '.join(known)}, id")
     if not query.keys() & {"prompt", "completion", "messages", "token_ids", "text", "chosen",
                            "response"}:
         raise ValueError("expected a prompt and a completion, messages, or token_ids; of a "
@@ -136,7 +185,7 @@ def _question(
 def _of_data(row: dict[str, Any], settings: CorpusSettings) -> tuple[dict[str, Any], list[str]]:
     """A row of data of another task as a question, and its fields that are no part of one.
 
-    Any other row is as it was.
+    Any other row is as it was. Raises ValueError for a text whose label is called otherwise.
     """
     fields: dict[str, str] = {}  # of a question: as the row calls them
     if settings.task in ("", "classification"):
@@ -146,7 +195,11 @@ def _of_data(row: dict[str, Any], settings: CorpusSettings) -> tuple[dict[str, A
             fields = dict(zip(("text", "text_b"), texts, strict=False))
         if texts and label:
             fields["label"] = label
-        elif not row.keys() <= {*(texts or ()), "id", "versus_label"}:  # a label that is misspelt?
+        elif stray := [name for name in row if name not in (*(texts or ()), "id", "versus_label")]:
+            if texts and settings.task and FIELDS.keys().isdisjoint(stray):
+                raise ValueError(f"a text without a label, and a field {stray[0]!r}: a label that "
+                                 f"is misspelt? Call it {settings.label_field or 'label'}, or "
+                                 "leave it out to ask about the model's own")
             fields = {}
     if settings.task != "classification" and not fields:
         called = {name: getattr(settings, f"{name}_field", None) or name
@@ -188,8 +241,7 @@ def make_queries(fitted: FittedModel, query_file: QueryFile, done: set[Any]) -> 
         try:
             queries.append(make_query(fitted, question))
         except InputError as error:
-            query_file.problems.append(
-                f"{query_file.origins[question.id]}: query {question.id!r}: {error}")
+            query_file.blame(question.id, str(error))
     return queries
 
 

@@ -33,7 +33,7 @@ ASKED = {
 }
 EXAMPLES = {
     "causal": "a prompt and a completion (-p, -c)",
-    "classification": 'a text and a label (--text "…" --label NAME)',
+    "classification": "a text and a label (--text, --label)",
     "reward": "a prompt with --chosen and --rejected, or with one --response",
     "preference": "a prompt with --chosen and --rejected, or with one --response",
 }
@@ -44,7 +44,7 @@ def check_task(task: str, question: Question) -> None:
     foreign = [name for name in question.given() if name not in ASKED[task]]
     if foreign:
         raise InputError(f"--{foreign[0].replace('_', '-')} has no use with an index of the task "
-                         f"{task}. Ask with {EXAMPLES[task]}.")
+                         f"{task}. Ask with {EXAMPLES[task]}.", foreign[0])
     if not question.given() and task != "causal":
         raise InputError(f"give a query: {EXAMPLES[task]}.")
 
@@ -88,8 +88,11 @@ def _labelled(fitted: FittedModel, question: Question) -> Query:
     if question.versus_label is not None:
         other = label_number(question.versus_label, names)
         if other == query.label:
-            raise InputError(f"--versus-label {question.versus_label} is the label itself: there "
-                             "is nothing to compare.")
+            raise InputError(
+                f"--versus-label {question.versus_label} is the label itself: there is nothing to "
+                "compare." if not query.generated else
+                f"--versus-label {question.versus_label} is the model's own label, which is asked "
+                "about where --label names none: there is nothing to compare. Give another one.")
         query.others = [_labelled(fitted, Question(
             text=question.text, text_b=question.text_b, label=names[other]))]
         query.others[0].weight = -1.0

@@ -14,6 +14,7 @@ from starlette.routing import Route
 
 from gradindex.errors import InputError
 from gradindex.model import tokenise
+from search.ask.naming import as_arguments
 from search.ask.task_query import EXAMPLES
 from search.serve.jobs import SearchJob
 from search.serve.openapi import openapi
@@ -125,7 +126,9 @@ class Api:
 
 def problem_json(status: int, message: str) -> JSONResponse:
     """The answer to what went wrong."""
-    return JSONResponse({"error": message}, status, retry_after(status))
+    # of a request alone: what else goes wrong is advice to who started the server
+    said = as_arguments(message) if status == 422 else message
+    return JSONResponse({"error": said}, status, retry_after(status))
 
 
 def _state(job: SearchJob) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from gradindex.errors import InputError
 from gradindex.results import Comparison, Result
 from gradindex.storage.manifest import model_name
 from search.ask.controls import CONTROLS
+from search.ask.naming import LABELS, as_labels
 from search.ask.settings import groupings
 from search.serve.examples import examples
 from search.serve.jobs import BusyError, SearchJob
@@ -104,9 +105,11 @@ class Pages:
 
     def fill(self, search: SearchRequest, job: SearchJob | None, error: str, on_hold: bool) -> str:
         """The page of a search. `on_hold`, it waits for a click: it was opened from elsewhere."""
-        return html.fill("search.html", **self._content(search, job), request=search, error=error,
-                         job=job, on_hold=on_hold, tokens=self.reception.tokens_of(search),
-                         controls=CONTROLS)
+        failed = "" if job is None else job.error
+        return html.fill("search.html", **self._content(search, job), request=search,
+                         error=as_labels(error), failed=as_labels(failed), job=job,
+                         on_hold=on_hold, tokens=self.reception.tokens_of(search),
+                         controls=CONTROLS, labels=LABELS)
 
     def _content(self, search: SearchRequest, job: SearchJob | None) -> dict[str, object]:
         """What a search page shows of a job."""

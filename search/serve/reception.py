@@ -54,7 +54,7 @@ class Reception:
                              f"{self.task} has none. Ask with {EXAMPLES[self.task]}.")
         if request.compare and (request.versus or not request.rescore):
             raise InputError("a comparison is of two completions, scored exactly: it can't go with "
-                             "versus or rescore=false.")
+                             "--versus or --no-rescore.")
         # N_train is the server's to say, and checked with the rest
         controls = replace(request.controls(), train_sequences=self.jobs.train_sequences)
         settings = settle(controls, self.searcher.manifest)

@@ -56,9 +56,10 @@ def audit(
         raise InputError("an audit scores in this process: it can't go with ray. Open the index "
                          "without it.")
     if exact is not None and exact < 1:
-        raise InputError(f"--exact {exact}: expected a number above 0, or all.")
+        raise InputError(f"--exact {exact}: expected a number above 0, or None for all.")
     if trusted is not None and not trusted:
-        raise InputError("--against: no query can be used; nothing to audit against.")
+        raise InputError("--against: there is no query to audit against; give one or more that are "
+                         "known to be right, or leave it out.")
 
     # 1) what the sequences are: every record is read once, and the truth is checked
     rows = read_rows(snapshot, truth, progress)

@@ -21,7 +21,7 @@ def read_trusted(path: Path, plan: Plan) -> QueryFile:
     query_file = read_queries(path, FLAG, plan.corpus)
     for name, question in list(query_file.questions.items()):
         if (why := _unanswered(question, plan.task)) is not None:
-            query_file.problems.append(f"{query_file.origins[name]}: query {name!r}: {why}")
+            query_file.blame(name, why)
             del query_file.questions[name]
     return query_file
 

@@ -120,21 +120,24 @@ def test_rows_that_cannot_be_asked_are_said_with_their_place(indexes, tmp_path):
         {"sentence": " ", "label": 1}, {"sentence": "good " * 40, "label": 1},
         {"sentence": "good", "label": -1}, {"prompt": "good", "completion": " film"}])
     found = read_queries(path, settings=CLASSES)
-    assert found.problems == [
-        f"{path}:2: unknown field 'sentence'; expected some of " + found.problems[0].split(
-            "some of ")[1], f"{path}:3: field 'label' is not text or a number"]
+    assert [str(problem) for problem in found.problems] == [
+        f"{path}:2: a text without a label, and a field 'lable': a label that is misspelt? Call it "
+        "label, or leave it out to ask about the model's own",
+        f"{path}:3: field 'label' is not text or a number",
+        f"{path}:8: query 8: prompt has no use with an index of the task classification. Ask with "
+        "a text and a label (text, label)"]
     made = make_queries(indexes["classification"].snapshot, found, set())
     assert [(query.id, query.label_name) for query in made] == [(1, "positive")]
     for number, reason in [(4, "outside the model's classes"), (5, "empty text"),
                            (6, "42 tokens, more than the model's context of 32"),
-                           (7, "unlabelled"), (8, "--prompt has no use with an index of")]:
-        [problem] = [one for one in found.problems if one.startswith(f"{path}:{number}: query")]
+                           (7, "unlabelled")]:
+        [problem] = [one.why for one in found.problems if one.number == number]
         assert reason in problem
     table = tmp_path / "rows.csv"
     table.write_bytes(b"text,label\ngood,1\ngood\nb\xffd,1\n,1\n")
     found = read_queries(table, settings=CLASSES)
-    assert list(found.questions) == [1] and [one.split(": ")[0] for one in found.problems] == [
-        f"{table}:{number}" for number in (2, 3, 4)]
+    assert list(found.questions) == [1] and [one.number for one in found.problems] == [
+        2, 3, 4]
     for name, content in (("a.csv", b"text,text\n1,2\n"), ("a.parquet", b"text"),
                           ("b.csv", b'text\n"open\n')):
         (tmp_path / name).write_bytes(content)
@@ -152,7 +155,7 @@ def test_rows_that_cannot_be_asked_are_said_with_their_place(indexes, tmp_path):
     ("classification", {"text": "good", "text_b": " "}, "empty text_b"),
     ("classification", {"text": "good", "label": 10**400}, "found a huge number"),
     ("classification", {"text": "good", "label": 1, "versus_label": "positive"}, "nothing to comp"),
-    ("reward", {"prompt": "why", "response": " good", "margin": 1.0}, "--margin goes with"),
+    ("reward", {"prompt": "why", "response": " good", "margin": 1.0}, "^margin goes with"),
     ("reward", {"prompt": "why", "chosen": " good", "rejected": " bad", "margin": float("inf")},
      "'margin' is no number"),
     ("reward", {"prompt": "why", "chosen": " good" * 40, "rejected": " bad"}, "43 tokens, more"),
@@ -185,3 +188,49 @@ def test_pairs_and_single_answers_share_a_session(task, indexes):
         assert hit.influence == pytest.approx(sum(
             {one.id: one.influence for one in found}[hit.id] for found in together),
             rel=1e-3, abs=1e-2)
+
+
+@pytest.mark.parametrize("task, rows, said", [
+    ("classification", [{"prompt": "a", "completion": f" {n}"} for n in range(7)],
+     "7 rows (1, 2, 3, 4, 5, …): prompt has no use with an index of the task classification. Ask "
+     "with a text and a label (text, label)."),
+    ("classification", [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2,
+     "2 rows (1, 2): prompt has no use"),
+    ("reward", [{"sentence": "good", "label": 1}] * 3,
+     "3 rows (1, 2, 3): unknown field 'sentence'; expected some of prompt, chosen, rejected, "
+     "response, margin, id."),
+    ("preference", [{"text": "good"}, {"text": "bad"}], "2 rows (1, 2): text has no use with"),
+    ("causal", [{"text": "good", "label": 1}], ":1: query 1: text has no use with an index of the "
+     "task causal. Ask with a prompt and a completion (prompt, completion)."),
+    ("reward", [{"prompt": "a", "completion": " b"}, {"prompt": "a", "chosen": 5}],
+     ":2: field 'chosen' is not text or a list; {path}:1: query 1: completion has no use with"),
+])
+def test_a_file_for_another_task_is_refused_once(task, rows, said, tmp_path):
+    path = written(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(InputError) as raised:
+        read_queries(path, settings=CorpusSettings(16, task=task))
+    message = str(raised.value)
+    assert message.startswith(f"--queries: no row of {path} can be used. {path}:")
+    assert said.format(path=path) in message and message.count("Ask with") <= 1
+
+
+def test_what_is_wrong_with_many_rows_is_said_once(indexes, tmp_path):
+    path = written(tmp_path / "rows.jsonl", [
+        {"text": "good", "label": "x"}, {"text": "good", "label": 1}, {"text": "so", "label": "x"},
+        {"text": "good", "versus_label": 5, "id": "one", "label": 1}, "good"])
+    found = read_queries(path, settings=CLASSES)
+    assert len(make_queries(indexes["classification"].snapshot, found, set())) == 1
+    said = found.complaints()
+    assert len(said) == 3 and said[0].startswith(f"{path}:5: expected an object")
+    assert said[1].startswith(f"{path}: 2 rows (1, 3): the query can't be read: a label outside")
+    assert said[2].startswith(f"{path}:4: query 'one': the query can't be read: a label outside")
+
+
+def test_a_label_is_not_compared_with_itself(indexes):
+    index = indexes["classification"]
+    own = index.search(text="good film", k=1).query.label_name
+    with pytest.raises(InputError, match=f"^versus_label {own} is the model's own label, which is "
+                       "asked about where label names none: there is nothing to compare. Give an"):
+        index.search(text="good film", versus_label=own)
+    with pytest.raises(InputError, match="^versus_label 1 is the label itself: there is nothing"):
+        index.search(text="good film", label="positive", versus_label=1)

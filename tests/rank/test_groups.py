@@ -283,7 +283,7 @@ def test_packed_sequences_count_by_their_shares(model_folder, tmp_path):
 
 def test_unknown_fields_are_refused_before_the_model(index_folder, tmp_path):
     index = gradindex.open(index_folder, model=tmp_path / "nowhere")
-    said = r"--group-by url: expected document, source or a field that was kept at the build " \
+    said = r"^group_by url: expected document, source or a field that was kept at the build " \
         r"\(kept were place\)"
     with pytest.raises(InputError, match=said):
         index.search(**QUESTION, group_by="url")

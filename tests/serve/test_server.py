@@ -22,11 +22,11 @@ from support.server import OWN, PAGE, QUERY, Running, same
 
 def test_forms_that_cant_be_used_are_told_on_the_page(running: Running) -> None:
     for more, said in (
-        ("&k=999", "k: "), ("&k=150", "-k 150: expected 1 to"), ("&k=x", "k: "),
+        ("&k=999", "k: "), ("&k=150", "“hits” 150: expected 1 to"), ("&k=x", "k: "),
         ("&shortlist=" + "9" * 5000, ""),
         ("&shortlist=" + "9" * 18, "shortlist"), ("&shortlist=٣x", "shortlist"),
         ("&unknown=1", "unknown"), ("&damping=-1", "damping"), ("&damping=nan", "damping"),
-        ("&score_on=9999", "the completion has"), ("&score_on=x", "--score-on"),
+        ("&score_on=9999", "the completion has"), ("&score_on=x", "“scored tokens” 'x': exp"),
         ("&scored_of=" + quote(QUERY["completion"]), "no token is chosen"),
         ("&modules=nonsense", "matches none"), ("&recall=2", "recall"),
         ("&versus=" + quote(QUERY["completion"]), "is the completion itself"),

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 import gradindex
 from gradindex.cli import main_group
+from search.ask.naming import LABELS, as_arguments, as_labels
 from search.engine import Searcher
 from search.serve.examples import examples
 from search.serve.request import SearchRequest, from_form
@@ -137,13 +138,15 @@ def test_the_form_follows_the_task(servers: dict[str, Running]) -> None:
     ("classification", {**CLASS, "label": 7}, "expected 0 to 2"),
     ("classification", {**CLASS, "versus_label": "positive"}, "is the label itself"),
     ("classification", {**CLASS, "prompt": "good"}, "--prompt has no use"),
+    ("classification", {"text": "so", "label": 0, "versus_label": 0}, "--versus-label 0 is the la"),
+    ("classification", {**CLASS, "damping": 0.1, "group_by": "so"}, "--group-by so: expected doc"),
     ("classification", {"completion": "good"}, "no use with an index of the task classification"),
     ("classification", {**CLASS, "compare": "negative"}, "compare sets two completions"),
     ("classification", {"compare": "negative"}, "compare sets two completions"),
     ("classification", {**CLASS, "score_on": "0"}, "--score-on has no use"),
     ("classification", {**CLASS, "response": " good"}, "--response has no use"),
     ("classification", {**CLASS, "text": "so good " * 40}, "more than the model's context"),
-    ("reward", {"prompt": "why"}, "a query has a chosen and a rejected answer"),
+    ("reward", {"prompt": "why"}, "a prompt with --chosen and --rejected, or with one --response"),
     ("reward", {**PAIR, "response": " good"}, "give one kind"),
     ("reward", {**PAIR, "rejected": PAIR["chosen"]}, "--rejected is --chosen itself"),
     ("reward", CLASS, "--text has no use"),
@@ -154,14 +157,26 @@ def test_what_a_task_cant_be_asked_is_refused_by_name(
     name: str, asked: dict[str, Any], said: str, servers: dict[str, Running],
 ) -> None:
     found = servers[name].ask("POST", "/api/search", body=asked)
-    assert found.status == 422 and said in found.json["error"]
+    assert found.status == 422 and as_arguments(said) in found.json["error"]
     page = servers[name].ask("GET", "/search?" + urlencode(asked), OWN)
     assert page.status == 422 and 'role="alert"' in page.text
-    assert said in page.text.replace("&#39;", "'")
+    assert as_labels(said) in page.text.replace("&#39;", "'")
+    assert "--" not in found.json["error"] and not re.search(r'role="alert">[^<]* --', page.text)
+
+
+def test_errors_name_what_the_form_shows(servers: dict[str, Running], running: Running) -> None:
+    forms = "".join(server.ask("GET", "/").text for server in (*servers.values(), running))
+    for name, label in LABELS.items():
+        told = as_labels(f"give --{name.replace('_', '-')}, not `a --k`.")
+        assert told == f"give “{label}”, not `a --k`."
+        assert f">{label}" in forms and f'name="{"score" if name == "score_on" else name}' in forms
+    asked = {"text": "a good film", "label": "positive", "versus_label": 1}
+    page = servers["classification"].ask("GET", "/search?" + urlencode(asked), OWN).text
+    assert "“rather than” 1 is the label itself" in page
 
 
 def test_routes_that_have_no_use_say_so(servers: dict[str, Running], running: Running) -> None:
-    for name, example in (("classification", "a text and a label"), ("reward", "--chosen")):
+    for name, example in (("classification", "a text and a label"), ("reward", "with chosen and rejected")):
         empty = servers[name].ask("POST", "/api/search", body={"k": 3})
         assert empty.status == 422 and example in empty.json["error"]
         tokens = servers[name].ask("POST", "/api/tokens", body={"completion": " good"})

@@ -333,11 +333,11 @@ def test_a_deleted_sequence_is_not_audited(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ({"exact": 0}, "--exact 0: expected a number above 0"),
-    ({"against": []}, "no query can be used"),
+    ({"exact": 0}, "^exact 0: expected a number above 0, or None for all"),
+    ({"against": []}, "^against: there is no query to audit against; give one or more"),
     ({"against": [{"text": "a good film"}]}, "a trusted query says what is right"),
     ({"against": [{"prompt": "a", "completion": "b"}]}, "no use with an index of the task"),
-    ({"modules": "99"}, "--modules"), ({"damping": -1.0}, "--damping"),
+    ({"modules": "99"}, "^modules"), ({"damping": -1.0}, "^damping"),
     ({"truth": "nothing"}, "kept were number, flipped"),
 ])
 def test_what_can_not_be_audited_is_refused(classified, arguments, message):
