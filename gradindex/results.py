@@ -10,45 +10,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from gradindex.terminal import json_text
+from gradindex.units import units_of
 
 UNSCORED = -100  # the label of a token that isn't scored, as in transformers
 SCHEMA = 2  # of the JSON of a result
 UNSURE = 2  # standard errors from the index's mean, within which a group may be like all others
 FEW_IN_GROUP = 5  # sequences: smaller groups come after the others
-UNITS = (
-    "Influence is I = ∇{asked}ᵀ (G+λI)⁻¹ ∇{row}, {how} for this index's EK-FAC curvature: positive "
-    "means that one more copy of the sequence would make {effect}, by I / N_train {unit} to first "
-    "order."
-)
-# by task: what is asked about, what of a sequence, and what a copy of that does
-SAID = {
-    "causal": ("log p(completion | prompt)", "log p(sequence)", "the completion more likely"),
-    "classification": ("log p(label | text)", "log p(its label)", "the label more likely"),
-    "reward": ("log σ(r(chosen) − r(rejected) − margin)", "log σ(its pair)",
-               "the chosen answer more preferred"),
-    "preference": ("log σ(β [log π/π_ref(chosen) − log π/π_ref(rejected)])", "log σ(its pair)",
-                   "the chosen answer more preferred"),
-}
-
-
-def units_of(task: str, exact: bool, query: "Query | None" = None) -> str:
-    """What influence on a query means, with its sign, in one sentence.
-
-    Without one, the query is a row of the task's data.
-
-    >>> units_of("classification", exact=True)[:60]
-    'Influence is I = ∇log p(label | text)ᵀ (G+λI)⁻¹ ∇log p(its l'
-    """
-    asked, row, effect = SAID[task]
-    unit = "nats" if query is None else query.unit
-    if query is not None and unit != "nats" and any(text.weight < 0 for text in query.others):
-        asked, unit = "[r(chosen) − r(rejected)]", "units of reward"
-    elif unit != "nats":
-        asked, effect, unit = "r(answer)", "the answer's reward larger", "units of reward"
-    return UNITS.format(asked=asked, row=row, effect=effect, unit=unit,
-                        how="exact" if exact else "estimated by code")
-
-
 GENERIC = 0.25  # of the background queries: a sequence that comes up for as many is generic
 
 
@@ -151,7 +118,9 @@ class Hit:
     queries, or none but of equal sequences.
 
     Of other tasks than next tokens: `label` is the name of the sequence's class, `border` the token
-    at which the second of its texts begins (of a pair the rejected). `log_p` is log p of all of the
+    at which the second of its texts begins (of a pair the rejected). `text` is all that it holds;
+    of two texts `text_b` is the second, of a pair `chosen` and `rejected` are its sides, each with
+    the prompt. `log_p` is log p of all of the
     sequence in nats, of its label or preference; None where it wasn't scored exactly.
 
     Origin: `start` and `end` are characters of the document's text (−1 where it came as tokens).
@@ -194,6 +163,9 @@ class Hit:
     label: str | None = None
     border: int | None = None
     log_p: float | None = None
+    text_b: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
     tokens: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     token_influence: list[float] = field(default_factory=list)

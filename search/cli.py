@@ -129,7 +129,7 @@ def _search_many(
     progress.say(LOADING)
     if aggregated:
         queries = query_files.make_queries(searcher.snapshot, query_file, set())
-        complain(query_file, progress)
+        complain(query_file, progress, searcher.snapshot, queries)
         stages = searcher.stages([aggregate(queries)], settings, conclude_early=True)
         return _finish(drain(stages, _Follower(progress).follow), form, output) or \
             2 * bool(query_file.problems)
@@ -141,7 +141,7 @@ def _search_many(
             progress.say(f"{len(results.done)} queries are answered in {output} already")
     queries = query_files.make_queries(searcher.snapshot, query_file,
                                        results.done if results else set())
-    complain(query_file, progress)
+    complain(query_file, progress, searcher.snapshot, queries)
     follower = _Follower(progress, len(queries))
     # a result is shown, or on disk, before the next query's begins: a kill loses one at most
     for stage in searcher.answer(queries, settings):
@@ -225,7 +225,7 @@ def rescore(index: Path, id_source: str, ranked: bool, **flags: Any) -> int:
       gradindex search train.index -p "2 +" -c " 2" --format jsonl |
         gradindex rescore train.index -p "2 +" -c " 3" --ids -
     """
-    from gradindex.results import units_of
+    from gradindex.units import units_of
     from search.ask.make_query import make_query
     from search.ask.settings import settle
     from search.rank.named import rescore_named
@@ -239,6 +239,8 @@ def rescore(index: Path, id_source: str, ranked: bool, **flags: Any) -> int:
     places = searcher.known(read_ids(id_source))
     progress.say(LOADING)
     query = make_query(searcher.snapshot, question)
+    if unlike := searcher.snapshot.unlike(query):
+        progress.say(f"warning: {unlike}")
     units = units_of(searcher.manifest.task.name, exact=True, query=query)
     progress.start("exact", len(places), "sequences")
     scored: list[Hit] = []

@@ -19,8 +19,10 @@ from search.ask.question import Question
 
 if TYPE_CHECKING:
     from gradindex.progress import Progress
+    from gradindex.results import Query
     from search.ask.query_files import QueryFile
     from search.engine import Searcher
+    from search.rank.snapshot import Snapshot
     from search.show.table_files import Sink
 
 Flag = Callable[[Any], Any]  # a decorator of click's
@@ -247,8 +249,16 @@ def open_searcher(index: Path, flags: dict[str, Any]) -> tuple["Searcher", "Prog
     return searcher, progress
 
 
-def complain(query_file: "QueryFile", progress: "Progress") -> None:
-    """Say which lines of a file of queries are left out, and why; and what of them isn't read."""
+def complain(
+    query_file: "QueryFile", progress: "Progress", snapshot: "Snapshot", queries: "list[Query]"
+) -> None:
+    """Say which lines of a file of queries are left out, and why; and what of them isn't read.
+
+    Of those that are left, the `queries`, which are unlike the index's sequences.
+    """
+    texts = [text for query in queries for text in query.texts]
+    for told in dict.fromkeys(filter(None, map(snapshot.unlike, texts))):
+        progress.say(f"warning: {told}")
     if query_file.unread:
         progress.say(f"queries: not read: {', '.join(query_file.unread)}")
     for complaint in query_file.complaints():

@@ -70,8 +70,9 @@ def conclude(track: Track, interrupted: bool) -> Result:
 
 def _about(track: Track) -> list[str]:
     """What to know before any score: what is not searched, how the query was read."""
-    coverage = track.common.snapshot.coverage
-    return ([] if coverage.whole else [str(coverage)]) + \
+    snapshot = track.common.snapshot
+    unlike = dict.fromkeys(filter(None, map(snapshot.unlike, track.query.texts)))
+    return ([] if snapshot.coverage.whole else [str(snapshot.coverage)]) + [*unlike] + \
         [note for text in track.query.texts for note in text.notes]
 
 

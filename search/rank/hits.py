@@ -43,6 +43,12 @@ def make_hit(
         label=None if record.label is None else snapshot.manifest.plan.labels[record.label],
         log_p=None if exact is None else exact.log_p,
     )
+    if record.border is not None:
+        # decoding puts a space between two texts, which is in neither
+        first_text, second_text = "".join(tokens[: record.border]), "".join(
+            tokens[record.border :]).removeprefix(" ")
+        hit = replace(hit, chosen=first_text, rejected=second_text) \
+            if snapshot.manifest.task.of_pairs else replace(hit, text_b=second_text)
     if exact is None:
         return hit
     if exact.self_influence is not None:  # sizes of gradients are formed only where asked for

@@ -22,6 +22,7 @@ class SideTables:
         self._contents = contents
         self._tokens: TokenMatrix | None = None
         self._wording: Wording | None = None
+        self._two_texts: float | None = None
         self._background_queries: BackgroundQueries | None = None
 
     @property
@@ -43,6 +44,15 @@ class SideTables:
             rows = self._contents.places[random_sample(self._contents, len(self._contents))]
             self._wording = Wording([record.tokens for record in self._contents.records(rows)])
         return self._wording
+
+    @property
+    def two_texts(self) -> float:
+        """Which share of the sequences has two texts, 0 to 1, told from the random sample."""
+        if self._two_texts is None:
+            sample = random_sample(self._contents, len(self._contents))
+            records = self._contents.records(self._contents.places[sample])
+            self._two_texts = sum(one.border is not None for one in records) / len(records)
+        return self._two_texts
 
     @property
     def background_queries(self) -> BackgroundQueries | None:

@@ -17,6 +17,7 @@ from gradindex.influence.fitted_model import FittedModel
 from gradindex.influence.preconditioned import Preconditioned
 from gradindex.model.devices import free_on
 from gradindex.model.model_source import ModelSource
+from gradindex.results import Query
 from gradindex.storage import code_index, layout, locks
 from gradindex.storage.code_index import CodeIndex
 from gradindex.storage.contents import Contents
@@ -162,6 +163,18 @@ class Snapshot(FittedModel):
         """The ids of the other sequences equal to that of a place, ascending."""
         equal = self.contents.equal_to(place)
         return [int(self.contents.ids[other]) for other in equal if other != place]
+
+    def unlike(self, query: Query) -> str | None:
+        """What to say of a query that has one text where sequences have two, or the reverse."""
+        if self.manifest.task.name != "classification":
+            return None
+        two, share = query.border is not None, self.tables.two_texts
+        if 0 < share < 1 or two == (share == 1):
+            return None
+        return ("the query has two texts, and the sequences of this index have one: so was its "
+                "model trained, most likely. Leave the second out" if two else
+                "the query has one text, and the sequences of this index have two: the model reads "
+                "it as it was not trained to. Give the second, text_b")
 
     def random_sample(self) -> list[int]:
         """Places of a fixed random sample of the index."""

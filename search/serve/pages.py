@@ -56,9 +56,7 @@ class Pages:
             "warning": "" if snapshot.coverage.whole else str(snapshot.coverage),
             "task": manifest.task.name, "labels": manifest.plan.labels,
         }
-        # of the index's texts some tell whether its model reads two
-        self.about["two_texts"] = any(record.border is not None for record in snapshot.records(
-            snapshot.random_sample()[:12]))
+        self.about["two_texts"] = snapshot.tables.two_texts > 0
         self.examples = examples(searcher)
         self.static = {name: html.asset(name).encode() for name in STATIC} | {
             "style.css": html.style().encode()}

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from gradindex.results import Hit, Query, Result
 
+HEAD = "head"  # a kind of modules
 PAIR, SECOND_TEXT = ("chosen", "rejected"), ("text", "second text")
 # by task, what the page asks for, and what its rows are
 _OF_PAIRS = ("Type a prompt with the answer that is preferred and the one that isn't, or with one "
@@ -101,12 +102,12 @@ def _parts(
 
 def label_compared(hit: Hit, result: Result) -> str:
     """Whether a hit's label is the query's, in words; empty where either has none, or several."""
-    labels = {text.label_name for text in result.query.texts if text.weight > 0}
+    labels, others = ({text.label_name for text in result.query.texts if sign * text.weight > 0}
+                      for sign in (1, -1))
     if hit.label is None or len(labels) != 1 or None in labels:
         return ""
-    # without a label the model's own is what is asked about
-    same = "the model's own" if result.query.generated else "as asked"
-    return same if hit.label in labels else "not the one asked about"
+    return "like the query's" if hit.label in labels else \
+        "the one that it is compared with" if hit.label in others else "unlike the query's"
 
 
 def said_of(hit: Hit, result: Result) -> str:
@@ -136,6 +137,12 @@ def texts_apart(row: Query | Hit) -> list[str]:
 
 def share_means(result: Result) -> str:
     """What the share of a token is a share of, where it stands."""
-    if result.task == "causal":
+    if result.task in ("causal", "preference"):
         return "a token's share belongs to predicting what follows"
-    return "a token's share is what the gradient has at its place, a head's at the text's first"
+    return "a token's share is what the gradient has at its place" + (
+        ", a head's at the text's first" * has_head(result))
+
+
+def has_head(result: Result) -> bool:
+    """Whether a head is among the modules that count: it stands behind the last block."""
+    return any(HEAD in hit.kind_influence for hit in result.hits)

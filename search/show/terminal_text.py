@@ -99,7 +99,7 @@ def _hit_lines(rank: int, hit: Hit, result: Result, width: int, color: bool) -> 
         text = f"{name}: " * bool(name) + _window(hit, color, first, last)
         lines += [f"     {line}" for line in _wrap(text, width - 5)]
     if hit.fields:
-        fields = ", ".join(f"{name}={value}" for name, value in hit.fields.items())
+        fields = ", ".join(f"{name}={wording.plain(value)}" for name, value in hit.fields.items())
         lines.append(f"     {_clip(fields, width - 5)}")
     return lines
 

@@ -7,7 +7,7 @@ from gradindex.first_order import in_words, room
 from gradindex.progress import duration
 from gradindex.results import FEW_IN_GROUP, UNSURE, Group, Hit, Result
 from gradindex.terminal import json_text
-from search.show.task_words import texts_of
+from search.show.task_words import has_head, texts_of
 
 WINDOW = 48  # tokens of text shown around the strongest of them
 SHADES = 7  # shades of a sign
@@ -86,6 +86,11 @@ def ranked_by(hit: Hit, normalize: str) -> float:
     return -math.inf if value is None else value
 
 
+def plain(value: object) -> str:
+    """A kept value as people read it: text as it is, anything else as JSON has it."""
+    return value if isinstance(value, str) else json_text(value)
+
+
 def folded(result: Result) -> list[tuple[int, Hit]]:
     """(rank, hit) without those that are near another."""
     return [(rank, hit) for rank, hit in enumerate(result.hits, 1) if hit.near is None]
@@ -140,7 +145,7 @@ def group_name(group: Group, by: str) -> str:
     """A group's value as text."""
     if group.value is None:
         return f"no {by}"
-    return group.value if isinstance(group.value, str) else json_text(group.value)
+    return plain(group.value)
 
 
 def standard_errors(group: Group) -> str:
@@ -164,6 +169,8 @@ def how(result: Result) -> str:
     """What the numbers depend on besides the query: order, modules, layers, damping."""
     controls, layers = result.controls, result.layers
     there = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}"
+    if has_head(result):
+        there += f" ({layers[-1]} is the head)"
     modules = len(controls["modules"])
     ranked = {"none": "influence", "cosine": "cosine", "relatif": "θ-RelatIF"}
     return (f"ranked by {ranked[controls['normalize']]}; {modules} module{'s' * (modules != 1)} in "
@@ -215,7 +222,8 @@ def nats(of: Hit | Group, result: Result, named: bool = True) -> str:
     if of.nats is not None:
         return number(of.nats) + f" {name}" * named
     said = of.no_nats or in_words(result.train_sequences_given)
-    return said if name == "nats" else said.replace("nats", name)
+    # the reward itself is known: what a copy would change of it isn't
+    return said if name == "nats" else said.replace("nats", "change")
 
 
 def nats_room(result: Result) -> str:

@@ -13,7 +13,7 @@ from gradindex.terminal import visible, visible_lines
 from gradindex.version import VERSION
 from search.show import html, plots, wording
 from search.study.audit_defaults import EXCERPT, LISTED, SHOWN
-from search.study.audit_table import field_names, rows, shown, text_columns
+from search.study.audit_table import field_names, rows, text_columns
 from search.study.audit_text import cells_of
 from search.study.audit_words import percent, sentences, units
 from search.study.audited import RIVALS, Audit
@@ -105,7 +105,7 @@ def _item(audit: Audit, row: dict[str, Any]) -> dict[str, Any]:
     names = field_names(audit)
     facts = [(f"from {one}", wording.number(row[f"from_{one}"]))
              for one in audit.rows.classes if row[f"from_{one}"] is not None]
-    facts += [(name, shown(row[column])) for name, column in names.items()
+    facts += [(name, wording.plain(row[column])) for name, column in names.items()
               if row.get(column) is not None]
     score = "not scored exactly"
     if row["exact"]:

@@ -8,7 +8,6 @@ import numpy as np
 
 from gradindex.model import tokenise
 from gradindex.storage.records import Record
-from gradindex.terminal import json_text
 from search.rank.snapshot import Snapshot
 from search.show.table_files import Table
 from search.study.audit_rows import fields_of
@@ -122,7 +121,7 @@ def _texts(snapshot: Snapshot, record: Record) -> dict[str, str]:
     if not snapshot.manifest.task.of_pairs:
         return {"text": "".join(pieces)}
     return {"chosen": "".join(pieces[: record.border]),
-            "rejected": "".join(pieces[record.border :])}
+            "rejected": "".join(pieces[record.border :]).removeprefix(" ")}
 
 
 def _scores(audit: Audit, number: int) -> dict[str, Any]:
@@ -146,8 +145,3 @@ def _scores(audit: Audit, number: int) -> dict[str, Any]:
 def _known(value: Any) -> Any:
     """A value, None for a number that isn't one."""
     return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def shown(value: Any) -> str:
-    """A kept value as people read it."""
-    return value if isinstance(value, str) else json_text(value)

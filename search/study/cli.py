@@ -64,7 +64,7 @@ def evaluate(
     settings = settle(controls, searcher.manifest)
     evaluation.check_sample(count, searcher.manifest)
     ready = query_files.make_queries(searcher.snapshot, query_file, set())
-    complain(query_file, progress)
+    complain(query_file, progress, searcher.snapshot, ready)
     progress.start("exact", len(ready) * len(searcher), "scores")
     before = 0
 
@@ -122,7 +122,7 @@ def report(
     ready = None
     if query_file is not None:
         ready = query_files.make_queries(searcher.snapshot, query_file, set())
-        complain(query_file, progress)
+        complain(query_file, progress, searcher.snapshot, ready)
     surveyed = survey.survey(searcher, ready, count, settings, progress)
     write_output(output, render_report(surveyed))
     progress.say(f"the report is in {output}")
@@ -177,7 +177,7 @@ def audit(
     trusted = None
     if query_file is not None:
         trusted = query_files.make_queries(searcher.snapshot, query_file, set())
-        complain(query_file, progress)
+        complain(query_file, progress, searcher.snapshot, trusted)
     try:
         audited = make_audit(searcher.snapshot, settings, searcher.batch_tokens, trusted, count,
                              progress, truth)

@@ -142,7 +142,7 @@ def test_scoring_some_tokens_adds_up(index):
     sums = np.array([by_id(parts[0])[n] + by_id(parts[1])[n] for n in range(len(index))])
     np.testing.assert_allclose(sums, truth, rtol=2e-3, atol=2e-4 * np.abs(truth).max())
     for wrong in ("9", "a", "2-1"):
-        with pytest.raises(InputError, match="^score_on"):
+        with pytest.raises(InputError, match=r"^score_on"):
             index.search(**QUESTION, score_on=wrong)
     tokens = index.make_query(**QUESTION, score_on="0")
     assert "⟦" + tokens.token_texts[query.labels.index(next(
@@ -311,7 +311,7 @@ def test_a_long_query_is_refused_without_the_weights(index_folder, model_folder,
     index = gradindex.open(index_folder, model=str(light))
     with pytest.raises(InputError, match="more than the model's context of 64"):
         index.search(prompt="word " * 90, completion=" x")
-    with pytest.raises(InputError, match="^score_on 99: the completion has"):
+    with pytest.raises(InputError, match=r"^score_on 99: the completion has"):
         index.search(**QUESTION, score_on="99")
     assert index.make_query(**QUESTION).scored > 0
 

@@ -89,4 +89,5 @@ def test_a_line_of_queries_may_hold_what_stands_beside_messages(tmp_path):
     file.write_text(json.dumps(row) + "\n" + json.dumps({**row, "chat_template_kwargs": [1]}))
     found = read_queries(file)
     assert found.questions == {1: Question(**row, id=1)}
-    assert list(map(str, found.problems)) == [f"{file}:2: field 'chat_template_kwargs' is not an object"]
+    assert [str(problem) for problem in found.problems] == [
+        f"{file}:2: field 'chat_template_kwargs' is not an object"]

@@ -232,5 +232,5 @@ def test_a_label_is_not_compared_with_itself(indexes):
     with pytest.raises(InputError, match=f"^versus_label {own} is the model's own label, which is "
                        "asked about where label names none: there is nothing to compare. Give an"):
         index.search(text="good film", versus_label=own)
-    with pytest.raises(InputError, match="^versus_label 1 is the label itself: there is nothing"):
+    with pytest.raises(InputError, match=r"^versus_label 1 is the label itself: there is nothing"):
         index.search(text="good film", label="positive", versus_label=1)

@@ -1,6 +1,8 @@
 """The page and its API where an index's task is not the next token: what they ask and answer."""
 
+import csv
 import html
+import io
 import json
 import re
 import shlex
@@ -15,10 +17,12 @@ from click.testing import CliRunner
 
 import gradindex
 from gradindex.cli import main_group
+from gradindex.results import Result
 from search.ask.naming import LABELS, as_arguments, as_labels
 from search.engine import Searcher
 from search.serve.examples import examples
 from search.serve.request import SearchRequest, from_form
+from search.show.data_files import csv_table
 from search.show.html import document
 from search.show.terminal_text import render_terminal
 from support.server import OWN, Running, same
@@ -176,7 +180,7 @@ def test_errors_name_what_the_form_shows(servers: dict[str, Running], running: R
 
 
 def test_routes_that_have_no_use_say_so(servers: dict[str, Running], running: Running) -> None:
-    for name, example in (("classification", "a text and a label"), ("reward", "with chosen and rejected")):
+    for name, example in (("classification", "a text and a label"), ("reward", "with chosen and")):
         empty = servers[name].ask("POST", "/api/search", body={"k": 3})
         assert empty.status == 422 and example in empty.json["error"]
         tokens = servers[name].ask("POST", "/api/tokens", body={"completion": " good"})
@@ -225,14 +229,16 @@ def test_a_hit_shows_its_label_and_whether_it_is_the_one_asked_about(
     result = searcher.search(**CLASS, k=21)
     shown, page = render_terminal(result, 300), text_of(document(result))
     for hit in result:
-        compared = "as asked" if hit.label == "positive" else "not the one asked about"
+        compared = "like the query's" if hit.label == "positive" else "unlike the query's"
         said = f"label {hit.label}, {compared}, its log p {hit.log_p:.2f} nats"
         assert said in shown
         assert said in page
         assert f"number {hit.fields['number']}" in page
     assert {hit.label for hit in result} == {"negative", "positive", "<so> & so"}
     assert "text:  [CLS] the film was so great [SEP]\nlabel: positive\n" in shown
-    assert "a head's at the text's first" in shown
+    assert "a head's at the text's first" in shown and "layers 0 to 2 (2 is the head)" in shown
+    blocks = render_terminal(searcher.search(**CLASS, k=1, modules="mlp"), 300)
+    assert "a head's" not in blocks and "layers 0 to 1, damping" in blocks
     own = searcher.search(text=CLASS["text"])
     versus = searcher.search(**CLASS, versus_label="negative")
     for result, said in ((own, f"{own.query.label_name}, the model's own"),
@@ -240,22 +246,75 @@ def test_a_hit_shows_its_label_and_whether_it_is_the_one_asked_about(
         assert f"label: {said}\n" in render_terminal(result, 300)
         assert said in text_of(document(result))
     assert "completion" not in page + shown
+    for hit in versus:
+        compared = {"positive": "like the query's", "negative": "the one that it is compared with"}
+        assert f"label {hit.label}, {compared.get(hit.label, 'unlike the query')}" in \
+            render_terminal(versus, 300)
+    for result, asked, effect in (
+        (versus, "[log p(positive | text) − log p(negative | text)]",
+         "log p(positive) rise against log p(negative), by"),
+        (own, "log p(label | text)", "the label more likely, by"),
+        (next(searcher.search_many([CLASS, CLASS], aggregated=True)), "Σ log p(label | text)",
+         "the label more likely, summed over 2 queries, by"),
+        (next(searcher.search_many([{**CLASS, "versus_label": 0}] * 2, aggregated=True)),
+         "Σ [log p(label | text) − log p(other label | text)]",
+         "log p(label) rise against log p(other label), summed over 2 queries, by")):
+        assert f"I = ∇{asked}ᵀ (G+λI)⁻¹" in result.units
+        assert f"would make {effect} I / N_train nats" in result.units
 
 
 def test_a_pair_shows_both_its_texts(searchers: dict[str, Searcher]) -> None:
     for name in ("reward", "preference"):
         result = searchers[name].search(**PAIR, k=2)
+        assert ("a head's at" in text_of(document(result))) == (name == "reward")
         page, shown = document(result), render_terminal(result, 300)
         lines = [re.sub(r"\[[+-]|\]", "", line) for line in shown.split("\n")]
         for hit in result:
             assert hit.border is not None
             sides = "".join(hit.tokens[: hit.border]), "".join(hit.tokens[hit.border :])
+            assert (hit.chosen, hit.rejected) == (sides[0], sides[1].removeprefix(" "))
+            assert hit.text == "".join(sides) and hit.text_b is None
             for side, text in zip(("chosen", "rejected"), sides, strict=True):
                 assert f"     {side}: {text.strip().replace(']', '')}" in lines
                 assert f"{side} {text.strip()}" in re.sub(r" +", " ", text_of(page))
         assert "its log p" in shown and "completion" not in shown + text_of(page)
         for side in ("chosen", "rejected"):
             assert re.search(rf"^{side}: .*{PAIR[side]}", shown, re.MULTILINE)
+
+
+def test_hits_have_their_texts_in_every_form(searchers: dict[str, Searcher]) -> None:
+    for name, asked, columns in (("reward", PAIR, {"chosen", "rejected"}),
+                                 ("two texts", {**CLASS, "text_b": "good"}, {"text_b"}),
+                                 ("classification", CLASS, set[str]())):
+        found = searchers[name].search(**asked, k=2)
+        [first, _] = csv.DictReader(io.StringIO(csv_table(found)))
+        again = Result.from_json(found.to_json())
+        frame = found.to_pandas()
+        for column in ("text_b", "chosen", "rejected"):
+            value = getattr(found[0], column)
+            assert (value is not None) is (column in columns)
+            assert first[column] == (value or "").replace("\n", "\\n")
+            assert getattr(again[0], column) == value == frame[column].iloc[0]
+
+
+def test_one_text_asked_of_an_index_of_two_is_said(
+    searchers: dict[str, Searcher], tmp_path: Path,
+) -> None:
+    one, two = searchers["classification"], searchers["two texts"]
+    pair, missing = {**CLASS, "text_b": "it was good"}, "the query has one text, and the sequences"
+    spare = "the query has two texts, and the sequences of this index have one"
+    assert one.search(**pair, k=1).warnings[0].startswith(spare)
+    assert two.search(**CLASS, k=1).warnings[0].startswith(missing)
+    assert two.search(**CLASS, k=1, rescore=False).warnings[0].startswith(missing)
+    for index, asked in ((one, CLASS), (two, pair)):
+        assert not [told for told in index.search(**asked, k=1).warnings if "the query has" in told]
+    file = tmp_path / "queries.jsonl"
+    file.write_text(json.dumps(CLASS) + "\n")
+    for words in (["rescore", "--text", "good", "--ids", "-"], ["eval", "--queries", str(file)],
+                  ["audit", "--against", str(file), "--exact", "1"]):
+        words.insert(1, str(two.snapshot.path))
+        done = CliRunner().invoke(main_group, words, input="0\n", catch_exceptions=False)
+        assert f"warning: {missing}" in done.stderr
 
 
 def test_two_texts_are_told_apart(searchers: dict[str, Searcher]) -> None:
@@ -280,7 +339,7 @@ def test_units_are_those_of_what_is_asked(searchers: dict[str, Searcher]) -> Non
     assert re.search(r"influence +± +reward +sequences", render_terminal(one, 300))
     assert '<th class="n">reward</th>' in document(one)
     unknown = render_terminal(searchers["reward"].search(**ONE, k=2), 300)
-    assert "reward unknown" in unknown and "units of reward are left out" in unknown
+    assert "change unknown" in unknown and "units of reward are left out" in unknown
     rescored = CliRunner().invoke(main_group, [
         "rescore", str(searchers["reward"].snapshot.path), "-p", "why", "--response", " good",
         "--ids", "-"], input="3\n")

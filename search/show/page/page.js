@@ -125,7 +125,7 @@
   // as wording.nats says it of a saved result
   function nats(value, about) {
     const [change, [gain, loss]] = [value / Number(about.scale), about.room.split(" ").map(Number)];
-    if (about.known !== "1") return `${about.unit} unknown`;
+    if (about.known !== "1") return `${about.unit === "nats" ? "nats" : "change"} unknown`;
     return change > gain || change < -loss ? "beyond first order" : `${shown(change)} ${about.unit}`;
   }
 
