@@ -8,6 +8,7 @@ import numpy as np
 from gradindex.errors import InputError
 from gradindex.progress import Progress
 from gradindex.storage.records import Record
+from gradindex.task import LABELS
 from gradindex.terminal import json_text
 from search.rank.snapshot import Snapshot
 from search.study.texts import RECORDS_HELD
@@ -71,11 +72,17 @@ def read_rows(snapshot: Snapshot, truth: str | None, progress: Progress) -> RowF
 
 def check_kept(snapshot: Snapshot, truth: str) -> None:
     """Raise InputError for a field that the index doesn't keep."""
-    kept = snapshot.manifest.plan.record_fields
+    plan = snapshot.manifest.plan
+    kept, labels = plan.record_fields, (plan.label_field,) if plan.label_field else LABELS
+    if truth not in kept and plan.task == "classification" and truth in labels:
+        raise InputError(
+            f"--truth {truth} is the label that the model was trained on, which is what is "
+            "audited. Give a field that says what is corrupted, or the true label, and was kept "
+            f"at the build ({', '.join(kept) or 'none was'}).")
     if truth not in kept:
         available = f"kept were {', '.join(kept)}" if kept else "none was kept"
         raise InputError(f"--truth {truth}: expected a field that was kept at the build "
-                         f"({available}). Build with --keep-fields {truth}.")
+                         f"({available}). Keep it with build --keep-fields {truth}.")
 
 
 def fields_of(record: Record) -> dict[str, Any]:

@@ -61,32 +61,45 @@ def read_truth(
     >>> read_truth("swapped", ["1", "0"], np.array([1, 0, 1, -1]), (), None).corrupted.tolist()
     [False, True, False, False]
     """
-    known = np.zeros(len(numbers), dtype=bool)
+    known = numbers >= 0
     # every way in which all values can be read; 0 and 1 may be marks and classes
     readings = {}
     marks = [_mark(value) for value in values]
+    # a mark that all have may be a label of half of them; the name of a class is no mark
+    if len(values) == 1 and (marks[0] is not None or _label(values[0], labels) is None):
+        raise InputError(_constant(field, values[0], known))
     if values and None not in marks:
-        known, corrupted = _looked_up(marks, numbers)
+        corrupted = _looked_up(marks, numbers)
         readings["as marks of what is corrupted"] = corrupted
     true_labels = [_label(value, labels) for value in values]
     if values and rows_labels is not None and None not in true_labels:
-        known, told = _looked_up(true_labels, numbers)
         readings["as true labels, compared with the sequences' own"] = known & (
-            told != rows_labels)
+            _looked_up(true_labels, numbers) != rows_labels)
     how = _reading(field, readings, known, values, labels)
     found = int(readings[how].sum())
     if found in (0, int(known.sum())):
         raise InputError(
             f"--truth {field}: read {how}, {'none' if not found else 'every one'} of "
             f"{int(known.sum()):,} sequences is corrupted, so there is nothing to tell apart. "
-            "Expected some of both.")
+            "Expected some of both" + (
+                ": a field of true labels beside those that the model was trained on."
+                if "labels" in how else "."))
     return Truth(field, readings[how], known, how)
 
 
-def _looked_up(meanings: Sequence[Any], numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which sequences have a value, and what it means."""
-    known = numbers >= 0
-    return known, np.where(known, np.array(meanings)[numbers], 0).astype(np.array(meanings).dtype)
+def _constant(field: str, value: Any, known: np.ndarray) -> str:
+    """What is wrong with a field that has one value alone."""
+    without = int((~known).sum())
+    return (f"--truth {field} is {json_text(value)[:60]} for every one of the {int(known.sum()):,} "
+            "sequences that have it, so there is nothing to tell apart. Expected some that are "
+            "corrupted and some that aren't" + (
+                f"; {without:,} have no value, which is not read as false." if without else "."))
+
+
+def _looked_up(meanings: Sequence[Any], numbers: np.ndarray) -> np.ndarray:
+    """What each sequence's value means; 0 of those that have none."""
+    told = np.array(meanings)
+    return np.asarray(np.where(numbers >= 0, told[numbers], 0).astype(told.dtype))
 
 
 def _reading(

@@ -246,6 +246,8 @@ def test_pairs_show_both_answers(tmp_path):
     (["--exact", "none"], "--exact none: expected a number above 0, or all"),
     (["--truth", "absent"], "--truth absent: expected a field that was kept at the build"),
     (["--truth", "note"], "--truth note holds"),
+    (["--truth", "label"], "--truth label is the label that the model was trained on, which is "
+     "what is audited. Give a field that says what is corrupted, or the true label"),
     (["--against", "absent.jsonl"], "File 'absent.jsonl' does not exist"),
     (["--against", "empty.jsonl"], "--against empty.jsonl holds no query"),
     (["-o", "absent/a.csv"], "there is no folder"),

@@ -59,9 +59,13 @@ def test_of_several_documents_one_is_enough():
 
 
 @pytest.mark.parametrize("column, message", [
-    ([True] * 10, "every one of 10 sequences is corrupted"),
-    ([0] * 10, "none of 10 sequences"),
-    ([LABELS[label] for label in OWN], "compared with the sequences' own, none of 10"),
+    ([True] * 10, "is true for every one of the 10 sequences that have it, .* some that aren't.$"),
+    ([0] * 10, "is 0 for every one of the 10"), (["x"] * 10, 'is "x" for every one of the 10'),
+    # as a mark, or a label that half of the sequences have
+    ([1] * 10, "is 1 for every one of the 10"),
+    ([True] * 3 + [None] * 7, "the 3 sequences .*; 7 have no value, which is not read as false"),
+    ([LABELS[label] for label in OWN], "compared with the sequences' own, none of 10 .* beside "),
+    ([LABELS[1 - label] for label in OWN], "compared with .* own, every one of 10 sequences is"),
     (["maybe"] + [True] * 9, r'holds "maybe", true; expected marks .* true labels \(of negative'),
     ([0, 1, 2] * 3 + [0], r"holds 0, 1, 2; expected marks"),
     ([None] * 10, "holds nothing"),
