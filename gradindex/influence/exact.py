@@ -126,9 +126,14 @@ class GradientSizes:
             self_influence[rows] += part.sum((1, 2))
             squared_step[rows] += part.div_(damped).sum((1, 2))
 
+    @property
+    def sums(self) -> list[Tensor]:
+        """What each device added up, float64 [3, b]; together they are the sizes."""
+        return list(self._sums.values())
+
     def found(self) -> np.ndarray:
         """`self_influence`, `squared_step`, `squared_norm` of every sequence: float64 [3, b]."""
-        sizes: np.ndarray = np.sum(Arriving(list(self._sums.values())).arrays(), axis=0)
+        sizes: np.ndarray = np.sum(Arriving(self.sums).arrays(), axis=0)
         return sizes
 
 
@@ -244,8 +249,8 @@ def self_influence(
 ) -> np.ndarray:
     """The influence of every sequence on itself, ‖m̃‖² (`GradientSizes`): float64 [sequences].
 
-    `batch_of` makes a batch of some records, with the numbers [b, t] that draw its labels from the
-    model, or None where the targets are the labels. Raises ResourceError as `rescore` does.
+    `batch_of` makes a batch of some records, with the numbers by which `backward` forms the
+    curvature's gradients, or None where the targets' own are meant. Raises ResourceError as `rescore` does.
     """
     def run(rows: list[int]) -> np.ndarray:
         batch, numbers = batch_of([sequences[row] for row in rows])
@@ -287,32 +292,33 @@ def _score_batch(
     """The scores of one batch of sequences, in their order; see `rescore`."""
     batch = by.model.batch(records)
     gradient_sizes = GradientSizes(by.ekfac, by.damping)
-    extra = [gradient_sizes] if sizes else []
-    if preconditioned is None:
-        log_p = collect(by.model, by.modules, batch, *extra)
+    collector = None if preconditioned is None else \
+        Terms(preconditioned, batch) if terms else Influences(preconditioned)
+    wanted = [*([collector] if collector is not None else []), *([gradient_sizes] * sizes)]
+    log_p = collect(by.model, by.modules, batch, *wanted)
+    # on its way before the scores are waited for: it is there when they are, and costs no wait more
+    beside = Arriving([log_p.double().sum(1), *gradient_sizes.sums])
+    if collector is None:
         scores = [Exact(np.zeros(0)) for _ in records]
-    elif terms:
-        parts = Terms(preconditioned, batch)
-        log_p = collect(by.model, by.modules, batch, parts, *extra)
+    elif isinstance(collector, Terms):
         # The score is the sum of the very terms that are shown, so that they add up to it. Padding
         # has none, and each is copied, or one hit would keep the whole batch's terms in memory.
         scores = [
             Exact(by_token.sum(keepdims=True, dtype=np.float64)[0], terms=by_token)
             for by_token in (of_all[real] for of_all, real in
-                             zip(parts.stacked(by.modules), batch.real, strict=True))
+                             zip(collector.stacked(by.modules), batch.real, strict=True))
         ]
     else:
-        influences = Influences(preconditioned)
-        log_p = collect(by.model, by.modules, batch, influences, *extra)
-        scores = [Exact(column) for column in influences.total.T]
+        scores = [Exact(column) for column in collector.total.T]
         if by_module:
-            shares = influences.stacked(by.modules).swapaxes(0, 1)
+            shares = collector.stacked(by.modules).swapaxes(0, 1)
             for exact, share in zip(scores, shares, strict=True):
                 exact.by_module = share
-    for exact, row_log_p in zip(scores, log_p.double().sum(1).tolist(), strict=True):
-        exact.log_p = row_log_p
+    row_log_p, *sums = beside.arrays()
+    for exact, own in zip(scores, row_log_p.tolist(), strict=True):
+        exact.log_p = own
     if sizes:
         for exact, (size, step, norm) in zip(
-                scores, gradient_sizes.found().T.tolist(), strict=True):
+                scores, np.sum(sums, axis=0).T.tolist(), strict=True):
             exact.self_influence, exact.squared_step, exact.squared_norm = size, step, norm
     return scores

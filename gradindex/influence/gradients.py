@@ -38,10 +38,11 @@ def backward(
     a are the module's inputs, without the bias's 1; d is the gradient of Σ log p of each sequence's
     targets with respect to its outputs. Modules arrive from the last to the first. A map that runs
     several times has the inputs of its runs one behind the other, an expert only those that were
-    routed to it, padded with zeros: [b, m, i], see `Batch.positions`. With `numbers` [b, t]
-    or [b] in [0, 1) gradients are the curvature's: of labels drawn from the model in the places of
-    the targets, or where the outcome has two values of the exact second moment (`objective/`).
-    Returns log p in nats: of each position's target, or label, [b, t]; or of each row, [b, 1].
+    routed to it, padded with zeros: [b, m, i], see `Batch.positions`. With `numbers`, in [0, 1),
+    gradients are the curvature's: of labels that these draw from the model in the places of the
+    targets, [b, t] or [b]; or where the outcome has two values of the exact second moment, for
+    which nothing is drawn and [0] will do (`objective/`). Returns log p in nats, of drawn labels
+    or, where none are, of the rows' own: of each position [b, t], or of each row [b, 1].
     Where its output has no part in the logits, d is zero; runs under `torch.no_grad` don't count.
     Raises BatchTooLargeError where memory runs out, and InputError for a module that runs on
     anything but [b, t, i] or [b·t, i] (axes of size 1 beside), that returns anything but a tensor,

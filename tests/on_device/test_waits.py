@@ -123,6 +123,15 @@ def test_nothing_of_size_is_reckoned_in_float64(sequences):
         assert max(LEDGER.wide.values(), default=0) <= tokens, (name, LEDGER.wide)
 
 
+def test_scores_their_log_p_and_sizes_are_waited_for_once(sequences):
+    works = batch_works(sequences, "llama")
+    for name in ("rescore", "rescore two", "rescore with terms and sizes", "rescore by module",
+                 "sizes alone"):
+        waits(works[name])
+        assert [count for (at, _), count in LEDGER.waits.items()
+                if "transfers.py" in at or "exact.py" in at] == [1], (name, LEDGER.waits)
+
+
 @pytest.mark.parametrize("task, outputs", [
     ("classification", 2), ("classification", 3), ("reward", 1)])
 def test_whole_texts_wait_no_more(sequences, task, outputs):
