@@ -1,5 +1,7 @@
 """`gradindex search`, `rescore`, `info`: flags → functions."""
 
+import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -271,5 +273,7 @@ def info(index: Path, form: str) -> int:
     from search.study.describe import describe, summary
 
     description = describe(index)
-    click.echo(json_text(description, indent=1) if form == "json" else summary(description))
+    # broken for people alone: what reads lines finds each fact on one
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    click.echo(json_text(description, indent=1) if form == "json" else summary(description, width))
     return 0

@@ -250,7 +250,8 @@ def self_influence(
     """The influence of every sequence on itself, ‖m̃‖² (`GradientSizes`): float64 [sequences].
 
     `batch_of` makes a batch of some records, with the numbers by which `backward` forms the
-    curvature's gradients, or None where the targets' own are meant. Raises ResourceError as `rescore` does.
+    curvature's gradients, or None where the targets' own are meant. Raises ResourceError as
+    `rescore` does.
     """
     def run(rows: list[int]) -> np.ndarray:
         batch, numbers = batch_of([sequences[row] for row in rows])

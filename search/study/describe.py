@@ -1,5 +1,6 @@
 """What an index is, as data and in words."""
 
+import textwrap
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,8 @@ def describe(path: Path) -> dict[str, Any]:
         "digest": digest_of(manifest),
         "model": manifest.model, "dtype": manifest.dtype,
         "task": manifest.task.name, "kind": manifest.kind,
-        "labels": list(manifest.plan.labels), "beta": manifest.task.beta,
+        "labels": list(manifest.plan.labels), "adapter": manifest.plan.adapter,
+        "beta": manifest.task.beta if manifest.task.name == "preference" else None,
         "reference": manifest.plan.reference, "derived": list(manifest.plan.derive),
         "documents": manifest.documents, "sequences": manifest.sequences,
         "sequence_length": manifest.sequence_length, "tokens": manifest.tokens,
@@ -49,6 +51,7 @@ def describe(path: Path) -> dict[str, Any]:
         "quarantined": quarantined, "appended": manifest.appended,
         "train_sequences": manifest.train_sequences, "next_id": manifest.next_id,
         "modules": [module.name for module in manifest.modules],
+        "kinds": dict(Counter(module.kind for module in manifest.modules)),
         "layers": manifest.layers, "parameter_share": manifest.parameter_share,
         "untracked": untracked, "fit": manifest.fit,
         "effective_dimension": sum(manifest.effective_dimension.values()),
@@ -82,26 +85,27 @@ def _quarantined(contents: Contents) -> dict[int, str]:
             if id_ not in deleted}
 
 
-def summary(about: dict[str, Any]) -> str:
-    """What `describe` gives, in a dozen lines for people."""
+def summary(about: dict[str, Any], width: int | None = None) -> str:
+    """What `describe` gives, in a dozen lines for people, broken at a `width` [not at all]."""
     model, code, sizes = about["model"], about["code"], about["bytes"]
     revision = f" @ {model['revision']}" if model["revision"] else ""
     skipped = ", ".join(f"{count:,} × {why}" for why, count in sorted(about["skipped"].items()))
     sources = ", ".join(source["name"] for source in about["data"][:3])
     more = f" and {len(about['data']) - 3} more" if len(about["data"]) > 3 else ""
     n_train = f"{about['train_sequences']:,}" if about["train_sequences"] else \
-        f"{about['next_id']:,} (taken as the number ever indexed)"
+        f"unknown, so no nats are told: --train-sequences says it ({about['next_id']:,} " \
+        "sequences were ever indexed)"
     # a line only where there is something to say: most indexes were never appended to
     rows = [
         ("index", f"{about['index']}, format {about['format']}, commit {about['generation']}"),
-        ("model", f"{model['name']}{revision}, weights {str(model['tensors'])[:12]}, "
-                  f"{about['dtype']}"),
+        ("model", f"{model['name']}{revision}" + f", adapter {about['adapter']}" * bool(
+            about["adapter"]) + f", weights {str(model['tensors'])[:12]}, {about['dtype']}"),
         ("task", _task(about)),
         ("data", f"{about['documents']:,} documents from {sources}{more}"),
         ("sequences", f"{about['sequences']:,} of at most {about['sequence_length']} tokens in "
                       f"{about['segments']} segment{'s' * (about['segments'] != 1)}, "
-                      f"{about['tokens']:,} tokens, "
-                      f"{about['scored_tokens']:,} scored"),
+                      f"{about['tokens']:,} tokens" + (
+                          f", {about['scored_tokens']:,} scored" * (about["task"] == "causal"))),
         *([("skipped", skipped)] if skipped else []),
         *([("duplicates", f"{about['duplicates']:,} sequences equal an earlier one")]
           if about["duplicates"] else []),
@@ -110,8 +114,7 @@ def summary(about: dict[str, Any]) -> str:
         *([("quarantined", _few(about["quarantined"]))] if about["quarantined"] else []),
         *([("appended", _appended(about["appended"]))] if about["appended"] else []),
         ("N_train", n_train),
-        ("modules", f"{len(about['modules'])} linear maps in {len(about['layers'])} layers, "
-                    f"{about['parameter_share']:.1%} of the parameters"),
+        ("modules", f"{_modules(about)}, {about['parameter_share']:.1%} of the parameters"),
         *([("not tracked", shares(about["untracked"]))] if about["untracked"] else []),
         ("curvature", f"EK-FAC on {about['fit']['sequences']:,} sequences, {_fitted_on(about)}, "
                       f"damping {about['damping']} × mean eigenvalue, "
@@ -124,7 +127,21 @@ def summary(about: dict[str, Any]) -> str:
                  f"{size(sizes['words'])} of TF-IDF, {size(sizes['text'])} of training text (the "
                  "index holds the text itself)"),
     ]
-    return "\n".join(f"{name:<11} {visible(text)}" for name, text in rows)
+    lines = [f"{name:<11} {visible(text)}" for name, text in rows]
+    return "\n".join(lines if width is None else [
+        textwrap.fill(line, max(40, width), subsequent_indent=" " * 12, break_on_hyphens=False)
+        for line in lines])
+
+
+def _modules(about: dict[str, Any]) -> str:
+    """How many maps are tracked, of which kinds where there are several, and in how many layers."""
+    kinds = about["kinds"]
+    blocks = len(about["layers"]) - ("head" in kinds)
+    of_kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items()))
+    places = [*[f"{blocks} layer{'s' * (blocks != 1)}"] * (blocks > 0),
+              *["the head"] * ("head" in kinds)]
+    return f"{len(about['modules'])} linear maps" + f" ({of_kinds})" * (len(kinds) > 1) + \
+        f" in {' and '.join(places)}"
 
 
 def _task(about: dict[str, Any]) -> str:

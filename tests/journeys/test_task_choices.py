@@ -145,6 +145,15 @@ def test_info_says_the_task_and_what_belongs_to_it():
         "preference; β 0.1, reference what the data say; derived longer-chosen"
     for one in lines.values():
         assert "both outcomes by their chances" in one["curvature"]
+        assert one["N_train"].startswith("unknown, so no nats are told: --train-sequences says it")
+        assert "scored" not in one["sequences"]
+    about = describe(GOLDEN / "format-6" / "classification" / "index")
+    assert about["beta"] is None and about["adapter"] is None
+    assert set(about["kinds"]) == {"mlp", "head"} and "and the head, " in lines["classification"][
+        "modules"]
+    narrow = summary({**about, "adapter": "judge"}, 60)
+    assert max(map(len, narrow.splitlines())) <= 60 and ", adapter judge," in " ".join(
+        narrow.split())
 
 
 def test_two_texts_of_a_query_are_no_continuation(tmp_path):
