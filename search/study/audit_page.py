@@ -13,7 +13,7 @@ from gradindex.terminal import visible, visible_lines
 from gradindex.version import VERSION
 from search.show import html, plots, wording
 from search.study.audit_defaults import EXCERPT, LISTED, SHOWN
-from search.study.audit_table import field_names, rows, text_columns
+from search.study.audit_table import field_names, rows, shown_texts
 from search.study.audit_text import cells_of
 from search.study.audit_words import percent, sentences, units
 from search.study.audited import RIVALS, Audit
@@ -84,9 +84,17 @@ def _plots(audit: Audit) -> list[tuple[Markup, str]]:
 def _found(audit: Audit) -> Markup:
     """What is found against what is inspected, by our signal and by rivals."""
     signals = audit.signals()
-    names = dict.fromkeys([audit.ranked_by, *RIVALS])  # by which it may be ranked itself
+    drawn: list[tuple[str, np.ndarray, np.ndarray]] = []
+    for name in dict.fromkeys([audit.ranked_by, *RIVALS]):  # by which it may be ranked itself
+        shares, found = curve(signals[name][audit.known], audit.corrupted)
+        # of one prediction a sequence some rank alike: a line that another hides is named with it
+        alike = [n for n, (_, _, other) in enumerate(drawn) if np.allclose(found, other)]
+        if alike:
+            drawn[alike[0]] = (f"{drawn[alike[0]][0]}, {name}", shares, found)
+        else:
+            drawn.append((name, shares, found))
     return _as_markup(plots.curves(
-        {name: curve(signals[name][audit.known], audit.corrupted) for name in names},
+        {name: (shares, found) for name, shares, found in drawn},
         "Found against inspected", "share inspected", "share of the corrupted found"))
 
 
@@ -113,7 +121,7 @@ def _item(audit: Audit, row: dict[str, Any]) -> dict[str, Any]:
         facts = [("loss", wording.unsigned(row["loss"])),
                  ("self-influence", wording.unsigned(row["self_influence"])), *facts]
     return {"row": row, "score": score, "tags": tags, "facts": facts,
-            "texts": [_excerpt(row[name]) for name in text_columns(audit)]}
+            "texts": list(map(_excerpt, shown_texts(audit, row, EXCERPT)))}
 
 
 def _excerpt(text: str) -> str:

@@ -67,6 +67,20 @@ def text_columns(audit: Audit) -> list[str]:
     return ["chosen", "rejected"] if audit.snapshot.manifest.task.of_pairs else ["text"]
 
 
+def shown_texts(audit: Audit, row: dict[str, Any], most: int) -> list[str]:
+    """The texts of a row for a list that has room for `most` letters of each.
+
+    Of a pair what both begin with is left out where it would take a third of that.
+    """
+    texts = [row[name] for name in text_columns(audit)]
+    alike = 0 if len(texts) == 1 else next(
+        (n for n, (one, other) in enumerate(zip(*texts, strict=False)) if one != other),
+        min(map(len, texts)))
+    while alike and not texts[0][alike - 1].isspace():  # words stay whole
+        alike -= 1
+    return [f"…{text[alike:]}" for text in texts] if alike > most / 3 else texts
+
+
 def field_names(audit: Audit) -> dict[str, str]:
     """What the columns of kept fields are called: as in the data, unless it is a name of ours."""
     own = set(_own_columns(audit))

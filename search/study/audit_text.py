@@ -7,11 +7,12 @@ from typing import Any
 from gradindex.terminal import visible
 from search.show import wording
 from search.study.audit_defaults import SHOWN
-from search.study.audit_table import rows, text_columns
+from search.study.audit_table import rows, shown_texts
 from search.study.audit_words import detection_lines, sentences, units
 from search.study.audited import Audit
 
 LEAST_TEXT = 24  # columns of a terminal
+ROOMY = 96  # columns that all of a table, and some of the texts, need
 BETWEEN = " ▸ "  # the two texts of a pair
 LEFT = ("label", "corrupted")  # columns that begin at the left
 # signals whose name is short enough for a column, and the column of what codes know of them
@@ -26,25 +27,31 @@ def render(audit: Audit, width: int | None = None) -> str:
     table = _table(audit, width)
     lines += ["", *table, *(["…"] if len(audit) > SHOWN else [])]
     if audit.detections:
-        lines += ["", *detection_lines(audit.detections)]
+        lines += ["", *detection_lines(audit.detections, width)]
     return "\n".join([*lines, "", *textwrap.wrap(units(audit), width)])
 
 
-def cells_of(audit: Audit, most: int) -> tuple[list[str], list[list[str]]]:
-    """The heads of a short table, and the cells of the first sequences; their text is last."""
-    other = [] if audit.ranked_by == "self-influence" else ["self-influence"]
+def cells_of(
+    audit: Audit, most: int, width: int | None = None
+) -> tuple[list[str], list[list[str]]]:
+    """The heads of a short table, and the cells of the first sequences; their text is last.
+
+    A `width` that leaves too little for it has no column of self-influence beside what is ranked.
+    """
+    other = [] if audit.ranked_by == "self-influence" or (
+        width is not None and width < ROOMY) else ["self-influence"]
     truth = [] if audit.rows.truth is None else ["corrupted"]
     heads = ["rank", "id", _short(audit.ranked_by), *other, "loss",
              *["label"] * bool(audit.labels), *truth]
-    texts = text_columns(audit)
+    room = 3 * LEAST_TEXT if width is None else LEAST_TEXT
     return [*heads, "text"], [
-        [*_cells(audit, row, heads), BETWEEN.join(visible(row[name]) for name in texts)]
+        [*_cells(audit, row, heads), BETWEEN.join(map(visible, shown_texts(audit, row, room)))]
         for row in rows(audit, most)]
 
 
 def _table(audit: Audit, width: int) -> list[str]:
     """The first sequences, one a line."""
-    heads, found = cells_of(audit, SHOWN)
+    heads, found = cells_of(audit, SHOWN, width)
     cells = [heads, *found]
     wide = [max(map(len, column)) for column in list(zip(*cells, strict=True))[:-1]]
     lines = []

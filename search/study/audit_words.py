@@ -71,12 +71,15 @@ def percent(share: float) -> str:
     return f"{100 * share:.0f}%"
 
 
-def detection_lines(detections: list[Detection]) -> list[str]:
-    """How well each signal finds the corrupted, as a table."""
+def detection_lines(detections: list[Detection], width: int = 160) -> list[str]:
+    """How well each signal finds the corrupted, as a table; in a narrow `width`, in fewer words."""
     if not detections:
         return []
     wide = max(len(one.signal) for one in detections) + 2
-    heads = "".join(f"{f'found in {percent(share)}':>15}" for share in INSPECTED)
-    return [f"{'signal':<{wide}}{'AUROC':>7}{'avg. prec.':>12}{heads}", *(
+    cell, said, name = 15, "found in ", "signal"
+    if wide + 19 + cell * len(INSPECTED) > width:
+        cell, said, name = 8, "in ", "signal, share found"
+    heads = "".join(f"{said + percent(share):>{cell}}" for share in INSPECTED)
+    return [f"{name:<{wide}}{'AUROC':>7}{'avg. prec.':>12}{heads}", *(
         f"{one.signal:<{wide}}{one.auroc:>7.3f}{one.average_precision:>12.3f}"
-        + "".join(f"{percent(share):>15}" for share in one.found) for one in detections)]
+        + "".join(f"{percent(share):>{cell}}" for share in one.found) for one in detections)]

@@ -20,6 +20,7 @@ from gradindex.cli import main_group
 from gradindex.errors import InputError
 from search.show import html
 from search.study.audit_page import STYLES
+from search.study.audit_text import render
 from search.study.truth import INSPECTED
 from support.task_models import answers, network_of_texts, save, sentences, tokenizer_of_texts
 
@@ -210,9 +211,23 @@ def test_the_page_shows_hostile_text_as_text(folder, found, tmp_path):
     assert "style=" not in text and "http" not in re.sub(r"http-equiv", "", text)
     said = " ".join(" ".join(page.texts).split())
     assert f"{found.detections[0].auroc:.3f}" in said and "Found against inspected" in said
-    assert page.tags.count("polyline") == 4 and page.tags.count("svg") == 5
+    # of one prediction a sequence the loss and self-confidence rank alike: one line, both names
+    assert "loss, self-confidence" in said
+    assert page.tags.count("polyline") == 3 and page.tags.count("svg") == 5
     items = re.findall(r'<li value="(\d+)"', text)
     assert items == [str(number) for number in range(1, 31)]
+
+
+def test_a_narrow_terminal_holds_every_line(found):
+    narrow, wide = render(found, 80), render(found, 140)
+    assert max(map(len, narrow.splitlines())) <= 80
+    for text, heads in ((narrow, ["in 5%", "in 30%"]), (wide, ["found in 5%", "found in 30%"])):
+        [head] = [line for line in text.splitlines() if "AUROC" in line]
+        assert all(f"  {name}" in head for name in heads)
+        [row] = [line for line in text.splitlines() if line.startswith("self-confidence ")]
+        last = found.detections[[one.signal for one in found.detections].index("self-confidence")]
+        assert row.split()[1:] == [f"{last.auroc:.3f}", f"{last.average_precision:.3f}",
+                                   *(f"{100 * share:.0f}%" for share in last.found)]
 
 
 def test_a_notebook_and_a_data_frame(found):
@@ -230,7 +245,15 @@ def test_pairs_show_both_answers(tmp_path):
                     keep_fields=["margin"], **SMALL)
     for form in ("csv", "html"):
         shown = run(tmp_path / "i", "-o", tmp_path / f"a.{form}")
-    assert "by all others, cosine" in shown.stdout and "▸" in shown.stdout
+    assert "by all others, cosine" in shown.stdout
+    lines = [line for line in shown.stdout.splitlines() if "▸" in line]
+    # what both begin with, "why was it", tells nothing apart
+    assert len(lines) == 8 and not [line for line in lines if "why" in line]
+    for row in gradindex.open(tmp_path / "i").audit().to_list():
+        [line] = [line for line in lines if line.split()[1] == str(row["id"])]
+        sides = [text.rstrip("…") for text in line.split("  ")[-1].removeprefix("…").split(" ▸ …")]
+        assert f"why was it {sides[0]}" in row["chosen"]
+        assert f"why was it {sides[1]}" in row["rejected"]
     with (tmp_path / "a.csv").open(newline="") as file:
         cells = list(csv.DictReader(file))
     original = {f"{row['chosen'].strip()}": row for row in answers(8)}
