@@ -61,11 +61,15 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="gradindex")
 def main_group() -> None:
-    """Which training sequences made this language model say that?
+    """Which training sequences made this model say that?
+
+    Of language models, classifiers of texts, reward models and policies that learned preferences.
 
     \b
-    gradindex build  MODEL DATA... -o INDEX        once
+    gradindex build  MODEL DATA... -o INDEX         once
     gradindex search INDEX -p PROMPT -c COMPLETION  as often as you like
+    gradindex search INDEX --text TEXT              of a classifier
+    gradindex audit  INDEX                          which of its data are wrong?
     """
 
 

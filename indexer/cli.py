@@ -20,7 +20,7 @@ from gradindex.flags import (
     read_ids,
     read_lines,
 )
-from gradindex.task import BETA, TASKS
+from gradindex.task import BETA, TASKS, Task
 from gradindex.terminal import json_text, shell_word, visible_lines
 from indexer import defaults
 
@@ -73,7 +73,8 @@ _MAX_BAD = click.option(
                    "equal lengths false).")
 @click.option("--seq-len", type=int,
               help=f"Tokens a sequence [the model's context, at most {defaults.LONGEST}].")
-@click.option("--pack/--no-pack", default=False, help="Join documents with the end token [no].")
+@click.option("--pack/--no-pack", default=False, help="Join documents with the end token, "
+              "for a language model [no].")
 @click.option("--truncate", is_flag=True, help="Cut a document at the sequence length, as trainers "
               "do [a longer one becomes several windows].")
 @click.option("--limit", type=int, help="Read only the first documents.")
@@ -165,9 +166,20 @@ def build(
     built = run(request)
     if built is None:  # a shard has no index to search yet
         return 0
+    second = ' --text-b "TEXT"' * _has_two_texts(others["out"], built.task)
     click.echo(visible_lines(f'next: gradindex search {shell_word(others["out"])} '
-                             f'{FIRST_QUERY[built.task.name]}'), err=True)
+                             f'{FIRST_QUERY[built.task.name]}{second}'), err=True)
     return 0
+
+
+def _has_two_texts(index: Path, task: Task) -> bool:
+    """Whether the first sequence of an index has two texts, of which a classifier is asked both."""
+    from gradindex.storage.contents import Contents
+    from gradindex.storage.manifest import load
+
+    manifest = load(index)
+    return task.name == "classification" and manifest.rows > 0 and \
+        Contents(index, manifest).records([0])[0].border is not None
 
 
 @click.command()

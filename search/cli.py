@@ -42,8 +42,9 @@ LOADING = "loading the model and the index, then the query's gradient"
 @options(control_flags("normalize", "damping", "modules", "k", "shortlist", "recall", "rescore",
                        "opponents", "candidates", "group_by", "time_limit"))
 @click.option("--queries", type=INPUT_FILE, metavar="FILE",
-              help="JSON lines or a table (.csv, .parquet) with prompt, completion, id, or rows of "
-                   "data of another task: search for all of them together.")
+              help="JSON lines or a table (.csv, .tsv, .parquet) with prompt, completion, id; of "
+                   "another task rows of its data (text, label; prompt, chosen, rejected, or "
+                   "response): search for all of them together.")
 @click.option("--aggregate", type=click.Choice(["sum"]),
               help="With --queries: one search, for the sum of their log p. It sums first: "
                    "--normalize goes by the sum's own gradient.")
@@ -60,13 +61,18 @@ def search(
 ) -> int:
     """Which training sequences made the model say COMPLETION after PROMPT?
 
+    Of a classifier: made it give a text its label; of a reward model or a policy of preferences:
+    prefer one answer to another, or give one its reward.
+
     Shortlists by code, rescores exactly, and says how much of the true top k the answer holds.
-    Without -c the model's own greedy continuation is explained.
+    Without -c the model's own greedy continuation is explained, without --label its own label.
 
     \b
     Example:
       gradindex search train.index -p "Water is composed of" -c " hydrogen and oxygen."
       gradindex search train.index --queries questions.jsonl -o results.jsonl --recall 0.95
+      gradindex search reviews.index --text "a dull film" --label negative
+      gradindex search pairs.index -p "Is it?" --chosen " It is." --rejected " Who knows."
     """
     from search.ask.make_query import make_query
     from search.ask.settings import settle
@@ -220,12 +226,14 @@ def _gradient_of(query: "Query") -> str:
 def rescore(index: Path, id_source: str, ranked: bool, **flags: Any) -> int:
     """Exact influence of the sequences you name, as JSON lines in the same order, or with --sort.
 
-    The sizes of their gradients (cosine, relatif) come with a --normalize other than none.
+    The query is one of the index's task, as for search. The sizes of their gradients (cosine,
+    relatif) come with a --normalize other than none.
 
     \b
     Example:
       gradindex search train.index -p "2 +" -c " 2" --format jsonl |
         gradindex rescore train.index -p "2 +" -c " 3" --ids -
+      gradindex rescore reviews.index --text "a dull film" --label negative --ids ids.txt
     """
     from gradindex.units import units_of
     from search.ask.make_query import make_query

@@ -83,10 +83,11 @@ QUESTION_FLAGS = [
     # no part of the usage: it is there to be refused
     click.argument("stray", nargs=-1, metavar="", expose_value=False, callback=_refuse_stray),
     click.option("-p", "--prompt", metavar="TEXT",
-                 help="Prompt; @FILE and - read it without its last newline, @@ stands for @."),
+                 help="Prompt, of all models but classifiers; @FILE and - read it without its last "
+                      "newline, @@ stands for @."),
     click.option("-c", "--completion", metavar="TEXT",
-                 help="Completion to explain, with its leading space; @FILE reads it, as for -p "
-                      "[the model's own continuation]."),
+                 help="Completion to explain, of a language model, with its leading space; @FILE "
+                      "reads it, as for -p [the model's own continuation]."),
     click.option("--messages", type=click.Path(exists=True, dir_okay=False, path_type=Path),
                  help="JSON file of chat messages, or of an object with messages, tools and "
                       "chat_template_kwargs, or of a row of data; the last message is explained."),
@@ -94,14 +95,16 @@ QUESTION_FLAGS = [
                  help="Another completion: explain log p of -c minus log p of this."),
     click.option("--score-on", metavar="RANGE",
                  help="Score these tokens of the completion only: 0-2, or 5."),
-    click.option("--text", metavar="TEXT", help="Text whose class is explained (classification)."),
-    click.option("--text-b", metavar="TEXT", help="The second of two texts."),
-    click.option("--label", metavar="NAME", help="Its class, by name or number [the model's own]."),
+    click.option("--text", metavar="TEXT", help="Text whose label is explained, of a classifier."),
+    click.option("--text-b", metavar="TEXT", help="The second text, if the classifier reads two."),
+    click.option("--label", metavar="NAME", help="Its label, by name or number [the model's own]."),
     click.option("--versus-label", metavar="NAME",
-                 help="Another class: explain log p of --label minus log p of this."),
-    click.option("--chosen", metavar="TEXT", help="Preferred answer to -p (reward, preference)."),
+                 help="Another label: explain log p of --label minus log p of this."),
+    click.option("--chosen", metavar="TEXT", help="Preferred answer to -p, with its leading "
+                 "space, of a reward model or a policy of preferences."),
     click.option("--rejected", metavar="TEXT", help="The answer that it was preferred to."),
-    click.option("--response", metavar="TEXT", help="One answer to -p, whose reward is explained."),
+    click.option("--response", metavar="TEXT", help="One answer to -p instead of the two, whose "
+                 "reward is explained."),
 ]
 # of a question, which may stand in a file
 TEXTS = ("prompt", "completion", "versus", "text", "text_b", "chosen", "rejected", "response")

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @click.command("eval")
 @options(INDEX_FLAGS)
 @click.option("--queries", required=True, metavar="FILE", type=INPUT_FILE,
-              help="As for search: JSON lines or a table.")
+              help="As for search: JSON lines or a table, of the index's task.")
 @click.option("--sample", metavar="N|all", default="all", show_default=True,
               help="Score so many random sequences exactly.")
 @options(control_flags("damping", "modules"))
@@ -42,8 +42,9 @@ def evaluate(
 ) -> int:
     """How good is an index? Shortlists by code and by TF-IDF against exact scores.
 
-    Scores every sequence (or a random part) exactly on your queries, and shows the share of the
-    true top 10 and top 100 that shortlists hold, and what the recall statement claims of them.
+    Of a model of any task. Scores every sequence (or a random part) exactly on your queries, and
+    shows the share of the true top 10 and top 100 that shortlists hold, and what the recall
+    statement claims of them.
 
     \b
     Example:
@@ -88,7 +89,7 @@ def evaluate(
 @click.command()
 @options(INDEX_FLAGS)
 @click.option("--queries", metavar="FILE", type=INPUT_FILE,
-              help="As for search: JSON lines or a table "
+              help="As for search: JSON lines or a table, of the index's task "
                    f"[{OWN_QUERIES} of the index's own sequences].")
 @click.option("--sample", metavar="N|all",
               help=f"Score so many random sequences exactly [{SCORED_SEQUENCES}].")
@@ -99,8 +100,8 @@ def report(
 ) -> int:
     """What is in an index: one HTML page with plots, which needs nothing else.
 
-    Texts by source and length, self-influence and its outliers, influence by layer, how heavy its
-    upper tail is and how few sequences carry half of it.
+    Of a model of any task: texts by source and length, self-influence and its outliers, influence
+    by layer, how heavy its upper tail is and how few sequences carry half of it.
 
     \b
     Example:
@@ -132,12 +133,14 @@ def report(
 @click.command()
 @options(INDEX_FLAGS)
 @click.option("--against", metavar="FILE", type=INPUT_FILE,
-              help="Queries that are known to be right, as for search: rank by harm to them.")
+              help="Queries of the index's task that are known to be right, with their answer, as "
+                   "for search: rank by harm to them.")
 @click.option("--truth", metavar="FIELD",
-              help="A kept field that says what is corrupted (true, false), or a classifier's true "
-                   "label: measure how well each signal finds it.")
+              help="A kept or derived field that says what is corrupted (true or false, 1 or 0), "
+                   "or a classifier's true label: measure how well each signal finds it.")
 @click.option("--exact", metavar="N|all", default=str(MOST_EXACT), show_default=True,
-              help="Score so many exactly, those that are likeliest by their codes.")
+              help="Score so many exactly, those that are likeliest to be corrupted by their "
+                   "codes; the others come after them.")
 @options(control_flags("damping", "modules"))
 @click.option("--format", "form", default="auto", show_default=True,
               type=click.Choice(["auto", "json", "jsonl", "csv", "parquet", "html"]),
@@ -149,13 +152,16 @@ def audit(
 ) -> int:
     """Which training sequences are corrupted? Every one with what marks it, most suspect first.
 
-    Self-influence, loss, and of a classifier what the other sequences of each class say of it; or
-    the harm to a trusted set.
+    Self-influence, loss, and of a classifier what the other sequences of each class say of it, of
+    pairs what all others do; or the harm to a trusted set. They are ranked by what is found best:
+    by what the others say against it, of a language model by self-influence, with --against by
+    harm.
 
     \b
     Example:
-      gradindex audit train.index -o suspects.csv
-      gradindex audit train.index --against trusted.jsonl --truth flipped -o suspects.html
+      gradindex audit reviews.index -o suspects.csv
+      gradindex audit reviews.index --truth flipped -o suspects.html
+      gradindex audit pairs.index --against trusted.jsonl --truth swapped -o suspects.html
     """
     from search.ask import query_files
     from search.ask.settings import settle

@@ -7,13 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from click.testing import CliRunner
 
 import gradindex
+from gradindex.cli import main_group
 from gradindex.errors import DamagedIndexError, InputError
 from gradindex.model.config import context_length
 from gradindex.progress import Progress
 from gradindex.storage import layout, manifest, sealed_json
+from gradindex.task import Task
 from indexer.build_request import make_request
+from indexer.cli import _has_two_texts
 from search.show.terminal_text import render_terminal
 from search.study.describe import describe, summary
 from support.task_models import (
@@ -161,7 +165,24 @@ def test_two_texts_of_a_query_are_no_continuation(tmp_path):
             {"text": "bad film", "text_b": "good", "label": 0}]
     index = gradindex.build(network_of_texts("bert", 2), rows, tmp_path / "i",
                             tokenizer=tokenizer_of_texts(), **SMALL)
+    assert _has_two_texts(tmp_path / "i", Task("classification"))
+    assert not _has_two_texts(GOLDEN / "format-6" / "classification" / "index",
+                              Task("classification"))
     found = index.search(text="good film", text_b="bad")
     assert found.query.generated
     for shown in (render_terminal(found), found._repr_html_()):
         assert "own continuation" not in shown and "model's own" in shown.replace("&#39;", "'")
+
+
+@pytest.mark.parametrize("command, said", [
+    ("search", ["of a classifier", "without --label its own label", "--chosen"]),
+    ("rescore", ["one of the index's task", "--text"]),
+    ("eval", ["Of a model of any task", "of the index's task"]),
+    ("report", ["Of a model of any task", "of the index's task"]),
+    ("audit", ["of pairs what all others do", "a classifier's true label", "with their answer"]),
+    ("build", ["for a language model [no]", "--label-field", "--chosen-field"]),
+])
+def test_help_knows_every_task(command, said):
+    shown = " ".join(CliRunner().invoke(main_group, [command, "--help"]).stdout.split())
+    for words in said:
+        assert words in shown
