@@ -14,9 +14,9 @@ UNITS = (
 SAID = {
     "causal": ("log p(completion | prompt)", "log p(sequence)", "the completion more likely"),
     "classification": ("log p(label | text)", "log p(its label)", "the label more likely"),
-    "reward": ("log σ(r(chosen) − r(rejected))", "log σ(its pair)",
+    "reward": ("log σ(r(chosen) − r(rejected) − margin)", "log σ(its pair)",
                "the chosen answer more preferred"),
-    "preference": ("log σ(β log-ratio of chosen to rejected)", "log σ(its pair)",
+    "preference": ("log σ(β [log π/π_ref(chosen) − log π/π_ref(rejected)])", "log σ(its pair)",
                    "the chosen answer more preferred"),
 }
 

@@ -149,6 +149,10 @@ def read_question(flags: dict[str, Any], id_source: str | None = None) -> Questi
             raise click.UsageError(f"--messages {messages} is not valid JSON: {error}.") from None
         return _chat_question(chat, messages, flags["score_on"])
     if not any(text is not None for text in texts.values()):
+        for name in NAMES:
+            if flags.get(name) is not None:
+                raise click.UsageError(f"--{name.replace('_', '-')} goes with --text, the text that "
+                                       "a label is given to: give both.")
         raise click.UsageError('give the query: -p "PROMPT" -c " COMPLETION", or --messages FILE, '
                                "or --queries FILE; of a classifier --text, of pairs --chosen and "
                                "--rejected.")

@@ -76,7 +76,8 @@ def query_of_row(fitted: FittedModel, record: Record) -> Query:
 def _labelled(fitted: FittedModel, question: Question) -> Query:
     names = fitted.manifest.plan.labels
     if question.text is None:
-        raise InputError(f"a query has a text: {EXAMPLES['classification']}.")
+        raise InputError("--text is missing, the text that a label is given to. Ask with "
+                         f"{EXAMPLES['classification']}.")
     texts = [text_of(text, name) for name, text in (
         ("text", question.text), ("text_b", question.text_b)) if text is not None]
     query = _query(fitted, encode_whole(fitted.tokenizer, *texts))
@@ -119,7 +120,8 @@ def _preferred(fitted: FittedModel, question: Question) -> Query:
                              "off the difference. Leave it out.")
         return _answer(fitted, question.prompt, question.response)
     if None in both:
-        raise InputError(f"a query has a chosen and a rejected answer: {EXAMPLES[task.name]}.")
+        missing = "--rejected" if question.chosen is not None else "--chosen"
+        raise InputError(f"{missing} is missing. Ask with {EXAMPLES[task.name]}.")
     if question.chosen == question.rejected:
         raise InputError("--rejected is --chosen itself: there is nothing to compare.")
     if task.name == "preference":  # what a reference says of a query is a constant beside these

@@ -77,6 +77,16 @@ def test_a_file_of_messages_with_more_than_is_read_is_refused(content, reason, t
         read_question({**NOTHING, "messages": file})
 
 
+@pytest.mark.parametrize(("flags", "reason"), [
+    ({"label": "good"}, "--label goes with --text, the text that a label is given to: give both"),
+    ({"versus_label": "good"}, "--versus-label goes with --text"),
+    ({"score_on": "0"}, "of a classifier --text, of pairs --chosen and --rejected"),
+])
+def test_flags_without_a_text_are_refused(flags, reason):
+    with pytest.raises(click.UsageError, match=reason):
+        read_question({**NOTHING, **flags})
+
+
 def test_what_stands_beside_messages_goes_with_them():
     with pytest.raises(InputError, match="tools and chat_template_kwargs go with messages"):
         Question("a", "b", tools=[{"name": "f"}]).check()

@@ -136,8 +136,8 @@ def test_the_form_follows_the_task(servers: dict[str, Running]) -> None:
 
 
 @pytest.mark.parametrize("name, asked, said", [
-    ("classification", {"label": "positive"}, "a query has a text"),
-    ("classification", {"text_b": "good"}, "a query has a text"),
+    ("classification", {"label": "positive"}, "--text is missing"),
+    ("classification", {"text_b": "good"}, "--text is missing, the text that"),
     ("classification", {**CLASS, "label": "neutral"}, "outside the model's classes"),
     ("classification", {**CLASS, "label": 7}, "expected 0 to 2"),
     ("classification", {**CLASS, "versus_label": "positive"}, "is the label itself"),
@@ -150,12 +150,12 @@ def test_the_form_follows_the_task(servers: dict[str, Running]) -> None:
     ("classification", {**CLASS, "score_on": "0"}, "--score-on has no use"),
     ("classification", {**CLASS, "response": " good"}, "--response has no use"),
     ("classification", {**CLASS, "text": "so good " * 40}, "more than the model's context"),
-    ("reward", {"prompt": "why"}, "a prompt with --chosen and --rejected, or with one --response"),
+    ("reward", {"prompt": "why"}, "--chosen is missing. Ask with a prompt with --chosen"),
     ("reward", {**PAIR, "response": " good"}, "give one kind"),
     ("reward", {**PAIR, "rejected": PAIR["chosen"]}, "--rejected is --chosen itself"),
     ("reward", CLASS, "--text has no use"),
     ("preference", {**PAIR, "versus": " a"}, "--versus has no use"),
-    ("preference", {"chosen": " a great film"}, "a query has a chosen and a rejected answer"),
+    ("preference", {"chosen": " a great film"}, "--rejected is missing. Ask with"),
 ])
 def test_what_a_task_cant_be_asked_is_refused_by_name(
     name: str, asked: dict[str, Any], said: str, servers: dict[str, Running],
