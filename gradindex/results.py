@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from gradindex.meaning import units_of
 from gradindex.terminal import json_text
-from gradindex.units import units_of
 
 UNSCORED = -100  # the label of a token that isn't scored, as in transformers
 SCHEMA = 2  # of the JSON of a result

@@ -235,10 +235,11 @@ def rescore(index: Path, id_source: str, ranked: bool, **flags: Any) -> int:
         gradindex rescore train.index -p "2 +" -c " 3" --ids -
       gradindex rescore reviews.index --text "a dull film" --label negative --ids ids.txt
     """
-    from gradindex.units import units_of
+    from gradindex.meaning import units_of
     from search.ask.make_query import make_query
     from search.ask.settings import settle
     from search.rank.named import rescore_named
+    from search.rank.snapshot import unlike
     from search.show.data_files import json_lines
     from search.show.wording import ranked_by
 
@@ -249,8 +250,8 @@ def rescore(index: Path, id_source: str, ranked: bool, **flags: Any) -> int:
     places = searcher.known(read_ids(id_source))
     progress.say(LOADING)
     query = make_query(searcher.snapshot, question)
-    if unlike := searcher.snapshot.unlike(query):
-        progress.say(f"warning: {unlike}")
+    if told := unlike(searcher.snapshot, query):
+        progress.say(f"warning: {told}")
     units = units_of(searcher.manifest.task.name, exact=True, query=query)
     progress.start("exact", len(places), "sequences")
     scored: list[Hit] = []

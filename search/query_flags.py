@@ -149,10 +149,10 @@ def read_question(flags: dict[str, Any], id_source: str | None = None) -> Questi
             raise click.UsageError(f"--messages {messages} is not valid JSON: {error}.") from None
         return _chat_question(chat, messages, flags["score_on"])
     if not any(text is not None for text in texts.values()):
-        for name in NAMES:
+        for name in NAMES:  # a label alone asks nothing, whatever the task
             if flags.get(name) is not None:
-                raise click.UsageError(f"--{name.replace('_', '-')} goes with --text, the text that "
-                                       "a label is given to: give both.")
+                raise click.UsageError(f"--{name.replace('_', '-')} goes with --text, the text "
+                                       "that a label is given to: give both.")
         raise click.UsageError('give the query: -p "PROMPT" -c " COMPLETION", or --messages FILE, '
                                "or --queries FILE; of a classifier --text, of pairs --chosen and "
                                "--rejected.")
@@ -263,9 +263,12 @@ def complain(
 
     Of those that are left, the `queries`, which are unlike the index's sequences.
     """
+    from search.rank.snapshot import unlike
+
     texts = [text for query in queries for text in query.texts]
-    for told in dict.fromkeys(filter(None, map(snapshot.unlike, texts))):
-        progress.say(f"warning: {told}")
+    for told in dict.fromkeys(unlike(snapshot, text) for text in texts):
+        if told is not None:
+            progress.say(f"warning: {told}")
     if query_file.unread:
         progress.say(f"queries: not read: {', '.join(query_file.unread)}")
     for complaint in query_file.complaints():

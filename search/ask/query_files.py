@@ -41,7 +41,7 @@ NUMBERS_SHOWN, KINDS_SHOWN = 5, 3  # of rows that can't be used, of what is wron
 
 
 @dataclass
-class Problem:
+class BadQuery:
     """A row of a file of queries that can't be used: its number, why, and its query's id if any."""
 
     path: Path
@@ -64,25 +64,25 @@ class QueryFile:
 
     path: Path
     questions: dict[Any, Question] = field(default_factory=dict)
-    problems: list[Problem] = field(default_factory=list)
+    problems: list[BadQuery] = field(default_factory=list)
     numbers: dict[Any, int] = field(default_factory=dict)
     unread: list[str] = field(default_factory=list)
 
     def blame(self, name: Any, why: str) -> None:
         """Note what is wrong with a question."""
         # as the file calls what is wrong: by the names of fields
-        self.problems.append(Problem(self.path, self.numbers[name], as_arguments(why), name))
+        self.problems.append(BadQuery(self.path, self.numbers[name], as_arguments(why), name))
 
     def complaints(self) -> list[str]:
         """What is wrong, each thing once, with the rows that it is wrong with."""
-        alike: dict[str, list[Problem]] = {}
+        alike: dict[str, list[BadQuery]] = {}
         for problem in self.problems:
             alike.setdefault(problem.why, []).append(problem)
         return [str(some[0]) if len(some) == 1 else f"{_several(some)}: {why}"
                 for why, some in alike.items()]
 
 
-def _several(problems: list[Problem]) -> str:
+def _several(problems: list[BadQuery]) -> str:
     """Where problems of one kind stand, the first few by number."""
     numbers = ", ".join(str(problem.number) for problem in problems[:NUMBERS_SHOWN])
     return f"{problems[0].path}: {len(problems):,} rows ({numbers}" + \
@@ -110,7 +110,7 @@ def read_queries(
             query_file.numbers[question.id] = number
             query_file.unread += [name for name in unread if name not in query_file.unread]
         except ValueError as error:
-            query_file.problems.append(Problem(path, number, str(error)))
+            query_file.problems.append(BadQuery(path, number, str(error)))
     task = "" if settings is None else settings.task
     for name, question in list(query_file.questions.items() if task else ()):
         try:
@@ -166,7 +166,7 @@ def _question(
         raise row
     query, unread = _of_data(row, settings or CorpusSettings(1, task=""))
     unknown = [name for name in query if name not in (*FIELDS, "id")]
-    if unknown:
+    if unknown:  # more likely a row for another index than one with too much
         known = [name for name in FIELDS if settings is None or name in ASKED[settings.task]]
         raise ValueError(f"unknown field {unknown[0]!r}; expected some of {', '.join(known)}, id")
     if not query.keys() & {"prompt", "completion", "messages", "token_ids", "text", "chosen",

@@ -88,7 +88,7 @@ def _labelled(fitted: FittedModel, question: Question) -> Query:
     query.label_name = query.completion = names[query.label]
     if question.versus_label is not None:
         other = label_number(question.versus_label, names)
-        if other == query.label:
+        if other == query.label:  # the difference of a label with itself is zero
             raise InputError(
                 f"--versus-label {question.versus_label} is the label itself: there is nothing to "
                 "compare." if not query.generated else

@@ -13,6 +13,7 @@ from search.rank.hits import make_hit, normalized
 from search.rank.likeness import fold_near
 from search.rank.query_gradient import rescore_in_full
 from search.rank.query_track import Track
+from search.rank.snapshot import unlike
 
 SMALLEST_SAMPLE = 32  # of the random sample, before anything is said of the error on a query
 ODD_CALIBRATION = 1.5  # c on this query's random sample, as a factor of the index's: warn beyond it
@@ -71,8 +72,9 @@ def conclude(track: Track, interrupted: bool) -> Result:
 def _about(track: Track) -> list[str]:
     """What to know before any score: what is not searched, how the query was read."""
     snapshot = track.common.snapshot
-    unlike = dict.fromkeys(filter(None, map(snapshot.unlike, track.query.texts)))
-    return ([] if snapshot.coverage.whole else [str(snapshot.coverage)]) + [*unlike] + \
+    told = dict.fromkeys(unlike(snapshot, text) for text in track.query.texts)
+    return ([] if snapshot.coverage.whole else [str(snapshot.coverage)]) + \
+        [one for one in told if one is not None] + \
         [note for text in track.query.texts for note in text.notes]
 
 

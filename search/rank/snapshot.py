@@ -164,18 +164,6 @@ class Snapshot(FittedModel):
         equal = self.contents.equal_to(place)
         return [int(self.contents.ids[other]) for other in equal if other != place]
 
-    def unlike(self, query: Query) -> str | None:
-        """What to say of a query that has one text where sequences have two, or the reverse."""
-        if self.manifest.task.name != "classification":
-            return None
-        two, share = query.border is not None, self.tables.two_texts
-        if 0 < share < 1 or two == (share == 1):
-            return None
-        return ("the query has two texts, and the sequences of this index have one: so was its "
-                "model trained, most likely. Leave the second out" if two else
-                "the query has one text, and the sequences of this index have two: the model reads "
-                "it as it was not trained to. Give the second, text_b")
-
     def random_sample(self) -> list[int]:
         """Places of a fixed random sample of the index."""
         return random_sample(self.contents, len(self))
@@ -193,6 +181,19 @@ class Snapshot(FittedModel):
         """Yield, batch by batch, (place, score), the first places first; see `exact.rescore`."""
         for batch in rescore(by, preconditioned, self.records(places), sizes, terms):
             yield [(places[number], exact) for number, exact in batch]
+
+
+def unlike(snapshot: Snapshot, query: Query) -> str | None:
+    """What to say of a query that has one text where sequences have two, or the reverse."""
+    if snapshot.manifest.task.name != "classification":
+        return None
+    two, share = query.border is not None, snapshot.tables.two_texts
+    if 0 < share < 1 or two == (share == 1):
+        return None
+    return ("the query has two texts, and the sequences of this index have one: so was its model "
+            "trained, most likely. Leave the second out" if two else
+            "the query has one text, and the sequences of this index have two: the model reads it "
+            "as it was not trained to. Give the second, text_b")
 
 
 def finite(scores: np.ndarray, path: Path) -> np.ndarray:

@@ -13,7 +13,7 @@ from gradindex.terminal import visible, visible_lines
 from gradindex.version import VERSION
 from search.show import html, plots, wording
 from search.study.audit_defaults import EXCERPT, LISTED, SHOWN
-from search.study.audit_table import field_names, rows, shown_texts
+from search.study.audit_table import field_names, rows, shown_texts, text_columns
 from search.study.audit_text import cells_of
 from search.study.audit_words import percent, sentences, units
 from search.study.audited import RIVALS, Audit
@@ -32,7 +32,8 @@ def page(audit: Audit) -> str:
     return str(_environment().get_template("audit.html").render(
         name=audit.snapshot.path.resolve().name, digest=audit.snapshot.digest, version=VERSION,
         style=Markup(style), policy=html.policy(style), sentences=sentences(audit),
-        units=units(audit), total=len(audit), exact=len(audit.places), inspected=INSPECTED,
+        units=units(audit), classes=audit.rows.classes, total=len(audit),
+        exact=len(audit.places), inspected=INSPECTED,
         detections=audit.detections, found_plot=_found(audit) if audit.detections else None,
         plots=_plots(audit), listed=[_item(audit, row) for row in rows(audit, LISTED)]))
 
@@ -110,8 +111,9 @@ def _item(audit: Audit, row: dict[str, Any]) -> dict[str, Any]:
     """What the page shows of a sequence, given as a row of the table."""
     tags = [row["label"]] if row.get("label") is not None else []
     tags += ["corrupted"] if row.get("corrupted") else []
-    names = field_names(audit)
-    facts = [(f"from {one}", wording.number(row[f"from_{one}"]))
+    names, texts = field_names(audit), shown_texts(audit, row, EXCERPT)
+    others = "from others of {}" if audit.labels else "from {} others"
+    facts = [(others.format(one), wording.number(row[f"from_{one}"]))
              for one in audit.rows.classes if row[f"from_{one}"] is not None]
     facts += [(name, wording.plain(row[column])) for name, column in names.items()
               if row.get(column) is not None]
@@ -121,7 +123,8 @@ def _item(audit: Audit, row: dict[str, Any]) -> dict[str, Any]:
         facts = [("loss", wording.unsigned(row["loss"])),
                  ("self-influence", wording.unsigned(row["self_influence"])), *facts]
     return {"row": row, "score": score, "tags": tags, "facts": facts,
-            "texts": list(map(_excerpt, shown_texts(audit, row, EXCERPT)))}
+            "texts": list(zip(text_columns(audit) if len(texts) > 1 else [""],
+                              map(_excerpt, texts), strict=True))}
 
 
 def _excerpt(text: str) -> str:

@@ -1,6 +1,6 @@
 """What is said of an audit, the same on a terminal, on a page and in data."""
 
-from gradindex.units import SAID
+from gradindex.meaning import SAID
 from search.study.audited import MEANINGS, Audit
 from search.study.truth import INSPECTED, Detection
 

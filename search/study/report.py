@@ -10,13 +10,13 @@ from collections.abc import Callable
 import numpy as np
 from markupsafe import Markup
 
+from gradindex.meaning import units_of
 from gradindex.modules import Module
 from gradindex.results import Query
 from gradindex.storage.background_file import ONE_IN
 from gradindex.storage.layout import code_bytes
 from gradindex.storage.manifest import model_name
 from gradindex.terminal import visible, visible_lines
-from gradindex.units import units_of
 from gradindex.version import VERSION
 from search.show import html, plots, wording
 from search.study.exact_sample import TOP_BY_CODE, QuerySurvey

@@ -1,9 +1,19 @@
 """What influence means, with its sign and units: a sentence for each task and kind of query."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from gradindex.results import Query
+
+class AskedText(Protocol):
+    """What of a query decides its units: its own text and the others, each with its weight."""
+
+    weight: float
+    label_name: str | None
+    unit: str
+
+    @property
+    def texts(self) -> "Sequence[AskedText]": ...
+
 
 UNITS = (
     "Influence is I = ∇{asked}ᵀ (G+λI)⁻¹ ∇{row}, {how} for this index's EK-FAC curvature: positive "
@@ -21,7 +31,7 @@ SAID = {
 }
 
 
-def units_of(task: str, exact: bool, query: "Query | None" = None) -> str:
+def units_of(task: str, exact: bool, query: AskedText | None = None) -> str:
     """What influence on a query means, with its sign, in one sentence.
 
     Without one, the query is a row of the task's data.
@@ -38,7 +48,7 @@ def units_of(task: str, exact: bool, query: "Query | None" = None) -> str:
                         how="exact" if exact else "estimated by code")
 
 
-def _of_query(query: "Query", asked: str, effect: str) -> tuple[str, str]:
+def _of_query(query: AskedText, asked: str, effect: str) -> tuple[str, str]:
     """What a query asks about and what a copy does: of one text, a difference, a sum of several."""
     added = [text for text in query.texts if text.weight > 0]
     taken = [text for text in query.texts if text.weight < 0]
