@@ -166,7 +166,7 @@ def build(
     built = run(request)
     if built is None:  # a shard has no index to search yet
         return 0
-    second = ' --text-b "TEXT"' * _has_two_texts(others["out"], built.task)
+    second = ' --text-b "TEXT"' * _has_two_texts(Path(others["out"]), built.task)
     click.echo(visible_lines(f'next: gradindex search {shell_word(others["out"])} '
                              f'{FIRST_QUERY[built.task.name]}{second}'), err=True)
     return 0
