@@ -36,7 +36,7 @@ from search.rank.grouping import Grouping
 
 PRIOR = 8.0  # sequences. With 4, one group of five in twelve is beyond 2 SE; 16 hide their own
 TAIL = 0.025  # of each side, put at its border
-NOTHING = 1e-12  # of the largest influence: an error as small is one of rounding
+NOTHING = 1e-7  # of the largest influence: an error as small is the root of what rounding leaves
 
 
 def excess_of(

@@ -24,6 +24,7 @@ from search.ask.settings import LABEL
 
 COORDINATES = 2048  # of the K, for spreads: standard errors are then right to 2 %
 UNPACKED = 1024  # codes held unpacked at once
+ROUNDING = 1e-12  # of all squares: fewer are what rounding leaves, as of a group that is all
 LONGEST = 1 << 31  # tokens that an answer may have
 
 
@@ -190,9 +191,10 @@ def make_grouping(
         along[numbers] = sums @ whole
         carried, last = sums[-1], numbers[-1]
     f, in_all = made.parts(len(squares)), float(whole @ whole)
-    made.spread = _ratio(joined, made.total(squares, power=2))
+    least = ROUNDING * float(squares.sum())
+    made.spread = _ratio(joined, made.total(squares, power=2), least)
     made.excess_spread = _ratio(joined - 2 * f * along + f**2 * in_all,
-                                made.excess_of_squares(squares))
+                                made.excess_of_squares(squares), least)
     made.whole_spread = float(in_all / squares.sum()) if squares.any() else 1.0
     return made
 
@@ -214,10 +216,10 @@ def _summed(
         yield group[starts], np.add.reduceat(vectors, starts, axis=0)
 
 
-def _ratio(joined: np.ndarray, apart: np.ndarray) -> np.ndarray:
-    """joined / apart, 1 where there is nothing to compare."""
+def _ratio(joined: np.ndarray, apart: np.ndarray, least: float) -> np.ndarray:
+    """joined / apart, 1 where there is nothing to compare: no more than `least`."""
     one = np.ones(len(joined))
-    return np.asarray(np.divide(np.maximum(joined, 0.0), apart, out=one, where=apart > 0))
+    return np.asarray(np.divide(np.maximum(joined, 0.0), apart, out=one, where=apart > least))
 
 
 def chosen_signs(codes: Sequence[CodeIndex], length: int) -> tuple[np.ndarray, np.ndarray]:

@@ -161,7 +161,7 @@ def test_what_is_not_there_is_refused(built, rewarder, tmp_path):
         gradindex.build(rewarder, data, tmp_path / "index", derive=["length"], **SMALL)
     assert not (tmp_path / "index").exists()
     gradindex.build(rewarder, data, tmp_path / "plain", **SMALL)
-    with pytest.raises(InputError, match="has no such field; build it with --derive longer-chosen"):
+    with pytest.raises(InputError, match="has no such field; build it with derive longer-chosen"):
         gradindex.open(tmp_path / "plain").search(**ASKED, group_by="longer-chosen")
     with pytest.raises(InputError, match="kept were annotator, length-difference, longer-chosen"):
         gradindex.open(out).search(**ASKED, group_by="label")
