@@ -81,7 +81,9 @@ def sentence_pairs(
     for number, (path, most) in enumerate(((training, rows), (test, tested))):
         found, labels = read_sentences(path)
         random = np.random.default_rng([0, number])
-        sides = [random.permutation(np.flatnonzero(labels == label)) for label in (1, 0)]
+        # a build leaves out what is longer, as TRL's training does
+        fit = np.array([len(one) <= length for one in read_tokens(model, found, 1 << 20)])
+        sides = [random.permutation(np.flatnonzero(fit & (labels == label))) for label in (1, 0)]
         most = min(most, *map(len, sides))
         parts.append(len(texts) + np.stack([side[:most] for side in sides], 1))
         if number:  # the same sentences, two of one label

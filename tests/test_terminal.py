@@ -308,8 +308,9 @@ def hostile_facts():
     return {
         "index": ALL, "format": ALL, "generation": 1, "digest": ALL,
         "model": {"name": ALL, "revision": ALL, "tensors": BAD},
-        "dtype": ALL, "task": "preference", "labels": [ALL], "beta": 0.1,
-        "reference": {"name": ALL}, "derived": [ALL], "documents": 4, "sequences": 5,
+        "dtype": ALL, "task": "preference", "labels": [ALL], "adapter": ALL,
+        "beta": 0.1, "kinds": {ALL: 1}, "reference": {"name": ALL}, "derived": [ALL],
+        "documents": 4, "sequences": 5,
         "sequence_length": ALL, "tokens": 6, "scored_tokens": 6, "skipped": {ALL: 3},
         "train_sequences": None, "next_id": 7,
         "duplicates": 1, "deleted": 2, "quarantined": {"7": ALL},
@@ -328,7 +329,7 @@ def test_summary():
     assert_inert(said)
     for line in said.splitlines():  # a newline in a name begins no row
         assert re.match(r"[A-Za-z_ ]{11} \S", line)
-    assert said.count(ALL_SHOWN) == 18  # classes, reference, derived among them
+    assert said.count(ALL_SHOWN) == 19  # the adapter, classes, reference, derived among them
 
 
 @pytest.mark.parametrize("form", ["auto", "json"])
