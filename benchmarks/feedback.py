@@ -167,7 +167,7 @@ def judge(
     """Index and audit the reward model of a seed; the signals are kept beside it."""
     home = folder / f"{recipe.epochs}-{seed}"
     training, swapped = swap(pairs, seed)
-    kept = home / f"signals-{settings['modules']}.npz"
+    kept = home / f"signals-{settings['modules']}-{settings['damping']:g}.npz"
     if not kept.is_file():
         (home / "train.jsonl").write_text("".join(
             json.dumps({**row(pairs, one), "swapped": bool(wrong)}) + "\n"
@@ -271,19 +271,21 @@ def print_retraining(
 @click.option("--epochs", default=3, show_default=True)
 @click.option("--retrainings", default=10, show_default=True)
 @click.option("--modules", default="head", show_default=True, help="That are indexed.")
+@click.option("--damping", default=0.1, show_default=True)
 @click.option("--threads", default=1, show_default=True, help="Retrainings at once.")
 @click.option("--small", is_flag=True, help="A minute or two, to see that it runs.")
 def main(
     model: str, training: Path, test: Path, answers: Path | None, work: Path, rows: int,
-    answer_rows: int, seeds: int, epochs: int, retrainings: int, modules: str, threads: int,
-    small: bool,
+    answer_rows: int, seeds: int, epochs: int, retrainings: int, modules: str, damping: float,
+    threads: int, small: bool,
 ) -> None:
     """Swap, train, audit; retrain without the suspects; print tables."""
     begun = time.monotonic()
     if small:
         rows, answer_rows, seeds, epochs, retrainings = 150, 100, 1, 2, 2
     progress, recipe = stderr_progress(), Recipe(model, 1, epochs)
-    print(f"{model}; modules {modules}; {seeds} seeds; 95 %: bootstrap over pairs, {DRAWS:,} draws")
+    print(f"{model}; modules {modules}, damping {damping:g}; {seeds} seeds; 95 %: bootstrap over "
+          f"pairs, {DRAWS:,} draws")
     kinds = {"Sentences": sentence_pairs(model, training, test, rows, 200 if small else 1000,
                                          LENGTH)}
     if answers is not None:
@@ -292,13 +294,13 @@ def main(
         folder = work / f"{name.lower()}-{len(pairs.training)}-{len(pairs.test)}"
         pairs = used(pairs)
         Hidden.of(folder, recipe, pairs.tokens, progress)
-        settings: dict[str, Any] = {"modules": modules, "bits": 1024, "task": "reward",
-                                       "fit_sequences": FITTED}
+        settings: dict[str, Any] = {"modules": modules, "damping": damping, "bits": 1024,
+                                    "task": "reward", "fit_sequences": FITTED}
         accuracy = train_on_swapped(pairs, folder, recipe, seeds, threads, progress)
         judged = [judge(pairs, folder, recipe, seed, accuracy[seed], settings, progress)
                   for seed in range(seeds)]
         print_found(name, pairs, judged, recipe)
-        if len(pairs.alike):
+        if len(pairs.alike) and retrainings:
             print_retraining(pairs, folder, recipe, judged[0], retrainings, threads, progress)
     print(f"\ntotal {duration(time.monotonic() - begun)}")
 

@@ -216,7 +216,8 @@ def main(
         print_signals(audits, one)
         first = first or audits[0]
     assert first is not None
-    print_retraining(data, folder, recipe, first, retrainings, threads, progress)
+    if retrainings:
+        print_retraining(data, folder, recipe, first, retrainings, threads, progress)
     print(f"\ntotal {duration(time.monotonic() - begun)}")
 
 
