@@ -4,12 +4,12 @@ An index is built of some rows of the data, others of them are asked about, as t
 preferred, every sequence is scored exactly, and shortlists by code, by TF-IDF and by both are
 compared with that: the share of the true top k in a shortlist, and what the recall statement claims
 of it. The model should have been trained on those rows; it isn't here. Codes can be made by the
-recipe of before, too (`influence/codes.py`), whose sides had at most 256 coordinates.
+recipe of before, too (`influence/codes.py`).
 """
 
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,11 @@ import numpy as np
 
 import gradindex
 from gradindex.errors import InputError
-from gradindex.influence.codes import RECIPES, CodeSettings, default_width
-from gradindex.modules import Module
 from gradindex.progress import Progress
+from indexer import prepare
 from indexer.read.discover import discover
 from indexer.read.sources import read_source
+from indexer.state import Settled
 from search.ask.controls import Controls
 from search.ask.query_files import make_queries, read_queries
 from search.ask.settings import settle
@@ -42,16 +42,11 @@ def drawn_rows(data: str, count: int, seed: int) -> list[dict[str, Any]]:
 
 @contextmanager
 def codes_made_by(recipe: int) -> Iterator[None]:
-    """Codes are made by a recipe, the newest or the second, as they were then."""
-    if recipe == RECIPES[-1]:
-        yield
-        return
+    """Builds begin with a recipe of codes, as those that an earlier version began."""
+    def settled(*chosen: Any, **more: Any) -> Settled:
+        return Settled(*chosen, **more | {"recipe": recipe})
 
-    def of(length: int, modules: Sequence[Module], seed: int, damping: float) -> CodeSettings:
-        return CodeSettings(
-            length, min(256, default_width(length, len(modules))), seed, damping, recipe)
-
-    with patch.object(CodeSettings, "of", of):
+    with patch.object(prepare, "Settled", settled):
         yield
 
 

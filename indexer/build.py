@@ -247,7 +247,9 @@ def settle_codes(
 
 
 def _codes(fitted: FittedBuild, state: BuildState) -> Codes:
-    return make_codes(fitted.modules, fitted.ekfac, state.plan, state.bits)
+    assert state.settled is not None
+    return make_codes(
+        fitted.modules, fitted.ekfac, state.plan, state.bits, state.settled.recipe)
 
 
 @dataclass

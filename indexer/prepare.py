@@ -10,7 +10,7 @@ import torch
 
 from gradindex.draws import Stream, choose
 from gradindex.errors import ResourceError
-from gradindex.influence.codes import Codes, CodeSettings
+from gradindex.influence.codes import RECIPES, Codes, CodeSettings
 from gradindex.influence.curvature import Ekfac
 from gradindex.influence.gradients import backward
 from gradindex.memory import Allowance
@@ -146,7 +146,8 @@ def prepare_build(
 
     if state.settled is None:  # the first process alone gets here: the others wait for it
         state.settled = Settled(plan.batch_tokens or choose_batch_tokens(
-            model, tracked, sample(), model.source.max_memory, progress), plan.bits)
+            model, tracked, sample(), model.source.max_memory, progress), plan.bits,
+            recipe=RECIPES[-1])
         state.save()
     settings = FitSettings(ids, plan.fit_labels, block, state.batch_tokens, plan.seed,
                            request.max_bad, plan.covariance_blocks, plan.eigen_dtype)
@@ -188,10 +189,13 @@ def allow(
         model.bytes, model.source.max_memory, held, f"fitting {largest}", batch)
 
 
-def make_codes(modules: list[Module], ekfac: Ekfac, plan: Plan, bits: int) -> Codes:
+def make_codes(
+    modules: list[Module], ekfac: Ekfac, plan: Plan, bits: int, recipe: int
+) -> Codes:
     """The codes of K = `bits` that a plan asks for, of modules that have curvature."""
     # k follows from how many modules share the K buckets, so it is chosen after the fit
-    return Codes(modules, ekfac, CodeSettings.of(bits, modules, plan.seed, plan.damping))
+    return Codes(modules, ekfac, CodeSettings.of(
+        bits, modules, plan.seed, plan.damping, recipe))
 
 
 def describe_modules(

@@ -60,12 +60,14 @@ class Settled:
 
     `batch_tokens` are the padded tokens of a batch. `bits` is K, None until it is known.
     `influence` [q, s] are the exact scores that tell it (`calibrate.py`), None until they are
-    there; None among them for a gradient that isn't finite.
+    there; None among them for a gradient that isn't finite. `recipe` is that of the codes
+    (`codes.RECIPES`): what an earlier version began to encode goes on as it began.
     """
 
     batch_tokens: int
     bits: int | None
     influence: list[list[float | None]] | None = None
+    recipe: int = 2  # as long as there was no other to choose
 
 
 # ---- a build

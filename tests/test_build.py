@@ -24,12 +24,13 @@ from gradindex.model.model_source import ModelSource
 from gradindex.model.network import LanguageModel
 from gradindex.objective.batch import Text
 from gradindex.objective.next_token import NextToken
-from gradindex.storage import records
+from gradindex.storage import records, sealed_json
 from gradindex.storage.locks import only_writer
 from indexer import build as build_module
-from indexer import build_request
+from indexer import build_request, prepare
 from indexer import encode as encode_module
 from indexer.build_request import make_request
+from indexer.state import Settled
 from indexer.upkeep.append import append
 from support.documents import small_documents
 from support.indexes import SMALL, files_of
@@ -66,6 +67,32 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(
         assert files_of(out) == whole, f"killed at sync {killed - every}"
         shutil.rmtree(out)
     assert killed > 40  # 4 segments, 4 blocks in each of two passes, and what is around them
+
+
+def test_what_an_earlier_version_began_to_encode_goes_on_as_it_began(
+    model_folder, data_file, tmp_path, monkeypatch
+):
+    """Its state says nothing of a recipe of codes: segments of two recipes would lie side by side.
+    """
+    def settled(*chosen, recipe):
+        return Settled(*chosen, recipe=2)
+
+    def end(*arguments, **more):
+        raise KilledError
+
+    with monkeypatch.context() as before:
+        before.setattr(prepare, "Settled", settled)
+        gradindex.build(str(model_folder), data_file, tmp_path / "whole", **SMALL)
+        before.setattr(build_module, "calibrate", end)  # everything is encoded
+        with pytest.raises(KilledError):
+            gradindex.build(str(model_folder), data_file, tmp_path / "killed", **SMALL)
+    state = tmp_path / "killed" / "build.json"
+    content = sealed_json.parse(state.read_bytes())
+    del content["settled"]["recipe"], content[sealed_json.KEY]
+    state.write_bytes(sealed_json.with_digest(content))
+    index = gradindex.build(str(model_folder), data_file, tmp_path / "killed", **SMALL)
+    assert index.manifest.code["recipe"] == 2
+    assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
 
 
 def test_resuming_repeats_no_finished_work(model_folder, data_file, tmp_path, monkeypatch):

@@ -6,9 +6,11 @@ far too many to store. It is estimated without bias in two steps that both sides
 1. Two-sided mixing. R_S [k, o] and R_A [k, i] have independent entries ±1/√k, so for any Y and Z
    E⟨R_S Y R_Aᵀ, R_S Z R_Aᵀ⟩ = ⟨Y, Z⟩. A side that has no more than k dimensions (LoRA's rank, a
    narrow model) is mixed by columns of a Hadamard matrix with random signs, which changes no inner
-   product, and the other side gets more coordinates in its place. On the sequence's side
-   Y = w_S w_Aᵀ ∘ (Q_Sᵀ G_m Q_A), where w_S w_Aᵀ is the separable matrix nearest to (Λ+λ)^−½ (least
-   squares in the logarithm): whitening spreads the energy evenly, which is what a few bits per
+   product, and the other side gets more coordinates in its place. So it does where a side's energy
+   lies in few directions: of a gradient that is one outer product, as of a classifier's head, the
+   error of the whole is that of the other side. On the sequence's side
+   Y = w_S w_Aᵀ ∘ (Q_Sᵀ G_m Q_A), where w_S w_Aᵀ is separable and near to (Λ+λ)^−½ where the energy
+   is (`whitening`): that spreads the energy evenly, which is what a few bits per
    coordinate can carry. Because it is separable, everything is applied to tokens before the outer
    product:
    X = Σ_t (P_S d_t)(P_A a_t)ᵀ,  P_S = R_S diag(w_S) Q_Sᵀ,  P_A = R_A diag(w_A) Q_Aᵀ.
@@ -24,9 +26,8 @@ Gaussian with sd σ = c ‖v_q‖ ‖v_m‖ / √K.
 The bucket of entry j of a module is (offset + j + turn · ⌊j/K⌋) mod K, its sign random. Signs
 alone make the sketch unbiased and the entries are mixed already, so buckets need not be random:
 contiguous pieces are added where a hash would scatter, and sums come out in the same order on every
-device.
-Each time round they begin elsewhere (`turn`), or all entries of a bucket could have one factor in
-common, whose sign would be that of many bits.
+device. Each time round they begin elsewhere (`turn`), or all entries of a bucket could have one
+factor in common, whose sign would be that of many bits.
 """
 
 import hashlib
@@ -49,7 +50,7 @@ from gradindex.modules import Module
 
 # How codes are made. Indexes of before have the first, in which narrow sides are mixed as wide ones
 # are and both have as many coordinates as the narrower has dimensions, or the second, which whitens
-# by all entries of Λ alike, knows no side of few directions, and has no turn.
+# by all entries of Λ alike, knows no side of few directions, has k ≤ 256 and no turn.
 RECIPES = (1, 2, 3)
 FEW = 8  # a side has few directions where they are less than an eighth of k
 LEAST_WIDTH, LARGEST_WIDTH = 32, 1024
@@ -74,10 +75,12 @@ class CodeSettings:
 
     @classmethod
     def of(
-        cls, length: int, modules: Sequence[Module], seed: int, damping: float
+        cls, length: int, modules: Sequence[Module], seed: int, damping: float,
+        recipe: int = RECIPES[-1],
     ) -> "CodeSettings":
         """Those of K = `length` for so many modules."""
-        return cls(length, default_width(length, len(modules)), seed, damping)
+        width = default_width(length, len(modules))
+        return cls(length, width if recipe > 2 else min(width, 256), seed, damping, recipe)
 
     def sides(
         self, module: Module, directions: tuple[float, float] | None = None
