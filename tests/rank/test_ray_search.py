@@ -407,7 +407,7 @@ def test_what_is_refused_before_anything_starts(cluster, index_folder, alone):
             gradindex.open(index_folder, ray=address)
     with pytest.raises(InputError, match=r"--ray 127\.0\.0\.1:1: no cluster is there"):
         gradindex.open(index_folder, ray="127.0.0.1:1")
-    with pytest.raises(InputError, match="--ray-workers 7: the cluster has 6 CPUs"):
+    with pytest.raises(InputError, match="ray_workers 7: the cluster has 6 CPUs"):
         gradindex.open(index_folder, ray=cluster.address, ray_workers=7).search(**QUESTION)
     for number, where in ((0, cluster.address), (2, False)):
         with pytest.raises(InputError, match=r"--ray-workers .: expected a number above 0, and"):
