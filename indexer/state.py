@@ -111,7 +111,7 @@ class BuildState:
         state = cls(path, newest_plan(stored["plan"]), stored["threads"], stored["corpus"],
                     stored["model"], stored.get("asked"), stored.get("settled"))
         plan = state.saved_plan  # of a build begun before anything was left open
-        if state.settled is None and isinstance(plan.get("batch_tokens"), int):
+        if "settled" not in stored and isinstance(plan.get("batch_tokens"), int):
             state.settled = Settled(plan["batch_tokens"], plan.get("bits"))
         return state
 
