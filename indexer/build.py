@@ -247,9 +247,7 @@ def settle_codes(
 
 
 def _codes(fitted: FittedBuild, state: BuildState) -> Codes:
-    assert state.settled is not None
-    return make_codes(
-        fitted.modules, fitted.ekfac, state.plan, state.bits, state.settled.recipe)
+    return make_codes(fitted.modules, fitted.ekfac, state.plan, state.bits, state.recipe)
 
 
 @dataclass

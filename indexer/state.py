@@ -191,6 +191,12 @@ class BuildState:
         assert self.settled is not None and self.settled.bits is not None
         return self.settled.bits
 
+    @property
+    def recipe(self) -> int:
+        """How codes are made, once it is settled."""
+        assert self.settled is not None
+        return self.settled.recipe
+
     def save(self) -> None:
         """Write build.json. Raises ResourceError."""
         _write_state(self.path, self.saved_plan, self.threads, self.corpus, self.model,

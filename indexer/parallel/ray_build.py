@@ -158,9 +158,7 @@ class _Worker:
             fitted = [module for module in prepared.tracked if module.name in ekfac]
             state = BuildState.joined(self._index, self._job.plan)
             assert state is not None  # and the driver has settled the bits by now
-            assert state.settled is not None
-            self._codes = make_codes(
-                fitted, ekfac, self._job.plan, state.bits, state.settled.recipe)
+            self._codes = make_codes(fitted, ekfac, self._job.plan, state.bits, state.recipe)
         return self._codes
 
 
