@@ -88,6 +88,17 @@ def common_characters(text: str, other: str) -> int:
                  if one != two), min(len(text), len(other)))
 
 
+def two_texts(texts: list[str], border: int) -> tuple[str, str]:
+    """A row's two texts from those of its tokens, of which `border` are of the first.
+
+    Decoding puts a space between the two, which is in neither.
+
+    >>> two_texts(["Is", " it?", " Yes", "."], border=2)
+    ('Is it?', 'Yes.')
+    """
+    return "".join(texts[:border]), "".join(texts[border:]).removeprefix(" ")
+
+
 def pieces(tokenizer: Any | None, tokens: list[int]) -> list[str]:
     """The text of each token. Joined, they are the decoded text.
 

@@ -44,9 +44,7 @@ def make_hit(
         log_p=None if exact is None else exact.log_p,
     )
     if record.border is not None:
-        # decoding puts a space between two texts, which is in neither
-        first_text, second_text = "".join(tokens[: record.border]), "".join(
-            tokens[record.border :]).removeprefix(" ")
+        first_text, second_text = tokenise.two_texts(tokens, record.border)
         hit = replace(hit, chosen=first_text, rejected=second_text) \
             if snapshot.manifest.task.of_pairs else replace(hit, text_b=second_text)
     if exact is None:

@@ -134,8 +134,9 @@ def _texts(snapshot: Snapshot, record: Record) -> dict[str, str]:
     pieces = tokenise.pieces(snapshot.tokenizer, record.tokens.tolist())
     if not snapshot.manifest.task.of_pairs:
         return {"text": "".join(pieces)}
-    return {"chosen": "".join(pieces[: record.border]),
-            "rejected": "".join(pieces[record.border :]).removeprefix(" ")}
+    assert record.border is not None  # as pairs have it
+    chosen, rejected = tokenise.two_texts(pieces, record.border)
+    return {"chosen": chosen, "rejected": rejected}
 
 
 def _scores(audit: Audit, number: int) -> dict[str, Any]:
