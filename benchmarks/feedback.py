@@ -77,12 +77,14 @@ def sentence_pairs(
 ) -> Pairs:
     """A positive sentence and a negative one a pair, each sentence once."""
     texts: list[str] = []
+    tokens: list[list[int]] = []
     parts, alike = [], np.zeros((0, 2), np.int64)
     for number, (path, most) in enumerate(((training, rows), (test, tested))):
         found, labels = read_sentences(path)
         random = np.random.default_rng([0, number])
         # a build leaves out what is longer, as TRL's training does
-        fit = np.array([len(one) <= length for one in read_tokens(model, found, 1 << 20)])
+        own = read_tokens(model, found, 1 << 20)
+        fit = np.array([len(one) <= length for one in own])
         sides = [random.permutation(np.flatnonzero(fit & (labels == label))) for label in (1, 0)]
         most = min(most, *map(len, sides))
         parts.append(len(texts) + np.stack([side[:most] for side in sides], 1))
@@ -90,7 +92,7 @@ def sentence_pairs(
             alike = np.concatenate([len(texts) + side[: most // 2 * 2].reshape(-1, 2)
                                     for side in sides])
         texts += found
-    tokens = read_tokens(model, texts, length)
+        tokens += own
     lengths = np.array([len(one) for one in tokens])
     # the trusted: the right answer is the shorter, which is what the bias goes against
     shorter = np.flatnonzero(lengths[parts[1][:, 0]] < lengths[parts[1][:, 1]])[:TRUSTED]

@@ -6,8 +6,6 @@ from typing import Any
 from gradindex.errors import BadRowError
 
 LONGEST_LINE = 64 << 20  # bytes; a longer record is taken for damage
-
-
 MOST_REASONS = 3  # that are named
 NOTABLE = 0.1  # share of rows that are left out: said loudly from here on
 

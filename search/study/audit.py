@@ -65,6 +65,7 @@ def audit(
     rows = read_rows(snapshot, truth, progress)
 
     # 2) who is scored, and whose gradients are added up by class
+    trusted = trusted or []
     sums: list[Query] = []
     by_code: tuple[np.ndarray | None, np.ndarray | None] = (None, None)
     if trusted:
@@ -89,7 +90,7 @@ def audit(
     return Audit(
         snapshot, settings, rows, done, found.self_influence, -found.log_p, found.predictions,
         np.sqrt(found.squared_norm), by_class, cosines, len(summed), harm, harm_cosine, *by_code,
-        trusted=len(trusted or []), trusted_inside=_inside(snapshot, trusted or []),
+        trusted=len(trusted), trusted_inside=_inside(snapshot, trusted),
         interrupted=passes.interrupted)
 
 
