@@ -184,13 +184,14 @@ class Searcher:
     def audit(
         self, against: "str | Path | Iterable[Query | Mapping[str, Any]] | None" = None,
         truth: str | None = None, exact: int | None = MOST_EXACT, damping: float | None = None,
-        modules: str | None = None,
+        modules: str | None = None, truth_as: str | None = None,
     ) -> "Audit":
         """Every sequence with what marks it as corrupted, most suspect first.
 
         `against` are queries that are known to be right, as for `search_many`, or a file of them:
         then sequences are ranked by their harm to these. `truth` is a kept field that says what is
-        corrupted, by which each signal is measured. At most `exact` sequences are scored exactly
+        corrupted, by which each signal is measured; where it may hold marks of it or true labels,
+        `truth_as` is "marks" or "labels". At most `exact` sequences are scored exactly
         (None: all), those that are likeliest by their codes. Interrupted (Ctrl-C) while scoring, it
         returns what is exact so far. Raises InputError for what can't be audited so.
         """
@@ -200,7 +201,8 @@ class Searcher:
 
         settings = settle(Controls(damping=damping, modules=modules), self.manifest)
         trusted = None if against is None else trusted_queries(self.snapshot, against)
-        return audit(self.snapshot, settings, self.batch_tokens, trusted, exact, truth=truth)
+        return audit(self.snapshot, settings, self.batch_tokens, trusted, exact, truth=truth,
+                     truth_as=truth_as)
 
     @with_keywords
     @in_python()

@@ -36,6 +36,7 @@ from search.study.audit_rows import RowFacts, read_rows
 from search.study.audited import Audit
 from search.study.class_means import add_classes, as_queries, empty_sums, others_means
 from search.study.texts import RECORDS_HELD
+from search.study.truth import READINGS
 
 SCORING = 2.0  # what a token takes to score, of what it takes to be added up by class, about
 
@@ -43,13 +44,15 @@ SCORING = 2.0  # what a token takes to score, of what it takes to be added up by
 def audit(
     snapshot: Snapshot, settings: Settings, batch_tokens: int, trusted: list[Query] | None = None,
     exact: int | None = MOST_EXACT, progress: Progress | None = None, truth: str | None = None,
+    truth_as: str | None = None,
 ) -> Audit:
     """Audit the sequences of an index, against `trusted` queries or by themselves.
 
     At most `exact` are scored [None: all]: those with the largest stored norms, against a trusted
     set those that their codes find most harmful. `truth` is the kept field that says what is
-    corrupted. A KeyboardInterrupt while sequences are scored ends that, and the rest of them has
-    the code's estimates alone. Raises InputError for what can't be audited.
+    corrupted, as `truth_as` (one of READINGS) [as can be told]. A KeyboardInterrupt while sequences
+    are scored ends that, and the rest of them has the code's estimates alone. Raises InputError for
+    what can't be audited.
     """
     progress = progress or Progress()
     if isinstance(snapshot, SharedSnapshot):
@@ -57,12 +60,15 @@ def audit(
                          "without it.")
     if exact is not None and exact < 1:
         raise InputError(f"--exact {exact}: expected a number above 0, or None for all.")
+    if truth_as is not None and (truth is None or truth_as not in READINGS):
+        raise InputError(f"--truth-as {truth_as}: expected {' or '.join(READINGS)}, and with "
+                         "--truth the field that it is about.")
     if trusted is not None and not trusted:
         raise InputError("--against: there is no query to audit against; give one or more that are "
                          "known to be right, or leave it out.")
 
     # 1) what the sequences are: every record is read once, and the truth is checked
-    rows = read_rows(snapshot, truth, progress)
+    rows = read_rows(snapshot, truth, truth_as, progress)
 
     # 2) who is scored, and whose gradients are added up by class
     trusted = trusted or []

@@ -35,8 +35,10 @@ class RowFacts:
     truth: Truth | None = None
 
 
-def read_rows(snapshot: Snapshot, truth: str | None, progress: Progress) -> RowFacts:
-    """Read every record once; `truth` is the field that says what is corrupted.
+def read_rows(
+    snapshot: Snapshot, truth: str | None, truth_as: str | None, progress: Progress
+) -> RowFacts:
+    """Read every record once; `truth` is the field that says what is corrupted, by `truth_as`.
 
     Raises InputError for a field that was not kept, or says nothing of the kind.
     """
@@ -66,7 +68,8 @@ def read_rows(snapshot: Snapshot, truth: str | None, progress: Progress) -> RowF
     facts.fields = {name: _one_kind(kinds[name]) for name in sorted(kinds)}
     if truth is not None:
         facts.truth = read_truth(truth, values.values, said, names,
-                                 facts.labels if task.name == "classification" else None)
+                                 facts.labels if task.name == "classification" else None,
+                                 truth_as)
     return facts
 
 

@@ -1,7 +1,7 @@
 """What is said of an audit, the same on a terminal, on a page and in data."""
 
 from gradindex.meaning import SAID
-from search.study.audited import MEANINGS, Audit
+from search.study.audited import MEANINGS, OTHERWISE, Audit
 from search.study.truth import INSPECTED, Detection
 
 
@@ -34,7 +34,9 @@ def scored(audit: Audit) -> str:
     """How many were scored exactly, and which."""
     count, total = len(audit.places), len(audit)
     if count == total:
-        return "All were scored exactly, for this index's EK-FAC curvature."
+        return ("All were scored exactly, for this index's EK-FAC curvature" + (
+            "; in cosines the others' sizes are as their codes know them."
+            if audit.ranked_by == OTHERWISE else "."))
     chosen = "that their codes find most harmful" if audit.harm is not None else \
         "with the largest stored norms"
     ended = "interrupted: " if audit.interrupted else ""

@@ -138,6 +138,8 @@ def report(
 @click.option("--truth", metavar="FIELD",
               help="A kept or derived field that says what is corrupted (true or false, 1 or 0), "
                    "or a classifier's true label: measure how well each signal finds it.")
+@click.option("--truth-as", type=click.Choice(["marks", "labels"]),
+              help="What --truth holds, where 0 and 1 may be either.")
 @click.option("--exact", metavar="N|all", default=str(MOST_EXACT), show_default=True,
               help="Score so many exactly, those that are likeliest to be corrupted by their "
                    "codes; the others come after them.")
@@ -145,10 +147,11 @@ def report(
 @click.option("--format", "form", default="auto", show_default=True,
               type=click.Choice(["auto", "json", "jsonl", "csv", "parquet", "html"]),
               help="auto is what -o ends in, else text for people.")
-@click.option("-o", "--output", type=OUTPUT_FILE, help="Write the whole table, or a page (.html).")
+@click.option("-o", "--output", type=OUTPUT_FILE,
+              help="Write the whole table, or a page of the first hundred (.html).")
 def audit(
-    index: Path, against: Path | None, truth: str | None, exact: str, form: str,
-    output: Path | None, **flags: Any,
+    index: Path, against: Path | None, truth: str | None, truth_as: str | None, exact: str,
+    form: str, output: Path | None, **flags: Any,
 ) -> int:
     """Which training sequences are corrupted? Every one with what marks it, most suspect first.
 
@@ -186,7 +189,7 @@ def audit(
         complain(query_file, progress, searcher.snapshot, trusted)
     try:
         audited = make_audit(searcher.snapshot, settings, searcher.batch_tokens, trusted, count,
-                             progress, truth)
+                             progress, truth, truth_as)
     except KeyboardInterrupt:
         progress.say("an audit is not gone on with: nothing was scored in full yet, and nothing is "
                      "written. --exact N scores fewer.")
@@ -208,7 +211,8 @@ def _show_audit(audited: "Audit", form: str, output: Path | None) -> None:
     if form == "auto" or (output is not None and output.is_file()):
         click.echo(render(audited))
         if output is not None:
-            click.echo(f"the whole table is in {visible_lines(str(output))}", err=True)
+            what = "a page of them" if form == "html" else "the whole table"
+            click.echo(f"{what} is in {visible_lines(str(output))}", err=True)
         return
     for line in (*sentences(audited), *detection_lines(audited.detections)):
         click.echo(visible_lines(line), err=True)

@@ -1,7 +1,8 @@
 """Which sequences are known to be corrupted, and how well a signal finds them.
 
 A kept field tells: marks (true and false, 1 and 0), or of a classifier's sequences the true label,
-which is compared with the one they have.
+which is compared with the one they have. Of two classes 0 and 1 may be either, which nothing in the
+data can tell: of rare classes there are as few as of wrong labels.
 """
 
 from collections.abc import Sequence
@@ -16,8 +17,10 @@ from gradindex.model.class_labels import TRUTHS, label_number
 from gradindex.terminal import json_text
 
 INSPECTED = (0.05, 0.1, 0.2, 0.3)  # shares of which is said how much they find
+# in which ways a field may be read, and what is then said
+READINGS = {"marks": "as marks of what is corrupted",
+            "labels": "as true labels, compared with the sequences' own"}
 MARKS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
-SURE = 0.5  # one reading has at most this share of the other's corrupted, or neither is taken
 MOST_STEPS = 150  # points of a curve
 
 
@@ -50,9 +53,9 @@ class Detection:
 
 def read_truth(
     field: str, values: Sequence[Any], numbers: np.ndarray, labels: Sequence[str],
-    rows_labels: np.ndarray | None,
+    rows_labels: np.ndarray | None, meant: str | None = None,
 ) -> Truth:
-    """The truth that a field tells.
+    """The truth that a field tells, read as is `meant`, one of READINGS [as can be told].
 
     The value of each sequence is the one of `values` that `numbers` [N] says, −1 where it has none.
     `labels` are the names of a classifier's classes and `rows_labels` [N] those of its sequences.
@@ -69,22 +72,22 @@ def read_truth(
     if len(values) == 1 and (marks[0] is not None or _label(values[0], labels) is None):
         raise InputError(_constant(field, values[0], known))
     if values and None not in marks:
-        corrupted = _looked_up(marks, numbers)
-        readings["as marks of what is corrupted"] = corrupted
+        readings["marks"] = _looked_up(marks, numbers)
     true_labels = [_label(value, labels) for value in values]
     if values and rows_labels is not None and None not in true_labels:
-        readings["as true labels, compared with the sequences' own"] = known & (
+        readings["labels"] = known & (
             _looked_up(true_labels, numbers) != rows_labels)
-    how = _reading(field, readings, known, values, labels)
-    found = int(readings[how].sum())
+    meant = _reading(field, readings, meant, known, values, labels)
+    corrupted, how = readings[meant], READINGS[meant]
+    found = int(corrupted.sum())
     if found in (0, int(known.sum())):
         raise InputError(
             f"--truth {field}: read {how}, {'none' if not found else 'every one'} of "
             f"{int(known.sum()):,} sequences is corrupted, so there is nothing to tell apart. "
             "Expected some of both" + (
                 ": a field of true labels beside those that the model was trained on."
-                if "labels" in how else "."))
-    return Truth(field, readings[how], known, how)
+                if meant == "labels" else "."))
+    return Truth(field, corrupted, known, how)
 
 
 def _constant(field: str, value: Any, known: np.ndarray) -> str:
@@ -103,27 +106,27 @@ def _looked_up(meanings: Sequence[Any], numbers: np.ndarray) -> np.ndarray:
 
 
 def _reading(
-    field: str, readings: dict[str, np.ndarray], known: np.ndarray, values: Sequence[Any],
-    labels: Sequence[str],
+    field: str, readings: dict[str, np.ndarray], meant: str | None, known: np.ndarray,
+    values: Sequence[Any], labels: Sequence[str],
 ) -> str:
     """In which way a field is read. Raises InputError where there is none, or no telling."""
-    if not readings:
+    if not readings or (meant is not None and meant not in readings):
         shown = ", ".join(map(json_text, values[:4]))
-        classes = f", or true labels (of {', '.join(labels[:8])})" if labels else ""
-        raise InputError(
-            f"--truth {field} holds {shown or 'nothing'}{', …' if len(values) > 4 else ''}; "
-            f"expected marks of what is corrupted (true and false, or 1 and 0){classes}.")
-    if len(readings) == 1:
-        return next(iter(readings))
-    # 0 and 1 may be either; what is corrupted is the smaller part, by far in the right reading
-    sizes = {how: int(corrupted.sum()) for how, corrupted in readings.items()}
-    fewest, most = sorted(sizes, key=lambda how: sizes[how])
-    if sizes[fewest] > SURE * sizes[most]:
-        told = "; ".join(f"{how}, {size:,} would be corrupted" for how, size in sizes.items())
+        marks = "marks of what is corrupted (true and false, or 1 and 0)"
+        classes = f"true labels (of {', '.join(labels[:8])})" if labels else None
+        expected = marks if meant == "marks" or classes is None else classes \
+            if meant == "labels" else f"{marks}, or {classes}"
+        raise InputError(f"--truth {field} holds {shown or 'nothing'}"
+                         f"{', …' if len(values) > 4 else ''}; expected {expected}.")
+    if meant is not None:
+        return meant
+    if len(readings) > 1:
+        told = "; ".join(f"{READINGS[one]}, {int(corrupted.sum()):,} would be corrupted"
+                         for one, corrupted in readings.items())
         raise InputError(
             f"--truth {field} holds what may be marks or labels of {int(known.sum()):,} sequences "
-            f"({told}). Say which: true and false for marks, the classes' names for labels.")
-    return fewest
+            f"({told}). Say which: --truth-as marks or --truth-as labels.")
+    return next(iter(readings))
 
 
 def _mark(value: Any) -> bool | None:

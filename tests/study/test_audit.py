@@ -267,7 +267,7 @@ def test_not_all_are_added_up_then_but_of_each_class_alike(classified, truth):
     found = classified.audit(exact=9)
     labels = np.array([record.label for record in classified.snapshot.records(range(24))])
     settings = settings_of(classified)
-    rows = audits.read_rows(classified.snapshot, None, Progress())
+    rows = audits.read_rows(classified.snapshot, None, None, Progress())
     summed = audits._added_up(classified.snapshot, rows, 9)
     assert np.bincount(labels[summed]).tolist() == [3, 1, 3] and found.summed == 7
     influence, weights = truth[0], np.zeros(24)

@@ -175,10 +175,10 @@ def test_a_trusted_query_that_can_not_be_used_is_named(folder, tmp_path):
     file.write_text('{"text": "a good film", "label": "positive"}\n{"text": "a bad film"}\n'
                     '{"text": "a film", "label": "fine"}\n')
     shown = run(folder / "i", "--against", file, "--format", "json", code=2)
-    assert f"left out: {file}:2: query 2: a trusted query says what is right" in shown.stderr
-    assert f"left out: {file}:3: query 3" in shown.stderr and "fine" in shown.stderr
+    assert f"left out: {file}:2: a trusted query says what is right" in shown.stderr
+    assert f"left out: {file}:3: " in shown.stderr and "fine" in shown.stderr
     assert "trusted set of 1 query." in json.loads(shown.stdout)["sentences"][0]
-    with pytest.raises(InputError, match=r"^against: .*trusted.jsonl:2: query 2"):
+    with pytest.raises(InputError, match=r"^against: .*trusted.jsonl:2: a trusted query"):
         gradindex.open(folder / "i").audit(against=file)
 
 

@@ -10,11 +10,12 @@ LABELS = ("negative", "positive")
 OWN = np.array([0, 0, 0, 0, 0, 1, 1, 1, 1, 1])
 
 
-def truth_of(column, labels=LABELS, own=OWN):
+def truth_of(column, labels=LABELS, own=OWN, meant=None):
     """The truth that a column of a table tells."""
     values = list(dict.fromkeys(value for value in column if value is not None))
     numbers = np.array([-1 if value is None else values.index(value) for value in column])
-    return read_truth("told", values, numbers, labels, own if labels else None)
+    return read_truth("told", values, numbers, labels, own if labels else None,
+                      meant)
 
 
 @pytest.mark.parametrize("yes, no", [
@@ -23,7 +24,7 @@ def truth_of(column, labels=LABELS, own=OWN):
 @pytest.mark.parametrize("labels", [LABELS, ()])
 def test_marks(yes, no, labels):
     marked = np.arange(10) == 4
-    found = truth_of([yes if one else no for one in marked], labels)
+    found = truth_of([yes if one else no for one in marked], labels, meant="marks")
     assert found.corrupted.tolist() == marked.tolist() and found.known.all()
     assert "marks" in found.how
 
@@ -33,7 +34,7 @@ def test_marks(yes, no, labels):
 def test_true_labels_are_compared(names):
     column = [names[label] for label in OWN]
     column[3], column[8] = names[1], names[0]
-    found = truth_of(column)
+    found = truth_of(column, meant="labels")
     assert np.flatnonzero(found.corrupted).tolist() == [3, 8] and "labels" in found.how
 
 
@@ -69,12 +70,23 @@ def test_of_several_documents_one_is_enough():
     (["maybe"] + [True] * 9, r'holds "maybe", true; expected marks .* true labels \(of negative'),
     ([0, 1, 2] * 3 + [0], r"holds 0, 1, 2; expected marks"),
     ([None] * 10, "holds nothing"),
-    # as marks three are corrupted, as labels four
+    # as marks three are corrupted, as labels four; then one and five
     ([0, 1, 0, 0, 0, 0, 0, 0, 1, 1], r"may be marks or labels .*, 3 would .*, 4 would"),
+    ([0] * 9 + [1], r"as marks .*, 1 would .*, 4 would .*--truth-as marks or --truth-as labels"),
 ])
 def test_what_tells_nothing_is_refused(column, message):
     with pytest.raises(InputError, match=f"--truth told.*{message}"):
         truth_of(column)
+
+
+@pytest.mark.parametrize("column, meant", [
+    ([True] + [False] * 9, "marks"), (["negative"] + ["positive"] * 9, "labels")])
+def test_what_can_be_read_in_one_way_is(column, meant):
+    found = truth_of(column)
+    assert found.corrupted.tolist() == truth_of(column, meant=meant).corrupted.tolist()
+    other, said = {"marks": ("labels", "true labels"), "labels": ("marks", "marks of")}[meant]
+    with pytest.raises(InputError, match=f"expected {said}"):
+        truth_of(column, meant=other)
 
 
 def test_values_without_a_meaning_are_refused_where_there_are_no_classes():
