@@ -6,6 +6,7 @@ hits.
 
 import asyncio
 import copy
+from collections.abc import Sequence
 from urllib.parse import parse_qsl, quote
 
 from markupsafe import Markup
@@ -14,7 +15,8 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import Route
 
-from gradindex.errors import InputError
+from gradindex.errors import BadRowError, InputError
+from gradindex.model.class_labels import label_number
 from gradindex.results import Comparison, Result
 from gradindex.storage.manifest import model_name
 from search.ask.controls import CONTROLS
@@ -118,6 +120,9 @@ class Pages:
             "advanced": bool(search.given().keys()
                              - {*(ASKING - {"versus", "compare"}), "opponents", "k"}),
             "scale": 1.0, "tail": None, "scatter": None, "pairs": [],
+            "classes": {
+                name: _class(getattr(search, name), self.reception.searcher.manifest.plan.labels)
+                for name in ("label", "versus_label")},
         }
         if isinstance(result, Comparison):
             content["comparison"] = result
@@ -183,6 +188,14 @@ async def _first_hits(job: SearchJob, seconds: float) -> None:
         pass
     finally:
         forget()
+
+
+def _class(asked: str | int, labels: Sequence[str]) -> int | None:
+    """The number of the class that a form asks about; None for none, or none that there is."""
+    try:
+        return label_number(asked, labels)
+    except BadRowError:
+        return None
 
 
 def _tail_figure(result: Result, tail: Tail | None) -> dict[str, object] | None:

@@ -55,13 +55,17 @@ def built(folder: Path, network: Any, rows: list[dict[str, Any]], **more: Any) -
 @pytest.fixture(scope="module")
 def searchers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Searcher]:
     folders = {name: tmp_path_factory.mktemp(name)
-               for name in ("classification", "two texts", "reward", "preference")}
+               for name in ("classification", "stars", "two texts", "reward", "preference")}
+    stars = {"id2label": {n: str(n + 1) for n in range(3)},
+             "label2id": {str(n + 1): n for n in range(3)}}
     two = [{"premise": row["sentence"], "hypothesis": "it was good", "label": row["label"]}
            for row in sentences(20)]
     return {
         "classification": built(folders["classification"], network_of_texts("bert", 3, **NAMES),
                                 [*sentences(20), {**sentences(1)[0], "label": "<so> & so"}],
                                 keep_fields=["number"]),
+        "stars": built(folders["stars"], network_of_texts("bert", 3, **stars),
+                       [{**row, "label": n % 3 + 1} for n, row in enumerate(sentences(20))]),
         "two texts": built(folders["two texts"], network_of_texts("bert", 3, **NAMES), two),
         "reward": built(folders["reward"], network_of_texts("bert", 1), answers(20)),
         "preference": built(folders["preference"], policy(torch.float32), answers(20),
@@ -133,6 +137,10 @@ def test_the_form_follows_the_task(servers: dict[str, Running]) -> None:
         ("", "", "the model’s own"), ("negative", "", "negative"), ("positive", "", "positive"),
         ("&lt;so&gt; &amp; so", "selected", "&lt;so&gt; &amp; so")]
     assert re.findall(r'value="(\w+)" selected', second) == ["negative"]
+    # a class that is called by a number isn't the one of that place
+    page = servers["stars"].ask("GET", "/search?" + urlencode({**CLASS, "label": "2"}), OWN).text
+    chosen = re.search(r"<select id=\"label\".*?</select>", page)
+    assert chosen and re.findall(r'value="(\w+)" selected', chosen[0]) == ["2"]
 
 
 @pytest.mark.parametrize("name, asked, said", [
