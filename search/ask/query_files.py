@@ -50,7 +50,8 @@ class BadQuery:
     query: Any = None
 
     def __str__(self) -> str:
-        of = "" if self.query is None else f"query {self.query!r}: "
+        # a query without an id is called by its row, which has been said
+        of = "" if self.query in (None, self.number) else f"query {self.query!r}: "
         return f"{self.path}:{self.number}: {of}{self.why}"
 
 
@@ -76,7 +77,7 @@ class QueryFile:
     def complaints(self) -> list[str]:
         """What is wrong, each thing once, with the rows that it is wrong with."""
         alike: dict[str, list[BadQuery]] = {}
-        for problem in self.problems:
+        for problem in sorted(self.problems, key=lambda problem: problem.number):
             alike.setdefault(problem.why, []).append(problem)
         return [str(some[0]) if len(some) == 1 else f"{_several(some)}: {why}"
                 for why, some in alike.items()]

@@ -97,8 +97,9 @@ def folded(result: Result) -> list[tuple[int, Hit]]:
 
 
 def where(hit: Hit) -> str:
-    """Where the sequence's text stands in the data: source, row and characters."""
-    span = f", characters {hit.start:,} to {hit.end:,}" if hit.start >= 0 else ""
+    """Where the sequence's text stands in the data: source, row, and of one text the characters."""
+    one = hit.start >= 0 and hit.text_b is None and hit.chosen is None
+    span = f", characters {hit.start:,} to {hit.end:,}" if one else ""
     more = f" and {len(hit.parts) - 1} more" if len(hit.parts) > 1 else ""
     return f"{hit.source}:{hit.row}{span}{more}"
 

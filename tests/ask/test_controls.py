@@ -436,8 +436,8 @@ def test_a_file_of_queries_is_read_line_by_line(index, tmp_path):
                             (18, "not JSON in UTF-8")]:
         [problem] = [str(one) for one in read.problems if one.number == number]
         assert message in problem
-    assert "query 11: the completion is empty" in str(read.problems[-2])
-    assert "query 13: token_ids must be a list of whole numbers" in str(read.problems[-1])
+    assert ":11: the completion is empty" in str(read.problems[-2])
+    assert ":13: token_ids must be a list of whole numbers" in str(read.problems[-1])
     absent = gradindex.open(index.snapshot.path, model="/nowhere")
     with pytest.raises(InputError, match="the model /nowhere can't be loaded"):
         make_queries(absent.snapshot, read, set())

@@ -124,7 +124,7 @@ def test_rows_that_cannot_be_asked_are_said_with_their_place(indexes, tmp_path):
         f"{path}:2: a text without a label, and a field 'lable': a label that is misspelt? Call it "
         "label, or leave it out to ask about the model's own",
         f"{path}:3: field 'label' is not text or a number",
-        f"{path}:8: query 8: prompt has no use with an index of the task classification. Ask with "
+        f"{path}:8: prompt has no use with an index of the task classification. Ask with "
         "a text and a label (text, label)"]
     made = make_queries(indexes["classification"].snapshot, found, set())
     assert [(query.id, query.label_name) for query in made] == [(1, "positive")]
@@ -200,10 +200,10 @@ def test_pairs_and_single_answers_share_a_session(task, indexes):
      "3 rows (1, 2, 3): unknown field 'sentence'; expected some of prompt, chosen, rejected, "
      "response, margin, id."),
     ("preference", [{"text": "good"}, {"text": "bad"}], "2 rows (1, 2): text has no use with"),
-    ("causal", [{"text": "good", "label": 1}], ":1: query 1: text has no use with an index of the "
+    ("causal", [{"text": "good", "label": 1}], ":1: text has no use with an index of the "
      "task causal. Ask with a prompt and a completion (prompt, completion)."),
     ("reward", [{"prompt": "a", "completion": " b"}, {"prompt": "a", "chosen": 5}],
-     ":2: field 'chosen' is not text or a list; {path}:1: query 1: completion has no use with"),
+     "response; {path}:2: field 'chosen' is not text or a list."),
 ])
 def test_a_file_for_another_task_is_refused_once(task, rows, said, tmp_path):
     path = written(tmp_path / "rows.jsonl", rows)
@@ -221,9 +221,9 @@ def test_what_is_wrong_with_many_rows_is_said_once(indexes, tmp_path):
     found = read_queries(path, settings=CLASSES)
     assert len(make_queries(indexes["classification"].snapshot, found, set())) == 1
     said = found.complaints()
-    assert len(said) == 3 and said[0].startswith(f"{path}:5: expected an object")
-    assert said[1].startswith(f"{path}: 2 rows (1, 3): the query can't be read: a label outside")
-    assert said[2].startswith(f"{path}:4: query 'one': the query can't be read: a label outside")
+    assert len(said) == 3 and said[2].startswith(f"{path}:5: expected an object")
+    assert said[0].startswith(f"{path}: 2 rows (1, 3): the query can't be read: a label outside")
+    assert said[1].startswith(f"{path}:4: query 'one': the query can't be read: a label outside")
 
 
 def test_a_label_is_not_compared_with_itself(indexes):
