@@ -34,7 +34,7 @@ def logarithm(query: Query) -> str:
 def asked_of(result: Result) -> str:
     """What was asked about, and what the model says of it."""
     query = result.query
-    value = f"{logarithm(query)} = {query.log_p:.2f}"
+    value = f"{logarithm(query)} = {_short(query.log_p)}"
     if result.task == "causal":
         scored = sum(text.scored for text in query.texts)
         return f"{scored} token{'s' * (scored != 1)} scored, {value} nats"
@@ -115,7 +115,7 @@ def said_of(hit: Hit, result: Result) -> str:
     compared = label_compared(hit, result)
     parts = [] if hit.label is None else [f"label {hit.label}" + f", {compared}" * bool(compared)]
     if hit.log_p is not None and result.task != "causal":
-        parts.append(f"its log p {hit.log_p:.2f} nats")
+        parts.append(f"its log p {_short(hit.log_p)} nats")
     return ", ".join(parts)
 
 
@@ -146,3 +146,12 @@ def share_means(result: Result) -> str:
 def has_head(result: Result) -> bool:
     """Whether a head is among the modules that count: it stands behind the last block."""
     return any(HEAD in hit.kind_influence for hit in result.hits)
+
+
+def _short(value: float) -> str:
+    """Two decimals, or two digits of what is nearer to 0, as a sure classifier's log p.
+
+    >>> _short(-12.345), _short(-0.000534), _short(-0.0)
+    ('-12.35', '-0.00053', '0')
+    """
+    return f"{value:.2f}" if abs(value) >= 0.1 else f"{value + 0.0:.2g}"  # −0 is 0
