@@ -238,21 +238,26 @@ def print_retraining(
         return Retraining(left, np.zeros(len(left)), 100 + seed, asked.flatten())
 
     print(f"\nTrained again without {REMOVED:.0%}, the swaps of seed 0; means over {count} seeds, "
-          "paired differences with 95 % bootstrap intervals over seeds. r(longer) − r(shorter) on "
-          f"{len(pairs.alike)} held-out pairs of one label\n\n| without | swapped among them | "
-          "r(longer) − r(shorter) | less random's | accuracy | less random's |\n"
-          "|---|---|---|---|---|---|")
+          "paired differences with 95 % bootstrap intervals over seeds. r(longer) − r(shorter), "
+          "the same over the standard deviation of all rewards asked for, and how often it is "
+          f"above 0, on {len(pairs.alike)} held-out pairs of one label\n\n"
+          "| without | swapped among them | r(longer) − r(shorter) | less random's | over σ | less "
+          "random's | above 0 | less random's | accuracy | less random's |\n"
+          "|---|---|---|---|---|---|---|---|---|---|")
+    # some of the swapped themselves: what finding them could do at best
+    some = {"random": np.arange(n), "swapped": np.flatnonzero(swapped)}
     found = {}
-    for name in ("random", "harm, cosine", "loss"):
-        removed = [np.random.default_rng([6, seed]).permutation(n)[:taken] if name == "random"
-                   else np.argsort(-one.signals[name], kind="stable")[:taken]
+    for name in ("random", "harm, cosine", "loss", "swapped"):
+        removed = [np.random.default_rng([6, seed]).permutation(some[name])[:taken]
+                   if name in some else np.argsort(-one.signals[name], kind="stable")[:taken]
                    for seed in range(count)]
         rewards = retrain_all(folder, recipe, [without(*both) for both in zip(
             removed, range(count), strict=True)], f"without {name}", threads, progress)
-        better = -np.diff(rewards.reshape(count, -1, 2))[..., 0]
-        found[name] = (np.mean([swapped[some].mean() for some in removed]),
-                       better[:, len(pairs.test):].mean(1),
-                       (better[:, : len(pairs.test)] > 0).mean(1))
+        # a model that is surer has rewards further apart, whatever it goes by
+        better, spread = -np.diff(rewards.reshape(count, -1, 2))[..., 0], rewards.std((1, 2))
+        known, alike = np.split(better, [len(pairs.test)], axis=1)
+        found[name] = (np.mean([swapped[rows].mean() for rows in removed]), alike.mean(1),
+                       alike.mean(1) / spread, (alike > 0).mean(1), (known > 0).mean(1))
     for name, (share, *measures) in found.items():
         cells = " | ".join(f"{values.mean():.3f} | {paired(values - other)}" for values, other
                            in zip(measures, found["random"][1:], strict=True))
