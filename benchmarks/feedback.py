@@ -273,10 +273,11 @@ def print_retraining(
 @click.option("--work", type=click.Path(path_type=Path), default=Path(".demo/feedback"),
               show_default=True, help="Where everything is kept.")
 @click.option("--rows", default=2000, show_default=True, help="Pairs of sentences.")
-@click.option("--answer-rows", default=600, show_default=True, help="Of --pairs.")
-@click.option("--seeds", default=3, show_default=True, help="Of swaps and of training.")
+@click.option("--answer-rows", default=300, show_default=True, help="Of --pairs.")
+@click.option("--seeds", default=3, show_default=True,
+              help="Of swaps and of training; of --pairs one.")
 @click.option("--epochs", default=3, show_default=True)
-@click.option("--retrainings", default=10, show_default=True)
+@click.option("--retrainings", default=6, show_default=True)
 @click.option("--modules", default="head", show_default=True, help="That are indexed.")
 @click.option("--damping", default=0.1, show_default=True)
 @click.option("--threads", default=1, show_default=True, help="Retrainings at once.")
@@ -298,14 +299,15 @@ def main(
     if answers is not None:
         kinds["Answers"] = answer_pairs(model, answers, answer_rows, 256)
     for name, pairs in kinds.items():
+        count = 1 if name == "Answers" else seeds  # which are long
         folder = work / f"{name.lower()}-{len(pairs.training)}-{len(pairs.test)}"
         pairs = used(pairs)
         Hidden.of(folder, recipe, pairs.tokens, progress)
         settings: dict[str, Any] = {"modules": modules, "damping": damping, "bits": 1024,
                                     "task": "reward", "fit_sequences": FITTED}
-        accuracy = train_on_swapped(pairs, folder, recipe, seeds, threads, progress)
+        accuracy = train_on_swapped(pairs, folder, recipe, count, threads, progress)
         judged = [judge(pairs, folder, recipe, seed, accuracy[seed], settings, progress)
-                  for seed in range(seeds)]
+                  for seed in range(count)]
         print_found(name, pairs, judged, recipe)
         if len(pairs.alike) and retrainings:
             print_retraining(pairs, folder, recipe, judged[0], retrainings, threads, progress)
