@@ -79,11 +79,12 @@ def test_gradients_below_soft_capped_logits(kind, settings, cap, sequences):
     model = capped_model(kind, **settings)
     assert model.objective.soft_cap == cap
     modules = tracked_modules(model.network)
-    texts = sequences[:3]
     found = {}
-    log_p = backward(model, modules, model.batch(texts), lambda module, a, d: found.update(
-        {module.name: gradient(module, a, d)}))
-    for row, text in enumerate(texts):
+    for text in sequences[:3]:
+        # one at a time: norms and attention are partly in float32, which texts in a batch and by
+        # themselves round differently on some processors
+        log_p = backward(model, modules, model.batch([text]), lambda module, a, d: found.update(
+            {module.name: gradient(module, a, d)}))
         weights = [model.network.get_submodule(module.name).weight for module in modules]
         for weight in weights:
             weight.requires_grad_(True)
@@ -93,9 +94,9 @@ def test_gradients_below_soft_capped_logits(kind, settings, cap, sequences):
         truths = torch.autograd.grad(said, weights)
         for weight in weights:
             weight.requires_grad_(False)
-        torch.testing.assert_close(log_p[row].sum(), said.detach(), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(log_p.sum(), said.detach(), rtol=1e-9, atol=1e-9)
         for module, truth in zip(modules, truths, strict=True):
-            torch.testing.assert_close(found[module.name][row, :, :module.d_in], truth, rtol=1e-7,
+            torch.testing.assert_close(found[module.name][0, :, :module.d_in], truth, rtol=1e-7,
                                        atol=1e-9)
     tokens = torch.arange(1, 9)[None]
     logits = model.network(tokens).logits
