@@ -85,8 +85,9 @@ def _hit_lines(rank: int, hit: Hit, result: Result, width: int, color: bool) -> 
         notes.append(f"TF-IDF rank {hit.tfidf_rank}")
     notes.append(wording.overlap(hit))
     noticed = "".join(f"  [{mark.text}]" for mark in wording.marks(hit))
-    lines = [*_wrap(head + visible(f"{label}  sequence {hit.id}{noticed}"), width)]
-    lines += ["     " + line for line in _wrap(", ".join(filter(None, notes)), width - 5)]
+    head, *rest = _wrap(head + visible(f"{label}  sequence {hit.id}{noticed}"), width)
+    lines = [head, *("     " + line for part in (" ".join(rest), ", ".join(filter(None, notes)))
+                     for line in _wrap(part, width - 5))]
     lines.append(f"     {_clip(wording.where(hit), width - 5)}")
     if hit.layer_influence:
         kinds = wording.kind_shares(hit)

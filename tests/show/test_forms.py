@@ -83,6 +83,16 @@ def test_the_units_and_the_sign_are_said_everywhere(result):
         assert "positive means that one more copy of the sequence would make" in together
 
 
+def test_all_of_a_hit_stands_under_its_rank(result):
+    long = replace(result, hits=[replace(result[0], user_id=" ".join(["name"] * 40))])
+    lines = render_terminal(long, 80).split("\n")
+    start = next(number for number, line in enumerate(lines) if line.startswith("  1  "))
+    block = lines[start + 1 : lines.index("", start)]
+    assert len(block) > 3 and all(line.startswith("     ") for line in block)
+    assert max(map(len, lines)) <= 80
+    assert " ".join(" ".join(lines[start:]).split()).count("name") == 40
+
+
 # ---- files
 
 
