@@ -153,7 +153,11 @@ def test_answers_are_split_by_prompt(encoder, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("benchmark", [labels, feedback, lds_classifier],
                          ids=lambda module: module.__name__.rpartition(".")[2])
-def test_a_small_run_comes_to_its_end(benchmark, encoder, tmp_path):
+def test_a_small_run_comes_to_its_end(benchmark, tmp_path):
+    # as many blocks as the real one, a head wide enough for codes, and place for long answers
+    encoder = save(tmp_path / "encoder", network_of_texts(
+        "bert", 2, torch.float32, num_hidden_layers=6, hidden_size=32,
+        max_position_embeddings=256).bert, tokenizer_of_texts())
     files = [sentence_file(tmp_path / f"{n}.tsv", 500, n) for n in range(2)]
     work = ["--work", str(tmp_path / "work"), "--small"]
     if benchmark is feedback:
