@@ -106,11 +106,16 @@ def sentence_pairs(
     return Pairs(texts, [""] * len(texts), tokens, parts[0], trusted, rest, alike, length)
 
 
-def answer_pairs(model: str, path: Path, rows: int, length: int) -> Pairs:
-    """Pairs of answers, split by prompt; those with a text that is too long are left out."""
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines, compressed (.gz) or not."""
     with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(
             encoding="utf-8") as file:
-        data = [json.loads(line) for line in file]
+        return [json.loads(line) for line in file]
+
+
+def answer_pairs(model: str, path: Path, rows: int, length: int) -> Pairs:
+    """Pairs of answers, split by prompt; those with a text that is too long are left out."""
+    data = read_rows(path)
     tokens = read_tokens(model, [one["prompt"] + one[side] for one in data
                                  for side in ("chosen", "rejected")], 1 << 20)
     numbers = np.arange(2 * len(data)).reshape(-1, 2)

@@ -1,14 +1,14 @@
 """A small policy that learned preferences, with its pairs: a model for `fidelity.py --model`.
 
     python -m benchmarks.policy PAIRS.jsonl.gz -o .demo/policy
-    python benchmarks/fidelity.py --model .demo/policy/model --data .demo/policy/pairs.jsonl
+    python benchmarks/fidelity.py --model .demo/policy/model --data .demo/policy/pairs.jsonl \\
+        --task preference
 
 PAIRS has `prompt`, `chosen` and `rejected` a line (right and wrong solutions of GSM8K's questions
 were used). A GPT-NeoX learns prompts with both answers as texts, and then the pairs by DPO. What it
 said of the answers before is kept in the pairs' `ref_chosen_logps` and `ref_rejected_logps`.
 """
 
-import gzip
 import json
 import sys
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ from torch.nn.functional import logsigmoid
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.feedback import read_rows
 from gradindex.demo.small_model import (
     DemoSettings,
     batches_of,
@@ -52,11 +53,8 @@ class Pair:
 
 def read_pairs(path: Path) -> list[dict[str, Any]]:
     """The rows, an answer being begun by a new line."""
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(
-            encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
     return [{"prompt": row["prompt"], **{side: "\n" + row[side] for side in SIDES}}
-            for row in rows]
+            for row in read_rows(path)]
 
 
 def tokenise(tokenizer: Any, rows: list[dict[str, Any]], length: int) -> list[Pair]:
