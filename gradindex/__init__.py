@@ -1,4 +1,4 @@
-"""gradindex: which training sequences made this language model say that?
+"""gradindex: which training sequences made this model do that?
 
     import gradindex
     index = gradindex.build("EleutherAI/pythia-160m", "pile.jsonl", out="pile.index")

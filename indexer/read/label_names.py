@@ -11,6 +11,7 @@ from gradindex.errors import InputError
 from gradindex.model.class_labels import (
     UNLABELLED,
     called_by_numbers,
+    is_number,
     read_label,
     shown_label,
 )
@@ -66,6 +67,10 @@ def check_numbers(found: Mapping[str, int], labels: Sequence[str], settled: bool
     """
     counts = {float(number): count for label, count in found.items()
               if isinstance(number := read_label(label), (int, float))}
+    ours = {label.strip().casefold() for label in labels}
+    if sum(counts.values()) < sum(count for label, count in found.items()
+                                  if label.casefold() in ours and not is_number(label)):
+        return  # the data have names: numbers among them are stray ones, and no way of counting
     as_names, places = called_by_numbers(labels), set(map(float, range(len(labels))))
     told = [number for number in as_names or _counted(labels) or () if number is not None]
     if settled and not as_names:

@@ -57,6 +57,9 @@ def in_csv(path, labels):
     (["other", 1, 1], ("other", "1"), [0, 1, 1]),
     ([0, *STARS], STARS, [0, 1, 2, 3, 4]),  # one stray 0
     ([0, 1, 1, -1, 2], WORDS, [0, 1, 1, 2]),
+    (["bad", "so", "good", 3], WORDS, [0, 1, 2]),  # names, and one stray number
+    (["bad", "Good", "2"], ("bad", "good"), [0, 1]),
+    (["1 star", "5 stars", "5 stars", 2], WORDED, [0, 4, 4, 2]),
 ])
 def test_numbers_are_places_or_names(labels, names, numbers, tmp_path):
     assert read(labels, names) == numbers
