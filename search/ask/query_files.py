@@ -211,7 +211,9 @@ def _of_data(row: dict[str, Any], settings: CorpusSettings) -> tuple[dict[str, A
         return row, []
     if settings.task == "preference":  # as in training
         fields.pop("margin", None)
-    fields |= {name: name for name in ("versus_label", "id") if name in row}
+    # one file may hold pairs and single responses; a row with both is refused as the flags are
+    others = ("versus_label",) if settings.task == "classification" else ("response",)
+    fields |= {name: name for name in (*others, "id") if name in row}
     # a value that is missing is none that was given: the model's own label, no margin
     question = {name: row[field] for name, field in fields.items() if row[field] is not None}
     return question, [name for name in row if name not in fields.values()]

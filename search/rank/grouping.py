@@ -122,17 +122,19 @@ def in_quarters(values: list[int], numbers: np.ndarray) -> tuple[list[str], np.n
     """Groups of a number each, joined to four of about as many sequences, by the number's size.
 
     `values` [G] are the numbers, `numbers` [n] the group of every sequence; returned are the names
-    of the quarters and the quarter of every sequence. Equal numbers stay together, so that a
-    quarter may be larger than another, or not be there.
+    of the quarters and the quarter of every sequence. Equal numbers stay together: it is cut where
+    numbers differ, nearest to each quarter, so that one may be larger than others, or not be there.
 
     >>> names, quarters = in_quarters([-7, 3, 12, 0], np.array([0, 1, 2, 1, 3, 0, 2, 2]))
     >>> names, quarters.tolist()
-    (['-7', '0 to 3', '12'], [0, 1, 2, 1, 1, 0, 2, 2])
+    (['-7', '0', '3', '12'], [0, 2, 3, 2, 1, 0, 3, 3])
     """
     of_rows = np.array(values)[numbers]
-    edges = np.quantile(of_rows, (0.25, 0.5, 0.75), method="inverted_cdf")
-    # by the upper edge, which belongs to a quarter; empty ones are left out
-    _, quarters = np.unique(np.searchsorted(edges, of_rows), return_inverse=True)
+    found, counts = np.unique(of_rows, return_counts=True)
+    below = np.cumsum(counts)[:-1]  # sequences up to each place where it may be cut
+    cuts = {int(np.abs(below - share * len(of_rows)).argmin())
+            for share in (0.25, 0.5, 0.75) if len(below)}
+    quarters = np.searchsorted(found[sorted(cuts)], of_rows)  # by the last number of each
     ends = [(int(own.min()), int(own.max())) for own in (
         of_rows[quarters == number] for number in range(int(quarters.max()) + 1))]
     return [str(low) if low == high else f"{low} to {high}" for low, high in ends], quarters

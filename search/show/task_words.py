@@ -17,12 +17,14 @@ INVITATION = {
 ROWS = {"causal": "sequences", "classification": "texts", "reward": "pairs", "preference": "pairs"}
 
 
-def logarithm(query: Query) -> str:
+def logarithm(query: Query, task: str) -> str:
     """The name of what was differentiated: log p, or a difference or sum of several."""
     weights = tuple(text.weight for text in query.others)
     if query.unit != "nats":
-        return {(): "reward", (-1.0,): "reward(chosen) − reward(rejected)"}.get(
-            weights, "weighted sum of rewards")
+        # a policy's reward less what its reference says, which is a constant beside a query
+        reward = "β log π" if task == "preference" else "reward"
+        return {(): reward, (-1.0,): f"{reward}(chosen) − {reward}(rejected)"}.get(
+            weights, f"weighted sum of {reward}" + "s" * (reward == "reward"))
     of_pair = query.border is not None and query.label_name is None
     one = "log p" if query.label_name is None and not of_pair else \
         f"log p({query.label_name or 'chosen over rejected'})"
@@ -34,7 +36,7 @@ def logarithm(query: Query) -> str:
 def asked_of(result: Result) -> str:
     """What was asked about, and what the model says of it."""
     query = result.query
-    value = f"{logarithm(query)} = {_short(query.log_p)}"
+    value = f"{logarithm(query, result.task)} = {_short(query.log_p)}"
     if result.task == "causal":
         scored = sum(text.scored for text in query.texts)
         return f"{scored} token{'s' * (scored != 1)} scored, {value} nats"

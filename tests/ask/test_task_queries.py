@@ -113,6 +113,20 @@ def test_rows_of_pairs_are_queries(tmp_path):
         assert found == taken
 
 
+def test_a_table_may_hold_pairs_and_single_answers(indexes, tmp_path):
+    """Where a row has nothing it asks about nothing; a row with both is refused as flags are."""
+    pair = {"prompt": "why", "chosen": " good", "rejected": " bad", "response": None}
+    single = {"prompt": "why", "chosen": None, "rejected": None, "response": " good"}
+    for path in tables(tmp_path, [pair, single, {**pair, "response": " so"}]):
+        found = read_queries(path, settings=CorpusSettings(16, task="reward"))
+        made = make_queries(indexes["reward"].snapshot, found, set())
+        assert [(query.id, query.unit, len(query.others)) for query in made] == [
+            (1, "nats", 0), (2, "reward", 0)] and not found.unread
+        assert [str(problem) for problem in found.problems] == [
+            f"{path}:3: response asks about one answer, chosen and rejected about two; give one "
+            "kind."]
+
+
 def test_rows_that_cannot_be_asked_are_said_with_their_place(indexes, tmp_path):
     path = written(tmp_path / "rows.jsonl", [
         {"sentence": "good", "label": "positive"}, {"sentence": "good", "lable": 1},

@@ -174,6 +174,11 @@ def test_numbers_are_joined_to_quarters():
     assert names == ["0 to 24", "25 to 49", "50 to 74", "75 to 99"]
     assert quarters.tolist() == (values // 25).tolist()
     names, quarters = in_quarters([5, -2], np.array([0] * 9 + [1]))
-    assert names == ["-2 to 5"] or names == ["-2", "5"]
+    assert names == ["-2", "5"] and quarters.tolist() == [1] * 9 + [0]
+    # most of them equal: these are a group, and what is on either side of them
+    names, quarters = in_quarters([1, -1], np.array([0] * 135 + [1] * 15))
+    assert names == ["-1", "1"] and quarters.tolist() == [1] * 135 + [0] * 15
+    names, quarters = in_quarters([-9, -3, 0, 4], np.repeat([0, 1, 2, 3], [8, 12, 60, 20]))
+    assert names == ["-9 to -3", "0", "4"] and np.bincount(quarters).tolist() == [20, 60, 20]
     names, quarters = in_quarters([4], np.zeros(3, int))
     assert names == ["4"] and quarters.tolist() == [0, 0, 0]
