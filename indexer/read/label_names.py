@@ -61,7 +61,8 @@ def check_numbers(found: Mapping[str, int], labels: Sequence[str], settled: bool
     """Raise InputError where numbers among the labels `found` may have been read wrongly.
 
     They were read as names where classes are called by numbers that aren't their places, and as
-    places from 0 on otherwise. `settled` says that it was said before that this is right.
+    places from 0 on otherwise. `settled` says that it was said before that this is right, by
+    names that are numbers or by the index that more is appended to.
 
     >>> check_numbers({"0": 9, "1": 9}, ["bad", "good"], settled=False)
     """
@@ -73,8 +74,8 @@ def check_numbers(found: Mapping[str, int], labels: Sequence[str], settled: bool
         return  # the data have names: numbers among them are stray ones, and no way of counting
     as_names, places = called_by_numbers(labels), set(map(float, range(len(labels))))
     told = [number for number in as_names or _counted(labels) or () if number is not None]
-    if settled and not as_names:
-        return
+    if settled and not as_names and any(map(is_number, labels)):
+        return  # --labels 0,1,2
     # where the names tell nothing, labels may still count from 1, or from −1
     for names in [set(told)] if told else [{at + 1 for at in places}, {at - 1 for at in places}]:
         of_names, of_places = (sum(counts[number] for number in only & counts.keys())
@@ -85,7 +86,7 @@ def check_numbers(found: Mapping[str, int], labels: Sequence[str], settled: bool
         unsure = bool(told) and not right and not settled and bool(
             counts.keys() & (names | places))
         if wrong > right or unsure:
-            raise _refused(counts, labels, told or sorted(names), settled)
+            raise _refused(counts, labels, told or sorted(names), settled, bool(as_names))
 
 
 def _counted(labels: Sequence[str]) -> list[float] | None:
@@ -103,15 +104,23 @@ def _counted(labels: Sequence[str]) -> list[float] | None:
 
 
 def _refused(
-    counts: Mapping[float, int], labels: Sequence[str], names: Sequence[float], settled: bool
+    counts: Mapping[float, int], labels: Sequence[str], names: Sequence[float], settled: bool,
+    by_names: bool,
 ) -> InputError:
-    """What to say of numbers that may be names, in the model's order, or places."""
+    """What to say of numbers that may be names, in the model's order, or places.
+
+    `by_names` is how they were read.
+    """
     by_name = ",".join(f"{number:g}" for number in names)
     by_place = ",".join(map(str, range(len(labels))))
     numbers = ", ".join(f"{number:g}" for number in sorted(counts)[:SHOWN])
     more = ", …" * (len(counts) > SHOWN)
     found = f"the labels of the data are the numbers {numbers}{more}, the model's classes are " \
             f"{', '.join(labels)[:200]}, and a number "
+    if settled and not by_names:
+        return InputError(
+            f"{found}is read as a place among them, from 0 on, as at the build, where {names[0]:g} "
+            "would not be the first of them. Write the classes' names instead of numbers.")
     if settled:
         return InputError(
             f"{found}is read as a name of these, as was said when they were named. Write the "
@@ -138,8 +147,8 @@ def advice(found: Mapping[str, int], labels: Sequence[str]) -> str:
     example = f" {','.join(theirs)} if {theirs[0]} is {labels[0]}" \
         if len(theirs) == len(labels) else ""
     return (f"The labels of the data are {shown}; the model's classes are "
-            f"{', '.join(labels)[:200]}. Where they are the same by other names, build with those "
-            f"of the data, in the model's order: --labels{example or ' A,B,…'}.")
+            f"{', '.join(labels)[:200]}. Where they are the same by other names, build an "
+            f"index with those of the data, in the model's order: --labels{example or ' A,B,…'}.")
 
 
 def _numbers_in_order(label: str) -> float:

@@ -90,8 +90,9 @@ def summary(about: dict[str, Any], width: int | None = None) -> str:
     model, code, sizes = about["model"], about["code"], about["bytes"]
     revision = f" @ {model['revision']}" if model["revision"] else ""
     skipped = ", ".join(f"{count:,} × {why}" for why, count in sorted(about["skipped"].items()))
-    sources = ", ".join(source["name"] for source in about["data"][:3])
-    more = f" and {len(about['data']) - 3} more" if len(about["data"]) > 3 else ""
+    data = [source["name"] for read in (about, *about["appended"]) for source in read["data"]]
+    sources = ", ".join(data[:3])
+    more = f" and {len(data) - 3} more" if len(data) > 3 else ""
     n_train = f"{about['train_sequences']:,}" if about["train_sequences"] else \
         f"unknown, so no nats are told: --train-sequences says it ({about['next_id']:,} " \
         "sequences were ever indexed)"

@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from gradindex.storage import layout, records
 from gradindex.storage.contents import _mismatch
 from gradindex.storage.row_file import digest_of
 from indexer.dry_run.estimate import estimate
+from search.study.describe import describe, summary
 from support.indexes import files_of
 from support.kills import each_kill
 from support.task_models import (
@@ -146,8 +148,16 @@ def test_an_append_takes_rows_of_one_class_and_the_builds_names_alone(built, tmp
     searcher = gradindex.append(index, rows)
     assert len(searcher) == 28
     assert searcher.manifest.skipped == {"a label outside the model's classes": 1}
+    assert re.search(r"\ndata +28 documents from \S*classification.jsonl, \S*good.jsonl\n",
+                     summary(describe(index)))
     with pytest.raises(InputError, match="expected a text and its label"):
         gradindex.append(index, written(tmp_path / "pairs.jsonl", answers(4)))
+    # read as places, these would be the wrong classes; the build would refuse them, too
+    counted = [{"sentence": row["sentence"], "label": 1 + (row["label"] == "positive")}
+               for row in sentences(8, seed=9)]
+    with pytest.raises(InputError, match="is read as a place among them, from 0 on, as at the bu"):
+        gradindex.append(index, written(tmp_path / "counted.jsonl", counted))
+    assert len(gradindex.open(index)) == 28
 
 
 # ---- damage

@@ -93,8 +93,14 @@ def test_what_is_settled_stays_so():
     """As it was said, or in an index that more is appended to; unless the data say otherwise."""
     assert read([1, 2, 2], STARS, settled=True) == [0, 1, 1]
     assert read([2, 3], WORDED, settled=True) == [2, 3]
-    assert read([2, 3, 5], WORDED, settled=True) == [2, 3]
-    assert read([1, 1, 2, 3], WORDS, settled=True) == [1, 1, 2]  # the 3 is a stray one
+    assert read([0, 2, 3, 5], WORDED, settled=True) == [0, 2, 3]  # the 5 is a stray one
+    assert read([0, 1, 2, 3], WORDS, settled=True) == [0, 1, 2]
+    assert read([1, 1, 2, 3], ("0", "1", "2"), settled=True) == [1, 1, 2]
+    for labels, names, first in (([1, 1, 2, 3], WORDS, 1), ([2, 3, 5], WORDED, 1),
+                                 ([-1, 0, 1], WORDS, -1)):
+        with pytest.raises(InputError, match="is read as a place among them, from 0 on, as at the "
+                           f"build, where {first} would not be the first of them. Write the cl"):
+            read(labels, names, settled=True)
     with pytest.raises(InputError, match=r"is read as a name of these.*--labels 0,1,2,3,4 if the "
                        "data's 0 means the first"):
         read([0, 1, 2], STARS, settled=True)
@@ -177,8 +183,8 @@ def test_one_label_by_name_is_a_bad_row():
 
 @pytest.mark.parametrize("labels, names, message", [
     (["good", "bad", "good"], WITHOUT, "are good, bad; the model's classes are LABEL_0, LABEL_1. "
-     "Where they are the same by other names, build with those of the data, in the model's order: "
-     "--labels good,bad if good is LABEL_0"),
+     "Where they are the same by other names, build an index with those of the data, in the "
+     "model's order: --labels good,bad if good is LABEL_0"),
     (["neg", "pos"], ("NEGATIVE", "POSITIVE"), "--labels neg,pos if neg is NEGATIVE"),
     (["a", "b", "c"], ("NEGATIVE", "POSITIVE"), "a, b, c; .*: --labels A,B,…"),
     ([True, False], WORDS, "are true, false; the model's classes are bad, so, good"),
@@ -221,7 +227,7 @@ def test_many_rows_that_are_lost_are_warned_of():
         "warning: 3 of 7 rows (43%) can't be used and are left out: 1 × a label outside the "
         "model's classes, 1 × no label, 1 × a label that is no class. The labels of the data are "
         "-1, bad, good, so; the model's classes are bad, good. Where they are the same by other "
-        "names, build with those of the data, in the model's order: --labels A,B,….")
+        "names, build an index with those of the data, in the model's order: --labels A,B,….")
     found = Corpus([[{"text": "good film"}, {"text": ""}]], tokenizer_of_texts(),
                    CorpusSettings(32), vocabulary=40)
     list(found.sequences())
