@@ -46,9 +46,14 @@ def make_query(fitted: FittedModel, question: Question) -> Query:
 
 
 def aggregate(queries: list[Query]) -> Query:
-    """One query for the sum of log p of several. Raises InputError where there is none."""
+    """One query for the sum of log p of several. Raises InputError where there is none to be had.
+    """
     if not queries:
         raise InputError("there is no query to add up.")
+    if len({query.unit for query in queries}) > 1:
+        raise InputError("influence on some of these queries is in nats and on others in units of "
+                         "reward, so it can't be added up. Give pairs of chosen and rejected, or "
+                         "single responses.")
     # the texts of all stand side by side: a query that has a `versus` brings it with its weight
     texts = [replace(text, others=[]) for query in queries for text in query.texts]
     return replace(texts[0], others=texts[1:], id=None)

@@ -1,5 +1,6 @@
 """A Question about a classifier, a reward model or a policy of preferences → a Query."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from gradindex.model.class_labels import label_number
 from gradindex.model.config import context_length
 from gradindex.model.row_values import text_of
 from gradindex.model.task_rows import (
+    REFERENCE,
     encode_answered,
     encode_preferred,
     encode_whole,
@@ -124,22 +126,40 @@ def _preferred(fitted: FittedModel, question: Question) -> Query:
         raise InputError(f"{missing} is missing. Ask with {EXAMPLES[task.name]}.")
     if question.chosen == question.rejected:
         raise InputError("--rejected is --chosen itself: there is nothing to compare.")
-    if task.name == "preference":  # what a reference says of a query is a constant beside these
-        query = _answer(fitted, question.prompt, question.chosen)
-        query.others = [_answer(fitted, question.prompt, question.rejected)]
-        query.others[0].weight = -1.0
-        return query
     content = {"prompt": question.prompt, "chosen": question.chosen,
-               "rejected": question.rejected, "margin": question.margin}
-    query = _query(fitted, encode_preferred(fitted.tokenizer, content, task, UNBOUNDED))
-    query.prompt, query.completion = _shown(question.prompt), _shown(question.chosen)
+               "rejected": question.rejected, "margin": question.margin,
+               # of a query the reference isn't asked: it would add a constant
+               **dict.fromkeys(REFERENCE, 0.0)}
+    pair = encode_preferred(fitted.tokenizer, content, task, UNBOUNDED)
+    if task.name == "reward":
+        query = _query(fitted, pair)
+        query.prompt, query.completion = _shown(question.prompt), _shown(question.chosen)
+        return query
+    # read as a pair, for where answers begin is decided by both
+    query, other = (_scored_alone(fitted, tokenised, question.prompt, answer) for tokenised, answer
+                    in zip(_texts(pair), both, strict=True))
+    query.others = [replace(other, weight=-1.0)]
     return query
+
+
+def _texts(pair: Tokenised) -> tuple[Tokenised, Tokenised]:
+    """Both texts of a pair, each by itself."""
+    first, second = (Tokenised(*(getattr(pair, name)[part] for name in (
+        "tokens", "scored", "spans"))) for part in (slice(pair.border), slice(pair.border, None)))
+    return first, second
 
 
 def _answer(fitted: FittedModel, prompt: Any, response: Any) -> Query:
     """The query about the reward of one answer."""
-    query = _query(fitted, encode_answered(
-        fitted.tokenizer, prompt, response, fitted.manifest.task))
+    return _scored_alone(fitted, encode_answered(
+        fitted.tokenizer, prompt, response, fitted.manifest.task), prompt, response)
+
+
+def _scored_alone(
+    fitted: FittedModel, tokenised: Tokenised, prompt: Any, response: Any
+) -> Query:
+    """The query about what one text is worth, in units of reward."""
+    query = _query(fitted, tokenised)
     query.prompt, query.completion, query.unit = _shown(prompt), _shown(response), "reward"
     return query
 

@@ -1,6 +1,7 @@
 """Queries of other tasks than the next token: files of rows, and what can't be asked."""
 
 import csv
+import math
 
 import numpy as np
 import pyarrow
@@ -26,6 +27,9 @@ from support.task_models import (
 
 CLASSES = CorpusSettings(16, task="classification", labels=("negative", "positive"))
 
+# the tokenizer joins the end of the prompt and one of the answers
+ACROSS = {"prompt": "why was no", "chosen": "t good", "rejected": " bad"}
+
 
 def asked(path, settings, *, unread=()):
     """The questions of a file, without their ids where these are their numbers."""
@@ -47,7 +51,9 @@ def indexes(tmp_path_factory):
                                tokenizer),
         "reward": save(folder / "r", network_of_texts("bert", 1, torch.float32), tokenizer),
         "preference": save(folder / "p", policy(torch.float32), ended)}
-    rows = {"classification": sentences(30), "reward": answers(12), "preference": answers(12)}
+    rows = {"classification": sentences(30), "reward": answers(12),
+            "preference": [*answers(12), {
+                **ACROSS, "ref_chosen_logps": -5, "ref_rejected_logps": -5}]}
     return {task: gradindex.build(model, written(folder / f"{task}.jsonl", rows[task]),
                                   folder / task, task=task, **SMALL)
             for task, model in models.items()}
@@ -175,6 +181,7 @@ def test_rows_that_cannot_be_asked_are_said_with_their_place(indexes, tmp_path):
     ("reward", {"prompt": "why", "chosen": " good" * 40, "rejected": " bad"}, "43 tokens, more"),
     ("reward", {"prompt": "why", "chosen": " good", "rejected": " good"}, "nothing to compare"),
     ("preference", {"prompt": "why", "chosen": " good", "rejected": " good"}, "nothing to compare"),
+    ("preference", {"prompt": "why", "chosen": " zzz", "rejected": " yyy"}, "same .as tokens"),
     ("preference", {"prompt": [{"role": "user", "content": "why"}],
                     "response": [{"role": "assistant", "content": "so"}]}, "no chat template"),
 ])
@@ -183,21 +190,39 @@ def test_questions_that_cannot_be_asked(task, question, reason, indexes):
         indexes[task].search(**question)
 
 
+def test_a_pair_is_asked_about_as_the_same_row_was_learned(indexes):
+    """Both answers begin where the first of them does; of a single one nothing else is known."""
+    index = indexes["preference"]
+    query = index.make_query(**ACROSS)
+    assert [text.token_texts[text.tokens.index(next(filter(lambda one: one >= 0, text.labels)))]
+            for text in query.texts] == [" not", " no"]
+    result = index.search(**ACROSS, k=13)
+    [own] = [hit for hit in result if hit.id == 12]
+    assert math.log(1 / (1 + math.exp(-result.query.log_p))) == pytest.approx(own.log_p, rel=1e-5)
+    assert own.cosine == pytest.approx(1, abs=1e-5)
+    single = index.make_query(prompt=ACROSS["prompt"], response=ACROSS["rejected"])
+    assert [token for token in single.labels if token >= 0] == query.others[0].tokens[-2:]
+
+
 @pytest.mark.parametrize("task", ["reward", "preference"])
 def test_pairs_and_single_answers_share_a_session(task, indexes):
     index, prompt = indexes[task], "why was it"
     pair = {"prompt": prompt, "chosen": " a great film", "rejected": " an awful plot"}
     several = [pair, {"prompt": prompt, "response": " so great"}, pair,
                {"prompt": prompt, "response": " an awful plot"}]
-    together = list(index.search_many(several, k=12))
+    together = list(index.search_many(several, k=len(index)))
     for question, found in zip(several, together, strict=True):
-        alone = index.search(**question, k=12)
+        alone = index.search(**question, k=len(index))
         assert found.query.log_p == pytest.approx(alone.query.log_p, abs=1e-5)
         assert found.query.unit == alone.query.unit
         scores = {hit.id: hit.influence for hit in alone}
         np.testing.assert_allclose([hit.influence for hit in found],
                                    [scores[hit.id] for hit in found], rtol=1e-3, atol=1e-3)
-    [total] = index.search_many(several, aggregated=True, k=12)
+    if task == "reward":  # log p of a pair in nats, and a reward
+        with pytest.raises(InputError, match="some of these queries is in nats and on others in u"):
+            next(index.search_many(several, aggregated=True))
+        several, together = several[1::2], together[1::2]
+    [total] = index.search_many(several, aggregated=True, k=len(index))
     for hit in total:
         assert hit.influence == pytest.approx(sum(
             {one.id: one.influence for one in found}[hit.id] for found in together),
