@@ -165,9 +165,8 @@ def reference_at_build(
         if asked is not None:
             raise InputError(
                 "--reference says where the reference of the index's build is now, and the build "
-                + ("asked none: its data said what a reference gives the answers."
-                   if facts is None else "asked the policy itself, without its adapter.")
-                + " Leave it out.")
+                f"asked {'none' if facts is None else 'the policy itself, without its adapter'}. "
+                "Leave it out.")
         return None if facts is None else Reference(None, facts)
     if asked is None and facts["files"] is None:
         raise InputError("the reference of the index's build was a model object; pass it "

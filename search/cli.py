@@ -82,8 +82,10 @@ def search(
     check_outputs({"-o": output}, [queries, question_flags["messages"]])
     if queries is not None:
         if any(value is not None for value in question_flags.values()):
-            raise click.UsageError("--queries and -p, -c, --messages, --versus, --score-on exclude "
-                                   "each other; those are fields of the file's lines.")
+            given = next(name for name, value in question_flags.items() if value is not None)
+            raise click.UsageError(
+                f"--queries and --{given.replace('_', '-')} exclude each other; what is asked is a "
+                "field of the file's lines.")
         return _search_many(index, flags, queries, aggregate is not None, controls, form, output)
     if aggregate is not None or controls.rank is not None:
         raise click.UsageError("--aggregate and --rank go with --queries FILE.")

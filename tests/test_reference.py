@@ -191,5 +191,5 @@ def test_a_dry_run_prices_it(own, models, tmp_path):
 def test_an_index_that_asked_none(models, tmp_path):
     plan = make_request(models[0], told(ref_chosen_logps=-1.0, ref_rejected_logps=-2.0), "nowhere",
                         **SMALL)
-    with pytest.raises(InputError, match="its data said what a reference gives"):
+    with pytest.raises(InputError, match=r"asked none\. Leave it out"):
         reference_at_build(plan.plan.reference, models[1], plan.source, "float32")

@@ -16,6 +16,7 @@ from gradindex.errors import BadRowError, InputError
 from gradindex.model import tokenise
 from gradindex.model.chat_template import check_chat_template, with_chat_template
 from gradindex.model.class_labels import UNMARKED
+from gradindex.model.label_numbers import note_label
 from gradindex.model.messages import BESIDE_MESSAGES, TOLD_BESIDE_PROMPTS
 from gradindex.model.task_rows import (
     AS_TEXT,
@@ -31,7 +32,7 @@ from indexer.read.choose_form import ChosenForms, field_names
 from indexer.read.conversations import encode_conversation, encode_exchange, holds_messages
 from indexer.read.derived import derived
 from indexer.read.discover import discover
-from indexer.read.label_names import advice, note_label
+from indexer.read.label_names import advice
 from indexer.read.rows import Row, said_of_lost
 from indexer.read.sources import (
     DATA_FORMS,

@@ -13,6 +13,7 @@ import numpy as np
 
 from gradindex.errors import InputError, ResourceError
 from gradindex.model.class_labels import FRACTION
+from gradindex.model.label_numbers import check_numbers
 from gradindex.progress import Progress, size
 from gradindex.storage import code_index, layout, records, row_file, segments
 from gradindex.storage.build_plan import CorpusSettings
@@ -24,7 +25,7 @@ from gradindex.storage.records import Record
 from gradindex.storage.segments import SegmentFacts, SegmentReader
 from gradindex.task import TASKS, Task
 from indexer.read.corpus import Corpus, CorpusFacts
-from indexer.read.label_names import advice, check_numbers
+from indexer.read.label_names import advice
 
 FEW = 100  # sequences
 FEW_CLASSES = 10  # that are counted one by one in a line

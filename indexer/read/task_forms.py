@@ -137,7 +137,7 @@ def unsuitable(name: str, names: Collection[Any], settings: CorpusSettings) -> I
             f"the first record of {name} has the fields {shown}; expected chosen and rejected with "
             f"{' and '.join(REFERENCE)}, the sums of log p that the reference gives each answer, "
             "as TRL's DPOTrainer adds them (precompute_ref_log_probs). Name the model to ask for "
-            "them with --reference MODEL.")
+            "them with --reference MODEL, at a build.")
     looks = ""
     if text_fields(names) and label_field(names):
         looks = " These are labelled texts, which a classifier learns (--task classification)" + (

@@ -7,13 +7,14 @@ answered there, so a killed run goes on.
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gradindex.errors import InputError
 from gradindex.influence.fitted_model import FittedModel
+from gradindex.model.label_numbers import check_numbers, note_label
 from gradindex.results import Query, Result
 from gradindex.storage.build_plan import CorpusSettings
 from gradindex.storage.os_errors import refusals
@@ -24,7 +25,7 @@ from search.ask.naming import as_arguments
 from search.ask.query_tables import TABLES, QueryRow, table_rows
 from search.ask.question import Question
 from search.ask.settings import Settings
-from search.ask.task_query import ASKED, check_task
+from search.ask.task_query import ASKED, EXAMPLES, check_task
 
 FIELDS: dict[str, tuple[type, ...]] = {
     "prompt": (str, list), "completion": (str,), "messages": (list,), "tools": (list,),
@@ -36,6 +37,7 @@ FIELDS: dict[str, tuple[type, ...]] = {
 # as errors call them
 KINDS: dict[type, str] = {
     str: "text", list: "a list", dict: "an object", int: "a number", float: "a number"}
+COMPRESSED = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd")  # how gzip and Zstandard begin
 OPENING = b'{"asked": "'  # of every line of results
 NUMBERS_SHOWN, KINDS_SHOWN = 5, 3  # of rows that can't be used, of what is wrong with them
 
@@ -120,8 +122,8 @@ def read_queries(
             del query_file.questions[name]
             query_file.blame(name, str(error).rstrip("."))
     if not query_file.questions and not query_file.problems:
-        raise InputError(f"{flag} {path} holds no query; expected JSON lines with a prompt and "
-                         "a completion.")
+        raise InputError(f"{flag} {path} holds no query; expected JSON lines with "
+                         f"{EXAMPLES[task or 'causal']}.")
     # before a model is loaded, and not only said: the file may be one for another index
     if not query_file.questions:
         raise InputError(f"{flag}: no row of {path} can be used. "
@@ -139,6 +141,9 @@ def _rows(path: Path, flag: str) -> Iterator[tuple[int, QueryRow]]:
     except OSError as error:
         raise InputError(f"{flag} {path}: {error.strerror}. A JSON lines file is read "
                          "there.") from None
+    if content.startswith(COMPRESSED):
+        raise InputError(f"{flag} {path} is compressed; expected JSON lines. Unpack it (gunzip, "
+                         "unzstd).")
     # not splitlines(): JSON text may hold U+2028 and the like, which end no line of the file
     for number, line in enumerate(content.split(b"\n"), 1):
         if line.strip():
@@ -232,6 +237,7 @@ def make_queries(fitted: FittedModel, query_file: QueryFile, done: set[Any]) -> 
 
     Raises InputError or IndexMismatchError where the model or its tokenizer can't be had.
     """
+    _check_labels(query_file, fitted.manifest.plan.labels)
     unanswered = [question for question in query_file.questions.values()
                   if question.id not in done]
     if unanswered:
@@ -246,6 +252,17 @@ def make_queries(fitted: FittedModel, query_file: QueryFile, done: set[Any]) -> 
         except InputError as error:
             query_file.blame(question.id, str(error))
     return queries
+
+
+def _check_labels(query_file: QueryFile, labels: Sequence[str]) -> None:
+    """Raise InputError where numbers of classes would be taken for others, as an append does."""
+    found: dict[str, int] = {}
+    for question in query_file.questions.values():
+        note_label(found, question.label)
+    try:
+        check_numbers(found, labels, settled=True)
+    except InputError as error:
+        raise InputError(f"{query_file.path}: {error}") from None
 
 
 class ResultsFile:

@@ -1,5 +1,6 @@
 """A Question about a classifier, a reward model or a policy of preferences → a Query."""
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from gradindex.influence.fitted_model import FittedModel
 from gradindex.model import tokenise
 from gradindex.model.class_labels import label_number
 from gradindex.model.config import context_length
+from gradindex.model.messages import is_quoted
 from gradindex.model.row_values import text_of
 from gradindex.model.task_rows import (
     REFERENCE,
@@ -112,6 +114,10 @@ def _predicted(fitted: FittedModel, query: Query) -> int:
 
 
 def _preferred(fitted: FittedModel, question: Question) -> Query:
+    # on a command line and in a form, messages are text
+    question = replace(question, **{
+        name: json.loads(text) for name in ("prompt", "chosen", "rejected", "response")
+        if is_quoted(text := getattr(question, name))})
     task, both = fitted.manifest.task, (question.chosen, question.rejected)
     if question.response is not None:
         if both != (None, None):

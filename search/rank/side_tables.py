@@ -1,10 +1,14 @@
 """What a search reads of an index besides codes and records: words, and background queries."""
 
+import numpy as np
+
 from gradindex import draws
 from gradindex.draws import Stream
+from gradindex.model.tokenise import common_tokens
 from gradindex.storage import background_file, layout
 from gradindex.storage.background_file import BackgroundQueries
 from gradindex.storage.contents import Contents
+from gradindex.storage.records import Record
 from gradindex.storage.token_file import TokenMatrix
 from search.rank.likeness import Wording
 
@@ -23,6 +27,7 @@ class SideTables:
         self._tokens: TokenMatrix | None = None
         self._wording: Wording | None = None
         self._two_texts: float | None = None
+        self._opening: np.ndarray | None = None
         self._background_queries: BackgroundQueries | None = None
 
     @property
@@ -53,6 +58,24 @@ class SideTables:
             records = self._contents.records(self._contents.places[sample])
             self._two_texts = sum(one.border is not None for one in records) / len(records)
         return self._two_texts
+
+    @property
+    def opening(self) -> np.ndarray:
+        """The tokens that all texts of the random sample begin with, as a chat template's do."""
+        if self._opening is None:
+            sample = random_sample(self._contents, len(self._contents))
+            texts = [text for record in self._contents.records(self._contents.places[sample])
+                     for text in self._texts(record)]
+            common = min(common_tokens(texts[0], text) for text in texts)
+            # a whole text in common is none that others only begin with
+            self._opening = texts[0][:common if common < min(map(len, texts)) else 0]
+        return self._opening
+
+    def _texts(self, record: Record) -> list[np.ndarray]:
+        """The texts of a sequence that the model read by themselves."""
+        if record.border is None or not self._contents.manifest.task.of_pairs:
+            return [record.tokens]
+        return [record.tokens[:record.border], record.tokens[record.border:]]
 
     @property
     def background_queries(self) -> BackgroundQueries | None:

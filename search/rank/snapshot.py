@@ -15,8 +15,10 @@ from gradindex.influence.device_codes import DeviceCodes
 from gradindex.influence.exact import Exact, Rescorer, rescore
 from gradindex.influence.fitted_model import FittedModel
 from gradindex.influence.preconditioned import Preconditioned
+from gradindex.model.chat_template import has_chat_template
 from gradindex.model.devices import free_on
 from gradindex.model.model_source import ModelSource
+from gradindex.model.tokenise import common_tokens, encode, pieces
 from gradindex.results import Query
 from gradindex.storage import code_index, layout, locks
 from gradindex.storage.code_index import CodeIndex
@@ -184,9 +186,9 @@ class Snapshot(FittedModel):
 
 
 def unlike(snapshot: Snapshot, query: Query) -> str | None:
-    """What to say of a query that has one text where sequences have two, or the reverse."""
+    """What to say of a query's text that is of another form than the index's sequences."""
     if snapshot.manifest.task.name != "classification":
-        return None
+        return _begun_otherwise(snapshot, query)
     two, share = query.border is not None, snapshot.tables.two_texts
     if 0 < share < 1 or two == (share == 1):
         return None
@@ -194,6 +196,22 @@ def unlike(snapshot: Snapshot, query: Query) -> str | None:
             "trained, most likely. Leave the second out" if two else
             "the query has one text, and the sequences of this index have two: the model reads it "
             "as it was not trained to. Give the second, text_b")
+
+
+def _begun_otherwise(snapshot: Snapshot, query: Query) -> str | None:
+    """What to say of a query without what a chat template puts in front of every sequence."""
+    if snapshot.tokenizer is None or not has_chat_template(snapshot.tokenizer):
+        return None
+    opening = snapshot.tables.opening
+    # beyond what any text begins with; all of it no chat with another system message has
+    plain = common_tokens(encode(snapshot.tokenizer, "").tokens, opening)
+    if len(opening) == plain or common_tokens(np.array(query.tokens), opening) > plain:
+        return None
+    text = "".join(pieces(snapshot.tokenizer, opening.tolist()))
+    how = "messages (--messages FILE)" if snapshot.manifest.task.is_causal else \
+        "a prompt and answers that are lists of messages, on a command line as JSON"
+    return (f"the sequences of this index begin with {text!r}, as chats do, and the query doesn't: "
+            f"the model reads it as it was not trained to. Ask with {how}")
 
 
 def finite(scores: np.ndarray, path: Path) -> np.ndarray:

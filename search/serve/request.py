@@ -11,6 +11,7 @@ from urllib.parse import urlencode
 import pydantic
 
 from gradindex.errors import InputError
+from gradindex.model.class_labels import read_label
 from gradindex.terminal import visible, visible_lines
 from search.ask.controls import (
     CONTROLS,
@@ -51,7 +52,20 @@ def _of_page(name: str) -> Any:
                           description=control.api)
 
 
+def _label(value: Any) -> Any:
+    """A label as text or a whole number, as data have it. Raises ValueError."""
+    if value is None:
+        return ""
+    found = read_label(value)
+    if isinstance(found, float) and found.is_integer():
+        found = int(found)
+    if not isinstance(found, (str, int)):
+        raise ValueError(f"expected a class by name or number, found {value!r:.80}")
+    return value if isinstance(value, str) else found
+
+
 FormText = Annotated[str, pydantic.Field(max_length=LONGEST_TEXT)]
+Label = Annotated[FormText | int, pydantic.BeforeValidator(_label)]
 Numbers = pydantic.AfterValidator(_few_numbers)
 
 
@@ -76,9 +90,9 @@ class SearchRequest(pydantic.BaseModel):
     text: Annotated[FormText, pydantic.Field(
         description="The text whose label is explained, of a classifier.")] = ""
     text_b: Annotated[FormText, pydantic.Field(description="The second of two texts.")] = ""
-    label: Annotated[FormText | int, pydantic.Field(
+    label: Annotated[Label, pydantic.Field(
         description="Its label, by name or number; empty: the model's own.")] = ""
-    versus_label: Annotated[FormText | int, pydantic.Field(
+    versus_label: Annotated[Label, pydantic.Field(
         description="Another label: explain log p(label) − log p(versus_label).")] = ""
     chosen: Annotated[FormText, pydantic.Field(
         description="The answer to the prompt that is preferred, of a model of pairs.")] = ""

@@ -33,11 +33,10 @@ def logarithm(query: Query, task: str) -> str:
     return {(): one, (-1.0,): f"{one} − log p({versus})"}.get(weights, "weighted sum of log p")
 
 
-def asked_of(result: Result) -> str:
+def asked_of(query: Query, task: str) -> str:
     """What was asked about, and what the model says of it."""
-    query = result.query
-    value = f"{logarithm(query, result.task)} = {_short(query.log_p)}"
-    if result.task == "causal":
+    value = f"{logarithm(query, task)} = {_short(query.log_p)}"
+    if task == "causal":
         scored = sum(text.scored for text in query.texts)
         return f"{scored} token{'s' * (scored != 1)} scored, {value} nats"
     margin = f", margin {query.offset:g}" if query.offset else ""

@@ -45,7 +45,7 @@ def _heading(result: Result, width: int) -> list[str]:
              for line in _query_lines(asked, width)]
     if len(result.query.others) > MOST_TEXTS:
         lines.append(f"       and {len(result.query.others) - MOST_TEXTS} more texts")
-    said = visible(task_words.asked_of(result)).replace(" scored,", " scored⟧,")
+    said = visible(task_words.asked_of(result.query, result.task)).replace(" scored,", " scored⟧,")
     lines += [f"       {line}" for line in _wrap(
         "⟦" * said.count("⟧") + said, width - 7)]
     return [*lines, *_wrap(wording.counted(result), width), *_wrap(wording.how(result), width)]

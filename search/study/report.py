@@ -19,6 +19,7 @@ from gradindex.storage.manifest import model_name
 from gradindex.terminal import visible, visible_lines
 from gradindex.version import VERSION
 from search.show import html, plots, wording
+from search.show.task_words import asked_of
 from search.study.exact_sample import TOP_BY_CODE, QuerySurvey
 from search.study.gradient_sizes import FENCE
 from search.study.survey import Survey
@@ -46,7 +47,8 @@ def render_report(survey: Survey) -> str:
         found=survey, manifest=survey.manifest, version=VERSION,
         style=Markup(style),  # ours; escaping it would change what the digest is of
         policy=html.policy(style),
-        units=units_of(survey.manifest.task.name, exact=True), model=model_name(survey.manifest),
+        units=units_of(survey.manifest.task.name, exact=True, query=_of_a_reward(survey)),
+        of_a_reward=_of_a_reward(survey) is not None, model=model_name(survey.manifest),
         code_bytes=code_bytes(survey.manifest.code["length"]),
         limits={"bars": MOST_BARS, "tails": MOST_TAILS, "rows": MOST_ROWS, "top": TOP_BY_CODE,
                 "generic": 1 / ONE_IN, "fewest": FEWEST_IN_TAIL, "rejected": REJECTED,
@@ -62,9 +64,8 @@ def render_report(survey: Survey) -> str:
 
 
 def _texts(survey: Survey) -> dict[str, object]:
-    """What the page says of texts: sources, kept fields, lengths."""
+    """What the page says of texts: sources, fields, lengths."""
     lengths = survey.texts.lengths
-    full = int((lengths == survey.manifest.sequence_length).sum())
     return {
         "sources": survey.texts.sources,
         "source_plot": _source_bars(survey.texts.sources, "Sequences by source"),
@@ -73,7 +74,7 @@ def _texts(survey: Survey) -> dict[str, object]:
         "wide_fields": [field.name for field in survey.texts.fields if field.values is None],
         "more_fields": max(0, len(survey.texts.fields) - MOST_FIELDS),
         "lengths": {"median": float(np.median(lengths)), "least": int(lengths.min()),
-                    "most": int(lengths.max()), "full": full / len(lengths),
+                    "most": int(lengths.max()), "full": survey.texts.full / len(lengths),
                     "tokens": int(lengths.sum(dtype=np.int64))},
         "length_plot": _as_markup(plots.histogram(
             *plots.bins(lengths, HISTOGRAM_BINS), "Length of sequences", "tokens", "sequences")),
@@ -115,7 +116,7 @@ def _influence(survey: Survey) -> dict[str, object]:
         "absolute_plot": _as_markup(_strip(survey, absolute, "Share of |influence| by layer")),
         "proponent_plot": _as_markup(_strip(survey, proponents, "Share of proponents' influence")),
         "kinds": _kinds(survey, absolute, proponents),
-        "queries": [_query(query.query) for query in queries],
+        "queries": [_query(query.query, survey.manifest.task.name) for query in queries],
         "tail_plots": [_tail_plot(number, query) for number, query in enumerate(queries, 1)
                        if (query.values > 0).any()],
         "alpha": _range([tail.alpha for tail in tails]),
@@ -213,7 +214,13 @@ def _tail_plot(number: int, query: QuerySurvey) -> tuple[int, Markup]:
 # ---- words
 
 
-def _query(query: Query) -> dict[str, object]:
+def _of_a_reward(survey: Survey) -> Query | None:
+    """One of the queries, where all are about rewards and none is about log p."""
+    queries = [query.query for query in survey.queries]
+    return queries[0] if queries and all(query.unit == "reward" for query in queries) else None
+
+
+def _query(query: Query, task: str) -> dict[str, object]:
     """The end of what comes before, and the beginning of what is scored, from there on."""
     # what is asked about stands in the middle of a long text: its surroundings are cut at both ends
     scored = list(filter(query.is_scored, range(len(query.labels))))
@@ -222,8 +229,7 @@ def _query(query: Query) -> dict[str, object]:
     return {
         "before": before if len(before) <= LETTERS_SHOWN else "…" + before[-LETTERS_SHOWN:],
         "after": after if len(after) <= LETTERS_SHOWN else after[:LETTERS_SHOWN] + "…",
-        "scored": sum(text.scored for text in query.texts), "log_p": query.log_p,
-        "others": len(query.others),
+        "asked": asked_of(query, task), "others": len(query.others),
     }
 
 

@@ -13,6 +13,7 @@ from gradindex.progress import Progress
 from gradindex.storage.records import Record
 from gradindex.terminal import json_text
 from search.rank.snapshot import Snapshot
+from search.show.task_words import PAIR, SECOND_TEXT
 
 RECORDS_HELD = 4096  # in memory at once
 MOST_VALUES = 1000  # of a kept field, beyond which they aren't told apart
@@ -42,23 +43,31 @@ class FieldAmounts:
 
 @dataclass
 class TextSurvey:
-    """What the live sequences are: by source and field, and lengths [N] in tokens, int32."""
+    """What the live sequences are: by source and field, and lengths [N] in tokens, int32.
+
+    `full` of them have as many tokens as a sequence may have, of a pair one of its texts.
+    """
 
     sources: list[Amount]
     fields: list[FieldAmounts]
     lengths: np.ndarray
+    full: int
     scored: int
 
 
 @dataclass
 class ShownSequence:
-    """A sequence that is shown, and how many others equal it."""
+    """A sequence that is shown, and how many others equal it.
+
+    `texts` are its texts, each with its name where it has two; `label` is its class.
+    """
 
     id: int
     where: str
     user_id: Any
     token_count: int
-    text: str
+    texts: list[tuple[str, str]]
+    label: str | None
     copies: int
 
 
@@ -91,10 +100,13 @@ class _Tally:
 def read_texts(snapshot: Snapshot, progress: Progress) -> TextSurvey:
     """Read every live record."""
     sources, fields = _Tally(), dict[str, _Tally | None]()
-    lengths, scored = np.zeros(len(snapshot), dtype=np.int32), 0
+    lengths, full, scored = np.zeros(len(snapshot), dtype=np.int32), 0, 0
+    of_pairs = snapshot.manifest.task.of_pairs  # whose texts are bounded each
     progress.start("records", len(snapshot), "sequences")
     for place, record in enumerate(_records(snapshot, range(len(snapshot)))):
         lengths[place] = len(record.tokens)
+        border = record.border if of_pairs and record.border is not None else 0
+        full += max(border, len(record.tokens) - border) == snapshot.manifest.sequence_length
         scored += snapshot.objective.predictions(record)
         starts = [part.token for part in record.parts] + [len(record.tokens)]
         tokens = [end - start for start, end in pairwise(starts)]
@@ -115,7 +127,7 @@ def read_texts(snapshot: Snapshot, progress: Progress) -> TextSurvey:
     progress.finish()
     return TextSurvey(
         sources.amounts(), [FieldAmounts(name, tally.amounts() if tally else None)
-                            for name, tally in sorted(fields.items())], lengths, scored)
+                            for name, tally in sorted(fields.items())], lengths, full, scored)
 
 
 def _records(snapshot: Snapshot, places: Sequence[int]) -> Iterator[Record]:
@@ -132,11 +144,20 @@ def shown_sequences(snapshot: Snapshot, places: list[int]) -> list[ShownSequence
     """The sequences at some places as they are shown, in that order."""
     shown = []
     for place, record in zip(places, snapshot.records(places), strict=True):
-        text = "".join(tokenise.pieces(snapshot.tokenizer, record.tokens.tolist()))
-        first = record.parts[0]
+        pieces = tokenise.pieces(snapshot.tokenizer, record.tokens.tolist())
+        names = ("",) if record.border is None else \
+            PAIR if snapshot.manifest.task.of_pairs else SECOND_TEXT
+        texts = ("".join(pieces),) if record.border is None else \
+            tokenise.two_texts(pieces, record.border)
+        first, labels = record.parts[0], snapshot.manifest.plan.labels
         shown.append(ShownSequence(
             record.id, f"{first.source}:{first.row}", first.user_id, len(record.tokens),
-            text if len(text) <= EXCERPT else text[: EXCERPT - 1] + "…",
-            len(snapshot.copies(place)),
+            [(name, _excerpt(text, EXCERPT // len(texts)))
+             for name, text in zip(names, texts, strict=True)],
+            None if record.label is None else labels[record.label], len(snapshot.copies(place)),
         ))
     return shown
+
+
+def _excerpt(text: str, letters: int) -> str:
+    return text if len(text) <= letters else text[: letters - 1] + "…"

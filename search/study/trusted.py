@@ -49,9 +49,12 @@ def trusted_queries(
 
 
 def _unanswered(question: Question, task: str) -> str | None:
-    """Why a question says nothing that could be trusted: the model itself would answer it."""
-    missing = {"classification": question.text is not None and question.label is None,
-               "causal": question.prompt is not None and question.completion is None}
-    if not missing.get(task):
-        return None
-    return f"a trusted query says what is right, {EXAMPLES[task]}"
+    """Why a question says nothing that could be trusted: it doesn't say what is right."""
+    if task in ("reward", "preference"):
+        return None if question.response is None else (
+            "a trusted query says which of two answers is right, a prompt with --chosen and "
+            "--rejected")
+    missing = question.text is not None and question.label is None \
+        if task == "classification" else \
+        question.prompt is not None and question.completion is None
+    return f"a trusted query says what is right, {EXAMPLES[task]}" if missing else None

@@ -1,12 +1,15 @@
 """Queries of other tasks than the next token: files of rows, and what can't be asked."""
 
 import csv
+import gzip
+import json
 import math
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 
 import gradindex
 from gradindex.errors import InputError
@@ -41,8 +44,6 @@ def asked(path, settings, *, unread=()):
 @pytest.fixture(scope="module")
 def indexes(tmp_path_factory):
     """An index of a classifier, of a reward model, and of a policy."""
-    import torch
-
     folder, tokenizer = tmp_path_factory.mktemp("indexes"), tokenizer_of_texts()
     ended = tokenizer_of_texts()
     ended.eos_token = "[SEP]"
@@ -133,6 +134,24 @@ def test_a_table_may_hold_pairs_and_single_answers(indexes, tmp_path):
             "kind."]
 
 
+def test_labels_that_count_from_1_are_not_taken_for_others(indexes, tmp_path):
+    rows = [{"text": "good", "label": 1 + n % 2} for n in range(6)]
+    found = read_queries(written(tmp_path / "rows.jsonl", rows), settings=CLASSES)
+    with pytest.raises(InputError, match=r"rows.jsonl: the labels are the numbers 1, 2.*is read as "
+                       "a place among them, from 0 on"):
+        make_queries(indexes["classification"].snapshot, found, set())
+
+
+def test_files_that_hold_no_rows_are_refused(tmp_path):
+    empty, packed = tmp_path / "empty.jsonl", tmp_path / "rows.jsonl.gz"
+    empty.touch()
+    packed.write_bytes(gzip.compress(b'{"text": "good"}'))
+    with pytest.raises(InputError, match="no query; expected JSON lines with a text and a label"):
+        read_queries(empty, settings=CLASSES)
+    with pytest.raises(InputError, match=r"rows.jsonl.gz is compressed; expected JSON lines\. Unp"):
+        read_queries(packed, settings=CLASSES)
+
+
 def test_rows_that_cannot_be_asked_are_said_with_their_place(indexes, tmp_path):
     path = written(tmp_path / "rows.jsonl", [
         {"sentence": "good", "label": "positive"}, {"sentence": "good", "lable": 1},
@@ -202,6 +221,33 @@ def test_a_pair_is_asked_about_as_the_same_row_was_learned(indexes):
     assert own.cosine == pytest.approx(1, abs=1e-5)
     single = index.make_query(prompt=ACROSS["prompt"], response=ACROSS["rejected"])
     assert [token for token in single.labels if token >= 0] == query.others[0].tokens[-2:]
+
+
+def test_an_index_of_chats_is_asked_with_chats(tmp_path):
+    """As lists, or JSON text of them; a plain text is answered, and what is wrong with it said."""
+    def chat(role, content):
+        return [{"role": role, "content": content}]
+
+    rows = [{"prompt": chat("user", row["prompt"]), "chosen": chat("assistant", row["chosen"]),
+             "rejected": chat("assistant", row["rejected"])} for row in answers(12)]
+    index = gradindex.build(
+        network_of_texts("bert", 1, torch.float32), rows, tmp_path / "index",
+        tokenizer=tokenizer_of_texts(), chat_template="{% for m in messages %}{{ m['role'] }} "
+        "{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}assistant {% endif %}",
+        **SMALL)
+    asked = {"prompt": rows[3]["prompt"], "response": rows[3]["chosen"]}
+    pair = {name: rows[3][name] for name in ("prompt", "chosen", "rejected")}
+    for question in (asked, pair):
+        found = index.search(**question)
+        as_text = {name: json.dumps(value) for name, value in question.items()}
+        again = index.search(**as_text)
+        assert [hit.influence for hit in again] == [hit.influence for hit in found]
+        assert again.query == found.query and found.query.tokens[0] == 1  # a role, unknown here
+        assert not any("chats" in warning for warning in found.warnings)
+    plain = index.search(prompt="why was it", response=" a great film")
+    [said] = [warning for warning in plain.warnings if "as chats do, and the query" in warning]
+    assert "begin with '[UNK] why was it [UNK]', as" in said
+    assert said.endswith("on a command line as JSON")
 
 
 @pytest.mark.parametrize("task", ["reward", "preference"])

@@ -171,10 +171,11 @@ def test_a_policy_says_which_pairs_taught_a_preference(tmp_path):
     asked = {"prompt": "why was it", "chosen": " a great film", "rejected": " an awful film"}
     result = index.search(**asked, k=20)
     assert result.query.unit == "reward" and "∇[r(chosen) − r(rejected)]" in result.units
-    assert asked_of(result) == f"β log π(chosen) − β log π(rejected) = {result.query.log_p:.2g}"
+    assert asked_of(result.query, "preference") == (
+        f"β log π(chosen) − β log π(rejected) = {result.query.log_p:.2g}")
     single = index.search(prompt="why was it", response=" a great film")
     assert "∇r(answer)" in single.units
-    assert asked_of(single) == f"β log π = {single.query.log_p:.2f}"
+    assert asked_of(single.query, "preference") == f"β log π = {single.query.log_p:.2f}"
     record = index.snapshot.records([0])[0]
     assert record.offset == -5.0 + 6.0 and 0 < record.border < len(record.tokens)
     missing = written(tmp_path / "bare.jsonl", [

@@ -85,7 +85,8 @@ def servers(searchers: dict[str, Searcher]) -> Iterator[dict[str, Running]]:
 
 @pytest.mark.parametrize("name, asked", [
     ("classification", CLASS), ("classification", {"text": "the film was so great"}),
-    ("classification", {**CLASS, "label": 0}), ("classification", {**CLASS, "label": "2"}),
+    ("classification", {**CLASS, "label": 0}), ("classification", {**CLASS, "label": 2.0}),
+    ("classification", {**CLASS, "label": "2"}),
     ("classification", {**CLASS, "versus_label": "negative", "opponents": True, "k": 3}),
     ("two texts", {**CLASS, "text_b": "it was good"}),
     ("reward", PAIR), ("reward", {**ONE, "rescore": False}), ("preference", PAIR),
@@ -174,6 +175,18 @@ def test_what_a_task_cant_be_asked_is_refused_by_name(
     assert page.status == 422 and 'role="alert"' in page.text
     assert as_labels(said) in page.text.replace("&#39;", "'")
     assert "--" not in found.json["error"] and not re.search(r'role="alert">[^<]* --', page.text)
+
+
+def test_a_label_that_is_none_is_said(servers: dict[str, Running]) -> None:
+    def ask(label: Any) -> Any:
+        return servers["classification"].ask("POST", "/api/search", body={**CLASS, "label": label})
+
+    for label in (0.5, [1], {"a": 1}):
+        found = ask(label)
+        assert found.status == 422 and found.json["error"].startswith(
+            f"label: Value error, expected a class by name or number, found {label!r}")
+    assert ask(None).status == 202 == ask("positive").status
+    assert "outside the model's classes (found 'true'" in ask(True).json["error"]
 
 
 def test_errors_name_what_the_form_shows(servers: dict[str, Running], running: Running) -> None:

@@ -14,6 +14,7 @@ from search.ask.settings import settle
 from search.study import audit as audits
 from search.study import audit_table, class_means
 from search.study.audit import audit
+from search.study.trusted import read_trusted
 from support.dense import gram
 from support.task_models import (
     answers,
@@ -22,6 +23,7 @@ from support.task_models import (
     save,
     sentences,
     tokenizer_of_texts,
+    written,
 )
 
 SMALL = {"bits": 512, "fit_sequences": 20, "batch_tokens": 64, "segment_size": 7, "seq_len": 16,
@@ -337,12 +339,23 @@ def test_a_deleted_sequence_is_not_audited(tmp_path):
     ({"against": []}, "^against: there is no query to audit against; give one or more"),
     ({"against": [{"text": "a good film"}]}, "a trusted query says what is right"),
     ({"against": [{"prompt": "a", "completion": "b"}]}, "no use with an index of the task"),
+    ({"against": [{"text": "a", "label": "good"}, {"text": "a good film"}]}, "query 2: a trusted"),
     ({"modules": "99"}, "^modules"), ({"damping": -1.0}, "^damping"),
     ({"truth": "nothing"}, "kept were number, flipped"),
 ])
 def test_what_can_not_be_audited_is_refused(classified, arguments, message):
     with pytest.raises(InputError, match=message):
         classified.audit(**arguments)
+
+
+def test_one_answer_says_nothing_that_could_be_trusted(rewarded, tmp_path):
+    single = {"prompt": "why", "response": " good"}
+    with pytest.raises(InputError, match="query 1: a trusted query says which of two answers is"):
+        rewarded.audit(against=[single])
+    pair = {"prompt": "why", "chosen": " good", "rejected": " bad"}
+    found = read_trusted(written(tmp_path / "rows.jsonl", [pair, single]), rewarded.manifest.plan)
+    assert list(found.questions) == [1]
+    assert "which of two answers is right" in found.complaints()[0]
 
 
 def test_gradients_are_formed_on_their_own_maps_alone(classified):
