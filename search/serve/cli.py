@@ -1,5 +1,7 @@
 """`gradindex view`: flags → a server."""
 
+import contextlib
+import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -56,5 +58,8 @@ def view(
     if not no_open:
         click.launch(address)
     hosts = host_names(host, port, names)
-    listening.make_server(searcher, hosts, token, train_sequences).run(sockets=[socket])
+    with contextlib.suppress(KeyboardInterrupt):  # the way to end it: nothing was interrupted
+        listening.make_server(searcher, hosts, token, train_sequences).run(sockets=[socket])
+    gc.unfreeze()  # or some library below complains that it was left with what was frozen
+    progress.say("the page is closed")
     return 0
