@@ -28,7 +28,7 @@ from search.query_flags import (
 
 if TYPE_CHECKING:
     from gradindex.progress import Progress
-    from gradindex.results import Hit, Query, Result
+    from gradindex.results import Hit, Result
     from search.ask.controls import Controls
     from search.engine import SearchStage
 
@@ -96,7 +96,8 @@ def search(
     progress.say(LOADING)  # which takes seconds, before anything is scored
     query = make_query(searcher.snapshot, question)
     stages = searcher.stages([query], settings, conclude_early=True)
-    return _finish(drain(stages, _Follower(progress).follow), form, output)
+    follower = _Follower(progress, searcher.manifest.task.name)
+    return _finish(drain(stages, follower.follow), form, output)
 
 
 def _finish(result: "Result", form: str, output: Path | None) -> int:
@@ -141,7 +142,8 @@ def _search_many(
         queries = query_files.make_queries(searcher.snapshot, query_file, set())
         complain(query_file, progress, searcher.snapshot, queries)
         stages = searcher.stages([aggregate(queries)], settings, conclude_early=True)
-        return _finish(drain(stages, _Follower(progress).follow), form, output) or \
+        follower = _Follower(progress, searcher.manifest.task.name)
+        return _finish(drain(stages, follower.follow), form, output) or \
             2 * bool(query_file.problems)
     results = None
     if output is not None:
@@ -152,7 +154,7 @@ def _search_many(
     queries = query_files.make_queries(searcher.snapshot, query_file,
                                        results.done if results else set())
     complain(query_file, progress, searcher.snapshot, queries)
-    follower = _Follower(progress, len(queries))
+    follower = _Follower(progress, searcher.manifest.task.name, len(queries))
     # a result is shown, or on disk, before the next query's begins: a kill loses one at most
     for stage in searcher.answer(queries, settings):
         follower.follow(stage)
@@ -167,24 +169,24 @@ def _search_many(
 
 
 class _Follower:
-    """Shows where a search stands; with a `count`, of how many queries."""
+    """Shows where a search of a task's index stands; with a `count`, of how many queries."""
 
-    def __init__(self, progress: "Progress", count: int = 0):
-        self._progress, self._count = progress, count
+    def __init__(self, progress: "Progress", task: str, count: int = 0):
+        self._progress, self._task, self._count = progress, task, count
         self._answered = self._done = 0
         self._running = False
 
     def follow(self, stage: "SearchStage") -> None:
         """Show one stage; bars go on from query to query as long as more is to be scored."""
+        from search.show.task_words import asked_of
+
         progress = self._progress
         if stage.name == "gradient" and stage.query is not None and not self._count:
             query = stage.query
             if query.generated:
                 progress.say(f"the model continues: {query.completion!r}" if query.label is None
                              else f"the model's own label: {query.label_name}")
-            difference = ", a difference" if any(text.weight < 0 for text in query.others) else ""
-            progress.say(f"{_gradient_of(query)} = {query.log_p:.2f}"
-                         f"{' nats' * (query.unit == 'nats')}{difference}")
+            progress.say(f"the query: {asked_of(query, self._task)}")
         elif stage.name == "approximate" and stage.total:
             if self._running:
                 progress.finish()
@@ -205,16 +207,6 @@ class _Follower:
                 self._running = False
             if last and self._count:
                 progress.say(f"{self._answered} queries answered")
-
-
-def _gradient_of(query: "Query") -> str:
-    """What was differentiated, and of how much."""
-    if query.row_log_p is None:
-        return f"gradient of {sum(text.scored for text in query.texts)} scored tokens, log p"
-    if query.unit != "nats":
-        return "gradient of the reward"
-    several = query.label_name is None or query.others
-    return "gradient of log p" + ("" if several else f"({query.label_name})")
 
 
 @click.command()
