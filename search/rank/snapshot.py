@@ -32,6 +32,8 @@ from search.rank.grouping import Grouping, read_grouping
 from search.rank.ranking import CodeRanking, Ranking
 from search.rank.side_tables import SideTables, random_sample
 
+OPENING_SHOWN = 60  # letters of what every chat begins with
+
 
 @dataclass(frozen=True)
 class SegmentSubset:
@@ -208,6 +210,7 @@ def _begun_otherwise(snapshot: Snapshot, query: Query) -> str | None:
     if len(opening) == plain or common_tokens(np.array(query.tokens), opening) > plain:
         return None
     text = "".join(pieces(snapshot.tokenizer, opening.tolist()))
+    text = text if len(text) <= OPENING_SHOWN else f"{text[:OPENING_SHOWN]}…"
     how = "messages (--messages FILE)" if snapshot.manifest.task.is_causal else \
         "a prompt and answers that are lists of messages, on a command line as JSON"
     return (f"the sequences of this index begin with {text!r}, as chats do, and the query doesn't: "
