@@ -82,6 +82,7 @@ def _refused(
     found = f"the labels are the numbers {numbers}{more}, the model's classes are " \
             f"{', '.join(labels)[:200]}, and a number "
     if settled and not by_names:
+        # what was settled can't be said anew by a flag: an append and a query have none
         return InputError(
             f"{found}is read as a place among them, from 0 on, as at the build, where {names[0]:g} "
             "would not be the first of them. Write the classes' names instead of numbers.")
