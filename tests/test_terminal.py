@@ -329,7 +329,7 @@ def test_summary():
     assert_inert(said)
     for line in said.splitlines():  # a newline in a name begins no row
         assert re.match(r"[A-Za-z_ ]{11} \S", line)
-    assert said.count(ALL_SHOWN) == 19  # the adapter, classes, reference, derived among them
+    assert said.count(ALL_SHOWN) == 20  # adapter, classes, reference, derived and appended too
 
 
 @pytest.mark.parametrize("form", ["auto", "json"])
