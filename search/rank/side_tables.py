@@ -5,6 +5,7 @@ import numpy as np
 from gradindex import draws
 from gradindex.draws import Stream
 from gradindex.model.tokenise import common_tokens
+from gradindex.objective.batch import halves
 from gradindex.storage import background_file, layout
 from gradindex.storage.background_file import BackgroundQueries
 from gradindex.storage.contents import Contents
@@ -71,11 +72,11 @@ class SideTables:
             self._opening = texts[0][:common if common < min(map(len, texts)) else 0]
         return self._opening
 
-    def _texts(self, record: Record) -> list[np.ndarray]:
+    def _texts(self, record: Record) -> tuple[np.ndarray, ...]:
         """The texts of a sequence that the model read by themselves."""
         if record.border is None or not self._contents.manifest.task.of_pairs:
-            return [record.tokens]
-        return [record.tokens[:record.border], record.tokens[record.border:]]
+            return (record.tokens,)
+        return halves(record.tokens, record.border)
 
     @property
     def background_queries(self) -> BackgroundQueries | None:

@@ -43,12 +43,13 @@ def render_report(survey: Survey) -> str:
         short=plots.short)
     # the policy names the style by its digest, so it is put together once and used for both
     style = "".join(map(html.asset, STYLES))
+    of_a_reward = _of_a_reward(survey)
     return environment.get_template("report.html").render(
         found=survey, manifest=survey.manifest, version=VERSION,
         style=Markup(style),  # ours; escaping it would change what the digest is of
         policy=html.policy(style),
-        units=units_of(survey.manifest.task.name, exact=True, query=_of_a_reward(survey)),
-        of_a_reward=_of_a_reward(survey) is not None, model=model_name(survey.manifest),
+        units=units_of(survey.manifest.task.name, exact=True, query=of_a_reward),
+        of_a_reward=of_a_reward, model=model_name(survey.manifest),
         code_bytes=code_bytes(survey.manifest.code["length"]),
         limits={"bars": MOST_BARS, "tails": MOST_TAILS, "rows": MOST_ROWS, "top": TOP_BY_CODE,
                 "generic": 1 / ONE_IN, "fewest": FEWEST_IN_TAIL, "rejected": REJECTED,
