@@ -21,16 +21,18 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
 import torch
-from transformers import GPTNeoXForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.fidelity import tfidf_scores
 from benchmarks.workload import Size, Workload, fit_on, library, query_gradients, record
+from gradindex import draws
 from gradindex.demo.small_model import DemoSettings, new_model, train, train_tokenizer
 from gradindex.influence.codes import Codes, CodeSettings, default_length
 from gradindex.influence.curvature import Ekfac
@@ -40,7 +42,7 @@ from gradindex.model.load_errors import quiet_transformers
 from gradindex.model.model_source import ModelSource
 from gradindex.model.network import LanguageModel
 from gradindex.model.tracked import tracked_modules
-from gradindex.modules import Module
+from gradindex.modules import Module, choose_modules
 from gradindex.progress import Progress, duration, stderr_progress
 from gradindex.storage.code_index import CodeIndex
 from gradindex.storage.files import atomic_write
@@ -57,22 +59,38 @@ EXACT, DOT, TFIDF, HIDDEN = ("EK-FAC, exact", "gradient dot product", "TF-IDF of
                              "cosine of mean last hidden states")
 
 
+# a batch of 16 costs as much a pass and ends .16 nats a token higher
+LARGER = DemoSettings(length=LENGTH, vocabulary=2048, layers=2, hidden=128, batch=8)
+SMALLER = replace(LARGER, vocabulary=1024, hidden=96)
+
+
+def untrained(family: str, settings: DemoSettings) -> Any:
+    """A network of a family: GPT-NeoX with a head of its own, or Llama whose head is tied."""
+    if family == "neox":
+        return new_model(settings)
+    with draws.always_alike(torch.device("cpu"), settings.seed):
+        return LlamaForCausalLM(LlamaConfig(
+            vocab_size=settings.vocabulary, hidden_size=settings.hidden,
+            intermediate_size=8 * settings.hidden // 3, num_hidden_layers=settings.layers,
+            num_attention_heads=settings.heads, max_position_embeddings=settings.length,
+            tie_word_embeddings=True, initializer_range=0.1, bos_token_id=0, eos_token_id=0))
+
+
 @dataclass
 class Study(Workload):
-    """The scored model with its data; modules and curvature are of all kinds, attention too."""
+    """The scored model with its data; modules and curvature are of all kinds, embeddings too."""
 
     settings: DemoSettings
+    family: str
 
 
 def make_study(
-    cache: Path, sequences: int, queries: int, passes: int, progress: Progress
+    cache: Path, sequences: int, queries: int, passes: int, progress: Progress,
+    family: str = "neox", size: DemoSettings = LARGER,
 ) -> Study:
     """Cut the text, train on all of it and fit, or reuse what `cache` holds for the numbers."""
-    # a batch of 16 costs as much a pass and ends .16 nats a token higher
-    settings = DemoSettings(sequences=sequences, length=LENGTH, vocabulary=2048, layers=2,
-                            hidden=128, batch=8)
-    settings = replace(settings, steps=passes * sequences // settings.batch)
-    folder = cache / f"lds-{sequences}-{queries}-{passes}"
+    settings = replace(size, sequences=sequences, steps=passes * sequences // size.batch)
+    folder = cache / f"lds-{family}-{settings.hidden}-{sequences}-{queries}-{passes}"
     if not (folder / "model").is_dir():
         shutil.rmtree(folder, ignore_errors=True)
         (folder / "retrained").mkdir(parents=True)
@@ -82,22 +100,24 @@ def make_study(
         windows = ids[: len(ids) // LENGTH * LENGTH].reshape(-1, LENGTH).astype(np.int32)
         order = np.random.default_rng(0).permutation(len(windows))[: sequences + queries]
         np.save(folder / "windows.npy", windows[order])
-        network = new_model(settings)
+        network = untrained(family, settings)
         loss = train(network, windows[order[:sequences]].tolist(), settings, progress)
         (folder / "loss.txt").write_text(f"{loss:.2f}")
         network.save_pretrained(folder / "model")
     windows = np.load(folder / "windows.npy")
-    network = GPTNeoXForCausalLM.from_pretrained(folder / "model")
+    network = AutoModelForCausalLM.from_pretrained(folder / "model")
     model = LanguageModel.load(ModelSource(network))
-    modules = tracked_modules(model.network, "all")
+    modules = tracked_modules(model.network, "everything")
     training = [record(n, row, 0) for n, row in enumerate(windows[:sequences])]
     # Each module is fitted by itself, so that a choice of modules is a subset.
     ekfac = fit_on(folder, model, modules, training, sequences, progress)
     return Study(
-        Size(sequences=sequences, length=LENGTH, layers=2, hidden=128, modules="all"), model,
+        Size(sequences=sequences, length=LENGTH, layers=2, hidden=settings.hidden,
+             modules="everything"),
+        model,
         modules, ekfac, training,
         [record(n, row, PROMPT) for n, row in enumerate(windows[sequences:])],
-        (folder / "loss.txt").read_text(), folder, settings,
+        (folder / "loss.txt").read_text(), folder, settings, family,
     )
 
 
@@ -110,11 +130,11 @@ def completion_log_p(model: LanguageModel, queries: list[Record]) -> np.ndarray:
 
 
 def retrain(
-    path: Path, ids: list[list[int]], settings: DemoSettings, queries: list[Record]
+    path: Path, ids: list[list[int]], family: str, settings: DemoSettings, queries: list[Record]
 ) -> None:
     """Train on the sequences `ids` alone, in a process of its own, and write f [q]."""
     torch.set_num_threads(1)
-    network = new_model(settings)
+    network = untrained(family, settings)
     train(network, ids, settings, Progress(None))
     f = completion_log_p(LanguageModel.load(ModelSource(network)), queries)
     atomic_write(path, lambda file: np.save(file, f))
@@ -137,7 +157,7 @@ def retrain_all(
             ids = [study.train[n].tokens.tolist() for n in np.flatnonzero(row)]
             steps = round(study.settings.steps * row.mean())
             settings = replace(study.settings, seed=seed, steps=steps)
-            running.append(pool.submit(retrain, path, ids, settings, study.queries))
+            running.append(pool.submit(retrain, path, ids, study.family, settings, study.queries))
         for future in as_completed(running):
             future.result()
             progress.update(1)
@@ -332,9 +352,9 @@ def main(
         for factor in FACTORS[1:4]:
             row(f"{name}, built at damping {DAMPING}, queried at {factor:g}",
                 code_scores(*encoded, coordinates(gradients, ekfac, mlp, factor)))
-    attention = [module for module in study.modules if module.kind == "attention"]
-    for name, modules in (("MLP", mlp), ("attention", attention), ("all", study.modules)):
-        row(f"modules: {name}", ekfac_scores(study, gradients, ekfac, modules, DAMPING))
+    for choice in ("mlp", "attention", "head", "mlp,head", "all", "everything"):
+        chosen = choose_modules(study.modules, choice, "the model's modules")
+        row(f"modules: {choice}", ekfac_scores(study, gradients, ekfac, chosen, DAMPING))
     for count in (sequences // 4, sequences // 2, sequences):
         fitted = fit_on(study.folder, model, study.modules, study.train, count, progress)
         row(f"fitted on {count:,}", ekfac_scores(study, gradients, fitted, mlp, DAMPING))

@@ -6,14 +6,19 @@ from dataclasses import dataclass
 
 from gradindex.errors import InputError
 
+EMBEDDED = -1  # the layer of an embedding, before those of the blocks
+
 
 @dataclass(frozen=True)
 class Module:
     """One tracked linear map s = W a; with a bias, a 1 is appended to a as its last entry.
 
-    `layer` is the number of the block that it belongs to, or, of a head, the one behind the last.
-    `kind` is "mlp" (whatever of a block isn't attention), "attention", "head" for what makes a
-    class or a value of whole texts, or "adapter" for LoRA's own maps.
+    `layer` is the number of the block that it belongs to, or, of a head, the one behind the last,
+    and of an embedding EMBEDDED.
+    `kind` is "mlp" (whatever of a block isn't attention), "attention", "head" for what makes the
+    model's outputs of what the blocks give, "embeddings", or "adapter" for LoRA's own maps. Where
+    the outputs are the tokens of a vocabulary the curvature is `diagonal`: Q_S = I and Q_A = I. An
+    embedding that has its weight from the head is a part of that.
 
     >>> Module("layers.0.mlp.up", layer=0, kind="mlp", d_out=8, d_in=2, bias=True).shape
     (8, 3)
@@ -25,6 +30,7 @@ class Module:
     d_out: int
     d_in: int
     bias: bool
+    diagonal: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -43,16 +49,18 @@ class Module:
 
 
 KINDS = {"mlp": {"mlp"}, "attention": {"attention"}, "head": {"head"},
-         "all": {"mlp", "attention", "head"}, "adapter": {"adapter"}}
+         "all": {"mlp", "attention", "head"}, "adapter": {"adapter"},
+         "embeddings": {"embeddings"}, "everything": {"mlp", "attention", "head", "embeddings"}}
 
 
 def choose_modules(modules: Sequence[Module], choice: str, what: str) -> list[Module]:
     """The modules of some layers, of some kinds, or whose names match, in order.
 
     `choice` is layers ("8-15", "0,2-4"); or "mlp" (all of the blocks but attention), "attention",
-    "head" (of a classifier or reward model), "all" (of these), "adapter" (lora_A and lora_B),
-    several of these with commas; or a regular expression, searched
-    in names. Raises InputError where none is chosen, and says with `what` what there was to choose.
+    "head" (the map to the outputs), "all" (of these), "adapter" (lora_A and lora_B), "embeddings",
+    "everything" ("all" and "embeddings"), several of these with commas; or a regular expression,
+    searched in names. Raises InputError where none is chosen, and says with `what` what there was
+    to choose.
 
     >>> modules = [Module(f"layers.{n}.mlp", n, "mlp", 4, 4, False) for n in range(4)]
     >>> [module.layer for module in choose_modules(modules, "0,2-3", "the model's modules")]

@@ -81,8 +81,9 @@ _MAX_BAD = click.option(
 @click.option("--strict", is_flag=True, help="Stop at the first row that can't be used.")
 @click.option("--modules", metavar="RANGE|KINDS|REGEX",
               help="Linear modules to track: layers (8-15), mlp (all of the blocks but attention), "
-                   "attention, head (of a classifier or reward model), all, adapter (LoRA's own), "
-                   "several with commas; else names that match [mlp; with a head mlp,head].")
+                   "attention, head (the map to the outputs), all (these), embeddings, everything "
+                   "(all and embeddings), adapter (LoRA's own), several with commas; else names "
+                   "that match [mlp; of whole texts mlp,head].")
 @click.option("--fit-sequences", type=int, default=defaults.FIT_SEQUENCES, show_default=True,
               help="Sequences to fit the curvature on.")
 @click.option("--fit-labels", type=click.Choice(defaults.LABELS), default=defaults.LABELS[0],

@@ -17,6 +17,7 @@ from torch import Tensor
 from gradindex.influence.codes import Codes
 from gradindex.influence.gradients import backward, why_not_finite
 from gradindex.influence.split_batches import Splits, in_batches
+from gradindex.influence.vocabulary import OutputGradients
 from gradindex.memory import threads
 from gradindex.model.config import vocabulary_size
 from gradindex.model.network import LanguageModel
@@ -187,7 +188,7 @@ def encode_batch(model: LanguageModel, codes: Codes, records: list[Record]) -> T
     batch = model.batch(records)
     vectors = codes.empty(len(records))  # each module adds its part as soon as it arrives
 
-    def each(module: Module, a: Tensor, d: Tensor) -> None:
+    def each(module: Module, a: Tensor, d: OutputGradients) -> None:
         codes.add(vectors, module, a, d)
 
     with torch.no_grad():

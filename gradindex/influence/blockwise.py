@@ -10,14 +10,20 @@ With O = 1, [n, m] is the plain matrix.
     [c d . .]   is kept as      [c d]   n = 4, O = 2, m = 2
     [. . e f]                   [e f]
     [. . g h]                   [g h]
+
+Over the tokens of a vocabulary (`Module.diagonal`) neither A nor S is looked at: blocks of one row,
+[n, 1], whose eigenvectors are ones. Λ is then the mean square of each weight's own gradient.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from gradindex.influence.gradients import gradient
+from gradindex.influence.vocabulary import OutputGradients, OverVocabulary
 from gradindex.modules import Module
 
 # rows of a covariance that are added to at once; a GPU takes few large products, not many
@@ -34,13 +40,27 @@ def block_rows(n: int, blocks: int) -> int:
     return -(-n // blocks)
 
 
+def square_shapes(module: Module, blocks: int) -> dict[str, tuple[int, int]]:
+    """The shapes of a module's A, [i, m], and S, [o, m]; Q_A and Q_S have the same.
+
+    >>> square_shapes(Module("m", 0, "mlp", d_out=2, d_in=3, bias=True), blocks=2)
+    {'A': (4, 2), 'S': (2, 1)}
+    >>> square_shapes(Module("lm_head", 1, "head", 50, 3, bias=False, diagonal=True), blocks=1)
+    {'A': (3, 1), 'S': (50, 1)}
+    """
+    o, i = module.shape
+    if module.diagonal:
+        return {"A": (i, 1), "S": (o, 1)}
+    return {"A": (i, block_rows(i, blocks)), "S": (o, block_rows(o, blocks))}
+
+
 def square_entries(module: Module, blocks: int) -> int:
     """How many numbers a module's A and S have together; Q_A and Q_S have as many.
 
     >>> square_entries(Module("m", 0, "mlp", d_out=2, d_in=3, bias=True), blocks=2)  # 2·1 + 4·2
     10
     """
-    return sum(n * block_rows(n, blocks) for n in module.shape)
+    return sum(n * m for n, m in square_shapes(module, blocks).values())
 
 
 def covariance_shapes(modules: Sequence[Module], blocks: int) -> dict[str, tuple[int, int]]:
@@ -49,12 +69,8 @@ def covariance_shapes(modules: Sequence[Module], blocks: int) -> dict[str, tuple
     >>> covariance_shapes([Module("m", 0, "mlp", d_out=2, d_in=3, bias=False)], blocks=1)
     {'m/A': (3, 3), 'm/S': (2, 2)}
     """
-    shapes = {}
-    for module in modules:
-        o, i = module.shape
-        shapes[f"{module.name}/A"] = (i, block_rows(i, blocks))
-        shapes[f"{module.name}/S"] = (o, block_rows(o, blocks))
-    return shapes
+    return {f"{module.name}/{side}": shape for module in modules
+            for side, shape in square_shapes(module, blocks).items()}
 
 
 def square_blocks(matrix: Tensor) -> list[Tensor]:
@@ -73,6 +89,8 @@ def identity(n: int, m: int, like: Tensor) -> Tensor:
     >>> identity(3, 2, torch.zeros(1)).tolist()
     [[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]
     """
+    if m == 1:  # a vocabulary has too many blocks to go through
+        return like.new_ones(n, m)
     matrix = like.new_zeros(n, m)
     for block in square_blocks(matrix):
         block.fill_diagonal_(1)
@@ -91,6 +109,11 @@ def add_outer(sums: Tensor, rows: Tensor) -> None:
     [[10.0, 14.0], [14.0, 20.0]]
     """
     n, m = sums.shape
+    if m == 1:
+        squares = (rows * rows).sum(0)
+        sums[:, 0] += squares if rows.shape[1] == n else functional.pad(
+            squares, (0, 1), value=len(rows))
+        return
     for first, block in zip(range(0, n, m), square_blocks(sums), strict=True):
         part = rows[:, first : first + m]
         width = part.shape[1]
@@ -118,6 +141,8 @@ def right(x: Tensor, q: Tensor, bias: bool = False) -> Tensor:
     >>> right(torch.tensor([[1.0]]), torch.tensor([[2.0, 0.0], [0.0, 3.0]]), bias=True).tolist()
     [[2.0, 3.0]]
     """
+    if q.shape[1] == 1:
+        return functional.pad(x, (0, 1), value=1.0) * q[:, 0] if bias else x * q[:, 0]
     rows, (n, m) = x.flatten(0, -2), q.shape
     # The product's rows begin whole cache lines apart: into odd rows it takes a third longer.
     product = rows.new_empty(len(rows), -(-n // LINE) * LINE)[:, :n]
@@ -138,6 +163,8 @@ def right_transposed(x: Tensor, q: Tensor) -> Tensor:
     >>> right_transposed(torch.tensor([[1.0, 2.0]]), q).tolist()
     [[2.0, 3.0]]
     """
+    if q.shape[1] == 1:
+        return x * q[:, 0]
     return _beside([part @ block.T for part, block in
                     zip(x.split(q.shape[1], -1), square_blocks(q), strict=True)])
 
@@ -167,28 +194,65 @@ def leave(c: Tensor, q_a: Tensor, q_s: Tensor) -> Tensor:
     return right_transposed(right_transposed(c.mT, q_s).mT, q_a)
 
 
-def rotated(module: Module, a: Tensor, d: Tensor, q_a: Tensor, q_s: Tensor) -> Tensor:
+LARGEST_BLOCK = 1 << 22  # numbers of a temporary tensor: 16 MB in float32
+Rotate = Callable[[slice, slice], Tensor]  # of sequences and outputs, see `rotator`
+
+
+def rotated(module: Module, a: Tensor, d: OutputGradients, q_a: Tensor, q_s: Tensor) -> Tensor:
     """Q_Sᵀ G Q_A of every sequence, [b, o, i]; the arguments are those of `rotator`."""
-    return rotator(module, a, d, q_a, q_s)(slice(None))
+    return rotator(module, a, d, q_a, q_s)(slice(None), slice(None))
 
 
 def rotator(
-    module: Module, a: Tensor, d: Tensor, q_a: Tensor, q_s: Tensor
-) -> Callable[[slice], Tensor]:
-    """A function from a slice of the batch to Q_Sᵀ G Q_A of its n sequences, [n, o, i].
+    module: Module, a: Tensor, d: OutputGradients, q_a: Tensor, q_s: Tensor
+) -> Rotate:
+    """A function from a piece of the batch to Q_Sᵀ G Q_A of its n sequences, [n, o, i].
 
     a [b, t, i] and d [b, t, o] are a batch's inputs and output gradients, without the bias's 1;
-    Q_A [i, m] and Q_S [o, m] are in blocks, and the result has their dtype.
+    Q_A [i, m] and Q_S [o, m] are in blocks, and the result has their dtype. A piece (`pieces`) is
+    a slice of the batch, and one of the outputs: all of them, but where the module is diagonal.
 
     >>> m = Module("m", 0, "mlp", d_out=1, d_in=2, bias=False)
     >>> a, d = torch.tensor([[[1.0, 2.0], [0.0, 1.0]]]), torch.ones(1, 2, 1)
-    >>> rotator(m, a, d, torch.eye(2), 2 * torch.ones(1, 1))(slice(0, 1)).tolist()
-    [[[2.0, 6.0]]]
+    >>> rotate = rotator(m, a, d, torch.eye(2), 2 * torch.ones(1, 1))
+    >>> [rotate(*piece).tolist() for piece in pieces(m, 1)]
+    [[[[2.0, 6.0]]]]
     """
-    (o, i), a, d = module.shape, a.to(q_a.dtype), d.to(q_a.dtype)
+    a = a.to(q_a.dtype)
+    if isinstance(d, OverVocabulary):
+        return partial(d.to(q_a.dtype).gradient, a)
+    (o, i), wide = module.shape, d.to(q_a.dtype)
+    if module.diagonal:  # both Q are I: of the outputs some may be had without the others
+        a = functional.pad(a, (0, 1), value=1.0) if module.bias else a
+        return lambda rows, outputs: wide[rows, :, outputs].mT @ a[rows]
     # Either the tokens are rotated, all at once, or the gradients, a slice at a time: whichever
     # takes less arithmetic. Few long sequences of a narrow module are better multiplied first.
     if a.shape[1] * (q_s.numel() + q_a.numel()) <= o * i * (q_s.shape[1] + q_a.shape[1]):
-        d, a = right(d, q_s), right(a, q_a, module.bias)
-        return lambda rows: d[rows].mT @ a[rows]
-    return lambda rows: enter(gradient(module, a[rows], d[rows]), q_a, q_s)
+        turned, a = right(wide, q_s), right(a, q_a, module.bias)
+        return lambda rows, _: turned[rows].mT @ a[rows]
+    return lambda rows, _: enter(gradient(module, a[rows], wide[rows]), q_a, q_s)
+
+
+def pieces(module: Module, sequences: int) -> Iterator[tuple[slice, slice]]:
+    """Slices of the sequences of a batch, and of outputs, whose gradients memory holds at once.
+
+    The gradients [n, o, i] of a slice of sequences, of like sizes; of a vocabulary, whose gradient
+    alone may be larger than the model, some outputs of one sequence at a time.
+
+    >>> list(pieces(Module("m", 0, "mlp", d_out=1024, d_in=1024, bias=False), 6))
+    [(slice(0, 3, None), slice(0, 1024, None)), (slice(3, 6, None), slice(0, 1024, None))]
+    >>> list(pieces(Module("m", 0, "head", 4096, 2048, bias=False, diagonal=True), 1))
+    [(slice(0, 1, None), slice(0, 2048, None)), (slice(0, 1, None), slice(2048, 4096, None))]
+    """
+    o, i = module.shape
+    at_once = min(o, max(1, LARGEST_BLOCK // i)) if module.diagonal else o
+    for rows in _even(sequences, max(1, LARGEST_BLOCK // (at_once * i))):
+        for outputs in _even(o, at_once):
+            yield rows, outputs
+
+
+def _even(count: int, most: int) -> Iterator[slice]:
+    """Slices of `count`, of like sizes, none larger than `most`."""
+    size = -(-count // -(-count // most)) if count else 1  # 3 and 3, not 4 and 2
+    for first in range(0, count, size):
+        yield slice(first, min(first + size, count))

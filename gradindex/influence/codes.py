@@ -43,9 +43,10 @@ from torch import Tensor
 
 from gradindex import draws
 from gradindex.draws import Stream
-from gradindex.influence.blockwise import right_transposed
+from gradindex.influence.blockwise import LARGEST_BLOCK, right_transposed
 from gradindex.influence.curvature import Curvature, Ekfac
 from gradindex.influence.gradients import apply_inputs
+from gradindex.influence.vocabulary import OutputGradients
 from gradindex.modules import Module
 
 # How codes are made. Indexes of before have the first, in which narrow sides are mixed as wide ones
@@ -186,16 +187,28 @@ def whitening(curvature: Curvature, damping: float) -> Whitened:
     >>> whitened.directions  # all of the same energy now
     (2.0, 2.0)
     """
-    # in float64, once a module: a few operations a number, on any card
-    damped = curvature.damped(damping).double()
-    # a little everywhere: where there is none at all, a weight is as good as any, but not its size
-    energy = curvature.eigenvalues.double().clamp(min=0) + LEAST_ENERGY * damped
-    inverse = energy / damped.square()
-    square_a = 1 / damped.mean(0)
-    # x makes b x + a / x least where it is √(a / b)
-    square_s = ((inverse @ (1 / square_a)) / (energy @ square_a)).sqrt()
-    square_a = ((inverse.T @ (1 / square_s)) / (energy.T @ square_s)).sqrt()
-    parts = square_s * (energy @ square_a), square_a * (energy.T @ square_s)
+    # In float64, once a module: a few operations a number, on any card. Some outputs at a time:
+    # those of a vocabulary would take several times the model's memory.
+    o, i = curvature.eigenvalues.shape
+    added = damping * curvature.eigenvalues.mean()
+    strips = curvature.eigenvalues.split(max(1, LARGEST_BLOCK // i))
+
+    def damped_and_energy(strip: Tensor) -> tuple[Tensor, Tensor]:
+        damped = (strip + added).double()
+        # a little everywhere: where there is none, a weight is as good as any, but not its size
+        return damped, strip.double().clamp(min=0) + LEAST_ENERGY * damped
+
+    square_a = o / torch.stack([(strip + added).double().sum(0) for strip in strips]).sum(0)
+    outputs, above, below = list[Tensor](), torch.zeros_like(square_a), torch.zeros_like(square_a)
+    for damped, energy in map(damped_and_energy, strips):
+        inverse = energy / damped.square()
+        # x makes b x + a / x least where it is √(a / b)
+        outputs.append(((inverse @ (1 / square_a)) / (energy @ square_a)).sqrt())
+        above += inverse.T @ (1 / outputs[-1])
+        below += energy.T @ outputs[-1]
+    square_s, square_a = torch.cat(outputs), (above / below).sqrt()
+    held = torch.cat([energy @ square_a for _, energy in map(damped_and_energy, strips)])
+    parts = square_s * held, square_a * below
     few_s, few_a = (float(part.sum().square() / part.square().sum()) for part in parts)
     dtype = curvature.eigenvalues.dtype
     return Whitened(square_s.sqrt().to(dtype), square_a.sqrt().to(dtype), (few_s, few_a))
@@ -308,7 +321,7 @@ class Codes:
         signs = next(iter(self._projections.values())).signs
         return signs.new_zeros(rows, self.settings.length)
 
-    def add(self, vectors: Tensor, module: Module, a: Tensor, d: Tensor) -> None:
+    def add(self, vectors: Tensor, module: Module, a: Tensor, d: OutputGradients) -> None:
         """Add one module's part to the vectors v_m [b, K] of a batch's sequences.
 
         a [b, t, i] are the module's inputs without the bias's 1, d [b, t, o] its output gradients.
@@ -330,13 +343,16 @@ class Codes:
             self.add_query(vectors, name, c)
         return vectors
 
-    def add_query(self, vectors: Tensor, name: str, c: Tensor) -> None:
-        """Add one module's part to v_q [q, K], from its C_q [q, o, i]."""
+    def add_query(
+        self, vectors: Tensor, name: str, c: Tensor, outputs: slice = slice(None)
+    ) -> None:
+        """Add one module's part to v_q [q, K], from its C_q [q, o, i] or a slice of its `outputs`.
+        """
         projection = self._projections[name]
         # Divided by w_S w_Aᵀ where a sequence's side was multiplied by it: the split cancels, and
         # the scores are unbiased however badly it fits (Λ+λ)^−½.
-        x = _mixing(projection.mix_s, c) @ (c / torch.outer(projection.w_s, projection.w_a)) @ \
-            _mixing(projection.mix_a, c).T
+        split = torch.outer(projection.w_s[outputs], projection.w_a)
+        x = _mixing(projection.mix_s[:, outputs], c) @ (c / split) @ _mixing(projection.mix_a, c).T
         self._sketch(vectors, x.flatten(1), projection)
 
     def _sketch(self, vectors: Tensor, x: Tensor, projection: _Projection) -> None:

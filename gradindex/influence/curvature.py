@@ -11,13 +11,14 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from gradindex.errors import DamagedIndexError
-from gradindex.influence.blockwise import block_rows, enter, leave, square_entries
+from gradindex.influence.blockwise import enter, leave, square_entries, square_shapes
 from gradindex.memory import available, threads
 from gradindex.model.devices import free_on
 from gradindex.modules import Module
@@ -48,21 +49,34 @@ class Curvature:
     eigenvectors_s: Tensor
     eigenvalues: Tensor
 
-    def damped(self, factor: float) -> Tensor:
-        """Λ + λ  [o, i], a new tensor."""
+    @property
+    def is_diagonal(self) -> bool:
+        """Whether the eigenvectors are the axes themselves, as of a head: blocks of one row."""
+        return self.eigenvectors_a.shape[1] == 1 and self.eigenvectors_s.shape[1] == 1
+
+    @cached_property
+    def _mean(self) -> Tensor:
+        return self.eigenvalues.mean()
+
+    def damped(self, factor: float, outputs: slice = slice(None)) -> Tensor:
+        """Λ + λ  [o, i], a new tensor, or of a slice of the outputs."""
         # Never in place: a second search with another damping would find the first one's λ in Λ.
-        return self.eigenvalues + factor * self.eigenvalues.mean()
+        return self.eigenvalues[outputs] + factor * self._mean
 
     def coordinates(self, gradient: Tensor, factor: float) -> Tensor:
         """C = (Q_Sᵀ G Q_A) / (Λ+λ)  [..., o, i]: a preconditioned gradient, in the eigenbasis."""
-        return self.divided(enter(gradient, self.eigenvectors_a, self.eigenvectors_s), factor)
+        rotated = gradient if self.is_diagonal else enter(
+            gradient, self.eigenvectors_a, self.eigenvectors_s)
+        return self.divided(rotated, factor)
 
-    def divided(self, rotated: Tensor, factor: float) -> Tensor:
-        """R / (Λ+λ)  [..., o, i], of a gradient R in the eigenbasis already."""
-        return rotated / self.damped(factor)
+    def divided(self, rotated: Tensor, factor: float, outputs: slice = slice(None)) -> Tensor:
+        """R / (Λ+λ)  [..., o, i], of a gradient R in the eigenbasis already, or of some outputs."""
+        return rotated / self.damped(factor, outputs)
 
     def leave_eigenbasis(self, coordinates: Tensor) -> Tensor:
         """Q_S C Q_Aᵀ  [..., o, i]: coordinates in the eigenbasis as a gradient again."""
+        if self.is_diagonal:
+            return coordinates
         return leave(coordinates, self.eigenvectors_a, self.eigenvectors_s)
 
     def effective_dimension(self, factor: float) -> float:
@@ -185,10 +199,10 @@ class FiledEkfac(Mapping[str, Curvature]):
 
 def _check(module: Module, covariance_blocks: int, tensors: dict[str, Tensor]) -> None:
     """Raise DamagedIndexError unless these tensors are a curvature of the module."""
-    o, i = module.shape
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    expected = {"eigenvectors_a": (i, block_rows(i, covariance_blocks)),
-                "eigenvectors_s": (o, block_rows(o, covariance_blocks)), "eigenvalues": (o, i)}
+    squares = square_shapes(module, covariance_blocks)
+    expected = {"eigenvectors_a": squares["A"], "eigenvectors_s": squares["S"],
+                "eigenvalues": module.shape}
     if shapes != expected or not all(
             tensor.is_floating_point() and bool(tensor.isfinite().all())
             for tensor in tensors.values()) or bool((tensors["eigenvalues"] < 0).any()):

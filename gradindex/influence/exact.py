@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradindex.influence.blockwise import rotator
+from gradindex.influence.blockwise import pieces, rotator
 from gradindex.influence.curvature import Ekfac
-from gradindex.influence.gradients import backward
-from gradindex.influence.preconditioned import Preconditioned, slices
+from gradindex.influence.gradients import Each, backward
+from gradindex.influence.preconditioned import Preconditioned
 from gradindex.influence.split_batches import Splits, in_batches
+from gradindex.influence.vocabulary import OutputGradients
 from gradindex.model.network import LanguageModel
 from gradindex.modules import Module
 from gradindex.objective.batch import Batch
@@ -44,7 +45,7 @@ class Influences:
         self._preconditioned = preconditioned
         self._parts: dict[str, Tensor] = {}
 
-    def __call__(self, module: Module, a: Tensor, d: Tensor) -> None:
+    def __call__(self, module: Module, a: Tensor, d: OutputGradients) -> None:
         self._parts[module.name] = self._preconditioned.of(module).scores(module, a, d)
 
     @cached_property
@@ -81,7 +82,7 @@ class Terms:
         self._preconditioned, self._batch = preconditioned, batch
         self._parts: dict[str, Tensor] = {}
 
-    def __call__(self, module: Module, a: Tensor, d: Tensor) -> None:
+    def __call__(self, module: Module, a: Tensor, d: OutputGradients) -> None:
         self._parts[module.name] = self._batch.by_position(
             module, self._preconditioned.of(module).terms(module, a, d))
 
@@ -111,19 +112,19 @@ class GradientSizes:
         self._ekfac, self._damping = ekfac, damping
         self._sums: dict[torch.device, Tensor] = {}  # float64 [3, b]
 
-    def __call__(self, module: Module, a: Tensor, d: Tensor) -> None:
+    def __call__(self, module: Module, a: Tensor, d: OutputGradients) -> None:
         c = self._ekfac[module.name]
-        damped = c.damped(self._damping)
-        if damped.device not in self._sums:
-            self._sums[damped.device] = damped.new_zeros(3, len(a), dtype=torch.float64)
-        self_influence, squared_step, squared_norm = self._sums[damped.device]
+        like = c.eigenvalues
+        if like.device not in self._sums:
+            self._sums[like.device] = like.new_zeros(3, len(a), dtype=torch.float64)
+        self_influence, squared_step, squared_norm = self._sums[like.device]
         rotate = rotator(module, a, d, c.eigenvectors_a, c.eigenvectors_s)
         # Here gradients are formed after all, [n, o, i]: some at a time, and changed in place.
-        for rows in slices(module, len(a)):
-            part = rotate(rows).square_()
+        for rows, outputs in pieces(module, len(a)):
+            part = rotate(rows, outputs).square_()
             squared_norm[rows] += part.sum((1, 2))  # which no rotation changes
-            part.div_(damped)
-            self_influence[rows] += part.sum((1, 2))
+            damped = c.damped(self._damping, outputs)
+            self_influence[rows] += part.div_(damped).sum((1, 2))
             squared_step[rows] += part.div_(damped).sum((1, 2))
 
     @property
@@ -139,13 +140,13 @@ class GradientSizes:
 
 def collect(
     model: LanguageModel, modules: list[Module], batch: Batch,
-    *collectors: Callable[[Module, Tensor, Tensor], None], numbers: Tensor | None = None,
+    *collectors: Each, numbers: Tensor | None = None,
 ) -> Tensor:
     """One forward and backward pass of a batch, whose a and d every collector is called with.
 
     With `numbers`, gradients are the curvature's, as for `backward`, whose log p it returns.
     """
-    def each(module: Module, a: Tensor, d: Tensor) -> None:
+    def each(module: Module, a: Tensor, d: OutputGradients) -> None:
         for collector in collectors:
             collector(module, a, d)
 

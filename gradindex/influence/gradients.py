@@ -15,18 +15,21 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional
 
 from gradindex.errors import InputError
 from gradindex.influence.split_batches import out_of_memory
+from gradindex.influence.vocabulary import OutputGradients, OverVocabulary
 from gradindex.model.devices import float32_products
 from gradindex.model.fused_experts import ExpertMap, pack
+from gradindex.model.linear_maps import lookup_gradient
 from gradindex.model.network import LanguageModel
 from gradindex.model.probe import is_in_order
 from gradindex.modules import Module
 from gradindex.objective.batch import Batch
 
-Each = Callable[[Module, Tensor, Tensor], None]
+Each = Callable[[Module, Tensor, OutputGradients], None]
 
 
 def backward(
@@ -38,7 +41,9 @@ def backward(
     a are the module's inputs, without the bias's 1; d is the gradient of Σ log p of each sequence's
     targets with respect to its outputs. Modules arrive from the last to the first. A map that runs
     several times has the inputs of its runs one behind the other, an expert only those that were
-    routed to it, padded with zeros: [b, m, i], see `Batch.positions`. With `numbers`, in [0, 1),
+    routed to it, padded with zeros: [b, m, i], see `Batch.positions`. Where an embedding has a part
+    in the weight of a vocabulary, d is that of `vocabulary.py`, and behind a are the gradients of
+    what was looked up. With `numbers`, in [0, 1),
     gradients are the curvature's: of labels that these draw from the model in the places of the
     targets, [b, t] or [b]; or where the outcome has two values of the exact second moment, for
     which nothing is drawn and [0] will do (`objective/`). Returns log p in nats, of drawn labels
@@ -52,7 +57,7 @@ def backward(
     # exactly. The pass itself is the network's: it may compute the angles of positions in float32.
     rounded = model.dtype.itemsize < 4
 
-    def multiply(module: Module, a: Tensor, d: Tensor) -> None:
+    def multiply(module: Module, a: Tensor, d: OutputGradients) -> None:
         with float32_products(model.device, rounded):
             each(module, a, d)
 
@@ -64,6 +69,8 @@ def backward(
 class _Run:
     """One run of a module, d being there once the backward pass has reached it.
 
+    Of an `embedding`, `looked_up` int64 [b, n] are the tokens, and a [b, n, i] is the gradient of
+    their rows, which is there then, too.
     For an expert, a is [n, i], and `token_numbers` int64 [n], on the host, are those of its inputs
     among the batch's b·t tokens. Of what ran once a text, `at` int64 [b, n] is where in their rows
     the texts begin. `outputs` is the shape of what it gave.
@@ -73,6 +80,8 @@ class _Run:
     token_numbers: np.ndarray | None
     outputs: torch.Size
     at: np.ndarray | None = None
+    embedding: nn.Embedding | None = None
+    looked_up: Tensor | None = None
     d: Tensor | None = None
 
 
@@ -96,7 +105,10 @@ def _backward(
             if not torch.is_grad_enabled():  # the network wants this run to have no gradient
                 return None
             a = args[0].detach()
-            if isinstance(submodule, ExpertMap):
+            if isinstance(submodule, nn.Embedding):
+                run = _run_of(module, output.detach(), output.shape, batch)
+                run.embedding, run.looked_up = submodule, a.reshape(run.a.shape[:2])
+            elif isinstance(submodule, ExpertMap):
                 token_numbers: Any = args[1]
                 run = _Run(a, token_numbers, output.shape)
             else:
@@ -111,6 +123,8 @@ def _backward(
 
     def receive(module: Module, run: _Run, d: Tensor) -> None:
         run.d = d if run.token_numbers is not None else d.reshape(*run.a.shape[:2], -1)
+        if run.looked_up is not None:
+            run.a = lookup_gradient(run.embedding, run.looked_up, run.d)
         # A shared map's gradient is the sum over its runs, and its square is not the sum of theirs:
         # it is handed over when all have arrived. Popped, so that memory holds few modules at once.
         if all(earlier.d is not None for earlier in runs[module.name]):
@@ -134,9 +148,12 @@ def _backward(
     base = outputs._base if outputs._base is not None else outputs
     needed = any(hasattr(base.grad_fn, name) for name in ("_saved_result", "saved_tensors"))
     logits = outputs.detach().clone() if needed else outputs
+    # Found before that: changed, a view of the head's output would be given a new place in the
+    # graph, past the hook on the head.
+    place = get_gradient_edge(outputs) if outputs.requires_grad else None
     log_p, gradient = model.objective.log_p(logits, batch, numbers)
-    if outputs.requires_grad:  # or no module has a part in the logits of so short a batch
-        outputs.backward(gradient)
+    if place is not None:  # or no module has a part in the logits of so short a batch
+        torch.autograd.backward([place], [gradient])
     # What has no part in the logits has the gradient zero, as what compresses a context that is
     # short: whether it has one in no text at all was tried when the modules were chosen.
     for module in reversed(modules):
@@ -188,13 +205,34 @@ def _run_of(module: Module, a: Tensor, outputs: torch.Size, batch: Batch) -> _Ru
     )
 
 
-def _joined(module: Module, runs: list[_Run], batch: Batch) -> tuple[Tensor, Tensor]:
+def _over_vocabulary(
+    module: Module, runs: list[_Run], batch: Batch
+) -> tuple[Tensor, OverVocabulary]:
+    """a [b, t + u, i] and d of all runs of a weight that embeddings use, those of maps first."""
+    maps = [run for run in runs if run.looked_up is None]
+    lookups = [run for run in runs if run.looked_up is not None]
+    rows, t = batch.real.shape
+    logits = [run.d for run in maps if run.d is not None] or [
+        lookups[0].a.new_zeros(rows, 0, module.d_out)]
+    inputs = [run.a for run in (*maps, *lookups)]
+    if len(inputs) > 1:
+        batch.set_positions(module.name, np.tile(np.arange(t), (rows, len(inputs))))
+    return torch.cat(inputs, 1), OverVocabulary(
+        logits[0] if len(logits) == 1 else torch.cat(logits, 1),
+        torch.cat([run.looked_up for run in lookups if run.looked_up is not None], 1))
+
+
+def _joined(
+    module: Module, runs: list[_Run], batch: Batch
+) -> tuple[Tensor, OutputGradients]:
     """a [b, m, i] and d [b, m, o] of all runs of a module, one behind the other.
 
     Where m isn't t, or the inputs aren't in the order of tokens, `batch.positions` says which token
     each belongs to; what runs once a text belongs to its first.
     """
     shape = (batch.real.shape[0], batch.real.shape[1])
+    if any(run.looked_up is not None for run in runs):
+        return _over_vocabulary(module, runs, batch)
     if len(runs) == 1 and runs[0].token_numbers is None and runs[0].at is None:
         assert runs[0].d is not None
         return runs[0].a, runs[0].d
@@ -226,8 +264,9 @@ def why_not_finite(
     """
     reasons: list[str] = []
 
-    def each(module: Module, a: Tensor, d: Tensor) -> None:
-        for what, tensor in (("output gradients", d), ("inputs", a)):
+    def each(module: Module, a: Tensor, d: OutputGradients) -> None:
+        outputs = d.logits if isinstance(d, OverVocabulary) else d
+        for what, tensor in (("output gradients", outputs), ("inputs", a)):
             if not reasons and not torch.isfinite(tensor).all():
                 reasons.append(f"{what} of {module.name} are not finite")
 
@@ -252,7 +291,7 @@ def apply_inputs(a: Tensor, matrix: Tensor, bias: bool) -> Tensor:
     return functional.linear(a, matrix)
 
 
-def gradient(module: Module, a: Tensor, d: Tensor) -> Tensor:
+def gradient(module: Module, a: Tensor, d: OutputGradients) -> Tensor:
     """G = Σ_t d_t a_tᵀ of every sequence, [b, o, i], from a [b, t, i] and d [b, t, o].
 
     With a bias, G is [b, o, i + 1], the last column being the bias's gradient.
@@ -262,6 +301,8 @@ def gradient(module: Module, a: Tensor, d: Tensor) -> Tensor:
     >>> gradient(m, a, d=torch.tensor([[[1.0], [10.0]]]))
     tensor([[[31., 42., 11.]]])
     """
+    if isinstance(d, OverVocabulary):
+        return d.gradient(a, slice(None), slice(None))
     if module.bias:
         a = functional.pad(a, (0, 1), value=1.0)
     return torch.einsum("bto,bti->boi", d, a)

@@ -5,7 +5,6 @@ The influence of a sequence is its inner product with the sequence's gradient (`
 queries, P_u may be kept as two factors of low rank, which bounds its memory (§3.2.2 there).
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,10 +12,11 @@ import torch
 from torch import Tensor
 
 from gradindex import draws
-from gradindex.influence.blockwise import rotated, rotator
+from gradindex.influence.blockwise import LARGEST_BLOCK, pieces, rotated, rotator
 from gradindex.influence.codes import Codes
 from gradindex.influence.curvature import Curvature, Ekfac
 from gradindex.influence.gradients import apply_inputs, backward, gradient
+from gradindex.influence.vocabulary import OutputGradients, OverVocabulary
 from gradindex.model.network import LanguageModel
 from gradindex.modules import Module
 from gradindex.objective.batch import Batch
@@ -25,7 +25,6 @@ Gradients = dict[str, Tensor]  # [q, o, i] by module name, a row a query
 Arrays = dict[str, np.ndarray | tuple[np.ndarray, np.ndarray]]  # whole, or L and R, by module name
 
 OVERSAMPLING = 8  # directions beyond the rank, so that the best come out right (Halko et al. 2011)
-LARGEST_BLOCK = 1 << 22  # numbers of a temporary tensor: 16 MB in float32
 LARGEST_PRODUCT = 1 << 23  # entries of L R: 32 MB in float32
 
 
@@ -39,7 +38,7 @@ def query_coordinates(
     """
     coordinates: Gradients = {}
 
-    def each(module: Module, a: Tensor, d: Tensor) -> None:
+    def each(module: Module, a: Tensor, d: OutputGradients) -> None:
         c = ekfac[module.name]
         g = rotated(module, a, d, c.eigenvectors_a, c.eigenvectors_s)
         coordinates[module.name] = c.divided(g, damping)
@@ -105,7 +104,7 @@ def query_vectors(
     """
     vectors = codes.empty(len(batch.tokens))
 
-    def each(module: Module, a: Tensor, d: Tensor) -> None:
+    def each(module: Module, a: Tensor, d: OutputGradients) -> None:
         add_query_vectors(codes, vectors, ekfac[module.name], module, a, d)
 
     with torch.no_grad():
@@ -114,13 +113,15 @@ def query_vectors(
 
 
 def add_query_vectors(
-    codes: Codes, vectors: Tensor, curvature: Curvature, module: Module, a: Tensor, d: Tensor
+    codes: Codes, vectors: Tensor, curvature: Curvature, module: Module, a: Tensor,
+    d: OutputGradients,
 ) -> None:
     """Add one module's part to the vectors v_q [q, K] of a batch's queries, from a and d."""
     rotate = rotator(module, a, d, curvature.eigenvectors_a, curvature.eigenvectors_s)
-    for rows in slices(module, len(a)):
+    for rows, outputs in pieces(module, len(a)):
         codes.add_query(vectors[rows], module.name,
-                        curvature.divided(rotate(rows), codes.settings.damping))
+                        curvature.divided(rotate(rows, outputs), codes.settings.damping, outputs),
+                        outputs)
 
 
 @dataclass(frozen=True)
@@ -138,16 +139,18 @@ class Whole:
     def __len__(self) -> int:
         return len(self.p)
 
-    def terms(self, module: Module, a: Tensor, d: Tensor) -> Tensor:
+    def terms(self, module: Module, a: Tensor, d: OutputGradients) -> Tensor:
         """d_tᵀ P a_t for every token, [b, t], where there is one query."""
         [p] = self.p
         return terms(module, a.to(p.dtype), d.to(p.dtype), p)
 
-    def scores(self, module: Module, a: Tensor, d: Tensor) -> Tensor:
+    def scores(self, module: Module, a: Tensor, d: OutputGradients) -> Tensor:
         """Σ_t d_tᵀ P a_t of every sequence: [q, b], from a [b, t, i] and d [b, t, o]."""
         if len(self) == 1:
             return self.terms(module, a, d).sum(-1)[None]
         p, a, d = self.p, a.to(self.p.dtype), d.to(self.p.dtype)
+        if isinstance(d, OverVocabulary):
+            return _scores_over_vocabulary(module, a, d, p)
         # Of several queries, each sequence's gradient is formed once for all of them, some of its
         # rows at a time, so that P is read once and not once a sequence.
         most = max(1, LARGEST_BLOCK // max(1, len(a) * p.shape[2]))
@@ -189,12 +192,12 @@ class LowRank:
     def __len__(self) -> int:
         return len(self.left)
 
-    def terms(self, module: Module, a: Tensor, d: Tensor) -> Tensor:
+    def terms(self, module: Module, a: Tensor, d: OutputGradients) -> Tensor:
         """d_tᵀ P a_t for every token, [b, t], where there is one query."""
         dtype = self.left.dtype
         return _low_rank_terms(module, a.to(dtype), d.to(dtype), self.left, self.right)[0]
 
-    def scores(self, module: Module, a: Tensor, d: Tensor) -> Tensor:
+    def scores(self, module: Module, a: Tensor, d: OutputGradients) -> Tensor:
         """Σ_t d_tᵀ P a_t of every sequence: [q, b], from a [b, t, i] and d [b, t, o]."""
         if len(self) == 1:
             return self.terms(module, a, d).sum(-1)[None]
@@ -294,25 +297,25 @@ def _joined(parts: list[Whole | LowRank]) -> Whole | LowRank:
     return LowRank(torch.cat([part.left for part in low]), torch.cat([part.right for part in low]))
 
 
-def slices(module: Module, rows: int) -> Iterator[slice]:
-    """Slices of `rows` sequences, of like sizes, whose gradients [n, o, i] memory holds at once.
-
-    >>> list(slices(Module("m", 0, "mlp", d_out=1024, d_in=1024, bias=False), rows=6))
-    [slice(0, 3, None), slice(3, 6, None)]
-    """
-    most = max(1, LARGEST_BLOCK // module.size)
-    size = -(-rows // -(-rows // most)) if rows else 1  # 3 and 3, not 4 and 2
-    for first in range(0, rows, size):
-        yield slice(first, min(first + size, rows))
+def _scores_over_vocabulary(
+    module: Module, a: Tensor, d: OverVocabulary, p: Tensor
+) -> Tensor:
+    """`Whole.scores` for P [q, v, i], the gradients being formed a piece of them at a time."""
+    scores = p.new_zeros(len(p), len(a))
+    for rows, outputs in pieces(module, len(a)):
+        scores[:, rows] += p[:, outputs].flatten(1) @ d.gradient(a, rows, outputs).flatten(1).T
+    return scores
 
 
-def terms(module: Module, a: Tensor, d: Tensor, p: Tensor) -> Tensor:
+def terms(module: Module, a: Tensor, d: OutputGradients, p: Tensor) -> Tensor:
     """d_tᵀ P a_t for every token, [b, t], from a [b, t, i], d [b, t, o] and P [o, i].
 
     >>> p, a = torch.tensor([[1.0, 2.0]]), torch.tensor([[[1.0, 1.0], [0.0, 1.0]]])
     >>> terms(Module("m", 0, "mlp", 1, 2, False), a, torch.tensor([[[1.0], [-1.0]]]), p)
     tensor([[ 3., -2.]])
     """
+    if isinstance(d, OverVocabulary):
+        return d.terms(a, p)
     return apply_inputs(a, p, module.bias).mul_(d).sum(-1)
 
 
@@ -325,7 +328,9 @@ def _product_is_cheaper(module: Module, left: Tensor, a: Tensor) -> bool:
         rows * length * queries * rank * (o + i)
 
 
-def _low_rank_terms(module: Module, a: Tensor, d: Tensor, left: Tensor, right: Tensor) -> Tensor:
+def _low_rank_terms(
+    module: Module, a: Tensor, d: OutputGradients, left: Tensor, right: Tensor
+) -> Tensor:
     """d_tᵀ L R a_t for every token, [q, b, t], with L [q, o, r] and R [q, r, i]."""
     # All queries' factors side by side, [·, q·r]: two large products and not 2q small ones.
     products = d @ left.transpose(0, 1).flatten(1)

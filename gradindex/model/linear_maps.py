@@ -1,4 +1,8 @@
-"""Linear maps of a network: what is one, its shape, and which of them share a weight."""
+"""Linear maps of a network: what is one, its shape, and which of them share a weight.
+
+The embedding of the input's tokens is one as well, of a vocabulary: what it looks up are rows of
+its weight, which the map to the logits may share (`influence/vocabulary.py`).
+"""
 
 from typing import Any
 
@@ -30,6 +34,31 @@ def is_linear_class(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, Conv1D))
 
 
+def is_lookup(module: nn.Module) -> bool:
+    """Whether a module gives rows of its weight, perhaps times a number (Gemma 3, BART)."""
+    # what else it may do shows in a small pass (`probe.py`)
+    return isinstance(module, nn.Embedding) and module.max_norm is None and \
+        not module.scale_grad_by_freq
+
+
+def lookup_gradient(embedding: Any, tokens: Tensor, d: Tensor) -> Tensor:
+    """The gradient of the rows that were looked up, [..., i], of that of the outputs, d [..., i].
+
+    `tokens` [...] are whose rows they are; that of padding is never trained.
+
+    >>> import torch
+    >>> lookup_gradient(nn.Embedding(3, 1, padding_idx=0), torch.tensor([2, 0]), torch.ones(2, 1))
+    tensor([[1.],
+            [0.]])
+    """
+    scale = getattr(embedding, "embed_scale", None)
+    if scale is not None:
+        d = d * scale
+    if embedding.padding_idx is not None:
+        d = d.masked_fill((tokens == embedding.padding_idx)[..., None], 0.0)
+    return d
+
+
 def stored(linear: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     """The parameters that hold a linear map's weight and bias.
 
@@ -47,11 +76,12 @@ def identity_of(linear: nn.Module) -> Identity:
     return where, linear.number if isinstance(linear, fused_experts.ExpertMap) else 0
 
 
-def maps_by_weight(network: nn.Module) -> dict[Identity, list[nn.Module]]:
+def maps_by_weight(network: Any) -> dict[Identity, list[nn.Module]]:
     """A network's linear maps by the identity of their weight, those that share one in order."""
     maps: dict[Identity, list[nn.Module]] = {}
+    embedding = network.get_input_embeddings()
     for module in network.modules():
-        if is_linear(module):
+        if is_linear(module) or (module is embedding and is_lookup(module)):
             maps.setdefault(identity_of(module), []).append(module)
     return maps
 
@@ -80,7 +110,8 @@ def holder(linear: nn.Module) -> nn.Module:
 
 def form(linear: Any) -> tuple[Any, ...]:
     """What maps that share a weight must have in common to be one linear map (Conv1D is Wᵀ)."""
-    return type(linear), shape(linear), getattr(holder(linear), "is_transposed", None)
+    kind = nn.Linear if isinstance(linear, nn.Embedding) else type(linear)  # of a tied head
+    return kind, shape(linear), getattr(holder(linear), "is_transposed", None)
 
 
 def shape(linear: Any) -> tuple[int, int]:

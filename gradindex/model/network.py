@@ -101,7 +101,10 @@ class LanguageModel:
         return cls(network, tokenizer, source)
 
     def sharing(self, name: str) -> list[nn.Module]:
-        """The modules that share the weight of the one of this name, itself among them."""
+        """The modules that share the weight of the one of this name, itself among them.
+
+        With the map to a vocabulary that are the embeddings that look its rows up.
+        """
         module = self.network.get_submodule(name)
         return self._maps.get(identity_of(module), [module])
 

@@ -22,7 +22,7 @@ from gradindex.memory import gpu_failed, ran_out
 from gradindex.model.config import context_length, vocabulary_size
 from gradindex.model.devices import dtype_of
 from gradindex.model.fused_experts import ExpertMap
-from gradindex.model.linear_maps import address, form, holder, stored
+from gradindex.model.linear_maps import address, form, holder, lookup_gradient, stored
 from gradindex.objective.batch import Text
 from gradindex.objective.whole_texts import WholeTexts
 from gradindex.task import CAUSAL, Task
@@ -130,7 +130,8 @@ class _Pass:
         self.called.setdefault(module)
 
     def _embed(self, _: nn.Module, __: Any, output: Tensor) -> Tensor:
-        self._embedded.append(output.detach().requires_grad_())
+        self._embedded.append(
+            output if output.requires_grad else output.detach().requires_grad_())
         return self._embedded[-1].clone()  # which some models scale in place
 
     def _keep(self, linear: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
@@ -141,6 +142,8 @@ class _Pass:
         if not output.requires_grad:  # under no_grad: by autograd too this run doesn't count
             return
         a = args[0].detach()
+        if isinstance(linear, nn.Embedding):
+            a = a[..., None]  # the tokens: one input each
         if isinstance(linear, ExpertMap):
             numbers: Tensor | None = args[1]
         else:
@@ -231,8 +234,13 @@ class _Pass:
         if isinstance(first, ExpertMap):
             true = true[first.number]
         seen, size = torch.zeros_like(true), 0.0
-        for run in (run for linear in maps for run in self._runs.get(linear, [])):
+        for linear, run in [(one, run) for one in maps for run in self._runs.get(one, [])]:
             if run.d is None:
+                continue
+            if isinstance(linear, nn.Embedding):
+                rows = lookup_gradient(linear, run.a[:, 0], run.d).to(true.dtype)
+                seen.index_add_(0, run.a[:, 0], rows)
+                size += float(rows.norm(dim=-1).sum())
                 continue
             product = run.d.to(true.dtype).T @ run.a.to(true.dtype)
             seen += product if product.shape == true.shape and not _is_turned(first) else product.T
@@ -259,7 +267,7 @@ def _is_turned(linear: Any) -> bool:
     """Whether a map's weight is stored as Wᵀ [i, o]."""
     if isinstance(linear, ExpertMap):
         return bool(holder(linear).is_transposed)
-    return not isinstance(linear, nn.Linear)  # Conv1D
+    return not isinstance(linear, (nn.Linear, nn.Embedding))  # Conv1D
 
 
 def _rounding(linear: Any) -> float:

@@ -22,16 +22,18 @@ from gradindex.model.linear_maps import (
     identity_of,
     is_linear,
     is_linear_class,
+    is_lookup,
     maps_by_weight,
     shape,
     stored,
 )
 from gradindex.model.probe import Probe, check_logits, probe
-from gradindex.modules import Module, choose_modules
+from gradindex.modules import EMBEDDED, Module, choose_modules
 from gradindex.task import CAUSAL, Task
 
-TRACKABLE = ("attention", "linear maps", "experts", "head")  # what a choice of modules can add
-SMALL_PARTS = ("embeddings", "LM head", "norms")  # never tracked, as in Grosse et al. 2023
+# what a choice of modules can add
+TRACKABLE = ("attention", "linear maps", "experts", "head", "embeddings")
+SMALL_PARTS = ("LM head", "norms", "other embeddings")  # that aren't missed
 NOT_RUN = "parts that a short text doesn't run"  # towers of vision and audio, further heads
 
 _ATTENTION = re.compile(r"(^|[._])(self_?)?att(ention|n)?s?([._]|$)", re.IGNORECASE)
@@ -57,18 +59,19 @@ def tracked_modules(
 ) -> list[Module]:
     """The linear maps of a network to take gradients of, in model order.
 
-    `choice` is one of `choose_modules`; "mlp" as in Grosse et al. 2023, §5. Embeddings and the LM
-    head lie outside the transformer blocks and are never tracked; the maps behind the blocks of a
-    model that says something of whole texts are its "head". Every fused expert has a module for
-    each of its maps, "….experts.down_proj_5". Maps that share a weight are one module, with a bias
-    if they and no others share that too.
+    `choice` is one of `choose_modules`; "mlp" as in Grosse et al. 2023, §5. What lies outside the
+    transformer blocks is the "head", to the logits or to what is said of whole texts, and the
+    "embeddings" of tokens; of a weight that both have, the gradient is that of both uses. Every
+    fused expert has a module for each of its maps, "….experts.down_proj_5". Maps that share a
+    weight are one module, with a bias if they and no others share that too.
     `anatomy` is what `examine` gave of the network [examined now].
     Raises InputError where nothing matches, where an adapter is chosen and none runs that has maps,
     and where the network isn't causal, mixes the sequences of a batch, or fails in a small pass.
     """
     anatomy = anatomy or examine(network)  # small passes, of which a caller may have made some
     check_logits(network, anatomy.task)
-    if not anatomy.maps:
+    # the maps of a vocabulary are never chosen but by name
+    if not any(not module.diagonal for module in anatomy.maps) and not _is_of_vocabulary(choice):
         homes = ", ".join(list(_shares(network, [], anatomy))[:5])
         raise InputError(
             f"{type(network).__name__} has no linear map that can be tracked: its weights are in "
@@ -87,6 +90,10 @@ def tracked_modules(
         raise InputError(f"{error}{_left_out(network, anatomy)}") from None
 
 
+def _is_of_vocabulary(choice: str) -> bool:
+    return {*map(str.strip, choice.split(","))} <= {"head", "embeddings"}
+
+
 def _left_out(network: nn.Module, anatomy: Anatomy) -> str:
     """Which maps run and can't be tracked, as a sentence to go on with; nothing where all can."""
     unclear = anatomy.parts.unclear
@@ -103,21 +110,48 @@ def examine(network: nn.Module, task: Task = CAUSAL) -> Anatomy:
     sharing = maps_by_weight(network)
     found = probe(network, list(sharing.values()), task)
     parts, blocks = _readable_parts(network, found), find_blocks(network, found.called)
-    head = [] if task.is_causal else _head(network, found, blocks)
-    return Anatomy(task, found, parts, blocks,
-                   _linear_maps(network, parts, found, [*blocks, *head]))
+    vocabulary = _vocabulary_map(network, parts) if task.is_causal else None
+    head = _head(network, found, blocks, task, vocabulary)
+    return Anatomy(task, found, parts, blocks, _linear_maps(
+        network, parts, found, [*_embedding(network, vocabulary), *blocks, *head], vocabulary))
 
 
 def _head(
-    network: nn.Module, found: Probe, blocks: list[TransformerBlock]
+    network: Any, found: Probe, blocks: list[TransformerBlock], task: Task,
+    vocabulary: nn.Module | None,
 ) -> list[TransformerBlock]:
-    """The linear maps that run behind the blocks: a pooler's, a classifier's. Each is a part."""
+    """The linear maps to the network's outputs: a pooler's, a classifier's. Each is a part.
+
+    They run behind the blocks. Of a causal model it is the map to the vocabulary alone.
+    """
     order = {module: place for place, module in enumerate(found.called)}
     # a module is through when its parts are
     through = max((order[block.module] for block in blocks if block.module in order), default=-1)
     layer = max((block.layer for block in blocks), default=-1) + 1
     return [TransformerBlock(name, layer, module) for name, module in network.named_modules()
-            if is_linear(module) and order.get(module, 0) > through]
+            if is_linear(module) and order.get(module, 0) > through
+            and (not task.is_causal or module is vocabulary)]
+
+
+def _vocabulary_map(network: Any, parts: Parts) -> nn.Module | None:
+    """The map to the logits of each next token; of what adapters put in its place, what runs."""
+    head = network.get_output_embeddings()
+    return None if head is None else next(
+        (one for one in head.modules() if is_linear(one) and one not in parts.idle | parts.lora),
+        None)
+
+
+def _embedding(network: Any, vocabulary: nn.Module | None) -> list[TransformerBlock]:
+    """The embedding of the input's tokens, a part of its own before the blocks.
+
+    One that is tied to the map to the logits is a part of that.
+    """
+    embedding = network.get_input_embeddings()
+    tied = vocabulary is not None and identity_of(vocabulary) == identity_of(embedding)
+    if tied or not is_lookup(embedding):
+        return []
+    return [TransformerBlock(name, EMBEDDED, module) for name, module in network.named_modules()
+            if module is embedding]
 
 
 def _readable_parts(network: nn.Module, found: Probe) -> Parts:
@@ -148,16 +182,19 @@ def _has_its_own_gradient(linear: nn.Module) -> bool:
 
 
 def _linear_maps(
-    network: nn.Module, parts: Parts, found: Probe, blocks: list[TransformerBlock]
+    network: Any, parts: Parts, found: Probe, blocks: list[TransformerBlock],
+    vocabulary: nn.Module | None,
 ) -> list[Module]:
     """All linear maps of the blocks that can be tracked, in model order."""
     owners, maps, called = holders_of_parameters(network), maps_by_weight(network), {*found.called}
     inside = {module for block in blocks for module in block.module.modules()}
+    inside.add(network.get_input_embeddings())  # of a tied head
     modules: list[Module] = []
     seen: set[tuple[int, int]] = set()
     for block in blocks:
         for name, linear in block.module.named_modules():
-            if not is_linear(linear) or linear in parts.idle or identity_of(linear) in seen:
+            if not (is_linear(linear) or (linear is block.module and is_lookup(linear))) or \
+                    linear in parts.idle or identity_of(linear) in seen:
                 continue
             if linear in parts.unclear:  # a gradient that looks sound could be wrong
                 continue
@@ -168,25 +205,29 @@ def _linear_maps(
             seen.add(identity_of(linear))
             sharing = maps[identity_of(linear)]
             users = {holder(other) for other in sharing}
-            # A weight that an embedding has too, or a map outside the blocks, or the transpose of
-            # another map: hooks on linear maps would miss a part of its gradient.
+            # A weight that a map outside the blocks has too, or the transpose of another map: hooks
+            # on linear maps would miss a part of its gradient. An embedding may have the head's.
+            diagonal = linear is vocabulary or is_lookup(linear)
             if not users.issuperset(owners.get(identity_of(linear)[0], users)) or \
                     any(other not in inside or form(other) != form(linear) or
-                        other in found.left_out for other in sharing):
+                        other in found.left_out or (is_lookup(other) and not diagonal)
+                        for other in sharing):
                 continue
             d_out, d_in = shape(linear)
             # A bias is W's last column only where the same maps, and no others, share it too.
-            bias = linear.bias is not None and linear not in parts.no_bias
+            bias = getattr(linear, "bias", None) is not None and linear not in parts.no_bias
             if bias and (own := stored(linear)[1]) is not None:
                 bias = users == set(owners[address(own)])
             # An expert's inputs are padded with zeros behind, where a bias's 1 must not be: it is
             # put beside them before, and counts as one of them.
             if bias and isinstance(linear, fused_experts.ExpertMap):
                 d_in, bias = d_in + 1, False
-            kind = "adapter" if linear in parts.lora else "head" if block.module is linear else \
+            kind = "adapter" if linear in parts.lora else "embeddings" if is_lookup(linear) else \
+                "head" if block.module is linear else \
                 "attention" if _is_attention(f"{_from_list(block.name)}.{name}") else "mlp"
             modules.append(Module(
-                ".".join(filter(None, (block.name, name))), block.layer, kind, d_out, d_in, bias))
+                ".".join(filter(None, (block.name, name))), block.layer, kind, d_out, d_in, bias,
+                diagonal))
     return modules
 
 
@@ -240,9 +281,11 @@ class _Kinds:
         self._in_blocks = {
             module: name for block in anatomy.blocks
             for name, module in block.module.named_modules(prefix=_from_list(block.name))}
-        self._heads = {network.get_submodule(module.name)
-                       for module in anatomy.maps if module.kind == "head"}
         sharing = maps_by_weight(network)
+        # of a tied one the embedding, too
+        self._heads = {
+            one for module in anatomy.maps if module.kind == "head"
+            for one in sharing[identity_of(network.get_submodule(module.name))]}
         self._trackable = {
             holder(one) for module in anatomy.maps
             for one in sharing[identity_of(network.get_submodule(module.name))]}
@@ -257,13 +300,13 @@ class _Kinds:
             return word
         if module in self._not_run:
             return NOT_RUN
+        if module in self._heads:
+            return "head"
         if isinstance(module, nn.Embedding):
-            return "embeddings"
+            return "embeddings" if module in self._trackable else "other embeddings"
         if "norm" in class_name.lower():
             return "norms"
         fused = fused_experts.is_fused(module)
-        if module in self._heads:
-            return "head"
         if is_linear_class(module) and module not in self._in_blocks:
             return "linear maps outside the blocks" if module in self._body else "LM head"
         if not fused and not is_linear(module):

@@ -207,7 +207,8 @@ def most_bytes(
     for module in modules:
         o, i = module.shape
         # in float64, and with A and S whole: blocks only take less
-        most[curvature_file(module)] = MARGIN + 8 * (o * o + i * i + o * i)
+        squares = i * i + (o if module.diagonal else o * o)
+        most[curvature_file(module)] = MARGIN + 8 * (squares + o * i)
     for segment, rows in segments.items():
         for file in SEGMENT_FILES:
             if file.most is not None:

@@ -7,7 +7,7 @@ of its own format's content, so what newer formats added has to be taken out aga
 from collections.abc import Callable
 from typing import Any
 
-FORMAT = 6
+FORMAT = 7
 OLDEST = 1  # that is read
 
 Content = dict[str, Any]  # of a manifest's JSON
@@ -68,6 +68,19 @@ def _to_6(content: Content) -> None:
         content["kind"] = content.pop("task")
 
 
+def _to_7(content: Content) -> None:
+    """Formats 1 to 6 have no head of a vocabulary and no embeddings among their modules."""
+    for module in _modules_of(content):
+        if "diagonal" in module:
+            raise ValueError("formats 1 to 6 have no diagonal modules")
+        module["diagonal"] = False
+
+
+def _modules_of(content: Content) -> list[Content]:
+    modules = content.get("modules")  # types are checked later, of the newest format
+    return [one for one in modules if isinstance(one, dict)] if isinstance(modules, list) else []
+
+
 def _add_to_plan(content: Content, new: Content, before: str) -> None:
     """Add entries to a plan of the formats `before`, which have none of them."""
     plan = content.get("plan")
@@ -104,10 +117,16 @@ def _from_6(content: Content) -> None:
         content["code"]["narrow_exact"] = True
 
 
+def _from_7(content: Content) -> None:
+    for module in _modules_of(content):
+        del module["diagonal"]
+
+
 # from this version
-_UP: dict[int, Callable[[Content], None]] = {1: _to_2, 2: _to_3, 3: _to_4, 4: _to_5, 5: _to_6}
+_UP: dict[int, Callable[[Content], None]] = {1: _to_2, 2: _to_3, 3: _to_4, 4: _to_5, 5: _to_6,
+                                            6: _to_7}
 _DOWN: dict[int, Callable[[Content], None]] = {
-    6: _from_6, 5: _from_5, 4: _from_4, 3: _from_3, 2: _from_2}
+    7: _from_7, 6: _from_6, 5: _from_5, 4: _from_4, 3: _from_3, 2: _from_2}
 
 
 def newest_plan(plan: Content) -> Content:

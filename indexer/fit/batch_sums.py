@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from gradindex.draws import Stream, uniforms
-from gradindex.influence.blockwise import add_outer, rotator
+from gradindex.influence.blockwise import add_outer, pieces, rotator
 from gradindex.influence.gradients import backward
-from gradindex.influence.preconditioned import slices
+from gradindex.influence.vocabulary import OutputGradients
 from gradindex.model.network import LanguageModel
 from gradindex.modules import Module
 from gradindex.objective.batch import Batch
@@ -37,11 +37,14 @@ def add_covariances(
     The average that is taken of them runs over all real positions, also for an expert that saw a
     part of them: a factor of A and S changes neither their eigenvectors nor Λ.
     """
-    def each(module: Module, a: Tensor, d: Tensor) -> None:
+    def each(module: Module, a: Tensor, d: OutputGradients) -> None:
+        assert isinstance(d, Tensor)
         add_products(sums[f"{module.name}/A"], sums[f"{module.name}/S"],
                      batch.real_inputs(module, a), d)
 
-    backward(model, modules, batch, each, numbers)
+    # of those that are diagonal nothing is needed here
+    if decomposed := [module for module in modules if not module.diagonal]:
+        backward(model, decomposed, batch, each, numbers)
 
 
 def add_products(sum_a: Tensor, sum_s: Tensor, inputs: Tensor, d: Tensor) -> None:
@@ -67,7 +70,7 @@ def add_eigenvalues(
 
     `vectors` are Q_A and Q_S, in blocks, by `name/A` and `name/S`.
     """
-    def each(module: Module, a: Tensor, d: Tensor) -> None:
+    def each(module: Module, a: Tensor, d: OutputGradients) -> None:
         add_squares(sums[module.name], module, a, d, vectors[f"{module.name}/A"],
                     vectors[f"{module.name}/S"])
 
@@ -75,7 +78,7 @@ def add_eigenvalues(
 
 
 def add_squares(
-    total: Tensor, module: Module, a: Tensor, d: Tensor, q_a: Tensor, q_s: Tensor
+    total: Tensor, module: Module, a: Tensor, d: OutputGradients, q_a: Tensor, q_s: Tensor
 ) -> None:
     """Add Σ (Q_Sᵀ G Q_A)² [o, i] over the sequences of a [b, t, i] and d [b, t, o].
 
@@ -88,9 +91,9 @@ def add_squares(
     >>> total.item()
     52.0
     """
-    rotated = rotator(module, a, d, q_a, q_s)
-    for rows in slices(module, len(a)):  # the gradients of a whole batch may not fit
-        total += rotated(rows).square_().sum(0)
+    rotate = rotator(module, a, d, q_a, q_s)
+    for rows, outputs in pieces(module, len(a)):  # the gradients of a whole batch may not fit
+        total[outputs] += rotate(rows, outputs).square_().sum(0)
 
 
 def fit_batch(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gradindex.influence.blockwise import block_rows, square_entries
+from gradindex.influence.blockwise import square_entries, square_shapes
 from gradindex.influence.codes import CodeSettings
 from gradindex.influence.curvature import file_entries
 from gradindex.memory import LOW_RANK
@@ -64,8 +64,8 @@ class FitMoments:
         tables = [module.size for module in modules]
         square, table = sum(squares), sum(tables)
         # a host decomposes matrices one by one, so the largest block's work is all there is at once
-        largest = max(block_rows(n, covariance_blocks) for module in modules
-                      for n in module.shape)
+        largest = max(m for module in modules
+                      for _, m in square_shapes(module, covariance_blocks).values())
         # a module's eigenvectors as they are read, and the curvature that is made of them
         saved = max((8 + width) * s + width * t for s, t in zip(squares, tables, strict=True))
         return cls(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradindex.draws import Stream
 from gradindex.errors import GradindexError
-from gradindex.influence.blockwise import square_blocks, square_entries
+from gradindex.influence.blockwise import identity, square_blocks, square_entries
 from gradindex.influence.gradients import why_not_finite
 from gradindex.influence.split_batches import Splits, in_batches
 from gradindex.memory import return_freed
@@ -90,15 +90,17 @@ class FitUnits:
                  for module in modules for side in ("A", "S")]
         found = eigenvectors_of_all(
             ((name, block / positions, device) for name, device in names
-             for block in square_blocks(totals[name])),
+             if totals[name].shape[1] > 1 for block in square_blocks(totals[name])),
             getattr(torch, self.folder.settings.eigen_dtype), self.progress.say)
         for module in modules:
             vectors = {}
             for side in ("A", "S"):
                 total = totals[f"{module.name}/{side}"]
-                vectors[side] = torch.zeros_like(total)
-                # block by block, into the file's layout: blocks of rows, one below the other
-                for target in square_blocks(vectors[side]):
+                n, m = total.shape
+                vectors[side] = identity(n, m, like=total)
+                # block by block, into the file's layout: blocks of rows, one below the other; the
+                # eigenvector of a block of one row is there already
+                for target in square_blocks(vectors[side]) if m > 1 else ():
                     target.copy_(next(found))
                 self.progress.update(1)
             write_tensors(self.folder.vectors_path(module), vectors)

@@ -19,13 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradindex.influence.blockwise import block_rows, covariance_shapes, identity, square_blocks
+from gradindex.influence.blockwise import covariance_shapes, identity, square_blocks, square_shapes
 from gradindex.influence.codes import Codes, CodeSettings
 from gradindex.influence.curvature import Curvature
 from gradindex.influence.device_codes import many_scores
 from gradindex.influence.gradients import backward
 from gradindex.influence.preconditioned import Whole, add_query_vectors, precondition
 from gradindex.influence.split_batches import plan_batches
+from gradindex.influence.vocabulary import OutputGradients
 from gradindex.memory import resident, return_freed
 from gradindex.model.config import vocabulary_size
 from gradindex.model.devices import wait_for
@@ -45,7 +46,7 @@ from indexer.fit.eigen import eigenvectors_of_all
 from indexer.pace.ahead import Ahead
 from indexer.pace.speed import Speed, fit_speed
 
-Look = Callable[[Module, Tensor, Tensor, Tensor], None]
+Look = Callable[[Module, Tensor, OutputGradients, Tensor], None]
 
 OF_A_SHAPE = 3  # modules of each shape that are timed
 LARGEST_MATRIX = 1024  # decomposed to be timed; larger ones take (n / 1024)³ times that
@@ -86,7 +87,7 @@ class _Seen:
 
     module: Module
     a: Tensor
-    d: Tensor
+    d: OutputGradients
     batch: Batch
 
     @property
@@ -147,6 +148,7 @@ def measure_pace(
             if number == 0:  # these depend on no batch
                 drawing += counts[shape] * bench.drawing / len(parts)
                 precondition_seconds += counts[shape] * _seconds(bench.precondition) / together
+            del bench  # it would count as the next one's, or as the next pass's
             if look is not None:
                 for part in parts:
                     look(part.module, part.a, part.d, part.real_inputs)
@@ -197,7 +199,7 @@ def _pass(
     seen.clear()  # of a pass before
     names = {module.name for kept in keep.values() for module in kept}
 
-    def each(module: Module, a: Tensor, d: Tensor) -> None:
+    def each(module: Module, a: Tensor, d: OutputGradients) -> None:
         if module.name in names:
             seen.setdefault(module.shape, []).append(
                 _Seen(module, a, d, batch))
@@ -217,17 +219,18 @@ class _Bench:
         o, i = shape
         like = torch.zeros((), dtype=model.accumulate, device=model.device_of(modules[0]))
         self._devices = model.devices
-        rows_a, rows_s = (block_rows(n, covariance_blocks) for n in (i, o))
-        self._sum_a, self._sum_s = like.new_zeros(i, rows_a), like.new_zeros(o, rows_s)
-        self._total = like.new_zeros(o, i)
+        squares = square_shapes(modules[0], covariance_blocks)
+        self._sum_a, self._sum_s = like.new_zeros(squares["A"]), like.new_zeros(squares["S"])
+        # written to: zeros take no memory before, and it would count as the work's
+        self._total = like.new_empty(o, i).fill_(0)
         # nothing is fitted yet; with Q = I and Λ = 1 the same work is done as with a real curvature
         self._curvature = Curvature(
-            identity(i, rows_a, like), identity(o, rows_s, like), like.new_ones(o, i))
+            identity(*squares["A"], like), identity(*squares["S"], like), like.new_ones(o, i))
         self._damping = code.damping
         start = time.perf_counter()
         self._codes = Codes(modules, {module.name: self._curvature for module in modules}, code)
         self.drawing = time.perf_counter() - start
-        self._whole = Whole(like.new_zeros(together, o, i))
+        self._whole = Whole(like.new_empty(together, o, i).fill_(0))
 
     def stages(self, parts: list[_Seen]) -> Iterator[tuple[str, Callable[[], None]]]:
         """Each stage's name (a speed of `Pace`), and its work on what modules were handed."""
@@ -235,7 +238,9 @@ class _Bench:
         vectors = self._codes.empty(len(parts[0].a))
 
         def covariance(part: _Seen) -> None:
-            add_products(self._sum_a, self._sum_s, part.real_inputs, part.d)
+            if not part.module.diagonal:
+                assert isinstance(part.d, Tensor)
+                add_products(self._sum_a, self._sum_s, part.real_inputs, part.d)
 
         def eigenvalues(part: _Seen) -> None:
             add_squares(self._total, part.module, part.a, part.d, q_a, q_s)
@@ -266,7 +271,7 @@ class _Bench:
 def _decompositions(device: torch.device, modules: list[Module], plan: Plan) -> float:
     """Seconds of all eigendecompositions, from one of each size (a part of a large one)."""
     sizes = [len(block) for n, rows in covariance_shapes(modules, plan.covariance_blocks).values()
-             for block in square_blocks(torch.empty(n, rows, device="meta"))]
+             if rows > 1 for block in square_blocks(torch.empty(n, rows, device="meta"))]
     seconds: dict[int, float] = {}
     for n in {min(size, LARGEST_MATRIX) for size in sizes}:
         # what is in a matrix matters little; this one has all of its eigenvalues apart

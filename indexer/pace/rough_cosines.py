@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gradindex.influence.gradients import gradient
+from gradindex.influence.vocabulary import OutputGradients, OverVocabulary
 from gradindex.modules import Module
 
 MOST_SIDE = 2048  # coordinates of a wide module that are looked at: they speak for the others
@@ -35,11 +36,12 @@ class RoughCosines:
         self._sums: dict[str, tuple[Tensor, Tensor]] = {}
         self._some: dict[str, list[tuple[Module, Tensor, Tensor]]] = {}
 
-    def keep(self, module: Module, a: Tensor, d: Tensor, inputs: Tensor) -> None:
+    def keep(self, module: Module, a: Tensor, d: OutputGradients, inputs: Tensor) -> None:
         """Add a batch's a [b, t, i] and d [b, t, o]; `inputs` [n, i] are those of real tokens."""
         step = -(-a.shape[-1] // MOST_SIDE)
         inputs = inputs[:, : a.shape[-1] : step].float()
-        a, d = a[..., ::step], d[..., :: -(-d.shape[-1] // MOST_SIDE)]
+        a, apart = a[..., ::step], -(-module.d_out // MOST_SIDE)
+        d = d.whole(apart) if isinstance(d, OverVocabulary) else d[..., ::apart]
         outputs = d.flatten(0, 1).float()
         sums = (inputs.T @ inputs, outputs.T @ outputs)
         before = self._sums.get(module.name)

@@ -130,11 +130,11 @@ class Controls:
         # beyond these Λ + λ is Λ or λ alone in float32, and a stranger could ask for overflow
         bounds=ABOVE_ZERO, page=Bounds(least=1e-12, most=1e12)))
     modules: str | None = field(default=None, metadata=about(
-        "Layers (8-15), mlp, attention, head, adapter, several with commas, or names that match "
-        "[all indexed].",
+        "Layers (8-15), mlp, attention, head, embeddings, adapter, several with commas, or names "
+        "that match [all indexed].",
         unit="RANGE|KIND|REGEX", page=Bounds(letters=256, pattern=PLAIN_MODULES),
-        api="Layers (8-15), kinds (mlp, attention, head), or a regular expression of letters, "
-            "digits and . , | ^ $ \\ - with at most three of * + ?."))
+        api="Layers (8-15), kinds (mlp, attention, head, embeddings), or a regular expression of "
+            "letters, digits and . , | ^ $ \\ - with at most three of * + ?."))
     normalize: Normalization = field(default="none", metadata=about(
         "Rank by influence, by influence / (‖q̃‖ ‖m̃‖), or by θ-RelatIF.",
         choices=get_args(Normalization)))

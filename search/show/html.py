@@ -135,8 +135,11 @@ def query(text: Query, first: int = 0, last: int | None = None) -> Iterator[
         yield piece, scored, number
 
 
-def layer_bars(hit: Hit, layers: list[int]) -> Markup:
-    """A bar a layer, upwards and blue for influence above zero, downwards and orange below."""
+def layer_bars(hit: Hit, layers: list[str]) -> Markup:
+    """A bar a layer, upwards and blue for influence above zero, downwards and orange below.
+
+    `layers` are their names, from the first to the last.
+    """
     top = max(map(abs, hit.layer_influence), default=0.0) or 1.0
     wide, high = max(4, min(12, 120 // max(1, len(layers)))), 12
     bars, labels = [], []
@@ -146,7 +149,7 @@ def layer_bars(hit: Hit, layers: list[int]) -> Markup:
         kind, y = ("p", high - size) if value >= 0 else ("n", high)
         labels.append(f"{layer}: {wording.number(value)}")
         bars.append(f'<rect class="{kind}" x="{column * wide}" y="{y:.1f}" width="{wide - 1}" '
-                    f'height="{size:.1f}"><title>layer {labels[-1]}</title></rect>')
+                    f'height="{size:.1f}"><title>{labels[-1]}</title></rect>')
     width = max(1, len(layers) * wide)
     return Markup(
         f'<svg class="strip" role="img" aria-label="influence by layer, {"; ".join(labels)}" '
@@ -155,7 +158,7 @@ def layer_bars(hit: Hit, layers: list[int]) -> Markup:
 
 
 def columns(
-    hit: Hit, layers: list[int], first: int = 0, last: int | None = None
+    hit: Hit, layers: list[str], first: int = 0, last: int | None = None
 ) -> Iterator[tuple[str, Markup, str]]:
     """A hit's token × layer map: each token, its column of layers, and what they are in words.
 
@@ -173,6 +176,6 @@ def columns(
         label = f"{wording.number(sum(values))}"
         if cells:
             label += "; " + ", ".join(
-                f"layer {layer}: {wording.number(value)}"
+                f"{layer}: {wording.number(value)}"
                 for layer, value in zip(layers, values, strict=True) if wording.shade(value, top))
         yield token, Markup(f'<svg height="{high * len(values)}">{cells}</svg>'), label

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+from gradindex.modules import EMBEDDED
 from gradindex.results import Hit, Query, Result
 
 HEAD = "head"  # a kind of modules
@@ -147,6 +148,32 @@ def share_means(result: Result) -> str:
 def has_head(result: Result) -> bool:
     """Whether a head is among the modules that count: it stands behind the last block."""
     return any(HEAD in hit.kind_influence for hit in result.hits)
+
+
+def layer_names(result: Result) -> list[str]:
+    """What the layers of a result are called: those of the blocks by number, then the head."""
+    last = result.layers[-1] if has_head(result) else None
+    return ["embeddings" if layer == EMBEDDED else HEAD if layer == last else f"layer {layer}"
+            for layer in result.layers]
+
+
+def numbered_apart(result: Result) -> str:
+    """Which numbers of layers are no blocks', to follow the word "layers" where they are chosen."""
+    return "".join(f"; {layer} is the {name}" if name == HEAD else f"; {layer} are the {name}"
+                   for layer, name in zip(result.layers, layer_names(result), strict=True)
+                   if not name.startswith("layer"))
+
+
+def layers_of(result: Result, to: str = " to ") -> str:
+    """The layers of a result in a few words: those of the blocks from first to last."""
+    names = layer_names(result)
+    blocks = [layer for name, layer in zip(names, result.layers, strict=True)
+              if name.startswith("layer")]
+    parts = [name for name in names if not name.startswith("layer")]
+    if blocks:
+        parts.insert(names.index(f"layer {blocks[0]}"), f"layer {blocks[0]}" if len(blocks) == 1
+                     else f"layers {blocks[0]}{to}{blocks[-1]}")
+    return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
 
 
 def _short(value: float) -> str:

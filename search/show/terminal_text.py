@@ -92,10 +92,10 @@ def _hit_lines(rank: int, hit: Hit, result: Result, width: int, color: bool) -> 
     if hit.layer_influence:
         kinds = wording.kind_shares(hit)
         shares = ", ".join(f"{kind} {share:+.0%}" for kind, share in kinds.items())
-        first, last = result.layers[0], result.layers[-1]
+        there = task_words.layers_of(result, "–")
         lines += [f"     {line}" for line in _wrap(
-            f"layers {first}–{last} {layer_strip(hit.layer_influence)}" + f"  {shares}" * bool(
-                shares), width - 5)]
+            f"{there} {layer_strip(hit.layer_influence)}" + f"  {shares}" * bool(shares),
+            width - 5)]
     for name, first, last in task_words.texts_of(hit, result):
         text = f"{name}: " * bool(name) + _window(hit, color, first, last)
         lines += [f"     {line}" for line in _wrap(text, width - 5)]

@@ -7,7 +7,7 @@ from gradindex.first_order import in_words, room
 from gradindex.progress import duration
 from gradindex.results import FEW_IN_GROUP, UNSURE, Group, Hit, Result
 from gradindex.terminal import json_text
-from search.show.task_words import has_head, texts_of
+from search.show.task_words import layers_of, texts_of
 
 WINDOW = 48  # tokens of text shown around the strongest of them
 SHADES = 7  # shades of a sign
@@ -168,14 +168,11 @@ def group_notes(groups: list[Group]) -> list[str]:
 
 def how(result: Result) -> str:
     """What the numbers depend on besides the query: order, modules, layers, damping."""
-    controls, layers = result.controls, result.layers
-    there = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}"
-    if has_head(result):
-        there += f" ({layers[-1]} is the head)"
+    controls = result.controls
     modules = len(controls["modules"])
     ranked = {"none": "influence", "cosine": "cosine", "relatif": "θ-RelatIF"}
     return (f"ranked by {ranked[controls['normalize']]}; {modules} module{'s' * (modules != 1)} in "
-            f"{there}, damping {controls['damping']:g} × mean eigenvalue")
+            f"{layers_of(result)}, damping {controls['damping']:g} × mean eigenvalue")
 
 
 def counted(result: Result) -> str:

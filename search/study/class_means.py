@@ -20,6 +20,7 @@ from gradindex.influence.exact import Rescorer, collect
 from gradindex.influence.gradients import gradient
 from gradindex.influence.preconditioned import Gradients, Preconditioned, precondition
 from gradindex.influence.split_batches import Splits, in_batches
+from gradindex.influence.vocabulary import OutputGradients, OverVocabulary
 from gradindex.modules import Module
 from gradindex.storage.records import Record
 from gradindex.transfers import to_device
@@ -50,9 +51,15 @@ class ClassSums:
         self._members, self._classes, self._dtype = members, classes, dtype
         self.parts: dict[tuple[str, int], Tensor] = {}  # [o, i] by module and place
 
-    def __call__(self, module: Module, a: Tensor, d: Tensor) -> None:
+    def __call__(self, module: Module, a: Tensor, d: OutputGradients) -> None:
         for one in self._members:  # one product a class and sum, and no gradient a row
             rows, weights = one.rows.to(a.device), one.weights.to(a.device)
+            if isinstance(d, OverVocabulary):
+                for slot, sizes in ((one.slot, torch.ones_like(weights)),
+                                    (one.slot + self._classes, weights)):
+                    [self.parts[module.name, slot]] = gradient(
+                        module, *d.of_rows(a.to(self._dtype), rows, sizes))
+                continue
             inputs = a.index_select(0, rows).flatten(0, 1)[None].to(self._dtype)
             plain = d.index_select(0, rows).to(self._dtype)
             weighted = plain * weights[:, None, None]

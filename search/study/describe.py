@@ -137,12 +137,12 @@ def summary(about: dict[str, Any], width: int | None = None) -> str:
 def _modules(about: dict[str, Any]) -> str:
     """How many maps are tracked, of which kinds where there are several, and in how many layers."""
     kinds = about["kinds"]
-    blocks = len(about["layers"]) - ("head" in kinds)
+    blocks = len(about["layers"]) - ("head" in kinds) - ("embeddings" in kinds)
     of_kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items()))
     places = [*[f"{blocks} layer{'s' * (blocks != 1)}"] * (blocks > 0),
-              *["the head"] * ("head" in kinds)]
+              *["the embeddings"] * ("embeddings" in kinds), *["the head"] * ("head" in kinds)]
     return f"{len(about['modules'])} linear maps" + f" ({of_kinds})" * (len(kinds) > 1) + \
-        f" in {' and '.join(places)}"
+        f" in {', '.join(places[:-1])}{' and ' * (len(places) > 1)}{places[-1]}"
 
 
 def _task(about: dict[str, Any]) -> str:

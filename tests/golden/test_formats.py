@@ -14,7 +14,7 @@ from gradindex.storage import layout, manifest, sealed_json
 from search.study.describe import describe, summary
 
 GOLDEN = Path(__file__).parent
-FORMATS = (1, 2, 3, 4, 5, 6)
+FORMATS = (1, 2, 3, 4, 5, 6, 7)
 QUESTION = {"prompt": "The apple number", "completion": " 8 grows"}
 QUESTIONS = {  # by task, of the indexes of format 6 and later that are of others
     "classification": {"text": "a great plot", "label": "positive"},
@@ -117,7 +117,7 @@ def test_an_index_of_format_1_has_no_background_queries(tmp_path):
 
 def test_only_the_newest_format_has_split_covariances(tmp_path):
     assert [manifest.load(GOLDEN / f"format-{number}" / "index").plan.covariance_blocks
-            for number in FORMATS] == [1, 1, 2, 2, 2, 2]
+            for number in FORMATS] == [1, 1, 2, 2, 2, 2, 2]
     index = shutil.copytree(GOLDEN / "format-2" / "index", tmp_path / "index")
     content = json.loads((index / layout.MANIFEST).read_text())
     del content[sealed_json.KEY]
@@ -135,7 +135,7 @@ def test_a_commit_writes_the_newest_format(tmp_path):
 
 
 @pytest.mark.parametrize("version, says", [
-    (7, r"has format 7; this gradindex \(.*\) reads formats 1 to 6. Run `pip install --upgrade "),
+    (8, r"has format 8; this gradindex \(.*\) reads formats 1 to 7. Run `pip install --upgrade "),
     (0, r"has format 0; .* Build the index again: `gradindex build MODEL DATA"),
     ("one", "has format one; .* Build the index again"),
 ])

@@ -67,7 +67,7 @@ def test_scores_equal_kronfluence(case, tmp_path):
     golden = Golden(case)
     network = golden.network()
     model = LanguageModel(network, None, ModelSource(network))
-    modules = tracked_modules(network, "all")
+    modules = tracked_modules(network, "mlp,attention")
     assert [module.name for module in modules] == golden.about["modules"]
     sequences = [Text(row.astype(np.int32), labels != -100)
                  for row, labels in zip(golden["tokens"], golden["labels"], strict=True)]
@@ -101,7 +101,7 @@ def test_the_whole_product_gives_the_same_scores(tmp_path):
     golden = Golden("gpt2")
     np.save(tmp_path / "tokens.npy", golden["tokens"])
     index = gradindex.build(
-        golden.network(), tmp_path / "tokens.npy", tmp_path / "index", modules="all",
+        golden.network(), tmp_path / "tokens.npy", tmp_path / "index", modules="mlp,attention",
         fit_labels="data", bits=1024, batch_tokens=36,
     )
     assert index.manifest.dtype == "float64"

@@ -98,7 +98,7 @@ def test_fit_and_influence_are_those_of_covariances_without_what_is_between(
     make_model, sequences, tmp_path, blocks
 ):
     model = make_model("gpt2")
-    modules = tracked_modules(model.network, "all")
+    modules = tracked_modules(model.network, "mlp,attention")
     records = records_of(sequences)
     settings = FitSettings(list(range(len(records))), "data", 2, 24, 5, covariance_blocks=blocks)
     ekfac, _ = fit(model, modules, lambda ids: [records[n] for n in ids], settings, tmp_path,

@@ -115,7 +115,7 @@ def test_what_is_tracked_is_right_and_the_rest_is_named(kind, sequences):
     assert word is None or any(word in one and share > 0.001 for one, share in rest.items())
     under = word is not None and word.startswith("linear maps under")
     assert len([one for one in modules if one.kind != "adapter"]) == \
-        14 - under * (2 if kind == "shira" else 4)
+        15 - under * (2 if kind == "shira" else 4)
 
 
 def test_a_bias_under_dora_is_left_out(sequences):

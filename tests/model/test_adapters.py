@@ -110,13 +110,18 @@ def test_which_modules_and_what_share():
     ):
         modules = tracked_modules(network, choice)
         expected = {block.format(layer) + name for layer in (0, 1) for name in wanted}
+        if "all" in choice:
+            expected.add("lm_head")
         assert {module.name for module in modules} == expected, choice
         assert len(modules) == len(expected)
         assert [m.layer for m in modules] == sorted(m.layer for m in modules)
         for module in modules:
-            assert module.kind == ("adapter" if "lora" in module.name else
+            assert module.kind == ("head" if module.name == "lm_head" else
+                                   "adapter" if "lora" in module.name else
                                    "attention" if "attention" in module.name else "mlp")
-        assert parameter_share(network, modules) == pytest.approx(2 * count / total, rel=1e-12)
+        head = VOCABULARY * 12 * ("all" in choice)
+        assert parameter_share(network, modules) == pytest.approx(
+            (2 * count + head) / total, rel=1e-12)
 
 
 def test_modules_of_every_family_and_of_a_peft_model(family):

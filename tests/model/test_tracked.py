@@ -202,7 +202,7 @@ def test_what_is_not_tracked_is_said(make_model):
     left = untracked(network, modules)
     assert left == pytest.approx({
         "attention": sum(m.shape[0] * m.shape[1] for m in tracked_modules(network, "attention")) /
-        every, "embeddings": 37 * 12 / every, "LM head": 37 * 12 / every, "norms": 5 * 12 / every})
+        every, "embeddings": 37 * 12 / every, "head": 37 * 12 / every, "norms": 5 * 12 / every})
     assert sum(left.values()) + parameter_share(network, modules) == pytest.approx(1)
     network.model.layers[1].mlp = Odd(12).double()
     model = LanguageModel(network, None, ModelSource(network))
@@ -363,7 +363,7 @@ def test_weights_that_others_packed_are_named(make_model):
             setattr(layer.mlp, name, Packed(getattr(layer.mlp, name)))
     with pytest.raises(InputError, match=r"'mlp' matches none of the linear modules"):
         tracked_modules(network)
-    modules = tracked_modules(network, "attention")
+    modules = tracked_modules(network, "attention,head,embeddings")
     left = untracked(network, modules)
     biases = 2 * (20 + 20 + 12)
     assert left["Packed"] == pytest.approx((2 * 3 * 20 * 12 + biases) / (whole + biases))
@@ -386,7 +386,7 @@ def test_a_build_says_what_it_can_not_track(tmp_path, capsys):
     said = capsys.readouterr().err
     modules = tracked_modules(network)
     left = untracked(network, modules)
-    assert set(left) == {"attention", "embeddings", "LM head", "norms", "Odd"}
+    assert set(left) == {"attention", "embeddings", "head", "norms", "Odd"}
     assert list(left.values()) == sorted(left.values(), reverse=True)
     attention = f"attention (not chosen) {left['attention']:.1%}"
     assert "of the model's parameters; not tracked: " in said

@@ -68,10 +68,14 @@ def plain(network, modules, value):
     """The gradient [o, i] of a value by each module's weight and bias, by torch.func."""
     valued = Valued(network)
     names = {"network." + module.name + part for module in modules for part in (".weight", ".bias")}
-    parameters = {name: parameter.detach() for name, parameter in valued.named_parameters()
-                  if name in names}
-    parts = torch.func.grad(
-        lambda values: torch.func.functional_call(valued, values, (value,)))(parameters)
+    # a shared weight by its own name, under which all of its uses are replaced
+    first = {id(parameter): name for name, parameter in valued.named_parameters()}
+    own = {name: first[id(parameter)] for name, parameter in
+           valued.named_parameters(remove_duplicate=False) if name in names}
+    known = dict(valued.named_parameters())
+    found = torch.func.grad(lambda values: torch.func.functional_call(valued, values, (value,)))(
+        {name: known[name].detach() for name in own.values()})
+    parts = {name: found[own[name]] for name in own}
     gradients = {}
     for module in modules:
         weight = parts[f"network.{module.name}.weight"]
@@ -169,8 +173,8 @@ def answer_log_p(network, tokens, scored):
 def test_gradients_of_preferences():
     network = policy()
     model, modules = model_of(network, "preference"), everything(network, "preference")
-    assert not any(module.kind == "head" for module in modules)
-
+    [head] = [module for module in modules if module.kind == "head"]
+    assert head.diagonal  # to the vocabulary
     compare(model, modules, pairs(first=2), preference_log_p(network))
     single = [Text(tokens, np.arange(len(tokens)) >= 2) for tokens in texts(LENGTHS)]
     compare(model, modules, single,

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 import gradindex
 from gradindex.cli import COMMANDS, main_group
 from gradindex.results import Result
-from search.show import html, wording
+from search.show import html, task_words, wording
 from search.show.data_files import csv_table, json_lines, parquet, read_result
 from search.show.output_forms import render_form
 from search.show.terminal_text import render_terminal
@@ -52,7 +52,7 @@ def test_shares_of_kinds(index_folder, model_folder, data_file, tmp_path):
                             bits=512, batch_tokens=96, modules="all")
     hit = index.search(**APPLES, k=1)[0]
     kinds = {module.name: module.kind for module in index.manifest.modules}
-    sums = {"mlp": 0.0, "attention": 0.0}
+    sums = {"mlp": 0.0, "attention": 0.0, "head": 0.0}
     for name, value in hit.module_influence.items():
         sums[kinds[name]] += value
     assert hit.kind_influence == pytest.approx(sums)
@@ -64,11 +64,12 @@ def test_shares_of_kinds(index_folder, model_folder, data_file, tmp_path):
 
 def test_layer_strip_and_map(result):
     hit = result[0]
-    drawn = str(html.layer_bars(hit, result.layers))
+    names = task_words.layer_names(result)
+    drawn = str(html.layer_bars(hit, names))
     assert drawn.count("<rect") == len(result.layers)
     for layer, value in zip(result.layers, hit.layer_influence, strict=True):
         assert f"layer {layer}: {wording.number(value)}" in drawn
-    columns = list(html.columns(hit, result.layers))
+    columns = list(html.columns(hit, names))
     assert [token for token, _, _ in columns] == hit.tokens
     assert [said.partition(";")[0] for _, _, said in columns] == \
         [wording.number(sum(row)) for row in hit.token_layer_influence]

@@ -22,18 +22,22 @@ def log_likelihood(network: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
 def sequence_gradient(
     network: nn.Module, names: list[str], ids: Tensor, labels: Tensor
 ) -> dict[str, Tensor]:
-    """∂ log-likelihood / ∂ W̄ of the named modules, by `torch.func`: [o, i], the bias last."""
+    """∂ log-likelihood / ∂ W̄ of the named modules, by `torch.func`: [o, i], the bias last.
+
+    That of a weight that several modules have is by all of their uses.
+    """
     parameters = {name: p.detach() for name, p in network.named_parameters()}
+    first = {id(p): name for name, p in network.named_parameters()}  # a shared one's own name
+    own = {name: first[id(p)] for name, p in network.named_parameters(remove_duplicate=False)}
 
     def function(chosen: dict[str, Tensor]) -> Tensor:
         module = _Likelihood(network, labels)
         everything = {f"network.{name}": p for name, p in {**parameters, **chosen}.items()}
-        return functional_call(module, everything, (ids,), tie_weights=False)
+        return functional_call(module, everything, (ids,))
 
-    wanted = {
-        name: p for name, p in parameters.items() if name.rpartition(".")[0] in names
-    }
-    gradients = grad(function)(wanted)
+    shared = {name: own[name] for name in own if name.rpartition(".")[0] in names}
+    found = grad(function)({name: parameters[name] for name in shared.values()})
+    gradients = {name: found[shared[name]] for name in shared}
     return {name: _joined(network.get_submodule(name), name, gradients) for name in names}
 
 
@@ -57,6 +61,8 @@ def _joined(module: nn.Module, name: str, gradients: dict[str, Tensor]) -> Tenso
 
 def ekfac_matrix(q_s: Tensor, q_a: Tensor, eigenvalues: Tensor, damping: float) -> Tensor:
     """The damped EK-FAC block, materialised: [o·i, o·i] for row-major vec of [o, i]."""
+    # the axes themselves, as over a vocabulary
+    q_s, q_a = (torch.diag(q[:, 0]) if q.shape[1] == 1 else q for q in (q_s, q_a))
     basis = torch.kron(q_s, q_a)  # row-major vec(Q_S X Q_Aᵀ) = (Q_S ⊗ Q_A) vec(X)
     return basis @ torch.diag(eigenvalues.flatten() + damping) @ basis.T
 

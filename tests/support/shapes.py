@@ -21,7 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 
-ARRAYS = (np.ndarray, torch.Tensor)
+from gradindex.influence.vocabulary import OverVocabulary
+
+ARRAYS = (np.ndarray, torch.Tensor, OverVocabulary)
 PACKAGES = ("gradindex", "indexer", "search")
 OWN = set("imnopr")  # sizes that each entry of a list or dictionary has for itself
 
