@@ -193,8 +193,7 @@ def make_request(
     plan = Plan(
         **asdict(settings), model=source.name, revision=source.revision, adapter=adapter,
         data=corpus.data_facts(),
-        modules=modules or (
-            defaults.MODULES if chosen_task.is_causal else defaults.MODULES_OF_TEXTS),
+        modules=modules or defaults.MODULES,
         fit_sequences=fit_sequences, fit_labels=fit_labels,
         covariance_blocks=covariance_blocks,
         eigen_dtype=_eigen_dtype(eigen_dtype, chosen_device), damping=damping,

@@ -83,7 +83,7 @@ _MAX_BAD = click.option(
               help="Linear modules to track: layers (8-15), mlp (all of the blocks but attention), "
                    "attention, head (the map to the outputs), all (these), embeddings, everything "
                    "(all and embeddings), adapter (LoRA's own), several with commas; else names "
-                   "that match [mlp; of whole texts mlp,head].")
+                   "that match [" + defaults.MODULES + "].")
 @click.option("--fit-sequences", type=int, default=defaults.FIT_SEQUENCES, show_default=True,
               help="Sequences to fit the curvature on.")
 @click.option("--fit-labels", type=click.Choice(defaults.LABELS), default=defaults.LABELS[0],

@@ -3,8 +3,7 @@
 Nothing heavy is imported here, so that the command line can show its flags at once.
 """
 
-MODULES = "mlp"
-MODULES_OF_TEXTS = "mlp,head"  # of what says something of whole texts
+MODULES = "mlp,head"
 FIT_SEQUENCES = 4096
 LABELS = ("model", "data")  # whose labels the curvature is fitted on; the first is the default
 COVARIANCE_BLOCKS = 1

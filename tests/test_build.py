@@ -426,7 +426,7 @@ def test_default_plan(model_folder, data_file, index_folder):
     assert {name: getattr(plan, name) for name in (
         "pack", "modules", "fit_sequences", "fit_labels", "damping", "seed", "limit", "dtype",
         "device")} == {
-        "pack": False, "modules": "mlp", "fit_sequences": 4096, "fit_labels": "model",
+        "pack": False, "modules": "mlp,head", "fit_sequences": 4096, "fit_labels": "model",
         "damping": 0.1, "seed": 0, "limit": None, "dtype": "float32", "device": "cpu"}
     assert index.manifest.fit["sequences"] == len(index)  # all, where there are fewer than 4,096
     assert index.manifest.train_sequences is None and index.manifest.kind == "text"

@@ -22,6 +22,7 @@ from gradindex.influence.preconditioned import Preconditioned, precondition, que
 from gradindex.objective.batch import Text
 from gradindex.results import Result
 from gradindex.storage import records
+from gradindex.storage.upgrades import FORMAT
 from search.ask.controls import Controls
 from search.ask.settings import _sizes, settle
 from search.engine import drain
@@ -119,7 +120,8 @@ def test_nats_are_told_where_they_can_be(index):
 
 def test_opponents_lose_what_there_is_to_lose(index):
     """Beyond chance a loss means nothing, either; a difference gains what the other one loses."""
-    result = index.search(**QUESTION, k=3, shortlist="all", opponents=True, train_sequences=1)
+    result = index.search(**QUESTION, k=3, shortlist="all", opponents=True, train_sequences=1,
+                          modules="mlp")
     assert result[0].influence < 0
     loss = 12 * result.query.scored + result.query.log_p
     assert room(result.query) == pytest.approx((-result.query.log_p, loss))
@@ -253,7 +255,7 @@ def test_default_sizes(asked, total, expected):
 
 
 def test_hits_of_the_other_sign_are_pointed_out(index, truth):
-    result = index.search(**QUESTION, k=len(index), shortlist="all")
+    result = index.search(**QUESTION, k=len(index), shortlist="all", modules="mlp")
     wrong = sum(hit.influence <= 0 for hit in result)
     assert wrong and result.warnings[0].startswith(f"{wrong} of these hits have influence of the")
 
@@ -374,8 +376,8 @@ def test_damage_is_found_on_opening(index_folder, tmp_path):
     with pytest.raises(DamagedIndexError, match=r"records\.lmdb is missing"):
         gradindex.open(broken)
     content = (index_folder / "manifest.json").read_text()
-    (broken / "manifest.json").write_text(content.replace('"format": 6', '"format": 9'))
-    with pytest.raises(IndexMismatchError, match=r"has format 9; .* reads formats 1 to 6. Run `"):
+    (broken / "manifest.json").write_text(content.replace(f'"format": {FORMAT}', '"format": 9'))
+    with pytest.raises(IndexMismatchError, match=rf"has format 9; .* formats 1 to {FORMAT}. Run `"):
         gradindex.open(broken)
     with pytest.raises(InputError, match="no index"):
         gradindex.open(tmp_path)
@@ -411,7 +413,7 @@ def test_json_holds_everything(index):
     assert hit["user_id"] == small_documents()[hit["document"]]["url"]
     assert hit["fields"] == {"place": small_documents()[hit["document"]]["place"]}
     assert sum(hit["token_influence"]) == pytest.approx(hit["influence"], rel=1e-5)
-    assert np.array(hit["token_layer_influence"]).shape == (len(hit["tokens"]), 2)
+    assert np.array(hit["token_layer_influence"]).shape == (len(hit["tokens"]), 3)
     assert result.to_list()[1]["id"] == result[1].id
     assert result.to_pandas()["influence"].tolist() == [hit.influence for hit in result]
 

@@ -14,6 +14,7 @@ import torch
 import gradindex
 from gradindex import memory
 from gradindex.errors import InputError, ResourceError
+from gradindex.influence.curvature import file_entries
 from gradindex.memory import Allowance, parse_size
 from gradindex.model.tracked import tracked_modules
 from gradindex.storage.records import Part, Record
@@ -149,23 +150,24 @@ def test_memory_to_be_had_in_a_real_control_group():
 
 
 def test_a_build_in_little_memory_gives_the_same_bytes(
-    model_folder, data_file, index_folder, tmp_path, monkeypatch
+    model_folder, data_file, tmp_path, monkeypatch
 ):
-    index = gradindex.open(index_folder)
+    asked = dict(SMALL, modules="mlp")  # of like size
+    index = gradindex.build(str(model_folder), data_file, tmp_path / "whole", **asked)
     modules = index.manifest.modules
     gpu = gpu_width(index.model.device, index.manifest.plan.eigen_dtype)
     held = max(held_bytes([module], 1, 4, gpu) for module in modules)
     with pytest.raises(ResourceError, match=r"--max-memory .* does not suffice: the model takes"):
-        gradindex.build(str(model_folder), data_file, tmp_path / "index", **SMALL,
+        gradindex.build(str(model_folder), data_file, tmp_path / "index", **asked,
                         max_memory=index.model.bytes + held - 1)
     monkeypatch.setattr("indexer.prepare.batch_bytes", lambda *_: 0)  # it differs from run to run
     made = []
     monkeypatch.setattr("indexer.fit.schedule.partitions",
                         lambda *asked: made.append(partitions(*asked)) or made[-1])
-    gradindex.build(str(model_folder), data_file, tmp_path / "index", **SMALL,
+    gradindex.build(str(model_folder), data_file, tmp_path / "index", **asked,
                     max_memory=index.model.bytes + held)
     assert [module for [module] in made[0]] == modules
-    found, expected = files_of(tmp_path / "index"), files_of(index_folder)
+    found, expected = files_of(tmp_path / "index"), files_of(tmp_path / "whole")
     made, whole = (json.loads(files.pop("manifest.json")) for files in (found, expected))
     assert found == expected
     anchors, same = (manifest["calibration"].pop("anchors") for manifest in (made, whole))
@@ -173,7 +175,7 @@ def test_a_build_in_little_memory_gives_the_same_bytes(
         assert one == [*other[:2], pytest.approx(other[2], rel=1e-4)]
     assert {**made, "sha256": ""} == {**whole, "sha256": ""}
     with pytest.raises(ResourceError, match="the curvature of"):
-        gradindex.open(index_folder, max_memory=index.model.bytes).search(**QUESTION, k=3)
+        gradindex.open(tmp_path / "whole", max_memory=index.model.bytes).search(**QUESTION, k=3)
 
 
 def test_a_dry_run_plans_the_partitions_of_the_build(
@@ -184,11 +186,11 @@ def test_a_dry_run_plans_the_partitions_of_the_build(
     monkeypatch.setattr("indexer.fit.schedule.partitions",
                         lambda *asked: made.append(partitions(*asked)) or made[-1])
     index = gradindex.open(index_folder)
-    modules = index.manifest.modules
+    modules = [module for module in index.manifest.modules if module.kind == "mlp"]
     held = held_bytes(modules[:2], 1, 4, gpu_width(
         index.model.device, index.manifest.plan.eigen_dtype))
     for room, count in ((held, 4), (int(1.2 * held), 2)):  # a tenth is left for what isn't foreseen
-        asked = dict(SMALL, max_memory=index.model.bytes + room)
+        asked = dict(SMALL, modules="mlp", max_memory=index.model.bytes + room)
         found = gradindex.estimate(str(model_folder), data_file, tmp_path / "index", **asked)
         assert f"sums of the fit, in {count} partitions" in found.memory_parts
         gradindex.build(str(model_folder), data_file, tmp_path / str(count), **asked)
@@ -213,8 +215,8 @@ def test_what_a_batch_takes_is_measured(make_model):
 def test_a_search_in_little_memory_gives_the_same_answer(index_folder):
     """Curvature read module by module, the query reduced to rank 32, hits scored in parts."""
     free = gradindex.open(index_folder)
-    least = free.model.bytes + 2 * 4 * max(
-        m.shape[0] ** 2 + m.shape[1] ** 2 + m.shape[0] * m.shape[1] for m in free.manifest.modules)
+    least = free.model.bytes + 3 * 4 * max(
+        file_entries(m, 1) for m in free.manifest.modules)
     bound = gradindex.open(index_folder, max_memory=least)
     settings = settle(Controls(), bound.manifest)
     assert len(list(query_gradient.together(bound.snapshot, settings.modules))) > 1

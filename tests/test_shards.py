@@ -65,8 +65,8 @@ def test_one_process_finishes_what_shards_began(model_folder, data_file, index_f
     with pytest.raises(GradindexError, match="in vain for shard 0 of 2"):
         gradindex.build(str(model_folder), data_file, out, **SMALL, shard="1/2", wait=IN_VAIN)
     waiting = sorted(path.name for path in (out / "curvature.partial").iterdir())
-    assert waiting == ["covariance-0-3.000001.safetensors", "covariance-0-3.000002.safetensors",
-                       "covariance-0-3.000003.safetensors", "covariance-0-3.safetensors",
+    assert waiting == ["covariance-0-4.000001.safetensors", "covariance-0-4.000002.safetensors",
+                       "covariance-0-4.000003.safetensors", "covariance-0-4.safetensors",
                        "fit.json"]
     with pytest.raises(InputError, match="can't be merged yet: the curvature is not fitted"):
         gradindex.merge(out)
@@ -81,8 +81,8 @@ def test_no_shard_runs_far_ahead(model_folder, data_file, index_folder, tmp_path
     for shard, said in (("0/2", "shard 1 of 2"), ("1/2", "shard 0 of 2: covariance")):
         with pytest.raises(GradindexError, match=f"in vain for {said}"):
             gradindex.build(str(model_folder), data_file, out, **SMALL, shard=shard, wait=IN_VAIN)
-    assert sorted(path.name for path in out.glob("curvature.partial/covariance-0-3.0*")) == [
-        "covariance-0-3.000001.safetensors", "covariance-0-3.000002.safetensors"]
+    assert sorted(path.name for path in out.glob("curvature.partial/covariance-0-4.0*")) == [
+        "covariance-0-4.000001.safetensors", "covariance-0-4.000002.safetensors"]
     share(model_folder, data_file, out, 2)
     gradindex.merge(out)
     assert files_of(out) == files_of(index_folder)

@@ -23,7 +23,7 @@ from gradindex.demo.small_model import DemoSettings, new_model
 from gradindex.progress import Progress
 
 # in training steps of .15 s of processor time, of which two cores do with about .11 s
-LANGUAGE_PARTS = DemoParts(documents=90, build=490, search=30, later_search=12)
+LANGUAGE_PARTS = DemoParts(documents=90, build=720, search=30, later_search=12)
 # in training steps of .054 s of processor time
 CLASSIFIER_PARTS = DemoParts(documents=150, build=450, search=75, later_search=60)
 

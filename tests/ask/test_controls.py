@@ -275,7 +275,7 @@ def test_a_hopeless_search_says_what_would_help(index, monkeypatch):
     (dict(rescore=False, normalize="relatif"), "rescore=False ranks by code alone"),
     (dict(normalize="l2"), "^normalize l2: expected none, cosine or relatif"),
     (dict(candidates="bm25"), "^candidates bm25: expected code, tfidf or both"),
-    (dict(modules="7-9"), r"^modules '7-9' matches none of the indexed .* in layers 0 to 1"),
+    (dict(modules="7-9"), r"^modules '7-9' matches none of the indexed .* in layers 0 to 2"),
     (dict(modules="attention"), "matches none"), (dict(modules="("), "regular expression"),
     (dict(k=10**6), "expected 1 to"), (dict(rank=0), "^rank 0"),
     (dict(time_limit=-1), "time_limit -1"), (dict(k=2.5), "k 2.5: expected a whole number"),

@@ -106,14 +106,14 @@ def test_a_module_without_a_gradient_is_left_out_and_said(data, tmp_path):
     facts, gone = manifest.load(out), "gpt_neox.layers.1.mlp.dense_h_to_4h"
     assert [module.name for module in facts.modules] == [
         f"gpt_neox.layers.{place}" for place in ("0.mlp.dense_h_to_4h", "0.mlp.dense_4h_to_h",
-                                                 "1.mlp.dense_4h_to_h")]
+                                                 "1.mlp.dense_4h_to_h")] + ["lm_head"]
     assert list(facts.fit["left_out"]) == [gone]
     assert not (out / "curvature" / f"{gone}.safetensors").exists()
     assert f"module {gone} is left out: it has no gradient on any of the 8 fit" in said.getvalue()
     assert describe(out)["fit"]["left_out"] == facts.fit["left_out"]
     found = searcher.search(**TINY_QUESTION)
     alone = gradindex.build(network, data, tmp_path / "alone",
-                            modules=r"0\.mlp|1\.mlp\.dense_4h", **TINY)
+                            modules=r"0\.mlp|1\.mlp\.dense_4h|head", **TINY)
     for hit, expected in zip(found, alone.search(**TINY_QUESTION), strict=True):
         assert hit.id == expected.id
         assert hit.influence == pytest.approx(expected.influence, rel=1e-5)

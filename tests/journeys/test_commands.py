@@ -155,7 +155,7 @@ def test_search_in_every_format(trained_index):
     people = run("search", index, *QUESTION, "-k", "3")
     assert people.returncode == 0, people.stderr
     assert "recall:" in people.stdout and "proponents: 3 of" in people.stdout
-    assert "ranked by influence; 4 modules in layers 0 to 1" in people.stdout
+    assert "ranked by influence; 5 modules in layers 0 to 1 and head" in people.stdout
     assert "exact:" in people.stderr and "expected: about" in people.stderr
     as_json = run_here("search", index, *QUESTION, "-k", "3", "--format", "json")
     content = json.loads(as_json.stdout)

@@ -36,8 +36,7 @@ def tokenizer(documents):
 def built(tokenizer, documents, out, family="llama", network=None, **options):
     network = network or random_network(family, torch.float32, vocab_size=len(tokenizer),
                                         tie_word_embeddings=family == "llama")
-    return gradindex.build(network, documents, out, tokenizer=tokenizer,
-                           **{**SMALL, "modules": "mlp,head", **options})
+    return gradindex.build(network, documents, out, tokenizer=tokenizer, **{**SMALL, **options})
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "llama"])
@@ -127,8 +126,7 @@ def test_half_precision_gives_nearly_the_same(tokenizer, documents, tmp_path):
     network.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     index, half = (gradindex.build(tmp_path / "model", documents, tmp_path / f"{dtype}.index",
-                                   dtype=dtype, modules="mlp,head", **SMALL)
-                   for dtype in ("float32", "bfloat16"))
+                                   dtype=dtype, **SMALL) for dtype in ("float32", "bfloat16"))
     scores = [every(one, modules="head") for one in (index, half)]
     found, rounded = (np.array([one[number].influence for number in sorted(one)])
                       for one in scores)

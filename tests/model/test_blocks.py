@@ -17,10 +17,10 @@ def test_a_tower_of_equally_many_layers_is_none():
     network = small_network("gemma3")
     tower = network.model.vision_tower.encoder.layers
     assert len(tower) == len(network.model.language_model.layers) == 3
-    modules = tracked_modules(network, "all")
+    modules = tracked_modules(network, "mlp,attention")
     assert {name.name.rpartition(".layers.")[0] for name in modules} == {"model.language_model"}
     left = untracked(network, modules)
-    assert set(left) == {"embeddings", "norms", "parts that a short text doesn't run"}
+    assert set(left) == {"head", "norms", "parts that a short text doesn't run"}
     unseen = sum(p.numel() for name, p in network.named_parameters()
                  if name.startswith(("model.vision_tower.", "model.multi_modal_projector.")))
     every = sum(p.numel() for p in network.parameters())
@@ -36,7 +36,7 @@ def test_lists_inside_blocks_are_none(layers, monkeypatch):
                         {"num_layers": layers, "num_hidden_layers": 2 * layers})
     network = small_network("longcat_flash")
     assert len(network.model.layers) == layers
-    modules = tracked_modules(network, "all")
+    modules = tracked_modules(network, "mlp,attention")
     assert {module.layer for module in modules} == {*range(layers)}
     for module in modules:
         assert module.name.startswith(f"model.layers.{module.layer}.")
@@ -45,7 +45,7 @@ def test_lists_inside_blocks_are_none(layers, monkeypatch):
 
 def test_lists_that_take_turns_are_the_same_layers():
     """XLM keeps its attentions in one list and its MLPs in another."""
-    modules = tracked_modules(small_network("xlm"), "all")
+    modules = tracked_modules(small_network("xlm"), "mlp,attention")
     for module in modules:
         assert module.name.split(".")[2] == str(module.layer)
         assert (module.kind == "attention") == (".attentions." in module.name)
@@ -68,9 +68,9 @@ def heads_beside(network):
 
 def test_heads_that_do_not_run_are_named():
     network = random_network("gpt_neox")
-    names = [module.name for module in tracked_modules(network, "all")]
+    names = [module.name for module in tracked_modules(network, "mlp,attention")]
     heads_beside(network)
-    modules = tracked_modules(network, "all")
+    modules = tracked_modules(network, "mlp,attention")
     assert [module.name for module in modules] == names
     extra = 2 * (12 * 13 + 37 * 13)
     assert untracked(network, modules)["parts that a short text doesn't run"] == pytest.approx(

@@ -117,7 +117,7 @@ def by_autograd(
     `plain` is as `network` was before its experts got modules.
     """
     ids, labels = torch.from_numpy(text.tokens).long(), labels_of(text.tokens, text.scored)
-    parameters = dict(plain.named_parameters())
+    parameters = dict(plain.named_parameters(remove_duplicate=False))  # tied: by all uses
     names = {module.name: parameter_names(network.get_submodule(module.name), module)
              for module in modules}
     wanted = {name: parameters[name].requires_grad_() for some in names.values() for name in some}

@@ -124,7 +124,7 @@ def test_a_mixture_is_built_and_searched(tmp_path, monkeypatch):
     tokenizer.save_pretrained(tmp_path / "model")
     index = gradindex.build(str(tmp_path / "model"), [{"text": text} for text in texts],
                             tmp_path / "index", **{**SMALL, "id_field": None, "keep_fields": ()},
-                            dtype="float64")
+                            dtype="float64", modules="mlp")
     names = {module.name for module in index.manifest.modules}
     left = index.manifest.fit["left_out"]
     assert names.isdisjoint(left) and len(names) + len(left) == 16

@@ -345,7 +345,8 @@ def test_group_lines(index):
     assert len(lines) == 2 + wording.GROUPS_SHOWN + 4
     first, total = result.groups[0], result.total
     assert lines[2].split() == [
-        wording.standard_errors(first), f"{first.influence:+.3g}", f"{first.standard_error:.3g}",
+        wording.standard_errors(first), wording.number(first.influence),
+        wording.unsigned(first.standard_error),
         *wording.nats(first, result, "").split(), str(first.sequences),
         str(len(first.hits)), first.value]
     assert lines[-4].split() == ["and", "20", "more"]

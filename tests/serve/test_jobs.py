@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlencode
 
+import numpy as np
 import pytest
 import safetensors.torch
 
@@ -55,9 +56,9 @@ def test_stages_come_in_order_with_the_exact_scores_of_the_result(
         assert not found.keys() & stage["found"].keys()  # each is told once
         found |= stage["found"]
     assert len(found) >= len(result["hits"])
-    copies = {str(one) for hit in result["hits"] for one in hit["duplicates"]}
-    assert {value for one, value in found.items() if one not in copies} \
-        <= set(result["exact_influence"])
+    # of equal sequences one, from which the others differ by rounding
+    exact = np.array(result["exact_influence"])
+    assert all(np.isclose(exact, value, rtol=1e-4, atol=1e-3).any() for value in found.values())
     for hit in result["hits"]:
         assert found[str(hit["id"])] == pytest.approx(hit["influence"], rel=1e-4)
     again = list(running.events(asked["id"]))  # who comes late is told the end

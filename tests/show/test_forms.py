@@ -67,8 +67,8 @@ def test_layer_strip_and_map(result):
     names = task_words.layer_names(result)
     drawn = str(html.layer_bars(hit, names))
     assert drawn.count("<rect") == len(result.layers)
-    for layer, value in zip(result.layers, hit.layer_influence, strict=True):
-        assert f"layer {layer}: {wording.number(value)}" in drawn
+    for name, value in zip(names, hit.layer_influence, strict=True):
+        assert f"{name}: {wording.number(value)}" in drawn
     columns = list(html.columns(hit, names))
     assert [token for token, _, _ in columns] == hit.tokens
     assert [said.partition(";")[0] for _, _, said in columns] == \

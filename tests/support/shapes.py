@@ -94,6 +94,12 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gradindex.influence.preconditioned.Preconditioned.__init__": {"gradients": "q o i"},
     "gradindex.influence.preconditioned.Preconditioned.add": {"gradients": "q o i"},
     "gradindex.influence.preconditioned.terms": {**AD, "p": "o _", "return": "b t"},
+    "gradindex.influence.vocabulary.OverVocabulary.whole": {"return": "b n v"},
+    "gradindex.influence.vocabulary.OverVocabulary.gradient": {"a": "b n i", "return": "m o i"},
+    "gradindex.influence.vocabulary.OverVocabulary.of_rows":
+        {"a": "b n i", "rows": "r", "weights": "r", "return": ("1 m i", "1 m v")},
+    "gradindex.influence.vocabulary.OverVocabulary.terms":
+        {"a": "b n i", "p": "v i", "return": "b n"},
     "gradindex.objective.batch.Batch.of": {"tokens": "b m", "real": "b m"},
     "gradindex.objective.batch.Batch.by_text": {"tensor": "b m", "return": "r t"},
     "gradindex.objective.batch.Batch.starts": {"return": "b x"},
