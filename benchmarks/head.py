@@ -44,7 +44,9 @@ from benchmarks.workload import query_gradients, record
 from gradindex.draws import Stream
 from gradindex.influence.codes import Codes, CodeSettings
 from gradindex.influence.curvature import Curvature
+from gradindex.influence.exact import Rescorer, self_influence
 from gradindex.influence.gradients import backward
+from gradindex.influence.preconditioned import Gradients, query_norms
 from gradindex.influence.vocabulary import OutputGradients, OverVocabulary
 from gradindex.model.load_errors import quiet_transformers
 from gradindex.model.model_source import ModelSource
@@ -53,11 +55,13 @@ from gradindex.model.tracked import tracked_modules
 from gradindex.modules import Module, choose_modules
 from gradindex.progress import Progress, duration, stderr_progress
 from gradindex.storage.records import Record
+from indexer.code_length import mean_share, spreads
 from indexer.defaults import DAMPING
 from indexer.encode import encode_batch
 from indexer.fit.batch_sums import fit_batch
 
 REPEATS = 5  # turns of each side
+SOME = 16, 96  # queries and sequences, as many as a build takes
 CHOICES = ("mlp", "head", "mlp,head", "mlp,head,embeddings", "attention", "all", "everything")
 Uses = dict[str, Tensor]  # a sequence's gradient of a weight, [n, v, h], by use
 
@@ -171,11 +175,12 @@ def retraining(
     for name, values in others.items():
         print(f"| {name} | {interval(whole(scores['mlp,head']) / whole(values))} |", flush=True)
 
-    print("\n| codes of | K | 10 in 10 | 10 in 50 | 10 in 100 | correlation |\n"
-          "|---|---|---|---|---|---|")
+    print("\n| codes of | K | 10 in 10 | 10 in 50 | 10 in 100 | as a build expects it | "
+          "correlation |\n|---|---|---|---|---|---|---|")
     for choice in ("mlp", "head", "mlp,head"):
         modules = choose_modules(study.modules, choice, "the model's modules")
         asked = coordinates(gradients, study.ekfac, modules, DAMPING)
+        expected = spreads(cosines(study, modules, asked, scores[choice])[:SOME[0], :SOME[1]])
         for length in (CODES[0] // 4, *CODES):
             found = code_scores(*encode(study, modules, length), asked)
             top = np.argsort(-scores[choice], axis=1)[:, :10]
@@ -186,7 +191,16 @@ def retraining(
             alike = np.mean([np.corrcoef(a, b)[0, 1]
                              for a, b in zip(scores[choice], found, strict=True)])
             print(f"| {choice} | {length:,} | " + " | ".join(f"{one:.3f}" for one in recall) +
-                  f" | {alike:.3f} |", flush=True)
+                  f" | {mean_share(expected, sequences, length):.3f} | {alike:.3f} |", flush=True)
+
+
+def cosines(
+    study: Study, modules: list[Module], asked: Gradients, scores: np.ndarray
+) -> np.ndarray:
+    """Scores [q, n] in units of ‖q̃‖ ‖m̃‖."""
+    by = Rescorer(study.model, modules, study.ekfac, DAMPING, BATCH * LENGTH)
+    own = self_influence(by, study.train, lambda records: (study.model.batch(records), None))
+    return scores / np.outer(query_norms(study.ekfac, asked, DAMPING).numpy(), own**0.5)
 
 
 def costs(real: Path, data: Path, length: int, sequences: int) -> None:

@@ -31,8 +31,8 @@ def test_a_build_stopped_after_its_pairs_doesnt_score_them_again(
     assert files_of(tmp_path / "index") == files_of(tmp_path / "whole")
     facts = index.manifest
     assert facts.plan.bits is None and facts.code["length"] == whole.manifest.code["length"]
-    # 46 sequences are all among the first 100, whatever the codes say; the maps have 1,024 numbers
-    assert facts.code["length"] == 1024 and facts.batch_tokens == SMALL["batch_tokens"]
+    # 46 sequences are all among the first 100, whatever the codes say; the maps have 5,440 numbers
+    assert facts.code["length"] == 5440 and facts.batch_tokens == SMALL["batch_tokens"]
 
 
 def test_the_anchors_are_what_a_search_finds(model_folder, data_file, tmp_path, options):
