@@ -46,7 +46,7 @@ from gradindex.influence.codes import Codes, CodeSettings
 from gradindex.influence.curvature import Curvature
 from gradindex.influence.exact import Rescorer, self_influence
 from gradindex.influence.gradients import backward
-from gradindex.influence.preconditioned import Gradients, query_norms
+from gradindex.influence.preconditioned import Gradients, query_square
 from gradindex.influence.vocabulary import OutputGradients, OverVocabulary
 from gradindex.model.load_errors import quiet_transformers
 from gradindex.model.model_source import ModelSource
@@ -200,7 +200,9 @@ def cosines(
     """Scores [q, n] in units of ‖q̃‖ ‖m̃‖."""
     by = Rescorer(study.model, modules, study.ekfac, DAMPING, BATCH * LENGTH)
     own = self_influence(by, study.train, lambda records: (study.model.batch(records), None))
-    return scores / np.outer(query_norms(study.ekfac, asked, DAMPING).numpy(), own**0.5)
+    theirs = sum(query_square(study.ekfac[name], c, DAMPING, 1.0).numpy()
+                 for name, c in asked.items())
+    return np.asarray(scores / np.sqrt(np.outer(theirs, own)))
 
 
 def costs(real: Path, data: Path, length: int, sequences: int) -> None:

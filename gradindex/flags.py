@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from gradindex.modules import LAST, split_name
+
 TOKENIZER = click.option("--tokenizer", metavar="PATH", help="Folder or hub id [the model's].")
 ADAPTER = click.option("--adapter", metavar="NAME",
                        help="Which adapter, of several that the model's folder holds [its own].")
@@ -19,8 +21,25 @@ TRUST = [
     click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model."),
     click.option("--allow-pickle", is_flag=True, help="Load weights that aren't safetensors."),
 ]
+
+
+def _models(
+    context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
+) -> str | dict[str, str] | None:
+    """The model, or where there are several a dictionary of them by name; None for none."""
+    if not values:
+        return None
+    named = dict[str, str]()
+    for name, model in map(split_name, values):
+        if (name or LAST) in named:
+            raise click.UsageError(f"--model is given twice for {name or LAST}.")
+        named[name or LAST] = model
+    return named[LAST] if named.keys() == {LAST} else named
+
+
 MODEL = [
-    click.option("--model", metavar="PATH", help="Where the model is now, if it was moved."),
+    click.option("--model", metavar="PATH|NAME=PATH", multiple=True, callback=_models,
+                 help="Where the model is now, if it was moved; NAME=PATH of one of several."),
     ADAPTER, TOKENIZER, DEVICE, DEVICE_MAP, *TRUST,
 ]
 MAX_MEMORY = click.option(

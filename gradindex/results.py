@@ -107,7 +107,8 @@ class Hit:
     Shares: `token_influence` [t], `layer_influence` [layers] and `token_layer_influence` [t,
     layers] each sum to `influence`. Token t's entry counts the gradient that enters at t, so it
     belongs to predicting what follows t (Grosse et al. 2023, eq. 31). Layers are those of
-    `Result.layers`. `kind_influence` sums influence by kind of module (mlp, attention, adapter).
+    `Result.layers`. `kind_influence` sums influence by kind of module (mlp, attention, adapter),
+    `member_influence` by model, each as it counts in the score: "last" and the other members.
 
     Comparison: `percentile` is the share of a random sample of the index that ranks no higher.
     `lexical` is the share of the query's tokens that the sequence holds too, 0 to 1, each token
@@ -172,6 +173,7 @@ class Hit:
     layer_influence: list[float] = field(default_factory=list)
     module_influence: dict[str, float] = field(default_factory=dict)
     kind_influence: dict[str, float] = field(default_factory=dict)
+    member_influence: dict[str, float] = field(default_factory=dict)
     token_layer_influence: list[list[float]] = field(default_factory=list)
 
     @property

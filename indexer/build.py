@@ -27,10 +27,11 @@ from gradindex.influence.curvature import Ekfac
 from gradindex.memory import return_freed
 from gradindex.model.config import vocabulary_size
 from gradindex.model.identity import check_identity, files_digest
+from gradindex.model.members import load_members, member_source
 from gradindex.model.model_source import ModelSource, anywhere
 from gradindex.model.network import LanguageModel
 from gradindex.model.tracked import parameter_share
-from gradindex.modules import Module
+from gradindex.modules import LAST, Module
 from gradindex.progress import Progress, size
 from gradindex.storage import background_file, code_index, layout, row_file
 from gradindex.storage.files import bytes_in, facts_of, make_folder, make_folders
@@ -43,7 +44,9 @@ from gradindex.storage.manifest import (
     CodeFacts,
     FitFacts,
     Manifest,
+    MemberFacts,
     ModelFacts,
+    expected_identity,
 )
 from gradindex.storage.manifest import commit as commit_manifest
 from gradindex.storage.manifest import exists as index_exists
@@ -141,7 +144,7 @@ def build(request: BuildRequest) -> ModelSource | None:
 def _load_again(request: BuildRequest, state: BuildState) -> LanguageModel:
     """The model, after it made way. Raises IndexMismatchError where it changed meanwhile."""
     request.progress.say(f"model: loading {request.source.name} again")
-    model = LanguageModel.load(request.source, request.dtype)
+    model = load_members(request.source, request.dtype)
     state.check_model(model)
     return model
 
@@ -339,6 +342,10 @@ def _manifest(fitted: FittedBuild, measured: MeasuredBuild, state: BuildState) -
             files=identity.files, tensors=identity.tensors, config=identity.config,
             tokenizer=plan.tokenizer, tokenizer_name=request.tokenizer_name,
         ),
+        also={member["name"]: MemberFacts(
+            name=anywhere(member["model"]), revision=member["revision"], files=own.files,
+            tensors=own.tensors, config=own.config)
+            for member in plan.also for own in [identity.also[member["name"]]]},
         dtype=plan.dtype, device=plan.device, threads=state.threads,
         kind=request.task, vocabulary=vocabulary_size(model.network.config),
         sequence_length=plan.sequence_length,
@@ -371,10 +378,14 @@ def _check_finished(index: Path, request: BuildRequest) -> None:
     """Raise IndexMismatchError if the weights changed; take over a new N_train."""
     (index / BUILD).unlink(missing_ok=True)  # killed right after the commit
     manifest = load_manifest(index)
-    digest = files_digest(request.source)
-    # equal files are proof enough; only else is the model loaded, and its tensors looked at
-    if digest is None or digest != manifest.model["files"]:
-        check_identity(LanguageModel.load(request.source, request.dtype), dict(manifest.model))
+    source, expected = request.source, expected_identity(manifest)
+    sources = {LAST: source} | {name: member_source(source, name) for name in source.also}
+    digests = {LAST: manifest.model["files"]} | {
+        name: one["files"] for name, one in manifest.also.items()}
+    # equal files are proof enough; only else are the models loaded, and their tensors looked at
+    if any(digests[name] is None or files_digest(one) != digests[name]
+           for name, one in sources.items()):
+        check_identity(load_members(source, request.dtype), expected)
     train_sequences = request.facts.train_sequences
     if train_sequences not in (None, manifest.train_sequences):
         manifest.train_sequences = train_sequences  # it only scales what is shown

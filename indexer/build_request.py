@@ -7,7 +7,7 @@ bytes of the index, and a resumed build compares it.
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -23,11 +23,12 @@ from gradindex.model.config import context_length
 from gradindex.model.devices import has_fast_float64
 from gradindex.model.identity import tokenizer_digest
 from gradindex.model.load_tokenizer import load_tokenizer
+from gradindex.model.members import check_members, member_source, named_members
 from gradindex.model.model_source import ModelSource, anywhere
 from gradindex.model.network import padding_token
 from gradindex.progress import Progress
 from gradindex.ray_cluster import WITH_RAY, check_address, load_ray
-from gradindex.storage.build_plan import MOST_BLOCKS, CorpusSettings, Plan
+from gradindex.storage.build_plan import MOST_BLOCKS, CorpusSettings, MemberSource, Plan
 from gradindex.storage.os_errors import refusals
 from gradindex.task import BETA, TASKS, Task
 from indexer import defaults
@@ -65,6 +66,7 @@ def make_request(
     data: Any,
     out: str | Path,
     *,
+    also: Mapping[str, Any] | Iterable[Any] = (),
     tokenizer: Any = None,
     chat_template: str | Path | None = None,
     adapter: str | None = None,
@@ -122,11 +124,12 @@ def make_request(
     # 1) where the model comes from; its configuration and its weights' names are read, no weights
     progress = progress or Progress()
     source = ModelSource(model, tokenizer, device, trust_remote_code, allow_pickle,
-                         parse_bound(max_memory), adapter, device_map)
+                         parse_bound(max_memory), adapter, device_map,
+                         also=named_members(also))
     chosen_task = Task(choose_task(source, task, as_list(data)), beta)
     source = replace(source, task=chosen_task)
     progress.say(f"task: {chosen_task.name}")
-    for line in check_checkpoint(source):
+    for line in (*check_checkpoint(source), *check_members(source)):
         progress.say(line)
     config = source.load_config()
 
@@ -157,7 +160,7 @@ def make_request(
         raise InputError("--chat-template is for chats; with --task classification a row is "
                          f"{TASKS['classification']}. Leave it out.")
     if ray is not None:
-        _check_ray(ray, model, shard)
+        _check_ray(ray, [model, *source.also.values()], shard)
         if device_map is not None:
             raise InputError(WITH_RAY)
     index = Path(out)
@@ -201,6 +204,8 @@ def make_request(
         dtype=dtype_name, device=chosen_device.type,
         batch_tokens=batch_tokens, segment_size=segment_size, seed=seed,
         tokenizer=tokenizer_digest(corpus.tokenizer), beta=beta,
+        also=tuple(MemberSource(name=name, model=one.name, revision=one.revision)
+                   for name in source.also for one in [member_source(source, name)]),
     )
     if wrong := plan.out_of_bounds():  # else hours of work would end in front of the manifest
         raise InputError(f"this can't be built: {wrong}.")
@@ -335,9 +340,9 @@ def _check_columns(columns: Iterable[str]) -> None:
         raise InputError(f"columns={columns!r}: expected a list of names, one a column, each once.")
 
 
-def _check_ray(address: str, model: Any, shard: str | None) -> None:
+def _check_ray(address: str, models: list[Any], shard: str | None) -> None:
     """Raise InputError for a model that workers can't load, or a cluster that isn't there."""
-    if not isinstance(model, (str, Path)):
+    if not all(isinstance(model, (str, Path)) for model in models):
         raise InputError("ray= hands the work to other processes, which load the model themselves; "
                          "expected its folder or hub id, got an object. Save it "
                          "(save_pretrained) and give the folder.")

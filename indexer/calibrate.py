@@ -233,5 +233,6 @@ def prepare_query(
     coordinates, _ = query_coordinates(model, codes.modules, ekfac, model.batch(
         [model.objective.as_query(record)]), codes.settings.damping)
     vectors, squares, preconditioned = codes.empty(1), codes.empty(1)[:, 0], Preconditioned({})
-    prepare(codes, ekfac, coordinates, codes.settings.damping, vectors, squares, preconditioned)
+    prepare(codes, ekfac, codes.modules, coordinates, codes.settings.damping, vectors, squares,
+            preconditioned)
     return vectors[0].float().cpu().numpy(), preconditioned

@@ -98,6 +98,9 @@ _MAX_BAD = click.option(
                    "(auto). On a CPU always float64.")
 @click.option("--damping", type=float, default=defaults.DAMPING, show_default=True,
               help="λ as a factor of each module's mean eigenvalue.")
+@click.option("--also", multiple=True, metavar="[NAME=]MODEL",
+              help="Another checkpoint of the model, or one trained like it (a folder, hub id or "
+                   "id@revision): the score is the mean over all of them. Repeat for more.")
 @click.option("--bits", type=int,
               help="Bits a code, K [by the spread of exact scores, once the curvature is fitted].")
 @click.option("--dtype", default=defaults.AUTO, show_default=True,

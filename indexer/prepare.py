@@ -16,6 +16,7 @@ from gradindex.influence.gradients import backward
 from gradindex.memory import Allowance
 from gradindex.model.adapters import IDLE, OWN, untrained
 from gradindex.model.devices import free_on
+from gradindex.model.members import load_members, tracked_of_all
 from gradindex.model.model_source import ModelSource
 from gradindex.model.network import LanguageModel
 from gradindex.model.tracked import (
@@ -23,10 +24,9 @@ from gradindex.model.tracked import (
     TRACKABLE,
     examine,
     parameter_share,
-    tracked_modules,
     untracked,
 )
-from gradindex.modules import Module
+from gradindex.modules import LAST, Module
 from gradindex.objective.batch import Text
 from gradindex.progress import Progress, shares, size
 from gradindex.storage import layout
@@ -70,9 +70,9 @@ def load_model(
     # those of the build's beginning, also where it goes on elsewhere: others sum in another order
     torch.set_num_threads(state.threads)
     progress.say(f"model: loading {source.name} as {plan.dtype} on {plan.device}")
-    model = LanguageModel.load(source, dtype)
+    model = load_members(source, dtype)
     anatomy = examine(model.network, model.source.task)
-    tracked = tracked_modules(model.network, plan.modules, anatomy)
+    tracked = tracked_of_all(model, plan.modules, anatomy)
     check_bits(plan.bits, tracked)
     if model.device.type == "cuda":
         _check_gpu(model, tracked, plan)
@@ -203,12 +203,15 @@ def describe_modules(
 ) -> str:
     """Which modules are tracked, their share of the model, and what isn't tracked."""
     kinds: dict[str, int] = {}
-    for module in tracked:
+    own = [module for module in tracked if module.member == LAST]
+    for module in own:
         # the module's own name without its layer; experts count as one kind
         kind = re.sub(r"_\d+$", "_*", module.name.split(f".{module.layer}.", 1)[-1])
         kinds[kind] = kinds.get(kind, 0) + 1
     rest = shares({f"{what} (not chosen)" if what in TRACKABLE else what: share
                    for what, share in untracked_shares.items()})
-    return (f"{len(tracked):,} linear maps tracked, {', '.join(kinds)}: "
-            f"{parameter_share(model.network, tracked):.1%} of the model's parameters"
+    members = f", in each of {1 + len(model.others)} models ({', '.join([LAST, *model.others])})"
+    return (f"{len(own):,} linear maps tracked{members if model.others else ''}, "
+            f"{', '.join(kinds)}: "
+            f"{parameter_share(model.network, own):.1%} of the model's parameters"
             + (f"; not tracked: {rest}" if rest else ""))

@@ -55,7 +55,7 @@ def choose_reference(
 
 def _named(asked: Any, policy: ModelSource, progress: Progress) -> Reference:
     with _about_reference():
-        source = replace(policy, model=asked, tokenizer=None, adapter_name=None)
+        source = replace(policy, model=asked, tokenizer=None, adapter_name=None, also={})
         for line in check_checkpoint(source):
             progress.say(f"reference: {line}")
     name = source.name if source.is_object else anywhere(source.name)
@@ -175,7 +175,7 @@ def reference_at_build(
     there = facts["name"] if revision is None else f"{facts['name']}@{revision}"
     try:
         source = replace(policy, model=there if asked is None else asked, tokenizer=None,
-                         adapter_name=None)
+                         adapter_name=None, also={})
         check_checkpoint(source)
         files, tensors = _digests(source, dtype, of_tensors=facts["files"] is None)
     except InputError as error:

@@ -5,7 +5,7 @@ JSON are those of its first version, so that what an earlier gradindex began goe
 """
 
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypeVar
 
@@ -52,6 +52,12 @@ class ModelIdentity:
     files: str | None
     tensors: str
     config: dict[str, Any]
+    also: dict[str, "ModelIdentity"] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: LanguageModel) -> "ModelIdentity":
+        """The identity of a model that is loaded."""
+        return _IDENTITY.validate_python(identify(model))
 
 
 @dataclass
@@ -206,7 +212,7 @@ class BuildState:
         """Remember the weights' digest, or raise IndexMismatchError if they changed."""
         # the first process to get here; before the data are read, the model may yet be another
         if self.model is None or self.corpus is None:
-            self.model = ModelIdentity(**identify(model))
+            self.model = ModelIdentity.of(model)
             self.save()
         else:
             check_identity(model, asdict(self.model))
@@ -306,6 +312,7 @@ class _StoredAppend(TypedDict):
     corpus: CorpusFacts | None
 
 
+_IDENTITY: pydantic.TypeAdapter[ModelIdentity] = pydantic.TypeAdapter(ModelIdentity)
 _BUILD: pydantic.TypeAdapter[_StoredBuild] = pydantic.TypeAdapter(_StoredBuild)
 _APPEND: pydantic.TypeAdapter[_StoredAppend] = pydantic.TypeAdapter(_StoredAppend)
 _Stored = TypeVar("_Stored", _StoredBuild, _StoredAppend)

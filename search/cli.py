@@ -39,8 +39,8 @@ LOADING = "loading the model and the index, then the query's gradient"
 @options(INDEX_FLAGS)
 @options(RAY_FLAGS)
 @options(QUESTION_FLAGS)
-@options(control_flags("normalize", "damping", "modules", "k", "shortlist", "recall", "rescore",
-                       "opponents", "candidates", "group_by", "time_limit"))
+@options(control_flags("normalize", "damping", "modules", "members", "k", "shortlist", "recall",
+                       "rescore", "opponents", "candidates", "group_by", "time_limit"))
 @click.option("--queries", type=INPUT_FILE, metavar="FILE",
               help="JSON lines or a table (.csv, .tsv, .parquet) with prompt, completion, id; of "
                    "another task rows of its data (text, label; prompt, chosen, rejected, or "
@@ -212,7 +212,7 @@ class _Follower:
 @click.command()
 @options(INDEX_FLAGS)
 @options(QUESTION_FLAGS)
-@options(control_flags("normalize", "damping", "modules"))
+@options(control_flags("normalize", "damping", "modules", "members"))
 @click.option("--ids", "id_source", required=True, metavar="FILE|-",
               help="Ids to score: a line each, as a number or as JSON with an id.")
 @click.option("--sort", "ranked", is_flag=True,

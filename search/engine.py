@@ -23,7 +23,7 @@ from search.ask.keywords import QuestionOptions, SearchArguments, split, with_ke
 from search.ask.make_query import aggregate, make_query
 from search.ask.naming import in_python
 from search.ask.question import Question
-from search.ask.settings import Settings, settle
+from search.ask.settings import Settings, settle, without
 from search.rank.named import place_of, rescore_named
 from search.rank.query_gradient import form_gradients
 from search.rank.query_track import Track
@@ -184,7 +184,7 @@ class Searcher:
     def audit(
         self, against: "str | Path | Iterable[Query | Mapping[str, Any]] | None" = None,
         truth: str | None = None, exact: int | None = MOST_EXACT, damping: float | None = None,
-        modules: str | None = None, truth_as: str | None = None,
+        modules: str | None = None, truth_as: str | None = None, members: str | None = None,
     ) -> "Audit":
         """Every sequence with what marks it as corrupted, most suspect first.
 
@@ -199,7 +199,8 @@ class Searcher:
         from search.study.audit import audit
         from search.study.trusted import trusted_queries
 
-        settings = settle(Controls(damping=damping, modules=modules), self.manifest)
+        settings = settle(Controls(damping=damping, modules=modules, members=members),
+                          self.manifest)
         trusted = None if against is None else trusted_queries(self.snapshot, against)
         return audit(self.snapshot, settings, self.batch_tokens, trusted, exact, truth=truth,
                      truth_as=truth_as)
@@ -235,6 +236,7 @@ class Searcher:
 
         # 0) what is read once, at the first search
         self.snapshot.load()
+        settings = without(settings, self.snapshot.absent)
         if settings.group_by is not None:
             self.snapshot.grouping(settings.group_by)
         clock.lap("load")

@@ -13,6 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import gradindex
 from gradindex.demo.small_model import train_tokenizer
@@ -24,7 +25,7 @@ from indexer import background_queries, calibrate
 from search.engine import Searcher
 from support.documents import FRUIT, PLACES, small_documents
 from support.indexes import APPLES, SMALL
-from support.models import SIZES, VOCABULARY, random_network
+from support.models import SIZES, VOCABULARY, other_model, random_network
 from support.needed import missing
 from support.shapes import install
 
@@ -86,6 +87,15 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = train_tokenizer([document["text"] for document in small_documents()], 400)
     tokenizer.save_pretrained(folder)
     random_network("gpt_neox", torch.float32, vocab_size=len(tokenizer)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def other_folder(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another model of the same shape."""
+    folder = tmp_path_factory.mktemp("other") / "base"
+    network = AutoModelForCausalLM.from_pretrained(model_folder)
+    other_model(network).save_pretrained(folder)
     return folder
 
 

@@ -57,6 +57,15 @@ def test_shards_and_merge_give_the_bytes_of_one_process(
     assert files_of(out) == files_of(index_folder)
 
 
+def test_shards_of_several_models(model_folder, other_folder, data_file, tmp_path):
+    also = {"also": {"base": str(other_folder)}}
+    gradindex.build(str(model_folder), data_file, tmp_path / "whole", **SMALL, **also)
+    share(model_folder, data_file, tmp_path / "index", 2, **also)
+    index = gradindex.merge(tmp_path / "index")
+    assert files_of(tmp_path / "index") == files_of(tmp_path / "whole")
+    assert index.manifest.also.keys() == {"base"}
+
+
 def test_one_process_finishes_what_shards_began(model_folder, data_file, index_folder, tmp_path):
     """Shard 0 of 2 alone comes as far as the first sum; the blocks of both are used."""
     out = tmp_path / "index"

@@ -93,7 +93,7 @@ class Terms:
 
 
 class GradientSizes:
-    """Adds up three sizes of each sequence's gradient ∇m.
+    """Adds up three sizes of each sequence's gradient ∇m; of several models, their weighted sums.
 
     `self_influence` is ∇mᵀ (G+λ)⁻¹ ∇m, which is ‖m̃‖² for m̃ = (G+λ)^−½ ∇m. `squared_step` is
     ‖(G+λ)⁻¹ ∇m‖², the squared change of parameters that adding m causes: I over its square root is
@@ -122,10 +122,11 @@ class GradientSizes:
         # Here gradients are formed after all, [n, o, i]: some at a time, and changed in place.
         for rows, outputs in pieces(module, len(a)):
             part = rotate(rows, outputs).square_()
-            squared_norm[rows] += part.sum((1, 2))  # which no rotation changes
+            weight = module.weight
+            squared_norm[rows] += weight * part.sum((1, 2))  # which no rotation changes
             damped = c.damped(self._damping, outputs)
-            self_influence[rows] += part.div_(damped).sum((1, 2))
-            squared_step[rows] += part.div_(damped).sum((1, 2))
+            self_influence[rows] += weight * part.div_(damped).sum((1, 2))
+            squared_step[rows] += weight * part.div_(damped).sum((1, 2))
 
     @property
     def sums(self) -> list[Tensor]:

@@ -15,19 +15,21 @@ from gradindex.model.config import vocabulary_size
 from gradindex.model.devices import DEVICE
 from gradindex.model.identity import check_identity, tokenizer_digest
 from gradindex.model.load_tokenizer import load_tokenizer
+from gradindex.model.members import load_member
 from gradindex.model.model_source import ModelSource
 from gradindex.model.network import LanguageModel
 from gradindex.objective.objective import Objective, objective_of
 from gradindex.storage.integrity import CheckedFiles
 from gradindex.storage.layout import curvature_file
-from gradindex.storage.manifest import Manifest
+from gradindex.storage.manifest import Manifest, expected_identity
 
 
 class FittedModel:
     """The model of an index with its curvature and codes, each loaded and checked at first use.
 
     `source` says where the model is now, if not where it was at the build, on what device it is to
-    run, and how much memory may be used (`allowance`).
+    run, and how much memory may be used (`allowance`). `absent` says of other members that can't be
+    loaded why: the others answer.
     """
 
     def __init__(self, manifest: Manifest, files: CheckedFiles, source: ModelSource):
@@ -36,8 +38,10 @@ class FittedModel:
         self._model_named = source.model is not None
         self._source = source.at_build(
             manifest.model["name"], manifest.model["revision"], manifest.model["tokenizer_name"],
-            manifest.plan.adapter, manifest.task)
+            manifest.plan.adapter, manifest.task,
+            {name: (facts["name"], facts["revision"]) for name, facts in manifest.also.items()})
         self._model: LanguageModel | None = None
+        self.absent: dict[str, str] = {}
         self._tokenizer: Any | None = None
         self._tokenizer_read = False
         self._config: Any = None
@@ -66,7 +70,9 @@ class FittedModel:
                     f"Load it with dtype={manifest.dtype}, or build a new index with --dtype "
                     f"{dtype}."
                 )
-            check_identity(model, dict(manifest.model))
+            for name, other in self._others(model).items():
+                model.others[name] = other
+            check_identity(model, expected_identity(manifest))
             vocabulary = vocabulary_size(model.network.config)
             if vocabulary != manifest.vocabulary:
                 raise IndexMismatchError(
@@ -75,6 +81,20 @@ class FittedModel:
                 )
             self._model = model
         return self._model
+
+    def _others(self, model: LanguageModel) -> dict[str, LanguageModel]:
+        """The other members; why one can't be loaded is noted in `absent`."""
+        others = {}
+        for name, given in self._source.also.items():
+            dtype = str(model.dtype).removeprefix("torch.")
+            try:
+                if self.manifest.also[name]["files"] is None and isinstance(given, str):
+                    raise InputError(f"--also {name}: it was a model object; pass it again "
+                                     f"(gradindex.open(index, model={{\"{name}\": …}})).")
+                others[name] = load_member(model, name, dtype)
+            except InputError as error:
+                self.absent[name] = str(error)
+        return others
 
     @property
     def tokenizer(self) -> Any | None:

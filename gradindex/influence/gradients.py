@@ -26,7 +26,7 @@ from gradindex.model.fused_experts import ExpertMap, pack
 from gradindex.model.linear_maps import lookup_gradient
 from gradindex.model.network import LanguageModel
 from gradindex.model.probe import is_in_order
-from gradindex.modules import Module
+from gradindex.modules import LAST, Module, by_member
 from gradindex.objective.batch import Batch
 
 Each = Callable[[Module, Tensor, OutputGradients], None]
@@ -39,16 +39,17 @@ def backward(
     """Run a batch and call `each(module, a [b, t, i], d [b, t, o])` for every tracked module.
 
     a are the module's inputs, without the bias's 1; d is the gradient of Σ log p of each sequence's
-    targets with respect to its outputs. Modules arrive from the last to the first. A map that runs
-    several times has the inputs of its runs one behind the other, an expert only those that were
-    routed to it, padded with zeros: [b, m, i], see `Batch.positions`. Where an embedding has a part
-    in the weight of a vocabulary, d is that of `vocabulary.py`, and behind a are the gradients of
-    what was looked up. With `numbers`, in [0, 1),
-    gradients are the curvature's: of labels that these draw from the model in the places of the
-    targets, [b, t] or [b]; or where the outcome has two values of the exact second moment, for
-    which nothing is drawn and [0] will do (`objective/`). Returns log p in nats, of drawn labels
-    or, where none are, of the rows' own: of each position [b, t], or of each row [b, 1].
-    Where its output has no part in the logits, d is zero; runs under `torch.no_grad` don't count.
+    targets with respect to its outputs. The modules of a member arrive from its last to its first,
+    one member after the other. A map that runs several times has the inputs of its runs one behind
+    the other, an expert only those that were routed to it, padded with zeros: [b, m, i], see
+    `Batch.positions`. Where an embedding has a part in the weight of a vocabulary, d is that of
+    `vocabulary.py`, and behind a are the gradients of what was looked up.
+    With `numbers`, in [0, 1), gradients are the curvature's: of labels that these draw from the
+    model in the places of the targets, [b, t] or [b]; or where the outcome has two values of the
+    exact second moment, for which nothing is drawn and [0] will do (`objective/`). Returns log p in
+    nats, that of the member "last", of drawn labels or, where none are, of the rows' own: of each
+    position [b, t], or of each row [b, 1]. Where its output has no part in the logits, d is zero;
+    runs under `torch.no_grad` don't count.
     Raises BatchTooLargeError where memory runs out, and InputError for a module that runs on
     anything but [b, t, i] or [b·t, i] (axes of size 1 beside), that returns anything but a tensor,
     or that doesn't run at all and is no fused expert. Threads take turns.
@@ -62,7 +63,12 @@ def backward(
             each(module, a, d)
 
     with model.one_at_a_time, out_of_memory(*batch.tokens.shape):
-        return _backward(model, modules, batch, multiply, numbers)
+        passes = by_member(modules)
+        if LAST not in passes:  # whose log p it is
+            passes[LAST] = []
+        log_p = {member: _backward(model.member(member), own, batch, multiply, numbers)
+                 for member, own in passes.items()}
+        return log_p[LAST]
 
 
 @dataclass
@@ -133,7 +139,7 @@ def _backward(
 
     try:
         for module in modules:
-            for submodule in model.sharing(module.name):
+            for submodule in model.sharing(module.path):
                 handles.append(submodule.register_forward_hook(keep(module)))
         with torch.enable_grad():
             outputs = model.objective.outputs(model.network, batch)
@@ -175,7 +181,7 @@ def _backward(
 def _check_all_ran(model: LanguageModel, modules: Sequence[Module], ran: set[str]) -> None:
     """Raise InputError for a map that didn't run, unless it is an expert with nothing to do."""
     for module in modules:
-        if module.name not in ran and not isinstance(model.sharing(module.name)[0], ExpertMap):
+        if module.name not in ran and not isinstance(model.sharing(module.path)[0], ExpertMap):
             raise InputError(
                 f"the model didn't call module {module.name} in a pass, so no gradient of it is "
                 "known: its weight may be used without calling it. Leave it out with --modules "

@@ -5,6 +5,7 @@ The influence of a sequence is its inner product with the sequence's gradient (`
 queries, P_u may be kept as two factors of low rank, which bounds its memory (§3.2.2 there).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,15 +34,15 @@ def query_coordinates(
 ) -> tuple[Gradients, Tensor]:
     """The coordinates C_u [q, o, i] of a batch's queries by module name, and log p [q, t] in nats.
 
-    C_u = (Q_Sᵀ G_u Q_A) / (Λ+λ) is the preconditioned gradient in the eigenbasis; `damping` is λ in
-    units of mean(Λ).
+    C_u = w_u (Q_Sᵀ G_u Q_A) / (Λ+λ) is the preconditioned gradient in the eigenbasis times what its
+    model counts in the score; `damping` is λ in units of mean(Λ).
     """
     coordinates: Gradients = {}
 
     def each(module: Module, a: Tensor, d: OutputGradients) -> None:
         c = ekfac[module.name]
         g = rotated(module, a, d, c.eigenvectors_a, c.eigenvectors_s)
-        coordinates[module.name] = c.divided(g, damping)
+        coordinates[module.name] = weigh(module, c.divided(g, damping))
 
     log_p = backward(model, modules, batch, each)
     # Modules arrived from the last to the first; all later sums go in the order of the model.
@@ -60,39 +61,42 @@ def precondition(ekfac: Ekfac, coordinates: Gradients) -> Gradients:
     return {name: ekfac[name].leave_eigenbasis(c) for name, c in coordinates.items()}
 
 
-def query_norms(ekfac: Ekfac, coordinates: Gradients, damping: float) -> Tensor:
-    """‖q̃‖ [q], q̃ = (G+λ)^−½ ∇q: the square root of each query's influence on itself.
+def weigh(module: Module, gradients: Tensor) -> Tensor:
+    """Gradients of a module times what its model counts in the score, in place."""
+    return gradients if module.weight == 1 else gradients.mul_(module.weight)
 
-    >>> from gradindex.influence.curvature import Curvature
-    >>> ekfac = {"m": Curvature(torch.eye(2), torch.eye(1), torch.tensor([[1.0, 3.0]]))}
-    >>> query_norms(ekfac, {"m": torch.tensor([[[2.0, 2.0]]])}, damping=0.0)  # √(4·1 + 4·3)
-    tensor([4.])
+
+def query_square(curvature: Curvature, c: Tensor, damping: float, weight: float) -> Tensor:
+    """A module's part of ‖q̃‖² [q], q̃ = (G+λ)^−½ ∇q: of each query's influence on itself.
+
+    c [q, o, i] are the queries' coordinates.
+
+    >>> curvature = Curvature(torch.eye(2), torch.eye(1), torch.tensor([[1.0, 3.0]]))
+    >>> query_square(curvature, torch.tensor([[[2.0, 2.0]]]), 0.0, 1.0)  # 4·1 + 4·3
+    tensor([16.])
     """
-    # C already holds one factor 1/(Λ+λ); its square times Λ+λ leaves the one that is wanted.
-    there = next(iter(coordinates.values())).device  # of several, where the first is
-    total = sum((c.square() * ekfac[name].damped(damping)).sum((1, 2)).to(there)
-                for name, c in coordinates.items())
-    assert isinstance(total, Tensor)
-    return total.sqrt()
+    # C already holds one factor 1/(Λ+λ); its square times Λ+λ leaves the one that is wanted. So it
+    # is with the weight of its model, which is there once and would be squared.
+    return (c.square() * curvature.damped(damping)).sum((1, 2)) / weight
 
 
 def prepare(
-    codes: Codes, ekfac: Ekfac, coordinates: Gradients, damping: float, vectors: Tensor,
-    squares: Tensor, preconditioned: "Preconditioned | None",
+    codes: Codes, ekfac: Ekfac, modules: Sequence[Module], coordinates: Gradients, damping: float,
+    vectors: Tensor, squares: Tensor, preconditioned: "Preconditioned | None",
 ) -> None:
-    """Make queries ready for scan and rescoring, from their coordinates C_u [q, o, i].
+    """Make queries ready for scan and rescoring, from their coordinates C_u [q, o, i] of `modules`.
 
     Adds their parts to the vectors v_q [q, K], to the squared norms ‖q̃‖² [q] and to the
     preconditioned gradients, which take three quarters of the time: with None there are none.
     `coordinates` is empty afterwards.
     """
-    for name in list(coordinates):
+    for module in modules:
         # Taken out, so that memory holds no more than one module twice: as C_u and as P_u.
-        single = {name: coordinates.pop(name)}
-        codes.add_query(vectors, name, single[name])
-        squares += query_norms(ekfac, single, damping).square().to(squares.device)
+        name, c = module.name, coordinates.pop(module.name)
+        codes.add_query(vectors, name, c)
+        squares += query_square(ekfac[name], c, damping, module.weight).to(squares.device)
         if preconditioned is not None:
-            preconditioned.add(precondition(ekfac, single))
+            preconditioned.add(precondition(ekfac, {name: c}))
 
 
 def query_vectors(
@@ -119,9 +123,8 @@ def add_query_vectors(
     """Add one module's part to the vectors v_q [q, K] of a batch's queries, from a and d."""
     rotate = rotator(module, a, d, curvature.eigenvectors_a, curvature.eigenvectors_s)
     for rows, outputs in pieces(module, len(a)):
-        codes.add_query(vectors[rows], module.name,
-                        curvature.divided(rotate(rows, outputs), codes.settings.damping, outputs),
-                        outputs)
+        c = curvature.divided(rotate(rows, outputs), codes.settings.damping, outputs)
+        codes.add_query(vectors[rows], module.name, weigh(module, c), outputs)
 
 
 @dataclass(frozen=True)

@@ -30,10 +30,11 @@ def identify(model: LanguageModel) -> dict[str, Any]:
     """What an index knows a model by.
 
     `files` and `tensors` are digests of its weight files and of its tensors, `config` is what its
-    configuration says (`config_facts`).
+    configuration says (`config_facts`); `also` the same of its other members, by name.
     """
     return {"files": files_digest(model.source), "tensors": tensors_digest(model.network),
-            "config": config_facts(model.network.config)}
+            "config": config_facts(model.network.config),
+            "also": {name: identify(other) for name, other in model.others.items()}}
 
 
 # Of a configuration, what says where it came from or how fast it runs, not what it computes.
@@ -59,13 +60,20 @@ def _different(before: Any, now: Any, name: str) -> str | None:
     return None if before == now else f"{name} is {now!r}, was {before!r}"
 
 
-def check_identity(model: LanguageModel, expected: dict[str, Any]) -> None:
-    """Raise IndexMismatchError unless a model is the one with the identity `expected`."""
+def check_identity(
+    model: LanguageModel, expected: dict[str, Any], flag: str = "--model"
+) -> None:
+    """Raise IndexMismatchError unless a model is the one with the identity `expected`.
+
+    So of its other members, those that are there. `flag` is by what the right one is named.
+    """
+    for name, other in model.others.items():
+        check_identity(other, expected["also"][name], f"--model {name}=…")
     # The configuration first: equal weights with another activation or scale are another model.
     if changed := _different(expected["config"], config_facts(model.network.config), ""):
         raise IndexMismatchError(
             f"the model {model.source.name} is not as it was when the index was built: in its "
-            f"configuration {changed}. Pass --model with the right folder or id@revision, or build "
+            f"configuration {changed}. Pass {flag} with the right folder or id@revision, or build "
             "a new index for this model."
         )
     # Equal files are enough, and their digest is cached. Others may hold the same tensors, saved
@@ -78,7 +86,7 @@ def check_identity(model: LanguageModel, expected: dict[str, Any]) -> None:
         return
     raise IndexMismatchError(
         f"the model {model.source.name} is not the one the index was built with: its weights have "
-        f"digest {tensors[:12]}, the index expects {str(expected['tensors'])[:12]}. Pass --model "
+        f"digest {tensors[:12]}, the index expects {str(expected['tensors'])[:12]}. Pass {flag} "
         "with the right folder or id@revision, or build a new index for this model."
     )
 

@@ -5,7 +5,8 @@ adapter's, which names its base.
 """
 
 import importlib.util
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from gradindex.model.devices import DTYPES, check_dtype, device_called, dtype_ca
 from gradindex.model.load_errors import readable_errors
 from gradindex.model.quantised import quantised_dtype
 from gradindex.model.saved_files import SAFE, WEIGHTS, check_folder, check_path, weight_files
+from gradindex.modules import LAST
 from gradindex.task import CAUSAL, Task
 
 
@@ -49,7 +51,8 @@ class ModelSource:
     `adapter_name` is which of several adapters is meant: of a folder's or hub id's, or of a
     PeftModel's [the one in the folder itself, or those that run]. `task` is what it was trained
     for, which decides as what it is loaded. Of an adapter's base, `head` is the one that comes with
-    the adapter.
+    the adapter. `also` are the other members, by name, each as `model` is given
+    (`members.py`); `model` itself may be given with them, as a mapping in which it is "last".
     """
 
     model: Any = None
@@ -62,11 +65,15 @@ class ModelSource:
     device_map: str | None = None
     task: Task = CAUSAL
     head: BroughtHead | None = None
+    also: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raises InputError for an object that is no model of transformers or peft, and a device
         map that can't be.
         """
+        if isinstance(self.model, Mapping):
+            self.also = {**self.also, **self.model}
+            self.model = self.also.pop(LAST, None)
         if self.device_map is not None:
             self._check_device_map()
         model = getattr(self.model, "_orig_mod", self.model)  # of torch.compile
@@ -97,20 +104,25 @@ class ModelSource:
 
     def at_build(
         self, name: str, revision: str | None, tokenizer: str | None, adapter: str | None,
-        task: Task,
+        task: Task, also: Mapping[str, tuple[str, str | None]],
     ) -> "ModelSource":
-        """This source for an index's task, with the model and adapter of its build where it names
-        none.
+        """This source for an index's task, with the models and the adapter of its build where it
+        names none.
+
+        `also` are the names and revisions of the other members. Raises InputError for a member that
+        the build didn't have.
         """
-        if task != self.task:
-            return replace(self, task=task).at_build(name, revision, tokenizer, adapter, task)
-        if adapter is not None and self.adapter_name is None:
-            return replace(self, adapter_name=adapter).at_build(
-                name, revision, tokenizer, None, task)
-        if self.model is not None:
-            return self
-        return replace(self, model=name if revision is None else f"{name}@{revision}",
-                       tokenizer=tokenizer if self.tokenizer is None else self.tokenizer)
+        if strange := sorted(self.also.keys() - also.keys()):
+            raise InputError(f"--model {strange[0]}=…: the index has no such model; it has "
+                             f"{', '.join([LAST, *also])}.")
+        source = replace(
+            self, task=task, adapter_name=self.adapter_name or adapter,
+            also={member: self.also.get(member, _with_revision(*there))
+                  for member, there in also.items()})
+        if source.model is None:
+            source.model = _with_revision(name, revision)
+            source.tokenizer = tokenizer if self.tokenizer is None else self.tokenizer
+        return source
 
     @property
     def name(self) -> str:
@@ -159,7 +171,7 @@ class ModelSource:
     def base(self) -> "ModelSource":
         """The model under the adapter. Raises InputError where that is an adapter itself."""
         assert self.adapter is not None
-        base = replace(self, model=self.adapter.base, tokenizer=None, adapter_name=None,
+        base = replace(self, model=self.adapter.base, tokenizer=None, adapter_name=None, also={},
                        head=None if self.task.is_causal else self.adapter.head)
         if base.adapter is not None:
             raise InputError(
@@ -228,6 +240,10 @@ class ModelSource:
                 self.name, "config.json", revision=self.revision
             )
         return Path(str(config)).parent
+
+
+def _with_revision(name: str, revision: str | None) -> str:
+    return name if revision is None else f"{name}@{revision}"
 
 
 def anywhere(name: str) -> str:

@@ -5,14 +5,14 @@ gradient: `influence/gradients.py` differentiates with respect to the outputs of
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Self
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from gradindex.errors import InputError, ResourceError
@@ -29,7 +29,7 @@ from gradindex.model.model_source import ModelSource, auto_class
 from gradindex.model.own_copy import own_copy
 from gradindex.model.quantised import as_dequantised
 from gradindex.model.soft_cap import soft_cap
-from gradindex.modules import Module
+from gradindex.modules import LAST, Module
 from gradindex.objective.batch import Batch, Row
 from gradindex.objective.objective import Objective, objective_of
 
@@ -40,13 +40,15 @@ EXPERTS = "gradindex"  # what our way of running fused experts is called in tran
 class LanguageModel:
     """A loaded model, its tokenizer (or None), and where both came from.
 
-    Making one changes the network: fused experts get submodules, and are run one by one.
+    `others` are the members that run beside it, by name (`members.py`). Making one changes the
+    network: fused experts get submodules, and are run one by one.
     """
 
     network: Any
     tokenizer: Any | None
     source: ModelSource
     objective: Objective = field(init=False)
+    others: dict[str, "LanguageModel"] = field(default_factory=dict)
 
     # Hooks sit on the network itself, which two of these may share: a second thread's pass would
     # be heard by the first one's.
@@ -125,7 +127,8 @@ class LanguageModel:
 
     def device_of(self, module: Module) -> torch.device:
         """Where a tracked map is: a model may be spread over several devices."""
-        submodule = self.sharing(module.name)[0]
+        # of a member that isn't there, where it would be
+        submodule = self.others.get(module.member, self).sharing(module.path)[0]
         weight = submodule.parameters_of_all[0] if isinstance(
             submodule, fused_experts.ExpertMap) else next(submodule.parameters(), None)
         return self.device if weight is None else weight.device
@@ -138,9 +141,24 @@ class LanguageModel:
     @property
     def bytes(self) -> int:
         """Bytes of the weights and buffers in memory; shared ones count once."""
-        by_address = {tensor.data_ptr(): tensor.nbytes
-                      for tensor in (*self.network.parameters(), *self.network.buffers())}
+        by_address = {tensor.data_ptr(): tensor.nbytes for tensor in self.tensors()}
         return sum(by_address.values())
+
+    def tensors(self) -> Iterator[Tensor]:
+        """The weights and buffers, those of the other members among them."""
+        for one in (self, *self.others.values()):
+            yield from one.network.parameters()
+            yield from one.network.buffers()
+
+    def member(self, name: str) -> "LanguageModel":
+        """A member, which the model itself is. Raises InputError for one that isn't there."""
+        if name == LAST:
+            return self
+        if name not in self.others:
+            raise InputError(
+                f"the model {name} of this index isn't there. Say where it is with --model "
+                f"{name}=PATH, or leave it out of a search with --members {LAST}.")
+        return self.others[name]
 
     @property
     def accumulate(self) -> torch.dtype:

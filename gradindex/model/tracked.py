@@ -28,7 +28,7 @@ from gradindex.model.linear_maps import (
     stored,
 )
 from gradindex.model.probe import Probe, check_logits, probe
-from gradindex.modules import EMBEDDED, Module, choose_modules
+from gradindex.modules import EMBEDDED, LAST, Module, choose_modules
 from gradindex.task import CAUSAL, Task
 
 # what a choice of modules can add
@@ -238,7 +238,7 @@ def _is_attention(name: str) -> bool:
 
 def parameter_share(network: nn.Module, modules: list[Module]) -> float:
     """Tracked weights and biases as a share, 0 to 1, of all parameters of the model."""
-    tracked = sum(module.size for module in modules)
+    tracked = sum(module.size for module in modules if module.member == LAST)
     return tracked / sum(_parameter_counts(network).values())
 
 
@@ -257,6 +257,8 @@ def _shares(network: Any, modules: list[Module], anatomy: Anatomy) -> dict[str, 
     counts, sharing = _parameter_counts(network), maps_by_weight(network)
     tracked: dict[nn.Module, int] = {}
     for module in modules:
+        if module.member != LAST:
+            continue
         # a shared weight counts where it comes first, be it in another block
         holders = [holder(one) for one in sharing[identity_of(network.get_submodule(module.name))]]
         first = next((one for one in holders if one in counts), holders[0])

@@ -44,6 +44,14 @@ class ReferenceFacts(TypedDict):
     tensors: str | None
 
 
+class MemberSource(TypedDict):
+    """Another model that shares the score, by the name of the member."""
+
+    name: str
+    model: str
+    revision: str | None
+
+
 @dataclass(frozen=True)
 class CorpusSettings:
     """How documents are read and cut; lengths in tokens, `limit` in documents.
@@ -94,7 +102,7 @@ class Plan(CorpusSettings):
     """The settings of the corpus, and everything else that was chosen for a build.
 
     `bits` and `batch_tokens` are None where the build is to choose them by what it measures. Of
-    preference pairs, `beta` is β.
+    preference pairs, `beta` is β. `also` are the other members.
     """
 
     model: str
@@ -115,6 +123,7 @@ class Plan(CorpusSettings):
     seed: Count
     tokenizer: str | None
     beta: Positive
+    also: tuple[MemberSource, ...] = ()
 
     @property
     def corpus(self) -> CorpusSettings:
@@ -127,7 +136,7 @@ class Plan(CorpusSettings):
         """The plan as plain JSON types, in one flat object."""
         return {**asdict(self), "keep_fields": list(self.keep_fields),
                 "columns": list(self.columns), "labels": list(self.labels),
-                "derive": list(self.derive)}
+                "derive": list(self.derive), "also": list(self.also)}
 
     def out_of_bounds(self) -> str | None:
         """What of the plan no manifest may hold, or None."""

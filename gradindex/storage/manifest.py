@@ -21,7 +21,7 @@ import pydantic
 from typing_extensions import TypedDict
 
 from gradindex.errors import DamagedIndexError, IndexMismatchError, InputError
-from gradindex.modules import Module
+from gradindex.modules import AT, LAST, MEMBER_FORM, Module
 from gradindex.storage import layout, sealed_json
 from gradindex.storage.build_plan import Count, DataFacts, Plan, Positive
 from gradindex.storage.files import FileFacts, atomic_write
@@ -36,6 +36,7 @@ LARGEST = 1 << 28  # bytes of a manifest: a million segments
 LARGEST_SIDE = 1 << 20  # of a module
 LARGEST_LENGTH = 1 << 24  # bits of a code
 
+MOST_MEMBERS = 63  # besides the model itself
 # It becomes the name of a file, so it may lead out of no folder.
 _MODULE_NAME = re.compile(r"[^/\x00-\x1f\x7f]{1,200}")
 
@@ -53,6 +54,16 @@ class ModelFacts(TypedDict):
     config: dict[str, Any]
     tokenizer: str | None
     tokenizer_name: str | None
+
+
+class MemberFacts(TypedDict):
+    """As `ModelFacts` of another model that shares the score; it has the first one's tokenizer."""
+
+    name: str
+    revision: str | None
+    files: str | None
+    tensors: str
+    config: dict[str, Any]
 
 
 class FitFacts(TypedDict):
@@ -134,6 +145,8 @@ class Manifest:
     generation: Count
     versions: dict[str, str]
     model: ModelFacts
+    also: Annotated[dict[Annotated[str, pydantic.Field(pattern=MEMBER_FORM)], MemberFacts],
+                    pydantic.Field(max_length=MOST_MEMBERS)]
     dtype: str
     device: str
     threads: Annotated[int, pydantic.Field(gt=0, le=1 << 16)]
@@ -196,6 +209,11 @@ def model_name(manifest: Manifest) -> str:
 def _wrong(index: Path, what: str) -> DamagedIndexError:
     """The error for a manifest: "manifest.json `what`"."""
     return damaged(index, layout.MANIFEST, what)
+
+
+def expected_identity(manifest: Manifest) -> dict[str, Any]:
+    """What the index knows its model by, and the other members (`model/identity.py`)."""
+    return {**manifest.model, "also": dict(manifest.also)}
 
 
 def exists(index: Path) -> bool:
@@ -304,6 +322,9 @@ def _check(index: Path, manifest: Manifest) -> None:
         if not _MODULE_NAME.fullmatch(module.name) or not all(
                 0 < side <= LARGEST_SIDE for side in (module.d_out, module.d_in)):
             raise _wrong(index, f"names a module that can't be: {module.name[:80]!r}")
+        if module.member != LAST and (module.member not in manifest.also or
+                                      not module.name.startswith(module.member + AT)):
+            raise _wrong(index, f"has a module of no model that it names: {module.name[:80]!r}")
     plan = manifest.plan
     if plan.task not in TASKS or not set(plan.derive) <= set(DERIVED) or \
             (plan.task == "classification") != bool(plan.labels):

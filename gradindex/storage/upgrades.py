@@ -19,6 +19,8 @@ NEW_IN_5: Content = {"eigen_dtype": "float64"}  # on a host, as all were decompo
 NEW_IN_6: Content = {"task": "causal", "text_b_field": None, "label_field": None,
                      "chosen_field": None, "rejected_field": None, "margin_field": None,
                      "labels": [], "derive": [], "reference": None, "beta": 0.1}
+NEW_IN_7: Content = {"also": []}
+NEW_IN_MODULES_OF_7: Content = {"diagonal": False, "member": "last", "weight": 1.0}
 
 
 def _to_2(content: Content) -> None:
@@ -69,11 +71,15 @@ def _to_6(content: Content) -> None:
 
 
 def _to_7(content: Content) -> None:
-    """Formats 1 to 6 have no head of a vocabulary and no embeddings among their modules."""
+    """Formats 1 to 6 are of one model, and have no module of a vocabulary."""
+    _add_to_plan(content, NEW_IN_7, "formats 1 to 6")
+    if "also" in content:
+        raise ValueError("formats 1 to 6 are of one model")
+    content["also"] = {}
     for module in _modules_of(content):
-        if "diagonal" in module:
-            raise ValueError("formats 1 to 6 have no diagonal modules")
-        module["diagonal"] = False
+        if there := sorted(NEW_IN_MODULES_OF_7.keys() & module.keys()):
+            raise ValueError(f"formats 1 to 6 have no {there[0]} of modules")
+        module.update(NEW_IN_MODULES_OF_7)
 
 
 def _modules_of(content: Content) -> list[Content]:
@@ -118,8 +124,12 @@ def _from_6(content: Content) -> None:
 
 
 def _from_7(content: Content) -> None:
+    for name in NEW_IN_7:
+        del content["plan"][name]
+    content.pop("also", None)
     for module in _modules_of(content):
-        del module["diagonal"]
+        for name in NEW_IN_MODULES_OF_7:
+            del module[name]
 
 
 # from this version
@@ -135,7 +145,7 @@ def newest_plan(plan: Content) -> Content:
     >>> newest_plan({"bits": 64})["truncate"]
     False
     """
-    return {"covariance_blocks": 1, **NEW_IN_4, **NEW_IN_5, **NEW_IN_6, **plan}
+    return {"covariance_blocks": 1, **NEW_IN_4, **NEW_IN_5, **NEW_IN_6, **NEW_IN_7, **plan}
 
 
 def upgrade(content: Content) -> None:
@@ -155,7 +165,7 @@ def upgrade(content: Content) -> None:
 def downgrade(content: Content) -> None:
     """Take out of a manifest's content, in place, what its own `format` doesn't have.
 
-    >>> plan = {"covariance_blocks": 1, **NEW_IN_4, **NEW_IN_5, **NEW_IN_6}
+    >>> plan = {"covariance_blocks": 1, **NEW_IN_4, **NEW_IN_5, **NEW_IN_6, **NEW_IN_7}
     >>> content = {"format": 2, "plan": plan, "background": None}
     >>> downgrade(content)
     >>> content

@@ -27,8 +27,9 @@ from gradindex.memory import available, resident, return_freed
 from gradindex.model.adapters import without_adapters
 from gradindex.model.config import vocabulary_size
 from gradindex.model.identity import check_identity, identify
+from gradindex.model.members import load_members, tracked_of_all
 from gradindex.model.network import LanguageModel
-from gradindex.model.tracked import examine, tracked_modules, untracked
+from gradindex.model.tracked import examine, untracked
 from gradindex.modules import Module
 from gradindex.progress import duration, size
 from gradindex.storage import (
@@ -179,13 +180,13 @@ def estimate(request: BuildRequest) -> Estimate:
 
     # 3) the model and its tracked modules
     start = time.perf_counter()
-    model = LanguageModel.load(request.source, request.dtype)
+    model = load_members(request.source, request.dtype)
     if state is not None and state.model is not None and state.corpus is not None:
         check_identity(model, asdict(state.model))
     identify(model)  # digests the weights, as a build does
     loading = time.perf_counter() - start
     anatomy = examine(model.network, model.source.task)
-    tracked = tracked_modules(model.network, plan.modules, anatomy)
+    tracked = tracked_of_all(model, plan.modules, anatomy)
     check_bits(plan.bits, tracked)
 
     # 4) text → lengths

@@ -84,8 +84,7 @@ def held_bytes_a_token(
     They are counted and not watched, so that two machines count alike. Raises ResourceError.
     """
     held: dict[int, int] = {}
-    weights = {tensor.untyped_storage().data_ptr() for tensor in
-               (*model.network.parameters(), *model.network.buffers())}
+    weights = {tensor.untyped_storage().data_ptr() for tensor in model.tensors()}
 
     def count(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()

@@ -51,7 +51,8 @@ def merge(
             _refuse_unfinished(folder, state)
             plan = state.plan
             source_now = source.at_build(
-                plan.model, plan.revision, None, plan.adapter, Task(plan.task, plan.beta))
+                plan.model, plan.revision, None, plan.adapter, Task(plan.task, plan.beta),
+                {one["name"]: (one["model"], one["revision"]) for one in plan.also})
             model_now, tracked = load_model(source_now, plan.dtype, state, progress)
             prepared = prepare_build(folder, model_now, tracked, state, progress)
             # steps 4 to 6 are done, so the curvature is only read; 7 and 8 are what is left

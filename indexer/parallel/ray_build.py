@@ -57,8 +57,10 @@ class WorkerJob:
         """The job of every worker of a build that was asked for here."""
         plan = request.plan
         # workers read no text, so they need no tokenizer; a folder's name must hold anywhere
-        source = replace(request.source, model=str(absolute(request.source.model)), tokenizer=None,
-                         device=plan.device)
+        source = replace(
+            request.source, model=str(absolute(request.source.model)), tokenizer=None,
+            device=plan.device,
+            also={name: str(absolute(model)) for name, model in request.source.also.items()})
         return cls(request.index.resolve(), source, plan)
 
 

@@ -5,6 +5,7 @@ sample of codes is encoded again and the scores measured at the build are measur
 damaged is named with what to do about it.
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -171,11 +172,8 @@ def _check_model(
     """Encode a sample again, and measure the anchors again."""
     manifest = contents.manifest
     fitted = FittedModel(manifest, contents.files, source)
-    # its files have the build's digest, or it was given as an object; the weights decide
-    if tensors_digest(fitted.model.network) != manifest.model["tensors"]:
-        verified.findings.append(Finding(
-            "the model", f"the tensors of {fitted.source.name} are not those of the build, though "
-            "its files were taken for them", "Pass the right one with --model."))
+    if wrong := list(_wrong_models(fitted)):
+        verified.findings += wrong
         return
     rows = contents.places[choose(
         Stream.VERIFIED_SEQUENCES, manifest.code["seed"], len(contents.places), VERIFIED_SAMPLE)]
@@ -192,6 +190,23 @@ def _check_model(
         _compare_codes(contents, rows, records, again, verified)
     _compare_anchors(contents, fitted, verified, progress)
     _compare_background_queries(contents, fitted, verified)
+
+
+def _wrong_models(fitted: FittedModel) -> Iterator[Finding]:
+    """The models of an index that aren't there, or are others."""
+    # its files have the build's digest, or it was given as an object; the weights decide
+    model, manifest = fitted.model, fitted.manifest
+    if tensors_digest(model.network) != manifest.model["tensors"]:
+        yield Finding("the model", f"the tensors of {fitted.source.name} are not those of the "
+                      "build, though its files were taken for them", "Pass the right one with "
+                      "--model.")
+    for name, facts in manifest.also.items():
+        what, do = f"the model {name}", f"Say where it is with --model {name}=PATH."
+        if name in fitted.absent:
+            yield Finding(what, f"can't be loaded: {fitted.absent[name]}", do)
+        elif tensors_digest(model.member(name).network) != facts["tensors"]:
+            yield Finding(what, "has other tensors than at the build, though its files were taken "
+                          "for them", do)
 
 
 def _compare_codes(

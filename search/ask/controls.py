@@ -27,6 +27,7 @@ MOST_HITS = 200  # that the page is asked for at once
 MOST_RESCORED = 100_000
 # layers, kinds, or a regular expression that can't take for ever: no groups, few repetitions
 PLAIN_MODULES = r"^[ \w.,|^$\\-]*([*+?][ \w.,|^$\\-]*){0,3}$"
+MEMBERS = r"^[ \w.,=+-]*$"  # names and weights, one behind the other
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,8 @@ class Controls:
     `shortlist` [then ten times that]. opponents: the most negative influence.
     damping: λ as a factor of mean(Λ) [the build's]. modules: as for `choose_modules`, such as
     "8-15", "attention" or a regular expression [all that are indexed].
+    members: of an index of several models, which count and how much, "last=1,base=-0.5": the
+    influence is the sum over them times these weights [all of them, their mean].
     normalize: rank by influence ("none"), by influence / (‖q̃‖ ‖m̃‖) ("cosine") or by θ-RelatIF
     ("relatif"). candidates: who is rescored: the best by "code", by "tfidf" (shared rare words), or
     "both": a fifth of the shortlist by words, the rest by code. rescore: False ranks by code
@@ -135,6 +138,10 @@ class Controls:
         unit="RANGE|KIND|REGEX", page=Bounds(letters=256, pattern=PLAIN_MODULES),
         api="Layers (8-15), kinds (mlp, attention, head, embeddings), or a regular expression of "
             "letters, digits and . , | ^ $ \\ - with at most three of * + ?."))
+    members: str | None = field(default=None, metadata=about(
+        "Of an index of several models (build --also): which count, and how much [all, their "
+        "mean].", unit="NAME=WEIGHT,…", page=Bounds(letters=1024, pattern=MEMBERS),
+        api="Of an index of several models: which count and how much, as in last=1,base=-0.5."))
     normalize: Normalization = field(default="none", metadata=about(
         "Rank by influence, by influence / (‖q̃‖ ‖m̃‖), or by θ-RelatIF.",
         choices=get_args(Normalization)))
@@ -170,6 +177,7 @@ class ControlArguments(TypedDict, total=False):
     opponents: bool
     damping: float | None
     modules: str | None
+    members: str | None
     normalize: Normalization
     candidates: Candidates
     rescore: bool

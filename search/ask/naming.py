@@ -19,7 +19,7 @@ LABELS = {
     "text": "Text", "text_b": "Second text", "label": "Label", "versus_label": "rather than",
     "chosen": "Chosen", "rejected": "Rejected", "response": "Response",
     "k": "hits", "shortlist": "shortlist", "recall": "recall", "damping": "damping",
-    "modules": "modules", "normalize": "rank by", "candidates": "candidates",
+    "modules": "modules", "members": "models", "normalize": "rank by", "candidates": "candidates",
     "group_by": "group by", "rescore": "score", "opponents": "show",
 }
 # a flag that stands by itself: in quotes it may be what somebody typed

@@ -1,11 +1,12 @@
 """Controls → settings: what they mean for one index, checked before any model is loaded."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
 from gradindex.errors import InputError
-from gradindex.modules import Module, choose_modules
+from gradindex.modules import LAST, Module, choose_modules, weighted
 from gradindex.storage.manifest import Manifest
 from gradindex.task import DERIVED
 from search.ask.controls import (
@@ -23,6 +24,7 @@ from search.ask.controls import (
 
 SMALLEST_SHORTLIST = 16  # where one that grows begins, or with twice the hits
 GROUPINGS = ("document", "source")  # besides the fields that were kept
+LARGEST_WEIGHT = 1e6  # of a model; and no less than its inverse
 LABEL = "label"  # a row's class; a kept field of that name comes before it
 
 
@@ -32,7 +34,8 @@ class Settings:
 
     A shortlist begins with `first` sequences and grows to at most `most`, until the statement is
     sure of `recall`; where that is None the two are the same. `sign` is −1 for opponents, and
-    `time_limit` infinite where there is none.
+    `time_limit` infinite where there is none. `members` are the weights of the models that count,
+    which their modules have; `members_given` says whether they were asked for.
     """
 
     k: int
@@ -42,6 +45,8 @@ class Settings:
     sign: float
     damping: float
     modules: list[Module]
+    members: dict[str, float]
+    members_given: bool
     normalize: str
     candidates: str
     rescore: bool
@@ -56,7 +61,8 @@ class Settings:
         return {
             "k": self.k, "shortlist": self.most, "recall": self.recall,
             "opponents": self.sign < 0, "damping": self.damping,
-            "modules": [module.name for module in self.modules], "normalize": self.normalize,
+            "modules": [module.name for module in self.modules], "members": self.members,
+            "normalize": self.normalize,
             "candidates": self.candidates, "rescore": self.rescore, "rank": self.rank,
             "train_sequences": self.train_sequences, "group_by": self.group_by,
             # JSON has no infinity
@@ -82,11 +88,17 @@ def settle(controls: Controls, manifest: Manifest) -> Settings:
                          "with `gradindex append`.")
     # what was deleted may leave fewer than k, so the sizes are those of what is there now
     k, first, most, recall = _sizes(controls, manifest.sequences)
+    members = weights_of(controls.members, [LAST, *manifest.also])
+    if min(members.values()) < 0 and controls.normalize != "none":
+        raise InputError(f"--normalize {controls.normalize} divides by sizes of gradients, and "
+                         "with a weight below 0 (--members) there are none. Leave one of them "
+                         "out.")
     return Settings(
         k=k, first=first, most=most, recall=recall,
         sign=-1.0 if controls.opponents else 1.0, damping=controls.damping or manifest.damping,
-        modules=manifest.modules if controls.modules is None else choose_modules(
-            manifest.modules, controls.modules, "the indexed modules"),
+        modules=weighted(manifest.modules if controls.modules is None else choose_modules(
+            manifest.modules, controls.modules, "the indexed modules"), members),
+        members=members, members_given=controls.members is not None,
         normalize=controls.normalize,
         candidates=controls.candidates if controls.rescore else "code", rescore=controls.rescore,
         time_limit=controls.time_limit or math.inf, rank=controls.rank,
@@ -100,6 +112,54 @@ def bounded(settings: Settings, total: int) -> Settings:
     """Settings for fewer sequences than they were made for."""
     return replace(settings, k=min(settings.k, total), first=min(settings.first, total),
                    most=min(settings.most, total))
+
+
+def weights_of(text: str | None, members: list[str]) -> dict[str, float]:
+    """The weight of each model that counts, by the name of the member.
+
+    Raises InputError for a name that isn't one of `members`, and for what is no weight.
+
+    >>> weights_of("last=1, base=-0.5", ["last", "base", "early"])
+    {'last': 1.0, 'base': -0.5}
+    >>> weights_of(None, ["last", "base"])
+    {'last': 0.5, 'base': 0.5}
+    """
+    if text is None:
+        return dict.fromkeys(members, 1 / len(members))
+    weights: dict[str, float] = {}
+    for part in text.split(","):
+        name, given, weight = (one.strip() for one in part.partition("="))
+        if name not in members:
+            raise InputError(f"--members {text!r}: the index has no model {name!r}; it has "
+                             f"{', '.join(members)}. Expected some of them with their weights, as "
+                             f"in {members[0]}=1.")
+        # NaN for what is no number: as it lies in no bounds, it is refused with what is too large
+        try:
+            number = float(weight) if given else 1.0
+        except ValueError:
+            number = math.nan
+        if name in weights or not 1 / LARGEST_WEIGHT <= abs(number) <= LARGEST_WEIGHT:
+            raise InputError(f"--members {text!r}: expected each model once, with a weight other "
+                             f"than 0, as in {members[0]}=1.")
+        weights[name] = number
+    return weights
+
+
+def without(settings: Settings, absent: Collection[str]) -> Settings:
+    """Settings without some models, which can't be had; of the others the mean.
+
+    Raises InputError where one of them was asked for, or no other is left.
+    """
+    gone = sorted(settings.members.keys() & set(absent))
+    if not gone:
+        return settings
+    rest = {name: weight for name, weight in settings.members.items() if name not in gone}
+    if settings.members_given or not rest:
+        raise InputError(
+            f"the model {gone[0]} of this index can't be loaded. Say where it is with --model "
+            f"{gone[0]}=PATH, or leave it out of --members.")
+    rest = dict.fromkeys(rest, 1 / len(rest))
+    return replace(settings, members=rest, modules=weighted(settings.modules, rest))
 
 
 def groupings(manifest: Manifest) -> list[str]:

@@ -73,7 +73,10 @@ def _about(track: Track) -> list[str]:
     """What to know before any score: what is not searched, how the query was read."""
     snapshot = track.common.snapshot
     told = dict.fromkeys(unlike(snapshot, text) for text in track.query.texts)
-    return ([] if snapshot.coverage.whole else [str(snapshot.coverage)]) + \
+    absent = [f"the model {name} can't be loaded, and the score is without it: {why}"
+              for name, why in sorted(snapshot.absent.items())
+              if not track.common.settings.members_given]
+    return ([] if snapshot.coverage.whole else [str(snapshot.coverage)]) + absent + \
         [one for one in told if one is not None] + \
         [note for text in track.query.texts for note in text.notes]
 

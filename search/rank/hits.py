@@ -49,7 +49,8 @@ def make_hit(
             if snapshot.manifest.task.of_pairs else replace(hit, text_b=second_text)
     if exact is None:
         return hit
-    if exact.self_influence is not None:  # sizes of gradients are formed only where asked for
+    # sizes of gradients are formed where asked for alone; a difference of models has none
+    if exact.self_influence is not None and min(settings.members.values()) > 0:
         hit = replace(
             hit, self_influence=exact.self_influence,
             cosine=normalized(influence, exact, "cosine") / gradient.norm if gradient.norm else 0.0,
@@ -71,18 +72,18 @@ def _with_terms(hit: Hit, terms: np.ndarray, modules: list[Module]) -> Hit:
         module_influence={
             module.name: float(value) for module, value in zip(modules, wide.sum(0), strict=True)
         },
-        kind_influence={kind: float(sum(wide[:, column].sum() for column in columns))
-                        for kind, columns in _by_kind(modules).items()},
+        kind_influence=_summed(wide, [module.kind for module in modules]),
+        member_influence=_summed(wide, [module.member for module in modules]),
         token_layer_influence=by_layer.tolist(),
     )
 
 
-def _by_kind(modules: list[Module]) -> dict[str, list[int]]:
-    """Which of the modules are of each kind."""
-    kinds: dict[str, list[int]] = {}
-    for column, module in enumerate(modules):
-        kinds.setdefault(module.kind, []).append(column)
-    return kinds
+def _summed(terms: np.ndarray, names: list[str]) -> dict[str, float]:
+    """Terms [t, u] summed over the modules of each name."""
+    columns = {name: [column for column, other in enumerate(names) if other == name]
+               for name in dict.fromkeys(names)}
+    return {name: float(sum(terms[:, column].sum() for column in own))
+            for name, own in columns.items()}
 
 
 def normalized(influence: float, exact: Exact, normalize: str) -> float:

@@ -30,7 +30,10 @@ AT_ONCE = 1 << 27  # entries of gradients formed together
 
 @dataclass
 class QueryGradient:
-    """A query and, for the modules and the damping asked for, v_q [K] and ‖q̃‖."""
+    """A query and, for the modules and the damping asked for, v_q [K] and ‖q̃‖.
+
+    Of a difference of models (a weight below 0) the norm is without meaning, and used nowhere.
+    """
 
     query: Query
     vector: np.ndarray
@@ -64,10 +67,10 @@ def form_gradients(
         # a pass for each part of the modules, where memory doesn't hold a whole gradient
         for modules in together(snapshot, settings.modules):
             coordinates = coordinates_of(snapshot, group, modules, settings.damping, batch_tokens)
-            prepare(snapshot.codes, snapshot.ekfac, coordinates, settings.damping, vectors, squares,
-                    preconditioned if settings.rescore else None)
+            prepare(snapshot.codes, snapshot.ekfac, modules, coordinates, settings.damping, vectors,
+                    squares, preconditioned if settings.rescore else None)
         for query, vector, norm in zip(group, vectors.float().cpu().numpy(),
-                                       squares.sqrt().tolist(), strict=True):
+                                       squares.clamp(min=0).sqrt().tolist(), strict=True):
             # told here, for every score would be NaN, and no comparison with it true
             if not np.isfinite(vector).all():
                 raise InputError("the query's gradient is not finite. Try an index with "

@@ -90,7 +90,8 @@ class SharedSnapshot(Snapshot):
         self, ray: Any, workers: int | None, path: Path, source: ModelSource,
         allow_damaged: bool = False,
     ):
-        for value, flag in ((source.model, "model"), (source.tokenizer, "tokenizer")):
+        for value, flag in ((source.model, "model"), (source.tokenizer, "tokenizer"),
+                            *((model, f"model {name}") for name, model in source.also.items())):
             if value is not None and not isinstance(value, (str, Path)):
                 raise InputError(
                     f"with ray the {flag} can't be an object ({type(value).__name__}): every "
@@ -98,6 +99,7 @@ class SharedSnapshot(Snapshot):
         super().__init__(path.absolute(), source, allow_damaged)
         remote = replace(
             self.source, model=absolute(self.source.model),
+            also={name: absolute(model) for name, model in self.source.also.items()},
             tokenizer=None if self.source.tokenizer is None else absolute(self.source.tokenizer),
             # which GPU it is on a worker's machine is Ray's to say
             device="cuda" if self.source.device.startswith("cuda") else self.source.device)

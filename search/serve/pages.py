@@ -17,6 +17,7 @@ from starlette.routing import Route
 
 from gradindex.errors import BadRowError, InputError
 from gradindex.model.class_labels import label_number
+from gradindex.modules import LAST
 from gradindex.results import Comparison, Result
 from gradindex.storage.manifest import model_name
 from search.ask.controls import CONTROLS
@@ -57,6 +58,7 @@ class Pages:
             "fields": groupings(manifest),
             "warning": "" if snapshot.coverage.whole else str(snapshot.coverage),
             "task": manifest.task.name, "labels": manifest.plan.labels,
+            "members": [LAST, *manifest.also],
         }
         self.about["two_texts"] = snapshot.tables.two_texts > 0
         self.examples = examples(searcher)

@@ -107,6 +107,7 @@ class SearchRequest(pydantic.BaseModel):
     rescore: bool = DEFAULTS.rescore
     damping: Annotated[float, _of_page("damping")] | None = DEFAULTS.damping
     modules: Annotated[str, Numbers, _of_page("modules")] | None = DEFAULTS.modules
+    members: Annotated[str, _of_page("members")] | None = DEFAULTS.members
     normalize: Normalization = DEFAULTS.normalize
     candidates: Candidates = DEFAULTS.candidates
     group_by: Annotated[str, _of_page("group_by")] | None = DEFAULTS.group_by
@@ -168,8 +169,8 @@ class SearchRequest(pydantic.BaseModel):
             parts += [flag, _quoted(str(question[name]))] if name in question else []
         parts += [flag_of("k"), str(self.k)] * (self.k is not None)
         parts += [flag_of("opponents")] * self.opponents + [flag_of("rescore")] * (not self.rescore)
-        for name in ("shortlist", "recall", "damping", "modules", "normalize", "candidates",
-                     "group_by"):
+        for name in ("shortlist", "recall", "damping", "modules", "members", "normalize",
+                     "candidates", "group_by"):
             if name in self.given():
                 parts += [flag_of(name), _quoted(str(getattr(self, name)))]
         parts += ["--train-sequences", str(train_sequences)] * (train_sequences is not None)

@@ -90,8 +90,8 @@ def _hit_lines(rank: int, hit: Hit, result: Result, width: int, color: bool) -> 
                      for line in _wrap(part, width - 5))]
     lines.append(f"     {_clip(wording.where(hit), width - 5)}")
     if hit.layer_influence:
-        kinds = wording.kind_shares(hit)
-        shares = ", ".join(f"{kind} {share:+.0%}" for kind, share in kinds.items())
+        shares = ", ".join(
+            f"{part} {share:+.0%}" for part, share in wording.part_shares(hit).items())
         there = task_words.layers_of(result, "–")
         lines += [f"     {line}" for line in _wrap(
             f"{there} {layer_strip(hit.layer_influence)}" + f"  {shares}" * bool(shares),
@@ -185,8 +185,8 @@ def _narrow_group_lines(result: Result, groups: list[Group], by: str, width: int
 def _group_table(result: Result, groups: list[Group], by: str) -> list[str]:
     """Groups a line each."""
     assert result.total is not None
-    lines = [f"{'z':>7} {'influence':>12} {'±':>9} {result.query.unit:>18} {'sequences':>9} "
-             f"{'hits':>4}  {by}"]
+    unit = f"first-order {result.query.unit}"
+    lines = [f"{'z':>7} {'influence':>12} {'±':>9} {unit:>18} {'sequences':>9} {'hits':>4}  {by}"]
     lines += [_group_line(group, visible(wording.group_name(group, by)), result)
               for group in groups]
     if result.group_count > len(groups):

@@ -2,8 +2,10 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from gradindex.first_order import in_words, room
+from gradindex.modules import LAST
 from gradindex.progress import duration
 from gradindex.results import FEW_IN_GROUP, UNSURE, Group, Hit, Result
 from gradindex.terminal import json_text
@@ -61,15 +63,19 @@ def shade(value: float, scale: float) -> int:
     return max(-SHADES, min(SHADES, round(value / scale * SHADES)))
 
 
-def kind_shares(hit: Hit) -> dict[str, float]:
-    """What each kind of module adds, in parts of the sum of their sizes, with its sign.
+def part_shares(hit: Hit) -> dict[str, float]:
+    """What each kind of module and each model adds, in parts of the sum of their sizes, signed.
 
-    Empty where there is one kind only.
+    Neither is there where there is one only.
     """
-    total = sum(map(abs, hit.kind_influence.values()))
-    if len(hit.kind_influence) < 2 or not total:
-        return {}
-    return {kind: value / total for kind, value in hit.kind_influence.items()}
+    members = {f"from {member}": value for member, value in hit.member_influence.items()}
+    return _shares(hit.kind_influence) | _shares(members)
+
+
+def _shares(parts: dict[str, float]) -> dict[str, float]:
+    total = sum(map(abs, parts.values()))
+    return {name: value / total for name, value in parts.items()} \
+        if len(parts) > 1 and total else {}
 
 
 def moved(result: Result) -> dict[int, int]:
@@ -171,8 +177,20 @@ def how(result: Result) -> str:
     controls = result.controls
     modules = len(controls["modules"])
     ranked = {"none": "influence", "cosine": "cosine", "relatif": "θ-RelatIF"}
-    return (f"ranked by {ranked[controls['normalize']]}; {modules} module{'s' * (modules != 1)} in "
-            f"{layers_of(result)}, damping {controls['damping']:g} × mean eigenvalue")
+    return (f"ranked by {ranked[controls['normalize']]}{_of_models(controls)}; {modules} "
+            f"module{'s' * (modules != 1)} in {layers_of(result)}, damping "
+            f"{controls['damping']:g} × mean eigenvalue")
+
+
+def _of_models(controls: dict[str, Any]) -> str:
+    """Which models share the score, where they are several or not as they were built."""
+    members = controls.get("members") or {}
+    if list(members.values()) in ([], [1.0]) and LAST in (members or {LAST: 1.0}):
+        return ""
+    if len(members) > 1 and len({*members.values()}) == 1 and sum(members.values()) == 1:
+        return f", the mean over the models {', '.join(members)}"
+    return ", summed over the models " + ", ".join(
+        f"{weight:g} × {name}" for name, weight in members.items())
 
 
 def counted(result: Result) -> str:
@@ -200,8 +218,8 @@ def meaning(result: Result) -> str:
 
 
 def unit(result: Result) -> str:
-    """What one more copy is counted in: nats, or units of reward."""
-    return "nats" if result.query.unit == "nats" else "units of reward"
+    """What one more copy is counted in: to first order nats, or units of reward."""
+    return "first-order nats" if result.query.unit == "nats" else "first-order units of reward"
 
 
 def number(value: float) -> str:
@@ -215,10 +233,10 @@ def unsigned(value: float) -> str:
 
 
 def nats(of: Hit | Group, result: Result, named: bool = True) -> str:
-    """What one more copy would add in nats or reward, or the words that stand for it."""
+    """What one more copy would add to first order, in nats or reward; or words in its place."""
     name = result.query.unit
     if of.nats is not None:
-        return number(of.nats) + f" {name}" * named
+        return number(of.nats) + f" first-order {name}" * named
     said = of.no_nats or in_words(result.train_sequences_given)
     # the reward itself is known: what a copy would change of it isn't
     return said if name == "nats" else said.replace("nats", "change")

@@ -63,6 +63,9 @@ def audit(
     if truth_as is not None and (truth is None or truth_as not in READINGS):
         raise InputError(f"--truth-as {truth_as}: expected {' or '.join(READINGS)}, and with "
                          "--truth the field that it is about.")
+    if min(settings.members.values()) < 0:
+        raise InputError("--members: an audit goes by sizes of gradients, and with a weight below "
+                         "0 there are none. Give weights above 0.")
     if trusted is not None and not trusted:
         raise InputError("--against: there is no query to audit against; give one or more that are "
                          "known to be right, or leave it out.")

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
               help="As for search: JSON lines or a table, of the index's task.")
 @click.option("--sample", metavar="N|all", default="all", show_default=True,
               help="Score so many random sequences exactly.")
-@options(control_flags("damping", "modules"))
+@options(control_flags("damping", "modules", "members"))
 @click.option("-o", "--output", type=OUTPUT_FILE, help="Write everything as JSON.")
 @click.option("--plot", type=OUTPUT_FILE, help="Write a plot (.png, .svg or .pdf).")
 def evaluate(
@@ -143,7 +143,7 @@ def report(
 @click.option("--exact", metavar="N|all", default=str(MOST_EXACT), show_default=True,
               help="Score so many exactly, those that are likeliest to be corrupted by their "
                    "codes; the others come after them.")
-@options(control_flags("damping", "modules"))
+@options(control_flags("damping", "modules", "members"))
 @click.option("--format", "form", default="auto", show_default=True,
               type=click.Choice(["auto", "json", "jsonl", "csv", "parquet", "html"]),
               help="auto is what -o ends in, else text for people.")

@@ -12,7 +12,7 @@ from gradindex.results import GENERIC
 from gradindex.storage import layout, locks, sealed_json
 from gradindex.storage.contents import Contents
 from gradindex.storage.layout import code_bytes
-from gradindex.storage.manifest import digest_of, problems
+from gradindex.storage.manifest import MemberFacts, digest_of, problems
 from gradindex.storage.manifest import load as load_manifest
 from gradindex.terminal import visible
 
@@ -39,7 +39,7 @@ def describe(path: Path) -> dict[str, Any]:
     return {
         "index": str(path), "format": manifest.format, "generation": manifest.generation,
         "digest": digest_of(manifest),
-        "model": manifest.model, "dtype": manifest.dtype,
+        "model": manifest.model, "also": manifest.also, "dtype": manifest.dtype,
         "task": manifest.task.name, "kind": manifest.kind,
         "labels": list(manifest.plan.labels), "adapter": manifest.plan.adapter,
         "beta": manifest.task.beta if manifest.task.name == "preference" else None,
@@ -101,6 +101,8 @@ def summary(about: dict[str, Any], width: int | None = None) -> str:
         ("index", f"{about['index']}, format {about['format']}, commit {about['generation']}"),
         ("model", f"{model['name']}{revision}" + f", adapter {about['adapter']}" * bool(
             about["adapter"]) + f", weights {str(model['tensors'])[:12]}, {about['dtype']}"),
+        *([("also", ", ".join(f"{name} ({_short(facts)})" for name, facts in
+                              about["also"].items()))] if about["also"] else []),
         ("task", _task(about)),
         ("data", f"{about['documents']:,} documents from {sources}{more}"),
         ("sequences", f"{about['sequences']:,} of at most {about['sequence_length']} tokens in "
@@ -132,6 +134,12 @@ def summary(about: dict[str, Any], width: int | None = None) -> str:
     return "\n".join(lines if width is None else [
         textwrap.fill(line, max(40, width), subsequent_indent=" " * 12, break_on_hyphens=False)
         for line in lines])
+
+
+def _short(facts: MemberFacts) -> str:
+    """Where another model of an index was, and which weights it has."""
+    revision = f" @ {facts['revision']}" if facts["revision"] else ""
+    return f"{facts['name']}{revision}, weights {facts['tensors'][:12]}"
 
 
 def _modules(about: dict[str, Any]) -> str:

@@ -20,11 +20,12 @@ from gradindex.storage import manifest
 from support import task_models
 from support.documents import small_documents
 from support.indexes import SMALL
-from support.models import random_network
+from support.models import other_model, random_network
 
 OUT = Path(__file__).parent / f"format-{manifest.FORMAT}"
 QUESTION = {"prompt": "The apple number", "completion": " 8 grows"}
 LABELLED = {"text": "a great plot", "label": "positive"}
+APPLES = {"prompt": "The apple number", "completion": " 9 grows"}
 PREFERRED = {"prompt": "why was it", "chosen": " great", "rejected": " so bad"}
 
 
@@ -53,13 +54,18 @@ def main() -> None:
     gradindex.build(policy, task_models.answers(24), OUT / "preference" / "index", tokenizer=words,
                     task="preference", **task_models.SMALL, derive=["longer-chosen"])
     finish(OUT / "preference", policy, words, PREFERRED)
+    # two models with one score
+    gradindex.build(network, documents[:12], OUT / "members" / "index", tokenizer=tokenizer,
+                    also={"base": other_model(network)}, **SMALL)
+    finish(OUT / "members", {"last": network, "base": other_model(network)}, tokenizer, APPLES)
 
 
-def finish(out: Path, network: Any, tokenizer: Any, question: dict[str, str]) -> None:
+def finish(out: Path, model: Any, tokenizer: Any, question: dict[str, str]) -> None:
     """Write an index's model, and what the index answers, beside it."""
+    network = model["last"] if isinstance(model, dict) else model
     network.save_pretrained(out / "model")
     tokenizer.save_pretrained(out / "model")
-    index = gradindex.open(out / "index", model=network, tokenizer=tokenizer)
+    index = gradindex.open(out / "index", model=model, tokenizer=tokenizer)
     (out / "answer.json").write_text(json.dumps([
         {"id": hit.id, "influence": hit.influence, "code_score": hit.code_score, "text": hit.text,
          "user_id": hit.user_id, "fields": hit.fields, "duplicates": hit.duplicates,

@@ -10,12 +10,16 @@ import pytest
 
 import gradindex
 from gradindex.errors import DamagedIndexError, IndexMismatchError
+from gradindex.model.model_source import ModelSource
+from gradindex.model.network import LanguageModel
 from gradindex.storage import layout, manifest, sealed_json
 from search.study.describe import describe, summary
+from support.models import other_model
 
 GOLDEN = Path(__file__).parent
 FORMATS = (1, 2, 3, 4, 5, 6, 7)
 QUESTION = {"prompt": "The apple number", "completion": " 8 grows"}
+APPLES = {"prompt": "The apple number", "completion": " 9 grows"}  # of two models
 QUESTIONS = {  # by task, of the indexes of format 6 and later that are of others
     "classification": {"text": "a great plot", "label": "positive"},
     "preference": {"prompt": "why was it", "chosen": " great", "rejected": " so bad"}}
@@ -47,8 +51,19 @@ def test_other_tasks_answer_as_when_they_were_written(number, task):
     assert gradindex.verify(folder / "index", str(folder / "model")).sound
 
 
-def answers_as_before(golden, question):
-    index = gradindex.open(golden / "index", model=str(golden / "model"))
+def test_two_models_answer_as_when_they_were_written():
+    folder = GOLDEN / "format-7" / "members"
+    last = LanguageModel.load(ModelSource(str(folder / "model"))).network
+    models = {"last": last, "base": other_model(last)}
+    answers_as_before(folder, APPLES, models)
+    assert gradindex.verify(folder / "index", models, tokenizer=str(folder / "model")).sound
+    written = json.loads((folder / "index" / layout.MANIFEST).read_text())
+    assert written["also"].keys() == {"base"} and written["plan"]["also"][0]["name"] == "base"
+
+
+def answers_as_before(golden, question, model=None):
+    index = gradindex.open(golden / "index", model=model or str(golden / "model"),
+                           tokenizer=str(golden / "model") if model else None)
     expected = json.loads((golden / "answer.json").read_text())
     found = index.search(**question, shortlist="all", k=10)
     assert len(found) == len(expected) == 10

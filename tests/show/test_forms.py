@@ -58,7 +58,7 @@ def test_shares_of_kinds(index_folder, model_folder, data_file, tmp_path):
     assert hit.kind_influence == pytest.approx(sums)
     assert sum(hit.kind_influence.values()) == pytest.approx(hit.influence, rel=1e-5)
     total = sum(map(abs, sums.values()))
-    assert wording.kind_shares(hit) == pytest.approx(
+    assert wording.part_shares(hit) == pytest.approx(
         {kind: value / total for kind, value in sums.items()})
 
 

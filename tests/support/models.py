@@ -1,5 +1,6 @@
 """Small random models of four families, in float64 unless said otherwise."""
 
+import copy
 import functools
 from typing import Any
 
@@ -46,6 +47,15 @@ def random_network(family: str, dtype: torch.dtype = torch.float64, **changes: A
 
 
 @functools.cache
+def other_model(network: Any) -> Any:
+    """A model of the same shape with other weights."""
+    other = copy.deepcopy(network)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(0.9)
+    return other
+
+
 def tiny_network() -> Any:
     """One layer, float32."""
     return random_network("gpt_neox", torch.float32, num_hidden_layers=1)

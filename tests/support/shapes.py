@@ -81,7 +81,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gradindex.influence.gradients.gradient": {**AD, "return": "b o _"},
     "gradindex.influence.preconditioned.query_coordinates": {"return": ("q o i", "q t")},
     "gradindex.influence.preconditioned.precondition": {"coordinates": "q o i", "return": "q o i"},
-    "gradindex.influence.preconditioned.query_norms": {"coordinates": "q o i", "return": "q"},
+    "gradindex.influence.preconditioned.query_square": {"c": "q o i", "return": "q"},
+    "gradindex.influence.preconditioned.weigh": {"gradients": "q o i", "return": "q o i"},
     "gradindex.influence.preconditioned.prepare":
         {"coordinates": "q o i", "vectors": "q K", "squares": "q"},
     "gradindex.influence.preconditioned.Whole.terms": {**AD, "return": "b t"},

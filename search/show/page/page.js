@@ -126,7 +126,8 @@
   function nats(value, about) {
     const [change, [gain, loss]] = [value / Number(about.scale), about.room.split(" ").map(Number)];
     if (about.known !== "1") return `${about.unit === "nats" ? "nats" : "change"} unknown`;
-    return change > gain || change < -loss ? "beyond first order" : `${shown(change)} ${about.unit}`;
+    return change > gain || change < -loss ? "beyond first order" :
+      `${shown(change)} first-order ${about.unit}`;
   }
 
   function becomeExact(id, value) {
