@@ -93,6 +93,30 @@ class Query:
 
 
 @dataclass
+class Check:
+    """What one more copy of a hit changes along its own step, beside its first-order nats.
+
+    `scale` is α, the length of the step in units of (Ĝ+λ)⁻¹g / N, with its standard error: what the
+    curvature that was measured along it leaves of EK-FAC's step. In nats of the query, `nats` is α
+    times the hit's first-order nats, and `measured` by how much log p changed when the weights made
+    that step; `own` is what the hit's own log p changed by. `wrong` says what isn't as it should
+    be.
+    See `search/study/check.py`.
+
+    >>> check = Check(scale=0.15, scale_error=0.01, nats=1.2, measured=1.1, own=3.0)
+    >>> check.wrong
+    []
+    """
+
+    scale: float
+    scale_error: float
+    nats: float
+    measured: float
+    own: float
+    wrong: list[str] = field(default_factory=list)
+
+
+@dataclass
 class Hit:
     """A training sequence and its influence on the query.
 
@@ -122,7 +146,8 @@ class Hit:
     at which the second of its texts begins (of a pair the rejected). `text` is all that it holds;
     of two texts `text_b` is the second, of a pair `chosen` and `rejected` are its sides, each with
     the prompt. `log_p` is log p of all of the
-    sequence in nats, of its label or preference; None where it wasn't scored exactly.
+    sequence in nats, of its label or preference; None where it wasn't scored exactly. `check` is
+    what was measured of its first-order nats, where that was asked for.
 
     Origin: `start` and `end` are characters of the document's text (−1 where it came as tokens).
     `duplicates` are the ids of equal sequences; `near_duplicates` those of hits further down that
@@ -164,6 +189,7 @@ class Hit:
     label: str | None = None
     border: int | None = None
     log_p: float | None = None
+    check: Check | None = None
     text_b: str | None = None
     chosen: str | None = None
     rejected: str | None = None

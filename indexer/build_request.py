@@ -126,6 +126,9 @@ def make_request(
     source = ModelSource(model, tokenizer, device, trust_remote_code, allow_pickle,
                          parse_bound(max_memory), adapter, device_map,
                          also=named_members(also))
+    if source.model is None:
+        raise InputError("the models have names, and none of them is \"last\", the one that the "
+                         "index is of. Expected model={\"last\": …}, or the others in also=.")
     chosen_task = Task(choose_task(source, task, as_list(data)), beta)
     source = replace(source, task=chosen_task)
     progress.say(f"task: {chosen_task.name}")

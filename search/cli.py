@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from gradindex.progress import Progress
     from gradindex.results import Hit, Result
     from search.ask.controls import Controls
-    from search.engine import SearchStage
+    from search.ask.settings import Settings
+    from search.engine import Searcher, SearchStage
 
 LOADING = "loading the model and the index, then the query's gradient"
 
@@ -49,6 +50,8 @@ LOADING = "loading the model and the index, then the query's gradient"
               help="With --queries: one search, for the sum of their log p. It sums first: "
                    "--normalize goes by the sum's own gradient.")
 @options(control_flags("rank"))
+@click.option("--check", type=int, metavar="N", help="Measure what the first N hits change: move "
+              "the weights by each one's own step, and ask for log p again (needs N_train).")
 @click.option("--format", "form", default="auto", show_default=True,
               type=click.Choice(["auto", "json", "jsonl", "csv", "parquet", "html"]),
               help="auto is what -o ends in, else text for people; with --queries -o, a JSON "
@@ -56,8 +59,8 @@ LOADING = "loading the model and the index, then the query's gradient"
 @click.option("-o", "--output", type=OUTPUT_FILE,
               help="Write to a file instead of standard output; with --queries, resumes.")
 def search(
-    index: Path, queries: Path | None, aggregate: str | None, form: str, output: Path | None,
-    **flags: Any,
+    index: Path, queries: Path | None, aggregate: str | None, check: int | None, form: str,
+    output: Path | None, **flags: Any,
 ) -> int:
     """Which training sequences made the model say COMPLETION after PROMPT?
 
@@ -70,6 +73,7 @@ def search(
     \b
     Example:
       gradindex search train.index -p "Water is composed of" -c " hydrogen and oxygen."
+      gradindex search train.index -p "What is" -c " it?" --train-sequences 5000 --check 2
       gradindex search train.index --queries questions.jsonl -o results.jsonl --recall 0.95
       gradindex search reviews.index --text "a dull film" --label negative
       gradindex search pairs.index -p "Is it?" --chosen " It is." --rejected " Who knows."
@@ -81,6 +85,8 @@ def search(
     controls, question_flags = take_controls(flags), take_question(flags)
     check_outputs({"-o": output}, [queries, question_flags["messages"]])
     if queries is not None:
+        if check is not None:
+            raise click.UsageError("--check is of one query's hits: it can't go with --queries.")
         if any(value is not None for value in question_flags.values()):
             given = next(name for name, value in question_flags.items() if value is not None)
             raise click.UsageError(
@@ -95,9 +101,36 @@ def search(
     settings = settle(controls, searcher.manifest)  # before the model is loaded
     progress.say(LOADING)  # which takes seconds, before anything is scored
     query = make_query(searcher.snapshot, question)
+    if check is not None:
+        _refuse_check(searcher, settings, check)  # before anything is scored
     stages = searcher.stages([query], settings, conclude_early=True)
     follower = _Follower(progress, searcher.manifest.task.name)
-    return _finish(drain(stages, follower.follow), form, output)
+    result = drain(stages, follower.follow)
+    if check is not None and not result.interrupted:
+        _check(searcher, result, check, progress)
+    return _finish(result, form, output)
+
+
+def _refuse_check(searcher: "Searcher", settings: "Settings", count: int) -> None:
+    from search.study.check import refuse
+
+    refuse(searcher.snapshot, settings, count)
+
+
+def _check(searcher: "Searcher", result: "Result", count: int, progress: "Progress") -> None:
+    """Check the first hits, and say how far that is."""
+    progress.start("check", 0, "passes")
+    before = 0
+
+    def follow(done: int, total: int) -> None:
+        nonlocal before
+        progress.update(done - before, total=total)
+        before = done
+        if progress.measured:
+            progress.say_expected(progress.seconds_each() * (total - done))
+
+    searcher.check(result, count, follow)
+    progress.finish()
 
 
 def _finish(result: "Result", form: str, output: Path | None) -> int:

@@ -8,7 +8,7 @@ other, each sequence's gradient formed once for all of them.
 
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -216,6 +216,34 @@ class Searcher:
         Raises InputError for a query that can't be scored.
         """
         return make_query(self.snapshot, Question(prompt, completion, id=id, **arguments))
+
+    @in_python()
+    def check(
+        self, result: Result, count: int = 3,
+        follow: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Result:
+        """Measure what the first `count` hits of a result change, beside their first-order nats.
+
+        For each the weights make the step that one more copy brings about along the hit's own
+        direction, log p of the query is measured, and the weights are put back to the bit:
+        `Hit.check` has it. `follow(done, total)` is told how many passes are done; interrupted
+        (Ctrl-C) it returns what is checked. Raises InputError where N_train isn't known, and for
+        what can't be moved.
+
+        """
+        # late: few searches need it
+        from search.study.check import check_hits
+
+        asked = result.controls
+        settings = settle(Controls(
+            damping=asked["damping"], rescore=asked["rescore"],
+            train_sequences=result.train_sequences if result.train_sequences_given else None,
+        ), self.manifest)
+        chosen = set(asked["modules"])
+        settings = replace(settings, members=asked.get("members", settings.members), modules=[
+            module for module in self.manifest.modules if module.name in chosen])
+        check_hits(self.snapshot, result, settings, count, self.batch_tokens, follow)
+        return result
 
     def known(self, ids: Iterable[Any]) -> list[int]:
         """The places of sequences' ids. Raises InputError where there is no such sequence."""

@@ -308,6 +308,7 @@ def hostile_facts():
     return {
         "index": ALL, "format": ALL, "generation": 1, "digest": ALL,
         "model": {"name": ALL, "revision": ALL, "tensors": BAD},
+        "also": {ALL: {"name": ALL, "revision": ALL, "tensors": BAD}},
         "dtype": ALL, "task": "preference", "labels": [ALL], "adapter": ALL,
         "beta": 0.1, "kinds": {ALL: 1}, "reference": {"name": ALL}, "derived": [ALL],
         "documents": 4, "sequences": 5,
@@ -329,7 +330,8 @@ def test_summary():
     assert_inert(said)
     for line in said.splitlines():  # a newline in a name begins no row
         assert re.match(r"[A-Za-z_ ]{11} \S", line)
-    assert said.count(ALL_SHOWN) == 20  # adapter, classes, reference, derived and appended too
+    # adapter, classes, reference, derived, appended and other models too
+    assert said.count(ALL_SHOWN) == 23
 
 
 @pytest.mark.parametrize("form", ["auto", "json"])

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from gradindex.errors import InputError
 from gradindex.model import fused_experts
 from gradindex.model.quantised import is_bitsandbytes
 
@@ -16,6 +17,7 @@ from gradindex.model.quantised import is_bitsandbytes
 _PLAIN_SUBCLASSES = ("transformers.models.falcon.modeling_falcon.FalconLinear",)
 
 Identity = tuple[int, int]  # of a weight
+LEAST_PRECISION = 4  # bytes of a weight that is changed by little
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -92,6 +94,24 @@ def address(parameter: Tensor) -> int:
         return parameter.data_ptr() or id(parameter)  # 0: its content isn't loaded
     except RuntimeError:  # a wrapper of other tensors
         return id(parameter)
+
+
+def written_to(linear: Any, name: str, width: int) -> list[Tensor]:
+    """A map's weight [o, i], and its bias [o] where it is the last of `width` columns: views, by
+    which the network's own are changed.
+
+    Raises InputError for a weight in which a small change is lost, or that isn't what is kept.
+    """
+    weight, _ = stored(linear)
+    if weight is None or not weight.is_floating_point():
+        raise InputError(f"the weight of {name} can't be moved: it is quantised, or computed from "
+                         "others. Leave it out with --modules, or ask without --check.")
+    if weight.dtype.itemsize < LEAST_PRECISION:
+        raise InputError(
+            f"the model is in {str(weight.dtype).removeprefix('torch.')}, in which a step of one "
+            "copy is lost in rounding. --check needs an index that was built with --dtype float32.")
+    view = linear.weight.T if isinstance(linear, Conv1D) else linear.weight
+    return [view.detach(), *([linear.bias.detach()] if width > view.shape[1] else [])]
 
 
 def holders_of_parameters(network: nn.Module) -> dict[int, list[nn.Module]]:

@@ -46,6 +46,11 @@ class Classification:
         return to_device(np.concatenate([draw(row, 1) for row in range(len(batch.real))]),
                          batch.tokens.device)
 
+    def divergence(self, before: Tensor, after: Tensor, batch: Batch) -> Tensor:
+        """KL(p ‖ p′) of a row's classes in nats: float64 [b], of outputs before and after."""
+        log_p, other = (one.detach().double().log_softmax(-1) for one in (before, after))
+        return (log_p.exp() * (log_p - other)).sum(-1)
+
     def log_p(
         self, outputs: Tensor, batch: Batch, numbers: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:

@@ -132,6 +132,31 @@ class NextToken:
             None if numbers is None else numbers.to(there), self.soft_cap)
 
 
+    def divergence(self, before: Tensor, after: Tensor, batch: Batch) -> Tensor:
+        """Σ KL(p ‖ p′) over a row's predictions, in nats: float64 [b], of outputs before and after.
+
+        The Bregman divergence of the loss; to second order half the Gauss–Newton matrix's square
+        of the change.
+
+        >>> batch = Batch.of(*np.ones((3, 1, 2), dtype=np.int64), torch.device("cpu"))
+        >>> batch.unscored = torch.tensor([1])
+        >>> even, odd = torch.zeros(1, 2, 2), torch.tensor([[[3.0, 1.0], [5.0, 1.0]]]).log()
+        >>> NextToken().divergence(even, odd, batch)  # ½ log (½ / ¾) + ½ log (½ / ¼)
+        tensor([0.1438], dtype=torch.float64)
+        """
+        assert batch.unscored is not None
+        flat = [one.detach().flatten(0, 1) for one in (before, after)]
+        found = flat[0].new_zeros(len(flat[0]), dtype=torch.float64)
+        rows = max(1, LOGITS_AT_ONCE[flat[0].device.type] // flat[0].shape[1])
+        for part in map(slice, range(0, len(found), rows), range(rows, len(found) + rows, rows)):
+            said = [one[part].double() if self.soft_cap is None else
+                    bounded(one[part].double(), self.soft_cap) * self.soft_cap for one in flat]
+            log_p, other = (one.log_softmax(-1) for one in said)
+            found[part] = (log_p.exp() * (log_p - other)).sum(-1)
+        found.index_fill_(0, batch.unscored.to(found.device), 0)
+        return found.view(len(batch.real), -1).sum(1)
+
+
 @contextlib.contextmanager
 def uncapped(network: Any) -> Iterator[None]:
     """Let a network leave out the soft cap of its logits for a while."""

@@ -41,6 +41,8 @@ class Objective(Protocol):
         self, outputs: Tensor, batch: Batch, numbers: Tensor | None = None
     ) -> tuple[Tensor, Tensor]: ...
 
+    def divergence(self, before: Tensor, after: Tensor, batch: Batch) -> Tensor: ...
+
 
 def objective_of(
     task: Task, network: Any, tokenizer: Any = None, soft_cap: float | None = None

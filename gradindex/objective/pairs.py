@@ -82,6 +82,10 @@ class Reward(_Pairs):
         found, weights = _preference(scores, batch.targets.to(outputs.device), numbers)
         return found, weights.view(outputs.shape).to(outputs.dtype)
 
+    def divergence(self, before: Tensor, after: Tensor, batch: Batch) -> Tensor:
+        """KL of which text is preferred in nats: float64 [b], of outputs before and after."""
+        return _divergence(*(self.log_p(one, batch)[0] for one in (before, after)))
+
 
 @dataclass
 class Preference(_Pairs):
@@ -132,6 +136,11 @@ class Preference(_Pairs):
         weights = (self.beta * weights).to(gradient.dtype)
         return found, gradient.mul_(weights.flatten()[:, None, None])
 
+    def divergence(self, before: Tensor, after: Tensor, batch: Batch) -> Tensor:
+        """KL of which answer is preferred in nats: float64 [b], of outputs before and after."""
+        # clones, as log p takes the memory of what it is given
+        return _divergence(*(self.log_p(one.clone(), batch)[0] for one in (before, after)))
+
     def answers(self, network: Any, batch: Batch) -> Tensor:
         """What a network gives each row's answers: Σ log p of their tokens, float64 [b, texts]."""
         return _of_answers(self.policy.log_p(self.outputs(network, batch), batch)[0], batch)
@@ -152,6 +161,18 @@ def deviation(z: Tensor) -> Tensor:
             [0.4330]])
     """
     return (torch.sigmoid(z) * torch.sigmoid(-z)).sqrt()
+
+
+def _divergence(chosen: Tensor, after: Tensor) -> Tensor:
+    """KL [b] between two outcomes of which one has log p `chosen` [b, 1], then `after`, in float64.
+
+    >>> _divergence(torch.tensor([[0.5]]).log(), torch.tensor([[0.75]]).log())
+    tensor([0.1438])
+    """
+    rejected, rejected_after = (torch.log(-torch.expm1(one)) for one in (chosen, after))
+    # of one that is certain nothing is left: 0 · −∞
+    return (chosen.exp() * (chosen - after) + torch.nan_to_num(
+        rejected.exp() * (rejected - rejected_after)))[:, 0]
 
 
 def _texts(rows: Sequence[Row]) -> int:

@@ -54,7 +54,7 @@ CSV_COLUMNS = (
     "rank", "id", "influence", "nats", "exact", "percentile", "lexical", "generic_rate", "cosine",
     "relatif", "self_influence", "code_score", "code_rank", "tfidf_rank", "source", "row",
     "document", "start", "end", "user_id", "duplicates", "near_duplicates", "near",
-    "label", "log_p", "layer_influence", "kind_influence", "member_influence", "text",
+    "label", "log_p", "check", "layer_influence", "kind_influence", "member_influence", "text",
     "text_b", "chosen", "rejected", "units",
 )
 # of the hit's group, where groups were asked for: fields of a Group behind "group_"

@@ -88,6 +88,7 @@ def _hit_lines(rank: int, hit: Hit, result: Result, width: int, color: bool) -> 
     head, *rest = _wrap(head + visible(f"{label}  sequence {hit.id}{noticed}"), width)
     lines = [head, *("     " + line for part in (" ".join(rest), ", ".join(filter(None, notes)))
                      for line in _wrap(part, width - 5))]
+    lines += [f"     {line}" for line in _wrap(wording.checked(hit, result), width - 5)]
     lines.append(f"     {_clip(wording.where(hit), width - 5)}")
     if hit.layer_influence:
         shares = ", ".join(

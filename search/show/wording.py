@@ -242,6 +242,17 @@ def nats(of: Hit | Group, result: Result, named: bool = True) -> str:
     return said if name == "nats" else said.replace("nats", "change")
 
 
+def checked(hit: Hit, result: Result) -> str:
+    """What was measured of a hit's first-order nats; nothing where it wasn't."""
+    check, name = hit.check, result.query.unit
+    if check is None:
+        return ""
+    wrong = f" ({', '.join(check.wrong)})" if check.wrong else ""
+    return (f"checked: by its own step {number(check.nats)} {name}, measured "
+            f"{number(check.measured)} {name}; the step is {check.scale:.3g} ± "
+            f"{check.scale_error:.2g} of the first-order one{wrong}")
+
+
 def nats_room(result: Result) -> str:
     """The largest gain and loss of log p, for a page whose numbers become exact in place."""
     # as JavaScript writes what has no end

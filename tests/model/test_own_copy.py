@@ -115,7 +115,7 @@ def test_tied_weights_stay_tied():
 
 def test_objects_that_are_no_models_or_cannot_be_copied():
     network = random_network("llama")
-    for thing in (nn.Linear(2, 2), nn.DataParallel(network), {"model": network}, 3):
+    for thing in (nn.Linear(2, 2), nn.DataParallel(network), [network], 3):
         with pytest.raises(InputError, match=f"the model is a {type(thing).__name__}; expected a"):
             ModelSource(thing)
     network.model.trainer = (i for i in range(3))

@@ -194,7 +194,9 @@ def test_errors_name_what_the_form_shows(servers: dict[str, Running], running: R
     for name, label in LABELS.items():
         told = as_labels(f"give --{name.replace('_', '-')}, not `a --k`.")
         assert told == f"give “{label}”, not `a --k`."
-        assert f">{label}" in forms and f'name="{"score" if name == "score_on" else name}' in forms
+        # a choice among models where there are several alone
+        assert (f">{label}" in forms) == (name != "members")
+        assert name == "members" or f'name="{"score" if name == "score_on" else name}' in forms
     asked = {"text": "a good film", "label": "positive", "versus_label": 1}
     page = servers["classification"].ask("GET", "/search?" + urlencode(asked), OWN).text
     assert "“rather than” 1 is the label itself" in page
@@ -257,7 +259,7 @@ def test_a_hit_shows_its_label_and_whether_it_is_the_one_asked_about(
         assert f"number {hit.fields['number']}" in page
     assert {hit.label for hit in result} == {"negative", "positive", "<so> & so"}
     assert "text:  [CLS] the film was so great [SEP]\nlabel: positive\n" in shown
-    assert "a head's at the text's first" in shown and "layers 0 to 1 and head, damping" in shown
+    assert "a head's at the text's first" in " ".join(shown.split()) and "layers 0 to 1 and head, damping" in shown
     blocks = render_terminal(searcher.search(**CLASS, k=1, modules="mlp"), 300)
     assert "a head's" not in blocks and "layers 0 to 1, damping" in blocks
     own = searcher.search(text=CLASS["text"])
@@ -349,16 +351,16 @@ def test_units_are_those_of_what_is_asked(searchers: dict[str, Searcher]) -> Non
     """Nats of a preference, units of reward of an answer: where they are known and where not."""
     pair, one = (searchers["reward"].search(**asked, k=2, train_sequences=10**9, group_by="source")
                  for asked in (PAIR, ONE))
-    assert f"{pair[0].nats:+.3g} nats" in render_terminal(pair, 300)
+    assert f"{pair[0].nats:+.3g} first-order nats" in render_terminal(pair, 300)
     assert "log p(chosen over rejected) = " in render_terminal(pair, 300)
     for result in (one, searchers["preference"].search(**PAIR, k=2, train_sequences=10**9)):
         shown, page = render_terminal(result, 300), document(result)
-        assert f"{result[0].nats:+.3g} reward" in shown
-        assert f"{result[0].nats:+.3g} reward" in text_of(page)
+        assert f"{result[0].nats:+.3g} first-order reward" in shown
+        assert f"{result[0].nats:+.3g} first-order reward" in text_of(page)
         assert 'data-room="Infinity Infinity" data-unit="reward"' in page
         assert " nats" not in re.sub(r"its log p \S+ nats", "", shown)
-    assert re.search(r"influence +± +reward +sequences", render_terminal(one, 300))
-    assert '<th class="n">reward</th>' in document(one)
+    assert re.search(r"influence +± +first-order reward +sequences", render_terminal(one, 300))
+    assert '<th class="n">first-order reward</th>' in document(one)
     unknown = render_terminal(searchers["reward"].search(**ONE, k=2), 300)
     assert "change unknown" in unknown and "units of reward are left out" in unknown
     rescored = CliRunner().invoke(main_group, [
