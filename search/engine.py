@@ -152,14 +152,9 @@ class Searcher:
 
     def answer(self, queries: list[Query], settings: Settings) -> Iterator[SearchStage]:
         """The stages of any number of queries, a group after the other."""
-        for first in range(0, len(queries), self.group_size):
-            yield from self.stages(queries[first : first + self.group_size], settings)
-
-    @property
-    def group_size(self) -> int:
-        """How many queries share a session, for memory."""
-        # code scores of every sequence and query are held until the shortlists are known
-        return max(1, min(LARGEST_GROUP, LARGEST_SCORES // len(self)))
+        size = group_size(len(self))
+        for first in range(0, len(queries), size):
+            yield from self.stages(queries[first : first + size], settings)
 
     @with_keywords
     @in_python()
@@ -306,6 +301,12 @@ class Searcher:
             result.seconds = clock.take("rescore", "conclude")
             yield SearchStage("result", len(session.common.exact), session.planned, track.query,
                               result=result)
+
+
+def group_size(sequences: int) -> int:
+    """How many queries share a session of an index of so many sequences, for memory."""
+    # code scores of every sequence and query are held until the shortlists are known
+    return max(1, min(LARGEST_GROUP, LARGEST_SCORES // sequences))
 
 
 def _rescored(session: Session, track: Track) -> Iterator[SearchStage]:

@@ -20,7 +20,7 @@ from gradindex.influence.exact import rescore
 from gradindex.results import Query
 from gradindex.storage.manifest import Manifest
 from search.ask.settings import Settings
-from search.engine import Searcher
+from search.engine import Searcher, group_size
 from search.rank.query_gradient import fits_in_full, form_gradients
 from search.rank.ranking import CodeRanking, best
 from search.rank.session import Session
@@ -101,7 +101,7 @@ def evaluate(
 
     comparisons = []
     # so many together as keep their gradients in full: low rank would be the truth's error too
-    together = min(searcher.group_size, max(1, fits_in_full(snapshot, settings)))
+    together = min(group_size(total), max(1, fits_in_full(snapshot, settings)))
     for first in range(0, len(queries), together):
         group = queries[first : first + together]
         gradients, preconditioned = form_gradients(snapshot, group, settings, searcher.batch_tokens)

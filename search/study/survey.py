@@ -14,7 +14,7 @@ from gradindex.progress import Progress
 from gradindex.results import Query
 from gradindex.storage.manifest import Manifest
 from search.ask.settings import Settings
-from search.engine import Searcher
+from search.engine import Searcher, group_size
 from search.rank.coverage import Coverage
 from search.rank.query_gradient import form_gradients
 from search.study.exact_sample import ExactSample, QuerySurvey, own_queries
@@ -70,7 +70,7 @@ def survey(
     snapshot = searcher.snapshot
     if sample is not None and sample < 1:
         raise InputError(f"--sample {sample}: expected a number above 0, or all.")
-    most = searcher.group_size
+    most = group_size(len(searcher))
     if queries is not None and not 0 < len(queries) <= most:
         raise InputError(f"--queries: {len(queries)} queries can be scored; a report takes 1 to "
                          f"{most}.")

@@ -259,7 +259,8 @@ def test_a_hit_shows_its_label_and_whether_it_is_the_one_asked_about(
         assert f"number {hit.fields['number']}" in page
     assert {hit.label for hit in result} == {"negative", "positive", "<so> & so"}
     assert "text:  [CLS] the film was so great [SEP]\nlabel: positive\n" in shown
-    assert "a head's at the text's first" in " ".join(shown.split()) and "layers 0 to 1 and head, damping" in shown
+    assert "a head's at the text's first" in " ".join(shown.split())
+    assert "layers 0 to 1 and head, damping" in shown
     blocks = render_terminal(searcher.search(**CLASS, k=1, modules="mlp"), 300)
     assert "a head's" not in blocks and "layers 0 to 1, damping" in blocks
     own = searcher.search(text=CLASS["text"])

@@ -101,6 +101,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         {"a": "b n i", "rows": "r", "weights": "r", "return": ("1 m i", "1 m v")},
     "gradindex.influence.vocabulary.OverVocabulary.terms":
         {"a": "b n i", "p": "v i", "return": "b n"},
+    "gradindex.influence.steps.Movable.outputs": {"return": "..."},
+    "gradindex.influence.steps.Movable.log_p": {"return": "b"},
+    "gradindex.influence.steps.Movable.curvature_along": {"direction": "o i", "return": "b"},
+    "gradindex.objective.next_token.NextToken.divergence":
+        {"before": "b t v", "after": "b t v", "return": "b"},
+    "gradindex.objective.classes.Classification.divergence":
+        {"before": "b c", "after": "b c", "return": "b"},
+    "gradindex.objective.pairs.Reward.divergence": {"before": "r 1", "after": "r 1", "return": "b"},
+    "gradindex.objective.pairs.Preference.divergence":
+        {"before": "r t v", "after": "r t v", "return": "b"},
     "gradindex.objective.batch.Batch.of": {"tokens": "b m", "real": "b m"},
     "gradindex.objective.batch.Batch.by_text": {"tensor": "b m", "return": "r t"},
     "gradindex.objective.batch.Batch.starts": {"return": "b x"},
@@ -219,6 +229,7 @@ LEFT_OUT = {  # of the modules below, and why
     "gradindex.influence.curvature.FiledEkfac.__init__":
         "only a function among its arguments has arrays",
     "gradindex.storage.row_file.array_bytes": "takes any array",
+    "gradindex.influence.steps.Movable.moved": "a context",
     "indexer.calibrate.calibrate": "only a function among its arguments has arrays",
     "indexer.calibrate.score_pairs": "its arrays are in a dataclass",
     "indexer.encode.encode_batches": "a generator",
