@@ -317,7 +317,12 @@ class Result:
     @property
     def units(self) -> str:
         """What the numbers mean, with their sign, in one sentence."""
-        return units_of(self.task, bool(self.controls["rescore"]), self.query)
+        members = self.controls.get("members") or {}
+        said = units_of(self.task, bool(self.controls["rescore"]), self.query)
+        if list(members.values()) in ([], [1.0]):
+            return said
+        weights = ", ".join(f"{weight:.3g} × {name}" for name, weight in members.items())
+        return f"{said} Here all of it is a weighted sum of each model's own, log p too: {weights}."
 
     @property
     def opponents(self) -> bool:

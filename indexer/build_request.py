@@ -23,7 +23,7 @@ from gradindex.model.config import context_length
 from gradindex.model.devices import has_fast_float64
 from gradindex.model.identity import tokenizer_digest
 from gradindex.model.load_tokenizer import load_tokenizer
-from gradindex.model.members import check_members, member_source, named_members
+from gradindex.model.members import check_lengths, check_members, member_source, named_members
 from gradindex.model.model_source import ModelSource, anywhere
 from gradindex.model.network import padding_token
 from gradindex.progress import Progress
@@ -123,12 +123,12 @@ def make_request(
     """
     # 1) where the model comes from; its configuration and its weights' names are read, no weights
     progress = progress or Progress()
+    if isinstance(model, Mapping):
+        raise InputError("the model is a mapping; expected the model itself, and the others in "
+                         "also=, as in also={\"early\": …}.")
     source = ModelSource(model, tokenizer, device, trust_remote_code, allow_pickle,
                          parse_bound(max_memory), adapter, device_map,
                          also=named_members(also))
-    if source.model is None:
-        raise InputError("the models have names, and none of them is \"last\", the one that the "
-                         "index is of. Expected model={\"last\": …}, or the others in also=.")
     chosen_task = Task(choose_task(source, task, as_list(data)), beta)
     source = replace(source, task=chosen_task)
     progress.say(f"task: {chosen_task.name}")
@@ -148,6 +148,7 @@ def make_request(
         labels=class_names(config, labels, chosen_task),
         derive=derived_fields(derive, keep_fields, chosen_task),
     )
+    check_lengths(source, settings.sequence_length)
     if (said := said_of_names(config, settings.labels)) is not None:
         progress.say(said)
     asked = choose_reference(reference, source, as_list(data), settings, progress)

@@ -23,7 +23,7 @@ from search.ask.keywords import QuestionOptions, SearchArguments, split, with_ke
 from search.ask.make_query import aggregate, make_query
 from search.ask.naming import in_python
 from search.ask.question import Question
-from search.ask.settings import Settings, settle, without
+from search.ask.settings import Settings, settle, without_members
 from search.rank.named import place_of, rescore_named
 from search.rank.query_gradient import form_gradients
 from search.rank.query_track import Track
@@ -141,6 +141,7 @@ class Searcher:
         """The comparison of two queries' results: hits of one are rescored for the other too."""
         if not settings.rescore:
             raise InputError("a comparison needs exact scores: it can't go with rescore=False.")
+        settings = without_members(settings, self.snapshot.absent)
         scores = [{hit.id: hit.influence for hit in result} for result in results]
         for mine, theirs, query in zip(scores, scores[::-1], queries, strict=True):
             # what only the other side shows has been scored for it alone
@@ -259,7 +260,7 @@ class Searcher:
 
         # 0) what is read once, at the first search
         self.snapshot.load()
-        settings = without(settings, self.snapshot.absent)
+        settings = without_members(settings, self.snapshot.absent)
         if settings.group_by is not None:
             self.snapshot.grouping(settings.group_by)
         clock.lap("load")

@@ -89,11 +89,12 @@ class FittedModel:
             dtype = str(model.dtype).removeprefix("torch.")
             try:
                 if self.manifest.also[name]["files"] is None and isinstance(given, str):
-                    raise InputError(f"--also {name}: it was a model object; pass it again "
+                    raise InputError("it was a model object; pass it again "
                                      f"(gradindex.open(index, model={{\"{name}\": …}})).")
                 others[name] = load_member(model, name, dtype)
             except InputError as error:
-                self.absent[name] = str(error)
+                # which is of a build's flag; and here nothing is built
+                self.absent[name] = str(error).removeprefix(f"--also {name}: ")
         return others
 
     @property

@@ -15,7 +15,7 @@ from typing import Any
 
 from gradindex.errors import InputError
 from gradindex.model.checkpoint import check_checkpoint
-from gradindex.model.config import vocabulary_size
+from gradindex.model.config import context_length, vocabulary_size
 from gradindex.model.load_tokenizer import load_tokenizer
 from gradindex.model.model_source import ModelSource
 from gradindex.model.network import LanguageModel
@@ -35,12 +35,15 @@ def named_members(also: Mapping[str, Any] | Iterable[Any]) -> dict[str, Any]:
     """
     if isinstance(also, (str, Path)):
         also = [also]
+    if not isinstance(also, Iterable):
+        raise InputError(f"also={also!r}: expected a mapping of names to models, or a list of "
+                         "\"NAME=MODEL\".")
     pairs = list(also.items()) if isinstance(also, Mapping) else [split_name(one) for one in also]
     members: dict[str, Any] = {}
     for name, model in pairs:
         if name is None:
             name = _own_name(model)
-        if not re.match(MEMBER_FORM, str(name)):
+        if not isinstance(name, str) or not re.match(MEMBER_FORM, name):
             raise InputError(f"--also {name}=…: expected a name of letters, digits and . _ -, as "
                              "in --also early=FOLDER.")
         # names become those of files, which some disks take as equal
@@ -48,6 +51,11 @@ def named_members(also: Mapping[str, Any] | Iterable[Any]) -> dict[str, Any]:
             raise InputError(
                 f"--also {name}=…: there is a model of this name, as {LAST} is the first one's; "
                 "expected another for each, as in --also early=FOLDER.")
+        if model is None or str(model) == "":
+            raise InputError(f"--also {name}: no model is given; expected a folder, a hub id or a "
+                             "model object, as in --also early=FOLDER.")
+        with of_member(name):
+            ModelSource(model)  # which refuses what is no model
         members[name] = model
     if len(members) > MOST_MEMBERS:
         raise InputError(
@@ -56,7 +64,10 @@ def named_members(also: Mapping[str, Any] | Iterable[Any]) -> dict[str, Any]:
 
 
 def _own_name(model: Any) -> str:
-    """The name of a member that was given none."""
+    """The name of a member that was given none. Raises InputError where nothing gives one."""
+    if model == "":
+        raise InputError("--also: no model is given; expected a folder or a hub id, as in --also "
+                         "early=FOLDER.")
     if not isinstance(model, (str, Path)):
         raise InputError(f"also=[{type(model).__name__}]: expected a name for each model object, "
                          "as in also={\"early\": model}.")
@@ -83,7 +94,31 @@ def check_members(source: ModelSource) -> list[str]:
                 raise InputError(f"it has {theirs} tokens and the model {tokens}; expected another "
                                  "checkpoint of the model, or one trained like it.")
             _check_tokens(source, name)
+            _check_classes(source, name)
     return said
+
+
+def check_lengths(source: ModelSource, length: int) -> None:
+    """Raise InputError where a member doesn't read sequences of so many tokens."""
+    for name in source.also:
+        with of_member(name):
+            context = context_length(member_source(source, name).load_config())
+            if context is not None and context < length:
+                raise InputError(f"it reads {context} tokens at most, and sequences have up to "
+                                 f"{length}. Set --seq-len {context}.")
+
+
+def _check_classes(source: ModelSource, name: str) -> None:
+    """Raise InputError where a member of a classifier has other classes, or another order."""
+    if source.task.name != "classification":
+        return
+    ours, theirs = (dict(one.load_config().id2label) for one in (
+        source, member_source(source, name)))
+    if ours != theirs:
+        raise InputError(
+            f"its classes are {', '.join(map(str, theirs.values()))}, the model's "
+            f"{', '.join(map(str, ours.values()))}: their scores would be of different labels. "
+            "Expected the same names in the same order (id2label in config.json).")
 
 
 def _check_tokens(source: ModelSource, name: str) -> None:
@@ -93,13 +128,14 @@ def _check_tokens(source: ModelSource, name: str) -> None:
     theirs = load_tokenizer(replace(source, model=source.also[name], tokenizer=None, also={}))
     if ours is None or theirs is None:
         return
-    before, now = ours.get_vocab(), theirs.get_vocab()
-    for token, number in sorted(now.items(), key=lambda known: known[1]):
-        if before.get(token, number) != number:
+    before = {number: token for token, number in ours.get_vocab().items()}
+    for token, number in sorted(theirs.get_vocab().items(), key=lambda known: known[1]):
+        # what was added to one alone is read by neither wrongly
+        if before.get(number, token) != token:
             raise InputError(
-                f"its tokenizer has another number for {token!r:.40}, {number} and not "
-                f"{before[token]}: it would read other texts. Expected a model with the same "
-                "tokenizer.")
+                f"its tokenizer has {token!r:.40} for the number {number}, the model's "
+                f"{before[number]!r:.40}: it would read other texts. Expected a model with the "
+                "same tokenizer.")
 
 
 class of_member:
@@ -152,6 +188,12 @@ def tracked_of_all(
             own = tracked_modules(
                 other.network, choice, examine(other.network, other.source.task))
             _check_alike(modules, own)
+            for module in modules:
+                uses = [len(one.sharing(module.name)) for one in (model, other)]
+                if uses[0] != uses[1]:
+                    raise InputError(
+                        f"{module.name} is tied to the embedding in one of the two models and not "
+                        "in the other; expected both alike, or leave it out with --modules mlp.")
         every += [replace(module, name=f"{name}{AT}{module.name}", member=name, weight=equal)
                   for module in own]
     return every

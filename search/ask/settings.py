@@ -1,7 +1,7 @@
 """Controls → settings: what they mean for one index, checked before any model is loaded."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -61,7 +61,8 @@ class Settings:
         return {
             "k": self.k, "shortlist": self.most, "recall": self.recall,
             "opponents": self.sign < 0, "damping": self.damping,
-            "modules": [module.name for module in self.modules], "members": self.members,
+            "modules": [module.name for module in self.modules],
+            "kinds": sorted({module.kind for module in self.modules}), "members": self.members,
             "normalize": self.normalize,
             "candidates": self.candidates, "rescore": self.rescore, "rank": self.rank,
             "train_sequences": self.train_sequences, "group_by": self.group_by,
@@ -114,7 +115,7 @@ def bounded(settings: Settings, total: int) -> Settings:
                    most=min(settings.most, total))
 
 
-def weights_of(text: str | None, members: list[str]) -> dict[str, float]:
+def weights_of(text: str | Mapping[str, float] | None, members: list[str]) -> dict[str, float]:
     """The weight of each model that counts, by the name of the member.
 
     Raises InputError for a name that isn't one of `members`, and for what is no weight.
@@ -124,6 +125,8 @@ def weights_of(text: str | None, members: list[str]) -> dict[str, float]:
     >>> weights_of(None, ["last", "base"])
     {'last': 0.5, 'base': 0.5}
     """
+    if isinstance(text, Mapping):
+        text = ",".join(f"{name}={weight}" for name, weight in text.items())
     if text is None:
         return dict.fromkeys(members, 1 / len(members))
     weights: dict[str, float] = {}
@@ -140,13 +143,14 @@ def weights_of(text: str | None, members: list[str]) -> dict[str, float]:
             number = math.nan
         if name in weights or not 1 / LARGEST_WEIGHT <= abs(number) <= LARGEST_WEIGHT:
             raise InputError(f"--members {text!r}: expected each model once, with a weight other "
-                             f"than 0, as in {members[0]}=1.")
+                             f"than 0 (in size {1 / LARGEST_WEIGHT:g} to {LARGEST_WEIGHT:g}), as "
+                             f"in {members[0]}=1.")
         weights[name] = number
     return weights
 
 
-def without(settings: Settings, absent: Collection[str]) -> Settings:
-    """Settings without some models, which can't be had; of the others the mean.
+def without_members(settings: Settings, absent: Mapping[str, str]) -> Settings:
+    """Settings without models that can't be had, `absent` says why; of the others the mean.
 
     Raises InputError where one of them was asked for, or no other is left.
     """
@@ -156,7 +160,8 @@ def without(settings: Settings, absent: Collection[str]) -> Settings:
     rest = {name: weight for name, weight in settings.members.items() if name not in gone}
     if settings.members_given or not rest:
         raise InputError(
-            f"the model {gone[0]} of this index can't be loaded. Say where it is with --model "
+            f"the model {gone[0]} of this index can't be loaded: {absent[gone[0]]} "
+            "Say where it is with --model "
             f"{gone[0]}=PATH, or leave it out of --members.")
     rest = dict.fromkeys(rest, 1 / len(rest))
     return replace(settings, members=rest, modules=weighted(settings.modules, rest))

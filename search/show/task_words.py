@@ -147,7 +147,9 @@ def share_means(result: Result) -> str:
 
 def has_head(result: Result) -> bool:
     """Whether a head is among the modules that count: it stands behind the last block."""
-    return any(HEAD in hit.kind_influence for hit in result.hits)
+    # results that were saved before say it by their hits alone
+    return HEAD in result.controls.get("kinds", ()) or \
+        any(HEAD in hit.kind_influence for hit in result.hits)
 
 
 def layer_names(result: Result) -> list[str]:

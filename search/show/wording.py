@@ -185,9 +185,11 @@ def how(result: Result) -> str:
 def _of_models(controls: dict[str, Any]) -> str:
     """Which models share the score, where they are several or not as they were built."""
     members = controls.get("members") or {}
-    if list(members.values()) in ([], [1.0]) and LAST in (members or {LAST: 1.0}):
+    if not members or members == {LAST: 1.0}:
         return ""
-    if len(members) > 1 and len({*members.values()}) == 1 and sum(members.values()) == 1:
+    if list(members.values()) == [1.0]:
+        return f" of the model {next(iter(members))}"
+    if len({*members.values()}) == 1 and math.isclose(sum(members.values()), 1):
         return f", the mean over the models {', '.join(members)}"
     return ", summed over the models " + ", ".join(
         f"{weight:g} × {name}" for name, weight in members.items())

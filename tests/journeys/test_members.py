@@ -184,6 +184,7 @@ def test_on_the_command_line_and_in_every_form(networks, data, tokenizer, tmp_pa
     assert as_json.returncode == 0, as_json.stderr
     content = json.loads(as_json.stdout)
     assert content["controls"]["members"] == {"last": 1.0, "seed-1": -0.5}
+    assert content["units"].endswith("log p too: 1 × last, -0.5 × seed-1.")
     assert content["hits"][0]["member_influence"].keys() == {"last", "seed-1"}
     moved = (tmp_path / "base").rename(tmp_path / "moved")
     there = run("search", out, *question, "--model", f"seed-1={moved}", "--format", "json")
@@ -196,7 +197,9 @@ def test_on_the_command_line_and_in_every_form(networks, data, tokenizer, tmp_pa
     ({"last": "b"}, "--also last=…: there is a model of this name"),
     ({"a/b": "b"}, "--also a/b=…: expected a name of letters"),
     (["x=b", "X=b"], "--also X=…: there is a model of this name"),
-    (["early=nowhere/at/all"], "--also early: "),
+    (["early=nowhere/at/all"], "--also early: "), ([""], "--also: no model is given"),
+    ({"a": None}, "--also a: no model is given"), ({"a": 3}, "--also a: the model is a int"),
+    (3, "also=3: expected a mapping"), ({1: "b"}, "--also 1=…: expected a name"),
 ])
 def test_names_and_places_are_checked_before_anything_is_read(also, said, networks, data,
                                                               tokenizer, tmp_path):
@@ -205,12 +208,11 @@ def test_names_and_places_are_checked_before_anything_is_read(also, said, networ
     assert not (tmp_path / "i").exists()
 
 
-def test_the_models_may_come_together(networks, data, tokenizer, both, tmp_path):
-    index = gradindex.build(networks, data, tmp_path / "i", tokenizer=tokenizer, modules="all",
-                            **SMALL)
-    assert every(index) == every(both)
-    with pytest.raises(InputError, match='none of them is "last"'):
-        gradindex.build({"base": networks["base"]}, data, tmp_path / "j", tokenizer=tokenizer)
+def test_models_come_in_also_and_weights_by_name(networks, data, tokenizer, both, tmp_path):
+    with pytest.raises(InputError, match="the model is a mapping; expected the model itself"):
+        gradindex.build(networks, data, tmp_path / "i", tokenizer=tokenizer)
+    as_mapping = every(both, members={"last": 1.0, "base": -0.5})
+    assert as_mapping == every(both, members="last=1,base=-0.5")
 
 
 def test_a_model_of_another_kind_is_refused(networks, data, tokenizer, tmp_path):
@@ -230,7 +232,7 @@ def test_a_model_of_another_kind_is_refused(networks, data, tokenizer, tmp_path)
     folder = tmp_path / "reordered"
     networks["base"].save_pretrained(folder)
     train_tokenizer(["another text altogether, of other words " * 20], 300).save_pretrained(folder)
-    refused(str(folder), "its tokenizer has another number for")
+    refused(str(folder), "its tokenizer has .* for the number")
 
 
 @pytest.mark.parametrize("members, said", [
