@@ -13,7 +13,6 @@ of the head is to be was chosen by every other half and query; the ratio on the 
 import json
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -34,9 +33,10 @@ from benchmarks.lds import (
     ekfac_scores,
     encode,
     interval,
+    lds_on,
     make_study,
-    mean_lds,
     random_choice,
+    recall_of_codes,
     reliability,
     retrain_all,
 )
@@ -154,10 +154,7 @@ def retraining(
     others = other_curvatures(study, mlp)
     scores |= others
 
-    def lds(part: slice) -> Callable[[np.ndarray], np.ndarray]:
-        return lambda values: mean_lds(kept[part], f.mean(0)[part][:, part], values[part])
-
-    whole, rest = lds(slice(None)), lds(slice(1, None, 2))
+    whole, rest = (lds_on(part, kept, f) for part in (slice(None), slice(1, None, 2)))
     plain, plain_rest = whole(mlp), rest(mlp)
     parameters = study.model.network.num_parameters()
     print(f"\n{type(study.model.network).__name__} of {parameters / 1e6:.2f} M parameters "
@@ -183,13 +180,7 @@ def retraining(
         expected = spreads(cosines(study, modules, asked, scores[choice])[:SOME[0], :SOME[1]])
         for length in (CODES[0] // 4, *CODES):
             found = code_scores(*encode(study, modules, length), asked)
-            top = np.argsort(-scores[choice], axis=1)[:, :10]
-            order = np.argsort(-found, axis=1)
-            recall = [np.mean([len({*a} & {*b[:most]}) / 10
-                               for a, b in zip(top.tolist(), order.tolist(), strict=True)])
-                      for most in (10, 50, 100)]
-            alike = np.mean([np.corrcoef(a, b)[0, 1]
-                             for a, b in zip(scores[choice], found, strict=True)])
+            recall, alike = recall_of_codes(scores[choice], found)
             print(f"| {choice} | {length:,} | " + " | ".join(f"{one:.3f}" for one in recall) +
                   f" | {mean_share(expected, sequences, length):.3f} | {alike:.3f} |", flush=True)
 

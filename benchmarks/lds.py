@@ -17,6 +17,7 @@ import multiprocessing
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
@@ -263,6 +264,24 @@ def reliability(f: np.ndarray) -> str:
     of_mean = max(0.0, float(seeds * r / (1 + (seeds - 1) * r)))  # Spearman-Brown
     return (f"two seeds rank the subsets with a Spearman correlation of {r:.3f} (mean over "
             f"queries), so that noise alone limits the LDS to about {of_mean**0.5:.3f}")
+
+
+def lds_on(part: slice, kept: np.ndarray, f: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """`mean_lds` of scores on some of the subsets and queries; f [seeds, s, q]."""
+    return lambda scores: mean_lds(kept[part], f.mean(0)[part][:, part], scores[part])
+
+
+def recall_of_codes(exact: np.ndarray, found: np.ndarray) -> tuple[list[float], float]:
+    """Shares of the exact top 10 among the first 10, 50 and 100 by code; their correlation.
+
+    Both are [q, n].
+    """
+    top, order = np.argsort(-exact, axis=1)[:, :10], np.argsort(-found, axis=1)
+    shares = [float(np.mean([len({*a} & {*b[:most]}) / 10
+                             for a, b in zip(top.tolist(), order.tolist(), strict=True)]))
+              for most in (10, 50, 100)]
+    return shares, float(np.mean([np.corrcoef(a, b)[0, 1]
+                                  for a, b in zip(exact, found, strict=True)]))
 
 
 def mean_and_error(values: np.ndarray) -> str:

@@ -15,7 +15,6 @@ exact scores; and what `gradindex eval` finds of indexes built with them: recall
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,9 +36,10 @@ from benchmarks.lds import (
     coordinates,
     encode,
     interval,
+    lds_on,
     make_study,
-    mean_lds,
     random_choice,
+    recall_of_codes,
     reliability,
     retrain_all,
     untrained,
@@ -168,10 +168,7 @@ def retraining(
         rows[f"mlp,head, damping {DAMPING:g}, shared: {name}"] = np.mean(
             [each[member] for member in SETS[name]], axis=0)
 
-    def lds(part: slice) -> Callable[[np.ndarray], np.ndarray]:
-        return lambda values: mean_lds(kept[part], f.mean(0)[part][:, part], values[part])
-
-    whole, rest = lds(slice(None)), lds(slice(1, None, 2))
+    whole, rest = (lds_on(part, kept, f) for part in (slice(None), slice(1, None, 2)))
     today, head = (rows[f"{choice}, damping {DAMPING:g}: last"] for choice in ("mlp", "mlp,head"))
     plain, plain_rest, with_head = whole(today), rest(today), whole(head)
     print(f"\n{type(study.model.network).__name__} of "
@@ -197,11 +194,7 @@ def recall(study: Study, gradients: Gradients) -> None:
         asked = coordinates(gradients, study.ekfac, modules, DAMPING)
         for length in LENGTHS:
             found = code_scores(*encode(study, modules, length), asked)
-            top, order = np.argsort(-exact, axis=1)[:, :10], np.argsort(-found, axis=1)
-            shares = [np.mean([len({*a} & {*b[:most]}) / 10
-                               for a, b in zip(top.tolist(), order.tolist(), strict=True)])
-                      for most in (10, 50, 100)]
-            alike = np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(exact, found, strict=True)])
+            shares, alike = recall_of_codes(exact, found)
             print(f"| {name} | {length:,} | " + " | ".join(f"{one:.3f}" for one in shares) +
                   f" | {alike:.3f} |", flush=True)
 
