@@ -10,6 +10,9 @@ GradindexError            1   anything below, and failures with no better place
 Every message says what was found, what was expected and what to do.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 
 class GradindexError(Exception):
     """Base of every error that gradindex raises on purpose."""
@@ -28,6 +31,21 @@ class InputError(GradindexError):
     def __init__(self, message: str, argument: str | None = None):
         super().__init__(message)
         self.argument = argument
+
+
+@contextlib.contextmanager
+def about(what: str) -> Iterator[None]:
+    """Say of an InputError that it is about `what`.
+
+    >>> with about("--reference"):
+    ...     raise InputError("no such folder")
+    Traceback (most recent call last):
+    gradindex.errors.InputError: --reference: no such folder
+    """
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{what}: {error}") from None
 
 
 class BadRowError(InputError):

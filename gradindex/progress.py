@@ -122,6 +122,12 @@ class Progress:
         """Whether the update just made is the one after which two batches have been measured."""
         return self._measured
 
+    def follow(self, done: int, total: int) -> None:
+        """Note that `done` of `total` units are done in all; once measured, say what is to come."""
+        self.update(done - self._done, total=total)
+        if self.measured:
+            self.say_expected(self.seconds_each() * (total - done))
+
     def finish(self, summary: str = "") -> None:
         """End the stage with one line: `summary`, or what was done, and how long it took."""
         self._stop()

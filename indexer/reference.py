@@ -5,12 +5,10 @@ began as. What the reference gives each answer is in the data, as trainers write
 asks for it (`ask_reference.py`). Here no weights are read, but to be digested.
 """
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gradindex.errors import IndexMismatchError, InputError
+from gradindex.errors import IndexMismatchError, InputError, about
 from gradindex.model.adapters import adapter_facts
 from gradindex.model.checkpoint import check_checkpoint
 from gradindex.model.config import context_length, vocabulary_size
@@ -54,7 +52,7 @@ def choose_reference(
 
 
 def _named(asked: Any, policy: ModelSource, progress: Progress) -> Reference:
-    with _about_reference():
+    with about("--reference"):
         source = replace(policy, model=asked, tokenizer=None, adapter_name=None, also={})
         for line in check_checkpoint(source):
             progress.say(f"reference: {line}")
@@ -74,15 +72,6 @@ def _has_adapter(policy: ModelSource) -> bool:
     return policy.adapter is not None
 
 
-@contextlib.contextmanager
-def _about_reference() -> Iterator[None]:
-    """Say of an InputError that it is the reference's."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"--reference: {error}") from None
-
-
 def vocabulary_of(reference: Reference | None, policy: ModelSource, length: int) -> int:
     """How many token ids the policy has that its reference has, too.
 
@@ -98,7 +87,7 @@ def vocabulary_of(reference: Reference | None, policy: ModelSource, length: int)
     if context and length > context:
         raise InputError(f"the reference {name} reads {context} tokens at most, and sequences have "
                          f"up to {length}. Set --seq-len {context}.")
-    with _about_reference():
+    with about("--reference"):
         tokenizers = [load_tokenizer(one) for one in (policy, source)]
     if None in tokenizers:
         # nothing else tells whether they have the same tokens
@@ -137,7 +126,7 @@ def identified(
                      "adapter disabled")
         return reference
     progress.say(f"reference: {facts['name']}")
-    with _about_reference():
+    with about("--reference"):
         files, tensors = _digests(source, dtype, of_tensors=source.is_object)
     if files is not None and not policy.is_object and files == files_digest(policy):
         progress.say("warning: the reference has the policy's own weights, as before any training: "

@@ -120,16 +120,7 @@ def _refuse_check(searcher: "Searcher", settings: "Settings", count: int) -> Non
 def _check(searcher: "Searcher", result: "Result", count: int, progress: "Progress") -> None:
     """Check the first hits, and say how far that is."""
     progress.start("check", 0, "passes")
-    before = 0
-
-    def follow(done: int, total: int) -> None:
-        nonlocal before
-        progress.update(done - before, total=total)
-        before = done
-        if progress.measured:
-            progress.say_expected(progress.seconds_each() * (total - done))
-
-    searcher.check(result, count, follow)
+    searcher.check(result, count, progress.follow)
     progress.finish()
 
 

@@ -232,12 +232,12 @@ class Searcher:
 
         asked = result.controls
         settings = settle(Controls(
-            damping=asked["damping"], rescore=asked["rescore"],
+            damping=asked["damping"], rescore=asked["rescore"], members=asked.get("members"),
             train_sequences=result.train_sequences if result.train_sequences_given else None,
         ), self.manifest)
         chosen = set(asked["modules"])
-        settings = replace(settings, members=asked.get("members", settings.members), modules=[
-            module for module in self.manifest.modules if module.name in chosen])
+        settings = replace(settings, modules=[
+            module for module in settings.modules if module.name in chosen])
         check_hits(self.snapshot, result, settings, count, self.batch_tokens, follow)
         return result
 

@@ -32,12 +32,12 @@ class Movable:
         self._parts = {
             module.name: written_to(model.member(module.member).sharing(module.path)[0],
                                     module.name, module.shape[1]) for module in modules}
+        # put back from here: subtracting would leave rounding behind
+        self._kept = {name: [part.clone() for part in parts] for name, parts in self._parts.items()}
 
     @contextlib.contextmanager
     def moved(self, direction: Gradients, length: float) -> Iterator[None]:
         """The model at θ + `length` · direction; afterwards it is again as it was, to the bit."""
-        # subtracting would leave rounding behind
-        kept = {name: [part.clone() for part in parts] for name, parts in self._parts.items()}
         try:
             with torch.no_grad():
                 for name, parts in self._parts.items():
@@ -50,7 +50,7 @@ class Movable:
         finally:
             with torch.no_grad():
                 for name, parts in self._parts.items():
-                    for part, before in zip(parts, kept[name], strict=True):
+                    for part, before in zip(parts, self._kept[name], strict=True):
                         part.copy_(before)
 
     def outputs(self, batch: Batch) -> Tensor:

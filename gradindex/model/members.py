@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gradindex.errors import InputError
+from gradindex.errors import InputError, about
 from gradindex.model.checkpoint import check_checkpoint
 from gradindex.model.config import context_length, vocabulary_size
 from gradindex.model.load_tokenizer import load_tokenizer
@@ -54,7 +54,7 @@ def named_members(also: Mapping[str, Any] | Iterable[Any]) -> dict[str, Any]:
         if model is None or str(model) == "":
             raise InputError(f"--also {name}: no model is given; expected a folder, a hub id or a "
                              "model object, as in --also early=FOLDER.")
-        with of_member(name):
+        with about(f"--also {name}"):
             ModelSource(model)  # which refuses what is no model
         members[name] = model
     if len(members) > MOST_MEMBERS:
@@ -85,15 +85,17 @@ def check_members(source: ModelSource) -> list[str]:
 
     Raises InputError for one that isn't there or has other tokens.
     """
-    said, tokens = [], vocabulary_size(source.load_config())
+    if not source.also:
+        return []
+    said, tokens, tokenizer = [], vocabulary_size(source.load_config()), load_tokenizer(source)
     for name in source.also:
         member = member_source(source, name)
-        with of_member(name):
+        with about(f"--also {name}"):
             said += [f"{name}: {line}" for line in check_checkpoint(member)]
             if (theirs := vocabulary_size(member.load_config())) != tokens:
                 raise InputError(f"it has {theirs} tokens and the model {tokens}; expected another "
                                  "checkpoint of the model, or one trained like it.")
-            _check_tokens(source, name)
+            _check_tokens(source, name, tokenizer)
             _check_classes(source, name)
     return said
 
@@ -101,7 +103,7 @@ def check_members(source: ModelSource) -> list[str]:
 def check_lengths(source: ModelSource, length: int) -> None:
     """Raise InputError where a member doesn't read sequences of so many tokens."""
     for name in source.also:
-        with of_member(name):
+        with about(f"--also {name}"):
             context = context_length(member_source(source, name).load_config())
             if context is not None and context < length:
                 raise InputError(f"it reads {context} tokens at most, and sequences have up to "
@@ -121,10 +123,9 @@ def _check_classes(source: ModelSource, name: str) -> None:
             "Expected the same names in the same order (id2label in config.json).")
 
 
-def _check_tokens(source: ModelSource, name: str) -> None:
+def _check_tokens(source: ModelSource, name: str, ours: Any) -> None:
     """Raise InputError where a member's own tokenizer, if it has one, has other tokens."""
     # the template of chats may differ: a base has none
-    ours = load_tokenizer(source)
     theirs = load_tokenizer(replace(source, model=source.also[name], tokenizer=None, also={}))
     if ours is None or theirs is None:
         return
@@ -138,20 +139,6 @@ def _check_tokens(source: ModelSource, name: str) -> None:
                 "same tokenizer.")
 
 
-class of_member:
-    """A context in which an InputError is said to be about a member."""
-
-    def __init__(self, name: str):
-        self._name = name
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, InputError):
-            raise InputError(f"--also {self._name}: {error}") from None
-
-
 def load_members(source: ModelSource, dtype: str = "auto") -> LanguageModel:
     """Load a model with all of its other members. Raises InputError."""
     model = LanguageModel.load(source, dtype)
@@ -163,7 +150,7 @@ def load_members(source: ModelSource, dtype: str = "auto") -> LanguageModel:
 def load_member(model: LanguageModel, name: str, dtype: str) -> LanguageModel:
     """Load another member, which runs beside a model. Raises InputError for one that can't."""
     source = replace(member_source(model.source, name), tokenizer=model.tokenizer)
-    with of_member(name):
+    with about(f"--also {name}"):
         other = LanguageModel.load(source, dtype)
         if other.dtype != model.dtype:
             raise InputError(
@@ -184,7 +171,7 @@ def tracked_of_all(
     equal = 1 / (1 + len(model.others))
     every = [replace(module, weight=equal) for module in modules]
     for name, other in model.others.items():
-        with of_member(name):
+        with about(f"--also {name}"):
             own = tracked_modules(
                 other.network, choice, examine(other.network, other.source.task))
             _check_alike(modules, own)

@@ -80,10 +80,10 @@ def _with_terms(hit: Hit, terms: np.ndarray, modules: list[Module]) -> Hit:
 
 def _summed(terms: np.ndarray, names: list[str]) -> dict[str, float]:
     """Terms [t, u] summed over the modules of each name."""
-    columns = {name: [column for column, other in enumerate(names) if other == name]
-               for name in dict.fromkeys(names)}
-    return {name: float(sum(terms[:, column].sum() for column in own))
-            for name, own in columns.items()}
+    totals = dict.fromkeys(names, 0.0)
+    for name, value in zip(names, terms.sum(0).tolist(), strict=True):
+        totals[name] += value
+    return totals
 
 
 def normalized(influence: float, exact: Exact, normalize: str) -> float:

@@ -16,7 +16,12 @@ import numpy as np
 import torch
 
 from gradindex.errors import InputError
-from gradindex.influence.preconditioned import Gradients, precondition, query_coordinates
+from gradindex.influence.preconditioned import (
+    Gradients,
+    precondition,
+    query_coordinates,
+    query_square,
+)
 from gradindex.influence.split_batches import plan_batches
 from gradindex.influence.steps import Movable
 from gradindex.modules import LAST
@@ -49,8 +54,7 @@ def check_hits(
     or mean nothing.
     """
     refuse(snapshot, settings, count)
-    modules = [replace(module, weight=1.0) for module in settings.modules]
-    movable = Movable(snapshot.model, modules)
+    movable = Movable(snapshot.model, settings.modules)
     checker = _Checker(snapshot, movable, settings, batch_tokens, result.query)
     hits = result.hits[:count]
     each = checker.passes
@@ -131,11 +135,10 @@ class _Checker:
     def _direction(self, record: Record) -> tuple[Gradients, float, float]:
         """p [o, i] by module, gᵀp and pᵀλp."""
         snapshot, damping = self._snapshot, self._settings.damping
-        modules = [replace(module, weight=1.0) for module in self._settings.modules]
         with torch.no_grad():
-            c, _ = query_coordinates(snapshot.model, modules, snapshot.ekfac,
+            c, _ = query_coordinates(snapshot.model, self._settings.modules, snapshot.ekfac,
                                      snapshot.model.batch([record]), damping)
-        along = sum(float((part.square() * snapshot.ekfac[name].damped(damping)).sum())
+        along = sum(float(query_square(snapshot.ekfac[name], part, damping, 1.0))
                     for name, part in c.items())
         held = sum(damping * float(snapshot.ekfac[name].eigenvalues.mean()) *
                    float(part.square().sum()) for name, part in c.items())

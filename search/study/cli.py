@@ -67,16 +67,7 @@ def evaluate(
     ready = query_files.make_queries(searcher.snapshot, query_file, set())
     complain(query_file, progress, searcher.snapshot, ready)
     progress.start("exact", len(ready) * len(searcher), "scores")
-    before = 0
-
-    def follow(done: int, total: int) -> None:
-        nonlocal before
-        progress.update(done - before, total=total)
-        before = done
-        if progress.measured:
-            progress.say_expected(progress.seconds_each() * (total - done))
-
-    evaluated = evaluation.evaluate(searcher, ready, settings, count, follow)
+    evaluated = evaluation.evaluate(searcher, ready, settings, count, progress.follow)
     progress.finish()
     click.echo(evaluation.table(evaluated))
     if output is not None:
